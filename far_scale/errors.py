@@ -1,0 +1,43 @@
+"""How far_scale tells a user that an input is wrong: one line that names the file, the key and the mend."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class UserError(Exception):
+    """An input (a recipe, a shard, a checkpoint, a video, a disk) cannot be used; the message says where and how to mend it."""
+
+
+def say_error(error: BaseException) -> None:
+    """Print `error: ...` on standard error in one piece, with the rank where there are several."""
+    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+
+
+def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a command's main function: a UserError becomes one line and exit status 2, Ctrl-C exit status 130.
+
+    A full disk, found by the operating system in mid-write, is told the same way.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            say_error(error)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno is None or error.filename is None:
+                raise
+            say_error(UserError(f"{error.filename}: {error.strerror}"))
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return wrapped

@@ -1,0 +1,112 @@
+"""The training objective: frame-wise flow matching with part of the frames given clean (arXiv 2503.19325, section 3).
+
+Of every frame of a clip, as in the official trainer:
+
+    u = sigmoid(mean + std * normal)          logit-normal (Esser et al., arXiv 2403.03206), or uniform in [0, 1)
+    t = 1000 - floor(1000 u)                  in 1..1000;  s = t / 1000
+    x_t = s * noise + (1 - s) * x             the model sees x_t and t
+    target = noise - x
+
+With probability `clean_frame_ratio` a frame is given clean instead (x itself, timestep -1) and has no loss. All
+draws are functions of (seed, step, lane) alone, so they do not depend on the rank that makes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from far_scale.data.packs import Pack
+from far_scale.layout import FrameLayout
+from far_scale.model import FARConfig
+from far_scale.randomness import generator
+from far_scale.recipe import ObjectiveSection
+
+CLEAN = -1.0
+TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class NoisyPack:
+    """A pack as the model sees it, and what it should answer.
+
+    Attributes:
+        latents: `[F, C, H, W]` float32, noisy or clean frames of all clips.
+        timesteps: `[F]` float32, 1..1000, or -1 for a clean frame.
+        target: `[F, C, H, W]` float32, noise - latent.
+        actions: `[F]` int64 or None, with null classes where they were dropped.
+        labels: `[B]` int64 or None, likewise.
+        layout: which frame belongs to which clip.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    target: Tensor
+    actions: Tensor | None
+    labels: Tensor | None
+    layout: FrameLayout
+
+    def to(self, device: torch.device) -> NoisyPack:
+        """The same on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return NoisyPack(**moved)
+
+
+def add_noise(pack: Pack, objective: ObjectiveSection, config: FARConfig, seed: int) -> NoisyPack:
+    """Draw timesteps, noise, clean frames and dropped conditions for `pack` by (seed, pack.step, pack.lane)."""
+    x = pack.latents
+    frames, _, height, width = x.shape
+
+    draw = generator(seed, "timesteps", pack.step, pack.lane)
+    if objective.timesteps == "logit_normal":
+        u = 1 / (1 + np.exp(-draw.normal(objective.logit_mean, objective.logit_std, frames)))
+    else:
+        u = draw.random(frames)
+    # u rounds to 1 only where the normal draw exceeds 36; the official code would index past its table there.
+    timesteps = torch.from_numpy(TIMESTEPS - np.minimum(np.floor(u * TIMESTEPS), TIMESTEPS - 1)).float()
+
+    clean_draw = generator(seed, "clean frames", pack.step, pack.lane).random(frames)
+    clean = torch.from_numpy(clean_draw < objective.clean_frame_ratio)
+    noise = torch.from_numpy(generator(seed, "noise", pack.step, pack.lane).standard_normal(x.shape, np.float32))
+
+    s = (timesteps / TIMESTEPS).view(-1, 1, 1, 1)
+    noisy = torch.where(clean.view(-1, 1, 1, 1), x, s * noise + (1 - s) * x)
+    return NoisyPack(
+        latents=noisy,
+        timesteps=timesteps.masked_fill(clean, CLEAN),
+        target=noise - x,
+        actions=_drop(pack.actions, config.actions, config.condition_dropout, seed, pack),
+        labels=_drop(pack.labels, config.labels, config.condition_dropout, seed, pack),
+        layout=FrameLayout.window(pack.clip_frames, (height // config.patch, width // config.patch)),
+    )
+
+
+def _drop(classes: Tensor | None, null: int, share: float, seed: int, pack: Pack) -> Tensor | None:
+    """`classes` with a share replaced by the null class; None where the model takes none (null == 0)."""
+    if classes is None or not null:
+        return None
+    dropped = generator(seed, "condition dropout", pack.step, pack.lane).random(len(classes)) < share
+    return classes.masked_fill(torch.from_numpy(dropped), null)
+
+
+def pack_loss(velocity: Tensor, noisy: NoisyPack) -> Tensor:
+    """Mean squared error of a frame, mean over the noisy frames of a clip, mean over the clips; float32 scalar.
+
+    A clip whose frames all happen to be clean counts as a clip with loss 0, as officially.
+
+    Args:
+        velocity: `[F, C, H, W]`, the model's answer.
+    """
+    frame_error = (velocity.float() - noisy.target).square().flatten(1).mean(1)  # [F]
+    weight = (noisy.timesteps != CLEAN).float()
+    clips = len(noisy.layout.clip_frames)
+    # Sums by clip as a product with the membership matrix: index_add_ adds in no fixed order on a GPU.
+    member = F.one_hot(noisy.layout.clip_of_frame(velocity.device), clips).float()  # [F, B]
+    return ((frame_error * weight) @ member / (weight @ member + 1e-9)).mean()

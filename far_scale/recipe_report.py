@@ -1,0 +1,119 @@
+"""What recipes tell their users: errors as one line with file, line, key and mend, and the reference of all keys."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from far_scale.errors import UserError
+from far_scale.recipe_yaml import Document, KeyPath
+
+
+def explain(error: ValidationError, document: Document, recipe: type[BaseModel]) -> UserError:
+    """One line for all that is wrong with `document`: unknown keys first, then wrong values, then missing keys."""
+    order = {"extra_forbidden": 0, "missing": 2}
+    details = sorted(error.errors(include_url=False), key=lambda detail: order.get(detail["type"], 1))
+    return UserError("; ".join(_line(detail, document, recipe) for detail in details))
+
+
+def _line(detail: ErrorDetails, document: Document, recipe: type[BaseModel]) -> str:
+    # A check over several keys (recipe.py) names its key itself; the numbers in a location are places in a list.
+    named = detail.get("ctx", {}).get("key")
+    key: KeyPath = tuple(named.split(".")) if named else tuple(p for p in detail["loc"] if isinstance(p, str))
+    place = document.place(key)
+    if detail["type"] == "missing" and key not in document.places and not place.startswith(document.file):
+        place = document.file  # a key that is nowhere is missing in the file the user named, not in one it extends
+    where = f"{place}: {'.'.join(key)}"
+    if detail["type"] == "extra_forbidden":
+        return f"{where}: unknown key; {_nearest(key, recipe)}"
+    if detail["type"] == "missing" and isinstance(detail["loc"][-1], int):
+        return f"{where}: its list is too short; see `python -m far_scale.recipe`"
+    if detail["type"] == "missing":
+        field = dict(fields(recipe))[key]
+        return f"{where}: this required key is missing; set it ({_description(field)})"
+    if named:
+        return f"{where}: {detail['msg']}"
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        return f"{where}: must be a section of `key: value` lines, got {_short(detail['input'])}"
+    return f"{where}: {detail['msg'].replace('Input should', 'must', 1)}, got {_short(detail['input'])}"
+
+
+def _nearest(key: KeyPath, recipe: type[BaseModel]) -> str:
+    """The valid key that an unknown one probably means: a near name in its section, or such a name in another one."""
+    every = [path for path, _ in fields(recipe)]
+    beside = [path for path in every if path[:-1] == key[:-1]]
+    leaves = {path[-1]: path for path in reversed(every)}
+    names = {path[-1]: path for path in beside}
+    if key[-1] in leaves:
+        found = leaves[key[-1]]
+    elif near := difflib.get_close_matches(key[-1], names, n=1):
+        found = names[near[0]]
+    elif near := difflib.get_close_matches(key[-1], leaves, n=1):
+        found = leaves[near[0]]
+    else:
+        found = names[difflib.get_close_matches(key[-1], names, n=1, cutoff=0.0)[0]]
+    section = ".".join(key[:-1]) or "a recipe"
+    return f"nearest valid key is {'.'.join(found)} (valid keys of {section}: {', '.join(names)})"
+
+
+def fields(model: type[BaseModel], above: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo]]:
+    """Every key of a recipe, sections before their keys."""
+    for name, field in model.model_fields.items():
+        yield (*above, name), field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields(field.annotation, (*above, name))
+
+
+def reference(recipe: type[BaseModel]) -> str:
+    """All keys of a recipe with type, default and meaning, as text for people."""
+    lines = []
+    for key, field in fields(recipe):
+        name = ".".join(key)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines += ["", f"{name}: {_description(field)}"]
+            continue
+        default = (
+            "required" if field.is_required() else f"default {_written(field.get_default(call_default_factory=True))}"
+        )
+        lines += [f"  {name}  ({_type(field)}; {default})", f"      {_description(field)}"]
+    return "\n".join(lines)
+
+
+def _description(field: FieldInfo) -> str:
+    return " ".join((field.description or field.annotation.__doc__ or "").split())
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _written(value: Any) -> str:
+    """A default as one would write it in YAML."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(_written(item) for item in value)}]"
+    return "null" if value is None else str(value)
+
+
+def _type(field: FieldInfo) -> str:
+    limits = [("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")]
+    bounds = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in limits if hasattr(m, name)]
+    return " ".join([_type_name(field.annotation), " and ".join(bounds)]).strip()
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " | ".join(_type_name(part) for part in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"[{', '.join(_type_name(part) for part in get_args(annotation))}]"
+    if get_args(annotation):  # Annotated[type, limits]
+        return _type_name(get_args(annotation)[0])
+    return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,171 @@
+"""The sections of a recipe: every key with its type, limits, default and meaning.
+
+The text under a key is what `python -m far_scale.recipe` prints for it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are refused and nothing changes after the check."""
+
+    # strict: no "8" for 8 and no true for 1; a whole number still does where a float is due.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelSection(Section):
+    """The size and the condition of FAR."""
+
+    preset: Literal["B", "M", "L", "XL"] | None = None
+    """An official size, which gives layers and heads unless they are set here."""
+    layers: Count
+    """Transformer layers; given by model.preset unless set."""
+    heads: Count
+    """Attention heads of 64 each, so the width is 64 x heads; given by model.preset unless set."""
+    patch: Count = 1
+    """Side of the square of latent positions that makes one window token."""
+    channels: Count = 32
+    """Channels of a frame latent."""
+    window: Count = 16
+    """The most window frames a clip can have."""
+    condition: Literal["none", "label", "action"] = "none"
+    """What the model is told besides the frames: nothing, a label for each clip or an action for each frame."""
+    classes: Annotated[int, Field(ge=0)] = 0
+    """Number of labels or of actions; 0 without a condition."""
+    condition_dropout: Fraction = 0.1
+    """Probability that a condition is dropped to the null class in training, which guidance needs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        from far_scale.model.presets import PRESETS  # late: a recipe without a preset is read without loading torch
+
+        preset = values.get("preset") if isinstance(values, dict) else None
+        if not isinstance(preset, str) or preset not in PRESETS:
+            return values
+        layers, heads = PRESETS[preset]
+        return {"layers": layers, "heads": heads, **values}
+
+
+class DataSection(Section):
+    """The clips and how they are dealt out."""
+
+    shards: str
+    """Folder of the shard set to train on; a relative path starts at the working folder."""
+    autoencoder: str
+    """Name of the autoencoder whose latents the shard set must hold."""
+    latent_shape: Annotated[tuple[Count, Count, Count], Field(strict=False)]
+    """Shape [C, H, W] of a frame latent."""
+    frames: Count = 16
+    """Frames of a clip, at most model.window."""
+    frame_stride: Count = 1
+    """Take every n-th frame of a video for a clip."""
+    lanes: Count = 8
+    """Sample streams; a global batch is one pack from every lane, and the ranks must divide the lanes."""
+    clips_per_pack: Count = 4
+    """Clips in a pack; lanes x clips_per_pack is the global batch."""
+    shuffle_window: Count = 256
+    """Samples among which a lane shuffles; 1 keeps the shards' order."""
+    scaling: Literal["factor", "channel"] = "factor"
+    """Scale latents by the autoencoder's one factor (as officially) or to mean 0 and deviation 1 per channel."""
+    prefetch: Count = 2
+    """Steps whose packs are read ahead of the model."""
+
+
+class ObjectiveSection(Section):
+    """Flow matching."""
+
+    timesteps: Literal["logit_normal", "uniform"] = "logit_normal"
+    """How the timestep of a noisy frame is drawn."""
+    logit_mean: float = 0.0
+    """Mean of the normal draw whose sigmoid is the timestep (logit_normal)."""
+    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    """Deviation of the normal draw whose sigmoid is the timestep (logit_normal)."""
+    clean_frame_ratio: Fraction = 0.1
+    """Probability that a frame is given without noise, and so without loss."""
+
+
+class OptimizerSection(Section):
+    """AdamW, its learning rate over the steps, and the EMA of the weights."""
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Learning rate after the warm-up."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's term that keeps its division finite."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """The gradient is scaled down to this global norm where it is larger."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """The learning rate after the warm-up: constant, or a half cosine down to final_factor at the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)]
+    """Steps over which the learning rate rises from 0 in a straight line; 0 for none."""
+    final_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Where cosine ends, as a fraction of learning_rate."""
+    ema_decay: Fraction
+    """Decay of the exponential moving average of the weights, each step."""
+
+
+class TrainSection(Section):
+    """How long and how to compute."""
+
+    steps: Count
+    """Optimizer steps, each on one global batch."""
+    precision: Literal["bf16", "fp32"]
+    """Arithmetic of the model; optimizer and EMA are float32 in either."""
+    zero_stage: Literal[0, 1, 2, 3]
+    """DeepSpeed ZeRO stage: shards nothing, the optimizer, also gradients, also weights."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full keeps only each layer's input and computes the rest again in backward: less memory, more time."""
+
+
+class CheckpointSection(Section):
+    """Checkpoints under run_dir."""
+
+    every: Count
+    """Steps between checkpoints; the last step always writes one."""
+    keep: Count
+    """How many of the newest checkpoints stay."""
+
+
+class WandbSection(Section):
+    """Weights & Biases."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    """Whether to log there at all, only into files, or live."""
+    project: str = "far_scale"
+    """The project to log into."""
+    name: str | None = None
+    """The run's name there; null takes the recipe's name."""
+
+
+class LogSection(Section):
+    """Console and log.jsonl."""
+
+    every: Count
+    """Steps between lines."""
+    wandb: WandbSection = WandbSection()
+
+
+class SampleSection(Section):
+    """Evaluation by sampling after training."""
+
+    steps: Count
+    """Euler steps a frame."""
+    guidance: Annotated[float, Field(ge=0)]
+    """Classifier-free guidance scale; 1 is without."""
+    given: Annotated[int, Field(ge=0)]
+    """True frames of a clip that are given; the rest is predicted. 0 generates from nothing."""
+    shards: str | None = None
+    """Folder of the held-out shard set; null for no evaluation."""

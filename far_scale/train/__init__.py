@@ -1,0 +1,1 @@
+"""Training: `python -m far_scale.train RECIPE [key=value ...]`."""

@@ -1,0 +1,173 @@
+"""DeepSpeed around the model: the engine of a recipe, and its optimizer state as fragments of named parameters.
+
+ZeRO cuts the float32 weights and Adam's moments over the ranks, each stage in its own way. `fragments` gives every
+stage's cut in one form, so that the EMA and the checkpoints need not know the stage:
+
+    stage 0     each rank holds every parameter whole
+    stage 1, 2  all parameters laid end to end, cut into equal runs: a rank holds a run of whole and partial parameters
+    stage 3     every parameter by itself cut into equal runs: a rank holds a piece of each
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from far_scale.model import FAR
+from far_scale.recipe import Recipe
+from far_scale.train.processes import Processes
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's part of one parameter: views of the live float32 tensors that the optimizer updates.
+
+    Attributes:
+        name: the parameter's name in the model's state dict.
+        size: numbers in the whole parameter.
+        offset: where this part starts in the flattened parameter.
+        weight, exp_avg, exp_avg_sq: `[part]` float32, the master weights and Adam's two moments.
+    """
+
+    name: str
+    size: int
+    offset: int
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+def start_engine(model: FAR, recipe: Recipe, processes: Processes) -> Any:
+    """Shard `model` over the processes as the recipe says; returns the DeepSpeed engine.
+
+    One optimizer step follows lanes / ranks backward passes. The optimizer's state exists at once (torch makes it
+    at the first step), so that it can be loaded before.
+    """
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    model.activation_checkpointing = recipe.train.activation_checkpointing == "full"
+    model.to(processes.device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=recipe.optimizer.learning_rate,
+        betas=tuple(recipe.optimizer.betas),
+        eps=recipe.optimizer.eps,
+        weight_decay=recipe.optimizer.weight_decay,
+        fused=True,
+    )
+    config = deepspeed_config(recipe, processes)
+    if recipe.train.zero_stage == 0 and recipe.train.precision == "fp32":
+        # Here DeepSpeed would clip the gradients without telling their norm.
+        clip_norm = config.pop("gradient_clipping")
+        optimizer.register_step_pre_hook(lambda adam, *_: _clip_and_keep_norm(engine, clip_norm))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for master in _masters(engine):
+        state = optimizer.state[master]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+    return engine
+
+
+def deepspeed_config(recipe: Recipe, processes: Processes) -> dict[str, Any]:
+    """The configuration that DeepSpeed is started with."""
+    bf16, stage = recipe.train.precision == "bf16", recipe.train.zero_stage
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": recipe.data.lanes // processes.count,
+        "gradient_clipping": recipe.optimizer.clip_norm,
+        "zero_optimization": {"stage": stage, "overlap_comm": processes.device.type == "cuda"},
+        "zero_allow_untested_optimizer": True,  # torch's own AdamW; DeepSpeed's would be compiled on the spot
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 2**62,
+    }
+    if bf16 and stage > 0:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _clip_and_keep_norm(engine: Any, clip_norm: float) -> None:
+    engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip_norm)
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """What the next step uses."""
+    for group in _adam(engine).param_groups:
+        group["lr"] = learning_rate
+
+
+def set_adam_step(engine: Any, step: int) -> None:
+    """Tell the optimizer how many steps its moments have seen (for the bias correction)."""
+    for master in _masters(engine):
+        _adam(engine).state[master]["step"].fill_(step)
+
+
+def fragments(engine: Any) -> list[Fragment]:
+    """This rank's part of every parameter, in the model's order; parameters it has no part of are left out."""
+    return list(_fragments(engine))
+
+
+def use_loaded_weights(engine: Any) -> None:
+    """After the fragments' weights were written to: bring the weights that the model computes with in line."""
+    stage = engine.zero_optimization_stage()
+    with torch.no_grad():
+        if stage == 3:
+            engine.empty_partition_cache()  # gathered copies of the old weights would be used silently
+            by_name = {fragment.name: fragment for fragment in fragments(engine)}
+            for name, parameter in engine.module.named_parameters():
+                if name in by_name:
+                    fragment = by_name[name]
+                    parameter.ds_tensor[: len(fragment.weight)].copy_(fragment.weight)
+        elif stage > 0:
+            engine.optimizer.update_lp_params()
+        elif engine.bfloat16_enabled():
+            for parameter, master in zip(engine.module.parameters(), _masters(engine), strict=True):
+                parameter.copy_(master)
+
+
+def _adam(engine: Any) -> torch.optim.AdamW:
+    """The optimizer given to `start_engine`, whatever DeepSpeed wrapped around it."""
+    return engine.basic_optimizer
+
+
+def _masters(engine: Any) -> list[Tensor]:
+    """The float32 tensors that the optimizer steps."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [master for group in _adam(engine).param_groups for master in group["params"]]
+
+
+def _fragments(engine: Any) -> Iterator[Fragment]:
+    stage, state = engine.zero_optimization_stage(), _adam(engine).state
+    named = list(engine.module.named_parameters())
+    if stage == 0:
+        for (name, parameter), master in zip(named, _masters(engine), strict=True):
+            moments = state[master]
+            flat = (x.detach().view(-1) for x in (master, moments["exp_avg"], moments["exp_avg_sq"]))
+            yield Fragment(name, parameter.numel(), 0, *flat)
+    elif stage == 3:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        for name, parameter in named:
+            part = parameter.ds_tensor.numel()
+            offset = torch.distributed.get_rank() * part
+            length = min(part, parameter.ds_numel - offset)  # the last ranks' parts end in padding
+            if length > 0:
+                moments = (safe_get_local_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq"))
+                tensors = (x.view(-1)[:length] for x in (safe_get_local_fp32_param(parameter), *moments))
+                yield Fragment(name, parameter.ds_numel, offset, *tensors)
+    else:
+        (master,) = _masters(engine)  # one parameter group, so one run
+        moments = state[master]
+        for name, parameter in named:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                start, length = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+                flat = (x.detach()[start : start + length] for x in (master, moments["exp_avg"], moments["exp_avg_sq"]))
+                yield Fragment(name, parameter.numel(), mapping.lp_fragment_address.start, *flat)

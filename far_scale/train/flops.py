@@ -1,0 +1,54 @@
+"""How much arithmetic a step is: from the model's shape and the attended pairs alone, nothing that is masked away."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from far_scale.layout import FrameLayout
+from far_scale.model import FARConfig
+from far_scale.model.layers import TIMESTEP_SINUSOIDS
+
+# Dense bfloat16 peak, in FLOP/s, from the makers' data sheets (without sparsity).
+BF16_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+def forward_flops(config: FARConfig, layout: FrameLayout) -> int:
+    """Floating-point operations (2 a multiply-add) of one forward pass over a pack.
+
+    A layer takes 12 E^2 multiply-adds a token (q, k, v, out: 4; MLP: 8), 6 E^2 a frame (modulation) and 2 E an
+    attended pair (scores and values).
+    """
+    width, patch_channels = config.width, config.channels * config.patch**2
+    tokens, frames = layout.tokens, layout.frames
+    layer = 12 * width**2 * tokens + 6 * width**2 * frames + 2 * width * layout.attended_pairs
+    ends = 2 * patch_channels * width * tokens + (2 * width**2 + TIMESTEP_SINUSOIDS * width + width**2) * frames
+    return 2 * (config.layers * layer + ends)
+
+
+def train_flops(config: FARConfig, layout: FrameLayout) -> int:
+    """Forward and backward: three forwards' worth (recomputed activations do not count, as usual for MFU)."""
+    return 3 * forward_flops(config, layout)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """What this device can do at best, in FLOP/s: from the data sheet where it is a known GPU, else measured.
+
+    The measurement is the best of a few square matrix products in `dtype` on the threads that torch uses.
+    """
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for known, peak in BF16_PEAKS.items():
+            if known in name:
+                return peak
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)

@@ -1,0 +1,96 @@
+"""The processes of a run: who this one is, and the group they talk in.
+
+Whatever started them (torchrun, deepspeed, srun, or nothing: then this process is alone), afterwards RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set and torch.distributed is up: NCCL on GPUs, gloo on CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from far_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Attributes: rank: this process's number; count: how many there are; device: what this one computes on."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of `values` over all processes, float64, the same on each."""
+        summed = values.detach().to(torch.float64)
+        dist.all_reduce(summed)
+        return summed / self.count
+
+
+def start_processes() -> Processes:
+    """Join the group. Call once a process.
+
+    Raises:
+        UserError: the launcher's variables are incomplete, or the processes do not find each other.
+    """
+    if "RANK" not in os.environ:
+        _take_from_slurm() if "SLURM_STEP_ID" in os.environ else _take_alone()
+    missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set but not {', '.join(missing)}: start with torchrun, deepspeed or srun, or unset RANK")
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+    # DeepSpeed calls these by their old names, which is not for its users to read at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        deepspeed.init_distributed(dist_backend="nccl", verbose=False)
+    else:
+        device = torch.device("cpu")
+        # DeepSpeed would compile a shared-memory all-reduce here (a minute, and a compiler must be there).
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    return Processes(rank, count, device)
+
+
+def stop_processes() -> None:
+    """Leave the group, so that nothing is left waiting for this process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _take_from_slurm() -> None:
+    """The rendezvous of an srun step: its first host, and a port that follows from the job's number."""
+    hosts = os.environ.get("SLURM_STEP_NODELIST", "")
+    if "MASTER_ADDR" not in os.environ:
+        listed = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=False)
+        if listed.returncode != 0:
+            raise UserError(f"scontrol cannot list the hosts {hosts!r}: set MASTER_ADDR to the first host of the job")
+        os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+
+
+def _take_alone() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
