@@ -155,7 +155,10 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if model.condition == "none" and model.classes:
         yield "model.classes", f"{model.classes} classes, but model.condition is none; set it to label or action"
     if model.condition != "none" and not model.classes:
-        yield "model.classes", f"model.condition is {model.condition}, so set the number of {model.condition}s, not 0"
+        yield (
+            "model.classes",
+            f"0 classes, but model.condition is {model.condition}; set the number of {model.condition}s",
+        )
     if channels != model.channels:
         yield "data.latent_shape", f"{channels} channels, but model.channels is {model.channels}; make them equal"
     if height % model.patch or width % model.patch:

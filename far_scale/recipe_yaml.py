@@ -141,7 +141,7 @@ def _parse(text: str, shown: str) -> tuple[Any, dict[KeyPath, str]]:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{shown}{line}: this is not YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an alias may hold itself
         raise UserError(f"{shown}: this is not YAML: {' '.join(str(error).split())}") from None
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from far_scale.errors import UserError
@@ -37,12 +37,12 @@ class FlatPiece:
     """A run of one flat tensor, in the form that torch.distributed.checkpoint asks a tensor for its parts.
 
     Attributes:
-        size: numbers in the whole tensor.
+        total: numbers in the whole tensor.
         offset: where this run starts.
         data: `[run]` the numbers; loading writes into them.
     """
 
-    size: int
+    total: int
     offset: int
     data: Tensor
 
@@ -51,7 +51,7 @@ class FlatPiece:
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         write = TensorWriteData(
-            chunk=self._chunk(), properties=TensorProperties.create_from_tensor(self.data), size=torch.Size([self.size])
+            chunk=self._chunk(), properties=TensorProperties.create_from_tensor(self.data), size=torch.Size([self.total])
         )
         index = MetadataIndex(fqn, torch.Size([self.offset]))
         return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=write)]
@@ -66,6 +66,15 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _LoadPlanner(DefaultLoadPlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        # The default sets up no more than this, but copies every piece on the way.
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].data
 
@@ -160,9 +169,9 @@ def load(folder: Path, pieces: Mapping[str, FlatPiece], alone: bool = False) -> 
     stored = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     for name, piece in pieces.items():
         size = getattr(stored.get(name), "size", None)
-        if size != torch.Size([piece.size]):
+        if size != torch.Size([piece.total]):
             found = "none" if size is None else f"one of {size.numel()} numbers"
-            raise UserError(f"{folder}: the model needs {name} of {piece.size} numbers, there is {found}; another model's?")
+            raise UserError(f"{folder}: the model needs {name} of {piece.total} numbers, there is {found}; another model's?")
     try:
         dcp.load(dict(pieces), checkpoint_id=str(folder), planner=_LoadPlanner(), no_dist=alone)
     except dcp.api.CheckpointException as error:

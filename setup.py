@@ -1,0 +1,42 @@
+"""Packaging of far_scale. Ranges are open upwards: torch in particular is whatever fits the machine's GPU."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "far_scale" / "__init__.py").read_text(), re.MULTILINE).group(1)
+
+setup(
+    name="far_scale",
+    version=VERSION,
+    description="Training of frame-autoregressive video models (FAR), from one laptop to a SLURM cluster",
+    python_requires=">=3.10",
+    packages=find_packages(include=["far_scale", "far_scale.*"]),
+    package_data={"far_scale.autoencoder": ["weights/*"]},
+    install_requires=[
+        "torch>=2.9",
+        "deepspeed>=0.16",
+        "webdataset>=0.2",
+        "safetensors>=0.4.5",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "numpy>=1.26",
+        "tqdm>=4.66",
+        "av>=12.0",
+        "pillow>=10.0",
+        "matplotlib>=3.8",
+        "torchmetrics>=1.4",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.7"],
+        "flash4": ["flash-attn-4"],
+        "xformers": ["xformers"],
+        "mosaic": ["mosaicml-streaming>=0.9"],
+        "slurm": ["submitit>=1.5"],
+        "wandb": ["wandb>=0.18"],
+        "demo": ["vizdoom>=1.2.4"],
+        "dev": ["pytest>=8.0", "ruff>=0.9", "mypy>=1.13", "types-PyYAML"],
+    },
+)
