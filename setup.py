@@ -25,7 +25,7 @@ setup(
         "numpy>=1.26",
         "tqdm>=4.66",
         "av>=12.0",
-        "pillow>=10.0",
+        "pillow>=10.1",
         "matplotlib>=3.8",
         "torchmetrics>=1.4",
     ],

@@ -24,7 +24,7 @@ from far_scale.data.packs import Pack
 from far_scale.layout import FrameLayout
 from far_scale.model import FARConfig
 from far_scale.randomness import generator
-from far_scale.recipe import ObjectiveSection
+from far_scale.recipe_sections import ObjectiveSection
 
 CLEAN = -1.0
 TIMESTEPS = 1000

@@ -1,0 +1,250 @@
+"""Model directories: what is exported, loaded and sampled from.
+
+A folder with `config.json` (the model's shape and its ModelCard) and `model.safetensors`, or, above 5 GB, with
+`model-00001-of-0000N.safetensors` files and `model.safetensors.index.json`, laid out as Hugging Face libraries do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from far_scale.data.manifest import AutoencoderInfo, Positive, Typed, first_problem
+from far_scale.data.scaling import LatentScaling
+from far_scale.errors import UserError
+from far_scale.files import read_json, sync_folder
+from far_scale.model import FAR, FARConfig
+
+FORMAT = "far_scale.model/1"
+MAX_FILE_BYTES = 5 * 10**9
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+OWN_FILES = re.compile(r"config\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors")
+
+
+class TrainingCard(Typed):
+    """Where the weights come from: the step, the recipe, which of the two sets, and the version that exported them."""
+
+    step: Annotated[int, Field(ge=0)]
+    recipe_hash: str
+    weights: Literal["ema", "model"]
+    far_scale: str
+
+
+class ModelCard(Typed):
+    """What one has to know beside the model's shape to sample from its weights.
+
+    Attributes:
+        autoencoder: the one whose latents the model was trained on.
+        scaling: how those latents are brought to the model's scale.
+        latent_shape: (C, H, W) of a frame latent.
+        fps: frames a second of the videos trained on, or None where they differ.
+        frame_stride: the model was trained on every n-th frame of them.
+        training: where the weights come from.
+    """
+
+    autoencoder: AutoencoderInfo
+    scaling: LatentScaling
+    latent_shape: tuple[Positive, Positive, Positive]
+    fps: Annotated[float, Field(gt=0)] | None
+    frame_stride: Positive = 1
+    training: TrainingCard
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> ModelCard:
+        if len(self.scaling.scale) != self.latent_shape[0]:
+            raise ValueError(f"scaling must have {self.latent_shape[0]} numbers, one a latent channel")
+        return self
+
+
+def is_model_dir(folder: str | Path) -> bool:
+    """Whether `folder` is a model directory, with nothing else in it."""
+    try:
+        config = json.loads((Path(folder) / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    own = all(OWN_FILES.fullmatch(name) for name in os.listdir(folder))
+    return own and isinstance(config, dict) and config.get("format") == FORMAT
+
+
+def save_model_dir(
+    folder: str | Path,
+    config: FARConfig,
+    state: Mapping[str, Tensor],
+    card: ModelCard,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write a model directory beside `folder`, then rename it; an older model directory there is replaced.
+
+    Args:
+        state: the tensors of FAR.state_dict(), kept in their dtype; checked against the model of `config`.
+        max_file_bytes: weights of more bytes than this are spread over several files.
+
+    Raises:
+        UserError: tensors that are not those of `config`, or something at `folder` that is no model directory.
+    """
+    folder = Path(folder)
+    _check_tensors(folder, _empty_model(config), state)
+    if os.path.lexists(folder) and not is_model_dir(folder) and not (folder.is_dir() and not os.listdir(folder)):
+        raise UserError(f"{folder}: is there already and is no mere model directory; name a folder that is not there")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old.part")
+    try:
+        beside.mkdir()
+        _write_weights(beside, state, max_file_bytes)
+        values = {"format": FORMAT, "model": config.to_dict(), **card.model_dump(mode="json")}
+        (beside / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
+        _sync_files(beside)
+        if folder.exists():  # a folder cannot be renamed over a full one, so there is a moment without either
+            os.replace(folder, replaced)
+        os.replace(beside, folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (SafetensorError, OSError) as error:
+        if replaced.exists() and not folder.exists():
+            os.replace(replaced, folder)
+        raise UserError(f"{folder}: could not be written ({error}); free some space, or write elsewhere") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def load_model_dir(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[FAR, ModelCard]:
+    """The model of a model directory, in evaluation mode, and its card.
+
+    Args:
+        dtype: of the weights; that of the file unless given.
+
+    Raises:
+        UserError: no such folder, a config.json that is not valid, or weights that are unreadable, missing,
+            unexpected or of another shape (named).
+    """
+    folder = Path(folder)
+    config, card = read_config(folder)
+    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in _read_weights(folder, device).items()}
+    model = _empty_model(config)
+    _check_tensors(folder, model, state)
+    model.load_state_dict(state, assign=True)
+    return model.eval(), card
+
+
+def read_config(folder: str | Path) -> tuple[FARConfig, ModelCard]:
+    """The model's shape and card from a model directory's config.json; errors as `load_model_dir`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no model directory here; tools/export_checkpoint.py makes one")
+    path = folder / CONFIG_FILE
+    values = read_json(path, "model directory's config.json")
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else None
+        raise UserError(f"{path}: format is {found!r}, needed is {FORMAT!r}; export the model with this far_scale")
+    rest = {key: value for key, value in values.items() if key not in ("format", "model")}
+    try:
+        config = FARConfig.from_dict(values.get("model", {}))
+        card = ModelCard.model_validate_json(json.dumps(rest))  # from JSON, where a list may be a tuple
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error)}; export the model again") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: model: {error}; export the model again") from None
+    if card.latent_shape[0] != config.channels:
+        raise UserError(
+            f"{path}: latent_shape has {card.latent_shape[0]} channels and model.channels is {config.channels}; "
+            "export the model again"
+        )
+    return config, card
+
+
+def _empty_model(config: FARConfig) -> FAR:
+    """The model without memory for its weights, which are assigned later (nothing is initialised in vain)."""
+    with torch.device("meta"):
+        return FAR(config)
+
+
+def _check_tensors(folder: Path, model: FAR, state: Mapping[str, Tensor]) -> None:
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = (
+        ("misses", [name for name in expected if name not in state]),
+        ("has unexpected", [name for name in state if name not in expected]),
+        (
+            "has in another shape",
+            [
+                f"{name} ({list(state[name].shape)} in place of {shape})"
+                for name, shape in expected.items()
+                if name in state and list(state[name].shape) != shape
+            ],
+        ),
+    )
+    for what, names in problems:
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise UserError(f"{folder}: the model {what} tensors: {shown}; config.json and weights do not fit together")
+
+
+def _write_weights(folder: Path, state: Mapping[str, Tensor], max_file_bytes: int) -> None:
+    """One file, or several of at most `max_file_bytes` (a tensor is never cut) and their index."""
+    files: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if files[-1] and size + tensor.nbytes > max_file_bytes:
+            files.append({})
+            size = 0
+        files[-1][name] = tensor
+        size += tensor.nbytes
+    if len(files) == 1:
+        _save(files[0], folder / WEIGHTS_FILE)
+        return
+    weight_map = {}
+    for number, tensors in enumerate(files, start=1):
+        file_name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        _save(tensors, folder / file_name)
+        weight_map.update(dict.fromkeys(tensors, file_name))
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Hugging Face's loaders look for `{"format": "pt"}`; safetensors refuses views, so they are cloned."""
+    dense = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    save_file(dense, path, metadata={"format": "pt"})
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def _read_weights(folder: Path, device: str | torch.device) -> dict[str, Tensor]:
+    if (folder / INDEX_FILE).is_file():
+        index: Any = read_json(folder / INDEX_FILE, "index of weights")
+        try:
+            names = sorted(set(index["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{folder / INDEX_FILE}: holds no weight_map; export the model again") from None
+    else:
+        names = [WEIGHTS_FILE]
+    state: dict[str, Tensor] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: this file of weights is missing; copy or export the model again")
+        try:
+            state.update(load_file(path, device=str(device)))
+        except SafetensorError as error:
+            raise UserError(f"{path}: is no whole safetensors file ({error}); copy or export the model again") from None
+    return state

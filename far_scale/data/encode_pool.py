@@ -1,0 +1,117 @@
+"""The workers of `encode_videos`: one here, or several in processes of their own, and their common progress bar."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from far_scale.data.encode_worker import Job, Worker
+from far_scale.errors import UserError
+
+_POLL_SECONDS = 0.2
+
+
+def encode_shards(job: Job, numbers: list[int], workers: int) -> None:
+    """Encode these shards of a job, with a progress bar in frames.
+
+    However many workers there are, each computes with one thread: so sums are in the same order, to the last bit.
+
+    Raises:
+        UserError: a video that cannot be used, a full disk, or a process that died.
+    """
+    per_shard = job.samples_per_shard
+    to_do = sum(len(job.sources[number * per_shard : (number + 1) * per_shard]) for number in numbers)
+    frames, videos = 0, 0
+    with tqdm(desc=f"encode {job.out}", unit="frame") as bar:
+
+        def progress(more_frames: int, more_videos: int) -> None:
+            nonlocal frames, videos
+            frames, videos = frames + more_frames, videos + more_videos
+            # Nobody knows the frames of videos that were not read yet: they are taken to be as long as the others.
+            bar.total = round(frames / videos * to_do) if videos else None
+            bar.set_postfix_str(f"{videos} of {to_do} videos", refresh=False)
+            bar.update(more_frames)
+
+        if min(workers, len(numbers)) == 1:
+            _encode_here(job, numbers, progress)
+        else:
+            _encode_in_processes(job, numbers, workers, progress)
+
+
+def _encode_here(job: Job, numbers: list[int], progress: Callable[[int, int], None]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        worker = Worker(job, job.device, progress)
+        for number in numbers:
+            worker.encode_shard(number)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _encode_in_processes(job: Job, numbers: list[int], workers: int, progress: Callable[[int, int], None]) -> None:
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit threads and GPU state
+    started, frames, videos = spawn.Value("i", 0), spawn.Value("q", 0), spawn.Value("q", 0)
+    counters = (started, frames, videos)
+    pool = ProcessPoolExecutor(min(workers, len(numbers)), spawn, initializer=_begin, initargs=(job, *counters))
+    try:
+        waiting = {pool.submit(_encode_one, number) for number in numbers}
+        shown_frames, shown_videos = 0, 0
+        while waiting:
+            done, waiting = wait(waiting, _POLL_SECONDS, FIRST_EXCEPTION)
+            # Without the locks: a worker that was killed might hold them.
+            seen_frames, seen_videos = frames.get_obj().value, videos.get_obj().value
+            if (seen_frames, seen_videos) != (shown_frames, shown_videos):
+                progress(seen_frames - shown_frames, seen_videos - shown_videos)
+                shown_frames, shown_videos = seen_frames, seen_videos
+            for future in done:
+                future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"{job.out}: an encoding process died, maybe for want of memory; run again with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: Worker | None = None  # of a worker process
+
+
+def _begin(job: Job, started: Any, frames: Any, videos: Any) -> None:
+    """Make this process a worker; the counters are shared: of workers, and of frames and videos encoded so far."""
+    global _worker
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C goes to all: one of us tells it, without a trace
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
+    device = f"cuda:{number % torch.cuda.device_count()}" if job.device == "cuda" else job.device
+
+    def progress(more_frames: int, more_videos: int) -> None:
+        for counter, more in ((frames, more_frames), (videos, more_videos)):
+            with counter.get_lock():
+                counter.value += more
+
+    _worker = Worker(job, device, progress)
+
+
+def _end_with_parent() -> None:
+    """Workers of a killed parent would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_one(number: int) -> None:
+    assert _worker is not None
+    _worker.encode_shard(number)

@@ -1,0 +1,184 @@
+"""The typed papers of a shard set: `manifest.json` for the whole, one small index beside each shard.
+
+    FOLDER/manifest.json               what every shard has in common, and one line of facts a shard
+    FOLDER/shard-000000.tar            samples: KEY.json and KEY.safetensors, in any WebDataset reader's order
+    FOLDER/shard-000000.index.json     where each sample lies in the tar; the manifest holds its SHA-256
+
+The offsets stand in the indexes and not in the manifest, which would be unreadable with 100,000 shards in it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import pydantic
+import torch
+
+from far_scale.errors import UserError
+from far_scale.files import atomic_write, write_json
+
+MANIFEST_NAME = "manifest.json"
+DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Count = Annotated[int, pydantic.Field(ge=0)]
+Positive = Annotated[int, pydantic.Field(ge=1)]
+Digest = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
+# The name is joined to the folder, so nothing but our own pattern may pass: no slashes, no "..".
+ShardName = Annotated[str, pydantic.Field(pattern=r"^shard-[0-9]{6,}\.tar$")]
+
+
+class Typed(pydantic.BaseModel):
+    """A frozen record that refuses unknown keys, implicit conversions, infinities and NaN."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class AutoencoderInfo(Typed):
+    """The autoencoder that made the latents: its name, the SHA-256 of its weights, its official scaling factor."""
+
+    name: str
+    weight_hash: str
+    scaling_factor: float
+
+
+class ShardEntry(Typed):
+    """One shard: its file, samples, frames in all, the fewest frames of a sample, its size and checksums."""
+
+    file: ShardName
+    samples: Positive
+    frames: Positive
+    min_frames: Positive
+    bytes: Positive
+    sha256: Digest
+    index_sha256: Digest
+
+
+class Manifest(Typed):
+    """What a shard set is.
+
+    Attributes:
+        latent_shape: (C, H, W) of a frame latent.
+        latent_dtype: "bfloat16" or "float16", as stored.
+        mean, std: per channel, over all stored latents (population deviation).
+        actions: number of action classes, 0 where frames have no action.
+        labels: number of label classes, 0 where clips have no label.
+        fps: frames a second, or None where the videos differ.
+    """
+
+    format: Literal["far_scale.shards/1"] = "far_scale.shards/1"
+    latent_shape: tuple[Positive, Positive, Positive]
+    latent_dtype: Literal["bfloat16", "float16"]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    autoencoder: AutoencoderInfo
+    actions: Count
+    labels: Count
+    fps: float | None
+    shards: Annotated[tuple[ShardEntry, ...], pydantic.Field(min_length=1)]
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        if not len(self.mean) == len(self.std) == self.latent_shape[0]:
+            raise ValueError(f"mean and std must have {self.latent_shape[0]} channels")
+        if len({shard.file for shard in self.shards}) != len(self.shards):
+            raise ValueError("a shard file is named twice")
+        return self
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def frames(self) -> int:
+        return sum(shard.frames for shard in self.shards)
+
+    @property
+    def min_frames(self) -> int:
+        return min(shard.min_frames for shard in self.shards)
+
+    @staticmethod
+    def read(folder: str | Path) -> Manifest:
+        """Read and check `folder/manifest.json`.
+
+        Raises:
+            UserError: it is not there, or is not a manifest of this format.
+        """
+        path = Path(folder) / MANIFEST_NAME
+        if not path.is_file():
+            raise UserError(
+                f"{path}: there is no shard set's manifest here; make the set with tools/encode_latents.py, "
+                "or run the same encoding again where it was cut off"
+            )
+        try:
+            return Manifest.model_validate_json(path.read_bytes())
+        except pydantic.ValidationError as error:
+            raise UserError(f"{path}: not a valid manifest ({first_problem(error)}); encode the set again") from None
+
+    def write(self, folder: str | Path) -> None:
+        """Write `folder/manifest.json`, atomically."""
+        write_json(Path(folder) / MANIFEST_NAME, self.model_dump(mode="json"))
+
+
+class IndexRow(NamedTuple):
+    """Where one sample lies in its tar; offsets and sizes in bytes, offsets from the start of the tar.
+
+    `header_bytes` is the safetensors header with its 8 bytes of length: the tensors' data begins after it.
+    """
+
+    key: str
+    frames: int
+    json_offset: int
+    json_bytes: int
+    tensors_offset: int
+    header_bytes: int
+    tensors_bytes: int
+
+
+class ChannelSums(Typed):
+    """Float64 sums per channel over `values` stored latent values a channel; they add up over shards."""
+
+    values: Count
+    total: tuple[float, ...]
+    squares: tuple[float, ...]
+
+
+class ShardIndex(Typed):
+    """What stands in a shard's `.index.json`: the samples' places, and the facts the manifest is made from."""
+
+    format: Literal["far_scale.index/1"] = "far_scale.index/1"
+    file: ShardName
+    bytes: Positive
+    sha256: Digest
+    fps: float | None
+    sums: ChannelSums
+    samples: Annotated[list[IndexRow], pydantic.Field(min_length=1)]
+
+    @staticmethod
+    def path_of(folder: str | Path, file: str) -> Path:
+        """The index that belongs to the shard `file`."""
+        return Path(folder) / (file.removesuffix(".tar") + ".index.json")
+
+    def write(self, folder: str | Path) -> None:
+        """Write the index beside its shard, atomically."""
+        with atomic_write(self.path_of(folder, self.file)) as beside:
+            beside.write_text(self.model_dump_json() + "\n")
+
+
+def parse_index(text: bytes, path: Path) -> ShardIndex:
+    """The index in `text`, which was read from `path`.
+
+    Raises:
+        UserError: it is not an index of this format.
+    """
+    try:
+        return ShardIndex.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: not a valid shard index ({first_problem(error)}); encode the set again") from None
+
+
+def first_problem(error: pydantic.ValidationError) -> str:
+    """The first of pydantic's complaints in one phrase: the key and what is wrong with it."""
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    return f"{key}: {problem['msg']}" if key else str(problem["msg"])

@@ -1,0 +1,249 @@
+"""Reading a shard set at random: any sample by its number, any part of it by offset."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from far_scale.data.manifest import DTYPES, IndexRow, Manifest, ShardIndex, parse_index
+from far_scale.data.sample import (
+    Mismatch,
+    Sample,
+    TensorPlace,
+    byte_count,
+    index_tar,
+    parse_facts,
+    parse_header,
+    view,
+)
+from far_scale.errors import UserError
+from far_scale.files import sha256
+
+T = TypeVar("T")
+_OPEN_SHARDS = 128  # of a rank: each lane's shuffle window may stretch over a few
+_KNOWN_INDEXES = 256
+
+
+class _Recent(Generic[T]):
+    """The values used last, made when they are missing. What falls out is closed when its last user lets go of it."""
+
+    def __init__(self, size: int, make: Callable[[int], T]) -> None:
+        self._size, self._make, self._lock = size, make, threading.Lock()
+        self._values: OrderedDict[int, T] = OrderedDict()
+
+    def __getitem__(self, key: int) -> T:
+        with self._lock:
+            if key not in self._values:
+                self._values[key] = self._make(key)
+                if len(self._values) > self._size:
+                    self._values.popitem(last=False)
+            self._values.move_to_end(key)
+            return self._values[key]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+
+
+class _Tar:
+    """An open shard. It closes when nothing refers to it, so a reader in another thread never loses its descriptor."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._descriptor = -1
+        self.path, self.size = path, size
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise UserError(f"{path}: this shard is missing; copy it again, or encode the set again") from None
+        check_size(path, os.fstat(self._descriptor).st_size, size)
+
+    def read(self, offset: int, size: int) -> bytearray:
+        """`size` bytes from `offset`; what does not lie in the file is refused before anything is allocated."""
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise Mismatch(f"it should have {size} bytes at {offset}, beyond the end of the file")
+        data = bytearray(size)
+        rest, filled = memoryview(data), 0
+        while filled < size:
+            count = os.preadv(self._descriptor, [rest[filled:]], offset + filled)
+            if count == 0:  # it was cut off after it was opened
+                check_size(self.path, os.fstat(self._descriptor).st_size, self.size)
+                raise Mismatch("the file ends early")
+            filled += count
+        return data
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+def check_size(path: Path, size: int, expected: int) -> None:
+    """Refuse a shard whose size is not the manifest's."""
+    if size != expected:
+        state = "truncated" if size < expected else "not the shard that the manifest describes"
+        raise UserError(
+            f"{path}: {state} ({size} bytes, the manifest says {expected}); copy it again, or encode the set again"
+        )
+
+
+class ShardSet:
+    """A folder of shards and its manifest; safe to read from several threads at once."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._tars = _Recent(_OPEN_SHARDS, self._open_tar)
+        self._indexes = _Recent(_KNOWN_INDEXES, self._load_index)
+
+    @staticmethod
+    def open(folder: str | Path) -> ShardSet:
+        """Open a shard set; the manifest is checked, and that each shard is there in its full size.
+
+        Raises:
+            UserError: no manifest or not a valid one; a shard is missing or has another size.
+        """
+        folder = Path(folder)
+        manifest = Manifest.read(folder)
+        for shard in manifest.shards:
+            path = folder / shard.file
+            try:
+                check_size(path, os.stat(path).st_size, shard.bytes)
+            except FileNotFoundError:
+                raise UserError(f"{path}: this shard is missing; copy it again, or encode the set again") from None
+        return ShardSet(folder, manifest)
+
+    @property
+    def samples_per_shard(self) -> list[int]:
+        return [shard.samples for shard in self.manifest.shards]
+
+    def index(self, shard: int) -> ShardIndex:
+        """Where the samples of a shard lie.
+
+        Raises:
+            UserError: the index is missing, or is not the one that the manifest was written with.
+        """
+        return self._indexes[shard]
+
+    def frames_of(self, shard: int, sample: int) -> int:
+        """Frame count of a sample."""
+        return self._indexes[shard].samples[sample].frames
+
+    def read(self, shard: int, sample: int, start: int = 0, frames: int | None = None, stride: int = 1) -> Sample:
+        """A sample, or of its frames `start`, `start + stride`, ... as many as `frames`; only their bytes are read.
+
+        The latents are a view of the bytes as they were read, without a copy.
+
+        Raises:
+            UserError: the shard is not as its index and manifest describe it.
+            ValueError: the sample does not have these frames.
+        """
+        row = self._indexes[shard].samples[sample]
+        count = row.frames if frames is None else frames
+        last = start + (count - 1) * stride
+        if start < 0 or count < 1 or stride < 1 or last >= row.frames:
+            raise ValueError(f"frames {start} to {last} of {row.key}, which has {row.frames}")
+        tar = self._tars[shard]
+        try:
+            return self._read(tar, row, start, last + 1, stride)
+        except Mismatch as problem:
+            raise UserError(
+                f"{tar.path}: sample {row.key!r} is not what the index describes ({problem}); encode the set again"
+            ) from None
+
+    def _read(self, tar: _Tar, row: IndexRow, start: int, stop: int, stride: int) -> Sample:
+        manifest = self.manifest
+        places = parse_header(bytes(tar.read(row.tensors_offset, row.header_bytes)), row.tensors_bytes)
+        latent, action = places["latent"], places.get("action")
+        if latent.shape != (row.frames, *manifest.latent_shape) or latent.dtype != DTYPES[manifest.latent_dtype]:
+            raise Mismatch(f"its latents are {list(latent.shape)} {latent.dtype}")
+        if (action is not None) != (manifest.actions > 0):
+            raise Mismatch("it has actions and the set has none, or the other way round")
+        data = row.tensors_offset + row.header_bytes
+        facts = parse_facts(bytes(tar.read(row.json_offset, row.json_bytes)), row.frames)
+        return Sample(
+            key=row.key,
+            latents=_read_frames(tar, data, latent, start, stop)[::stride],
+            actions=None if action is None else _read_frames(tar, data, action, start, stop)[::stride],
+            label=facts["label"],
+            fps=facts["fps"],
+            source=facts["source"],
+        )
+
+    def verify(self) -> None:
+        """Read every byte: recompute all checksums, and compare the tars' members with the indexes and the counts.
+
+        Raises:
+            UserError: the first thing that is wrong.
+        """
+        shards = self.manifest.shards
+        for number, entry in enumerate(tqdm(shards, desc="verify", unit="shard")):
+            path, index = self.folder / entry.file, self._indexes[number]
+            if sha256(path) != entry.sha256:
+                raise UserError(f"{path}: its SHA-256 is not the manifest's; copy it again, or encode the set again")
+            if index_tar(path) != index.samples:
+                raise UserError(f"{path}: its samples are not those of its index; encode the set again")
+            frames = [row.frames for row in index.samples]
+            if (len(frames), sum(frames), min(frames)) != (entry.samples, entry.frames, entry.min_frames):
+                raise UserError(f"{path}: the manifest counts other samples or frames in it; encode the set again")
+
+    def check(self, recipe: Any) -> None:
+        """Refuse a recipe that this set cannot serve.
+
+        Raises:
+            UserError: the recipe's key, what it says, what the manifest says, and the mend.
+        """
+        manifest, data, model = self.manifest, recipe.data, recipe.model
+
+        def refuse(key: str, value: object, fact: str, mend: str) -> None:
+            raise UserError(f"recipe {key}={value} does not fit the shard set {self.folder}, {fact}; {mend}")
+
+        name = manifest.autoencoder.name
+        if data.autoencoder != name:
+            mend = f"set data.autoencoder={name}, or encode the videos with {data.autoencoder}"
+            refuse("data.autoencoder", data.autoencoder, f"whose latents are by {name}", mend)
+        shape = list(manifest.latent_shape)
+        if list(data.latent_shape) != shape:
+            mend = f"set data.latent_shape={shape}, or encode the videos at the other size"
+            refuse("data.latent_shape", list(data.latent_shape), f"whose frame latents are {shape}", mend)
+        if model.condition != "none":
+            classes = {"label": manifest.labels, "action": manifest.actions}[model.condition]
+            if not classes:
+                mend = f"set model.condition=none, or encode the videos with their {model.condition}s"
+                refuse("model.condition", model.condition, f"which has no {model.condition}s", mend)
+            if model.classes != classes:
+                fact = f"which has {classes} {model.condition} classes"
+                refuse("model.classes", model.classes, fact, f"set model.classes={classes}")
+        span = (data.frames - 1) * data.frame_stride + 1
+        if span > manifest.min_frames:
+            fact = f"whose shortest sample has {manifest.min_frames} frames and {span} are needed"
+            mend = "lower data.frames or data.frame_stride, or encode with --min-frames"
+            refuse("data.frames", f"{data.frames} with data.frame_stride={data.frame_stride}", fact, mend)
+
+    def _open_tar(self, shard: int) -> _Tar:
+        entry = self.manifest.shards[shard]
+        return _Tar(self.folder / entry.file, entry.bytes)
+
+    def _load_index(self, shard: int) -> ShardIndex:
+        entry = self.manifest.shards[shard]
+        path = ShardIndex.path_of(self.folder, entry.file)
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            raise UserError(f"{path}: this shard's index is missing; copy it again, or encode the set again") from None
+        if hashlib.sha256(text).hexdigest() != entry.index_sha256:
+            raise UserError(f"{path}: its SHA-256 is not the manifest's; copy it again, or encode the set again")
+        return parse_index(text, path)
+
+
+def _read_frames(tar: _Tar, data: int, place: TensorPlace, start: int, stop: int) -> torch.Tensor:
+    """Frames `start` to `stop` of a tensor `[F, ...]`; `data` is where the data of the sample's tensors begins."""
+    frame_bytes = byte_count(place) // place.shape[0]
+    part = replace(place, shape=(stop - start, *place.shape[1:]))
+    return view(tar.read(data + place.begin + start * frame_bytes, (stop - start) * frame_bytes), part)

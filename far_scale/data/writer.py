@@ -1,0 +1,199 @@
+"""Writing shards: one shard with its index, and a whole set with its manifest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from far_scale.data.manifest import (
+    DTYPES,
+    AutoencoderInfo,
+    ChannelSums,
+    Manifest,
+    ShardEntry,
+    ShardIndex,
+    parse_index,
+)
+from far_scale.data.sample import KEY_PATTERN, Sample, index_tar, to_members
+from far_scale.errors import UserError
+from far_scale.files import atomic_write, sha256
+
+
+def shard_name(number: int) -> str:
+    """The tar file of shard `number`."""
+    return f"shard-{number:06d}.tar"
+
+
+@dataclass(frozen=True)
+class SetFacts:
+    """What all samples of a shard set have in common; the names are the manifest's."""
+
+    latent_shape: tuple[int, int, int]
+    latent_dtype: Literal["bfloat16", "float16"]
+    autoencoder: AutoencoderInfo
+    actions: int
+    labels: int
+
+    def check(self, sample: Sample) -> None:
+        """Refuse a sample that does not belong into the set.
+
+        Raises:
+            UserError: its latents, actions or label are not what the set holds.
+        """
+        if not KEY_PATTERN.fullmatch(sample.key):
+            raise UserError(f"{sample.source}: the key {sample.key!r} must be 1 to 80 of A-Z a-z 0-9 _ -")
+        latents, actions, label = sample.latents, sample.actions, sample.label
+        if tuple(latents.shape[1:]) != self.latent_shape or latents.dtype != DTYPES[self.latent_dtype]:
+            raise UserError(
+                f"{sample.source}: its latents are {list(latents.shape)} {latents.dtype}, "
+                f"the set holds [F, *{self.latent_shape}] {self.latent_dtype}"
+            )
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                f"{sample.source}: its latents are not finite in {self.latent_dtype}; "
+                "look at the video, or store bfloat16, which has the wider range"
+            )
+        if (actions is not None and not self.actions) or (label is not None and not self.labels):
+            raise UserError(f"{sample.source}: it has actions or a label, but the set holds none; drop them")
+        if self.actions and (actions is None or actions.dtype != torch.int64 or actions.shape != latents.shape[:1]):
+            raise UserError(f"{sample.source}: it has no action for each frame; give them, or encode with actions 0")
+        if self.actions and actions is not None and not 0 <= int(actions.min()) <= int(actions.max()) < self.actions:
+            raise UserError(
+                f"{sample.source}: its actions go from {int(actions.min())} to {int(actions.max())}, "
+                f"but the set has the actions 0 to {self.actions - 1}; raise the number of actions"
+            )
+        if self.labels and not (label is not None and 0 <= label < self.labels):
+            raise UserError(
+                f"{sample.source}: its label is {label}, but the set has the labels 0 to {self.labels - 1}; "
+                "give it one of them, or raise the number of labels"
+            )
+
+
+def write_shard(folder: Path, number: int, samples: Iterable[Sample], facts: SetFacts) -> None:
+    """Write shard `number` and then its index; the same samples give the same bytes, whenever and wherever.
+
+    Raises:
+        UserError: a sample does not belong into the set (nothing is left behind), or the disk is full.
+    """
+    import webdataset
+
+    path = folder / shard_name(number)
+    channels = facts.latent_shape[0]
+    total, squares, values, rates = np.zeros(channels), np.zeros(channels), 0, set()
+    with atomic_write(path) as beside:
+        # The writer is given an open file, since it takes a name with a colon in it for a URL.
+        with open(beside, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0.0, compress=False) as tar:
+            for sample in samples:
+                facts.check(sample)
+                tar.write(to_members(sample))
+                stored = sample.latents.double()
+                total += stored.sum(dim=(0, 2, 3)).numpy()
+                squares += stored.square().sum(dim=(0, 2, 3)).numpy()
+                values += stored[:, 0].numel()
+                rates.add(sample.fps)
+        rows = index_tar(beside)
+        size, digest = beside.stat().st_size, sha256(beside)
+    ShardIndex(
+        file=path.name,
+        bytes=size,
+        sha256=digest,
+        fps=rates.pop() if len(rates) == 1 else None,
+        sums=ChannelSums(values=values, total=tuple(total.tolist()), squares=tuple(squares.tolist())),
+        samples=rows,
+    ).write(folder)
+
+
+def finished_index(folder: Path, number: int) -> ShardIndex | None:
+    """The index of a shard that is whole by the size of its tar, or None where either file is missing or not whole."""
+    path = ShardIndex.path_of(folder, shard_name(number))
+    try:
+        index = parse_index(path.read_bytes(), path)
+        return index if (folder / index.file).stat().st_size == index.bytes else None
+    except (FileNotFoundError, UserError):
+        return None
+
+
+def build_manifest(folder: Path, indexes: list[ShardIndex], facts: SetFacts) -> Manifest:
+    """The manifest of a set whose shards have these indexes; mean and deviation from the sums that they keep."""
+    values = sum(index.sums.values for index in indexes)
+    mean = [math.fsum(channel) / values for channel in zip(*(index.sums.total for index in indexes), strict=True)]
+    square = [math.fsum(channel) / values for channel in zip(*(index.sums.squares for index in indexes), strict=True)]
+    rates = {index.fps for index in indexes}
+    return Manifest(
+        latent_shape=facts.latent_shape,
+        latent_dtype=facts.latent_dtype,
+        mean=tuple(mean),
+        std=tuple(math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean, square, strict=True)),
+        autoencoder=facts.autoencoder,
+        actions=facts.actions,
+        labels=facts.labels,
+        fps=rates.pop() if len(rates) == 1 else None,
+        shards=tuple(
+            ShardEntry(
+                file=index.file,
+                samples=len(index.samples),
+                frames=sum(row.frames for row in index.samples),
+                min_frames=min(row.frames for row in index.samples),
+                bytes=index.bytes,
+                sha256=index.sha256,
+                index_sha256=sha256(ShardIndex.path_of(folder, index.file)),
+            )
+            for index in indexes
+        ),
+    )
+
+
+class ShardWriter:
+    """Write a new shard set, sample by sample; the manifest comes last, when the writer is closed without an error.
+
+    `with ShardWriter(folder, facts, samples_per_shard) as writer: writer.write(sample)`
+    """
+
+    def __init__(self, folder: str | Path, facts: SetFacts, samples_per_shard: int) -> None:
+        self.folder, self.facts, self.samples_per_shard = Path(folder), facts, samples_per_shard
+        self._waiting: list[Sample] = []
+        self._indexes: list[ShardIndex] = []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if any(self.folder.glob("shard-*")):
+            raise UserError(f"{self.folder}: there are shards here already; choose another folder, or remove them")
+
+    def write(self, sample: Sample) -> None:
+        """Add one sample; a shard is written when it is full."""
+        self._waiting.append(sample)
+        if len(self._waiting) == self.samples_per_shard:
+            self._flush()
+
+    def close(self) -> Manifest:
+        """Write what waits and the manifest.
+
+        Raises:
+            UserError: nothing was written.
+        """
+        if self._waiting:
+            self._flush()
+        if not self._indexes:
+            raise UserError(f"{self.folder}: no sample was written, so there is no shard set")
+        manifest = build_manifest(self.folder, self._indexes, self.facts)
+        manifest.write(self.folder)
+        return manifest
+
+    def _flush(self) -> None:
+        number = len(self._indexes)
+        write_shard(self.folder, number, self._waiting, self.facts)
+        index = finished_index(self.folder, number)
+        assert index is not None
+        self._indexes.append(index)
+        self._waiting = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()

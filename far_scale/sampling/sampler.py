@@ -1,0 +1,157 @@
+"""Euler sampling: from noise to new frames, one frame after the other.
+
+The flow runs from noise at sigma 1 to data at sigma 0, and the model predicts the velocity noise - data, so one
+Euler step from sigma to sigma' < sigma is x += (sigma' - sigma) * velocity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from far_scale.errors import UserError
+from far_scale.model import FAR, FARConfig
+from far_scale.randomness import generator
+
+CLEAN_TIMESTEP = -1.0
+TRAIN_TIMESTEPS = 1000
+
+
+def euler_sigmas(steps: int) -> Tensor:
+    """The noise levels of `steps` Euler steps, `[steps + 1]` float32: evenly from 1 to 1/1000, then 0.
+
+    They are those of diffusers' FlowMatchEulerDiscreteScheduler with shift 1, which the official pipeline uses.
+    """
+    evenly = np.linspace(1.0, 1.0 / TRAIN_TIMESTEPS, steps)
+    return torch.from_numpy(np.append(evenly, 0.0)).float()
+
+
+def frame_noise(seed: int, clip_id: int, frame: int, shape: Sequence[int]) -> Tensor:
+    """The starting noise of one frame of one clip, float32 of `shape`, on the CPU; `frame` counts from 0.
+
+    It depends on nothing else, so neither the batch nor the device changes what a clip becomes.
+    """
+    draw = generator(seed, "sample", step=frame, lane=clip_id)
+    return torch.from_numpy(draw.standard_normal(tuple(shape), dtype=np.float32))
+
+
+@torch.no_grad()
+def roll_out(
+    model: FAR,
+    context: Tensor,
+    frames: int,
+    steps: int,
+    guidance: float = 1.0,
+    actions: Tensor | None = None,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    clip_ids: Sequence[int] | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Predict the `frames` frame latents that follow `context`.
+
+    The given and the already predicted frames are clean (timestep -1). A clip longer than the model's window is
+    continued with a plain sliding window: of the earlier frames only the newest `window - 1` are seen, and the
+    frame indices restart at 0 with the oldest of them.
+
+    Args:
+        model: its parameters' dtype and device are those of the computation; the state x stays in float32.
+        context: `[B, G, C, H, W]` scaled latents of the given frames; G may be 0.
+        frames: how many frames to predict, F.
+        steps: Euler steps a frame; each runs the model once over the frames seen (on twice the batch with guidance).
+        guidance: above 1, classifier-free guidance: null + guidance * (conditioned - null); 1, conditioned only
+            (or a model without conditions); -1, the null class only.
+        actions: `[B, G + F]` integers, the action that led to each frame; for a model with actions, and only there.
+        labels: `[B]` integers, one a clip; for a model with labels, and only there.
+        seed: names the noise, together with `clip_ids`.
+        clip_ids: one number a clip, 0 ... B - 1 unless given.
+        progress: show a progress bar of the frames.
+
+    Returns:
+        `[B, F, C, H, W]` float32 scaled latents, on the model's device.
+
+    Raises:
+        UserError: shapes, conditions or guidance that do not fit the model.
+    """
+    config = model.config
+    _check_sizes(config, context, frames, steps)
+    batch, given = context.shape[:2]
+    clips = list(range(batch)) if clip_ids is None else list(clip_ids)
+    if len(clips) != batch or min(clips) < 0:
+        raise UserError(f"clip_ids: {clips} is not one number from 0 up for each of the {batch} clips")
+    _check_guidance(config, guidance)
+
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    action_rows = _condition_rows("actions", actions, config.actions, (batch, given + frames), guidance, device)
+    label_rows = _condition_rows("labels", labels, config.labels, (batch,), guidance, device)
+    copies = 2 if guidance > 1 else 1
+    sigmas = euler_sigmas(steps)
+    timesteps = (sigmas[:-1] * TRAIN_TIMESTEPS).tolist()
+    sigma_steps = (sigmas[1:] - sigmas[:-1]).tolist()
+
+    clean = context.to(device, torch.float32)
+    for frame in tqdm(range(given, given + frames), desc="sampling", unit="frame", disable=not progress):
+        seen = slice(max(0, frame + 1 - config.window), frame + 1)  # the window, with the new frame last
+        frame_actions = None if action_rows is None else action_rows[:, seen]
+        frame_timesteps = torch.full((copies * batch, seen.stop - seen.start), CLEAN_TIMESTEP, device=device)
+        x = torch.stack([frame_noise(seed, clip, frame, context.shape[2:]) for clip in clips])[:, None].to(device)
+        for timestep, sigma_step in zip(timesteps, sigma_steps, strict=True):
+            frame_timesteps[:, -1] = timestep
+            latents = torch.cat([clean[:, seen], x], dim=1).to(dtype).repeat(copies, 1, 1, 1, 1)
+            velocity = model(latents, frame_timesteps, frame_actions, label_rows)[:, -1:].float()
+            if guidance > 1:
+                null, conditioned = velocity.chunk(2)
+                velocity = null + guidance * (conditioned - null)
+            x = x + sigma_step * velocity
+        clean = torch.cat([clean, x], dim=1)
+    return clean[:, given:]
+
+
+def _condition_rows(
+    what: str, classes: Tensor | None, count: int, shape: tuple[int, ...], guidance: float, device: torch.device
+) -> Tensor | None:
+    """The class indices of the model's batch, the null class' rows before the conditioned ones; None without classes.
+
+    `count` is the model's number of classes, which is also the index of its null class.
+    """
+    if count == 0:
+        if classes is not None:
+            raise UserError(f"{what}: the model was trained without {what}; leave them away")
+        return None
+    null = torch.full(shape, count, dtype=torch.int64, device=device)
+    if guidance == -1:
+        return null
+    if classes is None:
+        raise UserError(f"{what}: the model needs {what} of shape {list(shape)}; give them, or sample with guidance -1")
+    if tuple(classes.shape) != shape:
+        raise UserError(f"{what}: the shape is {list(classes.shape)}, needed is {list(shape)}")
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise UserError(f"{what}: the dtype is {classes.dtype}, needed are integers (torch.int64)")
+    if classes.min() < 0 or classes.max() >= count:
+        raise UserError(
+            f"{what}: classes {int(classes.min())} to {int(classes.max())} were given; the model knows 0 to {count - 1}"
+        )
+    conditioned = classes.to(device, torch.int64)
+    return torch.cat([null, conditioned]) if guidance > 1 else conditioned
+
+
+def _check_guidance(config: FARConfig, guidance: float) -> None:
+    if guidance != 1 and guidance != -1 and not guidance > 1:
+        raise UserError(f"guidance: {guidance:g} has no meaning; give 1 (none), more than 1, or -1 (null class only)")
+    if guidance != 1 and not (config.actions or config.labels):
+        raise UserError(f"guidance: {guidance:g} needs a model with actions or labels, and this one has none; give 1")
+
+
+def _check_sizes(config: FARConfig, context: Tensor, frames: int, steps: int) -> None:
+    if frames < 1 or steps < 1:
+        raise UserError(f"frames and steps must be 1 or more, given are {frames} and {steps}")
+    if context.ndim != 5 or context.shape[0] < 1 or context.shape[2] != config.channels:
+        wanted = f"[clips, given frames, {config.channels}, height, width]"
+        raise UserError(f"context: the shape is {list(context.shape)}, needed is {wanted}")
+    if context.shape[3] % config.patch or context.shape[4] % config.patch:
+        raise UserError(f"context: {list(context.shape[3:])} cannot be cut into patches of {config.patch}")

@@ -1,0 +1,193 @@
+"""Evaluation end to end on recorded files, with an autoencoder whose pixels are known: 8x8 means."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+import far_scale.autoencoder
+from far_scale.convert.model_dir import ModelCard, TrainingCard, load_model_dir, save_model_dir
+from far_scale.data.manifest import AutoencoderInfo
+from far_scale.data.sample import Sample
+from far_scale.data.scaling import LatentScaling
+from far_scale.data.shards import ShardSet
+from far_scale.data.writer import SetFacts, ShardWriter
+from far_scale.errors import UserError
+from far_scale.model import FAR, FARConfig
+from far_scale.sampling.evaluate import evaluate
+
+GIVEN, FRAMES, EPISODES = 2, 3, 2
+SETTINGS = {"given": GIVEN, "frames": FRAMES, "steps": 2, "guidance": 1.0, "seed": 5, "episodes": 8}
+CONFIG = FARConfig(layers=1, heads=1, channels=3, window=4, actions=4)
+INFO = AutoencoderInfo(name="means", weight_hash="12" * 32, scaling_factor=1.0)
+
+
+class Means:
+    """Encodes to the mean of each 8x8 block, decodes to flat blocks."""
+
+    name, weight_hash, scaling_factor = INFO.name, INFO.weight_hash, INFO.scaling_factor
+    latent_channels, downsample = 3, 8
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return functional.avg_pool2d(pixels, 8)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return functional.interpolate(latents, scale_factor=8).clamp(-1, 1)
+
+
+@pytest.fixture(autouse=True)
+def means(monkeypatch: pytest.MonkeyPatch) -> type[Means]:
+    def load(name: str, device: str = "cpu") -> Means:
+        assert name == "means"
+        return Means()
+
+    monkeypatch.setattr(far_scale.autoencoder, "load", load)
+    return Means
+
+
+def card(**changes: object) -> ModelCard:
+    values = {
+        "autoencoder": INFO,
+        "scaling": LatentScaling(shift=(0.1, 0.2, 0.3), scale=(2.0, 1.0, 0.5)),
+        "latent_shape": (3, 2, 2),
+        "fps": 8.0,
+        "training": TrainingCard(step=3, recipe_hash="r", weights="ema", far_scale="0"),
+    }
+    return ModelCard.model_validate(values | changes)
+
+
+@pytest.fixture
+def model() -> FAR:
+    """A fresh model's velocity is zero, so it would answer with its noise; these weights do something."""
+    draw = torch.Generator().manual_seed(0)
+    model = FAR(CONFIG).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=draw) * 0.1
+    return model
+
+
+def pixels(episode: int, frames: int) -> np.ndarray:
+    """Blocks of random colours, so that the autoencoder loses nothing."""
+    blocks = np.random.default_rng(episode).integers(0, 256, (frames, 2, 2, 3), dtype=np.uint8)
+    return blocks.repeat(8, axis=1).repeat(8, axis=2)
+
+
+def actions(episode: int, frames: int) -> np.ndarray:
+    return (np.arange(frames) + episode) % 4
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    (tmp_path / "videos").mkdir()
+    for episode in range(EPISODES):
+        file = tmp_path / "videos" / f"episode_{episode}.npz"
+        np.savez(file, frames=pixels(episode, 12), actions=actions(episode, 12), fps=8.0)
+    return tmp_path / "videos"
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> ShardSet:
+    facts = SetFacts(latent_shape=(3, 2, 2), latent_dtype="float16", autoencoder=INFO, actions=4, labels=0)
+    with ShardWriter(tmp_path / "shards", facts, 1) as writer:
+        for episode in range(EPISODES):
+            frames = torch.from_numpy(pixels(episode, 12)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            latents = Means().encode(frames).half()
+            writer.write(
+                Sample(f"e{episode}", latents, torch.from_numpy(actions(episode, 12)), None, 8.0, f"e{episode}.npz")
+            )
+    return ShardSet.open(tmp_path / "shards")
+
+
+def test_videos_give_samples_pictures_and_figures(model: FAR, videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = evaluate(model, card(), videos, **SETTINGS, out=out)
+    assert sorted(os.listdir(out)) == ["metrics.json", "samples.mp4", "samples.png", "samples.safetensors"]
+    assert json.loads((out / "metrics.json").read_text()) == report
+    assert report["truth"] == "recorded pixels"
+    assert len(report["episodes"]) == EPISODES
+    latents = load_file(out / "samples.safetensors")["latents"]
+    assert latents.shape == (EPISODES, FRAMES, 3, 2, 2)
+
+    # the figures, worked out again from the saved latents and the recorded files
+    restored = latents / torch.tensor([2.0, 1.0, 0.5]).view(3, 1, 1) + torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    shown = (restored.clamp(-1, 1) / 2 + 0.5).numpy()
+    real = np.stack([pixels(episode, 12)[:, ::8, ::8] for episode in range(EPISODES)]).transpose(0, 1, 4, 2, 3) / 255
+    for name, guess in (("prediction", shown), ("repeat_last", real[:, GIVEN - 1 : GIVEN])):
+        errors = ((guess - real[:, GIVEN : GIVEN + FRAMES]) ** 2).mean(axis=(2, 3, 4))
+        expected = (-10 * np.log10(errors)).mean(axis=0)
+        assert report[name]["psnr_per_frame"] == pytest.approx(expected.tolist(), abs=1e-2), name
+
+
+def test_shards_give_the_same_samples_as_their_videos(
+    model: FAR, videos: Path, shards: ShardSet, tmp_path: Path
+) -> None:
+    from_videos = evaluate(model, card(), videos, **SETTINGS, out=tmp_path / "a")
+    from_shards = evaluate(model, card(), shards, **SETTINGS, out=tmp_path / "b")
+    assert from_shards["truth"] == "decoded latents"
+    one, other = (load_file(tmp_path / name / "samples.safetensors")["latents"] for name in "ab")
+    assert torch.allclose(one, other, atol=1e-2)  # the shards hold float16
+    for name in ("prediction", "repeat_last"):
+        assert from_shards[name]["psnr"] == pytest.approx(from_videos[name]["psnr"], abs=0.05)
+
+
+def test_a_saved_model_samples_the_same_bytes(model: FAR, videos: Path, tmp_path: Path) -> None:
+    evaluate(model, card(), videos, **SETTINGS, out=tmp_path / "a")
+    save_model_dir(tmp_path / "model", CONFIG, model.state_dict(), card())
+    evaluate(*load_model_dir(tmp_path / "model"), videos, **SETTINGS, out=tmp_path / "b")
+    for name in ("samples.safetensors", "samples.png", "metrics.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_without_a_truth_there_are_no_figures(videos: Path, tmp_path: Path) -> None:
+    plain = FAR(FARConfig(layers=1, heads=1, channels=3, window=4))
+    settings = SETTINGS | {"frames": 11}  # of 12 recorded frames two are given
+    (tmp_path / "metrics.json").write_text("{}")
+    report = evaluate(plain, card(), videos, **settings, out=tmp_path)
+    assert report["truth"] is None and "prediction" not in report
+    assert not (tmp_path / "metrics.json").exists()
+    assert load_file(tmp_path / "samples.safetensors")["latents"].shape[1] == 11
+    from_nothing = evaluate(plain, card(), videos, **(SETTINGS | {"given": 0, "episodes": 1}), out=tmp_path)
+    assert from_nothing["truth"] is None and len(from_nothing["episodes"]) == 1
+    assert (tmp_path / "samples.mp4").stat().st_size > 0
+
+
+def test_the_models_frame_stride_is_kept(model: FAR, videos: Path, tmp_path: Path) -> None:
+    report = evaluate(model, card(frame_stride=2), videos, **SETTINGS, out=tmp_path / "out")
+    real = np.stack([pixels(episode, 12)[::2, ::8, ::8] for episode in range(EPISODES)]) / 255
+    errors = ((real[:, GIVEN - 1 : GIVEN] - real[:, GIVEN : GIVEN + FRAMES]) ** 2).mean(axis=(2, 3, 4))
+    expected = (-10 * np.log10(errors)).mean()
+    assert report["repeat_last"]["psnr"] == pytest.approx(expected, abs=1e-2)
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_written(
+    model: FAR, videos: Path, shards: ShardSet, means: type[Means], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    other = INFO.model_copy(update={"weight_hash": "ff" * 32})
+    cases = [
+        (card(), videos, {"given": 13}, "12 frames, but 13 are needed"),
+        (card(), shards, {"given": 13}, "12 frames, but 13 are needed"),
+        (card(), videos, {"frames": 0}, "at least 0, 1 and 1"),
+        (card(), videos, {"frames": 11}, "actions: the shape is"),
+        (card(latent_shape=(3, 4, 4)), shards, {}, "frame latents of"),
+        (card(autoencoder=other), videos, {}, "autoencoder means: its weights"),
+    ]
+    for model_card, source, changes, message in cases:
+        with pytest.raises(UserError, match=message):
+            evaluate(model, model_card, source, **(SETTINGS | changes), out=out)
+    monkeypatch.setattr(means, "weight_hash", "ff" * 32)
+    with pytest.raises(UserError, match="the latents are by means"):
+        evaluate(model, card(autoencoder=other), shards, **SETTINGS, out=out)
+    np.savez(videos / "a_without_actions.npz", frames=pixels(0, 12))
+    monkeypatch.setattr(means, "weight_hash", INFO.weight_hash)
+    with pytest.raises(UserError, match=r"a_without_actions.npz: holds no actions"):
+        evaluate(model, card(), videos, **SETTINGS, out=out)
+    assert not out.exists()

@@ -1,0 +1,99 @@
+"""Flow matching: the draws, the loss, and that both follow from (seed, step, lane) alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from far_scale.data.packs import Pack
+from far_scale.model import FARConfig
+from far_scale.objective import add_noise, pack_loss
+from far_scale.recipe_sections import ObjectiveSection
+
+CONFIG = FARConfig(layers=1, heads=1, channels=2, actions=4, condition_dropout=0.25)
+
+
+def pack(clip_frames: tuple[int, ...] = (3, 5), step: int = 0, lane: int = 0, labels: bool = False) -> Pack:
+    frames = sum(clip_frames)
+    generator = torch.Generator().manual_seed(frames)
+    return Pack(
+        latents=torch.randn(frames, 2, 2, 2, generator=generator),
+        actions=None if labels else torch.randint(0, 4, (frames,), generator=generator),
+        labels=torch.zeros(len(clip_frames), dtype=torch.int64) if labels else None,
+        clip_frames=clip_frames,
+        keys=tuple(f"k{i}@0" for i in range(len(clip_frames))),
+        lane=lane,
+        step=step,
+        lane_state={"epoch": 0, "position": 0},
+    )
+
+
+def test_draws_depend_on_seed_step_and_lane_alone() -> None:
+    objective = ObjectiveSection()
+    first = add_noise(pack(step=7, lane=2), objective, CONFIG, seed=1)
+    torch.manual_seed(123)
+    np.random.seed(5)  # noqa: NPY002  the global state that must not matter
+    again = add_noise(pack(step=7, lane=2), objective, CONFIG, seed=1)
+    assert torch.equal(first.latents, again.latents) and torch.equal(first.timesteps, again.timesteps)
+    assert torch.equal(first.actions, again.actions)
+    for other in (dict(step=8, lane=2), dict(step=7, lane=3), dict(step=2, lane=7)):
+        assert not torch.equal(first.target, add_noise(pack(**other), objective, CONFIG, seed=1).target)
+    assert not torch.equal(first.target, add_noise(pack(step=7, lane=2), objective, CONFIG, seed=2).target)
+
+
+def test_noise_and_target_are_the_official_ones() -> None:
+    source = pack((400,))
+    noisy = add_noise(source, ObjectiveSection(clean_frame_ratio=0.1), CONFIG, seed=0)
+    clean = noisy.timesteps == -1
+    assert 0.05 < clean.float().mean() < 0.15
+    assert torch.equal(noisy.latents[clean], source.latents[clean])
+    steps = noisy.timesteps[~clean]
+    assert torch.equal(steps, steps.round()) and steps.min() >= 1 and steps.max() <= 1000
+    s = (steps / 1000).view(-1, 1, 1, 1)
+    noise = noisy.target[~clean] + source.latents[~clean]
+    torch.testing.assert_close(noisy.latents[~clean], s * noise + (1 - s) * source.latents[~clean])
+
+
+def test_timesteps_are_logit_normal() -> None:
+    """sigmoid(N(0, 1)) has median 1/2 and quartiles sigmoid(+-0.6745) = 0.338, 0.662."""
+    noisy = add_noise(pack((20000,)), ObjectiveSection(clean_frame_ratio=0.0), CONFIG, seed=0)
+    quartiles = torch.quantile(noisy.timesteps, torch.tensor([0.25, 0.5, 0.75]))
+    torch.testing.assert_close(quartiles, torch.tensor([338.0, 500.0, 662.0]), rtol=0, atol=8)
+    uniform = add_noise(pack((20000,)), ObjectiveSection(timesteps="uniform", clean_frame_ratio=0.0), CONFIG, seed=0)
+    assert abs(uniform.timesteps.quantile(0.25).item() - 250) < 10
+
+
+def test_conditions_are_dropped_to_the_null_class() -> None:
+    source = pack((4000,))
+    dropped = add_noise(source, ObjectiveSection(), CONFIG, seed=0).actions
+    assert abs((dropped == 4).float().mean().item() - 0.25) < 0.03
+    kept = dropped != 4
+    assert torch.equal(dropped[kept], source.actions[kept])
+    by_label = FARConfig(layers=1, heads=1, channels=2, labels=1, condition_dropout=0.5)
+    labels = add_noise(pack((1,) * 400, labels=True), ObjectiveSection(), by_label, seed=0).labels
+    assert abs((labels == 1).float().mean().item() - 0.5) < 0.1
+
+
+def test_loss_is_a_mean_over_noisy_frames_then_clips() -> None:
+    """The loop of the formula, on clips of different lengths with clean frames among them."""
+    noisy = add_noise(pack((3, 5, 2)), ObjectiveSection(clean_frame_ratio=0.4), CONFIG, seed=3)
+    velocity = torch.randn_like(noisy.target)
+    clip_losses, frame = [], 0
+    for count in (3, 5, 2):
+        errors = [
+            ((velocity[i] - noisy.target[i]) ** 2).mean().item()
+            for i in range(frame, frame + count)
+            if noisy.timesteps[i] != -1
+        ]
+        clip_losses.append(sum(errors) / max(1, len(errors)))
+        frame += count
+    assert (noisy.timesteps == -1).any()
+    assert abs(pack_loss(velocity, noisy).item() - sum(clip_losses) / 3) < 1e-6
+
+
+def test_clean_frames_get_no_gradient() -> None:
+    noisy = add_noise(pack((6, 6)), ObjectiveSection(clean_frame_ratio=0.5), CONFIG, seed=1)
+    velocity = torch.randn_like(noisy.target, requires_grad=True)
+    pack_loss(velocity, noisy).backward()
+    by_frame = velocity.grad.abs().flatten(1).sum(1)
+    assert torch.equal(by_frame == 0, noisy.timesteps == -1)

@@ -1,0 +1,155 @@
+"""Videos in and out, and what is said of files that cannot be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from far_scale.data.demo import record_episode
+from far_scale.data.videos import Video, find_videos, read_video, write_mp4
+from far_scale.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def episode() -> Video:
+    return record_episode(10_901, 24)
+
+
+def arrays(episode: Video, **changes: object) -> dict[str, object]:
+    """The episode's arrays as numpy.savez takes them, with changes; a change to None takes an array out."""
+    changed = {"frames": episode.frames, "actions": episode.actions, "fps": episode.fps, "label": 3, **changes}
+    return {key: value for key, value in changed.items() if value is not None}
+
+
+def test_mp4_round_trip(episode: Video, tmp_path: Path) -> None:
+    path = tmp_path / "walk.mp4"
+    write_mp4(path, episode.frames, 12.5)
+    video = read_video(path)
+    assert video.frames.shape == episode.frames.shape and video.frames.dtype == np.uint8
+    assert (video.key, video.source, video.fps) == ("walk", "walk.mp4", 12.5)
+    assert video.actions is None and video.label is None
+    error = (video.frames.astype(float) - episode.frames) ** 2
+    assert error[..., 1].mean() < 255**2 / 10**2.7  # green, the most of the brightness: over 27 dB for all the chroma loss
+    assert error.mean((1, 2, 3)).max() < 2 * error.mean()  # no frame is another one, or out of order
+    assert [file.name for file in tmp_path.iterdir()] == ["walk.mp4"]
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+
+
+@pytest.mark.parametrize("suffix", [".avi", ".mkv"])
+def test_other_containers_decode(episode: Video, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"walk{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 64, "yuv420p", 4_000_000
+        for frame in episode.frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    video = read_video(path)
+    assert video.frames.shape == episode.frames.shape and video.fps == 5.0
+    assert np.abs(video.frames.astype(float) - episode.frames).mean() < 10
+
+
+def test_npz_round_trip(episode: Video, tmp_path: Path) -> None:
+    np.savez(tmp_path / "walk.npz", **arrays(episode))
+    np.savez_compressed(tmp_path / "bare.npz", frames=episode.frames, other=np.arange(3))
+    video, bare = read_video(tmp_path / "walk.npz"), read_video(tmp_path / "bare.npz")
+    assert np.array_equal(video.frames, episode.frames) and np.array_equal(video.actions, episode.actions)
+    assert (video.label, video.fps, video.key, video.source) == (3, 8.0, "walk", "walk.npz")
+    assert type(video.label) is int and type(video.fps) is float and video.actions.dtype == np.int64
+    assert np.array_equal(bare.frames, episode.frames) and bare.actions is None and bare.label is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"frames": None}, "no array `frames`"),
+        ({"frames": np.zeros((24, 64, 64, 3), np.float32)}, r"float32 \[24, 64, 64, 3\]; they must be uint8"),
+        ({"frames": np.zeros((24, 64, 64), np.uint8)}, r"uint8 \[24, 64, 64\]; they must be uint8 \[frames"),
+        ({"frames": np.zeros((24, 3, 64, 64), np.uint8)}, "they must be uint8"),
+        ({"frames": np.zeros((0, 64, 64, 3), np.uint8)}, "`frames` are empty"),
+        ({"actions": np.zeros(23, np.int64)}, "23 actions for 24 frames"),
+        ({"actions": np.zeros(24)}, "`actions` are float64"),
+        ({"actions": np.zeros((24, 2), np.int64)}, "must be integers"),
+        ({"actions": np.full(24, -1)}, "action -1"),
+        ({"actions": np.array([{"a": 1}] * 24, dtype=object)}, "store plain arrays only"),
+        ({"frames": np.array([{"a": 1}], dtype=object)}, "store plain arrays only"),
+        ({"label": np.array([1, 2])}, "`label` is int64"),
+        ({"label": 1.5}, "must be an integer"),
+        ({"label": -1}, "`label` is -1"),
+        ({"fps": 0.0}, "`fps` is 0.0"),
+        ({"fps": "ten"}, "`fps` is <U3"),
+    ],
+)
+def test_wrong_arrays_are_refused(episode: Video, tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    path = tmp_path / "walk.npz"
+    np.savez(path, **arrays(episode, **changes))
+    with pytest.raises(UserError, match=said) as caught:
+        read_video(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_broken_files_are_refused(episode: Video, tmp_path: Path) -> None:
+    write_mp4(tmp_path / "whole.mp4", episode.frames, 8)
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    np.savez_compressed(tmp_path / "whole.npz", **arrays(episode))
+    archive = (tmp_path / "whole.npz").read_bytes()
+    middle = len(archive) // 2
+    broken = {
+        "cut.mp4": whole[: len(whole) // 2],
+        "text.mp4": b"not a video at all",
+        "empty.mp4": b"",
+        "cut.npz": archive[:middle],
+        "text.npz": b"not an archive",
+        "flipped.npz": archive[:middle] + bytes(64) + archive[middle + 64 :],
+    }
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            read_video(tmp_path / name)
+        assert name in str(caught.value) and "; " in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no such video"):
+        read_video(tmp_path / "absent.mp4")
+
+
+def test_a_file_without_pictures_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sound.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
+    with pytest.raises(UserError, match="no video stream"):
+        read_video(path)
+
+
+def test_a_video_that_cannot_be_written_leaves_nothing(episode: Video, tmp_path: Path) -> None:
+    for frames, fps, said in (
+        (episode.frames[:, :63], 8, "even height and width"),
+        (episode.frames[:0], 8, "empty"),
+        (episode.frames / 255, 8, "must be uint8"),
+        (episode.frames, 0, "above 0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            write_mp4(tmp_path / "walk.mp4", frames, fps)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_find_videos(tmp_path: Path) -> None:
+    (tmp_path / "b" / "deep").mkdir(parents=True)
+    for name in ("b/deep/2.NPZ", "b/1.mp4", "a.mkv", "notes.txt", ".half.1.part.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "folder.mp4").mkdir()
+    found = [path.relative_to(tmp_path).as_posix() for path in find_videos(tmp_path)]
+    assert found == ["a.mkv", "b/1.mp4", "b/deep/2.NPZ"]
+    assert find_videos(tmp_path / "a.mkv") == [tmp_path / "a.mkv"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="no videos in this folder"):
+        find_videos(tmp_path / "none")
+    with pytest.raises(UserError, match="no such file or folder"):
+        find_videos(tmp_path / "absent")

@@ -1,0 +1,32 @@
+#!/usr/bin/env python
+"""Tell what a shard set holds, check it to the last byte, or make a picture of its decoded frames."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from far_scale.data import inspect
+from far_scale.data.shards import ShardSet
+from far_scale.errors import command_line
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="the shard set's folder")
+    parser.add_argument("--png", type=Path, help="write a contact sheet of decoded frames here")
+    parser.add_argument("--verify", action="store_true", help="read everything: checksums, counts, statistics")
+    arguments = parser.parse_args()
+    shard_set = ShardSet.open(arguments.folder)
+    print(inspect.describe(shard_set))
+    if arguments.verify:
+        inspect.verify(shard_set)
+        print("verified:    checksums, counts and statistics are the manifest's")
+    if arguments.png:
+        inspect.save_contact_sheet(shard_set, arguments.png)
+        print(f"picture:     {arguments.png}")
+
+
+if __name__ == "__main__":
+    main()
