@@ -1,9 +1,17 @@
-"""Marks, and the environment that every test runs in."""
+"""Marks, and what several test files share: recorded episodes and a shard set of them."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+
+from far_scale.data.demo import record_episodes
+from far_scale.data.encode import encode_videos
+from far_scale.data.videos import find_videos
+
+EPISODE_SEED = 10_900  # held-out seeds, which the autoencoder was not trained on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -13,3 +21,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight recorded VizDoom episodes of 24 frames, as .npz files."""
+    folder = tmp_path_factory.mktemp("recorded")
+    record_episodes(folder, range(EPISODE_SEED, EPISODE_SEED + 8), 24, workers=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recorded_shards(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those episodes as a shard set of four shards."""
+    out = tmp_path_factory.mktemp("recorded_shards") / "set"
+    encode_videos(
+        find_videos(recorded),
+        out,
+        "compact-vizdoom-f8c32",
+        dtype="bfloat16",
+        samples_per_shard=2,
+        actions=4,
+        labels=0,
+        min_frames=16,
+        workers=2,
+    )
+    return out

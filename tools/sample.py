@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
-from far_scale.convert.model_dir import load_model_dir
 from far_scale.data.shards import ShardSet
 from far_scale.errors import command_line
-from far_scale.sampling.evaluate import evaluate
+from far_scale.sampling.evaluate import evaluate, load_for_sampling
 
 
 @command_line
@@ -31,11 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for samples.mp4, samples.png and metrics.json")
     args = parser.parse_args()
 
-    on_gpu = torch.cuda.is_available()
-    # the attention kernels of GPUs take no float32
-    model, card = load_model_dir(
-        args.model_dir, "cuda" if on_gpu else "cpu", dtype=torch.bfloat16 if on_gpu else torch.float32
-    )
+    model, card = load_for_sampling(args.model_dir)
     report = evaluate(
         model,
         card,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import far_scale.autoencoder
 from far_scale.autoencoder import Autoencoder
-from far_scale.convert.model_dir import ModelCard
+from far_scale.convert.model_dir import ModelCard, load_model_dir
 from far_scale.data.shards import ShardSet
 from far_scale.errors import UserError
 from far_scale.files import atomic_write, write_json
@@ -23,6 +23,15 @@ from far_scale.sampling.pictures import Pixels, sample_sheet, sample_video
 from far_scale.sampling.sampler import roll_out
 
 EPISODES_AT_ONCE = 8
+EPISODES_SHOWN = 8  # in the pictures; all count in the figures
+
+
+def load_for_sampling(folder: str | Path) -> tuple[FAR, ModelCard]:
+    """The model of a model directory on the GPU in bfloat16 (its attention kernels take no float32), or on the CPU in
+    float32 where there is no GPU."""
+    if torch.cuda.is_available():
+        return load_model_dir(folder, "cuda", dtype=torch.bfloat16)
+    return load_model_dir(folder, "cpu", dtype=torch.float32)
 
 
 def evaluate(
@@ -132,10 +141,10 @@ def _write(
 ) -> None:
     with atomic_write(out / "samples.safetensors") as beside:
         save_file({"latents": predicted.contiguous()}, beside, metadata={"episodes": json.dumps(data.keys)})
-    truth = to_uint8(data.pixels) if truth_is_known else None
-    given = report["given"]
-    sample_sheet(out / "samples.png", truth, to_uint8(pixels), given)
-    sample_video(out / "samples.mp4", truth, to_uint8(pixels), given, data.fps)
+    truth = to_uint8(data.pixels[:EPISODES_SHOWN]) if truth_is_known else None
+    shown, given = to_uint8(pixels[:EPISODES_SHOWN]), report["given"]
+    sample_sheet(out / "samples.png", truth, shown, given)
+    sample_video(out / "samples.mp4", truth, shown, given, data.fps)
     if truth_is_known:
         write_json(out / "metrics.json", report)
     else:

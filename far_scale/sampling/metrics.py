@@ -7,11 +7,11 @@ from typing import TypedDict
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-PSNR_CAP = 60.0  # dB; an exactly equal frame (a world that stands still) would be infinite and so would every mean
+PSNR_CAP = 100.0  # dB, for frames that are all exactly equal: JSON knows no infinity
 
 
 class Quality(TypedDict):
-    """How near some frames are to the truth; the lists have one number a frame index, averaged over the clips."""
+    """How near some frames are to the truth; the lists have one number a frame index, over all clips."""
 
     psnr: float
     ssim: float
@@ -26,12 +26,13 @@ class Comparison(TypedDict):
     repeat_last: Quality
 
 
-def frame_psnr(frames: Tensor, truth: Tensor) -> Tensor:
-    """PSNR in dB of every single frame, `[B, F]`, of `[B, F, 3, H, W]` frames in 0..1; at most PSNR_CAP."""
-    each = peak_signal_noise_ratio(
-        frames.flatten(0, 1), truth.flatten(0, 1), data_range=1.0, reduction="none", dim=(1, 2, 3)
-    )
-    return each.reshape(frames.shape[:2]).clamp(max=PSNR_CAP)
+def psnr(frames: Tensor, truth: Tensor) -> float:
+    """PSNR in dB of frames in 0..1: of the mean squared error over all of them, as torchmetrics counts a data set.
+
+    Not the mean of each frame's PSNR: a frame that is repeated exactly, where the world stands still, has an infinite
+    one, and would make any mean say more about such frames than about all others.
+    """
+    return min(PSNR_CAP, peak_signal_noise_ratio(frames, truth, data_range=1.0).item())
 
 
 def frame_ssim(frames: Tensor, truth: Tensor) -> Tensor:
@@ -48,16 +49,12 @@ def frame_ssim(frames: Tensor, truth: Tensor) -> Tensor:
 
 
 def quality(frames: Tensor, truth: Tensor) -> Quality:
-    """PSNR and SSIM of `frames` against `truth`, both `[B, F, 3, H, W]` in 0..1.
-
-    Both figures are means over frames of the figure of each frame. For PSNR that is not the PSNR of the mean squared
-    error of all frames, which the worst frames would rule.
-    """
-    psnr, ssim = frame_psnr(frames, truth), frame_ssim(frames, truth)
+    """PSNR and SSIM of `frames` against `truth`, both `[B, F, 3, H, W]` in 0..1; SSIM is the mean over the frames."""
+    ssim = frame_ssim(frames, truth)
     return Quality(
-        psnr=psnr.mean().item(),
+        psnr=psnr(frames, truth),
         ssim=ssim.mean().item(),
-        psnr_per_frame=psnr.mean(dim=0).tolist(),
+        psnr_per_frame=[psnr(frames[:, f], truth[:, f]) for f in range(frames.shape[1])],
         ssim_per_frame=ssim.mean(dim=0).tolist(),
     )
 

@@ -86,6 +86,9 @@ def deepspeed_config(recipe: Recipe, processes: Processes) -> dict[str, Any]:
         "bf16": {"enabled": bf16},
         "steps_per_print": 2**62,
     }
+    if stage == 3:
+        # Otherwise DeepSpeed replaces torch.nn.functional.linear in the whole process by one that rounds differently.
+        config["zero_optimization"]["memory_efficient_linear"] = False
     if bf16 and stage > 0:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config

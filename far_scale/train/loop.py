@@ -25,10 +25,13 @@ from far_scale.train.resume import describe, pieces, restore
 from far_scale.train.schedule import learning_rate
 
 
-def train(recipe: Recipe, processes: Processes) -> None:
+def train(recipe: Recipe, processes: Processes) -> tuple[Any, ShardedEMA] | None:
     """Train `recipe` to its last step, from its run directory's latest checkpoint where there is one.
 
     Every process calls this. The run directory gets recipe.yaml, log.jsonl and checkpoints/.
+
+    Returns:
+        The engine and the EMA as they are after the last step; None where there was nothing left to do.
 
     Raises:
         UserError: ranks, shard set, checkpoint or disk do not fit the recipe.
@@ -44,7 +47,7 @@ def train(recipe: Recipe, processes: Processes) -> None:
     if start >= recipe.train.steps:
         if processes.main:
             print(f"{run}: all {recipe.train.steps} steps are done; raise train.steps to go on")
-        return
+        return None
 
     model = build_model(recipe)
     engine = start_engine(model, recipe, processes)
@@ -79,6 +82,7 @@ def train(recipe: Recipe, processes: Processes) -> None:
     finally:
         monitor.close()
         loader.close()
+    return engine, ema
 
 
 def train_step(

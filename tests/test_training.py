@@ -1,0 +1,162 @@
+"""Training end to end on recorded video, with real processes: ZeRO stages, resume, export, samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import ROOT, command, environment, launch, small_recipe
+from safetensors.torch import load_file
+
+from far_scale.convert.zero import export
+from far_scale.data.scaling import LatentScaling
+from far_scale.data.shards import ShardSet
+from far_scale.objective import add_noise, pack_loss
+from far_scale.recipe import load_recipe
+from far_scale.train.loop import build_model, pack_loader
+from far_scale.train.schedule import learning_rate
+
+RUNS = {
+    "zero3": "train.zero_stage=3",
+    "zero2": "train.zero_stage=2",
+    "zero1": "train.zero_stage=1",
+    "zero0": "train.zero_stage=0",
+    "checkpointing": "train.zero_stage=3 train.activation_checkpointing=full",
+    "bf16_zero3": "train.zero_stage=3 train.precision=bf16",
+    "bf16_zero1": "train.zero_stage=1 train.precision=bf16",
+    "bf16_zero0": "train.zero_stage=0 train.precision=bf16",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every recipe of RUNS, 20 steps on 2 ranks, in one start of the processes."""
+    out = tmp_path_factory.mktemp("runs")
+    arguments = ",".join(f"{name} {overrides}" for name, overrides in RUNS.items())
+    finished = launch(2, ROOT / "tests/training_worker.py", recorded_shards, out, arguments)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(recorded_shards: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same 20 steps in plain PyTorch on one process: losses, and the EMA."""
+    spec, *overrides = small_recipe(recorded_shards, Path("unused"))
+    recipe = load_recipe(spec, overrides)
+    shard_set = ShardSet.open(recorded_shards)
+    scaling = LatentScaling.of(shard_set.manifest, recipe.data.scaling)
+    model = build_model(recipe).train()
+    adam = torch.optim.AdamW(model.parameters(), lr=1.0, betas=recipe.optimizer.betas, weight_decay=0.0)
+    ema = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    losses = []
+    with pack_loader(recipe, shard_set, scaling, list(range(recipe.data.lanes)), 0, None) as loader:
+        for step, packs in zip(range(recipe.train.steps), loader, strict=False):
+            adam.param_groups[0]["lr"] = learning_rate(recipe, step)
+            adam.zero_grad()
+            total = 0.0
+            for pack in packs:
+                noisy = add_noise(pack, recipe.objective, recipe.far_config(), recipe.seed)
+                velocity = model(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
+                loss = pack_loss(velocity, noisy) / recipe.data.lanes
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
+            adam.step()
+            for name, parameter in model.named_parameters():
+                ema[name] = recipe.optimizer.ema_decay * ema[name] + (1 - recipe.optimizer.ema_decay) * parameter.detach()
+            losses.append(total)
+    return losses, ema
+
+
+def logged(run: Path, key: str = "loss") -> list[float]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "every step stands there once"
+    return [line[key] for line in lines]
+
+
+def exported(run: Path, out: Path, weights: str) -> dict[str, torch.Tensor]:
+    export(run, None, weights, out)  # type: ignore[arg-type]
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero2", "zero1", "zero0", "checkpointing"])
+def test_every_stage_trains_as_plain_pytorch(runs: Path, plain, name: str, tmp_path: Path) -> None:
+    losses, ema = plain
+    ours = logged(runs / name)
+    assert len(ours) == 20 and losses[-1] < losses[0]
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=1e-5, atol=0)
+    theirs = exported(runs / name, tmp_path / "model", "ema")
+    assert theirs.keys() == ema.keys()
+    for key, value in ema.items():
+        torch.testing.assert_close(theirs[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_follows_float32_at_every_stage(runs: Path, plain) -> None:
+    for name in ("bf16_zero3", "bf16_zero1", "bf16_zero0"):
+        torch.testing.assert_close(torch.tensor(logged(runs / name)), torch.tensor(plain[0]), rtol=5e-3, atol=0)
+
+
+def test_the_log_tells_what_was_promised(runs: Path) -> None:
+    line = json.loads((runs / "zero3" / "log.jsonl").read_text().splitlines()[-1])
+    promised = {"step", "loss", "learning_rate", "grad_norm", "clips_per_second", "tokens_per_second", "mfu", "data_wait"}
+    assert promised <= line.keys() and "memory_gb" in line
+    assert 0 < line["mfu"] < 1 and 0 <= line["data_wait"] < 1 and line["grad_norm"] > 0
+    norms = [torch.tensor(logged(runs / name, "grad_norm")) for name in ("zero3", "zero1", "zero0")]
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(norms[0], norms[2], rtol=1e-4, atol=0)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(runs: Path, recorded_shards: Path, tmp_path: Path) -> None:
+    """kill -9 of all processes after the checkpoint of step 10, then the same command again."""
+    run = tmp_path / "killed"
+    start = command(2, "-m", "far_scale.train", *small_recipe(recorded_shards, run, "train.zero_stage=3"))
+    process = subprocess.Popen(
+        start, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "latest").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000010\n"
+
+    finished = subprocess.run(start, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert logged(run) == logged(runs / "zero3")
+    for weights in ("model", "ema"):
+        whole = exported(runs / "zero3", tmp_path / f"whole_{weights}", weights)
+        resumed = exported(run, tmp_path / f"resumed_{weights}", weights)
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_another_rank_count_and_stage_go_on_from_the_same_checkpoint(
+    runs: Path, recorded_shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "elastic"
+    shutil.copytree(runs / "zero3", run)
+    (run / "checkpoints" / "latest").write_text("step-00000010\n")
+    finished = launch(1, "-m", "far_scale.train", *small_recipe(recorded_shards, run, "train.zero_stage=1"))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    torch.testing.assert_close(torch.tensor(logged(run)), torch.tensor(logged(runs / "zero3")), rtol=1e-5, atol=0)
+
+
+def test_a_sample_from_the_exported_directory_equals_the_training_process(
+    runs: Path, recorded_shards: Path, tmp_path: Path
+) -> None:
+    arguments = ["--shards", recorded_shards, "--given", 4, "--frames", 4, "--steps", 3, "--seed", 5, "--episodes", 3]
+    finished = subprocess.run(
+        [os.sys.executable, "tools/sample.py", *map(str, [runs / "model", *arguments, "--out", tmp_path])],
+        env=environment(), cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    in_training = load_file(runs / "sampled_in_training" / "samples.safetensors")["latents"]
+    assert in_training.std() > 0.1
+    assert torch.equal(load_file(tmp_path / "samples.safetensors")["latents"], in_training)

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# From nothing to predicted video: records VizDoom episodes, encodes them, trains FAR with ZeRO-3, exports, samples.
+#
+#     bash tools/quickstart.sh            the demo, about ten minutes on two CPU cores
+#     bash tools/quickstart.sh --quick    the same way in small, under two minutes; its pictures are not pretty
+#
+# Everything lands in runs/quickstart (--quick: runs/quickstart_quick). A step whose output is whole is skipped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+OUT=runs/quickstart
+EPISODES=96 FRAMES=128 HELD_OUT=32
+OVERRIDES=()
+case "${1:-}" in
+    --quick)
+        OUT=runs/quickstart_quick
+        EPISODES=12 FRAMES=48 HELD_OUT=8
+        OVERRIDES=(train.steps=20 optimizer.warmup_steps=5 data.shuffle_window=8 checkpoint.every=10)
+        ;;
+    "") ;;
+    *)
+        echo "error: $1: the only option is --quick" >&2
+        exit 2
+        ;;
+esac
+
+bash tools/setup_env.sh
+PYTHON=.venv/bin/python
+"$PYTHON" -c 'import sys; print(f"far_scale quickstart: Python {sys.version.split()[0]}")'
+
+# One GPU: one process in bf16. None: two processes on the CPU, each with half of the cores.
+if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    RECIPE=demo_gpu RANKS=1
+else
+    RECIPE=demo_cpu RANKS=2
+    CORES=$(nproc)
+    export OMP_NUM_THREADS=$((CORES > RANKS ? CORES / RANKS : 1))
+fi
+OVERRIDES+=("run_dir=$OUT/train" "data.shards=$OUT/shards/train" "sample.shards=$OUT/shards/heldout")
+
+step() { printf '\n== %s\n' "$*"; }
+
+step "1/5  record episodes of a maze world"
+"$PYTHON" tools/record_demo.py --out "$OUT/episodes/train" --episodes "$EPISODES" --frames "$FRAMES" --seed 0
+"$PYTHON" tools/record_demo.py --out "$OUT/episodes/heldout" --episodes "$HELD_OUT" --frames 32 --seed 10000
+
+step "2/5  encode them to latent shards"
+for part in train heldout; do
+    "$PYTHON" tools/encode_latents.py --videos "$OUT/episodes/$part" --out "$OUT/shards/$part" \
+        --autoencoder compact-vizdoom-f8c32 --actions 4 --samples-per-shard 16
+done
+
+step "3/5  train $RECIPE with ZeRO-3 on $RANKS process(es)"
+"$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$RANKS" \
+    -m far_scale.train "$RECIPE" "${OVERRIDES[@]}"
+
+step "4/5  export the model directory"
+"$PYTHON" tools/export_checkpoint.py "$OUT/train" --weights ema --out "$OUT/model"
+
+step "5/5  predict held-out episodes"
+"$PYTHON" tools/report_run.py "$OUT/train" --model "$OUT/model" --videos "$OUT/episodes/heldout" --out "$OUT"
+
+step "done; look at"
+for file in samples.mp4 samples.png loss.png metrics.json; do echo "  $OUT/$file"; done
+echo "  $OUT/train/log.jsonl"
+echo "  $OUT/train/recipe.yaml   (the resolved recipe)"
+echo "  $OUT/model               (the model directory: tools/sample.py $OUT/model --help)"

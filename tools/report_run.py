@@ -1,0 +1,27 @@
+"""Evaluate a run's exported model on held-out episodes: tools/report_run.py RUN --model DIR --videos PATH --out DIR."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from far_scale.errors import command_line
+from far_scale.sampling.report import report_run
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Sample as the run's recipe says, and draw samples and loss curve.")
+    parser.add_argument("run", type=Path, help="the run's folder, with recipe.yaml and log.jsonl in it")
+    parser.add_argument("--model", type=Path, required=True, help="the model directory exported from the run")
+    parser.add_argument("--videos", type=Path, required=True, help="held-out videos: a file, or a folder of them")
+    parser.add_argument("--out", type=Path, required=True, help="folder for samples, pictures and metrics.json")
+    args = parser.parse_args()
+    report = report_run(args.run, args.model, args.videos, args.out)
+    print(f"{len(report['episodes'])} held-out episodes, {report['given']} frames given, {report['frames']} predicted:")
+    for key, name in (("prediction", "prediction"), ("repeat_last", "repeat the last given frame")):
+        print(f"  {name:28} PSNR {report[key]['psnr']:6.2f} dB   SSIM {report[key]['ssim']:.4f}")
+
+
+if __name__ == "__main__":
+    main()
