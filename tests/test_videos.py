@@ -32,7 +32,9 @@ def test_mp4_round_trip(episode: Video, tmp_path: Path) -> None:
     assert (video.key, video.source, video.fps) == ("walk", "walk.mp4", 12.5)
     assert video.actions is None and video.label is None
     error = (video.frames.astype(float) - episode.frames) ** 2
-    assert error[..., 1].mean() < 255**2 / 10**2.7  # green, the most of the brightness: over 27 dB for all the chroma loss
+    assert (
+        error[..., 1].mean() < 255**2 / 10**2.7
+    )  # green, the most of the brightness: over 27 dB for all the chroma loss
     assert error.mean((1, 2, 3)).max() < 2 * error.mean()  # no frame is another one, or out of order
     assert [file.name for file in tmp_path.iterdir()] == ["walk.mp4"]
     with av.open(str(path)) as container:

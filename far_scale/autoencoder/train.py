@@ -70,7 +70,7 @@ class TrainSection(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up."""
     latent_noise: Annotated[float, Field(ge=0)] = 0.0
-    """Noise on the latents in training, in units of each channel's deviation, so that the decoder bears small errors."""
+    """Noise on the latents in training, in units of each channel's deviation; the decoder learns to bear it."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """Of the convolutions in training (autocast); weights are float32."""
 
