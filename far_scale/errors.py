@@ -10,7 +10,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """An input (a recipe, a shard, a checkpoint, a video, a disk) cannot be used; the message says where and how to mend it."""
+    """An input (a recipe, shard, checkpoint, video or disk) cannot be used; the message says where and the mend."""
 
 
 def say_error(error: BaseException) -> None:

@@ -52,11 +52,14 @@ class NoisyPack:
 
     def to(self, device: torch.device) -> NoisyPack:
         """The same on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return NoisyPack(**moved)
+        return NoisyPack(
+            latents=self.latents.to(device, non_blocking=True),
+            timesteps=self.timesteps.to(device, non_blocking=True),
+            target=self.target.to(device, non_blocking=True),
+            actions=None if self.actions is None else self.actions.to(device, non_blocking=True),
+            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+            layout=self.layout,
+        )
 
 
 def add_noise(pack: Pack, objective: ObjectiveSection, config: FARConfig, seed: int) -> NoisyPack:

@@ -126,6 +126,8 @@ class TrainSection(Section):
     """Arithmetic of the model; optimizer and EMA are float32 in either."""
     zero_stage: Literal[0, 1, 2, 3]
     """DeepSpeed ZeRO stage: shards nothing, the optimizer, also gradients, also weights."""
+    whole_below: Annotated[int, Field(ge=0)] = 100_000
+    """ZeRO-3 keeps parameters of fewer numbers than this whole on every rank, to spare small gathers; 0 shards all."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """full keeps only each layer's input and computes the rest again in backward: less memory, more time."""
 

@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A model and a batch that two processes train in seconds.
 SMALL = [
-    "model.layers=2", "model.heads=2", "data.frames=8", "data.lanes=4", "data.clips_per_pack=2", "data.shuffle_window=4",
-    "sample.given=4", "optimizer.warmup_steps=4", "log.every=1", "checkpoint.every=10", "train.steps=20",
+    "model.layers=2", "model.heads=2", "data.frames=8", "data.lanes=4", "data.clips_per_pack=2",
+    "data.shuffle_window=4", "sample.given=4", "optimizer.warmup_steps=4", "log.every=1", "checkpoint.every=10",
+    "train.steps=20",
 ]  # fmt: skip
 
 

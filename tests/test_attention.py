@@ -60,9 +60,7 @@ def test_strided_views_are_taken_as_they_are() -> None:
     layout = FrameLayout.window((3, 2), (2, 4))
     fused = torch.randn(layout.tokens, 3, HEADS, HEAD_DIM, dtype=torch.float64)
     q, k, v = fused.unbind(1)
-    torch.testing.assert_close(
-        frame_attention(q, k, v, layout), dense_attention(q, k, v, layout), rtol=0, atol=1e-14
-    )
+    torch.testing.assert_close(frame_attention(q, k, v, layout), dense_attention(q, k, v, layout), rtol=0, atol=1e-14)
 
 
 def test_bfloat16_errs_no_more_than_twice_the_plain_kernel() -> None:

@@ -18,7 +18,9 @@ from far_scale.recipe_report import fields
 from far_scale.recipe_sections import ModelSection
 from far_scale.recipe_yaml import SHIPPED_RECIPES
 
-SHIPPED = sorted(path.stem for path in SHIPPED_RECIPES.glob("*.yaml") if path.stem != "base")
+SHIPPED = sorted(
+    path.stem for path in SHIPPED_RECIPES.glob("*.yaml") if path.stem not in ("base", "autoencoder_compact")
+)
 
 # The official YAMLs (showlab/FAR, options/train/far): preset, frames and window, frame interval, steps, autoencoder,
 # classes, then sampling's given frames and guidance, and the steps between checkpoints.

@@ -55,7 +55,7 @@ def plain(recorded_shards: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     model = build_model(recipe).train()
     adam = torch.optim.AdamW(model.parameters(), lr=1.0, betas=recipe.optimizer.betas, weight_decay=0.0)
     ema = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    losses = []
+    losses, decay = [], recipe.optimizer.ema_decay
     with pack_loader(recipe, shard_set, scaling, list(range(recipe.data.lanes)), 0, None) as loader:
         for step, packs in zip(range(recipe.train.steps), loader, strict=False):
             adam.param_groups[0]["lr"] = learning_rate(recipe, step)
@@ -70,7 +70,7 @@ def plain(recorded_shards: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
             adam.step()
             for name, parameter in model.named_parameters():
-                ema[name] = recipe.optimizer.ema_decay * ema[name] + (1 - recipe.optimizer.ema_decay) * parameter.detach()
+                ema[name] = decay * ema[name] + (1 - decay) * parameter.detach()
             losses.append(total)
     return losses, ema
 
@@ -105,7 +105,16 @@ def test_bfloat16_follows_float32_at_every_stage(runs: Path, plain) -> None:
 
 def test_the_log_tells_what_was_promised(runs: Path) -> None:
     line = json.loads((runs / "zero3" / "log.jsonl").read_text().splitlines()[-1])
-    promised = {"step", "loss", "learning_rate", "grad_norm", "clips_per_second", "tokens_per_second", "mfu", "data_wait"}
+    promised = {
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "clips_per_second",
+        "tokens_per_second",
+        "mfu",
+        "data_wait",
+    }
     assert promised <= line.keys() and "memory_gb" in line
     assert 0 < line["mfu"] < 1 and 0 <= line["data_wait"] < 1 and line["grad_norm"] > 0
     norms = [torch.tensor(logged(runs / name, "grad_norm")) for name in ("zero3", "zero1", "zero0")]

@@ -136,7 +136,9 @@ def load_model_dir(
     folder = Path(folder)
     config, card = read_config(folder)
     # A copy of each: tensors that lie in the mapped file are not aligned as kernels like it, and round differently.
-    state = {name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in _read_weights(folder, device).items()}
+    state = {
+        name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in _read_weights(folder, device).items()
+    }
     model = _empty_model(config)
     _check_tensors(folder, model, state)
     model.load_state_dict(state, assign=True)

@@ -1,7 +1,7 @@
 """FAR: a transformer that denoises every frame of a video given all earlier ones (arXiv 2503.19325).
 
-    shape letters   B clips   F frames (of a clip, or of all clips of a pack)   C/H/W latent channels/height/width
-                    P tokens a frame   E width
+shape letters   B clips   F frames (of a clip, or of all clips of a pack)   C/H/W latent channels/height/width
+                P tokens a frame   E width
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
     """
     run, out = Path(run), Path(out)
     recipe = load_recipe(run / "recipe.yaml")
-    settings = {
+    settings: dict[str, Any] = {
         "given": recipe.sample.given,
         "frames": recipe.data.frames - recipe.sample.given,
         "steps": recipe.sample.steps,

@@ -51,7 +51,9 @@ class FlatPiece:
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         write = TensorWriteData(
-            chunk=self._chunk(), properties=TensorProperties.create_from_tensor(self.data), size=torch.Size([self.total])
+            chunk=self._chunk(),
+            properties=TensorProperties.create_from_tensor(self.data),
+            size=torch.Size([self.total]),
         )
         index = MetadataIndex(fqn, torch.Size([self.offset]))
         return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=write)]
@@ -171,7 +173,9 @@ def load(folder: Path, pieces: Mapping[str, FlatPiece], alone: bool = False) -> 
         size = getattr(stored.get(name), "size", None)
         if size != torch.Size([piece.total]):
             found = "none" if size is None else f"one of {size.numel()} numbers"
-            raise UserError(f"{folder}: the model needs {name} of {piece.total} numbers, there is {found}; another model's?")
+            raise UserError(
+                f"{folder}: the model needs {name} of {piece.total} numbers, there is {found}; another model's?"
+            )
     try:
         dcp.load(dict(pieces), checkpoint_id=str(folder), planner=_LoadPlanner(), no_dist=alone)
     except dcp.api.CheckpointException as error:
@@ -181,6 +185,6 @@ def load(folder: Path, pieces: Mapping[str, FlatPiece], alone: bool = False) -> 
 def _explained(error: dcp.api.CheckpointException, folder: Path) -> UserError:
     """One line for the first rank's failure."""
     cause = next(iter(error.failures.values()))[0]
-    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC or "No space left" in str(cause):
+    if (isinstance(cause, OSError) and cause.errno == errno.ENOSPC) or "No space left" in str(cause):
         return UserError(f"{folder}: no space left on this disk; free some, or lower checkpoint.keep")
     return UserError(f"{folder}: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}")

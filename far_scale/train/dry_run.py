@@ -45,7 +45,9 @@ def dry_run(recipe: Recipe, processes: Processes) -> None:
         print(f"recipe      {recipe.name} ({recipe.hash()[:12]}), {recipe.train.steps} steps")
         print(f"ranks       {processes.count} x {passes} packs of {recipe.data.clips_per_pack} clips a step")
         print(f"shard set   {recipe.data.shards}: {len(manifest.shards)} shards, {manifest.samples} samples")
-        print(f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{recipe.train.zero_stage}, {recipe.train.precision}")
+        print(
+            f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{recipe.train.zero_stage}, {recipe.train.precision}"
+        )
         print(f"pack        {layout.tokens} tokens, {layout.attended_pairs} attended pairs")
         flops = train_flops(recipe.far_config(), layout) * recipe.data.lanes
         print(f"step        {flops / 1e12:.3g} TFLOP over all ranks")

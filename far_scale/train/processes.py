@@ -48,11 +48,15 @@ def start_processes() -> Processes:
         _take_from_slurm() if "SLURM_STEP_ID" in os.environ else _take_alone()
     missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise UserError(f"RANK is set but not {', '.join(missing)}: start with torchrun, deepspeed or srun, or unset RANK")
+        raise UserError(
+            f"RANK is set but not {', '.join(missing)}: start with torchrun, deepspeed or srun, or unset RANK"
+        )
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
     # DeepSpeed calls these by their old names, which is not for its users to read at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found none
     import deepspeed
 
     if torch.cuda.is_available():

@@ -55,8 +55,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernel.backward`."""
     if q.dtype in (torch.bfloat16, torch.float16) and spans.longest < SHORT:
-        in_float = (x.float() for x in (dout, q, k, v, out))
-        dq, dk, dv = backward(*in_float, lse, spans, causal)
+        dq, dk, dv = backward(dout.float(), q.float(), k.float(), v.float(), out.float(), lse, spans, causal)
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     if spans.uniform:
         length = spans.longest
@@ -67,7 +66,8 @@ def backward(
     gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for length, starts in spans.groups:
         rows = _rows(length, starts)
-        parts = backward(*(x[rows] for x in (dout, q, k, v, out, lse)), Spans((length,) * len(starts)), causal)
+        group = Spans((length,) * len(starts))
+        parts = backward(dout[rows], q[rows], k[rows], v[rows], out[rows], lse[rows], group, causal)
         for gradient, part in zip(gradients, parts, strict=True):
             gradient[rows] = part
     return gradients

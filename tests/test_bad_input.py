@@ -1,0 +1,146 @@
+"""Inputs that training must refuse: one clear line, exit status 2 on every rank, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launch import ROOT, environment, launch, small_recipe
+
+from far_scale.convert.zero import export
+from far_scale.errors import UserError
+from far_scale.train import checkpoint
+
+
+def train_alone(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m far_scale.train` without a launcher."""
+    return subprocess.run(
+        [sys.executable, "-m", "far_scale.train", *arguments],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def the_error(finished: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a refused run ends with."""
+    assert finished.returncode == 2, finished.stderr[-2000:]
+    assert "Traceback" not in finished.stderr
+    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.fixture(scope="module")
+def trained(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps with a checkpoint after each, by one process without a launcher, with wandb offline."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    finished = train_alone(*small_recipe(recorded_shards, run, *SHORT, "log.wandb.mode=offline"))
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return run
+
+
+SHORT = ["train.steps=2", "checkpoint.every=1", "optimizer.warmup_steps=1", "model.layers=1", "model.heads=1"]
+
+
+def test_one_process_trains_without_a_launcher(trained: Path) -> None:
+    assert checkpoint.latest_step(trained) == 2
+    assert (trained / "recipe.yaml").exists() and len((trained / "log.jsonl").read_text().splitlines()) == 2
+    assert list((trained / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_finished_run_says_so(trained: Path, recorded_shards: Path) -> None:
+    before = (trained / "log.jsonl").read_text()
+    finished = train_alone(*small_recipe(recorded_shards, trained, *SHORT))
+    assert finished.returncode == 0 and "all 2 steps are done" in finished.stdout
+    assert (trained / "log.jsonl").read_text() == before
+
+
+def test_dry_run_checks_and_writes_nothing(recorded_shards: Path, tmp_path: Path) -> None:
+    finished = train_alone(*small_recipe(recorded_shards, tmp_path / "run"), "--dry-run")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    for told in ("8 samples", "M parameters", "attended pairs", "GB free", "one batch   loss", "passed"):
+        assert told in finished.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_refuses_what_does_not_fit_into_memory(recorded_shards: Path, tmp_path: Path) -> None:
+    huge = ["model.layers=2000", "model.heads=64"]
+    finished = train_alone(*small_recipe(recorded_shards, tmp_path / "run", *huge), "--dry-run")
+    assert re.search(r"needs about [\d.]+ GB and has [\d.]+ GB free; use more ranks", the_error(finished))
+
+
+def test_ranks_that_do_not_divide_the_lanes(recorded_shards: Path, tmp_path: Path) -> None:
+    finished = launch(2, "-m", "far_scale.train", *small_recipe(recorded_shards, tmp_path / "run", "data.lanes=3"))
+    assert finished.returncode != 0
+    for rank in (0, 1):
+        assert (
+            f"[rank {rank}] error: demo_cpu: data.lanes: 3 lanes cannot be shared evenly by 2 ranks" in finished.stderr
+        )
+    assert "one of 1, 3 ranks" in finished.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_recipe_and_a_shard_set_that_do_not_fit(recorded_shards: Path, tmp_path: Path) -> None:
+    assert "data.lane: unknown key" in the_error(train_alone("demo_cpu", "data.lane=4"))
+    other = small_recipe(recorded_shards, tmp_path / "run", "data.autoencoder=another")
+    assert "data.autoencoder" in the_error(train_alone(*other)) and not (tmp_path / "run").exists()
+
+
+def test_another_models_checkpoint(trained: Path, recorded_shards: Path) -> None:
+    before = sorted(path.name for path in trained.rglob("*"))
+    wider = small_recipe(recorded_shards, trained, *SHORT, "train.steps=3", "model.heads=2")
+    assert "another model's checkpoint (model.heads was 1, the recipe has 2)" in the_error(train_alone(*wider))
+    assert sorted(path.name for path in trained.rglob("*")) == before
+
+
+def test_a_checkpoint_that_is_not_there_or_half_written(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such checkpoint; there are: step-00000001, step-00000002"):
+        export(trained, 7, "ema", tmp_path / "model")
+    with pytest.raises(UserError, match="no checkpoint in this run yet"):
+        export(tmp_path, None, "ema", tmp_path / "model")
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "checkpoints" / "step-00000002" / "state.json").unlink()
+    with pytest.raises(UserError, match="half-written; remove it and use an earlier one"):
+        export(run, None, "ema", tmp_path / "model")
+    assert export(run, 1, "ema", tmp_path / "model") == 1
+    (run / "checkpoints" / "latest").write_text("the newest\n")
+    with pytest.raises(UserError, match="does not name a checkpoint"):
+        export(run, None, "ema", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_damaged_or_foreign_checkpoint(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    folder = run / "checkpoints" / "step-00000002"
+    data = next(folder.glob("*.distcp"))
+    os.truncate(data, data.stat().st_size // 2)
+    with pytest.raises(UserError, match="step-00000002: "):
+        export(run, None, "ema", tmp_path / "model")
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "format": "something/9"}))
+    with pytest.raises(UserError, match="format 'something/9', this version reads"):
+        export(run, None, "ema", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_a_full_disk_leaves_the_last_checkpoint_whole(recorded_shards: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # Room for one checkpoint of this model (16 bytes a parameter), not for two.
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        run = disk / "run"
+        finished = train_alone(*small_recipe(recorded_shards, run, *SHORT, "checkpoint.keep=2"))
+        assert "no space left on this disk" in the_error(finished)
+        assert checkpoint.latest_step(run) == 1
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000001"]
+        export(run, None, "ema", tmp_path / "model")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
