@@ -94,7 +94,7 @@ class Recipe(Section):
 
     def hash(self) -> str:
         """SHA-256 of all that changes the trained weights (beyond rounding): not names, folders, logs or sampling,
-        nor how the work is split (ZeRO stage, activation checkpointing)."""
+        nor how the work is split (ZeRO, activation checkpointing)."""
         values = self.model_dump(
             mode="json",
             exclude={
@@ -105,7 +105,7 @@ class Recipe(Section):
                 "sample": True,
                 "model": {"preset"},
                 "data": {"shards", "prefetch"},
-                "train": {"zero_stage", "activation_checkpointing"},
+                "train": {"zero_stage", "whole_below", "activation_checkpointing"},
             },
         )
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -165,7 +165,7 @@ class SampleSection(Section):
 
     steps: Count
     """Euler steps a frame."""
-    guidance: Annotated[float, Field(ge=0)]
+    guidance: Annotated[float, Field(ge=1)]
     """Classifier-free guidance scale; 1 is without."""
     given: Annotated[int, Field(ge=0)]
     """True frames of a clip that are given; the rest is predicted. 0 generates from nothing."""

@@ -169,3 +169,12 @@ def test_a_sample_from_the_exported_directory_equals_the_training_process(
     in_training = load_file(runs / "sampled_in_training" / "samples.safetensors")["latents"]
     assert in_training.std() > 0.1
     assert torch.equal(load_file(tmp_path / "samples.safetensors")["latents"], in_training)
+
+
+@pytest.mark.gpu
+def test_one_gpu_trains_as_the_cpu(plain, recorded_shards: Path, tmp_path: Path) -> None:
+    """ZeRO-3 in bfloat16 on one GPU, with the varlen flash kernel, follows the float32 losses of the CPU."""
+    run = tmp_path / "run"
+    finished = launch(1, "-m", "far_scale.train", *small_recipe(recorded_shards, run, "train.precision=bf16"))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    torch.testing.assert_close(torch.tensor(logged(run)), torch.tensor(plain[0]), rtol=5e-3, atol=0)

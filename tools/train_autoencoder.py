@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from far_scale.autoencoder.train import load_autoencoder_recipe, train_autoencoder
+from far_scale.train.autoencoder import load_autoencoder_recipe, train_autoencoder
 from far_scale.errors import command_line
 
 

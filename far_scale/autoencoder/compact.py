@@ -49,7 +49,7 @@ class ResidualBlock(nn.Module):
 
 
 class CompactAutoencoder(nn.Module):
-    """The network; weights for it come from `far_scale.autoencoder.train` or a safetensors file."""
+    """The network; weights for it come from `far_scale.train.autoencoder` or a safetensors file."""
 
     def __init__(self, config: CompactConfig) -> None:
         super().__init__()

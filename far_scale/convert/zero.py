@@ -8,7 +8,14 @@ from typing import Any, Literal
 
 import torch
 
-from far_scale.convert.model_dir import ModelCard, TrainingCard, save_model_dir
+from far_scale.convert.model_dir import (
+    CONFIG_FILE,
+    ModelCard,
+    TrainingCard,
+    is_model_dir,
+    read_config,
+    save_model_dir,
+)
 from far_scale.data.manifest import AutoencoderInfo
 from far_scale.data.scaling import LatentScaling
 from far_scale.errors import UserError
@@ -17,7 +24,7 @@ from far_scale.train import checkpoint
 
 
 def export(run: str | Path, step: int | None, weights: Literal["ema", "model"], out: str | Path) -> int:
-    """Write the float32 weights of a run's checkpoint as a model directory.
+    """Write the float32 weights of a run's checkpoint as a model directory, if it is not there already.
 
     Args:
         run: the run directory.
@@ -37,7 +44,6 @@ def export(run: str | Path, step: int | None, weights: Literal["ema", "model"], 
         raise UserError(f"{run}: there is no checkpoint in this run yet; train it first")
     folder = checkpoint.step_folder(run, step)
     state = checkpoint.read_state(folder)
-    tensors = _read_weights(folder, state, "ema" if weights == "ema" else "weight")
     card = ModelCard(
         autoencoder=AutoencoderInfo(**state["autoencoder"]),
         scaling=LatentScaling.from_dict(state["scaling"]),
@@ -51,8 +57,18 @@ def export(run: str | Path, step: int | None, weights: Literal["ema", "model"], 
             far_scale=state["versions"]["far_scale"],
         ),
     )
-    save_model_dir(out, FARConfig.from_dict(state["model"]), tensors, card)
+    config = FARConfig.from_dict(state["model"])
+    if not _is_current(Path(out), folder, config, card):
+        tensors = _read_weights(folder, state, "ema" if weights == "ema" else "weight")
+        save_model_dir(out, config, tensors, card)
     return step
+
+
+def _is_current(out: Path, folder: Path, config: FARConfig, card: ModelCard) -> bool:
+    """Whether `out` is this very export already, made after the checkpoint was."""
+    if not is_model_dir(out) or read_config(out) != (config, card):
+        return False
+    return (out / CONFIG_FILE).stat().st_mtime > (folder / "state.json").stat().st_mtime
 
 
 def _read_weights(folder: Path, state: dict[str, Any], kind: str) -> dict[str, torch.Tensor]:

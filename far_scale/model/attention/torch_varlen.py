@@ -29,9 +29,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernel.backward`."""
     starts, longest = spans.cumulative(q.device), spans.longest
-    # The generator state and its companion only matter to dropout, of which there is none.
-    unused = torch.empty(2, dtype=torch.uint64, device=q.device)
+    # Only dropout, of which there is none, reads the generator state and its companion.
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    companion = torch.empty(0, device=q.device)
     return _backward(
         dout.contiguous(), q, k, v, out.contiguous(), lse.transpose(0, 1).contiguous(),
-        starts, starts, longest, longest, 0.0, causal, unused, unused[:0],
+        starts, starts, longest, longest, 0.0, causal, state, companion,
     )  # fmt: skip
