@@ -16,10 +16,10 @@ from torch import Tensor
 
 from far_scale import autoencoder as autoencoders
 from far_scale.autoencoder.compact import CompactAutoencoder, CompactConfig
-from far_scale.train.autoencoder import fit, load_autoencoder_recipe, psnr, read_frames, to_pixels
 from far_scale.data.demo import record_episode
 from far_scale.errors import UserError
 from far_scale.files import sha256
+from far_scale.train.autoencoder import fit, load_autoencoder_recipe, psnr, read_frames, to_pixels
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "autoencoder_compact.yaml"

@@ -8,8 +8,8 @@ import json
 import os
 from pathlib import Path
 
-from far_scale.train.autoencoder import load_autoencoder_recipe, train_autoencoder
 from far_scale.errors import command_line
+from far_scale.train.autoencoder import load_autoencoder_recipe, train_autoencoder
 
 
 @command_line
