@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(recorded_shards: Path, tmp
     disk = tmp_path / "disk"
     disk.mkdir()
     # Room for one checkpoint of this model (16 bytes a parameter), not for two.
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         run = disk / "run"
