@@ -15,7 +15,7 @@ case "${1:-}" in
     --quick)
         OUT=runs/quickstart_quick
         EPISODES=12 FRAMES=48 HELD_OUT=8
-        OVERRIDES=(train.steps=20 optimizer.warmup_steps=5 data.shuffle_window=8 checkpoint.every=10)
+        OVERRIDES=(train.steps=100 optimizer.warmup_steps=20 data.shuffle_window=8 checkpoint.every=50)
         ;;
     "") ;;
     *)
