@@ -183,8 +183,9 @@ def load(folder: Path, pieces: Mapping[str, FlatPiece], alone: bool = False) -> 
                 f"{folder}: the model needs {name} of {piece.total} numbers, there is {found}; another model's?"
             )
     try:
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # `alone` is meant
-        dcp.load(dict(pieces), checkpoint_id=str(folder), planner=_LoadPlanner(), no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # `alone` is meant
+            dcp.load(dict(pieces), checkpoint_id=str(folder), planner=_LoadPlanner(), no_dist=alone)
     except dcp.api.CheckpointException as error:
         raise _explained(error, folder) from error
 
