@@ -1,21 +1,27 @@
 """FrameLayout: which token is which frame of which clip. The only place that knows causality.
 
-The tokens of a pack stand clip after clip, in a clip frame after frame, in a frame row after row. A query token
-may see every key token of its own clip whose frame is not later than its own ('frame-block causality').
+The frames of a pack stand clip after clip. The last frames of a clip are its *window*, cut into fine tokens; all
+earlier ones are its *context*, cut into coarse tokens. Each kind is a `FrameGroup`: its tokens stand clip after clip,
+in a clip frame after frame, in a frame row after row. A query token may see every key token of its own clip whose
+frame is not later than its own ('frame-block causality'), so context tokens see context alone, and window tokens see
+their clip's whole context and their own group.
 
-    shape letters   B clips   F frames of all clips   T tokens of the pack   P tokens of a window frame
+    shape letters   B clips   F frames   T tokens   P/Q tokens of a window/context frame
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -52,14 +58,6 @@ class Spans:
             self._cumulative[device] = torch.tensor(self.starts, dtype=torch.int32).to(device)
         return self._cumulative[device]
 
-    @cached_property
-    def groups(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """`(length, starts of the sequences that have it)`, for kernels that only take dense batches."""
-        by_length: dict[int, list[int]] = {}
-        for start, length in zip(self.starts, self.lengths, strict=False):
-            by_length.setdefault(length, []).append(start)
-        return tuple((length, tuple(starts)) for length, starts in sorted(by_length.items()))
-
 
 @dataclass(frozen=True)
 class UpperTriangle:
@@ -69,7 +67,7 @@ class UpperTriangle:
     token down to its second: reversed query j then sees reversed keys <= j, which are just the later tokens.
 
     Attributes:
-        queries: row numbers `[U]` into the pack's tokens.
+        queries: row numbers `[U]` into the group's tokens.
         keys: row numbers `[U]`.
         spans: one sequence a frame of more than one token.
     """
@@ -80,11 +78,26 @@ class UpperTriangle:
 
 
 @dataclass(frozen=True)
-class FrameLayout:
-    """The order of a pack's tokens.
+class Prefix:
+    """What the window tokens see of their clips' contexts: all of it, as ordinary attention without a mask.
 
     Attributes:
-        clip_frames: `[B]` frames of each clip, none zero.
+        rows: row numbers `[T']` of the window tokens whose clip has a context; None where every clip has one.
+        queries: one sequence of those window tokens for each clip that has a context.
+        keys: one sequence of context tokens for each such clip; together all of the context group's.
+    """
+
+    rows: Tensor | None
+    queries: Spans
+    keys: Spans
+
+
+@dataclass(frozen=True)
+class FrameGroup:
+    """Frames of the clips of a pack, frame-block causal among themselves.
+
+    Attributes:
+        clip_frames: `[B]` frames of each clip in this group; may be zero.
         frame_tokens: `[F]` tokens of each frame, all clips in order, none zero.
         positions: `[T, 3]` int64 rotary position of each token: frame index in its clip, y, x.
     """
@@ -94,22 +107,31 @@ class FrameLayout:
     positions: Tensor = field(compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.clip_frames or min(self.clip_frames) < 1:
-            raise ValueError(f"every clip needs at least one frame, got clips of {list(self.clip_frames)} frames")
-        if len(self.frame_tokens) != sum(self.clip_frames) or min(self.frame_tokens) < 1:
+        if len(self.frame_tokens) != sum(self.clip_frames) or min(self.frame_tokens, default=1) < 1:
             raise ValueError("frame_tokens must give at least one token for each frame of each clip")
 
     @staticmethod
-    def window(clip_frames: Sequence[int], grid: tuple[int, int]) -> FrameLayout:
-        """The layout of clips of window frames only, every frame a grid of `(rows, columns)` tokens.
-
-        Asked twice for the same layout, it gives the same object, with all that was derived from it.
+    def of(
+        clip_frames: Sequence[int], grid: tuple[int, int], first_frames: Sequence[int] | None = None, spacing: int = 1
+    ) -> FrameGroup:
+        """Frames that are all grids of `(rows, columns)` tokens.
 
         Args:
             clip_frames: `[B]` frames of each clip.
-            grid: rows and columns of a frame's tokens; P = rows * columns.
+            grid: rows and columns of a frame's tokens.
+            first_frames: `[B]` index that each clip's first frame has in its clip; all 0 unless given.
+            spacing: distance of neighbouring tokens in y and x.
         """
-        return _window(tuple(clip_frames), grid)
+        rows, columns = grid
+        firsts = first_frames or (0,) * len(clip_frames)
+        frames = torch.tensor(
+            [i for first, n in zip(firsts, clip_frames, strict=True) for i in range(first, first + n)]
+        )
+        positions = torch.empty(len(frames), rows, columns, 3, dtype=torch.int64)
+        positions[..., 0] = frames[:, None, None]
+        positions[..., 1] = spacing * torch.arange(rows)[:, None]
+        positions[..., 2] = spacing * torch.arange(columns)
+        return FrameGroup(tuple(clip_frames), (rows * columns,) * len(frames), positions.flatten(0, 2))
 
     @property
     def frames(self) -> int:
@@ -118,18 +140,23 @@ class FrameLayout:
 
     @cached_property
     def tokens(self) -> int:
-        """T, tokens of the pack."""
+        """T, tokens of all frames."""
         return sum(self.frame_tokens)
 
     @cached_property
-    def clips(self) -> Spans:
-        """One sequence a clip."""
+    def tokens_of_clips(self) -> tuple[int, ...]:
+        """`[B]` tokens of each clip in this group."""
         ends = (0, *itertools.accumulate(self.clip_frames))
-        return Spans(tuple(sum(self.frame_tokens[a:b]) for a, b in itertools.pairwise(ends)))
+        return tuple(sum(self.frame_tokens[a:b]) for a, b in itertools.pairwise(ends))
 
     @cached_property
-    def attended_pairs(self) -> int:
-        """(query, key) pairs that frame-block causality lets through: the work that attention cannot avoid."""
+    def clips(self) -> Spans:
+        """One sequence for each clip that has frames here."""
+        return Spans(tuple(tokens for tokens in self.tokens_of_clips if tokens))
+
+    @cached_property
+    def pairs(self) -> int:
+        """(query, key) pairs that frame-block causality lets through within the group."""
         pairs, frame = 0, 0
         for count in self.clip_frames:
             seen = 0
@@ -140,30 +167,28 @@ class FrameLayout:
         return pairs
 
     @cached_property
-    def _on_device(self) -> dict[tuple[str, torch.device], Tensor | UpperTriangle | None]:
+    def _made(self) -> dict[tuple[str, torch.device], Any]:
         return {}
 
     def clip_of_frame(self, device: torch.device) -> Tensor:
         """`[F]` int64: the clip each frame belongs to."""
-        key = ("clip_of_frame", device)
-        if key not in self._on_device:
-            clips = torch.arange(len(self.clip_frames)).repeat_interleave(torch.tensor(self.clip_frames))
-            self._on_device[key] = clips.to(device)
-        return self._on_device[key]  # type: ignore[return-value]
+        return _once(self._made, "clip_of_frame", device, lambda: _clip_of_frame(self.clip_frames).to(device))
+
+    def positions_on(self, device: torch.device) -> Tensor:
+        """`positions` on `device`."""
+        return _once(self._made, "positions", device, lambda: self.positions.to(device))
 
     def upper_triangle(self, device: torch.device) -> UpperTriangle | None:
         """The part of each frame that token-causal attention leaves out; None where all frames have one token."""
-        key = ("upper_triangle", device)
-        if key not in self._on_device:
-            starts = Spans(self.frame_tokens).starts
-            several = [(s, n) for s, n in zip(starts, self.frame_tokens, strict=False) if n > 1]
-            upper = None
-            if several:
-                queries = torch.cat([torch.arange(s + n - 2, s - 1, -1) for s, n in several])
-                spans = Spans(tuple(n - 1 for _, n in several))
-                upper = UpperTriangle(queries.to(device), (queries + 1).to(device), spans)
-            self._on_device[key] = upper
-        return self._on_device[key]  # type: ignore[return-value]
+        return _once(self._made, "upper_triangle", device, lambda: self._upper_triangle(device))
+
+    def _upper_triangle(self, device: torch.device) -> UpperTriangle | None:
+        starts = Spans(self.frame_tokens).starts
+        several = [(s, n) for s, n in zip(starts, self.frame_tokens, strict=False) if n > 1]
+        if not several:
+            return None
+        queries = torch.cat([torch.arange(s + n - 2, s - 1, -1) for s, n in several])
+        return UpperTriangle(queries.to(device), (queries + 1).to(device), Spans(tuple(n - 1 for _, n in several)))
 
     def mask(self, device: torch.device) -> Tensor:
         """`[T, T]` bool, True where the query (row) may see the key (column): for the oracle, never for training."""
@@ -173,12 +198,122 @@ class FrameLayout:
         return (clip[:, None] == clip[None, :]) & (frame[:, None] >= frame[None, :])
 
 
-@functools.lru_cache(maxsize=64)
-def _window(clip_frames: tuple[int, ...], grid: tuple[int, int]) -> FrameLayout:
-    rows, columns = grid
-    frames = torch.cat([torch.arange(count) for count in clip_frames])
-    positions = torch.empty(len(frames), rows, columns, 3, dtype=torch.int64)
-    positions[..., 0] = frames[:, None, None]
-    positions[..., 1] = torch.arange(rows)[:, None]
-    positions[..., 2] = torch.arange(columns)
-    return FrameLayout(clip_frames, (rows * columns,) * len(frames), positions.flatten(0, 2))
+@dataclass(frozen=True)
+class FrameLayout:
+    """The order of a pack.
+
+    Attributes:
+        clip_frames: `[B]` frames of each clip, none zero.
+        window: the last frames of each clip.
+        context: all earlier frames; a clip no longer than the window has none.
+    """
+
+    clip_frames: tuple[int, ...]
+    window: FrameGroup
+    context: FrameGroup
+
+    @staticmethod
+    def of(clip_frames: Sequence[int], grid: tuple[int, int], window: int, coarser: int = 0) -> FrameLayout:
+        """The layout of clips of uniform frames. Asked twice for the same, it gives the same object, with all that
+        was derived from it.
+
+        Args:
+            clip_frames: `[B]` frames of each clip.
+            grid: rows and columns of a window frame's tokens; P = rows * columns.
+            window: how many of a clip's last frames are window frames.
+            coarser: how many times wider and higher a context token is than a window token; Q = P / coarser^2.
+                0: there is no context, and no clip may be longer than the window.
+
+        Raises:
+            ValueError: a clip without frames or too long, or a grid that `coarser` does not divide.
+        """
+        return _layout(tuple(clip_frames), grid, window, coarser)
+
+    @property
+    def frames(self) -> int:
+        """F, frames of all clips."""
+        return sum(self.clip_frames)
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens of the pack, fine and coarse."""
+        return self.window.tokens + self.context.tokens
+
+    @cached_property
+    def window_pairs(self) -> int:
+        """Attended (query, key) pairs whose query is a window token."""
+        both = zip(self.window.tokens_of_clips, self.context.tokens_of_clips, strict=True)
+        return self.window.pairs + sum(queries * keys for queries, keys in both)
+
+    @property
+    def attended_pairs(self) -> int:
+        """All (query, key) pairs that frame-block causality lets through: the work attention cannot avoid."""
+        return self.window_pairs + self.context.pairs
+
+    @cached_property
+    def _made(self) -> dict[tuple[str, torch.device], Any]:
+        return {}
+
+    def clip_of_frame(self, device: torch.device) -> Tensor:
+        """`[F]` int64: the clip each frame of the pack belongs to."""
+        return _once(self._made, "clip_of_frame", device, lambda: _clip_of_frame(self.clip_frames).to(device))
+
+    def window_rows(self, device: torch.device) -> Tensor:
+        """`[Fw]` int64: which of the pack's frames are the window group's."""
+        return _once(self._made, "window_rows", device, lambda: self._rows(of_window=True).to(device))
+
+    def context_rows(self, device: torch.device) -> Tensor:
+        """`[Fc]` int64: which of the pack's frames are the context group's."""
+        return _once(self._made, "context_rows", device, lambda: self._rows(of_window=False).to(device))
+
+    def _rows(self, of_window: bool) -> Tensor:
+        in_window = [
+            frame >= frames - window
+            for frames, window in zip(self.clip_frames, self.window.clip_frames, strict=True)
+            for frame in range(frames)
+        ]
+        return torch.tensor([row for row, fine in enumerate(in_window) if fine == of_window], dtype=torch.int64)
+
+    def prefix(self, device: torch.device) -> Prefix | None:
+        """What window tokens see of the contexts; None where no clip has any."""
+        return _once(self._made, "prefix", device, lambda: self._prefix(device))
+
+    def _prefix(self, device: torch.device) -> Prefix | None:
+        if not self.context.frames:
+            return None
+        has_context = [tokens > 0 for tokens in self.context.tokens_of_clips]
+        fine = self.window.tokens_of_clips
+        rows = None
+        if not all(has_context):
+            sees = torch.tensor(has_context).repeat_interleave(torch.tensor(fine))
+            rows = sees.nonzero().squeeze(1).to(device)
+        queries = Spans(tuple(itertools.compress(fine, has_context)))
+        return Prefix(rows, queries, self.context.clips)
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(clip_frames: tuple[int, ...], grid: tuple[int, int], window: int, coarser: int) -> FrameLayout:
+    if not clip_frames or min(clip_frames) < 1:
+        raise ValueError(f"every clip needs at least one frame, got clips of {list(clip_frames)} frames")
+    if not coarser and max(clip_frames) > window:
+        raise ValueError(f"a clip of {max(clip_frames)} frames is longer than the window of {window}")
+    if coarser and (grid[0] % coarser or grid[1] % coarser):
+        raise ValueError(f"a frame of {grid[0]} x {grid[1]} tokens cannot be cut {coarser} times coarser")
+    fine = tuple(min(frames, window) for frames in clip_frames)
+    coarse = tuple(frames - in_window for frames, in_window in zip(clip_frames, fine, strict=True))
+    coarse_grid = (grid[0] // coarser, grid[1] // coarser) if coarser else grid
+    return FrameLayout(
+        clip_frames,
+        window=FrameGroup.of(fine, grid, first_frames=coarse),
+        context=FrameGroup.of(coarse, coarse_grid, spacing=coarser),
+    )
+
+
+def _clip_of_frame(clip_frames: tuple[int, ...]) -> Tensor:
+    return torch.arange(len(clip_frames)).repeat_interleave(torch.tensor(clip_frames))
+
+
+def _once(made: dict[tuple[str, torch.device], Any], what: str, device: torch.device, make: Callable[[], Made]) -> Made:
+    if (what, device) not in made:
+        made[what, device] = make()
+    return made[what, device]  # type: ignore[no-any-return]

@@ -7,8 +7,9 @@ Of every frame of a clip, as in the official trainer:
     x_t = s * noise + (1 - s) * x             the model sees x_t and t
     target = noise - x
 
-With probability `clean_frame_ratio` a frame is given clean instead (x itself, timestep -1) and has no loss. All
-draws are functions of (seed, step, lane) alone, so they do not depend on the rank that makes them.
+With probability `clean_frame_ratio` a frame is given clean instead (x itself, timestep -1) and has no loss. All this
+is of window frames: context frames are always clean, with timestep -2. All draws are functions of (seed, step, lane)
+alone, so they do not depend on the rank that makes them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from far_scale.randomness import generator
 from far_scale.recipe_sections import ObjectiveSection
 
 CLEAN = -1.0
+CLEAN_CONTEXT = -2.0
 TIMESTEPS = 1000
 
 
@@ -36,8 +38,8 @@ class NoisyPack:
 
     Attributes:
         latents: `[F, C, H, W]` float32, noisy or clean frames of all clips.
-        timesteps: `[F]` float32, 1..1000, or -1 for a clean frame.
-        target: `[F, C, H, W]` float32, noise - latent.
+        timesteps: `[F]` float32, 1..1000, or -1 for a clean window frame, -2 for a context frame.
+        target: `[Fw, C, H, W]` float32, noise - latent, of the window frames.
         actions: `[F]` int64 or None, with null classes where they were dropped.
         labels: `[B]` int64 or None, likewise.
         layout: which frame belongs to which clip.
@@ -64,8 +66,11 @@ class NoisyPack:
 
 def add_noise(pack: Pack, objective: ObjectiveSection, config: FARConfig, seed: int) -> NoisyPack:
     """Draw timesteps, noise, clean frames and dropped conditions for `pack` by (seed, pack.step, pack.lane)."""
-    x = pack.latents
-    frames, _, height, width = x.shape
+    height, width = pack.latents.shape[2:]
+    layout = config.layout(pack.clip_frames, (height, width))
+    rows = layout.window_rows(pack.latents.device)
+    x = pack.latents[rows]
+    frames = len(x)
 
     draw = generator(seed, "timesteps", pack.step, pack.lane)
     if objective.timesteps == "logit_normal":
@@ -73,21 +78,21 @@ def add_noise(pack: Pack, objective: ObjectiveSection, config: FARConfig, seed: 
     else:
         u = draw.random(frames)
     # u rounds to 1 only where the normal draw exceeds 36; the official code would index past its table there.
-    timesteps = torch.from_numpy(TIMESTEPS - np.minimum(np.floor(u * TIMESTEPS), TIMESTEPS - 1)).float()
+    t = torch.from_numpy(TIMESTEPS - np.minimum(np.floor(u * TIMESTEPS), TIMESTEPS - 1)).float()
 
     clean_draw = generator(seed, "clean frames", pack.step, pack.lane).random(frames)
     clean = torch.from_numpy(clean_draw < objective.clean_frame_ratio)
     noise = torch.from_numpy(generator(seed, "noise", pack.step, pack.lane).standard_normal(x.shape, np.float32))
 
-    s = (timesteps / TIMESTEPS).view(-1, 1, 1, 1)
+    s = (t / TIMESTEPS).view(-1, 1, 1, 1)
     noisy = torch.where(clean.view(-1, 1, 1, 1), x, s * noise + (1 - s) * x)
     return NoisyPack(
-        latents=noisy,
-        timesteps=timesteps.masked_fill(clean, CLEAN),
+        latents=pack.latents.index_copy(0, rows, noisy),
+        timesteps=torch.full((layout.frames,), CLEAN_CONTEXT).index_copy_(0, rows, t.masked_fill(clean, CLEAN)),
         target=noise - x,
         actions=_drop(pack.actions, config.actions, config.condition_dropout, seed, pack),
         labels=_drop(pack.labels, config.labels, config.condition_dropout, seed, pack),
-        layout=FrameLayout.window(pack.clip_frames, (height // config.patch, width // config.patch)),
+        layout=layout,
     )
 
 
@@ -105,11 +110,11 @@ def pack_loss(velocity: Tensor, noisy: NoisyPack) -> Tensor:
     A clip whose frames all happen to be clean counts as a clip with loss 0, as officially.
 
     Args:
-        velocity: `[F, C, H, W]`, the model's answer.
+        velocity: `[Fw, C, H, W]`, the model's answer.
     """
-    frame_error = (velocity.float() - noisy.target).square().flatten(1).mean(1)  # [F]
-    weight = (noisy.timesteps != CLEAN).float()
+    frame_error = (velocity.float() - noisy.target).square().flatten(1).mean(1)  # [Fw]
+    weight = (noisy.timesteps[noisy.layout.window_rows(velocity.device)] != CLEAN).float()
     clips = len(noisy.layout.clip_frames)
     # Sums by clip as a product with the membership matrix: index_add_ adds in no fixed order on a GPU.
-    member = F.one_hot(noisy.layout.clip_of_frame(velocity.device), clips).float()  # [F, B]
+    member = F.one_hot(noisy.layout.window.clip_of_frame(velocity.device), clips).float()  # [Fw, B]
     return ((frame_error * weight) @ member / (weight @ member + 1e-9)).mean()

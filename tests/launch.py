@@ -26,7 +26,8 @@ def command(ranks: int, *arguments: object) -> list[str]:
 def environment() -> dict[str, str]:
     """This process's, with one thread a rank and without the variables of an outer launcher."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def launch(ranks: int, *arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:

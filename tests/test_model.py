@@ -61,7 +61,7 @@ def test_clips_of_different_lengths_in_one_pack_equal_the_clips_alone() -> None:
         torch.cat(clips, 1).squeeze(0),
         torch.cat(timesteps, 1).squeeze(0),
         labels=labels,
-        layout=FrameLayout.window(lengths, (4, 4)),
+        layout=FrameLayout.of(lengths, (4, 4), window=16),
     )
     alone = [model(x, t, labels=label[None]) for x, t, label in zip(clips, timesteps, labels, strict=True)]
     torch.testing.assert_close(packed, torch.cat(alone, 1).squeeze(0), rtol=0, atol=1e-12)
@@ -93,7 +93,7 @@ def test_conditions_are_checked() -> None:
         FAR(FARConfig(layers=1, heads=1, channels=4))(latents, timesteps, labels=torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="not on both"):
         FARConfig(layers=1, heads=1, actions=2, labels=2)
-    with pytest.raises(ValueError, match="do not fit 4 channels"):
+    with pytest.raises(ValueError, match="do not have 4 channels"):
         by_action(latents[:, :, :3], timesteps)
 
 
@@ -128,10 +128,10 @@ def test_a_block_is_the_official_formula_written_out_per_token() -> None:
     """Modulation per frame equals modulation per token, fused q/k/v equals three projections, no mask equals a mask."""
     config = FARConfig(layers=1, heads=2, channels=4)
     model = trained_like(config, torch.float64)
-    block, layout = model.blocks[0], FrameLayout.window((3,), (2, 2))
+    block, layout = model.blocks[0], FrameLayout.of((3,), (2, 2), window=16)
     x = torch.randn(3, 4, config.width, dtype=torch.float64)
     condition = torch.randn(3, config.width, dtype=torch.float64)
-    rotation = rotations(layout.positions)
+    rotation = rotations(layout.window.positions)
 
     tokens = x.reshape(12, -1)
     per_token = condition.repeat_interleave(4, 0)
@@ -145,14 +145,14 @@ def test_a_block_is_the_official_formula_written_out_per_token() -> None:
     rms = lambda y, weight: y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight  # noqa: E731
     q, k = rotate(rms(q, attention.norm_q.weight), rotation), rotate(rms(k, attention.norm_k.weight), rotation)
     scores = torch.einsum("qnd,knd->nqk", q, k) / 8
-    scores = scores.masked_fill(~layout.mask(torch.device("cpu")), -math.inf)
+    scores = scores.masked_fill(~layout.window.mask(torch.device("cpu")), -math.inf)
     mixed = torch.einsum("nqk,knd->qnd", scores.softmax(-1), v).reshape(12, -1)
     tokens = tokens + gate * attention.out(mixed)
     shift, scale, gate = F.linear(per_token, *block.mlp_modulation.parameters()).chunk(3, -1)
     hidden = F.gelu(block.mlp.up(norm(tokens) * (1 + scale) + shift), approximate="tanh")
     tokens = tokens + gate * block.mlp.down(hidden)
 
-    torch.testing.assert_close(block(x, condition, rotation, layout).reshape(12, -1), tokens, rtol=0, atol=1e-11)
+    torch.testing.assert_close(block(x, condition, rotation, layout)[0].reshape(12, -1), tokens, rtol=0, atol=1e-11)
 
 
 def test_modulated_norm() -> None:

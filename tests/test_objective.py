@@ -10,7 +10,7 @@ from far_scale.model import FARConfig
 from far_scale.objective import add_noise, pack_loss
 from far_scale.recipe_sections import ObjectiveSection
 
-CONFIG = FARConfig(layers=1, heads=1, channels=2, actions=4, condition_dropout=0.25)
+CONFIG = FARConfig(layers=1, heads=1, channels=2, window=20000, actions=4, condition_dropout=0.25)
 
 
 def pack(clip_frames: tuple[int, ...] = (3, 5), step: int = 0, lane: int = 0, labels: bool = False) -> Pack:
@@ -69,7 +69,7 @@ def test_conditions_are_dropped_to_the_null_class() -> None:
     assert abs((dropped == 4).float().mean().item() - 0.25) < 0.03
     kept = dropped != 4
     assert torch.equal(dropped[kept], source.actions[kept])
-    by_label = FARConfig(layers=1, heads=1, channels=2, labels=1, condition_dropout=0.5)
+    by_label = FARConfig(layers=1, heads=1, channels=2, window=4000, labels=1, condition_dropout=0.5)
     labels = add_noise(pack((1,) * 400, labels=True), ObjectiveSection(), by_label, seed=0).labels
     assert abs((labels == 1).float().mean().item() - 0.5) < 0.1
 
@@ -97,3 +97,23 @@ def test_clean_frames_get_no_gradient() -> None:
     pack_loss(velocity, noisy).backward()
     by_frame = velocity.grad.abs().flatten(1).sum(1)
     assert torch.equal(by_frame == 0, noisy.timesteps == -1)
+
+
+def test_context_frames_are_clean_and_without_loss() -> None:
+    """Clips of 2, 9 and 6 frames, a window of 4: context frames are given as they are, with timestep -2."""
+    config = FARConfig(layers=1, heads=1, channels=2, window=4, context_patch=2, actions=4)
+    source = pack((2, 9, 6))
+    noisy = add_noise(source, ObjectiveSection(clean_frame_ratio=0.3), config, seed=0)
+    context = torch.tensor([False] * 2 + [True] * 5 + [False] * 4 + [True] * 2 + [False] * 4)
+    assert torch.equal(noisy.timesteps == -2, context)
+    assert torch.equal(noisy.latents[context], source.latents[context])
+    assert len(noisy.target) == 10
+    noise = noisy.target + source.latents[~context]
+    s = (noisy.timesteps[~context] / 1000).view(-1, 1, 1, 1)
+    expected = torch.where(s < 0, source.latents[~context], s * noise + (1 - s) * source.latents[~context])
+    torch.testing.assert_close(noisy.latents[~context], expected)
+    velocity = torch.randn(10, 2, 2, 2, generator=torch.Generator().manual_seed(3))
+    error = (velocity - noisy.target).square().flatten(1).mean(1)
+    lossy = noisy.timesteps[~context] > 0
+    by_clip = [error[rows][lossy[rows]].mean() for rows in (slice(0, 2), slice(2, 6), slice(6, 10))]
+    torch.testing.assert_close(pack_loss(velocity, noisy), torch.stack(by_clip).nan_to_num(0).mean())

@@ -1,11 +1,15 @@
 """FAR: a transformer that denoises every frame of a video given all earlier ones (arXiv 2503.19325).
 
-shape letters   B clips   F frames (of a clip, or of all clips of a pack)   C/H/W latent channels/height/width
-                P tokens a frame   E width
+Long clips (FAR-Long, the paper's long short-term context): the window, a clip's last frames, is denoised; all frames
+before it are the context, cut into coarse patches with an embedding of their own.
+
+shape letters   B clips   F frames (of a clip, or of all clips of a pack), Fw/Fc of the window/context
+                C/H/W latent channels/height/width   P/Q tokens of a window/context frame   E width
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from far_scale.layout import FrameLayout
-from far_scale.model.layers import HEAD_DIM, Block, Output, TimestepEmbedding, linear, rotations
+from far_scale.layout import FrameGroup, FrameLayout
+from far_scale.model.layers import HEAD_DIM, Block, Output, TimestepEmbedding, Unread, linear, rotations
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class FARConfig:
         heads: attention heads of 64 dimensions; the width is heads * 64.
         patch: side of a window frame's patch, in latent pixels.
         channels: latent channels C.
-        window: frames of a clip that are patchified finely; the longest clip a window-only model trains on.
+        window: how many of a clip's last frames are patchified finely; the longest clip of a window-only model.
+        context_patch: side of a context frame's patch, a multiple of `patch`; 0 for a window-only model.
         actions: classes of a frame's action, 0 for none; the null class is the index `actions`.
         labels: classes of a clip's label, 0 for none; the null class is the index `labels`.
         condition_dropout: share of conditions replaced by the null class in training.
@@ -38,6 +43,7 @@ class FARConfig:
     patch: int = 1
     channels: int = 32
     window: int = 16
+    context_patch: int = 0
     actions: int = 0
     labels: int = 0
     condition_dropout: float = 0.1
@@ -46,6 +52,8 @@ class FARConfig:
         for name in ("layers", "heads", "patch", "channels", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"FARConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.context_patch < 0 or self.context_patch % self.patch:
+            raise ValueError(f"FARConfig.context_patch {self.context_patch} is no multiple of patch {self.patch}")
         if self.actions and self.labels:
             raise ValueError("FARConfig: a model is conditioned on actions or on labels, not on both")
 
@@ -53,6 +61,21 @@ class FARConfig:
     def width(self) -> int:
         """E = heads * 64."""
         return self.heads * HEAD_DIM
+
+    def layout(self, clip_frames: Sequence[int], size: tuple[int, int]) -> FrameLayout:
+        """The layout of a pack of clips of `clip_frames` frame latents, each `size` (height, width); made once.
+
+        Raises:
+            ValueError: a clip longer than the window of a window-only model, or a size that the patches do not divide.
+        """
+        height, width = size
+        if height % (self.context_patch or self.patch) or width % (self.context_patch or self.patch):
+            raise ValueError(
+                f"latents of {height} x {width} cannot be cut into patches of {self.patch}"
+                + (f" and {self.context_patch}" if self.context_patch else "")
+            )
+        grid = (height // self.patch, width // self.patch)
+        return FrameLayout.of(clip_frames, grid, self.window, self.context_patch // self.patch)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,15 +96,23 @@ class FAR(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        patch_channels = config.channels * config.patch**2
-        self.patch_embedding = linear(patch_channels, config.width)
+        self.patch_embedding = linear(config.channels * config.patch**2, config.width)
         self.timestep_embedding = TimestepEmbedding(config.width)
         self.condition_embedding = None
         if classes := config.actions or config.labels:
             self.condition_embedding = nn.Embedding(classes + 1, config.width)
             nn.init.normal_(self.condition_embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(config.heads) for _ in range(config.layers))
-        self.output = Output(config.width, patch_channels)
+        context = config.context_patch > 0
+        self.blocks = nn.ModuleList(
+            Block(config.heads, context, last=layer == config.layers - 1) for layer in range(config.layers)
+        )
+        self.output = Output(config.width, config.channels * config.patch**2)
+        if context:
+            context_channels = config.channels * config.context_patch**2
+            self.context_patch_embedding = linear(context_channels, config.width)
+            self.context_output = Unread(
+                weight=torch.zeros(context_channels, config.width), bias=torch.zeros(context_channels)
+            )
 
     def forward(
         self,
@@ -91,50 +122,56 @@ class FAR(nn.Module):
         labels: Tensor | None = None,
         layout: FrameLayout | None = None,
     ) -> Tensor:
-        """The velocity of every frame, d x_t / d (t/1000) = noise - latent at the optimum.
+        """The velocity of every window frame, d x_t / d (t/1000) = noise - latent at the optimum.
 
         Args:
             latents: `[B, F, C, H, W]` (noisy or clean frames), or with `layout` `[F, C, H, W]`, the frames of all
-                clips of a pack, one clip after another.
-            timesteps: `[B, F]` (or `[F]`): 0..1000 for the noise level, -1 for a clean frame.
+                clips of a pack, one clip after another, each in its order of time: context, then window.
+            timesteps: `[B, F]` (or `[F]`): 0..1000 for the noise level, -1 for a clean window frame, -2 for a context
+                frame, which is always clean.
             actions: `[B, F]` (or `[F]`) int64, by an action-conditioned model only.
             labels: `[B]` int64, by a label-conditioned model only.
-            layout: the pack's order, for clips of different lengths.
+            layout: the pack's order (`config.layout`), for clips of different lengths.
 
         Returns:
-            The velocity, shaped as `latents`, in the weights' precision.
+            The velocity of the window frames, `[B, Fw, C, H, W]` or `[Fw, C, H, W]`, in the weights' precision.
 
         Raises:
             ValueError: shapes that do not fit together, or a condition that the model lacks or needs.
         """
         *batch, channels, height, width = latents.shape
-        patch = self.config.patch
-        if channels != self.config.channels or height % patch or width % patch:
-            raise ValueError(
-                f"latents {list(latents.shape)} do not fit {self.config.channels} channels in patches of {patch}"
-            )
+        if channels != self.config.channels:
+            raise ValueError(f"latents {list(latents.shape)} do not have {self.config.channels} channels")
         if list(timesteps.shape) != batch:
             raise ValueError(f"timesteps must be {batch}, one a frame, got {list(timesteps.shape)}")
-        grid = (height // patch, width // patch)
+        clips = batch[:1] if layout is None else []
         if layout is None:
-            clips, frames = batch
-            layout = FrameLayout.window((frames,) * clips, grid)
+            layout = self.config.layout((batch[1],) * batch[0], (height, width))
         elif batch != [layout.frames]:
             raise ValueError(f"latents hold {batch} frames, the layout {layout.frames}")
 
-        condition = F.silu(self._condition(timesteps.flatten(), actions, labels, layout))
-        x = self.patch_embedding(_to_patches(latents.reshape(-1, channels, height, width), patch).to(condition.dtype))
-        rotation = rotations(layout.positions.to(x.device))
-        if x.dtype != torch.float64:
-            rotation = rotation.to(torch.complex64)
+        frames = latents.reshape(-1, channels, height, width)
+        condition = F.silu(self.condition(timesteps.flatten(), actions, labels, layout))
+        context, context_condition, context_rotation = None, None, None
+        if self.config.context_patch:
+            rows = layout.context_rows(latents.device)
+            patches = to_patches(frames[rows], self.config.context_patch)
+            context, context_condition = self.context_patch_embedding(patches.to(condition.dtype)), condition[rows]
+            context_rotation = self.rotations(layout.context)
+            rows = layout.window_rows(latents.device)
+            frames, condition = frames[rows], condition[rows]
+        window = self.patch_embedding(to_patches(frames, self.config.patch).to(condition.dtype))
+        window_rotation = self.rotations(layout.window)
         for block in self.blocks:
+            inputs = (window, condition, window_rotation, layout, context, context_condition, context_rotation)
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, condition, rotation, layout, use_reentrant=False)
+                window, context = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, condition, rotation, layout)
-        return _from_patches(self.output(x, condition), grid, patch).view(latents.shape)
+                window, context = block(*inputs)
+        velocity = from_patches(self.output(window, condition), (height, width), self.config.patch)
+        return velocity.view(*clips, -1, channels, height, width)
 
-    def _condition(
+    def condition(
         self, timesteps: Tensor, actions: Tensor | None, labels: Tensor | None, layout: FrameLayout
     ) -> Tensor:
         """`[F, E]`: what each frame is told, its timestep and its action or its clip's label."""
@@ -148,16 +185,22 @@ class FAR(nn.Module):
             condition = condition + (embedded if labels is None else embedded[layout.clip_of_frame(embedded.device)])
         return condition
 
+    def rotations(self, group: FrameGroup) -> Tensor:
+        """Rotary factors `[T, D/2]` of the group's tokens, complex64 (complex128 for a float64 model)."""
+        weight = self.patch_embedding.weight
+        exact = rotations(group.positions_on(weight.device))
+        return exact if weight.dtype == torch.float64 else exact.to(torch.complex64)
 
-def _to_patches(frames: Tensor, patch: int) -> Tensor:
+
+def to_patches(frames: Tensor, patch: int) -> Tensor:
     """`[F, C, H, W]` -> `[F, P, C * patch * patch]`, channels slowest within a token, as officially."""
     count, channels, height, width = frames.shape
     x = frames.view(count, channels, height // patch, patch, width // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * patch * patch)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def _from_patches(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """The inverse of `_to_patches`, for a grid of `(rows, columns)` tokens."""
-    rows, columns = grid
+def from_patches(tokens: Tensor, size: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of `to_patches`, for frames of `size` (height, width)."""
+    rows, columns = size[0] // patch, size[1] // patch
     x = tokens.view(len(tokens), rows, columns, -1, patch, patch)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, rows * patch, columns * patch)

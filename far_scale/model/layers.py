@@ -1,7 +1,7 @@
 """The parts of a FAR block. They compute what the official code computes (arXiv 2503.19325, showlab/FAR), per frame
 where it works per token: a condition is constant over a frame, so it is projected once a frame and broadcast.
 
-    shape letters   F frames   P tokens a frame   T = F * P tokens   N heads   D head dim   E = N * D width
+    shape letters   F frames   P/Q tokens of a window/context frame   T tokens   N heads   D head dim   E = N * D width
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far_scale.layout import FrameLayout
+from far_scale.layout import FrameGroup, FrameLayout
 from far_scale.model.attention import frame_attention
 
 HEAD_DIM = 64
@@ -70,6 +70,11 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1))
 
 
+def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x + gate * update: x, update `[F, P, E]`, gate `[F, E]`."""
+    return torch.addcmul(x, gate.unsqueeze(1), update)
+
+
 class TimestepEmbedding(nn.Module):
     """256 sinusoids, cosines first, then a two-layer MLP: timesteps `[F]` -> `[F, E]`.
 
@@ -93,23 +98,58 @@ class TimestepEmbedding(nn.Module):
         return self.out(F.silu(self.up(sinusoids)))
 
 
-class Attention(nn.Module):
-    """Frame-block causal self-attention with fused q/k/v, RMSNorm on q and k, and rotary positions."""
+class Unread(nn.Module):
+    """Weights of the official model that its computation never reads, kept so that they come back unchanged.
 
-    def __init__(self, heads: int) -> None:
+    They are buffers: in the state dict, but neither trained nor sharded.
+    """
+
+    def __init__(self, **tensors: Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+
+class Attention(nn.Module):
+    """Frame-block causal self-attention with fused q/k/v, RMSNorm on q and k, and rotary positions.
+
+    With `context`, context tokens have projections and norms of their own. In the last block nothing reads what
+    would become of them, so there they give keys and values only.
+    """
+
+    def __init__(self, heads: int, context: bool, last: bool) -> None:
         super().__init__()
         width = heads * HEAD_DIM
-        self.heads = heads
+        self.heads, self.last = heads, last
         self.qkv = linear(width, 3 * width, thirds=3)
         self.norm_q = nn.RMSNorm(HEAD_DIM, eps=NORM_EPS)
         self.norm_k = nn.RMSNorm(HEAD_DIM, eps=NORM_EPS)
         self.out = linear(width, width)
+        if context:
+            self.context_qkv = linear(width, 3 * width, thirds=3)
+            self.context_norm_q = Unread(weight=torch.ones(HEAD_DIM)) if last else nn.RMSNorm(HEAD_DIM, eps=NORM_EPS)
+            self.context_norm_k = nn.RMSNorm(HEAD_DIM, eps=NORM_EPS)
+            if not last:
+                self.context_out = linear(width, width)
 
-    def forward(self, x: Tensor, rotation: Tensor, layout: FrameLayout) -> Tensor:
-        """x `[F, P, E]`, rotation `[T, D/2]` -> `[F, P, E]`."""
-        q, k, v = self.qkv(x).view(-1, 3, self.heads, HEAD_DIM).unbind(1)
-        q, k = rotate(self.norm_q(q), rotation), rotate(self.norm_k(k), rotation)
-        return self.out(frame_attention(q, k, v, layout).reshape(x.shape))
+    def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Window tokens x `[F, P, E]`, rotation `[T, D/2]` -> q, k, v `[T, N, D]`, q and k rotated."""
+        q, k, v = self._heads(self.qkv(x), 3)
+        return rotate(self.norm_q(q), rotation), rotate(self.norm_k(k), rotation), v
+
+    def project_context(self, x: Tensor, rotation: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Context tokens x `[F, Q, E]`, rotation `[T, D/2]` -> q (None in the last block), k, v `[T, N, D]`."""
+        if self.last:
+            width = x.shape[-1]
+            kv = F.linear(x, self.context_qkv.weight[width:], self.context_qkv.bias[width:])
+            k, v = self._heads(kv, 2)
+            return None, rotate(self.context_norm_k(k), rotation), v
+        q, k, v = self._heads(self.context_qkv(x), 3)
+        return rotate(self.context_norm_q(q), rotation), rotate(self.context_norm_k(k), rotation), v
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """`[F, P, parts * E]` -> parts of `[F * P, N, D]`, views."""
+        return x.flatten(0, 1).unflatten(-1, (parts, self.heads, HEAD_DIM)).unbind(1)
 
 
 class MLP(nn.Module):
@@ -125,22 +165,69 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each behind a modulated norm and a gate made of the frame's condition."""
+    """Attention, then MLP, each behind a modulated norm and a gate made of the frame's condition.
 
-    def __init__(self, heads: int) -> None:
+    Window and context share the modulation, the norms and the MLP.
+    """
+
+    def __init__(self, heads: int, context: bool = False, last: bool = False) -> None:
         super().__init__()
         width = heads * HEAD_DIM
         self.attention_modulation = zero_linear(width, 3 * width)
-        self.attention = Attention(heads)
+        self.attention = Attention(heads, context, last)
         self.mlp_modulation = zero_linear(width, 3 * width)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor, condition: Tensor, rotation: Tensor, layout: FrameLayout) -> Tensor:
-        """x `[F, P, E]`, condition `[F, E]` (SiLU taken already), rotation `[T, D/2]` -> `[F, P, E]`."""
+    def forward(
+        self,
+        window: Tensor,
+        window_condition: Tensor,
+        window_rotation: Tensor,
+        layout: FrameLayout,
+        context: Tensor | None = None,
+        context_condition: Tensor | None = None,
+        context_rotation: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One layer over a pack.
+
+        Args:
+            window: `[Fw, P, E]`.
+            window_condition: `[Fw, E]`, SiLU taken already.
+            window_rotation: `[Fw * P, D/2]`.
+            layout: the pack's order.
+            context, context_condition, context_rotation: likewise `[Fc, Q, E]`, `[Fc, E]` and `[Fc * Q, D/2]`, in a
+                model with context. Fc may be 0: a pack of short clips still uses, and sends gradients to, every weight,
+                as ranks that gather and reduce them together need.
+
+        Returns:
+            The window `[Fw, P, E]` and the context `[Fc, Q, E]` (None after the last block and without a context).
+        """
+        context_k = context_v = None
+        if context is not None:
+            assert context_condition is not None and context_rotation is not None
+            context, context_k, context_v = self.context(context, context_condition, context_rotation, layout.context)
+        shift, scale, gate = self.attention_modulation(window_condition).chunk(3, dim=-1)
+        q, k, v = self.attention.project(modulated_norm(window, scale, shift), window_rotation)
+        prefix = layout.prefix(window.device)
+        seen = frame_attention(q, k, v, layout.window, context_k, context_v, prefix)
+        window = gated(window, gate, self.attention.out(seen.reshape(window.shape)))
+        return self.add_mlp(window, self.mlp_modulation(window_condition)), context
+
+    def context(
+        self, x: Tensor, condition: Tensor, rotation: Tensor, group: FrameGroup
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The context's own part of the layer: x `[Fc, Q, E]` (None in the last block), k and v `[T, N, D]`."""
         shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
-        x = torch.addcmul(x, gate.unsqueeze(1), self.attention(modulated_norm(x, scale, shift), rotation, layout))
-        shift, scale, gate = self.mlp_modulation(condition).chunk(3, dim=-1)
-        return torch.addcmul(x, gate.unsqueeze(1), self.mlp(modulated_norm(x, scale, shift)))
+        q, k, v = self.attention.project_context(modulated_norm(x, scale, shift), rotation)
+        if q is None:
+            return None, k, v
+        x = gated(x, gate, self.attention.context_out(frame_attention(q, k, v, group).reshape(x.shape)))
+        return self.add_mlp(x, self.mlp_modulation(condition)), k, v
+
+    def add_mlp(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x `[F, P, E]`, modulation `[F, 3 E]` -> `[F, P, E]`."""
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        return gated(x, gate, self.mlp(modulated_norm(x, scale, shift)))
 
 
 class Output(nn.Module):

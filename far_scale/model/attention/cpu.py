@@ -1,11 +1,13 @@
-"""The kernel for CPUs: PyTorch's flash attention operator, run once for each sequence length.
+"""The kernel for CPUs: PyTorch's flash attention operator, run once for each pair of sequence lengths.
 
 The operator takes dense batches `[sequences, N, length, D]` in float32, float64, bfloat16 or float16 and gives the
 log-sum-exp `[sequences, N, length]`. Sequences of one length lie end to end as a dense batch already (no copy);
-mixed lengths are gathered, a batch for each length.
+mixed lengths are gathered, a batch for each pair of query and key length.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,9 +18,9 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def _dense(x: Tensor, length: int) -> Tensor:
+def _dense(x: Tensor, spans: Spans) -> Tensor:
     """`[sequences * length, N, D]` -> `[sequences, N, length, D]`, a view."""
-    return x.unflatten(0, (-1, length)).transpose(1, 2)
+    return x.unflatten(0, (-1, spans.longest)).transpose(1, 2)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -26,22 +28,32 @@ def _flat(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _rows(length: int, starts: tuple[int, ...]) -> Tensor:
-    return (torch.tensor(starts)[:, None] + torch.arange(length)[None, :]).flatten()
+def _uniform_parts(queries: Spans, keys: Spans) -> Iterator[tuple[Tensor, Spans, Tensor, Spans]]:
+    """The sequences by their pair of lengths: query rows and spans, key rows and spans."""
+    by_lengths: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for lengths, starts in zip(
+        zip(queries.lengths, keys.lengths, strict=True), zip(queries.starts, keys.starts, strict=True), strict=False
+    ):
+        by_lengths.setdefault(lengths, []).append(starts)
+    for (query_length, key_length), starts in sorted(by_lengths.items()):
+        query_starts, key_starts = torch.tensor(starts).T
+        yield (
+            (query_starts[:, None] + torch.arange(query_length)).flatten(),
+            Spans((query_length,) * len(starts)),
+            (key_starts[:, None] + torch.arange(key_length)).flatten(),
+            Spans((key_length,) * len(starts)),
+        )
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:
     """See `Kernel.forward`."""
-    if spans.uniform:
-        length = spans.longest
-        out, lse = _forward(_dense(q, length), _dense(k, length), _dense(v, length), 0.0, causal)
+    if queries.uniform and keys.uniform:
+        out, lse = _forward(_dense(q, queries), _dense(k, keys), _dense(v, keys), 0.0, causal)
         return _flat(out), _flat(lse)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    for length, starts in spans.groups:
-        rows = _rows(length, starts)
-        part_out, part_lse = forward(q[rows], k[rows], v[rows], Spans((length,) * len(starts)), causal)
-        out[rows], lse[rows] = part_out, part_lse
+    for rows, part_queries, key_rows, part_keys in _uniform_parts(queries, keys):
+        out[rows], lse[rows] = forward(q[rows], k[key_rows], v[key_rows], part_queries, part_keys, causal)
     return out, lse
 
 
@@ -51,23 +63,23 @@ SHORT = 512
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans, causal: bool
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: Spans, keys: Spans, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernel.backward`."""
-    if q.dtype in (torch.bfloat16, torch.float16) and spans.longest < SHORT:
-        dq, dk, dv = backward(dout.float(), q.float(), k.float(), v.float(), out.float(), lse, spans, causal)
+    if q.dtype in (torch.bfloat16, torch.float16) and queries.longest < SHORT:
+        precise = (x.float() for x in (dout, q, k, v, out))
+        dq, dk, dv = backward(*precise, lse, queries, keys, causal)
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
-    if spans.uniform:
-        length = spans.longest
-        dense = (_dense(x, length) for x in (dout, q, k, v, out))
+    if queries.uniform and keys.uniform:
+        by_query = (_dense(x, queries) for x in (dout, q))
         # The operator reads the log-sum-exp by plain offsets, so that one alone must lie contiguously.
-        dq, dk, dv = _backward(*dense, _dense(lse, length).contiguous(), 0.0, causal)
+        dq, dk, dv = _backward(
+            *by_query, _dense(k, keys), _dense(v, keys), _dense(out, queries), _dense(lse, queries).contiguous(),
+            0.0, causal,
+        )  # fmt: skip
         return _flat(dq), _flat(dk), _flat(dv)
-    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for length, starts in spans.groups:
-        rows = _rows(length, starts)
-        group = Spans((length,) * len(starts))
-        parts = backward(dout[rows], q[rows], k[rows], v[rows], out[rows], lse[rows], group, causal)
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient[rows] = part
-    return gradients
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for rows, part_queries, key_rows, part_keys in _uniform_parts(queries, keys):
+        parts = dout[rows], q[rows], k[key_rows], v[key_rows], out[rows], lse[rows]
+        dq[rows], dk[key_rows], dv[key_rows] = backward(*parts, part_queries, part_keys, causal)
+    return dq, dk, dv

@@ -12,17 +12,28 @@ from far_scale.layout import Spans
 class Kernel(Protocol):
     """Ordinary attention with the log-sum-exp given back, and its backward from a given output and log-sum-exp.
 
-    Queries and keys of a sequence are equally many; `causal` lets query j see keys <= j. The scale is 1/sqrt(D).
-    The backward takes `out` and `lse` from its caller and must not recompute them: a caller who merged several
-    calls hands over the merged ones, and gets this call's share of the gradients.
+    Query sequence i sees key sequence i. `causal`, only where both have the same lengths, lets query j see keys <= j.
+    The scale is 1/sqrt(D). The backward takes `out` and `lse` from its caller and must not recompute them: a caller
+    who merged several calls hands over the merged ones, and gets this call's share of the gradients.
     """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool) -> tuple[Tensor, Tensor]:
-        """q, k, v `[T, N, D]` -> out `[T, N, D]`, lse `[T, N]` float (natural logarithm)."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """q `[T, N, D]`, k, v `[S, N, D]` -> out `[T, N, D]`, lse `[T, N]` float (natural logarithm), both new."""
         ...
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans, causal: bool
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        queries: Spans,
+        keys: Spans,
+        causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients dq, dk, dv `[T, N, D]`."""
+        """Gradients dq `[T, N, D]`, dk, dv `[S, N, D]`, all new."""
         ...

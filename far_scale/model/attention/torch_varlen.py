@@ -17,22 +17,22 @@ _forward = torch.ops.aten._flash_attention_forward.default
 _backward = torch.ops.aten._flash_attention_backward.default
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:
     """See `Kernel.forward`."""
-    starts, longest = spans.cumulative(q.device), spans.longest
-    out, lse, *_ = _forward(q, k, v, starts, starts, longest, longest, 0.0, causal, False)
+    starts, key_starts = queries.cumulative(q.device), keys.cumulative(q.device)
+    out, lse, *_ = _forward(q, k, v, starts, key_starts, queries.longest, keys.longest, 0.0, causal, False)
     return out, lse.transpose(0, 1)
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans, causal: bool
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: Spans, keys: Spans, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernel.backward`."""
-    starts, longest = spans.cumulative(q.device), spans.longest
+    starts, key_starts = queries.cumulative(q.device), keys.cumulative(q.device)
     # Only dropout, of which there is none, reads the generator state and its companion.
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     companion = torch.empty(0, device=q.device)
     return _backward(
         dout.contiguous(), q, k, v, out.contiguous(), lse.transpose(0, 1).contiguous(),
-        starts, starts, longest, longest, 0.0, causal, state, companion,
+        starts, key_starts, queries.longest, keys.longest, 0.0, causal, state, companion,
     )  # fmt: skip
