@@ -1,24 +1,37 @@
-"""Export a training run's checkpoint as a model directory: tools/export_checkpoint.py RUN --out DIR."""
+"""Export a training run's checkpoint: tools/export_checkpoint.py RUN --out DIR, or --format official --out FILE.pth."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from far_scale.convert.zero import export
+from far_scale.convert.zero import export, export_official
 from far_scale.errors import command_line
 
 
 @command_line
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Export a checkpoint of any ZeRO stage as a model directory.")
-    parser.add_argument("run", type=Path, help="the run's folder, with checkpoints/ in it")
+    parser = argparse.ArgumentParser(description="Export a checkpoint of any ZeRO stage as a model directory or file.")
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="the run's folder, with checkpoints/ in it; for an official file a model directory too",
+    )
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the latest)")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which set (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="model directory to write")
+    parser.add_argument(
+        "--format",
+        choices=("model", "official"),
+        default="model",
+        help="model directory, or a file for the official code (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="model directory, or .pth file, to write")
     args = parser.parse_args()
-    step = export(args.run, args.step, args.weights, args.out)
-    print(f"{args.out}: {args.weights} weights of step {step} exported")
+    if args.format == "official":
+        what = export_official(args.source, args.step, args.weights, args.out)
+    else:
+        what = f"{args.weights} weights of step {export(args.source, args.step, args.weights, args.out)}"
+    print(f"{args.out}: {what} exported")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Model directories: what is exported, loaded and sampled from.
 
-A folder with `config.json` (the model's shape and its ModelCard) and `model.safetensors`, or, above 5 GB, with
+A folder with `config.json` (the model's shape and its card) and `model.safetensors`, or, above 5 GB, with
 `model-00001-of-0000N.safetensors` files and `model.safetensors.index.json`, laid out as Hugging Face libraries do.
 """
 
@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from far_scale.data.manifest import AutoencoderInfo, Positive, Typed, first_problem
+from far_scale.convert.fit import check_fit, empty_model
+from far_scale.data.manifest import AutoencoderInfo, Digest, Positive, Typed, first_problem
 from far_scale.data.scaling import LatentScaling
 from far_scale.errors import UserError
 from far_scale.files import read_json, sync_folder
@@ -43,6 +44,20 @@ class TrainingCard(Typed):
     far_scale: str
 
 
+class ImportCard(Typed):
+    """Where weights come from that were trained elsewhere: the file, its SHA-256, the version that imported it."""
+
+    imported_from: str
+    sha256: Digest
+    far_scale: str
+
+
+class WeightsCard(Typed):
+    """The card of weights of which nobody has told yet what latents they go with."""
+
+    training: ImportCard
+
+
 class ModelCard(Typed):
     """What one has to know beside the model's shape to sample from its weights.
 
@@ -52,7 +67,7 @@ class ModelCard(Typed):
         latent_shape: (C, H, W) of a frame latent.
         fps: frames a second of the videos trained on, or None where they differ.
         frame_stride: the model was trained on every n-th frame of them.
-        training: where the weights come from.
+        training: where the weights come from, a run or an imported file.
     """
 
     autoencoder: AutoencoderInfo
@@ -60,7 +75,7 @@ class ModelCard(Typed):
     latent_shape: tuple[Positive, Positive, Positive]
     fps: Annotated[float, Field(gt=0)] | None
     frame_stride: Positive = 1
-    training: TrainingCard
+    training: TrainingCard | ImportCard
 
     @model_validator(mode="after")
     def _channels_agree(self) -> ModelCard:
@@ -83,7 +98,7 @@ def save_model_dir(
     folder: str | Path,
     config: FARConfig,
     state: Mapping[str, Tensor],
-    card: ModelCard,
+    card: ModelCard | WeightsCard,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write a model directory beside `folder`, then rename it; an older model directory there is replaced.
@@ -96,7 +111,7 @@ def save_model_dir(
         UserError: tensors that are not those of `config`, or something at `folder` that is no model directory.
     """
     folder = Path(folder)
-    _check_tensors(folder, _empty_model(config), state)
+    _check_tensors(folder, empty_model(config), state)
     if os.path.lexists(folder) and not is_model_dir(folder) and not (folder.is_dir() and not os.listdir(folder)):
         raise UserError(f"{folder}: is there already and is no mere model directory; name a folder that is not there")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -130,23 +145,33 @@ def load_model_dir(
         dtype: of the weights; that of the file unless given.
 
     Raises:
-        UserError: no such folder, a config.json that is not valid, or weights that are unreadable, missing,
-            unexpected or of another shape (named).
+        UserError: no such folder, a config.json that is not valid or lacks what sampling needs, or weights that are
+            unreadable, missing, unexpected or of another shape (named).
     """
-    folder = Path(folder)
     config, card = read_config(folder)
-    # A copy of each: tensors that lie in the mapped file are not aligned as kernels like it, and round differently.
-    state = {
-        name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in _read_weights(folder, device).items()
-    }
-    model = _empty_model(config)
-    _check_tensors(folder, model, state)
-    model.load_state_dict(state, assign=True)
-    return model.eval(), card
+    return _load(Path(folder), config, device, dtype), card
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> FAR:
+    """The model alone, also of a directory that does not tell what latents it goes with; otherwise as
+    `load_model_dir`."""
+    return _load(Path(folder), read_any_config(folder)[0], device, dtype)
 
 
 def read_config(folder: str | Path) -> tuple[FARConfig, ModelCard]:
     """The model's shape and card from a model directory's config.json; errors as `load_model_dir`."""
+    config, card = read_any_config(folder)
+    if isinstance(card, WeightsCard):
+        raise UserError(
+            f"{Path(folder) / CONFIG_FILE}: autoencoder, scaling and latent_shape are not set; run "
+            f"tools/import_checkpoint.py on {card.training.imported_from} again with --shards, a shard set of the "
+            "latents that the model takes"
+        )
+    return config, card
+
+
+def read_any_config(folder: str | Path) -> tuple[FARConfig, ModelCard | WeightsCard]:
+    """As `read_config`, also of a directory that holds imported weights alone."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no model directory here; tools/export_checkpoint.py makes one")
@@ -156,14 +181,15 @@ def read_config(folder: str | Path) -> tuple[FARConfig, ModelCard]:
         found = values.get("format") if isinstance(values, dict) else None
         raise UserError(f"{path}: format is {found!r}, needed is {FORMAT!r}; export the model with this far_scale")
     rest = {key: value for key, value in values.items() if key not in ("format", "model")}
+    kind = WeightsCard if rest.keys() == WeightsCard.model_fields.keys() else ModelCard
     try:
         config = FARConfig.from_dict(values.get("model", {}))
-        card = ModelCard.model_validate_json(json.dumps(rest))  # from JSON, where a list may be a tuple
+        card = kind.model_validate_json(json.dumps(rest))  # from JSON, where a list may be a tuple
     except ValidationError as error:
         raise UserError(f"{path}: {first_problem(error)}; export the model again") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: model: {error}; export the model again") from None
-    if card.latent_shape[0] != config.channels:
+    if isinstance(card, ModelCard) and card.latent_shape[0] != config.channels:
         raise UserError(
             f"{path}: latent_shape has {card.latent_shape[0]} channels and model.channels is {config.channels}; "
             "export the model again"
@@ -171,30 +197,20 @@ def read_config(folder: str | Path) -> tuple[FARConfig, ModelCard]:
     return config, card
 
 
-def _empty_model(config: FARConfig) -> FAR:
-    """The model without memory for its weights, which are assigned later (nothing is initialised in vain)."""
-    with torch.device("meta"):
-        return FAR(config)
+def _load(folder: Path, config: FARConfig, device: str | torch.device, dtype: torch.dtype | None) -> FAR:
+    # A copy of each: tensors that lie in the mapped file are not aligned as kernels like it, and round differently.
+    state = {
+        name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in _read_weights(folder, device).items()
+    }
+    model = empty_model(config)
+    _check_tensors(folder, model, state)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
 
 
 def _check_tensors(folder: Path, model: FAR, state: Mapping[str, Tensor]) -> None:
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = (
-        ("misses", [name for name in expected if name not in state]),
-        ("has unexpected", [name for name in state if name not in expected]),
-        (
-            "has in another shape",
-            [
-                f"{name} ({list(state[name].shape)} in place of {shape})"
-                for name, shape in expected.items()
-                if name in state and list(state[name].shape) != shape
-            ],
-        ),
-    )
-    for what, names in problems:
-        if names:
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise UserError(f"{folder}: the model {what} tensors: {shown}; config.json and weights do not fit together")
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    check_fit(f"{folder}: the model", expected, state, "config.json and weights do not fit together")
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor], max_file_bytes: int) -> None:

@@ -1,4 +1,5 @@
-"""From a checkpoint, written by any number of ranks under any ZeRO stage, to a model directory, in one process."""
+"""From a checkpoint, written by any number of ranks under any ZeRO stage, to a model directory or an official file, in
+one process."""
 
 from __future__ import annotations
 
@@ -8,14 +9,18 @@ from typing import Any, Literal
 
 import torch
 
+from far_scale.convert.fit import empty_model
 from far_scale.convert.model_dir import (
     CONFIG_FILE,
     ModelCard,
     TrainingCard,
     is_model_dir,
-    read_config,
+    load_model,
+    read_any_config,
     save_model_dir,
 )
+from far_scale.convert.official import from_far_scale
+from far_scale.convert.official_file import write_official
 from far_scale.data.manifest import AutoencoderInfo
 from far_scale.data.scaling import LatentScaling
 from far_scale.errors import UserError
@@ -38,12 +43,7 @@ def export(run: str | Path, step: int | None, weights: Literal["ema", "model"], 
     Raises:
         UserError: no such checkpoint, or it is not whole.
     """
-    run = Path(run)
-    step = checkpoint.latest_step(run) if step is None else step
-    if step is None:
-        raise UserError(f"{run}: there is no checkpoint in this run yet; train it first")
-    folder = checkpoint.step_folder(run, step)
-    state = checkpoint.read_state(folder)
+    folder, state = _find(Path(run), step)
     card = ModelCard(
         autoencoder=AutoencoderInfo(**state["autoencoder"]),
         scaling=LatentScaling.from_dict(state["scaling"]),
@@ -51,7 +51,7 @@ def export(run: str | Path, step: int | None, weights: Literal["ema", "model"], 
         fps=state["fps"],
         frame_stride=state["frame_stride"],
         training=TrainingCard(
-            step=step,
+            step=state["step"],
             recipe_hash=state["recipe_hash"],
             weights=weights,
             far_scale=state["versions"]["far_scale"],
@@ -59,24 +59,71 @@ def export(run: str | Path, step: int | None, weights: Literal["ema", "model"], 
     )
     config = FARConfig.from_dict(state["model"])
     if not _is_current(Path(out), folder, config, card):
-        tensors = _read_weights(folder, state, "ema" if weights == "ema" else "weight")
-        save_model_dir(out, config, tensors, card)
-    return step
+        save_model_dir(out, config, _read_weights(folder, state, weights), card)
+    return state["step"]
+
+
+def export_official(source: str | Path, step: int | None, weights: Literal["ema", "model"], out: str | Path) -> str:
+    """Write weights as a file that the official code loads strictly.
+
+    Args:
+        source: a run directory, or a model directory, which holds one set of weights: `weights` is for runs only.
+        step: which checkpoint of a run; the latest where None.
+        out: the .pth file to write.
+
+    Returns:
+        What was exported, for the user.
+
+    Raises:
+        UserError: no such checkpoint or model, or it is not whole; a step of a model directory.
+    """
+    source = Path(source)
+    if not (source / CONFIG_FILE).is_file():
+        folder, state = _find(source, step)
+        config = FARConfig.from_dict(state["model"])
+        write_official(out, from_far_scale(config, _read_weights(folder, state, weights)))
+        return f"{weights} weights of step {state['step']}"
+    if step is not None:
+        raise UserError(f"{source}: a model directory holds one set of weights; leave --step out, or name the run")
+    config, card = read_any_config(source)
+    write_official(out, from_far_scale(config, load_model(source).state_dict()))
+    if isinstance(card.training, TrainingCard):
+        return f"{card.training.weights} weights of step {card.training.step}"
+    return f"weights imported from {card.training.imported_from}"
+
+
+def _find(run: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint's folder and its state.json."""
+    step = checkpoint.latest_step(run) if step is None else step
+    if step is None:
+        raise UserError(f"{run}: there is no checkpoint in this run yet; train it first")
+    folder = checkpoint.step_folder(run, step)
+    return folder, checkpoint.read_state(folder)
 
 
 def _is_current(out: Path, folder: Path, config: FARConfig, card: ModelCard) -> bool:
     """Whether `out` is this very export already, made after the checkpoint was."""
-    if not is_model_dir(out) or read_config(out) != (config, card):
+    if not is_model_dir(out) or read_any_config(out) != (config, card):
         return False
     return (out / CONFIG_FILE).stat().st_mtime > (folder / "state.json").stat().st_mtime
 
 
-def _read_weights(folder: Path, state: dict[str, Any], kind: str) -> dict[str, torch.Tensor]:
-    """The parameters by name, float32, in their shapes."""
+def _read_weights(folder: Path, state: dict[str, Any], weights: Literal["ema", "model"]) -> dict[str, torch.Tensor]:
+    """The model's state dict, float32: the parameters from the checkpoint, the buffers as every model has them."""
     tensors = {name: torch.empty(shape) for name, shape in state["parameters"].items()}
+    kind = "ema" if weights == "ema" else "weight"
     pieces = {
         f"{kind}/{name}": checkpoint.FlatPiece(math.prod(tensor.shape), 0, tensor.view(-1))
         for name, tensor in tensors.items()
     }
     checkpoint.load(folder, pieces, alone=True)
-    return tensors
+    return tensors | _buffers(FARConfig.from_dict(state["model"]))
+
+
+def _buffers(config: FARConfig) -> dict[str, torch.Tensor]:
+    """The model's buffers as they start. Nothing reads or trains them: they are there for the official code's sake,
+    which starts the norm's weight at one and the context's output at zero."""
+    return {
+        name: torch.ones(buffer.shape) if name.endswith("norm_q.weight") else torch.zeros(buffer.shape)
+        for name, buffer in empty_model(config).named_buffers()
+    }

@@ -151,7 +151,7 @@ class FAR(nn.Module):
             raise ValueError(f"latents hold {batch} frames, the layout {layout.frames}")
 
         frames = latents.reshape(-1, channels, height, width)
-        condition = F.silu(self.condition(timesteps.flatten(), actions, labels, layout))
+        condition = self.condition(timesteps.flatten(), self._classes(actions, labels, layout))
         context, context_condition, context_rotation = None, None, None
         if self.config.context_patch:
             rows = layout.context_rows(latents.device)
@@ -171,19 +171,22 @@ class FAR(nn.Module):
         velocity = from_patches(self.output(window, condition), (height, width), self.config.patch)
         return velocity.view(*clips, -1, channels, height, width)
 
-    def condition(
-        self, timesteps: Tensor, actions: Tensor | None, labels: Tensor | None, layout: FrameLayout
-    ) -> Tensor:
-        """`[F, E]`: what each frame is told, its timestep and its action or its clip's label."""
+    def condition(self, timesteps: Tensor, classes: Tensor | None) -> Tensor:
+        """What each frame is told, through a SiLU: timesteps `[F]` and classes `[F]` (its action, its clip's label, or
+        None in a model without conditions) -> `[F, E]`."""
+        condition = self.timestep_embedding(timesteps)
+        if self.condition_embedding is not None:
+            condition = condition + self.condition_embedding(classes)
+        return F.silu(condition)
+
+    def _classes(self, actions: Tensor | None, labels: Tensor | None, layout: FrameLayout) -> Tensor | None:
+        """`[F]`: each frame's action or its clip's label."""
         if (actions is not None) != bool(self.config.actions) or (labels is not None) != bool(self.config.labels):
             needs = "actions" if self.config.actions else "labels" if self.config.labels else "no condition"
             raise ValueError(f"this model takes {needs}")
-        condition = self.timestep_embedding(timesteps)
-        if self.condition_embedding is not None:
-            classes = actions.flatten() if actions is not None else labels  # [F] or [B]
-            embedded = self.condition_embedding(classes)
-            condition = condition + (embedded if labels is None else embedded[layout.clip_of_frame(embedded.device)])
-        return condition
+        if labels is not None:
+            return labels[layout.clip_of_frame(labels.device)]
+        return None if actions is None else actions.flatten()
 
     def rotations(self, group: FrameGroup) -> Tensor:
         """Rotary factors `[T, D/2]` of the group's tokens, complex64 (complex128 for a float64 model)."""

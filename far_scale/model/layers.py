@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far_scale.layout import FrameGroup, FrameLayout
+from far_scale.layout import FrameGroup, FrameLayout, Prefix
 from far_scale.model.attention import frame_attention
 
 HEAD_DIM = 64
@@ -206,22 +206,52 @@ class Block(nn.Module):
         if context is not None:
             assert context_condition is not None and context_rotation is not None
             context, context_k, context_v = self.context(context, context_condition, context_rotation, layout.context)
-        shift, scale, gate = self.attention_modulation(window_condition).chunk(3, dim=-1)
-        q, k, v = self.attention.project(modulated_norm(window, scale, shift), window_rotation)
         prefix = layout.prefix(window.device)
-        seen = frame_attention(q, k, v, layout.window, context_k, context_v, prefix)
-        window = gated(window, gate, self.attention.out(seen.reshape(window.shape)))
-        return self.add_mlp(window, self.mlp_modulation(window_condition)), context
+        window, _, _ = self.window(
+            window, window_condition, window_rotation, layout.window, context_k, context_v, prefix
+        )
+        return window, context
+
+    def window(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        rotation: Tensor,
+        group: FrameGroup,
+        earlier_k: Tensor | None = None,
+        earlier_v: Tensor | None = None,
+        earlier: Prefix | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer over the window frames of `group`, which also see `earlier` keys and values: x, k, v after it."""
+        shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
+        q, k, v = self.attention.project(modulated_norm(x, scale, shift), rotation)
+        seen = frame_attention(q, k, v, group, earlier_k, earlier_v, earlier)
+        x = gated(x, gate, self.attention.out(seen.reshape(x.shape)))
+        return self.add_mlp(x, self.mlp_modulation(condition)), k, v
+
+    def window_keys(self, x: Tensor, condition: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """Only k and v `[T, N, D]` of window frames x `[F, P, E]`."""
+        shift, scale, _ = self.attention_modulation(condition).chunk(3, dim=-1)
+        _, k, v = self.attention.project(modulated_norm(x, scale, shift), rotation)
+        return k, v
 
     def context(
-        self, x: Tensor, condition: Tensor, rotation: Tensor, group: FrameGroup
+        self,
+        x: Tensor,
+        condition: Tensor,
+        rotation: Tensor,
+        group: FrameGroup,
+        earlier_k: Tensor | None = None,
+        earlier_v: Tensor | None = None,
+        earlier: Prefix | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The context's own part of the layer: x `[Fc, Q, E]` (None in the last block), k and v `[T, N, D]`."""
+        """The layer over the context frames of `group`, likewise; in the last block x is None."""
         shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
         q, k, v = self.attention.project_context(modulated_norm(x, scale, shift), rotation)
         if q is None:
             return None, k, v
-        x = gated(x, gate, self.attention.context_out(frame_attention(q, k, v, group).reshape(x.shape)))
+        seen = frame_attention(q, k, v, group, earlier_k, earlier_v, earlier)
+        x = gated(x, gate, self.attention.context_out(seen.reshape(x.shape)))
         return self.add_mlp(x, self.mlp_modulation(condition)), k, v
 
     def add_mlp(self, x: Tensor, modulation: Tensor) -> Tensor:

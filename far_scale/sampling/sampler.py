@@ -6,7 +6,7 @@ Euler step from sigma to sigma' < sigma is x += (sigma' - sigma) * velocity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from tqdm import tqdm
 from far_scale.errors import UserError
 from far_scale.model import FAR, FARConfig
 from far_scale.randomness import generator
+from far_scale.sampling.cache import MultiLevelCache
+from far_scale.sampling.denoisers import Cached, Denoiser, Uncached
 
-CLEAN_TIMESTEP = -1.0
 TRAIN_TIMESTEPS = 1000
 
 
@@ -51,18 +52,40 @@ def roll_out(
     seed: int = 0,
     clip_ids: Sequence[int] | None = None,
     progress: bool = False,
+    cache: bool = True,
 ) -> Tensor:
-    """Predict the `frames` frame latents that follow `context`.
+    """All of `predict_frames`' frames, `[B, F, C, H, W]`; arguments and errors as there."""
+    predicted = predict_frames(
+        model, context, frames, steps, guidance, actions, labels, seed, clip_ids, progress, cache
+    )
+    return torch.stack(list(predicted), dim=1)
 
-    The given and the already predicted frames are clean (timestep -1). A clip longer than the model's window is
-    continued with a plain sliding window: of the earlier frames only the newest `window - 1` are seen, and the
-    frame indices restart at 0 with the oldest of them.
+
+@torch.no_grad()
+def predict_frames(
+    model: FAR,
+    context: Tensor,
+    frames: int,
+    steps: int,
+    guidance: float = 1.0,
+    actions: Tensor | None = None,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    clip_ids: Sequence[int] | None = None,
+    progress: bool = False,
+    cache: bool = True,
+) -> Iterator[Tensor]:
+    """Predict the `frames` frame latents that follow `context`, one after the other.
+
+    The given and the already predicted frames are clean. A clip longer than the model's window keeps its earlier
+    frames as coarse context in a model with context; a window-only model forgets them, and the frame indices of its
+    sliding window restart at 0 with the oldest frame it still sees.
 
     Args:
         model: its parameters' dtype and device are those of the computation; the state x stays in float32.
         context: `[B, G, C, H, W]` scaled latents of the given frames; G may be 0.
         frames: how many frames to predict, F.
-        steps: Euler steps a frame; each runs the model once over the frames seen (on twice the batch with guidance).
+        steps: Euler steps a frame; each runs the model once (on twice the batch with guidance).
         guidance: above 1, classifier-free guidance: null + guidance * (conditioned - null); 1, conditioned only
             (or a model without conditions); -1, the null class only.
         actions: `[B, G + F]` integers, the action that led to each frame; for a model with actions, and only there.
@@ -70,46 +93,52 @@ def roll_out(
         seed: names the noise, together with `clip_ids`.
         clip_ids: one number a clip, 0 ... B - 1 unless given.
         progress: show a progress bar of the frames.
+        cache: keep keys and values of clean frames (see `cache_bytes`); without, every step recomputes them.
 
-    Returns:
-        `[B, F, C, H, W]` float32 scaled latents, on the model's device.
+    Yields:
+        `[B, C, H, W]` float32 scaled latents of one frame, on the model's device.
 
     Raises:
         UserError: shapes, conditions or guidance that do not fit the model.
     """
     config = model.config
     _check_sizes(config, context, frames, steps)
-    batch, given = context.shape[:2]
+    batch, given, *frame_shape = context.shape
     clips = list(range(batch)) if clip_ids is None else list(clip_ids)
     if len(clips) != batch or min(clips) < 0:
         raise UserError(f"clip_ids: {clips} is not one number from 0 up for each of the {batch} clips")
     _check_guidance(config, guidance)
 
-    parameter = next(model.parameters())
-    device, dtype = parameter.device, parameter.dtype
+    device = model.patch_embedding.weight.device
     action_rows = _condition_rows("actions", actions, config.actions, (batch, given + frames), guidance, device)
     label_rows = _condition_rows("labels", labels, config.labels, (batch,), guidance, device)
     copies = 2 if guidance > 1 else 1
     sigmas = euler_sigmas(steps)
-    timesteps = (sigmas[:-1] * TRAIN_TIMESTEPS).tolist()
+    timesteps = (sigmas[:-1] * TRAIN_TIMESTEPS).to(device)
     sigma_steps = (sigmas[1:] - sigmas[:-1]).tolist()
+    denoiser: Denoiser = Uncached(model, timesteps, copies)
+    if cache:
+        denoiser = Cached(model, timesteps, copies, batch, given + frames, (frame_shape[1], frame_shape[2]))
 
-    clean = context.to(device, torch.float32)
+    clean = torch.empty(batch, given + frames, *frame_shape, device=device)
+    clean[:, :given] = context
     for frame in tqdm(range(given, given + frames), desc="sampling", unit="frame", disable=not progress):
-        seen = slice(max(0, frame + 1 - config.window), frame + 1)  # the window, with the new frame last
-        frame_actions = None if action_rows is None else action_rows[:, seen]
-        frame_timesteps = torch.full((copies * batch, seen.stop - seen.start), CLEAN_TIMESTEP, device=device)
-        x = torch.stack([frame_noise(seed, clip, frame, context.shape[2:]) for clip in clips])[:, None].to(device)
-        for timestep, sigma_step in zip(timesteps, sigma_steps, strict=True):
-            frame_timesteps[:, -1] = timestep
-            latents = torch.cat([clean[:, seen], x], dim=1).to(dtype).repeat(copies, 1, 1, 1, 1)
-            velocity = model(latents, frame_timesteps, frame_actions, label_rows)[:, -1:].float()
+        denoiser.begin_frame(clean[:, :frame], None if action_rows is None else action_rows[:, : frame + 1], label_rows)
+        x = torch.stack([frame_noise(seed, clip, frame, frame_shape) for clip in clips]).to(device)
+        for step, sigma_step in enumerate(sigma_steps):
+            velocity = denoiser.velocity(x, step)
             if guidance > 1:
                 null, conditioned = velocity.chunk(2)
                 velocity = null + guidance * (conditioned - null)
             x = x + sigma_step * velocity
-        clean = torch.cat([clean, x], dim=1)
-    return clean[:, given:]
+        clean[:, frame] = x
+        yield x
+
+
+def cache_bytes(model: FAR, clips: int, frames: int, size: tuple[int, int], guidance: float = 1.0) -> int:
+    """Memory that sampling's cache takes for `clips` clips of `frames` frames, given ones and new ones together."""
+    rows = clips * (2 if guidance > 1 else 1)
+    return MultiLevelCache.bytes_needed(model.config, rows, frames, size, model.patch_embedding.weight.dtype)
 
 
 def _condition_rows(
@@ -153,5 +182,6 @@ def _check_sizes(config: FARConfig, context: Tensor, frames: int, steps: int) ->
     if context.ndim != 5 or context.shape[0] < 1 or context.shape[2] != config.channels:
         wanted = f"[clips, given frames, {config.channels}, height, width]"
         raise UserError(f"context: the shape is {list(context.shape)}, needed is {wanted}")
-    if context.shape[3] % config.patch or context.shape[4] % config.patch:
-        raise UserError(f"context: {list(context.shape[3:])} cannot be cut into patches of {config.patch}")
+    largest = max(config.patch, config.context_patch)
+    if context.shape[3] % largest or context.shape[4] % largest:
+        raise UserError(f"context: {list(context.shape[3:])} cannot be cut into patches of {largest}")

@@ -35,13 +35,13 @@ def _uniform_parts(queries: Spans, keys: Spans) -> Iterator[tuple[Tensor, Spans,
         zip(queries.lengths, keys.lengths, strict=True), zip(queries.starts, keys.starts, strict=True), strict=False
     ):
         by_lengths.setdefault(lengths, []).append(starts)
-    for (query_length, key_length), starts in sorted(by_lengths.items()):
-        query_starts, key_starts = torch.tensor(starts).T
+    for (query_length, key_length), together in sorted(by_lengths.items()):
+        query_starts, key_starts = torch.tensor(together).T
         yield (
             (query_starts[:, None] + torch.arange(query_length)).flatten(),
-            Spans((query_length,) * len(starts)),
+            Spans((query_length,) * len(together)),
             (key_starts[:, None] + torch.arange(key_length)).flatten(),
-            Spans((key_length,) * len(starts)),
+            Spans((key_length,) * len(together)),
         )
 
 
@@ -67,8 +67,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernel.backward`."""
     if q.dtype in (torch.bfloat16, torch.float16) and queries.longest < SHORT:
-        precise = (x.float() for x in (dout, q, k, v, out))
-        dq, dk, dv = backward(*precise, lse, queries, keys, causal)
+        precise_dout, precise_q, precise_k, precise_v, precise_out = (x.float() for x in (dout, q, k, v, out))
+        dq, dk, dv = backward(precise_dout, precise_q, precise_k, precise_v, precise_out, lse, queries, keys, causal)
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     if queries.uniform and keys.uniform:
         by_query = (_dense(x, queries) for x in (dout, q))

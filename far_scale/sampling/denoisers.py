@@ -1,0 +1,174 @@
+"""The velocity of a clip's newest frame given all earlier ones, with the multi-level KV cache and without it.
+
+Both compute what the training layout defines, so that the cache is a matter of speed alone: `Uncached` runs the
+whole clip through the model at every denoising step, `Cached` keeps keys and values of the clean frames.
+
+    shape letters   B clips   R rows of the model's batch: each clip `copies` times (guidance needs it twice)
+                    f clean frames   S denoising steps   C/H/W latent channels/height/width
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from far_scale.layout import FrameGroup, Prefix, Spans
+from far_scale.model import FAR
+from far_scale.model.far import from_patches, to_patches
+from far_scale.model.layers import Block, gated, modulated_norm
+from far_scale.objective import CLEAN, CLEAN_CONTEXT
+from far_scale.sampling.cache import MultiLevelCache
+
+
+class Denoiser(Protocol):
+    """What the sampler asks: begin a frame, then its velocity at each noise level."""
+
+    def begin_frame(self, clean: Tensor, actions: Tensor | None, labels: Tensor | None) -> None:
+        """Turn to the frame after `clean` `[B, f, C, H, W]`; actions `[R, f + 1]` or None, labels `[R]` or None."""
+        ...
+
+    def velocity(self, x: Tensor, step: int) -> Tensor:
+        """At denoising step `step`, of the frame's noisy latent x `[B, C, H, W]`: `[R, C, H, W]` float32."""
+        ...
+
+
+class Uncached:
+    """All frames that the new one sees go through the model at every step."""
+
+    def __init__(self, model: FAR, timesteps: Tensor, copies: int) -> None:
+        """`timesteps` `[S]` are those of the denoising steps."""
+        self._model, self._timesteps, self._copies = model, timesteps, copies
+        self._dtype = model.patch_embedding.weight.dtype
+
+    def begin_frame(self, clean: Tensor, actions: Tensor | None, labels: Tensor | None) -> None:
+        config = self._model.config
+        if not config.context_patch:
+            # A sliding window: frame indices restart with its oldest frame.
+            first = max(0, clean.shape[1] + 1 - config.window)
+            clean, actions = clean[:, first:], None if actions is None else actions[:, first:]
+        self._clean, self._actions, self._labels = clean, actions, labels
+        frames = clean.shape[1] + 1
+        self._frame_timesteps = clean.new_full((self._copies * len(clean), frames), CLEAN)
+        self._frame_timesteps[:, : max(0, frames - config.window)] = CLEAN_CONTEXT
+
+    def velocity(self, x: Tensor, step: int) -> Tensor:
+        self._frame_timesteps[:, -1] = self._timesteps[step]
+        latents = torch.cat([self._clean, x[:, None]], dim=1).to(self._dtype).repeat(self._copies, 1, 1, 1, 1)
+        return self._model(latents, self._frame_timesteps, self._actions, self._labels)[:, -1].float()
+
+
+class Cached:
+    """Only the new frame goes through the model at a denoising step.
+
+    While the clip fits the window, a finished frame is appended to level 1. From then on the window moves with
+    every frame: the frame that leaves it is encoded coarsely into level 2, once and for all, and the window's frames,
+    for which it is now that coarse, are encoded again. A window-only model loses that frame altogether, and the
+    frame indices of its window restart.
+    """
+
+    def __init__(
+        self, model: FAR, timesteps: Tensor, copies: int, clips: int, frames: int, size: tuple[int, int]
+    ) -> None:
+        """`timesteps` `[S]` are those of the denoising steps; `clips` B; `frames` of a finished clip; `size` H, W."""
+        weight = model.patch_embedding.weight
+        self._model, self._timesteps, self._copies, self._size = model, timesteps, copies, size
+        self._rows, self._dtype = copies * clips, weight.dtype
+        self._blocks = [cast(Block, block) for block in model.blocks]
+        self._cache = MultiLevelCache(model.config, self._rows, frames, size, weight.device, weight.dtype)
+        self._first = 0  # index in the clip of the window's first frame
+        self._window_frames, self._context_frames = 0, 0  # clean frames held
+
+    def begin_frame(self, clean: Tensor, actions: Tensor | None, labels: Tensor | None) -> None:
+        config, frame = self._model.config, clean.shape[1]
+        first = max(0, frame + 1 - config.window)  # the new frame is the window's last
+        if config.context_patch and first > self._context_frames:
+            self._encode_context(*self._frames(clean, actions, labels, self._context_frames, first))
+        if first > self._first:
+            self._first, self._window_frames = first, 0
+        if frame > first + self._window_frames:
+            self._encode_window(*self._frames(clean, actions, labels, first + self._window_frames, frame))
+        classes = actions[:, frame] if actions is not None else labels
+        self._prepare_steps(classes, self._group(1, coarse=False, first_frame=self._window_index()))
+
+    def _frames(
+        self, clean: Tensor, actions: Tensor | None, labels: Tensor | None, start: int, stop: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Frames start ... stop - 1 of every row: latents `[R, n, C, H, W]`, classes `[R * n]`."""
+        frames = clean[:, start:stop].to(self._dtype).repeat(self._copies, 1, 1, 1, 1)
+        if actions is not None:
+            return frames, actions[:, start:stop].flatten()
+        return frames, None if labels is None else labels.repeat_interleave(stop - start)
+
+    def _window_index(self) -> int:
+        """The frame index of the next frame in the window."""
+        return self._window_frames + (self._first if self._model.config.context_patch else 0)
+
+    def _group(self, frames: int, coarse: bool, first_frame: int) -> FrameGroup:
+        config = self._model.config
+        patch = config.context_patch if coarse else config.patch
+        grid = (self._size[0] // patch, self._size[1] // patch)
+        return FrameGroup.of((frames,) * self._rows, grid, (first_frame,) * self._rows, patch // config.patch)
+
+    def _encode_context(self, clean: Tensor, classes: Tensor | None) -> None:
+        """Append frames `[R, n, C, H, W]` to level 2."""
+        model, cache, held, frames = self._model, self._cache, self._context_frames, clean.shape[1]
+        group = self._group(frames, coarse=True, first_frame=held)
+        rotation = model.rotations(group)
+        condition = model.condition(clean.new_full((group.frames,), CLEAN_CONTEXT), classes)
+        x = model.context_patch_embedding(to_patches(clean.flatten(0, 1), model.config.context_patch))
+        earlier = self._all_of(held * cache.coarse, frames * cache.coarse)
+        for layer, block in enumerate(self._blocks):
+            k, v = cache.context(layer, held)
+            new, k, v = block.context(x, condition, rotation, group, k.flatten(0, 1), v.flatten(0, 1), earlier)
+            cache.write_context(layer, held, k, v)
+            x = x if new is None else new
+        self._context_frames += frames
+
+    def _encode_window(self, clean: Tensor, classes: Tensor | None) -> None:
+        """Append frames `[R, n, C, H, W]` to level 1. They see the frames held there, or else the context."""
+        model, cache, held, frames = self._model, self._cache, self._window_frames, clean.shape[1]
+        group = self._group(frames, coarse=False, first_frame=self._window_index())
+        rotation = model.rotations(group)
+        condition = model.condition(clean.new_full((group.frames,), CLEAN), classes)
+        x = model.patch_embedding(to_patches(clean.flatten(0, 1), model.config.patch))
+        earlier = self._all_of(held * cache.fine + self._context_frames * cache.coarse, frames * cache.fine)
+        for layer, block in enumerate(self._blocks):
+            if layer == len(self._blocks) - 1:
+                k, v = block.window_keys(x, condition, rotation)  # nothing reads what becomes of clean frames
+            else:
+                k, v = cache.window(layer, held) if held else cache.context(layer, self._context_frames)
+                x, k, v = block.window(x, condition, rotation, group, k.flatten(0, 1), v.flatten(0, 1), earlier)
+            cache.write_window(layer, held, k, v)
+        self._window_frames += frames
+
+    def _all_of(self, keys: int, queries: int) -> Prefix | None:
+        """Every row's queries see all of its earlier keys."""
+        return Prefix(None, Spans((queries,) * self._rows), Spans((keys,) * self._rows)) if keys else None
+
+    def _prepare_steps(self, classes: Tensor | None, group: FrameGroup) -> None:
+        """What the steps need beside x: the modulations of all steps in one product, and the frame's rotation."""
+        steps = len(self._timesteps)
+        timesteps = self._timesteps.repeat_interleave(self._rows)
+        condition = self._model.condition(timesteps, None if classes is None else classes.repeat(steps))
+        self._condition = condition.unflatten(0, (steps, self._rows))
+        self._modulations = [
+            (block.attention_modulation(self._condition), block.mlp_modulation(self._condition))
+            for block in self._blocks
+        ]
+        self._rotation = self._model.rotations(group)
+
+    def velocity(self, x: Tensor, step: int) -> Tensor:
+        model, config, slot = self._model, self._model.config, self._window_frames
+        tokens = model.patch_embedding(to_patches(x.to(self._dtype), config.patch).repeat(self._copies, 1, 1))
+        for layer, (block, (attention, mlp)) in enumerate(zip(self._blocks, self._modulations, strict=True)):
+            shift, scale, gate = attention[step].chunk(3, dim=-1)
+            q, k, v = block.attention.project(modulated_norm(tokens, scale, shift), self._rotation)
+            self._cache.write_window(layer, slot, k, v)
+            keys, values = self._cache.visible(layer, slot + 1, self._context_frames)
+            q, keys, values = (part.transpose(1, 2) for part in (q.unflatten(0, (self._rows, -1)), keys, values))
+            seen = F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2)
+            tokens = block.add_mlp(gated(tokens, gate, block.attention.out(seen)), mlp[step])
+        return from_patches(model.output(tokens, self._condition[step]), self._size, config.patch).float()

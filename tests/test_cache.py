@@ -1,0 +1,105 @@
+"""The multi-level KV cache against no cache and against the training layout: the same frames."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from far_scale.layout import FrameLayout
+from far_scale.model import FAR, FARConfig
+from far_scale.sampling.cache import MultiLevelCache
+from far_scale.sampling.denoisers import Cached
+from far_scale.sampling.sampler import cache_bytes, roll_out
+
+SIZE = (4, 4)
+STEPS = 3
+
+
+def trained_like(dtype: torch.dtype = torch.float32, **shape: int) -> FAR:
+    """A model whose every weight is random, so that every frame matters to every later one."""
+    torch.manual_seed(0)
+    model = FAR(FARConfig(layers=3, heads=2, channels=4, window=4, **shape))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.08)
+    return model.to(dtype).eval()
+
+
+def given(frames: int, clips: int = 2) -> torch.Tensor:
+    return torch.randn(clips, frames, 4, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+CASES = [  # model, conditions, guidance
+    ({"context_patch": 2, "actions": 3}, "actions", 1.5),
+    ({"context_patch": 4, "actions": 3}, "actions", -1),
+    ({"context_patch": 2, "labels": 3}, "labels", 2.0),
+    ({"context_patch": 2}, "none", 1.0),
+    ({"patch": 2, "context_patch": 4}, "none", 1.0),
+    ({"actions": 3}, "actions", 1.5),
+    ({}, "none", 1.0),
+]
+
+
+@pytest.mark.parametrize(("shape", "conditions", "guidance"), CASES)
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 9])
+def test_with_the_cache_and_without_it(shape: dict[str, int], conditions: str, guidance: float, start: int) -> None:
+    """A roll-out to far past the window of 4 frames, from nothing, inside the window and from beyond it."""
+    model, new = trained_like(**shape), 8
+    classes = torch.Generator().manual_seed(2)
+    told = {}
+    if conditions == "actions":
+        told["actions"] = torch.randint(0, 3, (2, start + new), generator=classes)
+    elif conditions == "labels":
+        told["labels"] = torch.tensor([2, 0])
+    frames = [roll_out(model, given(start), new, STEPS, guidance, cache=cache, **told) for cache in (True, False)]
+    assert frames[0].abs().max() > 0.5 and frames[0][0].std() > 0.1
+    torch.testing.assert_close(*frames, rtol=0, atol=1e-4)
+    if conditions == "actions" and guidance > 0:
+        told["actions"] = (told["actions"] + 1) % 3
+        assert not torch.allclose(roll_out(model, given(start), new, STEPS, guidance, **told), frames[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("frames", [1, 3, 4, 5, 11])
+def test_one_step_is_the_training_layout_s_velocity(frames: int) -> None:
+    """float32, 1e-5: the newest frame's velocity out of the cache, built up frame by frame, against one forward."""
+    model = trained_like(context_patch=2, actions=3)
+    clip, timestep = given(frames), 437.0
+    actions = torch.randint(0, 3, (2, frames), generator=torch.Generator().manual_seed(3))
+    timesteps = torch.full((2, frames), -1.0)
+    timesteps[:, : max(0, frames - 4)] = -2
+    timesteps[:, -1] = timestep
+    with torch.no_grad():
+        expected = model(clip, timesteps, actions)[:, -1]
+        denoiser = Cached(model, torch.tensor([900.0, timestep]), copies=1, clips=2, frames=frames, size=SIZE)
+        for frame in range(frames):
+            denoiser.begin_frame(clip[:, :frame], actions[:, : frame + 1], None)
+            denoiser.velocity(torch.full_like(clip[:, frame], 7.0), 0)  # must leave nothing behind
+        torch.testing.assert_close(denoiser.velocity(clip[:, -1], 1), expected, rtol=0, atol=1e-5)
+
+
+def test_float64_roll_out_is_exact() -> None:
+    model = trained_like(torch.float64, context_patch=2, actions=3)
+    actions = torch.randint(0, 3, (2, 14), generator=torch.Generator().manual_seed(4))
+    frames = [roll_out(model, given(2), 12, STEPS, 1.5, actions=actions, cache=cache) for cache in (True, False)]
+    # The state between steps is float32 in either.
+    torch.testing.assert_close(*frames, rtol=0, atol=2e-6)
+
+
+def test_a_window_in_the_cache_sees_what_the_mask_lets_it_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the window a new frame costs one context frame and window - 1 clean frames, and its steps one frame each."""
+    model = trained_like(context_patch=2)
+    tokens = []
+    model.blocks[0].mlp.register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].shape[:2].numel()))
+    roll_out(model, given(6, clips=1), 2, STEPS)
+    fine, coarse = 16, 4
+    first = [3 * coarse, 3 * fine] + [fine] * STEPS
+    second = [1 * coarse, 3 * fine] + [fine] * STEPS
+    assert tokens == first + second
+
+
+def test_the_cache_tells_its_size_beforehand() -> None:
+    model = trained_like(context_patch=2, actions=3)
+    cache = MultiLevelCache(model.config, 4, 1000, SIZE, torch.device("cpu"), torch.float32)
+    held = cache._keys.nbytes + cache._values.nbytes
+    assert cache_bytes(model, 2, 1000, SIZE, guidance=1.5) == held == 2 * 3 * 4 * (4 * 16 + 996 * 4) * 128 * 4
+    layout = FrameLayout.of((1000,), SIZE, window=4, coarser=2)
+    assert held == 2 * 3 * 4 * layout.tokens * 128 * 4

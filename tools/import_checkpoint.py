@@ -1,0 +1,40 @@
+"""Import official FAR weights as a model directory: tools/import_checkpoint.py FILE --out DIR."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from far_scale.convert.official_file import import_file
+from far_scale.errors import command_line
+from far_scale.model.presets import describe
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Import an official FAR or FAR-Long file as a model directory.")
+    parser.add_argument("file", type=Path, help="official .pth file, the official trainer's ema.pth, or .safetensors")
+    parser.add_argument(
+        "--window", type=int, default=16, help="window frames; the file has none (default: 16, official)"
+    )
+    parser.add_argument("--patch", type=int, default=1, help="window patch; the file has none (default: 1, official)")
+    parser.add_argument(
+        "--shards", type=Path, help="shard set of the model's latents, which sampling needs; else weights alone"
+    )
+    parser.add_argument(
+        "--scaling",
+        choices=("factor", "channel"),
+        default="factor",
+        help="of those latents (default: factor, official)",
+    )
+    parser.add_argument("--frame-stride", type=int, default=1, help="the model takes every n-th frame (default: 1)")
+    parser.add_argument("--out", type=Path, required=True, help="model directory to write")
+    args = parser.parse_args()
+    config = import_file(args.file, args.out, args.window, args.patch, args.shards, args.scaling, args.frame_stride)
+    print(f"{args.out}: {describe(config)}")
+    if args.shards is None:
+        print("weights alone: give --shards to sample from it")
+
+
+if __name__ == "__main__":
+    main()
