@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -18,6 +18,8 @@ from pydantic_core import PydanticCustomError
 
 from far_scale.errors import UserError, command_line
 from far_scale.files import atomic_write
+from far_scale.recipe_checks import impossible
+from far_scale.recipe_frames import most
 from far_scale.recipe_report import explain, reference
 from far_scale.recipe_sections import (
     CheckpointSection,
@@ -28,6 +30,7 @@ from far_scale.recipe_sections import (
     OptimizerSection,
     SampleSection,
     Section,
+    StageSection,
     TrainSection,
 )
 from far_scale.recipe_yaml import read_document
@@ -53,33 +56,39 @@ class Recipe(Section):
     checkpoint: CheckpointSection
     log: LogSection
     sample: SampleSection
+    curriculum: Annotated[tuple[StageSection, ...], Field(strict=False)] = ()
+    """Stages that are trained one after another; without any, the whole run is one."""
 
     @field_validator("run_dir")
     @classmethod
     def _put_name(cls, run_dir: str, info: ValidationInfo) -> str:
         return run_dir.replace("{name}", str(info.data.get("name")))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _count_steps(cls, values: Any) -> Any:
+        """With a curriculum train.steps may be left out."""
+        train, stages = values.get("train"), values.get("curriculum")
+        if isinstance(train, dict) and train.get("steps") is None and isinstance(stages, list) and stages:
+            steps = [stage.get("steps") if isinstance(stage, dict) else None for stage in stages]
+            # Steps that are no number are told by the stage's own check.
+            total = max(1, sum(count for count in steps if type(count) is int))
+            return {**values, "train": {**train, "steps": total}}
+        return values
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
-        for key, problem in _impossible(self):
+        for key, problem in impossible(self):
             raise PydanticCustomError("impossible", "{problem}", {"key": key, "problem": problem})
         return self
 
     def far_config(self) -> FARConfig:
-        """The model's configuration."""
-        from far_scale.model import FARConfig  # late: recipes are checked without loading torch
+        """The model's configuration (a curriculum's stage may have another window)."""
+        return self.model.far_config()
 
-        model = self.model
-        return FARConfig(
-            layers=model.layers,
-            heads=model.heads,
-            patch=model.patch,
-            channels=model.channels,
-            window=model.window,
-            actions=model.classes if model.condition == "action" else 0,
-            labels=model.classes if model.condition == "label" else 0,
-            condition_dropout=model.condition_dropout,
-        )
+    def sample_frames(self) -> int:
+        """Frames to predict in evaluation, after the given ones."""
+        return self.sample.frames or most(self.data.frames) - self.sample.given
 
     def resolved_yaml(self) -> str:
         """This recipe as one YAML text that needs no other file; load_recipe reads it back as an equal recipe."""
@@ -105,9 +114,11 @@ class Recipe(Section):
                 "sample": True,
                 "model": {"preset"},
                 "data": {"shards", "prefetch"},
+                "curriculum": {"__all__": {"name", "shards"}},
                 "train": {"zero_stage", "whole_below", "activation_checkpointing"},
             },
         )
+        _drop_later_keys(values)
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
@@ -148,51 +159,34 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
         )
 
 
-def _impossible(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Every combination of keys that cannot work, as the key to mend and what is wrong."""
-    model, data, sample = recipe.model, recipe.data, recipe.sample
-    channels, height, width = data.latent_shape
-    if model.condition == "none" and model.classes:
-        yield "model.classes", f"{model.classes} classes, but model.condition is none; set it to label or action"
-    if model.condition != "none" and not model.classes:
-        yield (
-            "model.classes",
-            f"0 classes, but model.condition is {model.condition}; set the number of {model.condition}s",
-        )
-    if channels != model.channels:
-        yield "data.latent_shape", f"{channels} channels, but model.channels is {model.channels}; make them equal"
-    if height % model.patch or width % model.patch:
-        yield "model.patch", f"{model.patch} does not divide the latent's {height} x {width}; choose a divisor of both"
-    if data.frames > model.window:
-        yield (
-            "data.frames",
-            f"{data.frames} frames do not fit model.window, {model.window}; lower the one or raise the other",
-        )
-    if recipe.optimizer.warmup_steps > recipe.train.steps:
-        yield (
-            "optimizer.warmup_steps",
-            f"{recipe.optimizer.warmup_steps} is more than train.steps, {recipe.train.steps}; "
-            "lower the one or raise the other",
-        )
-    if sample.given >= data.frames:
-        yield (
-            "sample.given",
-            f"{sample.given} given frames leave none of data.frames, {data.frames}, to predict; lower it",
-        )
-    if sample.guidance != 1 and not (model.classes and model.condition_dropout):
-        yield (
-            "sample.guidance",
-            f"{sample.guidance} needs a model trained with a condition and with condition_dropout above 0; set it to 1",
-        )
+def _drop_later_keys(values: dict[str, Any]) -> None:
+    """Take keys that version 0.1 did not have out of a recipe's values where they change nothing.
+
+    So a recipe that does without them keeps the hash that its checkpoints carry.
+    """
+    without: dict[str, dict[str, Any]] = {
+        "model": {"context_patch": 0},
+        "data": {"tokens_per_pack": None},
+        "train": {"start_from": None},
+    }
+    for section, keys in without.items():
+        for key, value in keys.items():
+            if values[section][key] == value:
+                del values[section][key]
+    if not values["curriculum"]:
+        del values["curriculum"]
 
 
 class _Dumper(yaml.SafeDumper):
     """Block sections, but short lists such as betas on one line."""
 
 
-_Dumper.add_representer(
-    list, lambda dumper, values: dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
-)
+def _write_list(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
+    short = not any(isinstance(value, dict) for value in values)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=short)
+
+
+_Dumper.add_representer(list, _write_list)
 
 
 @command_line

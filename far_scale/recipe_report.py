@@ -23,19 +23,20 @@ def explain(error: ValidationError, document: Document, recipe: type[BaseModel])
 
 
 def _line(detail: ErrorDetails, document: Document, recipe: type[BaseModel]) -> str:
-    # A check over several keys (recipe.py) names its key itself; the numbers in a location are places in a list.
+    # A check over several keys (recipe_checks.py) names its key itself.
     named = detail.get("ctx", {}).get("key")
-    key: KeyPath = tuple(named.split(".")) if named else tuple(p for p in detail["loc"] if isinstance(p, str))
+    key: KeyPath = tuple(named.split(".")) if named else _written_key(detail["loc"])
     place = document.place(key)
-    if detail["type"] == "missing" and key not in document.places and not place.startswith(document.file):
-        place = document.file  # a key that is nowhere is missing in the file the user named, not in one it extends
+    if detail["type"] == "missing" and key not in document.places and _typed(key) == key:
+        # A key that is nowhere is missing in the file the user named, not in one it extends; in a list's section there.
+        place = place if place.startswith(document.file) else document.file
     where = f"{place}: {'.'.join(key)}"
     if detail["type"] == "extra_forbidden":
         return f"{where}: unknown key; {_nearest(key, recipe)}"
     if detail["type"] == "missing" and isinstance(detail["loc"][-1], int):
         return f"{where}: its list is too short; see `python -m far_scale.recipe`"
     if detail["type"] == "missing":
-        field = dict(fields(recipe))[key]
+        field = dict(fields(recipe))[_typed(key)]
         return f"{where}: this required key is missing; set it ({_description(field)})"
     if named:
         return f"{where}: {detail['msg']}"
@@ -44,10 +45,21 @@ def _line(detail: ErrorDetails, document: Document, recipe: type[BaseModel]) -> 
     return f"{where}: {detail['msg'].replace('Input should', 'must', 1)}, got {_short(detail['input'])}"
 
 
+def _written_key(location: tuple[int | str, ...]) -> KeyPath:
+    """A location as its key: the number of a section in a list counts from 1, that of a plain value is left out."""
+    parts = zip(location, (*location[1:], None), strict=True)
+    return tuple(str(p + 1) if isinstance(p, int) else p for p, after in parts if isinstance(p, str) or after)
+
+
+def _typed(key: KeyPath) -> KeyPath:
+    """The key as `fields` has it: without the numbers of a list's sections."""
+    return tuple(name for name in key if not name.isdecimal())
+
+
 def _nearest(key: KeyPath, recipe: type[BaseModel]) -> str:
     """The valid key that an unknown one probably means: a near name in its section, or such a name in another one."""
     every = [path for path, _ in fields(recipe)]
-    beside = [path for path in every if path[:-1] == key[:-1]]
+    beside = [path for path in every if path[:-1] == _typed(key[:-1])]
     leaves = {path[-1]: path for path in reversed(every)}
     names = {path[-1]: path for path in beside}
     if key[-1] in leaves:
@@ -66,8 +78,16 @@ def fields(model: type[BaseModel], above: KeyPath = ()) -> Iterator[tuple[KeyPat
     """Every key of a recipe, sections before their keys."""
     for name, field in model.model_fields.items():
         yield (*above, name), field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from fields(field.annotation, (*above, name))
+        if (section := _section(field)) is not None:
+            yield from fields(section, (*above, name))
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field is, or is a list of; None for a plain value."""
+    annotation = field.annotation
+    if get_origin(annotation) is tuple:
+        annotation = get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def reference(recipe: type[BaseModel]) -> str:
@@ -75,7 +95,7 @@ def reference(recipe: type[BaseModel]) -> str:
     lines = []
     for key, field in fields(recipe):
         name = ".".join(key)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if _section(field) is not None:
             lines += ["", f"{name}: {_description(field)}"]
             continue
         default = (
@@ -114,6 +134,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(_type_name(part) for part in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"[{', '.join(_type_name(part) for part in get_args(annotation))}]"
+    if get_origin(annotation) is dict:
+        return "{" + ": ".join(_type_name(part) for part in get_args(annotation)) + "}"
     if get_args(annotation):  # Annotated[type, limits]
         return _type_name(get_args(annotation)[0])
     return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))

@@ -5,9 +5,22 @@ The text under a key is what `python -m far_scale.recipe` prints for it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from far_scale.recipe_frames import FrameCounts
+
+if TYPE_CHECKING:
+    from far_scale.model import FARConfig
+
+
+def _guidance(value: float) -> float:
+    if value < 1 and value != -1:
+        raise PydanticCustomError("guidance", "must be at least 1, or -1 for the null class alone")
+    return value
+
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -25,18 +38,20 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The size and the condition of FAR."""
 
-    preset: Literal["B", "M", "L", "XL"] | None = None
-    """An official size, which gives layers and heads unless they are set here."""
+    preset: Literal["B", "M", "L", "XL", "1.3B", "3B", "7B"] | None = None
+    """A size, official up to XL, which gives layers and heads unless they are set here."""
     layers: Count
     """Transformer layers; given by model.preset unless set."""
     heads: Count
     """Attention heads of 64 each, so the width is 64 x heads; given by model.preset unless set."""
     patch: Count = 1
     """Side of the square of latent positions that makes one window token."""
+    context_patch: Annotated[int, Field(ge=0)] = 0
+    """Side of the square that makes one context token, a multiple of model.patch; 0 for a model of the window alone."""
     channels: Count = 32
     """Channels of a frame latent."""
     window: Count = 16
-    """The most window frames a clip can have."""
+    """How many of a clip's last frames are window frames; those before are context."""
     condition: Literal["none", "label", "action"] = "none"
     """What the model is told besides the frames: nothing, a label for each clip or an action for each frame."""
     classes: Annotated[int, Field(ge=0)] = 0
@@ -55,6 +70,22 @@ class ModelSection(Section):
         layers, heads = PRESETS[preset]
         return {"layers": layers, "heads": heads, **values}
 
+    def far_config(self) -> FARConfig:
+        """The model's configuration."""
+        from far_scale.model import FARConfig  # late: recipes are checked without loading torch
+
+        return FARConfig(
+            layers=self.layers,
+            heads=self.heads,
+            patch=self.patch,
+            context_patch=self.context_patch,
+            channels=self.channels,
+            window=self.window,
+            actions=self.classes if self.condition == "action" else 0,
+            labels=self.classes if self.condition == "label" else 0,
+            condition_dropout=self.condition_dropout,
+        )
+
 
 class DataSection(Section):
     """The clips and how they are dealt out."""
@@ -65,20 +96,53 @@ class DataSection(Section):
     """Name of the autoencoder whose latents the shard set must hold."""
     latent_shape: Annotated[tuple[Count, Count, Count], Field(strict=False)]
     """Shape [C, H, W] of a frame latent."""
-    frames: Count = 16
-    """Frames of a clip, at most model.window."""
+    frames: FrameCounts = 16
+    """Frames of a clip: as many, or drawn from a range [16, 300] or by weights {16: 3, 64: 1}; at most model.window
+    without context. A shorter video gives what it has, if that is the fewest at least."""
     frame_stride: Count = 1
     """Take every n-th frame of a video for a clip."""
     lanes: Count = 8
     """Sample streams; a global batch is one pack from every lane, and the ranks must divide the lanes."""
-    clips_per_pack: Count = 4
-    """Clips in a pack; lanes x clips_per_pack is the global batch."""
+    clips_per_pack: Count | None = 4
+    """Clips in a pack; lanes x clips_per_pack is the global batch. Null where tokens_per_pack is set."""
+    tokens_per_pack: Count | None = None
+    """In place of clips_per_pack: the most tokens of a pack, which takes as many clips as fill it best."""
     shuffle_window: Count = 256
     """Samples among which a lane shuffles; 1 keeps the shards' order."""
     scaling: Literal["factor", "channel"] = "factor"
     """Scale latents by the autoencoder's one factor (as officially) or to mean 0 and deviation 1 per channel."""
     prefetch: Count = 2
     """Steps whose packs are read ahead of the model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_in_place_of_clips(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("tokens_per_pack") is not None:
+            return {"clips_per_pack": None, **values}
+        return values
+
+
+class StageSection(Section):
+    """One stage of a curriculum; what it does not give is as in data and model."""
+
+    steps: Count
+    """Optimizer steps of this stage."""
+    name: str | None = None
+    """What the log calls it; null for stage-1, stage-2, ..."""
+    frames: FrameCounts | None = None
+    """In place of data.frames."""
+    clips_per_pack: Count | None = None
+    """In place of data.clips_per_pack or data.tokens_per_pack."""
+    tokens_per_pack: Count | None = None
+    """In place of data.tokens_per_pack or data.clips_per_pack."""
+    window: Count | None = None
+    """In place of model.window."""
+    shards: str | None = None
+    """In place of data.shards; latents are scaled by the numbers of data.shards all the same."""
+    latent_shape: Annotated[tuple[Count, Count, Count], Field(strict=False)] | None = None
+    """In place of data.latent_shape, where the stage's shard set has another resolution."""
+    learning_rate_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the learning rate that the optimizer section gives."""
 
 
 class ObjectiveSection(Section):
@@ -121,7 +185,7 @@ class TrainSection(Section):
     """How long and how to compute."""
 
     steps: Count
-    """Optimizer steps, each on one global batch."""
+    """Optimizer steps, each on one global batch; with a curriculum the sum of its stages, unless set."""
     precision: Literal["bf16", "fp32"]
     """Arithmetic of the model; optimizer and EMA are float32 in either."""
     zero_stage: Literal[0, 1, 2, 3]
@@ -130,6 +194,8 @@ class TrainSection(Section):
     """ZeRO-3 keeps parameters of fewer numbers than this whole on every rank, to spare small gathers; 0 shards all."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """full keeps only each layer's input and computes the rest again in backward: less memory, more time."""
+    start_from: str | None = None
+    """Model directory whose weights a new run starts from, such as an imported official model; null for random ones."""
 
 
 class CheckpointSection(Section):
@@ -165,9 +231,11 @@ class SampleSection(Section):
 
     steps: Count
     """Euler steps a frame."""
-    guidance: Annotated[float, Field(ge=1)]
-    """Classifier-free guidance scale; 1 is without."""
+    guidance: Annotated[float, AfterValidator(_guidance)]
+    """Classifier-free guidance scale; 1 is without, -1 takes the null class alone."""
     given: Annotated[int, Field(ge=0)]
-    """True frames of a clip that are given; the rest is predicted. 0 generates from nothing."""
+    """True frames that are given; those after are predicted. 0 generates from nothing."""
+    frames: Count | None = None
+    """Frames to predict; null for up to the longest clip of data.frames."""
     shards: str | None = None
     """Folder of the held-out shard set; null for no evaluation."""

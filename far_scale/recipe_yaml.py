@@ -28,7 +28,7 @@ class Document:
     """The file the user named, as it is shown in errors."""
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, str] = field(default_factory=dict)
-    """Where each key was last written: `file:line` or `command line`."""
+    """Where each key was last written: `file:line` or `command line`; the n-th item of a list is `n`, from 1."""
 
     def place(self, key: KeyPath) -> str:
         """Where `key` was written, or else the nearest section around it, or else the file."""
@@ -40,6 +40,11 @@ class Document:
     def lay(self, values: Mapping[str, Any], places: Mapping[KeyPath, str]) -> None:
         """Lay `values` over this document: sections merge key by key, anything else replaces what was there."""
         _merge(self.values, values)
+        # Of a list, or a mapping of numbers, that is replaced as a whole no earlier place may stay.
+        replaced = {key[:end] for key in places for end, name in enumerate(key) if name.isdecimal()}
+        if replaced:
+            kept = [key for key in self.places if not any(key[: len(whole)] == whole for whole in replaced)]
+            self.places = {key: self.places[key] for key in kept}
         self.places.update(places)
 
 
@@ -148,7 +153,13 @@ def _parse(text: str, shown: str) -> tuple[Any, dict[KeyPath, str]]:
 def _value(loader: _Loader, node: yaml.Node, key: KeyPath, places: dict[KeyPath, str], shown: str) -> Any:
     """A node's value; keys stay the text that was written (YAML would make `on:` a truth value)."""
     if isinstance(node, yaml.SequenceNode):
-        return [_value(loader, item, key, {}, shown) for item in node.value]
+        items = []
+        for number, item in enumerate(node.value, start=1):
+            item_key = (*key, str(number))
+            if isinstance(item, yaml.MappingNode):
+                places[item_key] = f"{shown}:{item.start_mark.line + 1}"
+            items.append(_value(loader, item, item_key, places, shown))
+        return items
     if not isinstance(node, yaml.MappingNode):
         return loader.construct_object(node)
     mapping: dict[str, Any] = {}
@@ -182,7 +193,8 @@ def _nested(key: KeyPath, value: Any) -> dict[str, Any]:
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
     for name, value in above.items():
-        if isinstance(value, Mapping) and isinstance(below.get(name), dict):
+        # A mapping whose keys are numbers is a value (a distribution over lengths), not a section.
+        if isinstance(value, Mapping) and isinstance(below.get(name), dict) and not any(map(str.isdecimal, value)):
             _merge(below[name], value)
         else:
             below[name] = value

@@ -12,6 +12,7 @@ import pytest
 import torch
 from latent_sets import FACTS, make_sample, write_set
 
+from far_scale.data.filling import Dealing
 from far_scale.data.packs import Pack, PackLoader
 from far_scale.data.scaling import LatentScaling
 from far_scale.data.shards import ShardSet
@@ -27,22 +28,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def loader(folder: Path, lanes: list[int] | None = None, **changes) -> PackLoader:
+def loader(folder: Path, own_lanes: list[int] | None = None, **changes) -> PackLoader:
+    """A loader of all lanes (or `own_lanes`), with changes to the dealing or to the loader's own arguments."""
     shard_set = ShardSet.open(folder)
-    options = {
-        "scaling": LatentScaling.of(shard_set.manifest, "channel"),
-        "lanes": list(range(LANES)) if lanes is None else lanes,
-        "lanes_total": LANES,
-        "clips_per_pack": 2,
-        "frames": 6,
-        "frame_stride": 3,
-        "shuffle_window": 4,
-        "seed": 7,
-        "step": 0,
-        "lane_states": None,
-        "prefetch": 2,
-    }
-    return PackLoader(shard_set, **{**options, **changes})
+    own = {name: changes.pop(name) for name in ("step", "lane_states", "prefetch") if name in changes}
+    plain = Dealing(lanes=LANES, frames=6, frame_stride=3, shuffle_window=4, seed=7, clips_per_pack=2)
+    dealing = replace(plain, **changes)
+    scaling = LatentScaling.of(shard_set.manifest, "channel")
+    return PackLoader(shard_set, scaling, range(dealing.lanes) if own_lanes is None else own_lanes, dealing, **own)
 
 
 def read(packs: PackLoader, steps: int) -> list[list[Pack]]:
@@ -85,7 +78,7 @@ def test_an_epoch_of_packs_reads_each_sample_once(folder: Path) -> None:
 
 def test_every_start_is_drawn(tmp_path: Path) -> None:
     write_set(tmp_path, [10], samples_per_shard=1)
-    packs = read(loader(tmp_path, [0], lanes_total=1, frames=3, frame_stride=3), 100)
+    packs = read(loader(tmp_path, [0], lanes=1, frames=3, frame_stride=3), 100)
     starts = Counter(int(key.split("@")[1]) for step in packs for key in step[0].keys)
     assert set(starts) == {0, 1, 2, 3} and min(starts.values()) > 25
 
@@ -155,6 +148,6 @@ def test_a_sample_that_is_too_short(folder: Path) -> None:
 
 def test_more_lanes_than_samples_and_a_wrong_state(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data\.lanes=23 is more than the 22 samples"):
-        loader(folder, lanes_total=23)
+        loader(folder, lanes=23)
     with pytest.raises(UserError, match="lane 2: there is no place"):
         loader(folder, [2], lane_states={2: {"epoch": 0, "position": 6}})

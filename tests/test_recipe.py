@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 import yaml
 
 from far_scale.errors import UserError
-from far_scale.model import FARConfig
+from far_scale.model import FAR, FARConfig
 from far_scale.model.presets import PRESETS
 from far_scale.recipe import Recipe, check_ranks, load_recipe
+from far_scale.recipe_checks import stage_sections
 from far_scale.recipe_report import fields
 from far_scale.recipe_sections import ModelSection
 from far_scale.recipe_yaml import SHIPPED_RECIPES
@@ -34,6 +36,12 @@ OFFICIAL = {
     "far_xl_ucf101_256_cond": ("XL", 16, 3, 400_000, "dcae-ucf101-256-f32c32", 101, 0, 2.0, 50_000),
     "far_xl_ucf101_256_uncond": ("XL", 16, 3, 400_000, "dcae-ucf101-256-f32c32", 0, 0, 1.0, 50_000),
 }
+# And the long ones: preset and autoencoder.
+OFFICIAL_LONG = {
+    "far_b_long_dmlab_64": ("B", "dcae-dmlab-64-f8c32"),
+    "far_m_long_minecraft_128": ("M", "dcae-minecraft-128-f16c32"),
+}
+LARGE = {"far_1b3_ucf101_256": "1.3B", "far_3b_ucf101_256": "3B", "far_7b_ucf101_256": "7B"}
 SIZES = {"B": (12, 12), "M": (12, 16), "L": (24, 16), "XL": (28, 18)}
 
 WHOLE = """\
@@ -77,7 +85,8 @@ def refusal(path_or_name: str, *overrides: str) -> str:
 
 
 def test_every_shipped_recipe_is_covered() -> None:
-    assert set(SHIPPED) == {*OFFICIAL, "demo_cpu", "demo_gpu"}
+    demos = {"demo_cpu", "demo_gpu", "demo_long", "demo_long_gpu"}
+    assert set(SHIPPED) == {*OFFICIAL, *OFFICIAL_LONG, *demos, *LARGE, "far_xl_long"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -120,8 +129,34 @@ def test_official_hyper_parameters(name: str) -> None:
     assert (recipe.checkpoint.every, recipe.log.every, recipe.seed) == (every, 100, 0)
 
 
+@pytest.mark.parametrize("name", OFFICIAL_LONG)
+def test_official_hyper_parameters_of_long_videos(name: str) -> None:
+    preset, autoencoder = OFFICIAL_LONG[name]
+    recipe = load_recipe(name)
+    layers, heads = SIZES[preset]
+    assert recipe.far_config() == FARConfig(layers=layers, heads=heads, window=16, context_patch=4, actions=4)
+    data, optimizer, sample = recipe.data, recipe.optimizer, recipe.sample
+    assert (data.frames, data.frame_stride, data.autoencoder) == ((16, 299), 1, autoencoder)
+    assert (data.latent_shape, data.scaling, data.tokens_per_pack) == ((32, 8, 8), "factor", None)
+    assert data.lanes * data.clips_per_pack == 32
+    assert (optimizer.learning_rate, optimizer.schedule, optimizer.warmup_steps) == (1e-4, "constant", 10_000)
+    assert (optimizer.ema_decay, optimizer.clip_norm, recipe.train.steps) == (0.9999, 1, 1_000_000)
+    assert (sample.given, recipe.sample_frames(), sample.guidance, sample.steps) == (144, 156, 1.5, 50)
+    assert recipe.checkpoint.every == 50_000
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_sizes_have_the_parameters_they_are_named_after(name: str) -> None:
+    recipe = load_recipe(name)
+    assert (recipe.model.preset, recipe.train.activation_checkpointing) == (LARGE[name], "full")
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())
+    assert parameters / 1e9 == pytest.approx(float(LARGE[name].removesuffix("B")), rel=0.08)
+    assert recipe.optimizer.learning_rate < load_recipe("far_xl_ucf101_256_cond").optimizer.learning_rate
+
+
 def test_presets() -> None:
-    assert PRESETS == SIZES
+    assert {name: PRESETS[name] for name in SIZES} == SIZES
     literal, _ = get_args(ModelSection.model_fields["preset"].annotation)
     assert set(get_args(literal)) == set(PRESETS)
 
@@ -196,7 +231,9 @@ def test_key_of_another_section_is_named(folder: Path) -> None:
 def test_error_in_an_extended_file_names_that_file(folder: Path) -> None:
     path = write("parent", WHOLE.replace("frames: 4", "frames: four"))
     write("child", "extends: parent\ndata:\n  lanes: 2\n")
-    assert refusal("child") == f"{path}:8: data.frames: must be a valid integer, got 'four'"
+    assert refusal("child").startswith(
+        f"{path}:8: data.frames: must be a number of frames, a range [fewest, most] or a distribution"
+    )
 
 
 def test_override_errors_name_the_command_line(folder: Path) -> None:
@@ -228,8 +265,23 @@ WRONG_VALUES = {
     "optimizer.betas=[0.9, 1.0]": "optimizer.betas: must be less than 1, got 1.0",
     "data.latent_shape=8": "data.latent_shape: must be a valid tuple, got 8",
     "data=shards": "data: must be a section of `key: value` lines, got 'shards'",
-    "model.preset=S": "model.preset: must be 'B', 'M', 'L' or 'XL', got 'S'",
-    "model.preset=[B]": "model.preset: must be 'B', 'M', 'L' or 'XL', got ['B']",
+    "data.frames=0": "data.frames: must be a number of frames, a range",
+    "data.frames=true": "data.frames: must be a number of frames, a range",
+    "data.frames=[1, 2, 3]": "data.frames: must be a number of frames, a range",
+    "data.frames=[8, 4]": "data.frames: must rise from the fewest frames to the most, got [8, 4]",
+    "data.frames={4: 0}": "data.frames: must be a number of frames, a range",
+    "data.frames={four: 1}": "data.frames: must be a number of frames, a range",
+    "data.frames={}": "data.frames: must be a number of frames, a range",
+    "sample.guidance=0.5": "sample.guidance: must be at least 1, or -1 for the null class alone, got 0.5",
+    "curriculum=3": "curriculum: must be a valid tuple, got 3",
+    "curriculum=[3]": "curriculum: must be a section of `key: value` lines, got 3",
+    "curriculum=[{steps: 10}, {steps: 0}]": "curriculum.2.steps: must be greater than or equal to 1, got 0",
+    "curriculum=[{steps: 10, frame: 3}]": (
+        "curriculum.1.frame: unknown key; nearest valid key is curriculum.frames (valid keys of curriculum.1: steps"
+    ),
+    "curriculum=[{frames: 3}]": "curriculum.1.steps: this required key is missing; set it (Optimizer steps of",
+    "model.preset=S": "model.preset: must be 'B', 'M', 'L', 'XL', '1.3B', '3B' or '7B', got 'S'",
+    "model.preset=[B]": "model.preset: must be 'B', 'M', 'L', 'XL', '1.3B', '3B' or '7B', got ['B']",
 }
 
 
@@ -239,6 +291,25 @@ def test_wrong_value(override: str, folder: Path) -> None:
 
 
 IMPOSSIBLE = {
+    ("model.patch=2", "model.context_patch=3"): "model.context_patch: 3 is no multiple of model.patch, 2",
+    ("model.context_patch=3",): "model.context_patch: 3 does not divide the latent's 8 x 8",
+    ("data.frames=[4, 17]",): "data.frames: 17 frames do not fit model.window, 16",
+    ("data.frames={4: 1, 17: 1}",): "data.frames: 17 frames do not fit model.window, 16",
+    ("data.clips_per_pack=2", "data.tokens_per_pack=2048"): (
+        "data.tokens_per_pack: one of clips_per_pack and tokens_per_pack fills the packs, but both are set"
+    ),
+    ("data.clips_per_pack=null",): "data.tokens_per_pack: one of clips_per_pack and tokens_per_pack fills the packs",
+    ("data.tokens_per_pack=255",): "a clip of 4 to 4 frames may have 256 tokens, more than the 255 of a pack",
+    ("data.frames=[4, 30]", "model.context_patch=4", "data.tokens_per_pack=1079"): "may have 1080 tokens",
+    ("curriculum=[{steps: 3}]",): "train.steps: 10 is not the sum of the stages' steps, 3",
+    ("curriculum=[{steps: 5}, {steps: 5, name: stage-1}]",): "curriculum.2.name: 'stage-1' is stage 1's name already",
+    ("curriculum=[{steps: 5}, {steps: 5, window: 3}]",): "data.frames: 4 frames do not fit model.window, 3",
+    ("curriculum=[{steps: 5}, {steps: 5, frames: 20}]",): "curriculum.2.frames: 20 frames do not fit model.window, 16",
+    ("curriculum=[{steps: 10, latent_shape: [8, 8, 8]}]",): "curriculum.1.latent_shape: 8 channels",
+    ("curriculum=[{steps: 10, tokens_per_pack: 100}]",): "curriculum.1.tokens_per_pack: a clip of 4 to 4 frames",
+    ("curriculum=[{steps: 10, tokens_per_pack: 999, clips_per_pack: 1}]",): "curriculum.1.tokens_per_pack: one of",
+    ("sample.guidance=-1",): "sample.guidance: -1.0 needs a model trained with a condition",
+    ("sample.frames=15",): "sample.frames: 2 given and 15 predicted frames do not fit model.window, 16",
     ("data.frames=20",): "data.frames: 20 frames do not fit model.window, 16",
     ("model.classes=4",): "model.classes: 4 classes, but model.condition is none",
     ("model.condition=action",): "model.classes: 0 classes, but model.condition is action; set the number of actions",
@@ -265,6 +336,80 @@ def test_impossible_combination(overrides: tuple[str, ...], folder: Path) -> Non
 def test_limits_that_are_still_possible(folder: Path) -> None:
     overrides = ["data.frames=16", "sample.given=0", "optimizer.ema_decay=0", "optimizer.warmup_steps=10"]
     assert load_recipe("whole", overrides).data.frames == 16
+
+
+def test_frames_in_every_form(folder: Path) -> None:
+    assert load_recipe("whole", ["data.frames=[3, 8]"]).data.frames == (3, 8)
+    assert load_recipe("whole", ["data.frames=[8, 8]"]).data.frames == (8, 8)
+    recipe = load_recipe("whole", ["data.frames={8: 1, 4: 3}"])
+    assert recipe.data.frames == {4: 3.0, 8: 1.0} and recipe.sample_frames() == 6
+    recipe.save("saved.yaml")
+    assert load_recipe("saved.yaml") == recipe
+    # A distribution is a value: one that is laid over another does not keep the other's lengths.
+    write("parent", WHOLE.replace("frames: 4", "frames: {4: 1, 8: 1}"))
+    write("child", "extends: parent\ndata:\n  frames: {5: 1}\n")
+    assert load_recipe("child").data.frames == {5: 1.0}
+    assert load_recipe("child", ["data.frames={6: 1}"]).data.frames == {6: 1.0}
+
+
+def test_a_token_budget_takes_the_place_of_clips(folder: Path) -> None:
+    data = load_recipe("whole", ["data.tokens_per_pack=256"]).data
+    assert (data.clips_per_pack, data.tokens_per_pack) == (None, 256)
+    assert load_recipe("whole").data.clips_per_pack == 4
+
+
+def test_guidance_may_be_the_null_class_alone(folder: Path) -> None:
+    overrides = ["sample.guidance=-1", "model.condition=label", "model.classes=3", "sample.frames=14"]
+    recipe = load_recipe("whole", overrides)
+    assert (recipe.sample.guidance, recipe.sample_frames()) == (-1, 14)
+
+
+CURRICULUM = """\
+extends: whole
+model: {context_patch: 4}
+train: {steps: null}
+curriculum:
+  - steps: 3
+    frames: {1: 0.5, 4: 0.5}
+  - name: long
+    steps: 4
+    frames: [16, 40]
+    tokens_per_pack: 2000
+    window: 8
+    learning_rate_scale: 0.5
+"""
+
+
+def test_a_curriculum_fills_in_the_steps_and_what_stages_leave_out(folder: Path) -> None:
+    write("staged", CURRICULUM)
+    recipe = load_recipe("staged")
+    assert recipe.train.steps == 7
+    first, second = stage_sections(recipe)
+    assert (first.data.frames, first.data.clips_per_pack, first.data.tokens_per_pack) == ({1: 0.5, 4: 0.5}, 4, None)
+    assert (second.data.frames, second.data.clips_per_pack, second.data.tokens_per_pack) == ((16, 40), None, 2000)
+    assert (first.model.window, second.model.window) == (16, 8)
+    assert second.data.shards == "shards/train" and second.stage.learning_rate_scale == 0.5
+    recipe.save("saved.yaml")
+    again = load_recipe("saved.yaml")
+    assert again == recipe and again.hash() == recipe.hash()
+    assert "- name: long\n" in Path("saved.yaml").read_text() or "name: long\n" in Path("saved.yaml").read_text()
+    (only,) = stage_sections(load_recipe("whole"))
+    assert only.data == load_recipe("whole").data and only.stage.steps == 10
+
+
+def test_errors_in_a_curriculum_name_the_line(folder: Path) -> None:
+    path = write("staged", CURRICULUM.replace("window: 8", "windows: 8"))
+    assert refusal("staged").startswith(f"{path}:11: curriculum.2.windows: unknown key")
+    path = write("staged", CURRICULUM.replace("2000", "200"))
+    assert refusal("staged").startswith(f"{path}:10: curriculum.2.tokens_per_pack: a clip of 16 to 40 frames may have")
+    path = write("staged", CURRICULUM.replace("    steps: 4\n", ""))
+    assert f"{path}:7: curriculum.2.steps: this required key is missing" in refusal("staged")
+    # Nothing is left of the list that another one replaces.
+    write("staged", CURRICULUM)
+    child = write("child", "extends: staged\ncurriculum:\n  - steps: 2\n  - steps: 2\n    frames: 0\n")
+    assert refusal("child").startswith(f"{child}:5: curriculum.2.frames: must be a number of frames")
+    message = refusal("staged", "curriculum=[{steps: 3}, {steps: 4, frames: 0}]")
+    assert message.startswith("command line: curriculum.2.frames: must be")
 
 
 def test_missing_keys_name_the_file(folder: Path) -> None:
@@ -321,7 +466,15 @@ def test_extends_in_a_circle(folder: Path) -> None:
 SAME_RESULT = ["name=n", "run_dir=r", "log.every=9", "log.wandb.mode=offline", "checkpoint.keep=9", "data.prefetch=9"]
 SAME_RESULT += ["data.shards=elsewhere", "sample.steps=9", "train.zero_stage=0", "train.activation_checkpointing=full"]
 OTHER_RESULT = ["seed=1", "model.layers=3", "data.lanes=4", "data.autoencoder=other", "objective.logit_std=2"]
-OTHER_RESULT += ["optimizer.eps=1e-7", "train.steps=11", "train.precision=bf16", "data.shuffle_window=1"]
+OTHER_RESULT += ["data.frames=[2, 4]", "data.tokens_per_pack=512", "curriculum=[{steps: 10, frames: 3}]"]
+OTHER_RESULT += [
+    "model.context_patch=4",
+    "train.start_from=elsewhere",
+    "optimizer.eps=1e-7",
+    "train.steps=11",
+    "train.precision=bf16",
+    "data.shuffle_window=1",
+]
 
 
 def test_hash_covers_all_that_changes_the_result(folder: Path) -> None:
@@ -371,3 +524,5 @@ def test_reference_describes_every_key() -> None:
     assert "  train.zero_stage  (0 | 1 | 2 | 3; required)\n" in text
     assert "  optimizer.final_factor  (float >= 0 and <= 1; default 0.0)\n" in text
     assert "  data.latent_shape  ([int, int, int]; required)\n" in text
+    assert "  data.frames  (int | [int, int] | {int: float}; default 16)\n" in text
+    assert "  curriculum.learning_rate_scale  (float > 0; default 1.0)\n" in text

@@ -16,11 +16,13 @@ from launch import ROOT, command, environment, launch, small_recipe
 from safetensors.torch import load_file
 
 from far_scale.convert.zero import export
+from far_scale.data.packs import PackLoader
 from far_scale.data.scaling import LatentScaling
 from far_scale.data.shards import ShardSet
 from far_scale.objective import add_noise, pack_loss
 from far_scale.recipe import load_recipe
-from far_scale.train.loop import build_model, pack_loader
+from far_scale.train.curriculum import stages
+from far_scale.train.loop import build_model
 from far_scale.train.schedule import learning_rate
 
 RUNS = {
@@ -56,7 +58,8 @@ def plain(recorded_shards: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     adam = torch.optim.AdamW(model.parameters(), lr=1.0, betas=recipe.optimizer.betas, weight_decay=0.0)
     ema = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses, decay = [], recipe.optimizer.ema_decay
-    with pack_loader(recipe, shard_set, scaling, list(range(recipe.data.lanes)), 0, None) as loader:
+    (stage,) = stages(recipe)
+    with PackLoader(shard_set, scaling, range(recipe.data.lanes), stage.dealing(recipe.seed)) as loader:
         for step, packs in zip(range(recipe.train.steps), loader, strict=False):
             adam.param_groups[0]["lr"] = learning_rate(recipe, step)
             adam.zero_grad()

@@ -32,8 +32,10 @@ class Place(NamedTuple):
 class LaneOrder:
     """Which sample stands where, for all lanes and epochs; shared by the lanes of a rank."""
 
-    def __init__(self, samples_per_shard: Sequence[int], lanes: int, seed: int, shuffle_window: int) -> None:
-        """`shuffle_window` is in samples; 1 reads each run in its order.
+    def __init__(
+        self, samples_per_shard: Sequence[int], lanes: int, seed: int, shuffle_window: int, stage: int = 0
+    ) -> None:
+        """`shuffle_window` is in samples; 1 reads each run in its order. Each `stage` has an order of its own.
 
         Raises:
             UserError: there are more lanes than samples.
@@ -46,7 +48,7 @@ class LaneOrder:
                 f"data.lanes={lanes} is more than the {self.samples} samples of the shard set; "
                 "lower data.lanes, or encode more videos"
             )
-        self.lanes, self.seed, self.shuffle_window = lanes, seed, shuffle_window
+        self.lanes, self.seed, self.shuffle_window, self.stage = lanes, seed, shuffle_window, stage
         self._counts = np.asarray(samples_per_shard, dtype=np.int64)
         # Lanes are at most one epoch apart, and an epoch looks at the one before it.
         self._shard_row = functools.lru_cache(maxsize=4)(self._make_shard_row)
@@ -58,6 +60,15 @@ class LaneOrder:
     def run_length(self, epoch: int) -> int:
         """Samples that each lane reads in this epoch."""
         return (self.left_over(epoch) + self.samples) // self.lanes
+
+    def read_before(self, epoch: int) -> int:
+        """Samples that each lane has read when this epoch begins."""
+        return epoch * self.samples // self.lanes
+
+    def run_position(self, number: int) -> tuple[int, int]:
+        """Epoch and position in a lane's run of the sample that the lane reads as its `number`-th, from 0."""
+        epoch = ((number + 1) * self.lanes - 1) // self.samples
+        return epoch, number - self.read_before(epoch)
 
     def place(self, epoch: int, lane: int, position: int) -> Place:
         """The sample at an (unshuffled) position of a lane's run."""
@@ -75,8 +86,13 @@ class LaneOrder:
 
     def _make_shard_row(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The shards in this epoch's order, and where in the row each one ends."""
-        order = generator(self.seed, "shard order", epoch).permutation(len(self._counts))
+        order = generator(self.seed, in_stage("shard order", self.stage), epoch).permutation(len(self._counts))
         return order, np.cumsum(self._counts[order])
+
+
+def in_stage(purpose: str, stage: int) -> str:
+    """The purpose of a random draw in a stage of a curriculum; the first stage's is that of a run without stages."""
+    return f"{purpose} in stage {stage}" if stage else purpose
 
 
 class Lane:
@@ -93,6 +109,11 @@ class Lane:
     def __iter__(self) -> Iterator[Place]:
         return self
 
+    @property
+    def number(self) -> int:
+        """How many samples this lane has read so far, which is the number of the next one."""
+        return self.order.read_before(self.epoch) + self.position
+
     def __next__(self) -> Place:
         place = self.order.place(self.epoch, self.lane, self._shuffled_position())
         self.position += 1
@@ -105,7 +126,8 @@ class Lane:
         first = self.position // size * size
         if self._window != (self.epoch, first):
             length = min(size, self.order.run_length(self.epoch) - first)
-            draw = generator(self.order.seed, f"shuffle from {first}", self.epoch, self.lane)
+            purpose = in_stage(f"shuffle from {first}", self.order.stage)
+            draw = generator(self.order.seed, purpose, self.epoch, self.lane)
             self._window, self._shuffled = (self.epoch, first), draw.permutation(length)
         return first + int(self._shuffled[self.position - first])
 
@@ -128,3 +150,7 @@ class Lane:
                 "lanes; resume with the shard set and the data.lanes that the checkpoint was made with"
             )
         self.epoch, self.position = epoch, position
+
+    def go_to(self, number: int) -> None:
+        """Make the sample of this number the next one."""
+        self.epoch, self.position = self.order.run_position(number)

@@ -6,14 +6,13 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from far_scale.data.lanes import Lane, LaneOrder
+from far_scale.data.filling import Dealing
 from far_scale.data.scaling import LatentScaling
 from far_scale.data.shards import ShardSet
-from far_scale.errors import UserError
-from far_scale.randomness import generator
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Pack:
     keys: tuple[str, ...]
     lane: int
     step: int
-    lane_state: dict[str, int]
+    lane_state: dict[str, Any]
 
 
 class PackLoader:
@@ -53,31 +52,24 @@ class PackLoader:
         shard_set: ShardSet,
         scaling: LatentScaling,
         lanes: Sequence[int],
-        lanes_total: int,
-        clips_per_pack: int,
-        frames: int,
-        frame_stride: int,
-        shuffle_window: int,
-        seed: int,
+        dealing: Dealing,
         step: int = 0,
-        lane_states: dict[int, dict[str, int]] | None = None,
+        lane_states: dict[int, dict[str, Any]] | None = None,
         prefetch: int = 2,
     ) -> None:
-        """`lanes` are this rank's of `lanes_total`; `frames` of a clip, `frame_stride` of the video apart.
+        """`lanes` are this rank's; `prefetch` is in steps.
 
-        `lane_states` are the states after the step before `step` (None: each lane's beginning); `prefetch` is in steps.
+        `lane_states` are the states after the step before `step` (None: each lane's beginning).
 
         Raises:
             UserError: more lanes than samples, or a state that does not fit the shard set.
         """
         self._set, self._scaling = shard_set, scaling
-        self._clips, self._frames, self._stride = clips_per_pack, frames, frame_stride
-        self._seed, self._step = seed, step
-        order = LaneOrder(shard_set.samples_per_shard, lanes_total, seed, shuffle_window)
-        self._lanes = [Lane(order, lane) for lane in sorted(lanes)]
-        for lane in self._lanes:
-            if lane_states is not None:
-                lane.load_state_dict(lane_states[lane.lane])
+        self._stride, self._step = dealing.frame_stride, step
+        self._lanes = dealing.clip_lanes(shard_set, lanes)
+        if lane_states is not None:
+            for lane, clips in self._lanes.items():
+                clips.load_state_dict(lane_states[lane])
         self._ready: queue.SimpleQueue[list[Pack] | BaseException] = queue.SimpleQueue()
         self._room = threading.Semaphore(max(1, prefetch))
         self._closed = threading.Event()
@@ -128,30 +120,17 @@ class PackLoader:
         except BaseException as error:  # the thread has nobody to tell but the one who asks for packs
             self._ready.put(error)
 
-    def _make_pack(self, lane: Lane) -> Pack:
-        draw = generator(self._seed, "crop", self._step, lane.lane)
-        samples, keys = [], []
-        for _ in range(self._clips):
-            shard, number = next(lane)
-            # FAR's random_sample_frames: any start from which the clip still fits, each as likely.
-            starts = self._set.frames_of(shard, number) - (self._frames - 1) * self._stride
-            if starts < 1:
-                file = self._set.manifest.shards[shard].file
-                raise UserError(
-                    f"{self._set.folder / file}: sample {number} is too short for data.frames={self._frames} with "
-                    f"data.frame_stride={self._stride}; lower them, or encode with --min-frames"
-                )
-            start = int(draw.integers(0, starts))
-            samples.append(self._set.read(shard, number, start, self._frames, self._stride))
-            keys.append(f"{samples[-1].key}@{start}")
+    def _make_pack(self, lane: int) -> Pack:
+        clips = self._lanes[lane].next_pack()
+        samples = [self._set.read(*clip.place, clip.start, clip.frames, self._stride) for clip in clips]
         manifest = self._set.manifest
         return Pack(
             latents=self._scaling.normalise(torch.cat([sample.latents for sample in samples])),
             actions=torch.cat([s.actions for s in samples if s.actions is not None]) if manifest.actions else None,
             labels=torch.tensor([s.label for s in samples]) if manifest.labels else None,
-            clip_frames=(self._frames,) * self._clips,
-            keys=tuple(keys),
-            lane=lane.lane,
+            clip_frames=tuple(clip.frames for clip in clips),
+            keys=tuple(f"{sample.key}@{clip.start}" for sample, clip in zip(samples, clips, strict=True)),
+            lane=lane,
             step=self._step,
-            lane_state=lane.state_dict(),
+            lane_state=self._lanes[lane].state_dict(),
         )

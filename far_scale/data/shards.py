@@ -27,6 +27,7 @@ from far_scale.data.sample import (
 )
 from far_scale.errors import UserError
 from far_scale.files import sha256
+from far_scale.recipe_frames import fewest
 
 T = TypeVar("T")
 _OPEN_SHARDS = 128  # of a rank: each lane's shuffle window may stretch over a few
@@ -220,11 +221,11 @@ class ShardSet:
             if model.classes != classes:
                 fact = f"which has {classes} {model.condition} classes"
                 refuse("model.classes", model.classes, fact, f"set model.classes={classes}")
-        span = (data.frames - 1) * data.frame_stride + 1
+        span = (fewest(data.frames) - 1) * data.frame_stride + 1
         if span > manifest.min_frames:
             fact = f"whose shortest sample has {manifest.min_frames} frames and {span} are needed"
             mend = "lower data.frames or data.frame_stride, or encode with --min-frames"
-            refuse("data.frames", f"{data.frames} with data.frame_stride={data.frame_stride}", fact, mend)
+            refuse("data.frames", f"{fewest(data.frames)} with data.frame_stride={data.frame_stride}", fact, mend)
 
     def _open_tar(self, shard: int) -> _Tar:
         entry = self.manifest.shards[shard]

@@ -31,6 +31,9 @@ from far_scale.files import atomic_write, read_json, sync_folder, write_json
 
 FORMAT = "far_scale.checkpoint/1"
 
+LaneStates = dict[int, dict[str, Any]]
+"""Where each lane stands, by its number."""
+
 
 @dataclass(frozen=True)
 class FlatPiece:

@@ -1,73 +1,155 @@
-"""`--dry-run`: everything that can be found out about a run without running it, and one batch."""
+"""`--dry-run`: everything that can be found out about a run without running it, and one batch of each stage."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from far_scale.data.manifest import Manifest
+from far_scale.data.packs import PackLoader
 from far_scale.data.scaling import LatentScaling
 from far_scale.data.shards import ShardSet
 from far_scale.errors import UserError
 from far_scale.layout import FrameLayout
 from far_scale.model import FAR
 from far_scale.recipe import Recipe, check_ranks
+from far_scale.train.curriculum import Stage, stages
 from far_scale.train.engine import start_engine
-from far_scale.train.flops import train_flops
-from far_scale.train.loop import build_model, pack_loader, train_step
+from far_scale.train.flops import peak_flops, train_flops
+from far_scale.train.loop import build_model, compute_dtype, train_step
 from far_scale.train.processes import Processes
+from far_scale.train.resume import load_start_weights
 
 # Bytes a parameter of what training holds: (weights, gradients, optimizer with master weights and EMA).
 _BYTES = {"bf16": (2, 4, 16), "fp32": (4, 4, 12)}
+_PACKS = 256  # drawn of each stage
+_MFU = 0.4  # of the device's peak, for the estimate of a step's time
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """What drawn packs of a stage come to.
+
+    Attributes:
+        stage: which.
+        layouts: of the packs.
+    """
+
+    stage: Stage
+    layouts: list[FrameLayout]
+
+    @staticmethod
+    def of(stage: Stage, shard_set: ShardSet, seed: int) -> StageCosts:
+        """Draw some hundred packs, as training will, without reading them."""
+        lanes = stage.dealing(seed).clip_lanes(shard_set, range(min(stage.data.lanes, _PACKS)))
+        rounds = -(-_PACKS // len(lanes))
+        drawn = [lane.next_pack() for _ in range(rounds) for lane in lanes.values()]
+        return StageCosts(stage, [stage.layout(tuple(clip.frames for clip in pack)) for pack in drawn])
+
+    @property
+    def step_flops(self) -> float:
+        """Arithmetic of a mean step, all ranks together."""
+        flops = [train_flops(self.stage.config, layout) for layout in self.layouts]
+        return self.stage.data.lanes * sum(flops) / len(flops)
+
+    @property
+    def largest(self) -> FrameLayout:
+        """The pack of most tokens."""
+        return max(self.layouts, key=lambda layout: layout.tokens)
+
+    def mean_and_most(self, number: Callable[[FrameLayout], int]) -> str:
+        """Mean and largest `number` of a pack, as text."""
+        numbers = [number(layout) for layout in self.layouts]
+        mean, most = sum(numbers) / len(numbers), max(numbers)
+        return f"{_short(mean)} / {_short(most)}"
 
 
 def dry_run(recipe: Recipe, processes: Processes) -> None:
-    """Check recipe, ranks, shard set and memory, then train one batch; nothing is written.
+    """Check recipe, ranks, shard sets and memory, then train one batch of each stage; nothing is written.
 
     Raises:
         UserError: something does not fit; memory is judged before anything is allocated.
     """
     check_ranks(recipe, processes.count)
-    shard_set = ShardSet.open(recipe.data.shards)
-    shard_set.check(recipe)
-    manifest = shard_set.manifest
-
+    plan = [(stage, stage.open_shards()) for stage in stages(recipe)]
+    manifest = Manifest.read(recipe.data.shards)
+    scaling = LatentScaling.of(manifest, recipe.data.scaling)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())
-    _, height, width = recipe.data.latent_shape
-    grid = (height // recipe.model.patch, width // recipe.model.patch)
-    layout = FrameLayout.window((recipe.data.frames,) * recipe.data.clips_per_pack, grid)
-    need = state_bytes(recipe, parameters, processes.count) + activation_bytes(recipe, layout)
-    have = _free_memory(processes)
+
+    costs = [StageCosts.of(stage, shard_set, recipe.seed) for stage, shard_set in plan]
+    state = state_bytes(recipe, parameters, processes.count)
+    needs = [state + activation_bytes(recipe, cost.largest) for cost in costs]
+    need, have = max(needs), _free_memory(processes)
     if processes.main:
-        passes = recipe.data.lanes // processes.count
-        print(f"recipe      {recipe.name} ({recipe.hash()[:12]}), {recipe.train.steps} steps")
-        print(f"ranks       {processes.count} x {passes} packs of {recipe.data.clips_per_pack} clips a step")
-        print(f"shard set   {recipe.data.shards}: {len(manifest.shards)} shards, {manifest.samples} samples")
-        print(
-            f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{recipe.train.zero_stage}, {recipe.train.precision}"
-        )
-        print(f"pack        {layout.tokens} tokens, {layout.attended_pairs} attended pairs")
-        flops = train_flops(recipe.far_config(), layout) * recipe.data.lanes
-        print(f"step        {flops / 1e12:.3g} TFLOP over all ranks")
-        print(f"memory      about {need / 1e9:.2f} GB a rank, {have / 1e9:.2f} GB free")
+        train = recipe.train
+        print(f"recipe      {recipe.name} ({recipe.hash()[:12]}), {train.steps} steps")
+        print(f"ranks       {processes.count} x {recipe.data.lanes // processes.count} packs a step")
+        for folder, shards in {stage.data.shards: shard_set.manifest for stage, shard_set in plan}.items():
+            print(f"shard set   {folder}: {len(shards.shards)} shards, {shards.samples} samples")
+        print(f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{train.zero_stage}, {train.precision}")
+        peak = processes.count * peak_flops(processes.device, compute_dtype(recipe))
+        for line in stage_table(costs, needs, peak):
+            print(line)
+        print(f"memory      about {need / 1e9:.2f} GB a rank at most, {have / 1e9:.2f} GB free")
     if need > have:
         raise UserError(
             f"{recipe.name}: a rank needs about {need / 1e9:.1f} GB and has {have / 1e9:.1f} GB free; use more ranks, "
-            "a higher train.zero_stage, train.activation_checkpointing=full or a lower data.clips_per_pack"
+            "a higher train.zero_stage, train.activation_checkpointing=full, or a lower data.clips_per_pack or "
+            "data.tokens_per_pack"
         )
 
-    engine = start_engine(build_model(recipe), recipe, processes)
+    model = build_model(recipe)
+    if recipe.train.start_from is not None:
+        load_start_weights(model, recipe.train.start_from)
+    engine = start_engine(model, recipe, processes)
     own_lanes = list(range(processes.rank, recipe.data.lanes, processes.count))
-    scaling = LatentScaling.of(manifest, recipe.data.scaling)
-    with pack_loader(recipe, shard_set, scaling, own_lanes, 0, None) as loader:
-        packs = next(iter(loader))
-        start = time.perf_counter()
-        loss = processes.mean(train_step(engine, packs, recipe, recipe.far_config(), processes)).item()
+    for stage, shard_set in plan:
+        with PackLoader(shard_set, scaling, own_lanes, stage.dealing(recipe.seed), stage.first, prefetch=1) as loader:
+            packs = next(loader)
+            start = time.perf_counter()
+            loss = processes.mean(train_step(engine, packs, recipe, stage, processes)).item()
+            seconds = time.perf_counter() - start
+        if processes.main:
+            of = f"of {stage.name}: " if recipe.curriculum else ""
+            print(f"one batch   {of}loss {loss:.4f}, {seconds:.2f} s (the first is the slowest)")
     if processes.main:
-        print(f"one batch   loss {loss:.4f}, {time.perf_counter() - start:.2f} s (the first is the slowest)")
         print(f"dry run of {recipe.name} passed")
+
+
+def stage_table(costs: list[StageCosts], needs: list[float], peak: float) -> list[str]:
+    """The stages as lines of text.
+
+    Args:
+        needs: bytes that a rank needs in each stage.
+        peak: FLOP/s of all ranks together at best.
+    """
+    rows = [
+        ("stage", "steps", "frames", "clips a pack", "tokens a pack", "attended pairs", "TFLOP/step", "GB", "s/step")
+    ]
+    for cost, need in zip(costs, needs, strict=True):
+        frames = cost.stage.data.frames
+        rows.append(
+            (
+                cost.stage.name,
+                str(cost.stage.steps),
+                str(list(frames) if isinstance(frames, tuple) else frames),
+                cost.mean_and_most(lambda layout: len(layout.clip_frames)),
+                cost.mean_and_most(lambda layout: layout.tokens),
+                cost.mean_and_most(lambda layout: layout.attended_pairs),
+                f"{cost.step_flops / 1e12:.3g}",
+                f"{need / 1e9:.2f}",
+                f"{cost.step_flops / (peak * _MFU):.3g}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    note = f"(mean / largest of {len(costs[0].layouts)} drawn packs; TFLOP over all ranks; GB a rank;"
+    return [*lines, f"{note} s/step at {_MFU:.0%} of {peak / 1e12:.3g} TFLOP/s, the peak of all ranks)"]
 
 
 def state_bytes(recipe: Recipe, parameters: int, ranks: int) -> float:
@@ -93,6 +175,14 @@ def activation_bytes(recipe: Recipe, layout: FrameLayout) -> float:
     if recipe.train.activation_checkpointing == "full":
         return a_layer + config.layers * layout.tokens * config.width * number
     return config.layers * a_layer
+
+
+def _short(number: float) -> str:
+    """A number with a unit where it is long."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e5, "K")):
+        if number >= size:
+            return f"{number / (1e3 if unit == 'K' else size):.3g}{unit}"
+    return f"{number:.0f}" if number >= 100 or number == int(number) else f"{number:.1f}"
 
 
 def _free_memory(processes: Processes) -> float:

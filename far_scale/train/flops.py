@@ -18,13 +18,16 @@ def forward_flops(config: FARConfig, layout: FrameLayout) -> int:
     """Floating-point operations (2 a multiply-add) of one forward pass over a pack.
 
     A layer takes 12 E^2 multiply-adds a token (q, k, v, out: 4; MLP: 8), 6 E^2 a frame (modulation) and 2 E an
-    attended pair (scores and values).
+    attended pair (scores and values). The last layer makes only keys and values of context tokens (2 E^2 a token,
+    3 E^2 a frame), and no context token is a query there.
     """
-    width, patch_channels = config.width, config.channels * config.patch**2
-    tokens, frames = layout.tokens, layout.frames
-    layer = 12 * width**2 * tokens + 6 * width**2 * frames + 2 * width * layout.attended_pairs
-    ends = 2 * patch_channels * width * tokens + (2 * width**2 + TIMESTEP_SINUSOIDS * width + width**2) * frames
-    return 2 * (config.layers * layer + ends)
+    width, window, context = config.width, layout.window, layout.context
+    layer = 12 * width**2 * layout.tokens + 6 * width**2 * layout.frames + 2 * width * layout.attended_pairs
+    unused = 10 * width**2 * context.tokens + 3 * width**2 * context.frames + 2 * width * context.pairs
+    embedding = config.channels * width * (config.patch**2 * window.tokens + config.context_patch**2 * context.tokens)
+    condition = (TIMESTEP_SINUSOIDS * width + width**2) * layout.frames
+    output = config.channels * config.patch**2 * width * window.tokens + 2 * width**2 * window.frames
+    return 2 * (config.layers * layer - unused + embedding + condition + output)
 
 
 def train_flops(config: FARConfig, layout: FrameLayout) -> int:

@@ -8,19 +8,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from far_scale.data.packs import PackLoader
+from far_scale.data.manifest import Manifest
+from far_scale.data.packs import Pack, PackLoader
 from far_scale.data.scaling import LatentScaling
-from far_scale.data.shards import ShardSet
 from far_scale.model import FAR
 from far_scale.objective import add_noise, pack_loss
 from far_scale.recipe import Recipe, check_ranks
 from far_scale.train import checkpoint
+from far_scale.train.checkpoint import LaneStates
+from far_scale.train.curriculum import Stage, stage_of, stages
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments, set_learning_rate, start_engine
 from far_scale.train.flops import peak_flops, train_flops
 from far_scale.train.monitor import Monitor
 from far_scale.train.processes import Processes
-from far_scale.train.resume import describe, pieces, restore
+from far_scale.train.resume import describe, describe_stage, load_start_weights, pieces, restore
 from far_scale.train.schedule import learning_rate
 
 
@@ -33,79 +35,107 @@ def train(recipe: Recipe, processes: Processes) -> tuple[Any, ShardedEMA] | None
         The engine and the EMA as they are after the last step; None where there was nothing left to do.
 
     Raises:
-        UserError: ranks, shard set, checkpoint or disk do not fit the recipe.
+        UserError: ranks, shard sets, checkpoint, start weights or disk do not fit the recipe.
     """
     check_ranks(recipe, processes.count)
-    shard_set = ShardSet.open(recipe.data.shards)
-    shard_set.check(recipe)
-    scaling = LatentScaling.of(shard_set.manifest, recipe.data.scaling)
+    plan = stages(recipe)
     run = Path(recipe.run_dir)
-    config = recipe.far_config()
-
     start = checkpoint.latest_step(run) or 0
     if start >= recipe.train.steps:
         if processes.main:
             print(f"{run}: all {recipe.train.steps} steps are done; raise train.steps to go on")
         return None
+    to_do = [(stage, stage.open_shards()) for stage in plan if stage.end > start]
+    manifest = Manifest.read(recipe.data.shards)
+    scaling = LatentScaling.of(manifest, recipe.data.scaling)
 
     model = build_model(recipe)
+    if recipe.train.start_from is not None and start == 0:
+        load_start_weights(model, recipe.train.start_from)
+    card = describe(recipe, model, manifest, scaling)
     engine = start_engine(model, recipe, processes)
     ema = ShardedEMA(fragments(engine), recipe.optimizer.ema_decay)
-    card = describe(recipe, model, shard_set.manifest, scaling)
-    lane_states = restore(run, start, engine, ema, card) if start else None
+    lane_states = restore(run, start, engine, ema, recipe, stage_of(plan, start - 1)) if start else None
     if processes.main:
         run.mkdir(parents=True, exist_ok=True)
         recipe.save(run / "recipe.yaml")
     dist.barrier()
 
     own_lanes = list(range(processes.rank, recipe.data.lanes, processes.count))
-    loader = pack_loader(recipe, shard_set, scaling, own_lanes, start, lane_states)
     monitor = Monitor(recipe, processes, peak_flops(processes.device, compute_dtype(recipe)), start)
     try:
-        packs_of_steps = iter(loader)
-        for step in range(start, recipe.train.steps):
-            with monitor.waiting():
-                packs = next(packs_of_steps)
-            rate = learning_rate(recipe, step)
-            set_learning_rate(engine, rate)
+        for stage, shard_set in to_do:
+            monitor.begin_stage(stage)
+            first = max(start, stage.first)
+            states = lane_states if first > stage.first else None  # a stage begins its shard set afresh
+            dealing, prefetch = stage.dealing(recipe.seed), stage.data.prefetch
+            with PackLoader(shard_set, scaling, own_lanes, dealing, first, states, prefetch) as packs_of_steps:
+                for step in range(first, stage.end):
+                    with monitor.waiting():
+                        packs = next(packs_of_steps)
+                    rate = learning_rate(recipe, step) * stage.learning_rate_scale
+                    set_learning_rate(engine, rate)
 
-            loss = train_step(engine, packs, recipe, config, processes, monitor)
-            ema.update()
-            monitor.end_step(step + 1, loss, rate, engine.get_global_grad_norm())
+                    loss = train_step(engine, packs, recipe, stage, processes, monitor)
+                    ema.update()
+                    done = step + 1
+                    monitor.end_step(done, loss, rate, engine.get_global_grad_norm())
 
-            done = step + 1
-            if done % recipe.checkpoint.every == 0 or done == recipe.train.steps:
-                states = gather_lane_states({pack.lane: pack.lane_state for pack in packs})
-                checkpoint.save(run, done, pieces(engine, ema), {**card, "lanes": states}, recipe.checkpoint.keep)
-                monitor.say(f"step {done}: saved {checkpoint.step_folder(run, done)}")
+                    if done % recipe.checkpoint.every == 0 or done == recipe.train.steps:
+                        lanes = gather_lane_states({pack.lane: pack.lane_state for pack in packs})
+                        state = {**card, **describe_stage(stage, shard_set.manifest), "lanes": lanes}
+                        checkpoint.save(run, done, pieces(engine, ema), state, recipe.checkpoint.keep)
+                        monitor.say(f"step {done}: saved {checkpoint.step_folder(run, done)}")
     finally:
         monitor.close()
-        loader.close()
     return engine, ema
 
 
 def train_step(
-    engine: Any, packs: list[Any], recipe: Recipe, config: Any, processes: Processes, monitor: Monitor | None = None
+    engine: Any,
+    packs: list[Pack],
+    recipe: Recipe,
+    stage: Stage,
+    processes: Processes,
+    monitor: Monitor | None = None,
 ) -> torch.Tensor:
-    """One optimizer step on this rank's packs of a global batch; returns the mean of their losses (a scalar tensor).
+    """One optimizer step on this rank's packs of a global batch.
 
     DeepSpeed averages over the packs and the ranks, and steps with the last pack's `engine.step()`.
+
+    Returns:
+        The mean of the packs' losses, weighted by their clips: a scalar tensor whose mean over the ranks is the loss,
+        the mean over the clips of the global batch.
     """
+    weights = pack_weights(packs, stage, processes)
     losses = []
-    for pack in packs:
-        noisy = add_noise(pack, recipe.objective, config, recipe.seed).to(processes.device)
+    for pack, weight in zip(packs, weights, strict=True):
+        noisy = add_noise(pack, recipe.objective, stage.config, recipe.seed).to(processes.device)
         velocity = engine(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
-        loss = pack_loss(velocity, noisy)
+        loss = pack_loss(velocity, noisy) * weight
         engine.backward(loss)
         engine.step()
         losses.append(loss.detach())
         if monitor is not None:
-            monitor.count(len(pack.clip_frames), noisy.layout.tokens, train_flops(config, noisy.layout))
+            monitor.count(len(pack.clip_frames), noisy.layout.tokens, train_flops(stage.config, noisy.layout))
     return torch.stack(losses).mean()
 
 
+def pack_weights(packs: list[Pack], stage: Stage, processes: Processes) -> torch.Tensor:
+    """`[packs]` what each pack's mean over its clips counts in the global batch: its clips over those of a mean pack.
+
+    Only a token budget gives packs of different numbers of clips; without one no rank asks the others.
+    """
+    if stage.data.tokens_per_pack is None:
+        return torch.ones(len(packs), device=processes.device)
+    clips = torch.tensor([float(len(pack.clip_frames)) for pack in packs]).to(processes.device, non_blocking=True)
+    total = clips.sum()
+    dist.all_reduce(total)
+    return clips * (stage.data.lanes / total)
+
+
 def build_model(recipe: Recipe) -> FAR:
-    """The model with its first weights, which depend on `seed` alone: the same on every process."""
+    """The model with random first weights, which depend on `seed` alone: the same on every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return FAR(recipe.far_config())
@@ -115,34 +145,8 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
 
 
-def pack_loader(
-    recipe: Recipe,
-    shard_set: ShardSet,
-    scaling: LatentScaling,
-    lanes: list[int],
-    start: int,
-    lane_states: dict[int, dict[str, int]] | None,
-) -> PackLoader:
-    """This process's share of every global batch from step `start` on."""
-    data = recipe.data
-    return PackLoader(
-        shard_set,
-        scaling,
-        lanes=lanes,
-        lanes_total=data.lanes,
-        clips_per_pack=data.clips_per_pack,
-        frames=data.frames,
-        frame_stride=data.frame_stride,
-        shuffle_window=data.shuffle_window,
-        seed=recipe.seed,
-        step=start,
-        lane_states=lane_states,
-        prefetch=data.prefetch,
-    )
-
-
-def gather_lane_states(own: dict[int, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """All lanes' states on every process, by lane number as text (they go into JSON)."""
-    parts: list[Any] = [None] * dist.get_world_size()
+def gather_lane_states(own: LaneStates) -> LaneStates:
+    """All lanes' states on every process."""
+    parts: list[LaneStates] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, own)
-    return {str(lane): state for part in parts for lane, state in sorted(part.items())}
+    return {lane: state for part in parts for lane, state in sorted(part.items())}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from far_scale.errors import UserError
 from far_scale.files import atomic_write
 from far_scale.recipe import Recipe
+from far_scale.train.curriculum import Stage
 from far_scale.train.processes import Processes
 
 
@@ -36,6 +37,7 @@ class Monitor:
         self._log = Path(recipe.run_dir) / "log.jsonl"
         self._bar: tqdm[Any] | None = None
         self._wandb: Any = None
+        self._stage: Stage | None = None
         if processes.main:
             _drop_later_lines(self._log, start)
             self._bar = tqdm(total=recipe.train.steps, initial=start, desc="train", unit="step", disable=None)
@@ -46,6 +48,13 @@ class Monitor:
         self._since, self._waited = time.perf_counter(), 0.0
         self._steps, self._clips, self._tokens, self._flops = 0, 0, 0, 0
         self._losses: list[torch.Tensor] = []
+
+    def begin_stage(self, stage: Stage) -> None:
+        """The next steps are of `stage`; told where the recipe has a curriculum."""
+        if self._recipe.curriculum:
+            self._stage = stage
+            number = f"{stage.index + 1}/{len(self._recipe.curriculum)}"
+            self.say(f"stage {number} ({stage.name}): steps {stage.first + 1} to {stage.end}")
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -78,8 +87,9 @@ class Monitor:
         loss_now, loss_mean = self._processes.mean(torch.stack([losses[-1], losses.double().mean()])).tolist()
         seconds = time.perf_counter() - self._since
         ranks = self._processes.count
-        line = {
+        line: dict[str, Any] = {
             "step": step,
+            **({} if self._stage is None else {"stage": self._stage.index + 1, "stage_name": self._stage.name}),
             "loss": loss_now,
             "loss_mean": loss_mean,
             "learning_rate": learning_rate,
@@ -107,14 +117,15 @@ class Monitor:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _tell(self, line: dict[str, float]) -> None:
+    def _tell(self, line: dict[str, Any]) -> None:
         with self._log.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self._wandb is not None:
             values = {f"train/{key}": value for key, value in line.items() if key != "step"}
             self._wandb.log(values, step=line["step"])
+        stage = "" if self._stage is None else f"{self._stage.name}  "
         self.say(
-            f"step {line['step']}/{self._recipe.train.steps}  loss {line['loss_mean']:.4f}  "
+            f"step {line['step']}/{self._recipe.train.steps}  {stage}loss {line['loss_mean']:.4f}  "
             f"lr {line['learning_rate']:.2e}  grad norm {line['grad_norm']:.3f}  "
             f"{line['clips_per_second']:.1f} clips/s  {line['tokens_per_second']:.0f} tokens/s  "
             f"MFU {line['mfu']:.1%}  data wait {line['data_wait']:.1%}  {line['memory_gb']:.2f} GB"

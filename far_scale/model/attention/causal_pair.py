@@ -42,11 +42,13 @@ class CausalPair(torch.autograd.Function):
         upper = group.upper_triangle(q.device)
         if upper is not None:
             rows, keys, spans = upper.queries, upper.keys, upper.spans
-            _merge(out, lse, rows, *kernel.forward(q[rows], k[keys], v[keys], spans, spans, causal=True))
+            part = kernel.forward(_rows(q, rows), _rows(k, keys), _rows(v, keys), spans, spans, causal=True)
+            _merge(out, lse, rows, *part)
         if prefix is not None:
             assert context_k is not None and context_v is not None
-            seeing = q if prefix.rows is None else q[prefix.rows]
-            part = kernel.forward(seeing, context_k, context_v, prefix.queries, prefix.keys, causal=False)
+            part = kernel.forward(
+                _rows(q, prefix.rows), context_k, context_v, prefix.queries, prefix.keys, causal=False
+            )
             _merge(out, lse, prefix.rows, *part)
         ctx.save_for_backward(q, k, v, context_k, context_v, out, lse)
         ctx.group, ctx.prefix, ctx.kernel = group, prefix, kernel
@@ -61,31 +63,43 @@ class CausalPair(torch.autograd.Function):
         upper = group.upper_triangle(q.device)
         if upper is not None:
             rows, keys, spans = upper.queries, upper.keys, upper.spans
+            by_query = (_rows(x, rows) for x in (dout, q, out, lse))
+            upper_dout, upper_q, upper_out, upper_lse = by_query
             upper_dq, upper_dk, upper_dv = kernel.backward(
-                dout[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], spans, spans, causal=True
+                upper_dout, upper_q, _rows(k, keys), _rows(v, keys), upper_out, upper_lse, spans, spans, causal=True
             )
             # Within a call no row comes twice, so the additions need no atomics and their order is fixed.
-            dq.index_copy_(0, rows, dq[rows] + upper_dq)
-            dk.index_copy_(0, keys, dk[keys] + upper_dk)
-            dv.index_copy_(0, keys, dv[keys] + upper_dv)
+            _add(dq, rows, upper_dq)
+            _add(dk, keys, upper_dk)
+            _add(dv, keys, upper_dv)
         # Without a context there may still be an empty tensor of keys: its gradient is as empty.
         d_context_k, d_context_v = context_k, context_v
         if prefix is not None:
-            by_query = [x if prefix.rows is None else x[prefix.rows] for x in (dout, q, out, lse)]
+            by_query = (_rows(x, prefix.rows) for x in (dout, q, out, lse))
             seen_dout, seen_q, seen_out, seen_lse = by_query
             prefix_dq, d_context_k, d_context_v = kernel.backward(
                 seen_dout, seen_q, context_k, context_v, seen_out, seen_lse, prefix.queries, prefix.keys, causal=False
             )
-            if prefix.rows is None:
-                dq += prefix_dq
-            else:
-                dq.index_copy_(0, prefix.rows, dq[prefix.rows] + prefix_dq)
+            _add(dq, prefix.rows, prefix_dq)
         return dq, dk, dv, d_context_k, d_context_v, None, None, None
+
+
+def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Some rows of x `[T, ...]`; None: all."""
+    return x if rows is None else x.index_select(0, rows)  # four times as fast as x[rows] on a CPU
+
+
+def _add(x: Tensor, rows: Tensor | None, part: Tensor) -> None:
+    """Add `part` to some rows of x, in place."""
+    if rows is None:
+        x += part
+    else:
+        x.index_copy_(0, rows, _rows(x, rows) + part)
 
 
 def _merge(out: Tensor, lse: Tensor, rows: Tensor | None, part_out: Tensor, part_lse: Tensor) -> None:
     """Add a part of the keys to what `rows` (None: all) of out `[T, N, D]` and lse `[T, N]` have seen, in place."""
-    seen_out, seen_lse = (out, lse) if rows is None else (out[rows], lse[rows])
+    seen_out, seen_lse = _rows(out, rows), _rows(lse, rows)
     merged_lse = torch.logaddexp(seen_lse, part_lse)
     seen_share = (seen_lse - merged_lse).exp_().unsqueeze(-1)
     part_share = (part_lse - merged_lse).exp_().unsqueeze(-1)

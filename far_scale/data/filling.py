@@ -1,0 +1,185 @@
+"""Which clips go into a pack: a fixed number of them, or as many as fill a budget of tokens best.
+
+To fill a budget a lane looks at a pool of its next clips, drawn but not yet read. A pack always takes the oldest of
+them, so that none waits for ever, and of the others those that together leave the least of the budget unused.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from far_scale.data.lanes import Lane, LaneOrder, Place, in_stage
+from far_scale.data.shards import ShardSet
+from far_scale.errors import UserError
+from far_scale.randomness import generator
+from far_scale.recipe_frames import FrameCounts, draw_frames, fewest
+
+POOL = 12  # 2048 choices beside the oldest: of a budget of five long clips less than 1% stays empty
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """How samples become clips, and clips packs.
+
+    Attributes:
+        lanes: sample streams.
+        frames: of a clip.
+        frame_stride: take every n-th frame of the video.
+        shuffle_window: samples among which a lane shuffles.
+        seed: of the order and of all draws.
+        clips_per_pack: how many; or None, and
+        tokens_per_pack: the most tokens of a pack.
+        tokens_of: tokens of a clip of so many frames; by default one a frame.
+        stage: of a curriculum, from 0; each has an order and draws of its own.
+    """
+
+    lanes: int
+    frames: FrameCounts
+    frame_stride: int
+    shuffle_window: int
+    seed: int
+    clips_per_pack: int | None
+    tokens_per_pack: int | None = None
+    tokens_of: Callable[[int], int] = int
+    stage: int = 0
+
+    def clip_lanes(self, shard_set: ShardSet, lanes: Iterable[int]) -> dict[int, ClipLane]:
+        """Those of the lanes, each at its beginning.
+
+        Raises:
+            UserError: there are more lanes than samples.
+        """
+        counts = shard_set.samples_per_shard
+        order = LaneOrder(counts, self.lanes, self.seed, self.shuffle_window, self.stage)
+        return {lane: ClipLane(Lane(order, lane), shard_set, self) for lane in sorted(lanes)}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip that was drawn but not read.
+
+    Attributes:
+        number: the clips that its lane drew before it.
+        place: the sample that it is cut from.
+        start: its first frame in the sample.
+        frames: how many it has.
+    """
+
+    number: int
+    place: Place
+    start: int
+    frames: int
+
+
+class ClipLane:
+    """A lane's endless clips: the lane's samples, each with a frame count and a start of its own.
+
+    Both are drawn at the counter (number, lane), so they depend on nothing but which clip it is.
+    """
+
+    def __init__(self, lane: Lane, shard_set: ShardSet, dealing: Dealing) -> None:
+        self._lane, self._set, self._dealing = lane, shard_set, dealing
+        self._pending: list[Clip] = []
+
+    def next_pack(self) -> list[Clip]:
+        """The clips of the next pack, older ones first.
+
+        Raises:
+            UserError: a sample has fewer frames than the shortest clip.
+        """
+        if self._dealing.tokens_per_pack is None:
+            return [self._draw() for _ in range(self._dealing.clips_per_pack or 0)]
+        taken: list[Clip] = []
+        room = self._dealing.tokens_per_pack
+        while True:
+            self._pending += (self._draw() for _ in range(POOL - len(self._pending)))
+            tokens = [self._dealing.tokens_of(clip.frames) for clip in self._pending]
+            if 2 * room <= sum(tokens) or tokens[0] > room:
+                break
+            # There is room for more than half of the pool: the oldest goes in and another clip comes up, since the
+            # choice is widest where about half of the pool fits.
+            taken.append(self._pending.pop(0))
+            room -= tokens[0]
+        chosen = best_subset(tuple(tokens), room, first=not taken)
+        taken += (self._pending[index] for index in chosen)
+        self._pending = [clip for index, clip in enumerate(self._pending) if index not in chosen]
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the lane stands and, with a token budget, the numbers of the clips that wait."""
+        state: dict[str, Any] = self._lane.state_dict()
+        if self._dealing.tokens_per_pack is not None:
+            state["pending"] = [clip.number for clip in self._pending]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a state; the clips that wait are drawn again, as they were.
+
+        Raises:
+            UserError: it is no state of such a lane.
+        """
+        place = {key: value for key, value in state.items() if key != "pending"}
+        self._lane.load_state_dict(place)
+        pending = state.get("pending")
+        if (pending is None) != (self._dealing.tokens_per_pack is None) or not self._possible(pending or []):
+            raise UserError(
+                f"lane {self._lane.lane}: {pending} are no clips that wait at {place}; resume with the shard set and "
+                "the data section that the checkpoint was made with"
+            )
+        drawn = []
+        for number in pending or []:
+            self._lane.go_to(number)
+            drawn.append(self._draw())
+        self._lane.load_state_dict(place)
+        self._pending = drawn
+
+    def _possible(self, pending: Any) -> bool:
+        numbers = isinstance(pending, list) and all(type(number) is int and number >= 0 for number in pending)
+        rising = numbers and sorted(set(pending)) == pending and len(pending) < POOL
+        return rising and (not pending or pending[-1] < self._lane.number)
+
+    def _draw(self) -> Clip:
+        lane, dealing = self._lane, self._dealing
+        number, place = lane.number, next(lane)
+        draw = generator(dealing.seed, in_stage("clip", dealing.stage), number, lane.lane)
+        there = self._set.frames_of(*place)
+        count = min(draw_frames(dealing.frames, draw), (there - 1) // dealing.frame_stride + 1)
+        if count < fewest(dealing.frames):
+            file = self._set.manifest.shards[place.shard].file
+            raise UserError(
+                f"{self._set.folder / file}: sample {place.sample} is too short for "
+                f"data.frames={fewest(dealing.frames)} with data.frame_stride={dealing.frame_stride}; lower them, or "
+                "encode with --min-frames"
+            )
+        # Any start from which the clip still fits, each as likely, as officially.
+        return Clip(number, place, int(draw.integers(there - (count - 1) * dealing.frame_stride)), count)
+
+
+def best_subset(tokens: tuple[int, ...], room: int, first: bool) -> list[int]:
+    """The places in `tokens`, rising, whose sum comes nearest to `room` without passing it.
+
+    Among sums that are equal, older clips go before younger ones.
+
+    Args:
+        tokens: at most POOL numbers, the oldest clip's first.
+        first: whether place 0 must be among them; it fits by itself.
+    """
+    masks = _masks(len(tokens))  # [2^n, n]
+    sums = masks @ np.asarray(tokens)
+    sums[sums > room] = -1
+    if first:
+        sums[~masks[:, 0].astype(bool)] = -1
+    return np.flatnonzero(masks[int(sums.argmax())]).tolist()
+
+
+@functools.lru_cache(maxsize=POOL)
+def _masks(count: int) -> NDArray[np.int64]:
+    """All subsets of `count` things `[2^count, count]` as 0 and 1, the one with the most of the first things first."""
+    subsets = np.arange(2**count)[::-1, None]
+    return subsets >> np.arange(count)[::-1] & 1

@@ -1,0 +1,103 @@
+"""The stages of a run, one after another; a recipe without a curriculum is one stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from far_scale.data.filling import Dealing
+from far_scale.data.shards import ShardSet
+from far_scale.layout import FrameLayout
+from far_scale.model import FARConfig
+from far_scale.recipe import Recipe
+from far_scale.recipe_checks import stage_sections
+from far_scale.recipe_frames import clip_tokens
+from far_scale.recipe_sections import DataSection, ModelSection
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        index: from 0.
+        name: as the recipe calls it, or stage-1, stage-2, ...
+        first: steps of the run before it.
+        steps: its own.
+        config: the model's configuration, which differs between stages in the window alone.
+        model, data: the recipe's sections with what the stage gives in their place.
+        learning_rate_scale: factor on the learning rate of the recipe's schedule.
+    """
+
+    index: int
+    name: str
+    first: int
+    steps: int
+    config: FARConfig
+    model: ModelSection
+    data: DataSection
+    learning_rate_scale: float
+
+    @property
+    def end(self) -> int:
+        """Steps of the run when it is done."""
+        return self.first + self.steps
+
+    def layout(self, clip_frames: tuple[int, ...]) -> FrameLayout:
+        """The layout of a pack of this stage."""
+        _, height, width = self.data.latent_shape
+        return self.config.layout(clip_frames, (height, width))
+
+    def tokens_of(self, frames: int) -> int:
+        """Tokens of a clip of so many frames."""
+        _, height, width = self.data.latent_shape
+        model = self.model
+        return clip_tokens(frames, model.window, model.patch, model.context_patch, height, width)
+
+    def open_shards(self) -> ShardSet:
+        """This stage's shard set.
+
+        Raises:
+            UserError: it is not there, not whole, or does not fit the stage.
+        """
+        shard_set = ShardSet.open(self.data.shards)
+        shard_set.check(self)
+        return shard_set
+
+    def dealing(self, seed: int) -> Dealing:
+        """How this stage's samples become packs in a run of that seed."""
+        return Dealing(
+            lanes=self.data.lanes,
+            frames=self.data.frames,
+            frame_stride=self.data.frame_stride,
+            shuffle_window=self.data.shuffle_window,
+            seed=seed,
+            clips_per_pack=self.data.clips_per_pack,
+            tokens_per_pack=self.data.tokens_per_pack,
+            tokens_of=self.tokens_of,
+            stage=self.index,
+        )
+
+
+def stages(recipe: Recipe) -> list[Stage]:
+    """The stages of `recipe` in their order."""
+    found: list[Stage] = []
+    for index, sections in enumerate(stage_sections(recipe)):
+        stage = sections.stage
+        found.append(
+            Stage(
+                index=index,
+                name=stage.name or f"stage-{index + 1}",
+                first=found[-1].end if found else 0,
+                steps=stage.steps,
+                config=sections.model.far_config(),
+                model=sections.model,
+                data=sections.data,
+                learning_rate_scale=stage.learning_rate_scale,
+            )
+        )
+    return found
+
+
+def stage_of(plan: list[Stage], step: int) -> Stage:
+    """The stage that trains step `step` (from 0)."""
+    return next(stage for stage in plan if step < stage.end)
