@@ -103,3 +103,19 @@ def test_the_cache_tells_its_size_beforehand() -> None:
     assert cache_bytes(model, 2, 1000, SIZE, guidance=1.5) == held == 2 * 3 * 4 * (4 * 16 + 996 * 4) * 128 * 4
     layout = FrameLayout.of((1000,), SIZE, window=4, coarser=2)
     assert held == 2 * 3 * 4 * layout.tokens * 128 * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_the_cache_changes_nothing_either(dtype: torch.dtype) -> None:
+    """Past the window, guided by actions. bfloat16 is judged by its own distance, uncached, from float32."""
+    shape = {"context_patch": 2, "actions": 3}
+    actions = torch.randint(0, 3, (2, 11), generator=torch.Generator().manual_seed(2))
+
+    def frames(dtype: torch.dtype, cache: bool) -> torch.Tensor:
+        model = trained_like(dtype, **shape).cuda()
+        return roll_out(model, given(3), 8, STEPS, 1.5, actions=actions, cache=cache).cpu()
+
+    exact = frames(torch.float32, cache=False)
+    allowed = 1e-3 if dtype == torch.float32 else 2 * (frames(dtype, cache=False) - exact).abs().max().item()
+    assert (frames(dtype, cache=True) - exact).abs().max() <= allowed

@@ -3,13 +3,15 @@
 #
 #     bash tools/quickstart.sh            the demo, about ten minutes on two CPU cores
 #     bash tools/quickstart.sh --quick    the same way in small, under two minutes; its pictures are not pretty
+#     bash tools/quickstart.sh --long     episodes of 300 frames with long short-term context; better on a GPU
 #
-# Everything lands in runs/quickstart (--quick: runs/quickstart_quick). A step whose output is whole is skipped.
+# Everything lands in runs/quickstart (runs/quickstart_quick, runs/quickstart_long). A step whose output is whole is
+# skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-OUT=runs/quickstart
-EPISODES=96 FRAMES=128 HELD_OUT=32
+OUT=runs/quickstart DEMO=demo
+EPISODES=96 FRAMES=128 HELD_OUT=32 HELD_OUT_FRAMES=32
 OVERRIDES=()
 case "${1:-}" in
     --quick)
@@ -17,9 +19,13 @@ case "${1:-}" in
         EPISODES=12 FRAMES=48 HELD_OUT=8
         OVERRIDES=(train.steps=100 optimizer.warmup_steps=20 data.shuffle_window=8 checkpoint.every=50)
         ;;
+    --long)
+        OUT=runs/quickstart_long DEMO=demo_long
+        EPISODES=192 FRAMES=300 HELD_OUT=8 HELD_OUT_FRAMES=300
+        ;;
     "") ;;
     *)
-        echo "error: $1: the only option is --quick" >&2
+        echo "error: $1: the options are --quick and --long" >&2
         exit 2
         ;;
 esac
@@ -30,9 +36,10 @@ PYTHON=.venv/bin/python
 
 # One GPU: one process in bf16. None: two processes on the CPU, each with half of the cores.
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    RECIPE=demo_gpu RANKS=1
+    RECIPE=${DEMO}_gpu RANKS=1
 else
-    RECIPE=demo_cpu RANKS=2
+    RECIPE=$DEMO RANKS=2
+    [ "$DEMO" = demo ] && RECIPE=demo_cpu
     CORES=$(nproc)
     export OMP_NUM_THREADS=$((CORES > RANKS ? CORES / RANKS : 1))
 fi
@@ -42,7 +49,7 @@ step() { printf '\n== %s\n' "$*"; }
 
 step "1/5  record episodes of a maze world"
 "$PYTHON" tools/record_demo.py --out "$OUT/episodes/train" --episodes "$EPISODES" --frames "$FRAMES" --seed 0
-"$PYTHON" tools/record_demo.py --out "$OUT/episodes/heldout" --episodes "$HELD_OUT" --frames 32 --seed 10000
+"$PYTHON" tools/record_demo.py --out "$OUT/episodes/heldout" --episodes "$HELD_OUT" --frames "$HELD_OUT_FRAMES" --seed 10000
 
 step "2/5  encode them to latent shards"
 for part in train heldout; do

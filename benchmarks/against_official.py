@@ -1,0 +1,97 @@
+"""The official FAR code and ours in one process, on the same random weights: the same numbers, and how much faster.
+
+    python benchmarks/against_official.py --official PATH_TO_A_CLONE
+
+See benchmarks/README.md for what is measured and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from measure import Row, commit, environment, print_table, write_result
+from official import OfficialCode
+from parity import holds, parity
+from sampling import sample
+from train_step import train
+
+from far_scale.errors import UserError, command_line
+
+PARTS = ("parity", "train", "sample")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@command_line
+def main() -> None:
+    args = arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA GPU here; use --device cpu")
+    if device.type == "cpu" and args.dtype == "bf16":
+        raise UserError("--dtype bf16: is measured on a GPU only; leave it away, or add --device cuda")
+    code = OfficialCode(args.official)
+    more = {"official commit": commit(args.official, "far"), "device": args.device, "dtype": args.dtype}
+    facts = environment(device, more)
+
+    agrees = True
+    for part in [args.only] if args.only else PARTS:
+        name = f"against-official-{part}-{args.layers}x{args.heads}-{device.type}-{args.dtype}"
+        for tables in measure(part, code, args, device):
+            path = write_result(args.out, name, facts, tables)  # each time anew: a part may take hours
+        for title, rows in tables.items():
+            print_table(title, rows)
+        print(f"\nwritten: {path} and .json", flush=True)
+        agrees = agrees and (part != "parity" or holds(tables))
+    if not agrees:
+        sys.exit("the two codes differ by more than is allowed")
+
+
+def measure(
+    part: str, code: OfficialCode, args: argparse.Namespace, device: torch.device
+) -> Iterator[dict[str, list[Row]]]:
+    """The tables of one part, by title, whenever a row was added."""
+    size, dtype, often = (args.layers, args.heads), DTYPES[args.dtype], (args.repeats, args.minutes)
+    if part == "parity":
+        yield parity(code, *size, device)
+    elif part == "train":
+        yield from train(code, *size, device, dtype, *often)
+    else:
+        yield from sample(code, *size, args.frames, args.steps, device, dtype, *often)
+
+
+def count(text: str) -> int:
+    """An argument that must be 1 or more."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Run the official FAR code and ours side by side.")
+    parser.add_argument("--official", type=Path, required=True, help="clone of github.com/showlab/FAR")
+    parser.add_argument("--only", choices=PARTS, help="one part (default: all three)")
+    parser.add_argument("--layers", type=count, default=12, help="of the models (default: %(default)s, FAR-B)")
+    parser.add_argument("--heads", type=count, default=12, help="of the models (default: %(default)s, FAR-B)")
+    parser.add_argument(
+        "--frames", type=count, nargs="+", default=[16, 64, 128, 256], help="to sample (default: all four)"
+    )
+    parser.add_argument("--steps", type=count, default=25, help="Euler steps a sampled frame (default: %(default)s)")
+    parser.add_argument("--repeats", type=count, default=5, help="timings of each side (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=30, help="per case: begin no further repeat after these (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=count, help="torch threads (default: torch's choice)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of train and sample (default: fp32)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="default: %(default)s")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
