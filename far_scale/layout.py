@@ -183,12 +183,15 @@ class FrameGroup:
         return _once(self._made, "upper_triangle", device, lambda: self._upper_triangle(device))
 
     def _upper_triangle(self, device: torch.device) -> UpperTriangle | None:
-        starts = Spans(self.frame_tokens).starts
-        several = [(s, n) for s, n in zip(starts, self.frame_tokens, strict=False) if n > 1]
-        if not several:
+        lengths = torch.tensor(self.frame_tokens) - 1
+        rows = int(lengths.sum())
+        if not rows:
             return None
-        queries = torch.cat([torch.arange(s + n - 2, s - 1, -1) for s, n in several])
-        return UpperTriangle(queries.to(device), (queries + 1).to(device), Spans(tuple(n - 1 for _, n in several)))
+        # Row j of a frame that starts at token s and has n + 1 tokens is s + n - 1 - j.
+        first_row, first_token = lengths.cumsum(0) - lengths, torch.tensor(Spans(self.frame_tokens).starts[:-1])
+        last_plus_first = (first_token + lengths - 1 + first_row).repeat_interleave(lengths)
+        queries = (last_plus_first - torch.arange(rows)).to(device)
+        return UpperTriangle(queries, queries + 1, Spans(tuple(n - 1 for n in self.frame_tokens if n > 1)))
 
     def mask(self, device: torch.device) -> Tensor:
         """`[T, T]` bool, True where the query (row) may see the key (column): for the oracle, never for training."""
@@ -291,7 +294,7 @@ class FrameLayout:
         return Prefix(rows, queries, self.context.clips)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)  # packs of drawn lengths hardly ever come twice
 def _layout(clip_frames: tuple[int, ...], grid: tuple[int, int], window: int, coarser: int) -> FrameLayout:
     if not clip_frames or min(clip_frames) < 1:
         raise ValueError(f"every clip needs at least one frame, got clips of {list(clip_frames)} frames")

@@ -89,6 +89,26 @@ def test_state_goes_on_identically_from_anywhere() -> None:
             assert list(islice(again, 40 - step)) == places[step:]
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_the_number_of_a_sample_is_its_position(name: str) -> None:
+    order = LaneOrder(*SETS[name], seed=0, shuffle_window=4)
+    stream, again = Lane(order, 1), Lane(order, 1)
+    for number in range(100):
+        assert stream.number == number
+        again.go_to(number)
+        assert again.state_dict() == stream.state_dict()
+        assert next(again) == next(stream)
+
+
+def test_each_stage_has_an_order_of_its_own() -> None:
+    def first(stage: int) -> list[Place]:
+        return list(islice(Lane(LaneOrder([20] * 20, 4, 0, 16, stage), 0), 50))
+
+    assert first(0) == list(islice(Lane(LaneOrder([20] * 20, 4, 0, 16), 0), 50))
+    assert first(1) == first(1)
+    assert len({tuple(first(stage)) for stage in range(4)}) == 4
+
+
 def test_seed_and_window_change_the_order() -> None:
     def first(seed: int, window: int) -> list[Place]:
         return list(islice(Lane(LaneOrder([20] * 20, 4, seed, window), 0), 50))
