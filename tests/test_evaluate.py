@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -22,11 +23,15 @@ from far_scale.data.shards import ShardSet
 from far_scale.data.writer import SetFacts, ShardWriter
 from far_scale.errors import UserError
 from far_scale.model import FAR, FARConfig
-from far_scale.sampling.evaluate import evaluate
+from far_scale.recipe import load_recipe
+from far_scale.sampling import report as reports
+from far_scale.sampling import rollout
+from far_scale.sampling.evaluate import evaluate, prepare, sample
 
 GIVEN, FRAMES, EPISODES = 2, 3, 2
 SETTINGS = {"given": GIVEN, "frames": FRAMES, "steps": 2, "guidance": 1.0, "seed": 5, "episodes": 8}
 CONFIG = FARConfig(layers=1, heads=1, channels=3, window=4, actions=4)
+PLAIN = FARConfig(layers=1, heads=1, channels=3, window=4)
 INFO = AutoencoderInfo(name="means", weight_hash="12" * 32, scaling_factor=1.0)
 
 
@@ -147,16 +152,86 @@ def test_a_saved_model_samples_the_same_bytes(model: FAR, videos: Path, tmp_path
 
 
 def test_without_a_truth_there_are_no_figures(videos: Path, tmp_path: Path) -> None:
-    plain = FAR(FARConfig(layers=1, heads=1, channels=3, window=4))
-    settings = SETTINGS | {"frames": 11}  # of 12 recorded frames two are given
+    settings = SETTINGS | {"given": 12}  # all that was recorded
     (tmp_path / "metrics.json").write_text("{}")
-    report = evaluate(plain, card(), videos, **settings, out=tmp_path)
-    assert report["truth"] is None and "prediction" not in report
+    report = evaluate(FAR(PLAIN), card(), videos, **settings, out=tmp_path)
+    assert report["truth"] is None and report["truth_frames"] == 0 and "prediction" not in report
     assert not (tmp_path / "metrics.json").exists()
-    assert load_file(tmp_path / "samples.safetensors")["latents"].shape[1] == 11
-    from_nothing = evaluate(plain, card(), videos, **(SETTINGS | {"given": 0, "episodes": 1}), out=tmp_path)
+    assert load_file(tmp_path / "samples.safetensors")["latents"].shape[1] == FRAMES
+    from_nothing = evaluate(FAR(PLAIN), card(), videos, **(SETTINGS | {"given": 0, "episodes": 1}), out=tmp_path)
     assert from_nothing["truth"] is None and len(from_nothing["episodes"]) == 1
     assert (tmp_path / "samples.mp4").stat().st_size > 0
+
+
+def test_the_truth_counts_as_far_as_it_goes(videos: Path, shards: ShardSet, tmp_path: Path) -> None:
+    known = evaluate(FAR(PLAIN), card(), videos, **(SETTINGS | {"frames": 10}), out=tmp_path / "known")
+    np.savez(videos / "episode_1.npz", frames=pixels(1, 14), fps=8.0)  # the other one ends earlier
+    for source, truth in ((videos, "recorded pixels"), (shards, "decoded latents")):
+        report = evaluate(FAR(PLAIN), card(), source, **(SETTINGS | {"frames": 25}), out=tmp_path / "further")
+        assert report["truth"] == truth and report["truth_frames"] == 10
+        assert load_file(tmp_path / "further" / "samples.safetensors")["latents"].shape[1] == 25
+        for name in ("prediction", "repeat_last"):
+            assert len(report[name]["psnr_per_frame"]) == 10
+            assert report[name]["psnr"] == pytest.approx(known[name]["psnr"], abs=0.05)
+
+
+def test_more_episodes_than_go_through_at_once_give_what_each_gives_by_itself(
+    model: FAR, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = evaluate(model, card(), videos, **SETTINGS, out=tmp_path / "a")
+    monkeypatch.setattr(rollout, "EPISODES_AT_ONCE", 1)
+    one_by_one = evaluate(model, card(), videos, **SETTINGS, out=tmp_path / "b")
+    latents = [load_file(tmp_path / name / "samples.safetensors")["latents"] for name in "ab"]
+    assert latents[1].shape == latents[0].shape and torch.allclose(latents[1], latents[0], atol=1e-5)
+    for name in ("prediction", "repeat_last"):
+        for key, value in together[name].items():
+            assert one_by_one[name][key] == pytest.approx(value, abs=1e-4), (name, key)
+
+
+def test_the_given_frames_follow_from_the_recording(model: FAR, videos: Path) -> None:
+    settings = SETTINGS | {"given": None}
+    for frames, given in ((3, 4), (8, 4), (10, 2), (11, 1)):  # of 12, for a window of 4
+        assert prepare(model, card(), videos, **(settings | {"frames": frames})).given == given
+    assert prepare(FAR(PLAIN), card(), videos, **(settings | {"frames": 300})).given == 1
+    assert prepare(model, card(frame_stride=3), videos, **(settings | {"frames": 3})).given == 1
+
+
+def test_unconditional_sampling_needs_no_actions(model: FAR, tmp_path: Path) -> None:
+    np.savez(tmp_path / "silent.npz", frames=pixels(0, 12))
+    settings = SETTINGS | {"guidance": -1.0, "frames": 14}
+    report = evaluate(model, card(), tmp_path / "silent.npz", **settings, out=tmp_path / "out")
+    assert report["truth_frames"] == 10 and load_file(tmp_path / "out" / "samples.safetensors")["latents"].std() > 0.1
+
+
+def test_the_summary_tells_the_memory(model: FAR, videos: Path) -> None:
+    # 2 for k and v, 64 wide, float32: a window of 4 frames of 4 tokens, two rows a clip for the guidance
+    said = prepare(model, card(), videos, **(SETTINGS | {"guidance": 1.5})).summary()
+    assert f"cache {2 * 64 * 4 * 4 * 4 * EPISODES * 2 / 1e6:.1f} MB" in said
+    for part in ("1 layers", "window 4, no context", "2 clips", "2 frames given + 3 new", "2 steps", "guidance 1.5"):
+        assert part in said
+    long = FAR(dataclasses.replace(CONFIG, context_patch=2))
+    said = prepare(long, card(), videos, **(SETTINGS | {"frames": 10, "episodes": 1})).summary()
+    # eight frames of context, of one token each
+    assert "window 4, context patch 2: 1 clips" in said and f"cache {2 * 64 * 4 * (16 + 8) / 1e6:.1f} MB" in said
+
+
+def test_a_long_roll_out_keeps_no_decoded_frames(tmp_path: Path, means: type[Means], monkeypatch) -> None:
+    """300 frames of 256 pixels are 59 MB as bytes, 236 MB as floats; the process may grow by a third of the former."""
+    page, resident = os.sysconf("SC_PAGE_SIZE"), []
+
+    def decode(self: Means, latents: Tensor) -> Tensor:
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * page)
+        return functional.interpolate(latents, scale_factor=128).clamp(-1, 1)
+
+    monkeypatch.setattr(means, "decode", decode)
+    monkeypatch.setattr(means, "downsample", 128)
+    np.savez(tmp_path / "one.npz", frames=np.zeros((1, 256, 256, 3), np.uint8))
+    monkeypatch.setattr(means, "encode", lambda self, pixels: functional.avg_pool2d(pixels, 128))
+    roll_out = prepare(FAR(PLAIN), card(), tmp_path / "one.npz", 1, 299, 1, 1.0, 0, 1)
+    report = sample(roll_out, tmp_path / "long.mp4")
+    assert len(resident) == 300 and report["truth"] is None
+    settled = 60  # frames, after which the encoder has filled its queues
+    assert max(resident[settled:]) - resident[settled] < 20e6
 
 
 def test_the_models_frame_stride_is_kept(model: FAR, videos: Path, tmp_path: Path) -> None:
@@ -172,10 +247,19 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
     out = tmp_path / "out"
     other = INFO.model_copy(update={"weight_hash": "ff" * 32})
     cases = [
-        (card(), videos, {"given": 13}, "12 frames, but 13 are needed"),
-        (card(), shards, {"given": 13}, "12 frames, but 13 are needed"),
+        (card(), videos, {"given": 13, "guidance": -1.0}, r"12 frames, but 13 are needed \(13 given ones\)"),
+        (card(), shards, {"given": 13, "guidance": -1.0}, r"12 frames, but 13 are needed \(13 given ones\)"),
         (card(), videos, {"frames": 0}, "at least 0, 1 and 1"),
-        (card(), videos, {"frames": 11}, "actions: the shape is"),
+        (card(), videos, {"given": -1}, "at least 0, 1 and 1"),
+        (card(), videos, {"guidance": 0.5}, "guidance: 0.5 has no meaning"),
+        (
+            card(),
+            videos,
+            {"frames": 11},
+            r"episode_0.npz: 12 frames, but 13 are needed \(to tell the actions of 2 given",
+        ),
+        (card(), shards, {"frames": 11}, "sample 0 of shard 0: 12 frames, but 13 are needed"),
+        (card(frame_stride=3), videos, {}, r"12 frames, but 13 are needed .* one in 3 frames taken"),
         (card(latent_shape=(3, 4, 4)), shards, {}, "frame latents of"),
         (card(autoencoder=other), videos, {}, "autoencoder means: its weights"),
     ]
@@ -190,3 +274,34 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
     with pytest.raises(UserError, match=r"a_without_actions.npz: holds no actions"):
         evaluate(model, card(), videos, **SETTINGS, out=out)
     assert not out.exists()
+
+
+def test_a_run_is_reported_once_and_long_clips_by_fewer_episodes(
+    model: FAR, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "load_for_sampling", lambda folder: (model, card()))
+    sampled: list[dict[str, object]] = []
+
+    def watched(*arguments: object, **settings: object) -> dict[str, object]:
+        sampled.append(settings)
+        return evaluate(*arguments, **settings)
+
+    monkeypatch.setattr(reports, "evaluate", watched)
+
+    def reported(*overrides: str) -> dict[str, object]:
+        small = ["data.frames=5", "sample.given=2", "sample.steps=1", *overrides]
+        load_recipe("demo_cpu", small).save(tmp_path / "run" / "recipe.yaml")
+        return reports.report_run(tmp_path / "run", tmp_path / "model", videos, tmp_path / "out")
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 1.0, "learning_rate": 0.1}\n')
+    first = reported()
+    assert (first["given"], first["frames"], first["truth_frames"], len(first["episodes"])) == (2, 3, 3, EPISODES)
+    assert all((tmp_path / "out" / name).stat().st_size for name in reports.PICTURES)
+    assert reported() == first and len(sampled) == 1
+    assert sampled[0]["episodes"] == reports.EPISODES
+
+    monkeypatch.setattr(reports, "evaluate", lambda *arguments, **settings: sampled.append(settings) or {})
+    for frames, episodes in ((160, 8), (2000, 1)):
+        reported("model.context_patch=4", f"sample.frames={frames}")
+        assert (sampled[-1]["frames"], sampled[-1]["episodes"]) == (frames, episodes)

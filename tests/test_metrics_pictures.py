@@ -6,27 +6,41 @@ import json
 import math
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from far_scale.errors import UserError
-from far_scale.sampling.metrics import PSNR_CAP, compare, frame_ssim, quality
+from far_scale.sampling.curve import loss_curve
+from far_scale.sampling.metrics import PSNR_CAP, Judge, Meter, Quality, frame_ssim
 from far_scale.sampling.pictures import (
     BORDER,
-    CAPTION_HEIGHT,
     CAPTION_WIDTH,
+    GAP,
     GIVEN_COLOUR,
-    loss_curve,
-    sample_sheet,
-    sample_video,
+    LINE_COLOUR,
+    LINE_HEIGHT,
+    SHEET_CAPTION_HEIGHT,
+    Film,
+    Sheet,
+    Shown,
+    to_uint8,
 )
 
 
 def grey(value: float, clips: int = 2, frames: int = 3) -> torch.Tensor:
     return torch.full((clips, frames, 3, 16, 16), value)
+
+
+def quality(frames: torch.Tensor, truth: torch.Tensor) -> Quality:
+    """Of `[B, F, 3, H, W]`, counted one frame index at a time, last index first, and clip by clip."""
+    meter = Meter(frames.shape[1])
+    for index in reversed(range(frames.shape[1])):
+        for clip in range(len(frames)):
+            meter.add(index, frames[clip : clip + 1, index], truth[clip : clip + 1, index])
+    return meter.quality()
 
 
 def test_known_psnr() -> None:
@@ -38,6 +52,15 @@ def test_known_psnr() -> None:
     result = quality(frames, grey(0.5))
     assert result["psnr_per_frame"] == pytest.approx([20.0, 10 * math.log10(1 / 0.005), 40.0], abs=1e-3)
     assert result["psnr"] == pytest.approx(10 * math.log10(6 / (0.01 * 3 + 0.0001 * 2)), abs=1e-3)
+
+
+def test_what_is_gathered_is_what_torchmetrics_says_of_all_at_once() -> None:
+    draw = torch.Generator().manual_seed(0)
+    frames, truth = (torch.rand(2, 3, 3, 16, 16, generator=draw) for _ in range(2))
+    result = quality(frames, truth)
+    assert result["psnr"] == pytest.approx(peak_signal_noise_ratio(frames, truth, data_range=1.0).item(), abs=1e-4)
+    assert result["ssim"] == pytest.approx(frame_ssim(frames.flatten(0, 1), truth.flatten(0, 1)).mean().item())
+    assert result["ssim_per_frame"][2] == pytest.approx(frame_ssim(frames[:, 2], truth[:, 2]).mean().item())
 
 
 def test_one_exact_frame_does_not_rule_the_mean() -> None:
@@ -54,27 +77,28 @@ def test_an_exact_frame_is_capped() -> None:
 
 def test_known_ssim_of_flat_frames() -> None:
     # without contrast SSIM is its luminance term (2ab + c1) / (a^2 + b^2 + c1) with c1 = 0.01^2
-    ssim = frame_ssim(grey(0.6), grey(0.3))
-    assert ssim.shape == (2, 3)
-    assert torch.allclose(ssim, torch.full((2, 3), (2 * 0.18 + 1e-4) / (0.36 + 0.09 + 1e-4)), atol=1e-3)
+    ssim = frame_ssim(grey(0.6)[:, 0], grey(0.3)[:, 0])
+    assert torch.allclose(ssim, torch.full((2,), (2 * 0.18 + 1e-4) / (0.36 + 0.09 + 1e-4)), atol=1e-3)
 
 
 def test_frames_are_judged_each_by_itself() -> None:
     draw = torch.Generator().manual_seed(0)
-    truth = torch.rand(2, 3, 3, 16, 16, generator=draw)
+    truth = torch.rand(4, 3, 16, 16, generator=draw)
     frames = truth.clone()
-    frames[1, 2] = torch.rand(3, 16, 16, generator=draw)
+    frames[2] = torch.rand(3, 16, 16, generator=draw)
     ssim = frame_ssim(frames, truth)
-    assert ssim[1, 2] < 0.5
-    others = torch.tensor([[True, True, True], [True, True, False]])
-    assert torch.allclose(ssim[others], torch.ones(5), atol=1e-4)
+    assert ssim[2] < 0.5
+    assert torch.allclose(ssim[[0, 1, 3]], torch.ones(3), atol=1e-4)
 
 
 def test_the_baseline_repeats_the_last_given_frame() -> None:
     truth = grey(0.5)
     truth[:, 1] += 0.1
     truth[:, 2] += 0.3
-    result = compare(truth + 0.01, truth, last_given=grey(0.4)[:, 0])
+    judge = Judge(3)
+    for index in range(3):
+        judge.add(index, truth[:, index] + 0.01, truth[:, index], grey(0.4)[:, 0])
+    result = judge.comparison()
     assert result["prediction"]["psnr_per_frame"] == pytest.approx([40.0] * 3, abs=1e-2)
     expected = [-20 * np.log10(difference) for difference in (0.1, 0.2, 0.4)]
     assert result["repeat_last"]["psnr_per_frame"] == pytest.approx(expected, abs=1e-3)
@@ -82,63 +106,101 @@ def test_the_baseline_repeats_the_last_given_frame() -> None:
     json.dumps(result, allow_nan=False)
 
 
-def some_frames(clips: int = 2, frames: int = 5, side: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Truth and prediction in flat colours that tell clip and frame; red says truth, blue says prediction."""
-    truth, prediction = np.zeros((2, clips, frames, side, side, 3), dtype=np.uint8)
-    for clip in range(clips):
-        for frame in range(frames):
-            truth[clip, frame] = (200, 40 * clip, 20 * frame)
-            prediction[clip, frame] = (20 * frame, 40 * clip, 200)
-    return truth, prediction
+SHOWN = Shown(episodes=2, frames=5, given=2, window=4, size=(64, 64), truth=True)
+
+
+def flat(clips: int, colour: tuple[int, int, int]) -> np.ndarray:
+    """Frames in one colour, but for green, which tells the clip."""
+    frames = np.full((clips, 64, 64, 3), colour, dtype=np.uint8)
+    frames[..., 1] = 40 * np.arange(clips)[:, None, None]
+    return frames
+
+
+def true_colour(index: int) -> tuple[int, int, int]:
+    return (200, 0, 10 * index % 256)
+
+
+def predicted_colour(index: int) -> tuple[int, int, int]:
+    return (10 * index % 256, 0, 200)
+
+
+def drawn_sheet(shown: Shown, path: Path, known: int) -> np.ndarray:
+    """The sheet of flat frames whose truth is known before index `known`."""
+    sheet = Sheet(shown)
+    for index in range(shown.frames):
+        truth = flat(shown.episodes, true_colour(index)) if index < known else None
+        sheet.add(index, truth, flat(shown.episodes, predicted_colour(index)))
+    sheet.write(path)
+    return np.array(Image.open(path))
+
+
+def is_colour(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    return (picture == colour).all(axis=-1)
 
 
 def test_the_sheet_shows_truth_above_prediction_and_marks_the_given_frames(tmp_path: Path) -> None:
-    truth, prediction = some_frames()
-    sample_sheet(tmp_path / "sheet.png", truth, prediction, given=2)
-    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    sheet = drawn_sheet(SHOWN, tmp_path / "sheet.png", known=4)
     cell = 2 * 64 + 2 * BORDER  # frames of 64 pixels are shown at twice their size
-    episode = 2 * cell + 4 * BORDER
+    episode = 2 * cell + GAP
     for clip in range(2):
-        for row, clips in enumerate((truth, prediction)):
+        for row, colour in enumerate((true_colour, predicted_colour)):
             for frame in range(5):
-                top = CAPTION_HEIGHT + clip * episode + row * cell
-                left = CAPTION_WIDTH + frame * cell
+                top = SHEET_CAPTION_HEIGHT + clip * episode + row * cell
+                left = CAPTION_WIDTH + frame * cell + (GAP if frame >= 4 else 0)
                 shown = sheet[top : top + cell, left : left + cell]
                 inside = shown[BORDER:-BORDER, BORDER:-BORDER]
-                assert (inside == clips[clip, frame, 0, 0]).all(), (clip, row, frame)
-                marked = (shown == GIVEN_COLOUR).all(axis=-1)
-                assert marked.sum() == (cell**2 - 128**2 if frame < 2 else 0), (clip, row, frame)
-    assert (sheet[:CAPTION_HEIGHT] < 128).any()  # the frame numbers
+                blank = row == 0 and frame == 4  # its truth is not known
+                expected = (255, 255, 255) if blank else (colour(frame)[0], 40 * clip, colour(frame)[2])
+                assert (inside == expected).all(), (clip, row, frame)
+                marked = is_colour(shown, GIVEN_COLOUR).sum()
+                assert marked == (cell**2 - 128**2 if frame < 2 else 0), (clip, row, frame)
+    lines = np.flatnonzero(is_colour(sheet, LINE_COLOUR).all(axis=0))
+    edge = CAPTION_WIDTH + 4 * cell + GAP  # of frame 4, the first that a window of 4 frames does not join with frame 0
+    assert len(lines) == 2 and edge - GAP < lines.min() < lines.max() < edge
+    assert (sheet[LINE_HEIGHT:SHEET_CAPTION_HEIGHT] < 128).any()  # the frame numbers
     assert (sheet[:, :CAPTION_WIDTH] < 128).any()  # "truth", "FAR"
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
 
 
 def test_a_long_clip_is_shown_by_some_of_its_frames(tmp_path: Path) -> None:
-    truth, prediction = some_frames(clips=1, frames=12)
-    long = np.repeat(prediction, 20, axis=1)
-    sample_sheet(tmp_path / "sheet.png", None, long, given=1)
-    width, height = Image.open(tmp_path / "sheet.png").size
-    assert width <= CAPTION_WIDTH + 24 * (128 + 2 * BORDER) + 2 * BORDER
-    assert height < 2 * 128  # one row, since no truth is known
-    with pytest.raises(ValueError, match="one shape"):
-        sample_sheet(tmp_path / "other.png", truth, long, given=1)
+    shown = Shown(episodes=1, frames=240, given=1, window=240, size=(64, 64), truth=False)
+    sheet = drawn_sheet(shown, tmp_path / "sheet.png", known=0)
+    cell = 128 + 2 * BORDER
+    assert CAPTION_WIDTH + 24 * cell <= sheet.shape[1] <= CAPTION_WIDTH + 24 * cell + 2 * BORDER
+    assert cell < sheet.shape[0] < 2 * cell  # one row, since no truth is known
+    middle = SHEET_CAPTION_HEIGHT + cell // 2
+    assert tuple(sheet[middle, CAPTION_WIDTH + cell // 2]) == predicted_colour(0)
+    assert not is_colour(sheet, LINE_COLOUR).any()  # every frame sees the first one
+    shorter = Shown(episodes=1, frames=48, given=1, window=16, size=(64, 64), truth=False)
+    sheet = drawn_sheet(shorter, tmp_path / "sheet.png", known=0)
+    assert tuple(sheet[middle, sheet.shape[1] - cell // 2 - BORDER]) == predicted_colour(47)
 
 
-def test_the_video_has_every_frame_and_marks_the_given_ones(tmp_path: Path) -> None:
-    truth, prediction = some_frames(clips=3)
-    sample_video(tmp_path / "samples.mp4", truth, prediction, given=2, fps=5.0)
-    with av.open(str(tmp_path / "samples.mp4")) as file:
-        assert file.streams.video[0].average_rate == 5
-        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in file.decode(video=0)]
-    assert len(frames) == 5
-    cell = 3 * 64 + 2 * BORDER
-    for index, picture in enumerate(frames):
-        middle = CAPTION_WIDTH + cell // 2
-        for top, clips in ((0, truth), (cell, prediction)):
-            assert np.abs(picture[top + cell // 2, middle] - clips[0, index, 0, 0]).max() < 30, index
-        orange = (np.abs(picture - np.array(GIVEN_COLOUR)).max(axis=-1) < 60).sum()
-        borders = 6 * (cell**2 - (3 * 64) ** 2)
-        assert orange > borders / 2 if index < 2 else orange < borders / 50, index
+def test_the_film_has_a_picture_of_every_frame_and_marks_the_given_ones() -> None:
+    shown = Shown(episodes=3, frames=6, given=2, window=4, size=(64, 64), truth=True)
+    film, cell = Film(shown), 3 * 64 + 2 * BORDER
+    for index in range(shown.frames):
+        truth = flat(3, true_colour(index)) if index < 5 else None
+        picture = film.picture(index, truth, flat(3, predicted_colour(index)))
+        assert picture.shape[0] % 2 == picture.shape[1] % 2 == 0
+        for clip in range(3):
+            middle = CAPTION_WIDTH + clip * (cell + GAP) + cell // 2
+            true, predicted = (picture[LINE_HEIGHT + row * cell + cell // 2, middle].tolist() for row in (0, 1))
+            assert true == ([200, 40 * clip, 10 * index] if index < 5 else [255] * 3), (index, clip)
+            assert predicted == [10 * index, 40 * clip, 200], (index, clip)
+        borders = is_colour(picture[LINE_HEIGHT:], GIVEN_COLOUR).sum()
+        assert borders == (6 * (cell**2 - (3 * 64) ** 2) if index < 2 else 0), index
+        text = picture[:LINE_HEIGHT].astype(int)
+        assert (text.max(axis=-1) < 100).any()  # its number
+        assert (is_colour(text, LINE_COLOUR).any()) == (index >= 4), index
+        assert not (text[:, -1] < 255).any()  # nothing is cut off
+
+
+def test_bytes_of_pixels() -> None:
+    pixels = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(2, 3, 4, 6)
+    frames = to_uint8(pixels)
+    assert frames.shape == (2, 4, 6, 3) and frames.dtype == np.uint8
+    assert frames[1, 3, 5].tolist() == [0, 128, 255]
 
 
 def test_the_loss_curve_is_drawn_from_the_log(tmp_path: Path) -> None:

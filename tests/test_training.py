@@ -163,9 +163,12 @@ def test_another_rank_count_and_stage_go_on_from_the_same_checkpoint(
 def test_a_sample_from_the_exported_directory_equals_the_training_process(
     runs: Path, recorded_shards: Path, tmp_path: Path
 ) -> None:
-    arguments = ["--shards", recorded_shards, "--given", 4, "--frames", 4, "--steps", 3, "--seed", 5, "--episodes", 3]
+    script = (
+        "import sys; from far_scale.sampling.evaluate import evaluate, load_for_sampling; model, shards, out = sys.argv[1:]; "
+        "evaluate(*load_for_sampling(model), shards, 4, 4, 3, 1.0, 5, 3, out)"
+    )
     finished = subprocess.run(
-        [os.sys.executable, "tools/sample.py", *map(str, [runs / "model", *arguments, "--out", tmp_path])],
+        [os.sys.executable, "-c", script, str(runs / "model"), str(recorded_shards), str(tmp_path)],
         env=environment(), cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-3000:]

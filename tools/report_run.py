@@ -19,6 +19,9 @@ def main() -> None:
     args = parser.parse_args()
     report = report_run(args.run, args.model, args.videos, args.out)
     print(f"{len(report['episodes'])} held-out episodes, {report['given']} frames given, {report['frames']} predicted:")
+    if report["truth"] is None:
+        print("  no figures: they need a given frame, and frames that really followed")
+        return
     for key, name in (("prediction", "prediction"), ("repeat_last", "repeat the last given frame")):
         print(f"  {name:28} PSNR {report[key]['psnr']:6.2f} dB   SSIM {report[key]['ssim']:.4f}")
 

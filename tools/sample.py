@@ -1,23 +1,34 @@
-"""Sample new frames from a model directory: tools/sample.py MODEL_DIR --videos PATH --given 4 --frames 12 --out DIR."""
+"""Predict how videos go on: tools/sample.py MODEL --context VIDEO|SHARDS --frames N --out video.mp4."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from far_scale.data.shards import ShardSet
-from far_scale.errors import command_line
-from far_scale.sampling.evaluate import evaluate, load_for_sampling
+from far_scale.errors import UserError, command_line
+from far_scale.sampling.evaluate import load_for_sampling, prepare, sample
+
+
+def mp4(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".mp4":
+        raise UserError(f"--out {text}: is the video to write, so it must end in .mp4")
+    return path
 
 
 @command_line
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Predict frames of recorded episodes and show them beside the truth.")
+    parser = argparse.ArgumentParser(description="Predict how episodes go on, and show it beside the truth.")
     parser.add_argument("model_dir", type=Path, help="model directory, as tools/export_checkpoint.py writes it")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--videos", type=Path, help="video or npz file, or a folder of them")
-    source.add_argument("--shards", type=Path, help="shard set of the model's autoencoder")
-    parser.add_argument("--given", type=int, default=4, help="frames given of each episode (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=Path, required=True, help="video or npz file, a folder of them, or a shard set's folder"
+    )
+    parser.add_argument(
+        "--given",
+        type=int,
+        help="frames given of each episode, from its start (default: the model's window; where an episode has not so "
+        "many besides --frames, what those leave, but at least 1)",
+    )
     parser.add_argument("--frames", type=int, default=12, help="frames to predict (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="Euler steps a frame (default: %(default)s)")
     parser.add_argument(
@@ -25,28 +36,23 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=4, help="how many episodes at most (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for samples.mp4, samples.png and metrics.json")
+    parser.add_argument(
+        "--out", type=mp4, required=True, help="video.mp4; video.png and video.json are written beside it"
+    )
     args = parser.parse_args()
 
     model, card = load_for_sampling(args.model_dir)
-    report = evaluate(
-        model,
-        card,
-        ShardSet.open(args.shards) if args.shards else args.videos,
-        given=args.given,
-        frames=args.frames,
-        steps=args.steps,
-        guidance=args.guidance,
-        seed=args.seed,
-        episodes=args.episodes,
-        out=args.out,
-    )
-    print(f"{len(report['episodes'])} episodes, {args.frames} new frames each: {args.out}/samples.png and samples.mp4")
+    settings = (args.given, args.frames, args.steps, args.guidance, args.seed, args.episodes)
+    roll_out = prepare(model, card, args.context, *settings)
+    print(f"{args.model_dir}: {roll_out.summary()}", flush=True)
+    report = sample(roll_out, args.out)
+    print(f"{args.out}, with {args.out.stem}.png and {args.out.stem}.json")
     if report["truth"] is None:
-        print("no metrics: they need a given frame, and the frames that really followed in every episode")
+        print("no metrics: they need a given frame, and frames that really followed")
         return
+    print(f"against the {report['truth']} of {report['truth_frames']} frames:")
     for name in ("prediction", "repeat_last"):
-        print(f"{name:12} PSNR {report[name]['psnr']:6.2f} dB   SSIM {report[name]['ssim']:.4f}   ({report['truth']})")
+        print(f"  {name:12} PSNR {report[name]['psnr']:6.2f} dB   SSIM {report[name]['ssim']:.4f}")
 
 
 if __name__ == "__main__":

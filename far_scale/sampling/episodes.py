@@ -1,4 +1,4 @@
-"""Episodes to sample from: given frames, conditions and, where it is known, what really followed."""
+"""Episodes to sample from: given frames, conditions and, as far as they are known, the frames that really followed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,32 @@ from torch import Tensor
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard
 from far_scale.data.encode_worker import fit
+from far_scale.data.manifest import MANIFEST_NAME
 from far_scale.data.shards import ShardSet
-from far_scale.data.videos import Video, find_videos, read_video
+from far_scale.data.videos import find_videos, read_video
 from far_scale.errors import UserError
 from far_scale.model import FARConfig
+from far_scale.sampling.truth import DecodedLatents, RecordedPixels, Truth
+
+_ENCODED_AT_ONCE = 32  # frames
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of each episode.
+
+    Attributes:
+        given: frames given, from its start; None for the model's window, or for what `frames` leaves of a shorter
+            episode, but at least 1.
+        frames: frames to predict.
+        episodes: how many to take from the start of the set, at most.
+        conditioned: whether actions or labels are read, if the model has them.
+    """
+
+    given: int | None
+    frames: int
+    episodes: int
+    conditioned: bool
 
 
 @dataclass(frozen=True)
@@ -26,79 +48,131 @@ class Episodes:
     Attributes:
         keys: one name an episode.
         context: `[B, G, C, H, W]` scaled latents of the given frames.
-        pixels: `[B, G or G + F, 3, h, w]` in 0..1, the frames of the episodes; all G + F where the truth is known.
-        pixels_are: "recorded pixels" or "decoded latents".
-        actions: `[B, frames known]` int64 for a model with actions, else None.
-        labels: `[B]` int64 for a model with labels, else None.
+        truth: the given frames and those that followed, at most as many as will be predicted.
+        actions: `[B, G + F]` int64 where the model is told actions, else None.
+        labels: `[B]` int64 where the model is told labels, else None.
         fps: frames a second, counting only the frames taken (every `frame_stride`-th).
     """
 
     keys: list[str]
     context: Tensor
-    pixels: Tensor
-    pixels_are: str
+    truth: Truth
     actions: Tensor | None
     labels: Tensor | None
     fps: float
 
-    def truth(self, frames: int) -> Tensor | None:
-        """The `frames` frames that followed the given ones, `[B, F, 3, h, w]`; None where they are not known."""
-        given = self.context.shape[1]
-        return self.pixels[:, given:] if self.pixels.shape[1] == given + frames else None
+
+def find_episodes(
+    source: ShardSet | str | Path, config: FARConfig, card: ModelCard, autoencoder: Autoencoder, wanted: Wanted
+) -> Episodes:
+    """Of an opened shard set, or of a path: a shard set's folder, a video file, or a folder of videos.
+
+    Raises:
+        UserError: what the path holds does not fit the model, or is not enough of it.
+    """
+    if isinstance(source, ShardSet):
+        return shard_episodes(source, config, card, autoencoder, wanted)
+    if (Path(source) / MANIFEST_NAME).is_file():
+        return shard_episodes(ShardSet.open(source), config, card, autoencoder, wanted)
+    return video_episodes(Path(source), config, card, autoencoder, wanted)
 
 
 def video_episodes(
-    path: Path,
-    config: FARConfig,
-    card: ModelCard,
-    autoencoder: Autoencoder,
-    given: int,
-    frames: int,
-    count: int,
+    path: Path, config: FARConfig, card: ModelCard, autoencoder: Autoencoder, wanted: Wanted
 ) -> Episodes:
-    """The first `given + frames` frames of the first `count` videos of a file or folder; the given ones are encoded.
+    """The first frames of the first videos of a file or folder; the given ones are encoded.
 
     Frames of another size are brought to the model's as tools/encode_latents.py does it.
 
     Raises:
         UserError: no videos, too few frames, or no actions or label where the model needs them.
     """
-    files = find_videos(path)[:count]
+    files = find_videos(path)[: wanted.episodes]
     videos = [read_video(file) for file in files]
+    actions = config.actions > 0 and wanted.conditioned
+    for file, video in zip(files, videos, strict=True):
+        if actions and video.actions is None:
+            raise UserError(
+                f"{file}: holds no actions and the model needs them; give an npz with `actions`, or guidance -1"
+            )
     lengths = [(str(file), len(video.frames)) for file, video in zip(files, videos, strict=True)]
-    known = _known_frames(lengths, card.frame_stride, given, frames)
-    taken = slice(0, (max(known, 1) - 1) * card.frame_stride + 1, card.frame_stride)
+    given, known = _given_and_known(lengths, card.frame_stride, config.window, wanted, actions)
+    taken = slice(0, known * card.frame_stride, card.frame_stride)
     size = card.latent_shape[1] * autoencoder.downsample
-    recorded = np.stack([fit(video.frames[taken], size) for video in videos])
-    pixels = torch.from_numpy(recorded)[:, :known].permute(0, 1, 4, 2, 3).float() / 255
-    latents = encode(autoencoder, pixels[:, :given], card.latent_shape)
+    pixels = np.stack([fit(video.frames[taken], size) for video in videos])
+    labels = [(str(file), video.label) for file, video in zip(files, videos, strict=True)]
     return Episodes(
         keys=[video.key for video in videos],
-        context=card.scaling.normalise(latents),
-        pixels=pixels,
-        pixels_are="recorded pixels",
-        actions=_actions(files, videos, taken)[:, :known] if config.actions else None,
-        labels=_labels([(str(file), video.label) for file, video in zip(files, videos, strict=True)])
-        if config.labels
-        else None,
+        context=card.scaling.normalise(torch.stack([encode(autoencoder, video[:given], card) for video in pixels])),
+        truth=RecordedPixels(pixels),
+        actions=_stack([video.actions[taken] for video in videos if video.actions is not None]) if actions else None,
+        labels=_labels(labels) if config.labels and wanted.conditioned else None,
         fps=videos[0].fps / card.frame_stride,
     )
 
 
 def shard_episodes(
-    shards: ShardSet,
-    config: FARConfig,
-    card: ModelCard,
-    autoencoder: Autoencoder,
-    given: int,
-    frames: int,
-    count: int,
+    shards: ShardSet, config: FARConfig, card: ModelCard, autoencoder: Autoencoder, wanted: Wanted
 ) -> Episodes:
-    """The first `given + frames` frames of the first `count` samples of a shard set; its latents decoded are the truth.
+    """The first frames of the first samples of a shard set; its latents decoded are the truth.
 
     Raises:
         UserError: a set of another autoencoder or latent shape, too few frames, or without the conditions needed.
     """
+    actions = config.actions > 0 and wanted.conditioned
+    _check_set(shards, card, actions)
+    counts = enumerate(shards.samples_per_shard)
+    places = [(shard, sample) for shard, n in counts for sample in range(n)][: wanted.episodes]
+    lengths = [
+        (f"{shards.folder}: sample {place[1]} of shard {place[0]}", shards.frames_of(*place)) for place in places
+    ]
+    given, known = _given_and_known(lengths, card.frame_stride, config.window, wanted, actions)
+    samples = [shards.read(shard, sample, frames=known, stride=card.frame_stride) for shard, sample in places]
+    latents = torch.stack([sample.latents for sample in samples])
+    labels = [(sample.source, sample.label) for sample in samples]
+    return Episodes(
+        keys=[sample.key for sample in samples],
+        context=card.scaling.normalise(latents[:, :given]),
+        truth=DecodedLatents(latents, autoencoder),
+        actions=torch.stack([s.actions for s in samples if s.actions is not None]) if actions else None,
+        labels=_labels(labels) if config.labels and wanted.conditioned else None,
+        fps=samples[0].fps / card.frame_stride,
+    )
+
+
+def encode(autoencoder: Autoencoder, frames: np.ndarray, card: ModelCard) -> Tensor:
+    """Frames uint8 `[F, h, w, 3]` to unscaled latents `[F, C, H, W]`, float32 on the CPU; F may be 0."""
+    latents = [torch.empty(0, *card.latent_shape)]
+    for start in range(0, len(frames), _ENCODED_AT_ONCE):
+        pixels = torch.from_numpy(frames[start : start + _ENCODED_AT_ONCE]).permute(0, 3, 1, 2).float()
+        latents.append(autoencoder.encode(pixels / 127.5 - 1).cpu())
+    return torch.cat(latents)
+
+
+def _given_and_known(
+    lengths: list[tuple[str, int]], stride: int, window: int, wanted: Wanted, all_needed: bool
+) -> tuple[int, int]:
+    """How many frames are given, and how many are known of every episode; all are needed where they carry actions.
+
+    `lengths` are names and recorded frames; of these, every `stride`-th is one of ours.
+    """
+    shortest = min((length + stride - 1) // stride for _, length in lengths)
+    given = max(1, min(window, shortest - wanted.frames)) if wanted.given is None else wanted.given
+    needed = given + wanted.frames if all_needed else given
+    for where, length in lengths:
+        if length < (needed - 1) * stride + 1:
+            what = f"{given} given ones"
+            if all_needed:
+                what = f"to tell the actions of {what} and of {wanted.frames} new ones"
+            every = f", one in {stride} frames taken" if stride > 1 else ""
+            raise UserError(
+                f"{where}: {length} frames, but {(needed - 1) * stride + 1} are needed ({what}{every}); "
+                "ask for fewer, or give a longer recording"
+            )
+    return given, min(shortest, given + wanted.frames)
+
+
+def _check_set(shards: ShardSet, card: ModelCard, actions: bool) -> None:
     manifest = shards.manifest
     if manifest.autoencoder.weight_hash != card.autoencoder.weight_hash:
         raise UserError(
@@ -111,62 +185,18 @@ def shard_episodes(
             f"{shards.folder}: frame latents of {list(manifest.latent_shape)}, the model knows "
             f"{list(card.latent_shape)}; encode the videos at the model's size"
         )
-    if config.actions and not manifest.actions:
+    if actions and not manifest.actions:
         raise UserError(f"{shards.folder}: the set has no actions and the model needs them; encode videos with actions")
-    places = [(shard, sample) for shard, n in enumerate(shards.samples_per_shard) for sample in range(n)][:count]
-    lengths = [
-        (f"{shards.folder}: sample {place[1]} of shard {place[0]}", shards.frames_of(*place)) for place in places
-    ]
-    known = _known_frames(lengths, card.frame_stride, given, frames)
-    samples = [shards.read(shard, sample, frames=max(known, 1), stride=card.frame_stride) for shard, sample in places]
-    latents = torch.stack([sample.latents for sample in samples])[:, :known].float()
-    actions = [sample.actions[:known] for sample in samples if sample.actions is not None]
-    return Episodes(
-        keys=[sample.key for sample in samples],
-        context=card.scaling.normalise(latents[:, :given]),
-        pixels=decode(autoencoder, latents),
-        pixels_are="decoded latents",
-        actions=torch.stack(actions) if config.actions else None,
-        labels=_labels([(sample.source, sample.label) for sample in samples]) if config.labels else None,
-        fps=samples[0].fps / card.frame_stride,
-    )
 
 
-def encode(autoencoder: Autoencoder, pixels: Tensor, latent_shape: Sequence[int]) -> Tensor:
-    """Pixels `[B, F, 3, h, w]` in 0..1 to unscaled latents `[B, F, C, H, W]`, float32 on the CPU; F may be 0."""
-    if not pixels.numel():
-        return torch.empty(*pixels.shape[:2], *latent_shape)
-    return autoencoder.encode(pixels.flatten(0, 1) * 2 - 1).cpu().unflatten(0, pixels.shape[:2])
-
-
-def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
-    """Unscaled latents `[B, F, C, H, W]` to pixels `[B, F, 3, h, w]` in 0..1, float32 on the CPU; F may be 0."""
-    if not latents.numel():
-        height, width = (size * autoencoder.downsample for size in latents.shape[-2:])
-        return torch.empty(*latents.shape[:2], 3, height, width)
-    return (autoencoder.decode(latents.flatten(0, 1)).cpu() / 2 + 0.5).unflatten(0, latents.shape[:2])
-
-
-def _known_frames(lengths: list[tuple[str, int]], stride: int, given: int, frames: int) -> int:
-    """How many frames to take of each episode: `given + frames` if every episode has them, otherwise `given`."""
-    for where, length in lengths:
-        if length < (given - 1) * stride + 1:
-            raise UserError(f"{where}: {length} frames, but {(given - 1) * stride + 1} are needed to give {given}")
-    span = (given + frames - 1) * stride + 1
-    return given + frames if all(length >= span for _, length in lengths) else given
-
-
-def _actions(files: list[Path], videos: list[Video], taken: slice) -> Tensor:
-    rows = []
-    for file, video in zip(files, videos, strict=True):
-        if video.actions is None:
-            raise UserError(f"{file}: holds no actions and the model needs them; give an npz with `actions`")
-        rows.append(video.actions[taken])
-    return torch.from_numpy(np.stack(rows)).long()
+def _stack(actions: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(actions)).long()
 
 
 def _labels(labels: list[tuple[str, int | None]]) -> Tensor:
     for where, label in labels:
         if label is None:
-            raise UserError(f"{where}: holds no label and the model needs one; give an npz with `label`")
+            raise UserError(
+                f"{where}: holds no label and the model needs one; give an npz with `label`, or guidance -1"
+            )
     return torch.tensor([label for _, label in labels], dtype=torch.int64)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 import far_scale.autoencoder
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard, load_model_dir
 from far_scale.data.shards import ShardSet
 from far_scale.errors import UserError
-from far_scale.files import atomic_write, write_json
+from far_scale.files import write_json
 from far_scale.model import FAR
-from far_scale.sampling.episodes import Episodes, decode, shard_episodes, video_episodes
-from far_scale.sampling.metrics import compare
-from far_scale.sampling.pictures import Pixels, sample_sheet, sample_video
-from far_scale.sampling.sampler import roll_out
-
-EPISODES_AT_ONCE = 8
-EPISODES_SHOWN = 8  # in the pictures; all count in the figures
+from far_scale.sampling.episodes import Wanted, find_episodes
+from far_scale.sampling.rollout import RollOut
 
 
 def load_for_sampling(folder: str | Path) -> tuple[FAR, ModelCard]:
@@ -32,70 +24,6 @@ def load_for_sampling(folder: str | Path) -> tuple[FAR, ModelCard]:
     if torch.cuda.is_available():
         return load_model_dir(folder, "cuda", dtype=torch.bfloat16)
     return load_model_dir(folder, "cpu", dtype=torch.float32)
-
-
-def evaluate(
-    model: FAR,
-    card: ModelCard,
-    shards_or_videos: ShardSet | str | Path,
-    given: int,
-    frames: int,
-    steps: int,
-    guidance: float,
-    seed: int,
-    episodes: int,
-    out: str | Path,
-) -> dict[str, Any]:
-    """Sample `frames` frames after the first `given` ones of some episodes; write what came out.
-
-    Into `out` go samples.safetensors (`latents` `[B, F, C, H, W]`, as the model sees them, float32), samples.png,
-    samples.mp4 and, where the frames that really followed are known and one was given, metrics.json. Each file is
-    written atomically; files of these names are replaced, and without figures an older metrics.json is removed.
-
-    Args:
-        model: of `load_model_dir`; its device and dtype are used. The autoencoder is loaded by the card's name.
-        shards_or_videos: an opened shard set, or a path of video files (mp4, npz, ..., or a folder of them).
-        given: frames given of each episode, from its start.
-        frames: frames to predict of each.
-        steps: Euler steps a frame.
-        guidance: see `roll_out`.
-        seed: of the noise; episode i is clip i.
-        episodes: how many to take from the start of the set, at most.
-
-    Returns:
-        The settings, the episodes' keys, what the truth is ("recorded pixels", "decoded latents" or None) and, with
-        a truth, `prediction` and `repeat_last` (see `compare`). metrics.json holds the same.
-
-    Raises:
-        UserError: episodes that do not fit the model, or another autoencoder than the model was trained on.
-    """
-    if given < 0 or frames < 1 or episodes < 1:
-        raise UserError(f"given={given}, frames={frames}, episodes={episodes}: at least 0, 1 and 1 are needed")
-    device = next(model.parameters()).device
-    autoencoder = load_autoencoder(card, device)
-    if isinstance(shards_or_videos, ShardSet):
-        data = shard_episodes(shards_or_videos, model.config, card, autoencoder, given, frames, episodes)
-    else:
-        data = video_episodes(Path(shards_or_videos), model.config, card, autoencoder, given, frames, episodes)
-
-    predicted = _roll_out_all(model, data, frames, steps, guidance, seed)
-    latents = torch.cat([data.context, predicted], dim=1)
-    pixels = decode(autoencoder, card.scaling.restore(latents))
-    truth = data.truth(frames) if given else None
-    report: dict[str, Any] = {
-        "episodes": data.keys,
-        "given": given,
-        "frames": frames,
-        "steps": steps,
-        "guidance": guidance,
-        "seed": seed,
-        "model": card.training.model_dump(),
-        "truth": None if truth is None else data.pixels_are,
-    }
-    if truth is not None:
-        report |= compare(pixels[:, given:], truth, last_given=data.pixels[:, given - 1])
-    _write(Path(out), report, predicted, pixels, data, truth is not None)
-    return report
 
 
 def load_autoencoder(card: ModelCard, device: torch.device) -> Autoencoder:
@@ -114,43 +42,77 @@ def load_autoencoder(card: ModelCard, device: torch.device) -> Autoencoder:
     return autoencoder
 
 
-def _roll_out_all(model: FAR, data: Episodes, frames: int, steps: int, guidance: float, seed: int) -> Tensor:
-    """All episodes' new frames `[B, F, C, H, W]` on the CPU, a few episodes at a time for the memory's sake."""
-    predicted = []
-    for first in range(0, len(data.keys), EPISODES_AT_ONCE):
-        some = slice(first, min(first + EPISODES_AT_ONCE, len(data.keys)))
-        predicted.append(
-            roll_out(
-                model,
-                data.context[some],
-                frames,
-                steps,
-                guidance,
-                actions=None if data.actions is None else data.actions[some],
-                labels=None if data.labels is None else data.labels[some],
-                seed=seed,
-                clip_ids=range(some.start, some.stop),
-                progress=True,
-            ).cpu()
-        )
-    return torch.cat(predicted)
+def prepare(
+    model: FAR,
+    card: ModelCard,
+    source: ShardSet | str | Path,
+    given: int | None,
+    frames: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    episodes: int,
+) -> RollOut:
+    """Read and encode all that sampling needs.
+
+    Args:
+        model: of `load_model_dir`; its device and dtype are used. The autoencoder is loaded by the card's name.
+        source: a shard set, opened or the path of its folder; or a video file, or a folder of them.
+        given: frames given of each episode, from its start; None for the model's window, or for what `frames` leaves
+            of a shorter episode (at least 1).
+        frames: frames to predict of each.
+        steps: Euler steps a frame.
+        guidance: see `predict_frames`; at -1, actions and labels are not read.
+        seed: of the noise; episode i is clip i.
+        episodes: how many to take from the start of the source, at most.
+
+    Raises:
+        UserError: episodes that do not fit the model, or another autoencoder than the model was trained on.
+    """
+    if (given is not None and given < 0) or frames < 1 or episodes < 1:
+        raise UserError(f"given={given}, frames={frames}, episodes={episodes}: at least 0, 1 and 1 are needed")
+    autoencoder = load_autoencoder(card, next(model.parameters()).device)
+    wanted = Wanted(given, frames, episodes, conditioned=guidance != -1)
+    data = find_episodes(source, model.config, card, autoencoder, wanted)
+    return RollOut(model, card, autoencoder, data, frames, steps, guidance, seed)
 
 
-def _write(
-    out: Path, report: dict[str, Any], predicted: Tensor, pixels: Tensor, data: Episodes, truth_is_known: bool
-) -> None:
-    with atomic_write(out / "samples.safetensors") as beside:
-        save_file({"latents": predicted.contiguous()}, beside, metadata={"episodes": json.dumps(data.keys)})
-    truth = to_uint8(data.pixels[:EPISODES_SHOWN]) if truth_is_known else None
-    shown, given = to_uint8(pixels[:EPISODES_SHOWN]), report["given"]
-    sample_sheet(out / "samples.png", truth, shown, given)
-    sample_video(out / "samples.mp4", truth, shown, given, data.fps)
-    if truth_is_known:
-        write_json(out / "metrics.json", report)
-    else:
+def evaluate(
+    model: FAR,
+    card: ModelCard,
+    source: ShardSet | str | Path,
+    given: int | None,
+    frames: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    episodes: int,
+    out: str | Path,
+) -> dict[str, Any]:
+    """Sample as `prepare` is told to, into a folder.
+
+    Into `out` go samples.safetensors (`latents` `[B, F, C, H, W]`, as the model sees them, float32), samples.png,
+    samples.mp4 and, where frames that really followed are known and one was given, metrics.json. Each file is
+    written atomically; files of these names are replaced, and without figures an older metrics.json is removed.
+
+    Returns:
+        See `RollOut.run`. metrics.json holds the same.
+
+    Raises:
+        UserError: as `prepare`; nothing is written then.
+    """
+    out = Path(out)
+    roll_out = prepare(model, card, source, given, frames, steps, guidance, seed, episodes)
+    report = roll_out.run(out / "samples.mp4", out / "samples.png", out / "samples.safetensors")
+    if report["truth"] is None:
         (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run, it would be taken for this one's
+    else:
+        write_json(out / "metrics.json", report)
+    return report
 
 
-def to_uint8(pixels: Tensor) -> Pixels:
-    """`[B, F, 3, h, w]` in 0..1 to uint8 `[B, F, h, w, 3]`."""
-    return (pixels * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous().numpy()
+def sample(roll_out: RollOut, video: Path) -> dict[str, Any]:
+    """Run `roll_out` into VIDEO.mp4, its sheet VIDEO.png and its report VIDEO.json, which is what is returned."""
+    report = roll_out.run(video, video.with_suffix(".png"))
+    write_json(video.with_suffix(".json"), report)
+    return report

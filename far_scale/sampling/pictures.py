@@ -1,137 +1,174 @@
-"""Pictures one can look at: samples beside the truth as PNG and MP4, and the loss curve."""
+"""Samples beside the truth, as pictures one can look at: a PNG sheet of some frames, an MP4 of all.
+
+Both are drawn frame by frame, as the frames come, so that a clip of thousands of frames never lies there as pixels.
+"""
 
 from __future__ import annotations
 
-import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, uint8
 
-from far_scale.data.videos import write_mp4
-from far_scale.errors import UserError
 from far_scale.files import atomic_write
 
 Pixels = NDArray[np.uint8]
 
 GIVEN_COLOUR = (255, 176, 0)  # the border of given frames
+LINE_COLOUR = (0, 96, 208)  # where the window no longer reaches back to frame 0
 BACKGROUND = (255, 255, 255)
 INK = (40, 40, 40)
 BORDER = 3  # pixels around every frame, coloured where it is given
-CAPTION_WIDTH = 40  # left of the rows: "truth", "FAR"
-CAPTION_HEIGHT = 16  # above the columns: frame numbers
+GAP = 4 * BORDER  # between episodes, and for the line
+CAPTION_WIDTH = 64  # left of the rows: "truth", "FAR"
+LINE_HEIGHT = 28  # of a line of text
+SHEET_CAPTION_HEIGHT = 2 * LINE_HEIGHT  # above the columns: what begins here, and frame numbers
+PAST_WIDTH = 160  # of the words "past the window" there
 SHEET_COLUMNS = 24  # of a longer clip the sheet shows this many frames, evenly chosen
 SHEET_FRAME_HEIGHT = 128  # small frames are enlarged up to this
-VIDEO_SCALE = 3
+VIDEO_FRAME_HEIGHT = 192
 
 
-def sample_sheet(path: str | Path, truth: Pixels | None, prediction: Pixels, given: int) -> None:
-    """Write a PNG: for each episode a row of true frames above a row of predicted ones, given frames bordered.
+@dataclass(frozen=True)
+class Shown:
+    """The clips that a picture shows, as far as they are known before the first frame is there.
 
-    Args:
-        path: the PNG, written atomically.
-        truth: uint8 `[B, F, H, W, 3]`, or None where the truth is not known (then there is only the second row).
-        prediction: uint8 `[B, F, H, W, 3]`, the given frames first.
-        given: how many of the F frames were given.
+    Attributes:
+        episodes: B clips.
+        frames: of a clip, given and predicted ones.
+        given: how many of them are given.
+        window: of the model; the first frame that does not see frame 0 finely has this index.
+        size: height and width of a frame in pixels.
+        truth: whether there is a row of true frames above that of FAR's.
     """
-    rows = _rows(truth, prediction)
-    scale = max(1, SHEET_FRAME_HEIGHT // prediction.shape[2])
-    count = prediction.shape[1]
-    columns = np.unique(np.linspace(0, count - 1, min(count, SHEET_COLUMNS)).round().astype(int)).tolist()
-    height, width = (size * scale + 2 * BORDER for size in prediction.shape[2:4])
-    gap = 4 * BORDER  # below each episode
-    episode_height = len(rows) * height + gap
-    sheet = _canvas(
-        CAPTION_HEIGHT + len(prediction) * episode_height - gap + BORDER,
-        CAPTION_WIDTH + len(columns) * width + BORDER,
-    )
-    captions = [
-        (CAPTION_WIDTH + column * width + width // 2, CAPTION_HEIGHT // 2, str(frame))
-        for column, frame in enumerate(columns)
-    ]
-    for episode in range(len(prediction)):
-        for row, (name, clips) in enumerate(rows):
-            top = CAPTION_HEIGHT + episode * episode_height + row * height
-            captions.append((CAPTION_WIDTH // 2, top + height // 2, name))
-            for column, frame in enumerate(columns):
-                _put(sheet, clips[episode, frame], top, CAPTION_WIDTH + column * width, scale, frame < given)
-    picture = Image.fromarray(_write(sheet, captions))
-    with atomic_write(path) as beside:
-        picture.save(beside, format="PNG")
+
+    episodes: int
+    frames: int
+    given: int
+    window: int
+    size: tuple[int, int]
+    truth: bool
+
+    @property
+    def rows(self) -> list[str]:
+        """What an episode's rows are called, from the top."""
+        return ["truth", "FAR"] if self.truth else ["FAR"]
 
 
-def sample_video(path: str | Path, truth: Pixels | None, prediction: Pixels, given: int, fps: float) -> None:
-    """Write an MP4: a grid of episodes, each the truth above the prediction, frames enlarged threefold.
+class Sheet:
+    """A PNG: for each episode a row of true frames above a row of predicted ones, given frames bordered."""
 
-    Arguments as those of `sample_sheet`; the border is coloured for as long as given frames are shown.
-    """
-    rows = _rows(truth, prediction)
-    episodes, count = prediction.shape[:2]
-    height, width = (size * VIDEO_SCALE + 2 * BORDER for size in prediction.shape[2:4])
-    grid_rows = max(1, round(math.sqrt(episodes / 4)))  # about 16:9 with two square frames an episode
-    grid_columns = math.ceil(episodes / grid_rows)
-    gap = 4 * BORDER
-    episode_height, episode_width = len(rows) * height + gap, width + gap
-    canvas = _canvas(grid_rows * episode_height, CAPTION_WIDTH + grid_columns * episode_width)
-    captions = [
-        (CAPTION_WIDTH // 2, grid_row * episode_height + row * height + height // 2, name)
-        for grid_row in range(grid_rows)
-        for row, (name, _) in enumerate(rows)
-    ]
-    frames = np.repeat(_write(canvas, captions)[None], count, axis=0)
-    for frame, picture in enumerate(frames):
-        for episode in range(episodes):
-            top = episode // grid_columns * episode_height
-            left = CAPTION_WIDTH + episode % grid_columns * episode_width
-            for row, (_, clips) in enumerate(rows):
-                _put(picture, clips[episode, frame], top + row * height, left, VIDEO_SCALE, frame < given)
-    write_mp4(Path(path), frames, fps)
+    def __init__(self, shown: Shown) -> None:
+        self._shown = shown
+        chosen = np.linspace(0, shown.frames - 1, min(shown.frames, SHEET_COLUMNS)).round().astype(int)
+        self._columns = {frame: column for column, frame in enumerate(np.unique(chosen).tolist())}
+        self._scale = max(1, SHEET_FRAME_HEIGHT // shown.size[0])
+        self._height, self._width = (side * self._scale + 2 * BORDER for side in shown.size)
+        self._past = next((frame for frame in self._columns if frame >= shown.window), None)
+        right = max(map(self._left, self._columns)) + self._width
+        if self._past is not None:
+            right = max(right, self._left(self._past) + PAST_WIDTH)
+        self._canvas = _canvas(self._top(shown.episodes, 0) - GAP + BORDER, right + BORDER)
+        self._label()
 
+    def add(self, index: int, truth: Pixels | None, prediction: Pixels) -> None:
+        """Draw frame `index` of every clip, both uint8 `[B, H, W, 3]`, if it is one of those that the sheet shows.
 
-def loss_curve(path: str | Path, log: str | Path) -> None:
-    """Draw the loss (logarithmic axis) and the learning rate over the steps of a JSONL log as a PNG.
+        Where the truth is not known its place stays blank.
+        """
+        if index not in self._columns:
+            return
+        rows = [truth, prediction] if self._shown.truth else [prediction]
+        for row, frames in enumerate(rows):
+            for episode, frame in enumerate(() if frames is None else frames):
+                place = self._top(episode, row), self._left(index)
+                _put(self._canvas, frame, place, self._scale, index < self._shown.given)
 
-    A line of the log is an object with `step`, `loss` and `learning_rate`; lines without a loss are left out, and of
-    a step that was logged twice (a resumed run) the last line counts.
+    def write(self, path: str | Path) -> None:
+        """Write the PNG, atomically."""
+        with atomic_write(path) as beside:
+            Image.fromarray(self._canvas).save(beside, format="PNG")
 
-    Raises:
-        UserError: the log is not there, has a line that is no JSON, or holds no loss.
-    """
-    from matplotlib.figure import Figure  # imported here: slow, and only wanted for this picture
-    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+    def _left(self, frame: int) -> int:
+        gap = GAP if self._past is not None and frame >= self._past else 0
+        return CAPTION_WIDTH + self._columns[frame] * self._width + gap
 
-    entries = _read_log(Path(log))
-    steps = sorted(entries)
-    losses = [entries[step][0] for step in steps]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    loss_axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="loss")
-    loss_axes.plot(steps, _smoothed(losses), color="tab:blue", linewidth=1.8, label="smoothed")
-    loss_axes.set_yscale("log")
-    loss_axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-    loss_axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    loss_axes.yaxis.set_minor_formatter(NullFormatter())
-    loss_axes.set_ylabel("loss")
-    loss_axes.legend(frameon=False)
-    rate_axes.plot(steps, [entries[step][1] for step in steps], color="tab:orange", linewidth=1.5)
-    rate_axes.set_ylim(bottom=0)
-    rate_axes.set_ylabel("learning rate")
-    rate_axes.set_xlabel("step")
-    for axes in (loss_axes, rate_axes):
-        axes.grid(alpha=0.3)
-    with atomic_write(path) as beside:
-        figure.savefig(beside, dpi=120, format="png")
+    def _top(self, episode: int, row: int) -> int:
+        return SHEET_CAPTION_HEIGHT + episode * (len(self._shown.rows) * self._height + GAP) + row * self._height
+
+    def _label(self) -> None:
+        shown, middle = self._shown, LINE_HEIGHT // 2
+        texts = [_Text(self._left(f) + self._width // 2, LINE_HEIGHT + middle, str(f)) for f in self._columns]
+        for episode in range(shown.episodes):
+            for row, name in enumerate(shown.rows):
+                texts.append(_Text(CAPTION_WIDTH // 2, self._top(episode, row) + self._height // 2, name))
+        if shown.given:
+            texts.append(_Text(self._left(0) + BORDER, middle, "given", GIVEN_COLOUR, "lm"))
+        if self._past is not None:
+            left = self._left(self._past)
+            texts.append(_Text(left + BORDER, middle, "past the window", LINE_COLOUR, "lm"))
+            self._canvas[:, left - GAP // 2 - 1 : left - GAP // 2 + 1] = LINE_COLOUR
+        _write(self._canvas, texts, size=20)
 
 
-def _rows(truth: Pixels | None, prediction: Pixels) -> list[tuple[str, Pixels]]:
-    """The named rows of an episode, the truth first."""
-    if truth is None:
-        return [("FAR", prediction)]
-    if truth.shape != prediction.shape:
-        raise ValueError(f"truth {truth.shape} and prediction {prediction.shape} must have one shape")
-    return [("truth", truth), ("FAR", prediction)]
+class Film:
+    """The pictures of an MP4: a grid of episodes, each the truth above the prediction, below a line of text."""
+
+    def __init__(self, shown: Shown) -> None:
+        self._shown = shown
+        self._scale = max(1, VIDEO_FRAME_HEIGHT // shown.size[0])
+        self._height, self._width = (side * self._scale + 2 * BORDER for side in shown.size)
+        grid_rows = max(1, round(math.sqrt(shown.episodes / 4)))  # about 16:9 with two square frames an episode
+        self._grid_columns = math.ceil(shown.episodes / grid_rows)
+        bottom = self._place(grid_rows * self._grid_columns, 0)[0]
+        self._canvas = _canvas(bottom, CAPTION_WIDTH + self._grid_columns * (self._width + GAP))
+        middles = [
+            (name, self._place(episode, row)[0] + self._height // 2)
+            for episode in range(0, shown.episodes, self._grid_columns)
+            for row, name in enumerate(shown.rows)
+        ]
+        _write(self._canvas, [_Text(CAPTION_WIDTH // 2, middle, name) for name, middle in middles], size=20)
+
+    def picture(self, index: int, truth: Pixels | None, prediction: Pixels) -> Pixels:
+        """The picture of frame `index`; arguments as those of `Sheet.add`."""
+        picture, given = self._canvas.copy(), index < self._shown.given
+        rows = [truth, prediction] if self._shown.truth else [prediction]
+        for row, frames in enumerate(rows):
+            for episode, frame in enumerate(() if frames is None else frames):
+                _put(picture, frame, self._place(episode, row), self._scale, given)
+        texts = [_Text(GAP, LINE_HEIGHT // 2, f"frame {index}", anchor="lm")]
+        if given:
+            texts.append(_Text(GAP + 85, LINE_HEIGHT // 2, "given", GIVEN_COLOUR, "lm"))
+        if index >= self._shown.window:
+            texts.append(_Text(GAP + 132, LINE_HEIGHT // 2, "past the window", LINE_COLOUR, "lm"))
+        _write(picture[:LINE_HEIGHT], texts, size=16)
+        return picture
+
+    def _place(self, episode: int, row: int) -> tuple[int, int]:
+        """(top, left) of a frame's border."""
+        episode_height, episode_width = len(self._shown.rows) * self._height + GAP, self._width + GAP
+        top = LINE_HEIGHT + episode // self._grid_columns * episode_height + row * self._height
+        return top, CAPTION_WIDTH + episode % self._grid_columns * episode_width
+
+
+def to_uint8(pixels: Tensor) -> Pixels:
+    """`[B, 3, h, w]` in 0..1 to uint8 `[B, h, w, 3]`."""
+    return (pixels * 255).round().to(uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+class _Text(NamedTuple):
+    """What is written at (x, y); the anchor is Pillow's: "mm" is the middle, "lm" the middle of the left side."""
+
+    x: int
+    y: int
+    text: str
+    colour: tuple[int, int, int] = INK
+    anchor: str = "mm"
 
 
 def _canvas(height: int, width: int) -> Pixels:
@@ -139,8 +176,9 @@ def _canvas(height: int, width: int) -> Pixels:
     return np.full((height + height % 2, width + width % 2, 3), BACKGROUND, dtype=np.uint8)
 
 
-def _put(canvas: Pixels, frame: Pixels, top: int, left: int, scale: int, given: bool) -> None:
-    """Enlarge a frame into the canvas; (top, left) is the corner of its border."""
+def _put(canvas: Pixels, frame: Pixels, corner: tuple[int, int], scale: int, given: bool) -> None:
+    """Enlarge a frame into the canvas; `corner` is (top, left) of its border."""
+    top, left = corner
     enlarged = frame.repeat(scale, axis=0).repeat(scale, axis=1)
     height, width = enlarged.shape[:2]
     if given:
@@ -148,37 +186,9 @@ def _put(canvas: Pixels, frame: Pixels, top: int, left: int, scale: int, given: 
     canvas[top + BORDER : top + BORDER + height, left + BORDER : left + BORDER + width] = enlarged
 
 
-def _write(canvas: Pixels, captions: list[tuple[int, int, str]]) -> Pixels:
-    """The canvas with each caption centred on its (x, y)."""
+def _write(canvas: Pixels, texts: list[_Text], size: int) -> None:
     picture = Image.fromarray(canvas)
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(size=12)
-    for x, y, text in captions:
-        draw.text((x, y), text, fill=INK, font=font, anchor="mm")
-    return np.array(picture)
-
-
-def _read_log(log: Path) -> dict[int, tuple[float, float]]:
-    """(loss, learning rate) by step."""
-    if not log.is_file():
-        raise UserError(f"{log}: there is no training log here")
-    entries: dict[int, tuple[float, float]] = {}
-    for number, line in enumerate(log.read_text().splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            if "loss" in entry:
-                entries[int(entry["step"])] = (float(entry["loss"]), float(entry["learning_rate"]))
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{log}: line {number} is no entry with step, loss and learning_rate; remove it") from None
-    if not entries:
-        raise UserError(f"{log}: no line holds a loss; train for at least one logging interval")
-    return entries
-
-
-def _smoothed(values: list[float]) -> NDArray[np.float64]:
-    """The mean over a centred stretch of a twentieth of the curve, shorter at the ends."""
-    reach = max(1, len(values) // 40)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
-    return np.asarray((sums[high] - sums[low]) / (high - low))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
+    for x, y, text, colour, anchor in texts:
+        draw.text((x, y), text, fill=colour, font=font, anchor=anchor)
+    canvas[:] = np.asarray(picture)

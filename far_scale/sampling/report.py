@@ -9,10 +9,11 @@ from typing import Any
 from far_scale.data.videos import find_videos
 from far_scale.files import sha256, write_json
 from far_scale.recipe import load_recipe
+from far_scale.sampling.curve import loss_curve
 from far_scale.sampling.evaluate import evaluate, load_for_sampling
-from far_scale.sampling.pictures import loss_curve
 
 EPISODES = 32
+FRAMES_IN_ALL = 1280  # predicted at most, so that long clips take minutes on two cores, too: of these, fewer episodes
 PICTURES = ("samples.mp4", "samples.png", "loss.png")
 
 
@@ -35,13 +36,14 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
     """
     run, out = Path(run), Path(out)
     recipe = load_recipe(run / "recipe.yaml")
+    frames = recipe.sample_frames()
     settings: dict[str, Any] = {
         "given": recipe.sample.given,
-        "frames": recipe.data.frames - recipe.sample.given,
+        "frames": frames,
         "steps": recipe.sample.steps,
         "guidance": recipe.sample.guidance,
         "seed": recipe.seed,
-        "episodes": EPISODES,
+        "episodes": max(1, min(EPISODES, FRAMES_IN_ALL // frames)),
     }
     weights = sorted(Path(model_dir).glob("*.safetensors"))
     made_from = {
