@@ -164,7 +164,8 @@ def test_a_sample_from_the_exported_directory_equals_the_training_process(
     runs: Path, recorded_shards: Path, tmp_path: Path
 ) -> None:
     script = (
-        "import sys; from far_scale.sampling.evaluate import evaluate, load_for_sampling; model, shards, out = sys.argv[1:]; "
+        "import sys; from far_scale.sampling.evaluate import evaluate, load_for_sampling; "
+        "model, shards, out = sys.argv[1:]; "
         "evaluate(*load_for_sampling(model), shards, 4, 4, 3, 1.0, 5, 3, out)"
     )
     finished = subprocess.run(
