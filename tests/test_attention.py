@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from far_scale.layout import FrameGroup, FrameLayout, Spans
-from far_scale.model.attention import cpu, frame_attention, torch_varlen
+from far_scale.model.attention import Earlier, cpu, frame_attention, torch_varlen
 from far_scale.model.attention.causal_pair import CausalPair
 from far_scale.model.attention.dense import dense_attention
 
@@ -91,7 +91,7 @@ def run_long(attention, layout: FrameLayout, *tensors: torch.Tensor) -> list[tor
     """The window's output and the gradients of its q, k, v and of the context's k and v."""
     *inputs, dout = tensors
     q, k, v, context_k, context_v = inputs = [x.detach().requires_grad_() for x in inputs]
-    out = attention(q, k, v, layout.window, context_k, context_v, layout.prefix(q.device))
+    out = attention(q, k, v, layout.window, Earlier(context_k, context_v, layout.prefix(q.device)))
     # The oracle does not touch an empty context, so its gradient must be asked for as zeros.
     return [out, *torch.autograd.grad(out, inputs, dout, materialize_grads=True)]
 

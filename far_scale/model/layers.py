@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far_scale.layout import FrameGroup, FrameLayout, Prefix
-from far_scale.model.attention import frame_attention
+from far_scale.layout import FrameGroup, FrameLayout
+from far_scale.model.attention import Earlier, frame_attention
 
 HEAD_DIM = 64
 ROTARY_AXES = (16, 24, 24)  # of a head's 64 dimensions: frame, y, x
@@ -202,57 +202,39 @@ class Block(nn.Module):
         Returns:
             The window `[Fw, P, E]` and the context `[Fc, Q, E]` (None after the last block and without a context).
         """
-        context_k = context_v = None
+        earlier = None
         if context is not None:
             assert context_condition is not None and context_rotation is not None
-            context, context_k, context_v = self.context(context, context_condition, context_rotation, layout.context)
-        prefix = layout.prefix(window.device)
-        window, _, _ = self.window(
-            window, window_condition, window_rotation, layout.window, context_k, context_v, prefix
-        )
+            context, k, v = self.context(context, context_condition, context_rotation, layout.context)
+            earlier = Earlier(k, v, layout.prefix(window.device))
+        window, _, _ = self.window(window, window_condition, window_rotation, layout.window, earlier)
         return window, context
 
     def window(
-        self,
-        x: Tensor,
-        condition: Tensor,
-        rotation: Tensor,
-        group: FrameGroup,
-        earlier_k: Tensor | None = None,
-        earlier_v: Tensor | None = None,
-        earlier: Prefix | None = None,
+        self, x: Tensor, condition: Tensor, rotation: Tensor, group: FrameGroup, earlier: Earlier | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer over the window frames of `group`, which also see `earlier` keys and values: x, k, v after it."""
+        """The layer over window frames x `[F, P, E]`: the new x, and k and v `[T, N, D]`."""
         shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
         q, k, v = self.attention.project(modulated_norm(x, scale, shift), rotation)
-        seen = frame_attention(q, k, v, group, earlier_k, earlier_v, earlier)
-        x = gated(x, gate, self.attention.out(seen.reshape(x.shape)))
-        return self.add_mlp(x, self.mlp_modulation(condition)), k, v
+        seen = frame_attention(q, k, v, group, earlier).reshape(x.shape)
+        return self.add_mlp(gated(x, gate, self.attention.out(seen)), self.mlp_modulation(condition)), k, v
 
     def window_keys(self, x: Tensor, condition: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Only k and v `[T, N, D]` of window frames x `[F, P, E]`."""
+        """Only the k and v that `window` gives."""
         shift, scale, _ = self.attention_modulation(condition).chunk(3, dim=-1)
         _, k, v = self.attention.project(modulated_norm(x, scale, shift), rotation)
         return k, v
 
     def context(
-        self,
-        x: Tensor,
-        condition: Tensor,
-        rotation: Tensor,
-        group: FrameGroup,
-        earlier_k: Tensor | None = None,
-        earlier_v: Tensor | None = None,
-        earlier: Prefix | None = None,
+        self, x: Tensor, condition: Tensor, rotation: Tensor, group: FrameGroup, earlier: Earlier | None = None
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The layer over the context frames of `group`, likewise; in the last block x is None."""
+        """The layer over context frames x `[F, Q, E]`, likewise; in the last block the new x is None."""
         shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
         q, k, v = self.attention.project_context(modulated_norm(x, scale, shift), rotation)
         if q is None:
             return None, k, v
-        seen = frame_attention(q, k, v, group, earlier_k, earlier_v, earlier)
-        x = gated(x, gate, self.attention.context_out(seen.reshape(x.shape)))
-        return self.add_mlp(x, self.mlp_modulation(condition)), k, v
+        seen = frame_attention(q, k, v, group, earlier).reshape(x.shape)
+        return self.add_mlp(gated(x, gate, self.attention.context_out(seen)), self.mlp_modulation(condition)), k, v
 
     def add_mlp(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x `[F, P, E]`, modulation `[F, 3 E]` -> `[F, P, E]`."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from far_scale.layout import FrameGroup, Prefix, Spans
 from far_scale.model import FAR
+from far_scale.model.attention import Earlier
 from far_scale.model.far import from_patches, to_patches
 from far_scale.model.layers import Block, gated, modulated_norm
 from far_scale.objective import CLEAN, CLEAN_CONTEXT
@@ -119,10 +120,11 @@ class Cached:
         rotation = model.rotations(group)
         condition = model.condition(clean.new_full((group.frames,), CLEAN_CONTEXT), classes)
         x = model.context_patch_embedding(to_patches(clean.flatten(0, 1), model.config.context_patch))
-        earlier = self._all_of(held * cache.coarse, frames * cache.coarse)
+        prefix = self._all_of(held * cache.coarse, frames * cache.coarse)
         for layer, block in enumerate(self._blocks):
             k, v = cache.context(layer, held)
-            new, k, v = block.context(x, condition, rotation, group, k.flatten(0, 1), v.flatten(0, 1), earlier)
+            earlier = Earlier(k.flatten(0, 1), v.flatten(0, 1), prefix)
+            new, k, v = block.context(x, condition, rotation, group, earlier)
             cache.write_context(layer, held, k, v)
             x = x if new is None else new
         self._context_frames += frames
@@ -134,13 +136,14 @@ class Cached:
         rotation = model.rotations(group)
         condition = model.condition(clean.new_full((group.frames,), CLEAN), classes)
         x = model.patch_embedding(to_patches(clean.flatten(0, 1), model.config.patch))
-        earlier = self._all_of(held * cache.fine + self._context_frames * cache.coarse, frames * cache.fine)
+        prefix = self._all_of(held * cache.fine + self._context_frames * cache.coarse, frames * cache.fine)
         for layer, block in enumerate(self._blocks):
             if layer == len(self._blocks) - 1:
                 k, v = block.window_keys(x, condition, rotation)  # nothing reads what becomes of clean frames
             else:
                 k, v = cache.window(layer, held) if held else cache.context(layer, self._context_frames)
-                x, k, v = block.window(x, condition, rotation, group, k.flatten(0, 1), v.flatten(0, 1), earlier)
+                earlier = Earlier(k.flatten(0, 1), v.flatten(0, 1), prefix)
+                x, k, v = block.window(x, condition, rotation, group, earlier)
             cache.write_window(layer, held, k, v)
         self._window_frames += frames
 

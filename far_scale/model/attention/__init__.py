@@ -4,6 +4,7 @@ A *kernel* is a module with two functions, `forward` and `backward`, over token 
 (`Spans`); `causal_pair` makes frame-block causality of any of them, and `dense` is the oracle they are tested against.
 """
 
+from far_scale.model.attention.earlier import Earlier
 from far_scale.model.attention.frame_attention import frame_attention
 
-__all__ = ["frame_attention"]
+__all__ = ["Earlier", "frame_attention"]

@@ -7,23 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from far_scale.layout import FrameGroup, Prefix
+from far_scale.model.attention.earlier import Earlier
 
 
-def dense_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    group: FrameGroup,
-    context_k: Tensor | None = None,
-    context_v: Tensor | None = None,
-    prefix: Prefix | None = None,
-) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, group: FrameGroup, earlier: Earlier | None = None) -> Tensor:
     """See `frame_attention`; memory and work grow with T (S + T) whatever the mask lets through."""
     mask = group.mask(q.device)
-    if prefix is not None:
-        assert context_k is not None and context_v is not None
-        k, v = torch.cat([context_k, k]), torch.cat([context_v, v])
-        mask = torch.cat([_prefix_mask(prefix, len(q), q.device), mask], dim=1)
+    if earlier is not None and earlier.prefix is not None:
+        k, v = torch.cat([earlier.k, k]), torch.cat([earlier.v, v])
+        mask = torch.cat([_prefix_mask(earlier.prefix, len(q), q.device), mask], dim=1)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.squeeze(0).transpose(0, 1)

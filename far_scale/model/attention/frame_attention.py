@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from far_scale.layout import FrameGroup, Prefix
+from far_scale.layout import FrameGroup
 from far_scale.model.attention import cpu, torch_varlen
 from far_scale.model.attention.causal_pair import CausalPair
 from far_scale.model.attention.dense import dense_attention
+from far_scale.model.attention.earlier import Earlier
 from far_scale.model.attention.kernel import Kernel
 
 
@@ -25,21 +26,18 @@ def frame_attention(
     k: Tensor,
     v: Tensor,
     group: FrameGroup,
-    context_k: Tensor | None = None,
-    context_v: Tensor | None = None,
-    prefix: Prefix | None = None,
+    earlier: Earlier | None = None,
 ) -> Tensor:
-    """Every token attends to its own frame in full, to all earlier frames of its clip in the group, and to its clip's
-    context where there is one.
+    """Every token attends to its own frame in full, to all earlier frames of its clip in the group, and to all of its
+    clip's earlier keys.
 
     Args:
         q, k, v: `[T, N, D]`, the group's tokens in its order; softmax scale 1/sqrt(D).
         group: whose tokens they are.
-        context_k, context_v: `[S, N, D]`, the contexts of the group's clips one after another; S may be 0.
-        prefix: which queries see which of them; None for none.
+        earlier: keys and values before the group, if any.
 
     Returns:
-        `[T, N, D]`, differentiable in all five tensors.
+        `[T, N, D]`, differentiable in all tensors.
 
     Raises:
         ValueError: the tensors do not hold the group's tokens or the prefix's.
@@ -47,12 +45,12 @@ def frame_attention(
     if not q.shape == k.shape == v.shape or q.dim() != 3 or q.shape[0] != group.tokens:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v must each be [T, N, D] with T = {group.tokens} tokens, got {shapes}")
-    if prefix is not None and (context_k is None or len(context_k) != prefix.keys.starts[-1]):
-        given = "none" if context_k is None else len(context_k)
-        raise ValueError(f"the prefix has {prefix.keys.starts[-1]} context tokens, got {given}")
+    context_k, context_v, prefix = earlier or (None, None, None)
+    if context_k is not None and len(context_k) != (prefix.keys.starts[-1] if prefix else 0):
+        raise ValueError(f"the prefix has {prefix.keys.starts[-1] if prefix else 0} earlier keys, got {len(context_k)}")
     if not group.tokens:
         return q + k + v  # as empty as they are, and every one of them gets its (empty) gradient
     kernel = kernel_for(q)
     if kernel is None:
-        return dense_attention(q, k, v, group, context_k, context_v, prefix)
+        return dense_attention(q, k, v, group, earlier)
     return CausalPair.apply(q, k, v, context_k, context_v, group, prefix, kernel)
