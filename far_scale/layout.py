@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -170,6 +172,17 @@ class FrameGroup:
     def _made(self) -> dict[tuple[str, torch.device], Any]:
         return {}
 
+    def order(self, prefix: Prefix | None = None) -> Order:
+        """What this group's tokens see of themselves and of `prefix`; asked twice for the same, the same object."""
+        made = self._orders.get(id(prefix))
+        if made is None:
+            made = self._orders[id(prefix)] = Order(self, prefix)  # it holds the prefix, so that its id stays its own
+        return made
+
+    @cached_property
+    def _orders(self) -> dict[int, Order]:
+        return {}
+
     def clip_of_frame(self, device: torch.device) -> Tensor:
         """`[F]` int64: the clip each frame belongs to."""
         return _once(self._made, "clip_of_frame", device, lambda: _clip_of_frame(self.clip_frames).to(device))
@@ -199,6 +212,47 @@ class FrameGroup:
         frame = torch.arange(self.frames, device=device).repeat_interleave(frame_tokens)
         clip = self.clip_of_frame(device).repeat_interleave(frame_tokens)
         return (clip[:, None] == clip[None, :]) & (frame[:, None] >= frame[None, :])
+
+
+class Order:
+    """Which keys the tokens of a group see: frame-block causally those of the group, and those of the prefix.
+
+    torch's operators take tensors alone, and a compiled graph that took an order's lengths as constants would be
+    compiled anew for every pack. So an operator is handed `key`, a number in a tensor, and finds the order by it.
+
+    Attributes:
+        group: whose tokens they are.
+        prefix: which of them see earlier keys; None where there are none.
+        key: int64 scalar tensor in host memory.
+    """
+
+    _living: ClassVar[weakref.WeakValueDictionary[int, Order]] = weakref.WeakValueDictionary()
+    _numbers: ClassVar[itertools.count[int]] = itertools.count()
+
+    def __init__(self, group: FrameGroup, prefix: Prefix | None) -> None:
+        self.group, self.prefix = group, prefix
+        number = next(Order._numbers)
+        self.key = torch.tensor(number)
+        Order._living[number] = self
+
+    @staticmethod
+    def find(key: Tensor) -> Order:
+        """The order of a key.
+
+        Raises:
+            RuntimeError: nobody holds it any more; whoever computes with a group keeps it until after the backward.
+        """
+        order = Order._living.get(int(key))
+        if order is None:
+            raise RuntimeError("the layout of this attention call was dropped before its backward; keep it until then")
+        return order
+
+    @cached_property
+    def pairs(self) -> int:
+        """Attended (query, key) pairs."""
+        prefix = self.prefix
+        seen = 0 if prefix is None else sum(map(operator.mul, prefix.queries.lengths, prefix.keys.lengths))
+        return self.group.pairs + seen
 
 
 @dataclass(frozen=True)
@@ -242,6 +296,23 @@ class FrameLayout:
         """T, tokens of the pack, fine and coarse."""
         return self.window.tokens + self.context.tokens
 
+    def move(self, device: torch.device) -> None:
+        """Make everything that computing on `device` asks for, so that nothing is copied there in the middle of it."""
+        (
+            self.clip_of_frame(device),
+            self.window_rows(device),
+            self.context_rows(device),
+            self.window.clip_of_frame(device),
+        )
+        for order in (self.window_order(device), self.context.order()):
+            order.group.positions_on(device)
+            upper = order.group.upper_triangle(device)
+            spans = [] if upper is None else [upper.spans]
+            if order.prefix is not None:
+                spans += [order.prefix.queries, order.prefix.keys]
+            for some in (*spans, order.group.clips):
+                some.cumulative(device)
+
     @cached_property
     def window_pairs(self) -> int:
         """Attended (query, key) pairs whose query is a window token."""
@@ -276,6 +347,10 @@ class FrameLayout:
             for frame in range(frames)
         ]
         return torch.tensor([row for row, fine in enumerate(in_window) if fine == of_window], dtype=torch.int64)
+
+    def window_order(self, device: torch.device) -> Order:
+        """What the window tokens see: their clip's whole context and, frame-block causally, the window."""
+        return self.window.order(self.prefix(device))
 
     def prefix(self, device: torch.device) -> Prefix | None:
         """What window tokens see of the contexts; None where no clip has any."""

@@ -14,11 +14,11 @@ alone, so they do not depend on the rank that makes them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from far_scale.data.packs import Pack
@@ -53,13 +53,26 @@ class NoisyPack:
     layout: FrameLayout
 
     def to(self, device: torch.device) -> NoisyPack:
-        """The same on `device`."""
+        """The same on `device`, with all that the layout gives to it; a copy to a GPU is not waited for."""
+        self.layout.move(device)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> NoisyPack:
+        """The same in memory that a GPU can read by itself, so that a copy there is not waited for."""
+        return self._each(Tensor.pin_memory)
+
+    def tensors(self) -> list[Tensor]:
+        """All there are."""
+        every = (self.latents, self.timesteps, self.target, self.actions, self.labels)
+        return [tensor for tensor in every if tensor is not None]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> NoisyPack:
         return NoisyPack(
-            latents=self.latents.to(device, non_blocking=True),
-            timesteps=self.timesteps.to(device, non_blocking=True),
-            target=self.target.to(device, non_blocking=True),
-            actions=None if self.actions is None else self.actions.to(device, non_blocking=True),
-            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+            latents=change(self.latents),
+            timesteps=change(self.timesteps),
+            target=change(self.target),
+            actions=None if self.actions is None else change(self.actions),
+            labels=None if self.labels is None else change(self.labels),
             layout=self.layout,
         )
 
@@ -115,6 +128,8 @@ def pack_loss(velocity: Tensor, noisy: NoisyPack) -> Tensor:
     frame_error = (velocity.float() - noisy.target).square().flatten(1).mean(1)  # [Fw]
     weight = (noisy.timesteps[noisy.layout.window_rows(velocity.device)] != CLEAN).float()
     clips = len(noisy.layout.clip_frames)
-    # Sums by clip as a product with the membership matrix: index_add_ adds in no fixed order on a GPU.
-    member = F.one_hot(noisy.layout.window.clip_of_frame(velocity.device), clips).float()  # [Fw, B]
+    # Sums by clip as a product with the membership matrix: index_add_ adds in no fixed order on a GPU (and one_hot
+    # makes the host wait for it).
+    clip_of_frame = noisy.layout.window.clip_of_frame(velocity.device)
+    member = (clip_of_frame[:, None] == torch.arange(clips, device=velocity.device)).float()  # [Fw, B]
     return ((frame_error * weight) @ member / (weight @ member + 1e-9)).mean()

@@ -103,7 +103,7 @@ class Recipe(Section):
 
     def hash(self) -> str:
         """SHA-256 of all that changes the trained weights (beyond rounding): not names, folders, logs or sampling,
-        nor how the work is split (ZeRO, activation checkpointing)."""
+        nor how it is computed (ZeRO, activation checkpointing, compiler, attention kernel)."""
         values = self.model_dump(
             mode="json",
             exclude={
@@ -115,7 +115,7 @@ class Recipe(Section):
                 "model": {"preset"},
                 "data": {"shards", "prefetch"},
                 "curriculum": {"__all__": {"name", "shards"}},
-                "train": {"zero_stage", "whole_below", "activation_checkpointing"},
+                "train": {"zero_stage", "whole_below", "activation_checkpointing", "compile", "attention"},
             },
         )
         _drop_later_keys(values)

@@ -151,9 +151,9 @@ class ObjectiveSection(Section):
     timesteps: Literal["logit_normal", "uniform"] = "logit_normal"
     """How the timestep of a noisy frame is drawn."""
     logit_mean: float = 0.0
-    """Mean of the normal draw whose sigmoid is the timestep (logit_normal)."""
+    """Mean of the normal draw whose sigmoid u gives the timestep 1000 (1 - u): lower is noisier (logit_normal)."""
     logit_std: Annotated[float, Field(gt=0)] = 1.0
-    """Deviation of the normal draw whose sigmoid is the timestep (logit_normal)."""
+    """Deviation of that normal draw (logit_normal)."""
     clean_frame_ratio: Fraction = 0.1
     """Probability that a frame is given without noise, and so without loss."""
 
@@ -192,8 +192,13 @@ class TrainSection(Section):
     """DeepSpeed ZeRO stage: shards nothing, the optimizer, also gradients, also weights."""
     whole_below: Annotated[int, Field(ge=0)] = 100_000
     """ZeRO-3 keeps parameters of fewer numbers than this whole on every rank, to spare small gathers; 0 shards all."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full keeps only each layer's input and computes the rest again in backward: less memory, more time."""
+    activation_checkpointing: Literal["none", "attention-kept", "full"] = "none"
+    """What backward computes again in place of keeping it: nothing, all of a layer but attention's output (which is
+    what takes longest), or all of a layer, of which then only the input is kept."""
+    compile: bool = False
+    """Compile the layers by torch.compile, one graph for all of them, made in the first steps; needs a C++ compiler."""
+    attention: str = "auto"
+    """Attention kernel: auto, or a name from `python -m far_scale.model.attention`."""
     start_from: str | None = None
     """Model directory whose weights a new run starts from, such as an imported official model; null for random ones."""
 

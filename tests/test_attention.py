@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from far_scale.layout import FrameGroup, FrameLayout, Spans
-from far_scale.model.attention import Earlier, cpu, frame_attention, torch_varlen
-from far_scale.model.attention.causal_pair import CausalPair
-from far_scale.model.attention.dense import dense_attention
+from far_scale.model.attention import Earlier, cpu, frame_attention
+
+dense_attention = partial(frame_attention, kernel="dense")
 
 GRIDS = {1: (1, 1), 2: (1, 2), 7: (7, 1), 64: (8, 8)}
 CLIPS = [(1,), (5,), (3, 3), (1, 4, 2), (40,), (40, 1, 7)]
@@ -159,44 +161,3 @@ def test_wrong_shapes_are_named() -> None:
         frame_attention(x, x, x, group)
     with pytest.raises(ValueError, match="at least one frame"):
         FrameLayout.of((2, 0), (2, 2), window=4)
-
-
-def assert_rounding_only(ours: torch.Tensor, exact: torch.Tensor) -> None:
-    """Within 4 roundings of the largest number, or of 1: a lone token's gradients of q and k are zero, but are made of
-    terms of the inputs' size. Without a context its gradients are empty."""
-    allowed = 4 * torch.finfo(ours.dtype).eps * exact.abs().clamp(min=1)
-    assert ours.shape == exact.shape
-    if exact.numel():
-        assert (ours.double() - exact).abs().max() <= allowed.max()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", GRIDS)
-@pytest.mark.parametrize("clip_frames", CLIPS)
-def test_varlen_flash_on_a_gpu(dtype: torch.dtype, tokens: int, clip_frames: tuple[int, ...]) -> None:
-    """PyTorch's varlen flash operators, forward and backward, against the oracle in float64."""
-    group = FrameGroup.of(clip_frames, GRIDS[tokens])
-    inputs = tensors(group, dtype, "cuda")
-    exact_inputs = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
-    assert frame_attention(*inputs[:3], group).grad_fn.name().startswith("CausalPair")
-    for ours, exact in zip(
-        run(lambda q, k, v, at: CausalPair.apply(q, k, v, None, None, at, None, torch_varlen), group, *inputs),
-        run(dense_attention, group, *exact_inputs),
-        strict=True,
-    ):
-        assert_rounding_only(ours, exact)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("clip_frames", LONG_CLIPS)
-def test_varlen_flash_with_a_context_on_a_gpu(dtype: torch.dtype, clip_frames: tuple[int, ...]) -> None:
-    layout = FrameLayout.of(clip_frames, (8, 8), window=4, coarser=4)
-    device = torch.device("cuda")
-    inputs = [x.to(device, dtype) for x in long_tensors(layout)]
-    exact_inputs = [x.double() for x in inputs]
-    for ours, exact in zip(
-        run_long(frame_attention, layout, *inputs), run_long(dense_attention, layout, *exact_inputs), strict=True
-    ):
-        assert_rounding_only(ours, exact)

@@ -10,6 +10,9 @@ from far_scale.model import FAR, FARConfig
 CONFIG = FARConfig(layers=3, heads=2, channels=4, window=3, context_patch=2, actions=3)
 
 
+CHECKPOINTING = ("none", "attention-kept", "full")
+
+
 def trained_like(config: FARConfig) -> FAR:
     """A float64 model whose every weight is random: at its start the gates are zero and would hide the blocks."""
     torch.manual_seed(0)
@@ -49,7 +52,7 @@ def test_context_is_causal_among_itself() -> None:
     when the clip goes on, as the cache relies on. Shown on the last block's input."""
     model = trained_like(CONFIG)
     seen = []
-    model.blocks[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[4]))
+    model.blocks[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[5]))
     latents, timesteps, actions = clip(8)
     for frames in (6, 8):
         model(
@@ -98,12 +101,13 @@ def test_without_context_frames_every_weight_still_gets_a_gradient() -> None:
 
 def test_activation_checkpointing_changes_nothing() -> None:
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in CHECKPOINTING:
         model = trained_like(CONFIG).train()
-        model.activation_checkpointing = checkpointing
+        model.run_as(checkpointing=checkpointing)
         model(*clip(7)).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for plain, *others in zip(*gradients, strict=True):
+        assert all(torch.equal(plain, other) for other in others)
 
 
 def test_what_nothing_reads_is_kept_but_not_trained() -> None:

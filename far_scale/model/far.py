@@ -16,10 +16,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from far_scale.layout import FrameGroup, FrameLayout
-from far_scale.model.layers import HEAD_DIM, Block, Output, TimestepEmbedding, Unread, linear, rotations
+from far_scale.model.attention import choose
+from far_scale.model.layers import (
+    HEAD_DIM,
+    Block,
+    Checkpointing,
+    Output,
+    TimestepEmbedding,
+    Tokens,
+    Unread,
+    linear,
+    rotations,
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ class FAR(nn.Module):
     def __init__(self, config: FARConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.attention_kernel = "auto"
         self.patch_embedding = linear(config.channels * config.patch**2, config.width)
         self.timestep_embedding = TimestepEmbedding(config.width)
         self.condition_embedding = None
@@ -113,6 +123,21 @@ class FAR(nn.Module):
             self.context_output = Unread(
                 weight=torch.zeros(context_channels, config.width), bias=torch.zeros(context_channels)
             )
+
+    def run_as(
+        self, compiled: bool = False, checkpointing: Checkpointing = "none", attention_kernel: str = "auto"
+    ) -> None:
+        """How the blocks are computed, which changes nothing but time and memory.
+
+        Args:
+            compiled: by torch.compile, one graph for all blocks.
+            checkpointing: what training computes again in backward in place of keeping it (see `Block`).
+            attention_kernel: its name, or "auto" (see `attention.choose`).
+        """
+        self.attention_kernel = attention_kernel
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compiled, block.checkpointing = compiled, checkpointing
 
     def forward(
         self,
@@ -152,23 +177,26 @@ class FAR(nn.Module):
 
         frames = latents.reshape(-1, channels, height, width)
         condition = self.condition(timesteps.flatten(), self._classes(actions, labels, layout))
-        context, context_condition, context_rotation = None, None, None
+        device, order, context = latents.device, layout.window_order(latents.device), None
         if self.config.context_patch:
-            rows = layout.context_rows(latents.device)
+            rows = layout.context_rows(device)
             patches = to_patches(frames[rows], self.config.context_patch)
-            context, context_condition = self.context_patch_embedding(patches.to(condition.dtype)), condition[rows]
-            context_rotation = self.rotations(layout.context)
-            rows = layout.window_rows(latents.device)
+            context = Tokens(
+                self.context_patch_embedding(patches.to(condition.dtype)),
+                condition[rows],
+                self.rotations(layout.context),
+                layout.context.order().key,
+            )
+            rows = layout.window_rows(device)
             frames, condition = frames[rows], condition[rows]
-        window = self.patch_embedding(to_patches(frames, self.config.patch).to(condition.dtype))
-        window_rotation = self.rotations(layout.window)
+        x = self.patch_embedding(to_patches(frames, self.config.patch).to(condition.dtype))
+        window = Tokens(x, condition, self.rotations(layout.window), order.key)
+        kernel = self.kernel()
         for block in self.blocks:
-            inputs = (window, condition, window_rotation, layout, context, context_condition, context_rotation)
-            if self.activation_checkpointing and self.training:
-                window, context = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                window, context = block(*inputs)
-        velocity = from_patches(self.output(window, condition), (height, width), self.config.patch)
+            x, seen = block(kernel, *window, *(context or ()))
+            window = window._replace(x=x)
+            context = None if context is None or seen is None else context._replace(x=seen)
+        velocity = from_patches(self.output(window.x, condition), (height, width), self.config.patch)
         return velocity.view(*clips, -1, channels, height, width)
 
     def condition(self, timesteps: Tensor, classes: Tensor | None) -> Tensor:
@@ -189,10 +217,19 @@ class FAR(nn.Module):
         return None if actions is None else actions.flatten()
 
     def rotations(self, group: FrameGroup) -> Tensor:
-        """Rotary factors `[T, D/2]` of the group's tokens, complex64 (complex128 for a float64 model)."""
+        """Rotary cosine and sine `[T, D/2, 2]` of the group's tokens, float32 (float64 for a float64 model)."""
         weight = self.patch_embedding.weight
         exact = rotations(group.positions_on(weight.device))
-        return exact if weight.dtype == torch.float64 else exact.to(torch.complex64)
+        return exact.to(torch.promote_types(weight.dtype, torch.float32))
+
+    def kernel(self) -> str:
+        """The name of the attention kernel that `attention_kernel` asks for, on the weights' device in their precision.
+
+        Raises:
+            UserError: it is unknown or not usable there.
+        """
+        weight = self.patch_embedding.weight
+        return choose(self.attention_kernel, weight.device, weight.dtype, HEAD_DIM).name
 
 
 def to_patches(frames: Tensor, patch: int) -> Tensor:

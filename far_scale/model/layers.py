@@ -6,20 +6,25 @@ where it works per token: a condition is constant over a frame, so it is project
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from far_scale.layout import FrameGroup, FrameLayout
-from far_scale.model.attention import Earlier, frame_attention
+from far_scale.model.attention import attend
 
 HEAD_DIM = 64
 ROTARY_AXES = (16, 24, 24)  # of a head's 64 dimensions: frame, y, x
 ROTARY_THETA = 10000.0
 NORM_EPS = 1e-6
 TIMESTEP_SINUSOIDS = 256
+
+Checkpointing = Literal["none", "attention-kept", "full"]
 
 
 def linear(inputs: int, outputs: int, thirds: int = 1) -> nn.Linear:
@@ -44,7 +49,7 @@ def zero_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def rotations(positions: Tensor) -> Tensor:
-    """Unit complex numbers `[T, D/2]` (complex128) that rotate a token's channel pairs: 3-axis RoPE as in Flux.
+    """Cosine and sine `[T, D/2, 2]` (float64) by which a token's channel pairs turn: 3-axis RoPE as in Flux.
 
     Args:
         positions: `[T, 3]` frame, y, x. Each axis turns its share of pairs by position * theta^(-2i/axis).
@@ -54,14 +59,21 @@ def rotations(positions: Tensor) -> Tensor:
         exponents = torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size
         angles.append(positions[:, axis, None] * ROTARY_THETA**-exponents)
     angle = torch.cat(angles, dim=-1)
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs of x `[T, N, D]` by `rotation` `[T, D/2]`, in float32 or better."""
-    precise = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(precise.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).to(x.dtype)
+    """Turn neighbouring channel pairs of x `[T, N, D]` by `rotation` `[T, D/2, 2]`, in float32 or better."""
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        # In reals, which a compiler fuses with the norm before and the layout after.
+        cos, sin = rotation[:, None].unbind(-1)
+        first, second = pairs.unbind(-1)
+        turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    else:
+        # The same as one complex product, a single pass.
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation)[:, None])
+    return turned.flatten(-2).to(x.dtype)
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -133,12 +145,12 @@ class Attention(nn.Module):
                 self.context_out = linear(width, width)
 
     def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Window tokens x `[F, P, E]`, rotation `[T, D/2]` -> q, k, v `[T, N, D]`, q and k rotated."""
+        """Window tokens x `[F, P, E]`, rotation `[T, D/2, 2]` -> q, k, v `[T, N, D]`, q and k rotated."""
         q, k, v = self._heads(self.qkv(x), 3)
         return rotate(self.norm_q(q), rotation), rotate(self.norm_k(k), rotation), v
 
     def project_context(self, x: Tensor, rotation: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Context tokens x `[F, Q, E]`, rotation `[T, D/2]` -> q (None in the last block), k, v `[T, N, D]`."""
+        """Context tokens x `[F, Q, E]`, rotation `[T, D/2, 2]` -> q (None in the last block), k, v `[T, N, D]`."""
         if self.last:
             width = x.shape[-1]
             kv = F.linear(x, self.context_qkv.weight[width:], self.context_qkv.bias[width:])
@@ -164,10 +176,31 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
+class Tokens(NamedTuple):
+    """The window's or the context's tokens on their way through the layers.
+
+    Attributes:
+        x: `[F, P, E]`.
+        condition: `[F, E]` what each frame is told, SiLU taken already.
+        rotation: `[F * P, D/2, 2]` rotary cosine and sine.
+        order: the key of what they see (`Order`).
+    """
+
+    x: Tensor
+    condition: Tensor
+    rotation: Tensor
+    order: Tensor
+
+
 class Block(nn.Module):
     """Attention, then MLP, each behind a modulated norm and a gate made of the frame's condition.
 
     Window and context share the modulation, the norms and the MLP.
+
+    Attributes:
+        compiled: run as one compiled graph, which all blocks share.
+        checkpointing: what training computes again in backward in place of keeping it: nothing, all but attention's
+            outputs, or all.
     """
 
     def __init__(self, heads: int, context: bool = False, last: bool = False) -> None:
@@ -177,46 +210,48 @@ class Block(nn.Module):
         self.attention = Attention(heads, context, last)
         self.mlp_modulation = zero_linear(width, 3 * width)
         self.mlp = MLP(width)
+        self.compiled = False
+        self.checkpointing: Checkpointing = "none"
 
-    def forward(
-        self,
-        window: Tensor,
-        window_condition: Tensor,
-        window_rotation: Tensor,
-        layout: FrameLayout,
-        context: Tensor | None = None,
-        context_condition: Tensor | None = None,
-        context_rotation: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, kernel: str, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         """One layer over a pack.
 
         Args:
-            window: `[Fw, P, E]`.
-            window_condition: `[Fw, E]`, SiLU taken already.
-            window_rotation: `[Fw * P, D/2]`.
-            layout: the pack's order.
-            context, context_condition, context_rotation: likewise `[Fc, Q, E]`, `[Fc, E]` and `[Fc * Q, D/2]`, in a
-                model with context. Fc may be 0: a pack of short clips still uses, and sends gradients to, every weight,
-                as ranks that gather and reduce them together need.
+            kernel: the attention kernel's name.
+            tensors: the window's `Tokens`, with Fw frames, and in a model with context the context's, with Fc frames,
+                flat, as module hooks (ZeRO-3's, for one) see tensors only among the arguments themselves. Fc may be 0:
+                a pack of short clips still uses, and sends gradients to, every weight, as ranks that gather and reduce
+                them together need.
 
         Returns:
             The window `[Fw, P, E]` and the context `[Fc, Q, E]` (None after the last block and without a context).
         """
-        earlier = None
+        window, context = Tokens(*tensors[:4]), Tokens(*tensors[4:]) if len(tensors) > 4 else None
+        # To a compiler one frame is no number but a case of its own, and so rare a one that it is not worth a graph.
+        if not self.compiled or len(window.x) == 1 or (context is not None and len(context.x) == 1):
+            return _layer(self, window, context, kernel)
+        for tokens in (window,) if context is None else (window, context):
+            for tensor in tokens[:3]:
+                # Packs differ in frames: say so at once, or the first pack's number would be compiled in. (Done here,
+                # since ZeRO's hooks hand a block other tensors than the model did.)
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return _compiled_layer()(self, window, context, kernel)
+
+    def compute(self, window: Tokens, context: Tokens | None, kernel: str) -> tuple[Tensor, Tensor | None]:
+        """`forward` itself, however it is run."""
+        seen, k, v = None, None, None
         if context is not None:
-            assert context_condition is not None and context_rotation is not None
-            context, k, v = self.context(context, context_condition, context_rotation, layout.context)
-            earlier = Earlier(k, v, layout.prefix(window.device))
-        window, _, _ = self.window(window, window_condition, window_rotation, layout.window, earlier)
-        return window, context
+            seen, k, v = self.context(context, None, None, kernel)
+        return self.window(window, k, v, kernel)[0], seen
 
     def window(
-        self, x: Tensor, condition: Tensor, rotation: Tensor, group: FrameGroup, earlier: Earlier | None = None
+        self, tokens: Tokens, earlier_k: Tensor | None, earlier_v: Tensor | None, kernel: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer over window frames x `[F, P, E]`: the new x, and k and v `[T, N, D]`."""
+        """The layer over window tokens, which also see earlier keys and values `[S, N, D]`: x, k and v `[T, N, D]`."""
+        x, condition, rotation, order = tokens
         shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
         q, k, v = self.attention.project(modulated_norm(x, scale, shift), rotation)
-        seen = frame_attention(q, k, v, group, earlier).reshape(x.shape)
+        seen = attend(q, k, v, earlier_k, earlier_v, order, kernel).reshape(x.shape)
         return self.add_mlp(gated(x, gate, self.attention.out(seen)), self.mlp_modulation(condition)), k, v
 
     def window_keys(self, x: Tensor, condition: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,20 +261,41 @@ class Block(nn.Module):
         return k, v
 
     def context(
-        self, x: Tensor, condition: Tensor, rotation: Tensor, group: FrameGroup, earlier: Earlier | None = None
+        self, tokens: Tokens, earlier_k: Tensor | None, earlier_v: Tensor | None, kernel: str
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The layer over context frames x `[F, Q, E]`, likewise; in the last block the new x is None."""
+        """The layer over context tokens, likewise; in the last block the new x is None."""
+        x, condition, rotation, order = tokens
         shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
         q, k, v = self.attention.project_context(modulated_norm(x, scale, shift), rotation)
         if q is None:
             return None, k, v
-        seen = frame_attention(q, k, v, group, earlier).reshape(x.shape)
+        seen = attend(q, k, v, earlier_k, earlier_v, order, kernel).reshape(x.shape)
         return self.add_mlp(gated(x, gate, self.attention.context_out(seen)), self.mlp_modulation(condition)), k, v
 
     def add_mlp(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x `[F, P, E]`, modulation `[F, 3 E]` -> `[F, P, E]`."""
         shift, scale, gate = modulation.chunk(3, dim=-1)
         return gated(x, gate, self.mlp(modulated_norm(x, scale, shift)))
+
+
+def _layer(block: Block, window: Tokens, context: Tokens | None, kernel: str) -> tuple[Tensor, Tensor | None]:
+    if block.checkpointing == "none" or not block.training:
+        return block.compute(window, context, kernel)
+    keep: dict[str, Any] = {"context_fn": _keep_attention} if block.checkpointing == "attention-kept" else {}
+    computed: tuple[Tensor, Tensor | None] = checkpoint(
+        block.compute, window, context, kernel, use_reentrant=False, preserve_rng_state=False, **keep
+    )
+    return computed
+
+
+def _keep_attention() -> Any:
+    return create_selective_checkpoint_contexts([torch.ops.far_scale.frame_attention.default])
+
+
+@functools.cache
+def _compiled_layer() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """One for all blocks: the weights are its inputs, and so is the order of a pack."""
+    return torch.compile(_layer)
 
 
 class Output(nn.Module):

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from far_scale.layout import FrameGroup, Prefix, Spans
 from far_scale.model import FAR
-from far_scale.model.attention import Earlier
 from far_scale.model.far import from_patches, to_patches
-from far_scale.model.layers import Block, gated, modulated_norm
+from far_scale.model.layers import Block, Tokens, gated, modulated_norm
 from far_scale.objective import CLEAN, CLEAN_CONTEXT
 from far_scale.sampling.cache import MultiLevelCache
 
@@ -78,6 +77,7 @@ class Cached:
         self._model, self._timesteps, self._copies, self._size = model, timesteps, copies, size
         self._rows, self._dtype = copies * clips, weight.dtype
         self._blocks = [cast(Block, block) for block in model.blocks]
+        self._kernel = model.kernel()
         self._cache = MultiLevelCache(model.config, self._rows, frames, size, weight.device, weight.dtype)
         self._first = 0  # index in the clip of the window's first frame
         self._window_frames, self._context_frames = 0, 0  # clean frames held
@@ -120,11 +120,10 @@ class Cached:
         rotation = model.rotations(group)
         condition = model.condition(clean.new_full((group.frames,), CLEAN_CONTEXT), classes)
         x = model.context_patch_embedding(to_patches(clean.flatten(0, 1), model.config.context_patch))
-        prefix = self._all_of(held * cache.coarse, frames * cache.coarse)
+        order = group.order(self._all_of(held * cache.coarse, frames * cache.coarse)).key
         for layer, block in enumerate(self._blocks):
-            k, v = cache.context(layer, held)
-            earlier = Earlier(k.flatten(0, 1), v.flatten(0, 1), prefix)
-            new, k, v = block.context(x, condition, rotation, group, earlier)
+            k, v = (part.flatten(0, 1) for part in cache.context(layer, held))
+            new, k, v = block.context(Tokens(x, condition, rotation, order), k, v, self._kernel)
             cache.write_context(layer, held, k, v)
             x = x if new is None else new
         self._context_frames += frames
@@ -136,14 +135,15 @@ class Cached:
         rotation = model.rotations(group)
         condition = model.condition(clean.new_full((group.frames,), CLEAN), classes)
         x = model.patch_embedding(to_patches(clean.flatten(0, 1), model.config.patch))
-        prefix = self._all_of(held * cache.fine + self._context_frames * cache.coarse, frames * cache.fine)
+        held_keys = held * cache.fine + self._context_frames * cache.coarse
+        order = group.order(self._all_of(held_keys, frames * cache.fine)).key
         for layer, block in enumerate(self._blocks):
             if layer == len(self._blocks) - 1:
                 k, v = block.window_keys(x, condition, rotation)  # nothing reads what becomes of clean frames
             else:
                 k, v = cache.window(layer, held) if held else cache.context(layer, self._context_frames)
-                earlier = Earlier(k.flatten(0, 1), v.flatten(0, 1), prefix)
-                x, k, v = block.window(x, condition, rotation, group, earlier)
+                k, v = k.flatten(0, 1), v.flatten(0, 1)
+                x, k, v = block.window(Tokens(x, condition, rotation, order), k, v, self._kernel)
             cache.write_window(layer, held, k, v)
         self._window_frames += frames
 

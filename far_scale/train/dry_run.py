@@ -16,11 +16,13 @@ from far_scale.data.shards import ShardSet
 from far_scale.errors import UserError
 from far_scale.layout import FrameLayout
 from far_scale.model import FAR
+from far_scale.objective import add_noise
 from far_scale.recipe import Recipe, check_ranks
 from far_scale.train.curriculum import Stage, stages
 from far_scale.train.engine import start_engine
+from far_scale.train.feed import Batch
 from far_scale.train.flops import peak_flops, train_flops
-from far_scale.train.loop import build_model, compute_dtype, train_step
+from far_scale.train.loop import build_model, check_computation, compute_dtype, train_step
 from far_scale.train.processes import Processes
 from far_scale.train.resume import load_start_weights
 
@@ -75,6 +77,7 @@ def dry_run(recipe: Recipe, processes: Processes) -> None:
         UserError: something does not fit; memory is judged before anything is allocated.
     """
     check_ranks(recipe, processes.count)
+    attention = check_computation(recipe, processes)
     plan = [(stage, stage.open_shards()) for stage in stages(recipe)]
     manifest = Manifest.read(recipe.data.shards)
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
@@ -93,6 +96,7 @@ def dry_run(recipe: Recipe, processes: Processes) -> None:
             print(f"shard set   {folder}: {len(shards.shards)} shards, {shards.samples} samples")
         print(f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{train.zero_stage}, {train.precision}")
         peak = processes.count * peak_flops(processes.device, compute_dtype(recipe))
+        print(attention)
         for line in stage_table(costs, needs, peak):
             print(line)
         print(f"memory      about {need / 1e9:.2f} GB a rank at most, {have / 1e9:.2f} GB free")
@@ -111,8 +115,10 @@ def dry_run(recipe: Recipe, processes: Processes) -> None:
     for stage, shard_set in plan:
         with PackLoader(shard_set, scaling, own_lanes, stage.dealing(recipe.seed), stage.first, prefetch=1) as loader:
             packs = next(loader)
+            noisy = [add_noise(pack, recipe.objective, stage.config, recipe.seed) for pack in packs]
             start = time.perf_counter()
-            loss = processes.mean(train_step(engine, packs, recipe, stage, processes)).item()
+            batch = Batch(packs, [pack.to(processes.device) for pack in noisy])
+            loss = processes.mean(train_step(engine, batch, stage, processes)).item()
             seconds = time.perf_counter() - start
         if processes.main:
             of = f"of {stage.name}: " if recipe.curriculum else ""
@@ -167,14 +173,15 @@ def state_bytes(recipe: Recipe, parameters: int, ranks: int) -> float:
 def activation_bytes(recipe: Recipe, layout: FrameLayout) -> float:
     """Roughly what a forward pass keeps for backward: some 34 numbers a token, layer and channel of width.
 
-    With activation checkpointing one number a layer and one layer's worth in full.
+    With activation checkpointing one number a layer (with attention kept, two) and one layer's worth in full.
     """
     number = 2 if recipe.train.precision == "bf16" else 4
     config = recipe.far_config()
     a_layer = 34 * layout.tokens * config.width * number
-    if recipe.train.activation_checkpointing == "full":
-        return a_layer + config.layers * layout.tokens * config.width * number
-    return config.layers * a_layer
+    kept = {"none": 0, "attention-kept": 2, "full": 1}[recipe.train.activation_checkpointing]
+    if not kept:
+        return config.layers * a_layer
+    return a_layer + kept * config.layers * layout.tokens * config.width * number
 
 
 def _short(number: float) -> str:

@@ -52,7 +52,7 @@ def start_engine(model: FAR, recipe: Recipe, processes: Processes) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    model.activation_checkpointing = recipe.train.activation_checkpointing == "full"
+    model.run_as(recipe.train.compile, recipe.train.activation_checkpointing, recipe.train.attention)
     model.to(processes.device)
     optimizer = torch.optim.AdamW(
         model.parameters(),

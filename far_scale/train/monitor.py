@@ -17,6 +17,7 @@ from tqdm import tqdm
 from far_scale.errors import UserError
 from far_scale.files import atomic_write
 from far_scale.recipe import Recipe
+from far_scale.train.compiled import compiled_graphs
 from far_scale.train.curriculum import Stage
 from far_scale.train.processes import Processes
 
@@ -38,6 +39,7 @@ class Monitor:
         self._bar: tqdm[Any] | None = None
         self._wandb: Any = None
         self._stage: Stage | None = None
+        self._graphs = 0
         if processes.main:
             _drop_later_lines(self._log, start)
             self._bar = tqdm(total=recipe.train.steps, initial=start, desc="train", unit="step", disable=None)
@@ -80,6 +82,9 @@ class Monitor:
         self._losses.append(loss)
         if self._bar is not None:
             self._bar.update()
+        if self._recipe.train.compile and (graphs := compiled_graphs()) != self._graphs:
+            self._graphs = graphs
+            self.say(f"step {step}: {graphs} graphs compiled so far")
         last = step == self._recipe.train.steps
         if step % self._recipe.log.every and step != 1 and not last:
             return
@@ -100,6 +105,7 @@ class Monitor:
             "data_wait": self._waited / seconds,
             "memory_gb": _peak_memory(self._processes.device) / 1e9,
             "seconds_per_step": seconds / self._steps,
+            **({"compiled_graphs": self._graphs} if self._recipe.train.compile else {}),
         }
         if self._processes.main:
             self._tell(line)

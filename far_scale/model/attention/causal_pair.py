@@ -4,84 +4,76 @@ Let a group's tokens stand in frame order. The keys that query t of frame f may 
 
     {keys <= t}                               one causal call; the sequences are the clips
     + {keys of the same frame that are > t}   one causal call over reversed frames; the sequences are the frames
-    + {keys of the clip's context}            where there is one: a call without a mask; the sequences are the clips
+    + {the clip's earlier keys}               where there are any: a call without a mask; the sequences are the clips
 
 The sets are disjoint, so their softmaxes merge by the log-sum-exps l1, l2 (the rule of split attention, as in
 FlashDecoding): l = logaddexp(l1, l2), o = o1 exp(l1 - l) + o2 exp(l2 - l). Backward, a flash kernel computes
 P = exp(s - l) and rowsum(dO * O) from the l and O it is given; given the merged ones, each call yields exactly its
 own pairs' share of the gradients, which add up.
+
+    shape letters   T tokens of the group   S earlier keys   N heads   D head dim
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from far_scale.layout import FrameGroup, Prefix
+from far_scale.layout import Order
 from far_scale.model.attention.kernel import Kernel
 
 
-class CausalPair(torch.autograd.Function):
-    """q, k, v `[T, N, D]` and the context's keys and values `[S, N, D]` -> `[T, N, D]`, see `frame_attention`."""
+def forward(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, earlier_k: Tensor | None, earlier_v: Tensor | None, order: Order
+) -> tuple[Tensor, Tensor]:
+    """q, k, v `[T, N, D]`, the earlier keys and values `[S, N, D]` -> out `[T, N, D]`, lse `[T, N]` (natural log)."""
+    clips, upper, prefix = order.group.clips, order.group.upper_triangle(q.device), order.prefix
+    out, lse = kernel.forward(q, k, v, clips, clips, causal=True)
+    if upper is not None:
+        rows, keys, spans = upper.queries, upper.keys, upper.spans
+        part = kernel.forward(_rows(q, rows), _rows(k, keys), _rows(v, keys), spans, spans, causal=True)
+        _merge(out, lse, rows, *part)
+    if prefix is not None:
+        assert earlier_k is not None and earlier_v is not None
+        part = kernel.forward(_rows(q, prefix.rows), earlier_k, earlier_v, prefix.queries, prefix.keys, causal=False)
+        _merge(out, lse, prefix.rows, *part)
+    return out, lse
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        context_k: Tensor | None,
-        context_v: Tensor | None,
-        group: FrameGroup,
-        prefix: Prefix | None,
-        kernel: Kernel,
-    ) -> Tensor:
-        out, lse = kernel.forward(q, k, v, group.clips, group.clips, causal=True)
-        upper = group.upper_triangle(q.device)
-        if upper is not None:
-            rows, keys, spans = upper.queries, upper.keys, upper.spans
-            part = kernel.forward(_rows(q, rows), _rows(k, keys), _rows(v, keys), spans, spans, causal=True)
-            _merge(out, lse, rows, *part)
-        if prefix is not None:
-            assert context_k is not None and context_v is not None
-            part = kernel.forward(
-                _rows(q, prefix.rows), context_k, context_v, prefix.queries, prefix.keys, causal=False
-            )
-            _merge(out, lse, prefix.rows, *part)
-        ctx.save_for_backward(q, k, v, context_k, context_v, out, lse)
-        ctx.group, ctx.prefix, ctx.kernel = group, prefix, kernel
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (dout,) = grad_outputs
-        q, k, v, context_k, context_v, out, lse = ctx.saved_tensors
-        group, prefix, kernel = ctx.group, ctx.prefix, ctx.kernel
-        dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, group.clips, group.clips, causal=True)
-        upper = group.upper_triangle(q.device)
-        if upper is not None:
-            rows, keys, spans = upper.queries, upper.keys, upper.spans
-            by_query = (_rows(x, rows) for x in (dout, q, out, lse))
-            upper_dout, upper_q, upper_out, upper_lse = by_query
-            upper_dq, upper_dk, upper_dv = kernel.backward(
-                upper_dout, upper_q, _rows(k, keys), _rows(v, keys), upper_out, upper_lse, spans, spans, causal=True
-            )
-            # Within a call no row comes twice, so the additions need no atomics and their order is fixed.
-            _add(dq, rows, upper_dq)
-            _add(dk, keys, upper_dk)
-            _add(dv, keys, upper_dv)
-        # Without a context there may still be an empty tensor of keys: its gradient is as empty.
-        d_context_k, d_context_v = context_k, context_v
-        if prefix is not None:
-            by_query = (_rows(x, prefix.rows) for x in (dout, q, out, lse))
-            seen_dout, seen_q, seen_out, seen_lse = by_query
-            prefix_dq, d_context_k, d_context_v = kernel.backward(
-                seen_dout, seen_q, context_k, context_v, seen_out, seen_lse, prefix.queries, prefix.keys, causal=False
-            )
-            _add(dq, prefix.rows, prefix_dq)
-        return dq, dk, dv, d_context_k, d_context_v, None, None, None
+def backward(
+    kernel: Kernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    earlier_k: Tensor | None,
+    earlier_v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    order: Order,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of q, k, v `[T, N, D]` and, with a prefix, of the earlier keys and values `[S, N, D]`."""
+    clips, upper, prefix = order.group.clips, order.group.upper_triangle(q.device), order.prefix
+    dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, clips, clips, causal=True)
+    if upper is not None:
+        rows, keys, spans = upper.queries, upper.keys, upper.spans
+        upper_dout, upper_q, upper_out, upper_lse = (_rows(x, rows) for x in (dout, q, out, lse))
+        upper_dq, upper_dk, upper_dv = kernel.backward(
+            upper_dout, upper_q, _rows(k, keys), _rows(v, keys), upper_out, upper_lse, spans, spans, causal=True
+        )
+        # Within a call no row comes twice, so the additions need no atomics and their order is fixed.
+        _add(dq, rows, upper_dq)
+        _add(dk, keys, upper_dk)
+        _add(dv, keys, upper_dv)
+    if prefix is None:
+        return dq, dk, dv, None, None
+    assert earlier_k is not None and earlier_v is not None
+    seen_dout, seen_q, seen_out, seen_lse = (_rows(x, prefix.rows) for x in (dout, q, out, lse))
+    prefix_dq, earlier_dk, earlier_dv = kernel.backward(
+        seen_dout, seen_q, earlier_k, earlier_v, seen_out, seen_lse, prefix.queries, prefix.keys, causal=False
+    )
+    _add(dq, prefix.rows, prefix_dq)
+    return dq, dk, dv, earlier_dk, earlier_dv
 
 
 def _rows(x: Tensor, rows: Tensor | None) -> Tensor:

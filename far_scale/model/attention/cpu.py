@@ -1,8 +1,8 @@
 """The kernel for CPUs: PyTorch's flash attention operator, run once for each pair of sequence lengths.
 
 The operator takes dense batches `[sequences, N, length, D]` in float32, float64, bfloat16 or float16 and gives the
-log-sum-exp `[sequences, N, length]`. Sequences of one length lie end to end as a dense batch already (no copy);
-mixed lengths are gathered, a batch for each pair of query and key length.
+log-sum-exp `[sequences, N, length]` (natural; float64 for float64, else float32). Sequences of one length lie end to
+end as a dense batch already (no copy); mixed lengths are gathered, a batch for each pair of query and key length.
 """
 
 from __future__ import annotations
@@ -13,9 +13,20 @@ import torch
 from torch import Tensor
 
 from far_scale.layout import Spans
+from far_scale.model.attention.kernel import not_this_dtype
+
+NAME, PACKAGE, INSTALL = "cpu", "torch", ""
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.why_not`."""
+    if device.type != "cpu":
+        return "runs on CPUs alone"
+    return None if dtype in DTYPES else not_this_dtype(dtype, DTYPES)
 
 
 def _dense(x: Tensor, spans: Spans) -> Tensor:

@@ -3,26 +3,76 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from far_scale.layout import FrameGroup, Prefix
-from far_scale.model.attention.earlier import Earlier
+from far_scale.layout import Order, Prefix
+
+NAME = "dense"
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, group: FrameGroup, earlier: Earlier | None = None) -> Tensor:
-    """See `frame_attention`; memory and work grow with T (S + T) whatever the mask lets through."""
-    mask = group.mask(q.device)
-    if earlier is not None and earlier.prefix is not None:
-        k, v = torch.cat([earlier.k, k]), torch.cat([earlier.v, v])
-        mask = torch.cat([_prefix_mask(earlier.prefix, len(q), q.device), mask], dim=1)
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.squeeze(0).transpose(0, 1)
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, earlier_k: Tensor | None, earlier_v: Tensor | None, order: Order
+) -> tuple[Tensor, Tensor]:
+    """q, k, v `[T, N, D]`, the earlier keys and values `[S, N, D]` -> out `[T, N, D]`, lse `[T, N]`.
+
+    Memory and work grow with T (S + T) whatever the mask lets through.
+    """
+    keys, values = _all_keys(k, v, earlier_k, earlier_v, order)
+    scores = _scores(q, keys, order)
+    lse = scores.logsumexp(-1)
+    out = torch.einsum("ntk,knd->tnd", (scores - lse.unsqueeze(-1)).exp().to(q.dtype), values)
+    return out, lse.T
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    earlier_k: Tensor | None,
+    earlier_v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    order: Order,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of q, k, v and, with a prefix, of the earlier keys and values."""
+    keys, values = _all_keys(k, v, earlier_k, earlier_v, order)
+    weights = (_scores(q, keys, order) - lse.T.unsqueeze(-1)).exp()  # [N, T, S + T]
+    d_weights = torch.einsum("tnd,knd->ntk", dout, values).to(weights.dtype)
+    share = (dout * out).sum(-1, dtype=weights.dtype).T.unsqueeze(-1)  # [N, T, 1]
+    d_scores = (weights * (d_weights - share) * q.shape[-1] ** -0.5).to(q.dtype)
+    dq = torch.einsum("ntk,knd->tnd", d_scores, keys)
+    d_keys = torch.einsum("ntk,tnd->knd", d_scores, q)
+    d_values = torch.einsum("ntk,tnd->knd", weights.to(q.dtype), dout)
+    if order.prefix is None:
+        return dq, d_keys, d_values, None, None
+    earlier = len(keys) - len(k)
+    return dq, d_keys[earlier:], d_values[earlier:], d_keys[:earlier], d_values[:earlier]
+
+
+def _all_keys(
+    k: Tensor, v: Tensor, earlier_k: Tensor | None, earlier_v: Tensor | None, order: Order
+) -> tuple[Tensor, Tensor]:
+    if order.prefix is None:
+        return k, v
+    assert earlier_k is not None and earlier_v is not None
+    return torch.cat([earlier_k, k]), torch.cat([earlier_v, v])
+
+
+def _scores(q: Tensor, keys: Tensor, order: Order) -> Tensor:
+    """`[N, T, S + T]` in float32 or better, -inf where the mask forbids."""
+    precise = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("tnd,knd->ntk", q.to(precise), keys.to(precise)) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~mask(order, q.device), -torch.inf)
+
+
+def mask(order: Order, device: torch.device) -> Tensor:
+    """`[T, S + T]` bool, True where the query (row) may see the key (column), the prefix's keys first."""
+    group = order.group.mask(device)
+    return group if order.prefix is None else torch.cat([_prefix_mask(order.prefix, len(group), device), group], dim=1)
 
 
 def _prefix_mask(prefix: Prefix, tokens: int, device: torch.device) -> Tensor:
-    """`[T, S]` bool, True where the window token (row) is of the context token's (column's) clip."""
     query_clip, key_clip = (
         torch.arange(len(spans.lengths), device=device).repeat_interleave(torch.tensor(spans.lengths, device=device))
         for spans in (prefix.queries, prefix.keys)

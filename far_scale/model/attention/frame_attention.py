@@ -1,24 +1,13 @@
-"""`frame_attention`: frame-block causal attention over a pack, by the kernel that fits device and precision."""
+"""`frame_attention`: frame-block causal attention over a group of frames, by the kernel that fits."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from far_scale.layout import FrameGroup
-from far_scale.model.attention import cpu, torch_varlen
-from far_scale.model.attention.causal_pair import CausalPair
-from far_scale.model.attention.dense import dense_attention
+from far_scale.model.attention.choice import choose
 from far_scale.model.attention.earlier import Earlier
-from far_scale.model.attention.kernel import Kernel
-
-
-def kernel_for(q: Tensor) -> Kernel | None:
-    """The kernel for this tensor's device and precision; None where only the dense oracle computes it."""
-    if q.device.type == "cpu":
-        return cpu
-    if q.device.type == "cuda" and q.dtype in torch_varlen.DTYPES:
-        return torch_varlen
-    return None
+from far_scale.model.attention.operators import attend
 
 
 def frame_attention(
@@ -27,6 +16,7 @@ def frame_attention(
     v: Tensor,
     group: FrameGroup,
     earlier: Earlier | None = None,
+    kernel: str = "auto",
 ) -> Tensor:
     """Every token attends to its own frame in full, to all earlier frames of its clip in the group, and to all of its
     clip's earlier keys.
@@ -35,22 +25,20 @@ def frame_attention(
         q, k, v: `[T, N, D]`, the group's tokens in its order; softmax scale 1/sqrt(D).
         group: whose tokens they are.
         earlier: keys and values before the group, if any.
+        kernel: its name, or "auto" for the first that is usable.
 
     Returns:
         `[T, N, D]`, differentiable in all tensors.
 
     Raises:
         ValueError: the tensors do not hold the group's tokens or the prefix's.
+        UserError: the kernel is unknown or not usable here.
     """
     if not q.shape == k.shape == v.shape or q.dim() != 3 or q.shape[0] != group.tokens:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v must each be [T, N, D] with T = {group.tokens} tokens, got {shapes}")
-    context_k, context_v, prefix = earlier or (None, None, None)
-    if context_k is not None and len(context_k) != (prefix.keys.starts[-1] if prefix else 0):
-        raise ValueError(f"the prefix has {prefix.keys.starts[-1] if prefix else 0} earlier keys, got {len(context_k)}")
-    if not group.tokens:
-        return q + k + v  # as empty as they are, and every one of them gets its (empty) gradient
-    kernel = kernel_for(q)
-    if kernel is None:
-        return dense_attention(q, k, v, group, earlier)
-    return CausalPair.apply(q, k, v, context_k, context_v, group, prefix, kernel)
+    earlier_k, earlier_v, prefix = earlier or (None, None, None)
+    if earlier_k is not None and len(earlier_k) != (prefix.keys.starts[-1] if prefix else 0):
+        raise ValueError(f"the prefix has {prefix.keys.starts[-1] if prefix else 0} earlier keys, got {len(earlier_k)}")
+    name = choose(kernel, q.device, q.dtype, q.shape[-1]).name
+    return attend(q, k, v, earlier_k, earlier_v, group.order(prefix).key, name)

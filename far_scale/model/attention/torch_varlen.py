@@ -1,7 +1,10 @@
 """The kernel for NVIDIA GPUs that needs nothing beside PyTorch (2.9 and later): its varlen flash operators.
 
-They take `[T, N, D]` in bfloat16 or float16 with int32 cumulative lengths and give the log-sum-exp `[N, T]` in
-float32 (the variable-length path of `aten::_flash_attention_forward`).
+Read in torch 2.9, 2.10, 2.11 and 2.13, whose `aten::_flash_attention_forward` and `_backward` take the same positional
+arguments. They are flash-attn 2: `[T, N, D]` in bfloat16 or float16 with int32 cumulative lengths, heads of a multiple
+of 8 up to 256; the log-sum-exp is `[N, T]` in float32, natural. `causal` aligns bottom right where keys outnumber
+queries (we use it for equal lengths alone). The backward is deterministic where
+`torch.use_deterministic_algorithms` asks for it.
 """
 
 from __future__ import annotations
@@ -10,11 +13,19 @@ import torch
 from torch import Tensor
 
 from far_scale.layout import Spans
+from far_scale.model.attention.kernel import GpuNeeds
 
+NAME, PACKAGE, INSTALL = "torch-varlen", "torch", ""
 DTYPES = (torch.bfloat16, torch.float16)
 
+_NEEDS = GpuNeeds(DTYPES, lowest=(8, 0))
 _forward = torch.ops.aten._flash_attention_forward.default
 _backward = torch.ops.aten._flash_attention_backward.default
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.why_not`."""
+    return _NEEDS.why_not(device, dtype, head_dim)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,35 @@
+"""`python -m far_scale.model.attention [--device D] [--dtype T]`: which attention kernels are usable here, their errors
+against the dense mask in float64, and their milliseconds."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from far_scale.errors import UserError, command_line
+from far_scale.model.attention import choose
+from far_scale.model.attention.table import HEAD_DIM, rows
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m far_scale.model.attention", description=__doc__)
+    parser.add_argument("--device", help="cpu, cuda or cuda:1; the first GPU unless given, a CPU where there is none")
+    parser.add_argument("--dtype", choices=DTYPES, help="this alone; unless given, bfloat16, on GPUs float16, float32")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: there is no NVIDIA GPU here")
+    on_cpu = device.type == "cpu"
+    names = [arguments.dtype] if arguments.dtype else [name for name in DTYPES if not (on_cpu and name == "float16")]
+    dtypes = [getattr(torch, name) for name in names]
+    for line in rows(device, dtypes, *((1, 8, 4) if on_cpu else (4, 16, 12))):
+        print(line, flush=True)
+    print(choose("auto", device, dtypes[0], HEAD_DIM).why)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""FlexAttention: PyTorch's compiled attention with a block mask, beside the kernels. What they are measured against.
+
+What a token sees is at most two runs of keys, one of the earlier keys and one of the group's, so the mask is four
+numbers a token; the block mask is found from these, never from a dense mask, and kept as long as its order lives.
+
+    shape letters   T tokens of the group   S earlier keys   N heads   D head dim   R, C blocks of queries, of keys
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from far_scale.layout import FrameGroup, Order, Prefix
+from far_scale.model.attention.kernel import GpuNeeds
+
+NAME = "flex"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_NEEDS = GpuNeeds(DTYPES, lowest=(8, 0))
+_BLOCK = 128
+_SMALLEST_HEAD = 16  # of the compiled kernels' matrix products
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.why_not`."""
+    if device.type == "cpu":
+        return "FlexAttention has no backward on a CPU"
+    if head_dim < _SMALLEST_HEAD:
+        return f"takes heads from {_SMALLEST_HEAD} on, not of {head_dim}"
+    return _NEEDS.why_not(device, dtype, head_dim)
+
+
+@torch.compiler.disable
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, earlier_k: Tensor | None, earlier_v: Tensor | None, order: Tensor
+) -> Tensor:
+    """See `operators.attend`: q, k, v `[T, N, D]`, the earlier keys and values `[S, N, D]` -> `[T, N, D]`.
+
+    Differentiable through torch. A compiled caller's graph breaks here: the mask's tensors belong to the pack, not to
+    the graph.
+    """
+    if not len(q):
+        return q + k + v  # as empty as they are, and every one of them gets its (empty) gradient
+    found = Order.find(order)
+    if found.prefix is not None:
+        assert earlier_k is not None and earlier_v is not None
+        k, v = torch.cat([earlier_k, k]), torch.cat([earlier_v, v])
+    heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out = _attention(q.device.type)(*heads_first, block_mask=block_mask(found, q.device))
+    return out.squeeze(0).transpose(0, 1)
+
+
+@functools.cache
+def _attention(device_type: str) -> Any:
+    # Compiled it never holds the scores `[N, T, S + T]`; on a CPU, where only tests come, waiting is not worth it.
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+
+
+_masks: weakref.WeakKeyDictionary[Order, dict[torch.device, BlockMask]] = weakref.WeakKeyDictionary()
+
+
+def block_mask(order: Order, device: torch.device) -> BlockMask:
+    """What the order's tokens see, made once."""
+    masks = _masks.setdefault(order, {})
+    if device not in masks:
+        masks[device] = _block_mask(_seen(order.group, order.prefix, device), order)
+    return masks[device]
+
+
+class _Seen(NamedTuple):
+    """`[T]` each: of the S + T keys a token sees those in `[first, last)` and in `[group_first, group_last)`."""
+
+    first: Tensor
+    last: Tensor
+    group_first: Tensor
+    group_last: Tensor
+
+
+def _seen(group: FrameGroup, prefix: Prefix | None, device: torch.device) -> _Seen:
+    earlier = 0 if prefix is None else prefix.keys.starts[-1]
+    frame_tokens, clip_tokens = torch.tensor(group.frame_tokens), torch.tensor(group.clips.lengths)
+    group_first = earlier + torch.tensor(group.clips.starts[:-1]).repeat_interleave(clip_tokens)
+    group_last = earlier + frame_tokens.cumsum(0).repeat_interleave(frame_tokens)
+    first, last = torch.zeros_like(group_first), torch.zeros_like(group_first)
+    if prefix is not None:
+        rows = slice(None) if prefix.rows is None else prefix.rows.cpu()
+        query_tokens, ends = torch.tensor(prefix.queries.lengths), torch.tensor(prefix.keys.starts)
+        first[rows] = ends[:-1].repeat_interleave(query_tokens)
+        last[rows] = ends[1:].repeat_interleave(query_tokens)
+    return _Seen(*(x.to(device) for x in (first, last, group_first, group_last)))
+
+
+def _block_mask(seen: _Seen, order: Order) -> BlockMask:
+    tokens = len(seen.first)
+    keys = tokens + (0 if order.prefix is None else order.prefix.keys.starts[-1])
+    block_starts = torch.arange(0, keys, _BLOCK, device=seen.first.device)  # [C]
+    some = torch.zeros(-(-tokens // _BLOCK) * _BLOCK, len(block_starts), dtype=torch.bool, device=seen.first.device)
+    every = some.clone()
+    for first, last in ((seen.first, seen.last), (seen.group_first, seen.group_last)):
+        first, last = first[:, None], last[:, None]
+        some[:tokens] |= (first < block_starts + _BLOCK) & (last > block_starts) & (first < last)
+        every[:tokens] |= (first <= block_starts) & (last >= block_starts + _BLOCK)
+    some, every = some.unflatten(0, (-1, _BLOCK)).any(1), every.unflatten(0, (-1, _BLOCK)).all(1)  # [R, C]
+    first, last, group_first, group_last = seen
+
+    def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        of_earlier = (key >= first[query]) & (key < last[query])
+        return of_earlier | ((key >= group_first[query]) & (key < group_last[query]))
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~every), *_listed(every), BLOCK_SIZE=_BLOCK, mask_mod=visible, seq_lengths=(tokens, keys)
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """`[R, C]` bool -> how many blocks each row has `[1, 1, R]`, and which, first those, `[1, 1, R, C]`."""
+    count = blocks.sum(1, dtype=torch.int32)
+    listed = blocks.int().argsort(dim=1, descending=True, stable=True).int()
+    return count[None, None], listed[None, None]

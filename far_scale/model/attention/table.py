@@ -1,0 +1,109 @@
+"""The table of `python -m far_scale.model.attention`: which kernels are installed, usable, right and how fast."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from far_scale.layout import FrameGroup, FrameLayout, Order
+from far_scale.model.attention import choice, dense, flex
+from far_scale.model.attention.kernel import first_line, installed_version
+from far_scale.model.attention.operators import attend
+
+HEAD_DIM = 64
+_SMALL_HEADS = 2
+_WARM_UP, _REPEATS = 3, 10
+
+
+class Inputs(NamedTuple):
+    """q, k, v, dout `[T, N, D]` and the earlier keys and values `[S, N, D]`, S 0 where the order has no prefix."""
+
+    order: Order
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    earlier_k: Tensor
+    earlier_v: Tensor
+    dout: Tensor
+
+    @staticmethod
+    def draw(order: Order, heads: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+        """Normal numbers, the same in every dtype but for their rounding to bfloat16, which all of them hold."""
+        earlier = 0 if order.prefix is None else order.prefix.keys.starts[-1]
+        generator = torch.Generator().manual_seed(order.group.tokens)
+        sizes = [order.group.tokens] * 3 + [earlier] * 2 + [order.group.tokens]
+        drawn = (torch.randn(size, heads, HEAD_DIM, generator=generator).bfloat16() for size in sizes)
+        return Inputs(order, *(x.to(device, dtype) for x in drawn))
+
+
+def run(name: str, inputs: Inputs) -> list[Tensor]:
+    """Output and gradients of q, k, v, earlier keys and values, by the kernel of this name."""
+    leaves = [x.detach().requires_grad_() for x in inputs[1:6]]
+    out = _forward(name, inputs, leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, inputs.dout, materialize_grads=True)]
+
+
+def _forward(name: str, inputs: Inputs, leaves: list[Tensor]) -> Tensor:
+    q, k, v, earlier_k, earlier_v = leaves
+    if name == flex.NAME:
+        return flex.attend(q, k, v, earlier_k, earlier_v, inputs.order.key)
+    return attend(q, k, v, earlier_k, earlier_v, inputs.order.key, name)
+
+
+def errors(name: str, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """The largest error against the dense mask in float64, of the output and of the gradients, where clips have
+    different lengths and some of them a context of coarser frames."""
+    layout = FrameLayout.of((5, 1, 3), (4, 4), window=3, coarser=2)
+    order = layout.window_order(device)
+    found = run(name, Inputs.draw(order, _SMALL_HEADS, device, dtype))
+    exact = run(dense.NAME, Inputs.draw(order, _SMALL_HEADS, device, torch.float64))
+    out, *gradients = ((ours - oracle).abs().max().item() for ours, oracle in zip(found, exact, strict=True))
+    return out, max(gradients)
+
+
+def milliseconds(name: str, inputs: Inputs) -> tuple[float, float]:
+    """Medians of forward and backward."""
+    leaves = [x.detach().requires_grad_() for x in inputs[1:6]]
+    forward, backward = [], []
+    for _ in range(_WARM_UP + _REPEATS):
+        started = _now(inputs.q.device)
+        out = _forward(name, inputs, leaves)
+        computed = _now(inputs.q.device)
+        torch.autograd.grad(out, leaves, inputs.dout, materialize_grads=True)
+        forward.append(computed - started)
+        backward.append(_now(inputs.q.device) - computed)
+    return 1e3 * statistics.median(forward[_WARM_UP:]), 1e3 * statistics.median(backward[_WARM_UP:])
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def rows(device: torch.device, dtypes: Sequence[torch.dtype], clips: int, frames: int, heads: int) -> Iterator[str]:
+    """The table's lines, timed on clips of frames of 64 tokens; each kernel is tried in all of the dtypes it takes."""
+    yield f"{device}, torch {torch.__version__}; timed: {clips} x {frames} frames of 64 tokens, {heads} heads of 64"
+    yield "kernel        installed      dtype        error of gradients  ms forward  backward"
+    order = FrameGroup.of((frames,) * clips, (8, 8)).order()
+    for name in choice.KERNELS:
+        package = "torch" if name in (flex.NAME, dense.NAME) else choice.kernel(name).PACKAGE
+        version = installed_version(package) or "-"
+        reasons = {dtype: choice.why_not(name, device, dtype, HEAD_DIM) for dtype in dtypes}
+        if None not in reasons.values():
+            yield f"{name:13} {version:14} no: {reasons[dtypes[0]]}"
+            continue
+        for dtype in (dtype for dtype, reason in reasons.items() if reason is None):
+            start = f"{name:13} {version:14} {str(dtype).removeprefix('torch.'):9}"
+            try:
+                wrong, spent = errors(name, device, dtype), milliseconds(name, Inputs.draw(order, heads, device, dtype))
+            except Exception as error:  # libraries fail in any way; the other kernels' lines are wanted all the same
+                yield f"{start} fails: {type(error).__name__}: {first_line(error)}"
+                continue
+            yield f"{start} {wrong[0]:8.1e} {wrong[1]:12.1e} {spent[0]:11.3f} {spent[1]:9.3f}"

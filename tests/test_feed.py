@@ -1,0 +1,88 @@
+"""The way of packs to the device, and a step's freedom from waiting."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from far_scale.data.packs import Pack
+from far_scale.errors import UserError
+from far_scale.model import FAR, FARConfig
+from far_scale.objective import add_noise, pack_loss
+from far_scale.recipe_sections import ObjectiveSection
+from far_scale.train.feed import Feed
+
+CONFIG = FARConfig(layers=2, heads=1, channels=4, window=4, patch=1, context_patch=2, actions=3)
+OBJECTIVE = ObjectiveSection()
+
+
+def packs_of_steps(steps: int, lanes: int = 2) -> Iterator[list[Pack]]:
+    for step in range(steps):
+        yield [pack(step, lane) for lane in range(lanes)]
+    raise UserError("shard-000003.tar: damaged")
+
+
+def pack(step: int, lane: int, clip_frames: tuple[int, ...] = (7, 3)) -> Pack:
+    frames = sum(clip_frames)
+    generator = torch.Generator().manual_seed(10 * step + lane)
+    latents = torch.randn(frames, 4, 4, 4, generator=generator)
+    actions = torch.randint(0, 3, (frames,), generator=generator)
+    return Pack(latents, actions, None, clip_frames, ("a@0", "b@0"), lane, step, {})
+
+
+def test_batches_are_the_packs_with_their_noise_in_order() -> None:
+    with Feed(packs_of_steps(3), OBJECTIVE, CONFIG, 5, torch.device("cpu")) as batches:
+        for step in range(3):
+            batch = next(batches)
+            assert [(made.step, made.lane) for made in batch.packs] == [(step, 0), (step, 1)]
+            for lane, noisy in enumerate(batch.noisy):
+                expected = add_noise(pack(step, lane), OBJECTIVE, CONFIG, 5)
+                for ours, plain in zip(noisy.tensors(), expected.tensors(), strict=True):
+                    assert torch.equal(ours, plain)
+        with pytest.raises(UserError, match="shard-000003.tar: damaged"):
+            next(batches)
+
+
+def test_the_thread_ends_with_the_feed() -> None:
+    with Feed(packs_of_steps(9), OBJECTIVE, CONFIG, 5, torch.device("cpu")) as batches:
+        next(batches)
+        assert any(thread.name.startswith("feed") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("feed") for thread in threading.enumerate())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_step_makes_the_host_wait_for_the_gpu(compiled: bool) -> None:
+    """After the first step, which loads and compiles, any synchronisation in a step raises."""
+    device = torch.device("cuda")
+    model = FAR(CONFIG).to(device, torch.bfloat16).train()
+    model.run_as(compiled=compiled)
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    with Feed(packs_of_steps(6), OBJECTIVE, CONFIG, 5, device) as batches:
+        for step in range(5):
+            batch = next(batches)
+            torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")
+            try:
+                for noisy in batch.noisy:
+                    velocity = model(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
+                    pack_loss(velocity, noisy).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                adam.step()
+                adam.zero_grad()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_those_of_the_host() -> None:
+    device = torch.device("cuda")
+    with Feed(packs_of_steps(4), OBJECTIVE, CONFIG, 5, device) as batches:
+        for step in range(4):
+            for lane, noisy in enumerate(next(batches).noisy):
+                expected = add_noise(pack(step, lane), OBJECTIVE, CONFIG, 5)
+                for ours, plain in zip(noisy.tensors(), expected.tensors(), strict=True):
+                    assert ours.device.type == "cuda"
+                    assert torch.equal(ours.cpu(), plain)
