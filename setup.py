@@ -32,7 +32,7 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.7"],
         "flash4": ["flash-attn-4"],
-        "xformers": ["xformers"],
+        "xformers": ["xformers>=0.0.33"],
         "mosaic": ["mosaicml-streaming>=0.9"],
         "slurm": ["submitit>=1.5"],
         "wandb": ["wandb>=0.18"],

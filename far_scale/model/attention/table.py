@@ -43,16 +43,9 @@ class Inputs(NamedTuple):
 
 def run(name: str, inputs: Inputs) -> list[Tensor]:
     """Output and gradients of q, k, v, earlier keys and values, by the kernel of this name."""
-    leaves = [x.detach().requires_grad_() for x in inputs[1:6]]
-    out = _forward(name, inputs, leaves)
+    q, k, v, earlier_k, earlier_v = leaves = [x.detach().requires_grad_() for x in inputs[1:6]]
+    out = attend(q, k, v, earlier_k, earlier_v, inputs.order.key, name)
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs.dout, materialize_grads=True)]
-
-
-def _forward(name: str, inputs: Inputs, leaves: list[Tensor]) -> Tensor:
-    q, k, v, earlier_k, earlier_v = leaves
-    if name == flex.NAME:
-        return flex.attend(q, k, v, earlier_k, earlier_v, inputs.order.key)
-    return attend(q, k, v, earlier_k, earlier_v, inputs.order.key, name)
 
 
 def errors(name: str, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -68,11 +61,11 @@ def errors(name: str, device: torch.device, dtype: torch.dtype) -> tuple[float, 
 
 def milliseconds(name: str, inputs: Inputs) -> tuple[float, float]:
     """Medians of forward and backward."""
-    leaves = [x.detach().requires_grad_() for x in inputs[1:6]]
+    q, k, v, earlier_k, earlier_v = leaves = [x.detach().requires_grad_() for x in inputs[1:6]]
     forward, backward = [], []
     for _ in range(_WARM_UP + _REPEATS):
         started = _now(inputs.q.device)
-        out = _forward(name, inputs, leaves)
+        out = attend(q, k, v, earlier_k, earlier_v, inputs.order.key, name)
         computed = _now(inputs.q.device)
         torch.autograd.grad(out, leaves, inputs.dout, materialize_grads=True)
         forward.append(computed - started)
