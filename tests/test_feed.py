@@ -42,7 +42,7 @@ def test_batches_are_the_packs_with_their_noise_in_order() -> None:
                 expected = add_noise(pack(step, lane), OBJECTIVE, CONFIG, 5)
                 for ours, plain in zip(noisy.tensors(), expected.tensors(), strict=True):
                     assert torch.equal(ours, plain)
-        with pytest.raises(UserError, match="shard-000003.tar: damaged"):
+        with pytest.raises(UserError, match="damaged"):
             next(batches)
 
 

@@ -16,6 +16,7 @@ from far_scale.data.manifest import AutoencoderInfo
 from far_scale.data.scaling import LatentScaling
 from far_scale.errors import UserError
 from far_scale.model import FAR, FARConfig
+from far_scale.tensor_files import save_tensors
 
 CONFIG = FARConfig(layers=2, heads=1, channels=4, window=4, actions=3)
 CARD = ModelCard(
@@ -179,3 +180,11 @@ def test_wrong_tensors_are_named(folder: Path) -> None:
     weights.unlink()
     with pytest.raises(UserError, match=r"model.safetensors: this file of weights is missing"):
         load_model_dir(folder)
+
+
+def test_others_may_read_the_weights(tmp_path: Path) -> None:
+    """On a shared cluster: as readable as any other file of this user."""
+    plain = tmp_path / "plain"
+    plain.touch()
+    save_tensors({"x": torch.zeros(2)}, tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").stat().st_mode == plain.stat().st_mode

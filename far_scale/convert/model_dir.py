@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from far_scale.convert.fit import check_fit, empty_model
@@ -26,6 +26,7 @@ from far_scale.data.scaling import LatentScaling
 from far_scale.errors import UserError
 from far_scale.files import read_json, sync_folder
 from far_scale.model import FAR, FARConfig
+from far_scale.tensor_files import save_tensors
 
 FORMAT = "far_scale.model/1"
 MAX_FILE_BYTES = 5 * 10**9
@@ -238,7 +239,7 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], max_file_bytes: in
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Hugging Face's loaders look for `{"format": "pt"}`; safetensors refuses views, so they are cloned."""
     dense = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    save_file(dense, path, metadata={"format": "pt"})
+    save_tensors(dense, path, metadata={"format": "pt"})
 
 
 def _sync_files(folder: Path) -> None:

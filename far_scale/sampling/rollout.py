@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from far_scale.autoencoder import Autoencoder
@@ -28,6 +27,7 @@ from far_scale.sampling.metrics import Judge
 from far_scale.sampling.pictures import Film, Pixels, Sheet, Shown, to_uint8
 from far_scale.sampling.sampler import cache_bytes, predict_frames
 from far_scale.sampling.truth import decode
+from far_scale.tensor_files import save_tensors
 
 EPISODES_AT_ONCE = 8  # through the model; the first of them are in the pictures, all count in the figures
 
@@ -99,7 +99,7 @@ class RollOut:
             kept.extend([torch.stack(new, dim=1)] if new else [])
         if latents is not None:
             with atomic_write(latents) as beside:
-                save_file({"latents": torch.cat(kept)}, beside, metadata={"episodes": json.dumps(self.data.keys)})
+                save_tensors({"latents": torch.cat(kept)}, beside, {"episodes": json.dumps(self.data.keys)})
         report = {
             "episodes": self.data.keys,
             "given": self.given,

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field, ValidationError
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from far_scale.randomness import generator
 from far_scale.recipe_report import explain
 from far_scale.recipe_sections import Count, Section
 from far_scale.recipe_yaml import read_document
+from far_scale.tensor_files import save_tensors
 
 _FRAMES_FOR_START = 1024  # whose patches the principal components are of
 _ABSOLUTE_SHARE = 0.05  # of the absolute beside the squared error, which keeps edges crisp
@@ -132,8 +132,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, episodes: Path, work
     network = fit(recipe, train)
     path = out / f"{recipe.name}.safetensors"
     with atomic_write(path) as beside:
-        # save_file would make the file readable for its owner alone
-        beside.write_bytes(save({key: tensor.half().contiguous() for key, tensor in network.state_dict().items()}))
+        save_tensors({key: tensor.half().contiguous() for key, tensor in network.state_dict().items()}, beside)
     # The first card only makes the file loadable: the true one is measured on the very weights that were written.
     card: dict[str, Any] = {"name": recipe.name, "config": asdict(network.config), "scaling_factor": 1.0}
     write_json(path.with_suffix(".json"), card)

@@ -1,0 +1,92 @@
+"""What a run says: the console, log.jsonl and wandb."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from far_scale.recipe import load_recipe
+from far_scale.train import monitor as monitor_module
+from far_scale.train.curriculum import stages
+from far_scale.train.monitor import Monitor
+from far_scale.train.processes import Processes
+
+
+class Alone(Processes):
+    """One process without a group."""
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        return values.double()
+
+
+class FakeWandb(types.ModuleType):
+    """What Monitor asks of wandb."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.started: dict[str, Any] = {}
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.finished = False
+
+    def init(self, **settings: Any) -> FakeWandb:
+        self.started = settings
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_stages_reach_console_log_and_wandb(
+    wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe("demo_long", [f"run_dir={tmp_path}", "log.every=2", "log.wandb.mode=offline"])
+    monitor = Monitor(recipe, Alone(0, 1, torch.device("cpu")), peak_flops=1e12, start=0)
+    first, second = stages(recipe)
+    for stage, step in ((first, 1), (first, 2), (second, first.steps + 2)):
+        monitor.begin_stage(stage)
+        monitor.count(clips=3, tokens=100, flops=10**9)
+        monitor.end_step(step, torch.tensor(0.5), 1e-3, torch.tensor(0.1))
+    monitor.close()
+
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    seen = [(line["step"], line["stage"], line["stage_name"]) for line in lines]
+    assert seen == [(1, 1, first.name), (2, 1, first.name), (first.steps + 2, 2, second.name)]
+    assert [(step, v["train/stage"], v["train/stage_name"]) for step, v in wandb.logged] == seen
+    assert wandb.logged[0][1]["train/loss"] == 0.5
+    assert wandb.started["resume"] == "allow"
+    assert wandb.finished
+    console = capsys.readouterr().out
+    assert f"stage 2/2 ({second.name}): steps {second.first + 1} to {second.end}" in console
+
+
+def test_newly_compiled_graphs_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("demo_cpu", [f"run_dir={tmp_path}", "log.every=1", "train.compile=true"])
+    monitor = Monitor(recipe, Alone(0, 1, torch.device("cpu")), peak_flops=1e12, start=0)
+    for step, graphs in enumerate((2, 2, 5), start=1):
+        monkeypatch.setattr(monitor_module, "compiled_graphs", lambda count=graphs: count)
+        monitor.count(clips=1, tokens=1, flops=1)
+        monitor.end_step(step, torch.tensor(0.5), 1e-3, 0.1)
+    monitor.close()
+    console = capsys.readouterr().out
+    assert "step 1: 2 graphs compiled so far" in console
+    assert "step 2: 2 graphs" not in console
+    assert "step 3: 5 graphs compiled so far" in console
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["compiled_graphs"] == 5
