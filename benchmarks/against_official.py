@@ -15,28 +15,26 @@ from pathlib import Path
 import torch
 from measure import Row, commit, environment, print_table, write_result
 from official import OfficialCode
+from options import DTYPES, add_measuring, count, start
 from parity import holds, parity
 from sampling import sample
-from train_step import train
+from steps import Case, Mode, measure_case
 
 from far_scale.errors import UserError, command_line
+from far_scale.model import FARConfig
+from far_scale.train.flops import peak_flops
 
 PARTS = ("parity", "train", "sample")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @command_line
 def main() -> None:
     args = arguments()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA GPU here; use --device cpu")
+    device = start(args)
     if device.type == "cpu" and args.dtype == "bf16":
         raise UserError("--dtype bf16: is measured on a GPU only; leave it away, or add --device cuda")
     code = OfficialCode(args.official)
-    more = {"official commit": commit(args.official, "far"), "device": args.device, "dtype": args.dtype}
+    more = {"official commit": commit(args.official, "far"), "device": device.type, "dtype": args.dtype}
     facts = environment(device, more)
 
     agrees = True
@@ -65,11 +63,17 @@ def measure(
         yield from sample(code, *size, args.frames, args.steps, device, dtype, *often)
 
 
-def count(text: str) -> int:
-    """An argument that must be 1 or more."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def train(
+    code: OfficialCode, layers: int, heads: int, device: torch.device, dtype: torch.dtype, repeats: int, minutes: float
+) -> Iterator[dict[str, list[Row]]]:
+    """The table of training steps of one clip, after each of its cases."""
+    short = FARConfig(layers, heads, window=16, actions=4)
+    wide = FARConfig(layers, heads, window=64, actions=4)
+    long = FARConfig(layers, heads, window=16, context_patch=4, actions=4)
+    peak, rows = peak_flops(device, dtype), []
+    for case in (Case("FAR", short, 16), Case("FAR, window 64", wide, 64), Case("FAR-Long", long, 300)):
+        rows += measure_case(case, [Mode()], code, device, dtype, peak, repeats, minutes)
+        yield {"Seconds of a training step, batch 1, medians": rows}
 
 
 def arguments() -> argparse.Namespace:
@@ -82,14 +86,8 @@ def arguments() -> argparse.Namespace:
         "--frames", type=count, nargs="+", default=[16, 64, 128, 256], help="to sample (default: all four)"
     )
     parser.add_argument("--steps", type=count, default=25, help="Euler steps a sampled frame (default: %(default)s)")
-    parser.add_argument("--repeats", type=count, default=5, help="timings of each side (default: %(default)s)")
-    parser.add_argument(
-        "--minutes", type=float, default=30, help="per case: begin no further repeat after these (default: %(default)s)"
-    )
-    parser.add_argument("--threads", type=count, help="torch threads (default: torch's choice)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of train and sample (default: fp32)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="default: %(default)s")
+    add_measuring(parser, repeats=5, minutes=30, device="cpu")
     return parser.parse_args()
 
 

@@ -5,6 +5,7 @@ A result is two files of the same name: JSON with every single number, and Markd
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import gc
 import importlib.metadata
@@ -16,15 +17,29 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from far_scale.files import atomic_write, write_json
+from far_scale.model.attention.kernel import first_line
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "numpy", "diffusers", "deepspeed", "flash-attn")
+PACKAGES = (
+    "torch",
+    "triton",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "xformers",
+    "numpy",
+    "diffusers",
+    "deepspeed",
+)
+OUT_OF_MEMORY = "out of memory"
+
+Result = TypeVar("Result")
 
 Row = dict[str, Any]
 """A line of a table, by column; lists and dicts stand in the JSON only."""
@@ -39,6 +54,7 @@ def environment(device: torch.device, more: Mapping[str, str]) -> dict[str, Any]
     facts["memory GB"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = torch.version.cuda
     facts["python"] = platform.python_version()
     facts |= {name: version for name in PACKAGES if (version := _version(name))}
     facts["commit"] = commit(REPOSITORY)
@@ -91,11 +107,28 @@ def interleaved(
     return seconds
 
 
+def attempt(function: Callable[[], Result], device: torch.device) -> tuple[Result | None, str]:
+    """What `function` returns, and ""; or None, and in a few words how it failed.
+
+    A library may fail in any way, or a GPU be too small for one side: the other sides' figures are wanted all the same.
+    """
+    try:
+        return function(), ""
+    except torch.OutOfMemoryError:
+        note = OUT_OF_MEMORY
+    except Exception as error:
+        note = f"{type(error).__name__}: {first_line(error)}"
+    gc.collect()  # now that no traceback holds the tensors any more
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None, note
+
+
 def peak_beyond(function: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes at the peak of `function` above those in use before it: a GPU's allocations, else the resident set.
 
-    The resident set is this process' whole one, so call it in a fresh process that holds what should not count. None
-    where the system does not tell it (Linux alone does, and not in every container).
+    Run `function` once before, so that what it makes once and keeps is in use already. None where the system does not
+    tell the resident set (Linux alone does, and not in every container).
     """
     gc.collect()
     if device.type == "cuda":
@@ -107,6 +140,7 @@ def peak_beyond(function: Callable[[], Any], device: torch.device) -> int | None
         return torch.cuda.max_memory_allocated(device) - before
     if sys.platform != "linux":
         return None
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator still holds would hide part of the peak
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far becomes what is resident now
     except OSError:

@@ -1,172 +1,136 @@
-"""Time and peak memory of a whole training step: noise, forward, loss, backward, AdamW.
+"""Our train step in each of its modes, and the official code's beside it.
 
-Theirs is the official trainer's `train_step` with torch's AdamW as their train.py makes it; ours is what the training
-loop does to a pack, with the fused AdamW that it takes. On one process DeepSpeed and Accelerate add nothing to either
-that could be sped up, so they are left away.
+    python benchmarks/train_step.py [--official PATH_TO_A_CLONE]
+
+See benchmarks/README.md for what is measured and how.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import multiprocessing
-import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import argparse
+import os
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
-from measure import Row, interleaved, peak_beyond, timed
+from kernels import ALL, usable
+from measure import OUT_OF_MEMORY, Row, commit, environment, print_table, write_result
 from official import OfficialCode
-from pairs import Clips, random_pair, randomize
-from torch import Tensor, nn
+from options import DTYPES, add_measuring, count, start
+from steps import Case, Mode, measure_case
 
-from far_scale.convert.fit import empty_model
-from far_scale.model import FAR, FARConfig
-from far_scale.objective import add_noise, pack_loss
-from far_scale.recipe_sections import ObjectiveSection
+from far_scale.errors import UserError, command_line
+from far_scale.model import FARConfig
+from far_scale.model.attention import choice
+from far_scale.model.layers import HEAD_DIM
+from far_scale.model.presets import PRESETS
+from far_scale.train.compiled import check_compiler
+from far_scale.train.flops import peak_flops
 
-LEARNING_RATE = 1e-4
-SIDES = ("official", "ours")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and the frames of its one clip."""
-
-    name: str
-    config: FARConfig
-    frames: int
-
-
-def cases(layers: int, heads: int) -> list[Case]:
-    short = FARConfig(layers, heads, window=16, actions=4)
-    wide = FARConfig(layers, heads, window=64, actions=4)
-    long = FARConfig(layers, heads, window=16, context_patch=4, actions=4)
-    return [Case("FAR", short, 16), Case("FAR, window 64", wide, 64), Case("FAR-Long", long, 300)]
+MODES = {
+    "eager": Mode(),
+    "eager,attention-kept": Mode(checkpointing="attention-kept"),
+    "eager,full": Mode(checkpointing="full"),
+    "compiled": Mode(compiled=True),
+    "compiled,attention-kept": Mode(compiled=True, checkpointing="attention-kept"),
+    "compiled,full": Mode(compiled=True, checkpointing="full"),
+}
+DEFAULT_MODES = ("eager", "compiled", "compiled,attention-kept", "compiled,full")
+LONG, LONG_WINDOW, LONG_PATCH = "-Long", 16, 4
+TITLE = "A training step: seconds, medians"
 
 
-class Step:
-    """One side's model, optimizer and way to make a loss."""
+@command_line
+def main() -> None:
+    args = arguments()
+    device = start(args)
+    on_gpu = device.type == "cuda"
+    dtype_name = args.dtype or ("bf16" if on_gpu else "fp32")
+    dtype = DTYPES[dtype_name]
+    layers = args.layers or (None if on_gpu else 4)
+    cases = [
+        case(shape, layers, args.clips or (16 if on_gpu else 1))
+        for shape in args.shapes or (("XL:16", "B-Long:300") if on_gpu else ("B:16", "B-Long:300"))
+    ]
+    modes = [mode for name in args.modes for mode in with_kernels(MODES[name], args.kernels, device, dtype)]
+    if any(mode.compiled for mode in modes):
+        check_compiler(device)
+    code = None if args.official is None else OfficialCode(args.official)
+    peak = peak_flops(device, dtype)
+    more = {"device": device.type, "dtype": dtype_name, "peak TFLOP/s": f"{peak / 1e12:.4g}"}
+    more["auto"] = choice.choose("auto", device, dtype, HEAD_DIM).why
+    if code is not None:
+        more["official commit"] = commit(args.official, "far")
+    facts = environment(device, more)
 
-    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], fused: bool, device: torch.device) -> None:
-        self.model, self.loss, self.device = model.train(), loss, device
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.999), weight_decay=0.0, fused=fused or None
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # an empty one, or the time of compiling would be of earlier runs
+        for shape in cases:
+            rows += measure_case(shape, modes, code, device, dtype, peak, args.repeats, args.minutes)
+            # Each time anew: a case may take long.
+            path = write_result(args.out, f"train-step-{device.type}-{dtype_name}", facts, {TITLE: rows})
+    print_table(TITLE, rows)
+    print(f"\nwritten: {path} and .json", flush=True)
+    if failed := [row["side"] for row in rows if row["note"] not in ("", OUT_OF_MEMORY)]:
+        sys.exit(f"failed: {'; '.join(failed)} (see the column note)")
+
+
+def case(shape: str, layers: int | None, clips: int) -> Case:
+    """A case from PRESET:FRAMES or PRESET-Long:FRAMES, conditioned on actions.
+
+    Args:
+        layers: in place of the preset's, if not None.
+
+    Raises:
+        UserError: no such preset or number of frames.
+    """
+    name, _, frames = shape.partition(":")
+    preset, long = name.removesuffix(LONG), name.endswith(LONG)
+    fewest = LONG_WINDOW + 1 if long else 1
+    if preset not in PRESETS or not frames.isdecimal() or int(frames) < fewest:
+        raise UserError(
+            f"--shapes {shape}: not a preset and at least {fewest} frames, such as XL:16 or B-Long:300; "
+            f"the presets are {', '.join(PRESETS)}"
         )
-
-    @staticmethod
-    def official(code: OfficialCode, model: nn.Module, case: Case, device: torch.device) -> Step:
-        trainer = code.trainer(model, case.config)
-        clips = Clips.random(case.config, 1, case.frames, device)
-        batch = {"latent": clips.latents} | (clips.official_conditions(case.config) or {})
-        return Step(model, lambda: trainer.train_step(dict(batch))["total_loss"], fused=False, device=device)
-
-    @staticmethod
-    def of_ours(model: FAR, case: Case, device: torch.device) -> Step:
-        pack = Clips.random(case.config, 1, case.frames, torch.device("cpu")).pack()
-
-        def loss() -> Tensor:
-            noisy = add_noise(pack, ObjectiveSection(), case.config, seed=0).to(device)
-            velocity = model(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
-            return pack_loss(velocity, noisy)
-
-        return Step(model, loss, fused=True, device=device)
-
-    def gradients(self) -> None:
-        self.loss().backward()
-
-    def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def run(self) -> None:
-        self.gradients()
-        self.update()
-
-    def seconds(self) -> dict[str, float]:
-        gradients, update = timed(self.gradients, self.device), timed(self.update, self.device)
-        return {"step": gradients + update, "gradients": gradients, "update": update}
+    own_layers, heads = PRESETS[preset]
+    window, patch = (LONG_WINDOW, LONG_PATCH) if long else (int(frames), 0)
+    config = FARConfig(layers or own_layers, heads, window=window, context_patch=patch, actions=4)
+    shortened = f", {config.layers} layers" if config.layers != own_layers else ""
+    return Case(f"FAR-{name}{shortened}", config, int(frames), clips)
 
 
-def train(
-    code: OfficialCode,
-    layers: int,
-    heads: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    repeats: int,
-    minutes: float,
-) -> Iterator[dict[str, list[Row]]]:
-    """The tables of times and of peak memory, after each of their rows."""
-    times: list[Row] = []
-    memory: list[Row] = []
-    for case in cases(layers, heads):
-        memory.append(memory_row(code.clone, case, device, dtype))
-        times.append(time_row(code, case, device, dtype, repeats, minutes))
-        yield {
-            "Seconds of a training step, batch 1, medians": times,
-            "MB at the peak of a training step, beyond weights and AdamW's moments": memory,
-        }
+def with_kernels(mode: Mode, asked: list[str] | None, device: torch.device, dtype: torch.dtype) -> list[Mode]:
+    """The mode with each of the kernels asked for.
+
+    Raises:
+        UserError: a kernel is not usable here, or the environment would replace all of them.
+    """
+    if asked is None:
+        return [mode]
+    if os.environ.get(choice.ENVIRONMENT):
+        raise UserError(f"--kernels: {choice.ENVIRONMENT} is set and goes before it; unset it")
+    names = usable(None if asked == [ALL] else asked, device, dtype)
+    return [Mode(mode.compiled, mode.checkpointing, name) for name in names]
 
 
-def time_row(
-    code: OfficialCode, case: Case, device: torch.device, dtype: torch.dtype, repeats: int, minutes: float
-) -> Row:
-    """Both sides in turn, after one step each that does not count."""
-    pair = random_pair(code, case.config, device, dtype)
-    steps = {
-        "official": Step.official(code, pair.theirs, case, device),
-        "ours": Step.of_ours(pair.ours, case, device),
-    }
-    for step in steps.values():
-        step.run()
-    seconds = interleaved(
-        {side: step.seconds for side, step in steps.items()}, repeats, minutes, f"{case.name}, {case.frames} frames"
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure whole training steps.")
+    parser.add_argument("--official", type=Path, help="clone of github.com/showlab/FAR, to be measured beside ours")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        help="PRESET:FRAMES or PRESET-Long:FRAMES (default: XL:16 B-Long:300 on a GPU, B:16 B-Long:300 on a CPU)",
     )
-    row = _case_columns(case)
-    for name in ("step", "gradients", "update"):
-        official, ours = (statistics.median(seconds[side][name]) for side in SIDES)
-        row |= {f"{name}, official": official, f"{name}, ours": ours, f"{name}, ratio": official / ours}
-    return row | {"repeats": len(seconds["ours"]["step"]), "seconds": seconds}
+    parser.add_argument("--layers", type=count, help="in place of the preset's (default: the preset's; on a CPU 4)")
+    parser.add_argument("--clips", type=count, help="of a step, on both sides (default: 16 on a GPU, 1 on a CPU)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=DEFAULT_MODES, help="default: %(default)s")
+    parser.add_argument("--kernels", nargs="+", help=f"of attention, by name, or {ALL} (default: auto)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
+    add_measuring(parser, repeats=10, minutes=10)
+    return parser.parse_args()
 
 
-def memory_row(clone: Path, case: Case, device: torch.device, dtype: torch.dtype) -> Row:
-    """One step of either side in a fresh process of its own."""
-    peaks: dict[str, float | None] = {}
-    context = multiprocessing.get_context("spawn")
-    for side in SIDES:
-        with context.Pool(1) as pool:
-            arguments = (side, clone, case, str(device), dtype, torch.get_num_threads())
-            peak = pool.apply(peak_of_step, arguments)
-        peaks[side] = None if peak is None else peak / 1e6
-    gradients = sum(p.numel() for p in empty_model(case.config).parameters()) * dtype.itemsize
-    official, ours = peaks["official"], peaks["ours"]
-    share = None if official is None or ours is None else ours / official
-    return _case_columns(case) | peaks | {"gradients alone": gradients / 1e6, "ours / official": share}
-
-
-def peak_of_step(side: str, clone: Path, case: Case, device_name: str, dtype: torch.dtype, threads: int) -> int | None:
-    """Bytes of one side's step, in this process, which must be fresh."""
-    torch.set_num_threads(threads)
-    device = torch.device(device_name)
-    if side == "official":
-        code = OfficialCode(clone)
-        model = code.model(case.config)
-        randomize(model)
-        step = Step.official(code, model.to(device, dtype), case, device)
-    else:
-        ours = FAR(case.config)
-        randomize(ours)
-        step = Step.of_ours(ours.to(device, dtype), case, device)
-    for parameter in step.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    step.update()  # changes no weight, but makes the moments
-    gc.collect()
-    if device.type == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)  # what building the model left behind would hide part of the step
-    return peak_beyond(step.run, device)
-
-
-def _case_columns(case: Case) -> Row:
-    return {"model": case.name, "frames": case.frames}
+if __name__ == "__main__":
+    main()

@@ -172,17 +172,6 @@ class FrameGroup:
     def _made(self) -> dict[tuple[str, torch.device], Any]:
         return {}
 
-    def order(self, prefix: Prefix | None = None) -> Order:
-        """What this group's tokens see of themselves and of `prefix`; asked twice for the same, the same object."""
-        made = self._orders.get(id(prefix))
-        if made is None:
-            made = self._orders[id(prefix)] = Order(self, prefix)  # it holds the prefix, so that its id stays its own
-        return made
-
-    @cached_property
-    def _orders(self) -> dict[int, Order]:
-        return {}
-
     def clip_of_frame(self, device: torch.device) -> Tensor:
         """`[F]` int64: the clip each frame belongs to."""
         return _once(self._made, "clip_of_frame", device, lambda: _clip_of_frame(self.clip_frames).to(device))
@@ -229,7 +218,7 @@ class Order:
     _living: ClassVar[weakref.WeakValueDictionary[int, Order]] = weakref.WeakValueDictionary()
     _numbers: ClassVar[itertools.count[int]] = itertools.count()
 
-    def __init__(self, group: FrameGroup, prefix: Prefix | None) -> None:
+    def __init__(self, group: FrameGroup, prefix: Prefix | None = None) -> None:
         self.group, self.prefix = group, prefix
         number = next(Order._numbers)
         self.key = torch.tensor(number)
@@ -304,7 +293,7 @@ class FrameLayout:
             self.context_rows(device),
             self.window.clip_of_frame(device),
         )
-        for order in (self.window_order(device), self.context.order()):
+        for order in (self.window_order(device), self.context_order):
             order.group.positions_on(device)
             upper = order.group.upper_triangle(device)
             spans = [] if upper is None else [upper.spans]
@@ -350,7 +339,12 @@ class FrameLayout:
 
     def window_order(self, device: torch.device) -> Order:
         """What the window tokens see: their clip's whole context and, frame-block causally, the window."""
-        return self.window.order(self.prefix(device))
+        return _once(self._made, "window_order", device, lambda: Order(self.window, self.prefix(device)))
+
+    @cached_property
+    def context_order(self) -> Order:
+        """What the context tokens see: each other, frame-block causally."""
+        return Order(self.context)
 
     def prefix(self, device: torch.device) -> Prefix | None:
         """What window tokens see of the contexts; None where no clip has any."""

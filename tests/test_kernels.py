@@ -39,19 +39,19 @@ def long_order(clip_frames: tuple[int, ...], side: int, window: int, coarser: in
 
 
 def uniform_order(clip_frames: tuple[int, ...], grid: tuple[int, int]) -> Callable[[torch.device], Order]:
-    return lambda device: FrameGroup.of(clip_frames, grid).order()
+    return lambda device: Order(FrameGroup.of(clip_frames, grid))
 
 
 def cached_order(keys: tuple[int, ...], side: int) -> Callable[[torch.device], Order]:
     """Sampling: of every clip one new frame, and the keys that a cache holds."""
     group = FrameGroup.of((1,) * len(keys), (side, side))
-    return lambda device: group.order(Prefix(None, group.clips, Spans(keys)))
+    return lambda device: Order(group, Prefix(None, group.clips, Spans(keys)))
 
 
 def mixed_order(device: torch.device) -> Order:
     """Frames of different sizes in one clip, single tokens among them."""
     frame_tokens = (1, 4, 4, 16, 2, 2, 9)
-    return FrameGroup((4, 3), frame_tokens, torch.zeros(sum(frame_tokens), 3, dtype=torch.int64)).order()
+    return Order(FrameGroup((4, 3), frame_tokens, torch.zeros(sum(frame_tokens), 3, dtype=torch.int64)))
 
 
 ORDERS: dict[str, Callable[[torch.device], Order]] = {
@@ -404,7 +404,7 @@ GPU_ORDERS = ORDERS | {
     "frames of 64, long clips": uniform_order((40, 1, 7), (8, 8)),
     "frames of 256": uniform_order((4, 1, 6), (16, 16)),
     "long, frames of 64": long_order((30, 3, 9, 4), 8, window=4, coarser=4),
-    "long, contexts": lambda device: FrameLayout.of((30, 3, 9, 4), (8, 8), 4, 4).context.order(),
+    "long, contexts": lambda device: FrameLayout.of((30, 3, 9, 4), (8, 8), 4, 4).context_order,
     "long, frames of 256": long_order((12, 9), 16, window=2, coarser=4),
     "cached, frames of 64": cached_order((640, 1), 8),
 }

@@ -185,7 +185,7 @@ class FAR(nn.Module):
                 self.context_patch_embedding(patches.to(condition.dtype)),
                 condition[rows],
                 self.rotations(layout.context),
-                layout.context.order().key,
+                layout.context_order.key,
             )
             rows = layout.window_rows(device)
             frames, condition = frames[rows], condition[rows]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from far_scale.layout import FrameGroup, Prefix, Spans
+from far_scale.layout import FrameGroup, Order, Prefix, Spans
 from far_scale.model import FAR
 from far_scale.model.far import from_patches, to_patches
 from far_scale.model.layers import Block, Tokens, gated, modulated_norm
@@ -120,10 +120,10 @@ class Cached:
         rotation = model.rotations(group)
         condition = model.condition(clean.new_full((group.frames,), CLEAN_CONTEXT), classes)
         x = model.context_patch_embedding(to_patches(clean.flatten(0, 1), model.config.context_patch))
-        order = group.order(self._all_of(held * cache.coarse, frames * cache.coarse)).key
+        order = Order(group, self._all_of(held * cache.coarse, frames * cache.coarse))
         for layer, block in enumerate(self._blocks):
             k, v = (part.flatten(0, 1) for part in cache.context(layer, held))
-            new, k, v = block.context(Tokens(x, condition, rotation, order), k, v, self._kernel)
+            new, k, v = block.context(Tokens(x, condition, rotation, order.key), k, v, self._kernel)
             cache.write_context(layer, held, k, v)
             x = x if new is None else new
         self._context_frames += frames
@@ -136,14 +136,14 @@ class Cached:
         condition = model.condition(clean.new_full((group.frames,), CLEAN), classes)
         x = model.patch_embedding(to_patches(clean.flatten(0, 1), model.config.patch))
         held_keys = held * cache.fine + self._context_frames * cache.coarse
-        order = group.order(self._all_of(held_keys, frames * cache.fine)).key
+        order = Order(group, self._all_of(held_keys, frames * cache.fine))
         for layer, block in enumerate(self._blocks):
             if layer == len(self._blocks) - 1:
                 k, v = block.window_keys(x, condition, rotation)  # nothing reads what becomes of clean frames
             else:
                 k, v = cache.window(layer, held) if held else cache.context(layer, self._context_frames)
                 k, v = k.flatten(0, 1), v.flatten(0, 1)
-                x, k, v = block.window(Tokens(x, condition, rotation, order), k, v, self._kernel)
+                x, k, v = block.window(Tokens(x, condition, rotation, order.key), k, v, self._kernel)
             cache.write_window(layer, held, k, v)
         self._window_frames += frames
 

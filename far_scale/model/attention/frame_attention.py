@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from far_scale.layout import FrameGroup
+from far_scale.layout import FrameGroup, Order
 from far_scale.model.attention.choice import choose
 from far_scale.model.attention.earlier import Earlier
 from far_scale.model.attention.operators import attend
@@ -41,4 +41,8 @@ def frame_attention(
     if earlier_k is not None and len(earlier_k) != (prefix.keys.starts[-1] if prefix else 0):
         raise ValueError(f"the prefix has {prefix.keys.starts[-1] if prefix else 0} earlier keys, got {len(earlier_k)}")
     name = choose(kernel, q.device, q.dtype, q.shape[-1]).name
-    return attend(q, k, v, earlier_k, earlier_v, group.order(prefix).key, name)
+    order = Order(group, prefix)
+    out = attend(q, k, v, earlier_k, earlier_v, order.key, name)
+    if out.grad_fn is not None:
+        out.grad_fn.metadata["order"] = order  # type: ignore[index]  # the backward finds it by its key, so it must live as long
+    return out

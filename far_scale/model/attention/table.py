@@ -84,7 +84,7 @@ def rows(device: torch.device, dtypes: Sequence[torch.dtype], clips: int, frames
     """The table's lines, timed on clips of frames of 64 tokens; each kernel is tried in all of the dtypes it takes."""
     yield f"{device}, torch {torch.__version__}; timed: {clips} x {frames} frames of 64 tokens, {heads} heads of 64"
     yield "kernel        installed      dtype        error of gradients  ms forward  backward"
-    order = FrameGroup.of((frames,) * clips, (8, 8)).order()
+    order = Order(FrameGroup.of((frames,) * clips, (8, 8)))
     for name in choice.KERNELS:
         package = "torch" if name in (flex.NAME, dense.NAME) else choice.kernel(name).PACKAGE
         version = installed_version(package) or "-"

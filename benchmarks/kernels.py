@@ -1,0 +1,33 @@
+"""Which attention kernels a benchmark runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from far_scale.errors import UserError
+from far_scale.model.attention import choice, dense, flex
+from far_scale.model.layers import HEAD_DIM
+
+ALL = "all"
+KERNELS = tuple(name for name in choice.KERNELS if name not in (flex.NAME, dense.NAME))
+"""Those that the causal pair runs on."""
+
+
+def usable(asked: Sequence[str] | None, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The kernels asked for, or all that are usable here, best first.
+
+    Raises:
+        UserError: there is no such kernel, it is not usable here, or none is.
+    """
+    reasons = {name: choice.why_not(name, device, dtype, HEAD_DIM) for name in KERNELS}
+    for name in asked or ():
+        if name not in KERNELS:
+            raise UserError(f"--kernels {name}: there are {', '.join(KERNELS)}")
+        if reasons[name] is not None:
+            raise UserError(f"--kernels {name}: {reasons[name]}")
+    found = list(asked or (name for name in KERNELS if reasons[name] is None))
+    if not found:
+        raise UserError(f"no attention kernel takes {dtype} on {device.type}: python -m far_scale.model.attention")
+    return found

@@ -1,0 +1,115 @@
+"""The benchmarks run, write what they found, and their oracle is right. No figure of time is looked at."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from far_scale.model.attention import dense
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BENCHMARKS = REPOSITORY / "benchmarks"
+
+Tables = dict[str, list[dict[str, Any]]]
+
+
+def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, BENCHMARKS / f"{name}.py", "--device", "cpu", "--threads", 1, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment.pop("FAR_SCALE_ATTENTION", None)
+    return subprocess.run(map(str, command), env=environment, capture_output=True, text=True, timeout=240)
+
+
+def tables_of(folder: Path, finished: subprocess.CompletedProcess[str]) -> Tables:
+    """What the benchmark wrote, read from the one JSON file in `folder`; the Markdown beside it was printed, too."""
+    assert finished.returncode == 0, finished.stderr
+    (path,) = folder.glob("*.json")
+    written = json.loads(path.read_text())
+    assert written["facts"]["torch"] == torch.__version__ and written["facts"]["command"]
+    markdown = path.with_suffix(".md").read_text()
+    for title in written["tables"]:
+        assert f"## {title}" in markdown and title in finished.stdout
+    return written["tables"]
+
+
+def positive(row: dict[str, Any], *columns: str) -> bool:
+    return all(math.isfinite(row[column]) and row[column] > 0 for column in columns)
+
+
+def test_attention_is_timed_against_its_rivals(tmp_path: Path) -> None:
+    shape = ("--frames", 3, "--tokens", 16, "--long", 18, "--clips", 2, "--heads", 1)
+    finished = run("attention", *shape, "--rivals", "dense", "loop", "plain", "--repeats", 2, "--out", tmp_path)
+    sides, ratios = tables_of(tmp_path, finished).values()
+    names = ["ours, cpu", "plain causal, cpu", "dense mask", "prefix loop"]
+    assert [row["side"] for row in sides] == names * 4  # two cases in two dtypes
+    for row in sides:
+        assert positive(row, "ms", "ms forward", "TFLOP/s") and len(row["seconds"]["both"]) == row["repeats"] == 2
+        assert row["right"] is (None if row["side"].startswith("plain") else True)
+    # 3 frames of 16 tokens; 2 context frames of 1 token, then 16 frames of 16.
+    assert {row["pairs"] // 2 for row in sides[::4]} == {16**2 * 6, 1 + 2 + 16**2 * 136 + 2 * 256}
+    for at, row in enumerate(ratios):
+        own, limit, mask, loop = sides[4 * at : 4 * at + 4]
+        assert row["dense mask"] == mask["ms"] / own["ms"] and row["prefix loop"] == loop["ms"] / own["ms"]
+        assert row["plain causal"] == limit["ms"] / own["ms"] * (own["pairs"] / limit["pairs"])
+        assert 0.95 < limit["pairs"] / own["pairs"] <= 1 and row["FlexAttention"] is None
+
+
+def test_a_kernel_that_is_not_usable_is_refused(tmp_path: Path) -> None:
+    finished = run("attention", "--kernels", "flash-attn-2", "--out", tmp_path)
+    assert finished.returncode == 2 and "--kernels flash-attn-2: runs on NVIDIA GPUs alone" in finished.stderr
+
+
+def test_a_rival_that_fails_does_not_take_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import attention
+    from attention_sides import causal_frames
+
+    def fail(*_: object) -> None:
+        raise ValueError("no such thing\nand more of it")
+
+    monkeypatch.setattr(attention, "prefix_loop", fail)
+    case, cpu = causal_frames(clips=1, frames=2, tokens=4, heads=1), torch.device("cpu")
+    own, loop = rows = attention.measure_case(case, "fp32", ["cpu"], ["loop"], cpu, repeats=1, minutes=1)
+    assert own["note"] == "" and own["right"] is True and positive(own, "ms")
+    assert loop["note"] == "ValueError: no such thing" and loop["ms"] is None and own.keys() == loop.keys()
+    assert attention.ratio_row(rows, "cpu")["prefix loop"] is None
+
+
+def test_train_steps_are_timed_in_each_mode(tmp_path: Path) -> None:
+    shapes = ("--shapes", "B:2", "B-Long:17", "--layers", 1, "--clips", 2)
+    finished = run("train_step", *shapes, "--modes", "eager", "eager,full", "--repeats", 1, "--out", tmp_path)
+    (rows,) = tables_of(tmp_path, finished).values()
+    assert [row["side"] for row in rows] == ["eager", "eager, full"] * 2
+    assert [row["model"] for row in rows[::2]] == ["FAR-B, 1 layers", "FAR-B-Long, 1 layers"]
+    for first, row in ((rows[at - at % 2], rows[at]) for at in range(4)):
+        assert positive(row, "step", "gradients", "update", "tokens/s", "TFLOP/s", "MFU")
+        assert row["eager / this"] == first["step"] / row["step"] and row["clips"] == 2
+        assert row["tokens/s"] == pytest.approx((2 * 2 * 64 if row["frames"] == 2 else 2 * (4 + 16 * 64)) / row["step"])
+
+
+def test_train_step_names_the_mend() -> None:
+    finished = run("train_step", "--shapes", "B-Long:16")
+    assert finished.returncode == 2
+    assert "--shapes B-Long:16: not a preset and at least 17 frames" in finished.stderr
+
+
+def test_the_oracle_of_the_attention_benchmark_is_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from attention_sides import causal_frames, exact
+
+    case = causal_frames(clips=2, frames=3, tokens=5, heads=2)
+    inputs = case.draw(torch.device("cpu"), torch.float64)
+    q, k, v, dout = (x.flatten(0, 1) for x in inputs)
+    order = case.layout.window_order(q.device)
+    out, lse = dense.forward(q, k, v, None, None, order)
+    dq, dk, dv, *_ = dense.backward(dout, q, k, v, None, None, out, lse, order)
+    for ours, oracle in zip(exact(case, inputs), (out, dq, dk, dv), strict=True):
+        torch.testing.assert_close(ours.flatten(0, 1), oracle, rtol=0, atol=1e-12)
