@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from far_scale.layout import FrameGroup, FrameLayout, Order
 from far_scale.model import FAR, FARConfig, layers
-from far_scale.model.attention import frame_attention
+from far_scale.model.attention import causal_pair, frame_attention
 from far_scale.train.flops import forward_flops
 
 LONG = FARConfig(layers=3, heads=2, patch=2, channels=8, window=8, context_patch=4, actions=4)
@@ -110,6 +110,12 @@ def test_one_graph_for_all_layers_and_packs(checkpointing: str, monkeypatch: pyt
         for ours, expected in zip(outputs(model, clip_frames), plain, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+    # Here, too, attention is computed again where that was asked for alone.
+    calls = []
+    forward = causal_pair.forward
+    monkeypatch.setattr(causal_pair, "forward", lambda *given: calls.append(1) or forward(*given))
+    outputs(model, PACKS[-1])
+    assert len(calls) == (2 * LONG.layers - 1) * (2 if checkpointing == "full" else 1)
     # Without any context: the last layer is another one. With a context: the first layer's is a view, too.
     assert graphs == [2, 3, 0, 0, 0, 0, 0]
     torch._dynamo.reset()

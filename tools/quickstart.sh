@@ -3,7 +3,7 @@
 #
 #     bash tools/quickstart.sh            the demo, about ten minutes on two CPU cores
 #     bash tools/quickstart.sh --quick    the same way in small, under two minutes; its pictures are not pretty
-#     bash tools/quickstart.sh --long     episodes of 300 frames with long short-term context; better on a GPU
+#     bash tools/quickstart.sh --long     episodes of 300 frames with long short-term context, an hour on two CPU cores
 #
 # Everything lands in runs/quickstart (runs/quickstart_quick, runs/quickstart_long). A step whose output is whole is
 # skipped.
