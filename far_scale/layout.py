@@ -285,22 +285,21 @@ class FrameLayout:
         """T, tokens of the pack, fine and coarse."""
         return self.window.tokens + self.context.tokens
 
-    def move(self, device: torch.device) -> None:
-        """Make everything that computing on `device` asks for, so that nothing is copied there in the middle of it."""
-        (
-            self.clip_of_frame(device),
-            self.window_rows(device),
-            self.context_rows(device),
-            self.window.clip_of_frame(device),
-        )
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        """All that computing on `device` asks for, made once: asked ahead, nothing is copied in the middle of it."""
+        found = [self.clip_of_frame(device), self.window_rows(device), self.context_rows(device)]
+        found.append(self.window.clip_of_frame(device))
         for order in (self.window_order(device), self.context_order):
-            order.group.positions_on(device)
-            upper = order.group.upper_triangle(device)
-            spans = [] if upper is None else [upper.spans]
-            if order.prefix is not None:
-                spans += [order.prefix.queries, order.prefix.keys]
-            for some in (*spans, order.group.clips):
-                some.cumulative(device)
+            spans = [order.group.clips]
+            found.append(order.group.positions_on(device))
+            if (upper := order.group.upper_triangle(device)) is not None:
+                found += [upper.queries, upper.keys]
+                spans.append(upper.spans)
+            if (prefix := order.prefix) is not None:
+                found += [] if prefix.rows is None else [prefix.rows]
+                spans += [prefix.queries, prefix.keys]
+            found += [some.cumulative(device) for some in spans]
+        return found
 
     @cached_property
     def window_pairs(self) -> int:

@@ -53,8 +53,8 @@ class NoisyPack:
     layout: FrameLayout
 
     def to(self, device: torch.device) -> NoisyPack:
-        """The same on `device`, with all that the layout gives to it; a copy to a GPU is not waited for."""
-        self.layout.move(device)
+        """The same on `device`, with all of the layout that lies there; what is pinned is copied without waiting."""
+        self.layout.tensors(device)
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> NoisyPack:
@@ -62,9 +62,9 @@ class NoisyPack:
         return self._each(Tensor.pin_memory)
 
     def tensors(self) -> list[Tensor]:
-        """All there are."""
-        every = (self.latents, self.timesteps, self.target, self.actions, self.labels)
-        return [tensor for tensor in every if tensor is not None]
+        """All there are, the layout's with them."""
+        own = (self.latents, self.timesteps, self.target, self.actions, self.labels)
+        return [tensor for tensor in own if tensor is not None] + self.layout.tensors(self.latents.device)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> NoisyPack:
         return NoisyPack(

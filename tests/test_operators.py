@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import torch._dynamo
@@ -121,6 +123,7 @@ def test_one_graph_for_all_layers_and_packs(checkpointing: str, monkeypatch: pyt
     torch._dynamo.reset()
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_generated_code_gives_the_same() -> None:
     """The whole compiler once, on the smallest model."""
     torch._dynamo.reset()
