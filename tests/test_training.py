@@ -91,7 +91,7 @@ def exported(run: Path, out: Path, weights: str) -> dict[str, torch.Tensor]:
     return load_file(out / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["zero3", "zero2", "zero1", "zero0", "checkpointing"])
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("bf16")])
 def test_every_stage_trains_as_plain_pytorch(runs: Path, plain, name: str, tmp_path: Path) -> None:
     losses, ema = plain
     ours = logged(runs / name)
@@ -101,6 +101,13 @@ def test_every_stage_trains_as_plain_pytorch(runs: Path, plain, name: str, tmp_p
     assert theirs.keys() == ema.keys()
     for key, value in ema.items():
         torch.testing.assert_close(theirs[key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif("compiled" not in RUNS, reason="there is no C++ compiler")
+def test_layers_compile_once_under_zero3(runs: Path) -> None:
+    """The log counts the graphs: all there will be after the first step, and then no more."""
+    graphs = logged(runs / "compiled", "compiled_graphs")
+    assert graphs[0] >= 1 and set(graphs) == {graphs[0]}
 
 
 def test_bfloat16_follows_float32_at_every_stage(runs: Path, plain) -> None:
