@@ -24,6 +24,7 @@ from far_scale.recipe_report import explain, reference
 from far_scale.recipe_sections import (
     CheckpointSection,
     DataSection,
+    FaultsSection,
     LogSection,
     ModelSection,
     ObjectiveSection,
@@ -54,6 +55,7 @@ class Recipe(Section):
     optimizer: OptimizerSection
     train: TrainSection
     checkpoint: CheckpointSection
+    faults: FaultsSection = FaultsSection()
     log: LogSection
     sample: SampleSection
     curriculum: Annotated[tuple[StageSection, ...], Field(strict=False)] = ()
@@ -110,6 +112,7 @@ class Recipe(Section):
                 "name": True,
                 "run_dir": True,
                 "checkpoint": True,
+                "faults": True,
                 "log": True,
                 "sample": True,
                 "model": {"preset"},
@@ -119,6 +122,8 @@ class Recipe(Section):
             },
         )
         _drop_later_keys(values)
+        if self.faults.spikes == "skip":
+            values["spike_deviations"] = self.faults.spike_deviations
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:

@@ -210,6 +210,26 @@ class CheckpointSection(Section):
     """Steps between checkpoints; the last step always writes one."""
     keep: Count
     """How many of the newest checkpoints stay."""
+    local_dir: str | None = None
+    """Folder on each node's own disk for checkpoints beside these, cheaper and more frequent, that a restart with the
+    same ranks on the same nodes goes on from where they are newer; null for none."""
+    local_every: Count = 100
+    """Steps between checkpoints in local_dir."""
+
+
+class FaultsSection(Section):
+    """What a run does when something goes wrong."""
+
+    watchdog_seconds: Annotated[float, Field(ge=0)] = 1800.0
+    """A run that ends no step for so long writes all ranks' Python stacks and ends, to be started again; 0: never."""
+    skipped_in_row: Count = 5
+    """Steps skipped in a row after which the run takes its last checkpoint's weights and goes on past these batches."""
+    spikes: Literal["off", "warn", "skip"] = "warn"
+    """What to do about a step whose loss or gradient norm is a spike; one that is not finite is always skipped."""
+    spike_deviations: Annotated[float, Field(gt=0)] = 10.0
+    """A spike lies as many robust deviations above the running median (the last 128 steps)."""
+    starts_without_progress: Count = 3
+    """Restarts in a row that reach no new checkpoint, after which the job stops and says so."""
 
 
 class WandbSection(Section):

@@ -20,11 +20,19 @@ from far_scale.errors import UserError
 
 @dataclass(frozen=True)
 class Processes:
-    """Attributes: rank: this process's number; count: how many there are; device: what this one computes on."""
+    """Who this process is.
+
+    Attributes:
+        rank: its number.
+        count: how many there are.
+        device: what it computes on.
+        host_group: all of them again, over gloo, for what is agreed on between hosts without the device.
+    """
 
     rank: int
     count: int
     device: torch.device
+    host_group: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -70,7 +78,7 @@ def start_processes() -> Processes:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    return Processes(rank, count, device)
+    return Processes(rank, count, device, dist.new_group(backend="gloo"))
 
 
 def stop_processes() -> None:

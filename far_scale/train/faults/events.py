@@ -1,0 +1,52 @@
+"""`events.jsonl` of a run: starts, stops, saves, skipped steps and whatever else an operator asks about afterwards."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Events:
+    """Tells an event on the console and keeps it in the run directory, on the main process; the others are silent.
+
+    Args:
+        run: the run directory.
+        main: whether this is the process that tells.
+    """
+
+    def __init__(self, run: Path, main: bool) -> None:
+        self._path, self._main = run / "events.jsonl", main
+
+    def tell(self, event: str, step: int, text: str, **facts: Any) -> None:
+        """Print `text` and append one line.
+
+        Args:
+            event: one word for what happened, the same for all of its kind.
+            step: steps done when it happened.
+            text: one line for a person.
+            facts: what else the line in the file holds.
+        """
+        if not self._main:
+            return
+        tqdm.write(text)
+        time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            file.write(json.dumps({"time": time, "event": event, "step": step, "text": text, **facts}) + "\n")
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """All events of a run, oldest first; a last line that a crash cut short is left out."""
+    path = run / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
