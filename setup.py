@@ -17,7 +17,7 @@ setup(
     package_data={"far_scale.autoencoder": ["weights/*"]},
     install_requires=[
         "torch>=2.9",
-        "deepspeed>=0.16",
+        "deepspeed>=0.19",
         "webdataset>=0.2",
         "safetensors>=0.4.5",
         "pydantic>=2.7",

@@ -8,15 +8,23 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from far_scale.hosts import host_name
+
 
 class UserError(Exception):
     """An input (a recipe, shard, checkpoint, video or disk) cannot be used; the message says where and the mend."""
 
 
 def say_error(error: BaseException) -> None:
-    """Print `error: ...` on standard error in one piece, with the rank where there are several."""
-    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+    """Print `error: ...` on standard error in one piece, with rank and host where there are several ranks."""
+    print(f"{speaker()}error: {error}", file=sys.stderr, flush=True)
+
+
+def speaker() -> str:
+    """`[rank 3 on n2] ` where there are several ranks, otherwise nothing: what a line of one of them begins with."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ""
+    return f"[rank {os.environ['RANK']} on {host_name()}] "
 
 
 def command_line(main: Callable[..., Any]) -> Callable[..., Any]:

@@ -104,8 +104,13 @@ class Recipe(Section):
         return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120)
 
     def hash(self) -> str:
-        """SHA-256 of all that changes the trained weights (beyond rounding): not names, folders, logs or sampling,
-        nor how it is computed (ZeRO, activation checkpointing, compiler, attention kernel)."""
+        """SHA-256 of `result_values`."""
+        values = self.result_values()
+        return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def result_values(self) -> dict[str, Any]:
+        """All keys that change the trained weights (beyond rounding): not names, folders, logs or sampling, nor how
+        it is computed (ZeRO, activation checkpointing, compiler, attention kernel)."""
         values = self.model_dump(
             mode="json",
             exclude={
@@ -123,8 +128,8 @@ class Recipe(Section):
         )
         _drop_later_keys(values)
         if self.faults.spikes == "skip":
-            values["spike_deviations"] = self.faults.spike_deviations
-        return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+            values["faults"] = {"spike_deviations": self.faults.spike_deviations}
+        return values
 
     def save(self, path: str | Path) -> None:
         """Write the resolved YAML to `path`, atomically."""

@@ -15,6 +15,7 @@ from launch import ROOT, environment, launch, small_recipe
 
 from far_scale.convert.zero import export
 from far_scale.errors import UserError
+from far_scale.hosts import host_name
 from far_scale.train import checkpoint
 
 
@@ -78,7 +79,8 @@ def test_ranks_that_do_not_divide_the_lanes(recorded_shards: Path, tmp_path: Pat
     assert finished.returncode != 0
     for rank in (0, 1):
         assert (
-            f"[rank {rank}] error: demo_cpu: data.lanes: 3 lanes cannot be shared evenly by 2 ranks" in finished.stderr
+            f"[rank {rank} on {host_name()}] error: demo_cpu: data.lanes: 3 lanes cannot be shared evenly by 2 ranks"
+            in finished.stderr
         )
     assert "one of 1, 3 ranks" in finished.stderr and not (tmp_path / "run").exists()
 

@@ -56,13 +56,13 @@ def test_stages_reach_console_log_and_wandb(
     wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = load_recipe("demo_long", [f"run_dir={tmp_path}", "log.every=2", "log.wandb.mode=offline"])
-    monitor = Monitor(recipe, Alone(0, 1, torch.device("cpu")), peak_flops=1e12, start=0)
+    monitor = Monitor(recipe, Alone(0, 1, torch.device("cpu")), peak_flops=1e12, start=0, identity="one")
     first, second = stages(recipe)
     for stage, step in ((first, 1), (first, 2), (second, first.steps + 2)):
         monitor.begin_stage(stage)
         monitor.count(clips=3, tokens=100, flops=10**9)
-        monitor.end_step(step, torch.tensor(0.5), 1e-3, torch.tensor(0.1))
-    monitor.close()
+        monitor.end_step(step, torch.tensor(0.5), 1e-3, torch.tensor(0.1), skipped=0)
+    monitor.__exit__()
 
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     seen = [(line["step"], line["stage"], line["stage_name"]) for line in lines]
@@ -79,12 +79,12 @@ def test_newly_compiled_graphs_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe("demo_cpu", [f"run_dir={tmp_path}", "log.every=1", "train.compile=true"])
-    monitor = Monitor(recipe, Alone(0, 1, torch.device("cpu")), peak_flops=1e12, start=0)
+    monitor = Monitor(recipe, Alone(0, 1, torch.device("cpu")), peak_flops=1e12, start=0, identity="one")
     for step, graphs in enumerate((2, 2, 5), start=1):
         monkeypatch.setattr(monitor_module, "compiled_graphs", lambda count=graphs: count)
         monitor.count(clips=1, tokens=1, flops=1)
-        monitor.end_step(step, torch.tensor(0.5), 1e-3, 0.1)
-    monitor.close()
+        monitor.end_step(step, torch.tensor(0.5), 1e-3, torch.tensor(0.1), skipped=0)
+    monitor.__exit__()
     console = capsys.readouterr().out
     assert "step 1: 2 graphs compiled so far" in console
     assert "step 2: 2 graphs" not in console

@@ -43,7 +43,7 @@ def main() -> None:
         name, *overrides = run.split()
         spec, *others = small_recipe(Path(shards), Path(out) / name, *overrides)
         recipe = load_recipe(spec, others)
-        engine, ema = train(recipe, processes)
+        engine, ema, _ = train(recipe, processes)
         if name == "zero3":
             weights = gathered_ema(engine, ema)
             if processes.main:

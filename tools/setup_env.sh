@@ -83,7 +83,7 @@ if ! has_gpu; then
 elif ! has_cuda_torch "$VENV/bin/python"; then
     timed "installing torch>=2.9 for the GPU" "${PIP[@]}" "torch>=2.9" || fail "pip could not install torch>=2.9 (see above)"
 fi
-timed "installing far_scale and what it needs (one to two minutes)" "${PIP[@]}" --editable '.[demo,dev,wandb]' ||
+timed "installing far_scale and what it needs (one to two minutes)" "${PIP[@]}" --editable '.[demo,dev,slurm,wandb]' ||
     fail "pip could not install far_scale (see above); mend that and start again"
 
 checksum >"$STAMP"

@@ -9,6 +9,7 @@ The offsets stand in the indexes and not in the manifest, which would be unreada
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -96,6 +97,10 @@ class Manifest(Typed):
     @property
     def min_frames(self) -> int:
         return min(shard.min_frames for shard in self.shards)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that this manifest says: the same for the same latents in the same shards."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @staticmethod
     def read(folder: str | Path) -> Manifest:

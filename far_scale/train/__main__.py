@@ -3,21 +3,57 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
 
-from far_scale.errors import command_line
+from far_scale.errors import UserError, say_error, speaker
 from far_scale.recipe import load_recipe
+from far_scale.train.faults.exits import CRASHED, DONE, REFUSED, REQUEUE
+from far_scale.train.faults.signals import StopSignals
 
 
-@command_line
-def main() -> None:
+def run(arguments: Sequence[str]) -> int:
+    """Train as the command line asks; returns the exit status (see `faults/exits.py`) and raises nothing.
+
+    SIGTERM, SIGUSR1 and SIGUSR2 are taken over for the rest of the process. Where the status is neither DONE nor
+    REQUEUE other ranks may still wait for this one: leave by `os._exit`, which waits for no thread.
+    """
+    signals = StopSignals()
     parser = argparse.ArgumentParser(prog="python -m far_scale.train", description="Train FAR by a recipe.")
     parser.add_argument("recipe", help="a YAML file, or the name of one in recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change, e.g. train.steps=100")
     parser.add_argument("--dry-run", action="store_true", help="check recipe, shards and memory, run one batch, stop")
     parser.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps into run_dir/profile, e.g. 20:22")
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="resume although recipe or data would now give another result"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    arguments = parser.parse_intermixed_args()
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    asked = parser.parse_intermixed_args(arguments)
+    try:
+        return _train(asked, signals)
+    except UserError as error:
+        say_error(error)
+        return REFUSED
+    except OSError as error:
+        if error.errno is None or error.filename is None:
+            return _crash()
+        say_error(UserError(f"{error.filename}: {error.strerror}"))
+        return REFUSED
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        return _crash()
+
+
+def _crash() -> int:
+    print(f"{speaker()}{traceback.format_exc()}", file=sys.stderr, flush=True)
+    return CRASHED
+
+
+def _train(asked: argparse.Namespace, signals: StopSignals) -> int:
+    recipe = load_recipe(asked.recipe, asked.overrides)
 
     # Only now: a wrong recipe is refused before torch and DeepSpeed are loaded.
     from far_scale.train.dry_run import dry_run
@@ -25,14 +61,21 @@ def main() -> None:
     from far_scale.train.processes import start_processes, stop_processes
     from far_scale.train.profiler import parse_steps
 
-    steps_to_profile = parse_steps(arguments.profile) if arguments.profile else range(0)
+    steps_to_profile = parse_steps(asked.profile) if asked.profile else range(0)
     processes = start_processes()
-    if arguments.dry_run:
+    if asked.dry_run:
         dry_run(recipe, processes)
+        trained = None
     else:
-        train(recipe, processes, steps_to_profile)
+        trained = train(recipe, processes, steps_to_profile, signals, asked.accept_changes)
     stop_processes()
+    return DONE if trained is None or trained.step == recipe.train.steps else REQUEUE
 
 
 if __name__ == "__main__":
-    main()
+    status = run(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status in (DONE, REQUEUE):
+        sys.exit(status)
+    os._exit(status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -21,10 +22,35 @@ class ShardedEMA:
 
     def __init__(self, fragments: Sequence[Fragment], decay: float) -> None:
         self.decay = decay
-        self._live = [fragment.weight.detach() for fragment in fragments]
-        self.weights: list[Tensor] = [weight.clone() for weight in self._live]
+        self._runs: list[tuple[Tensor, Tensor]] = []  # average and live weights of each master tensor
+        pieces: dict[int, Tensor] = {}
+        # Fragments of one master lie in one storage, and so do their averages: an update takes one kernel a master
+        # (ZeRO keeps one or a few), not one a parameter.
+        live = {index: fragment.weight.detach() for index, fragment in enumerate(fragments)}
+        for _, indices in groupby(sorted(live, key=lambda i: _storage(live[i])), lambda i: _storage(live[i])):
+            own = list(indices)
+            first = min(live[index].storage_offset() for index in own)
+            end = max(live[index].storage_offset() + live[index].numel() for index in own)
+            run = live[own[0]].as_strided((end - first,), (1,), first)
+            average = run.clone()
+            self._runs.append((average, run))
+            for index in own:
+                start = live[index].storage_offset() - first
+                pieces[index] = average[start : start + live[index].numel()]
+        self.weights: list[Tensor] = [pieces[index] for index in live]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights of the step that just ended."""
-        torch._foreach_lerp_(self.weights, self._live, 1 - self.decay)
+    def update(self, kept: Tensor) -> None:
+        """Take in the weights of the step that just ended.
+
+        Args:
+            kept: 1, or 0 for a step that was skipped, which the average leaves out too: a scalar tensor on the
+                device, so that the host need not know it yet.
+        """
+        weight = kept * (1 - self.decay)
+        for average, live in self._runs:
+            average.lerp_(live, weight)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

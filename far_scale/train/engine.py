@@ -6,16 +6,21 @@ stage's cut in one form, so that the EMA and the checkpoints need not know the s
     stage 0     each rank holds every parameter whole
     stage 1, 2  all parameters laid end to end, cut into equal runs: a rank holds a run of whole and partial parameters
     stage 3     every parameter by itself cut into equal runs: a rank holds a piece of each
+
+DeepSpeed's own ways to judge a step (is the gradient finite? larger than the clip norm?) make the host wait for the
+device in every step, differ from stage to stage, and hide the norm where it is not finite. `_leave_steps_to_us` takes
+them out: here the gradient is only clipped, on the device, and far_scale/train/faults/guard.py decides.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from far_scale.model import FAR
@@ -62,15 +67,11 @@ def start_engine(model: FAR, recipe: Recipe, processes: Processes) -> Any:
         weight_decay=recipe.optimizer.weight_decay,
         fused=True,
     )
-    config = deepspeed_config(recipe, processes)
-    if recipe.train.zero_stage == 0 and recipe.train.precision == "fp32":
-        # Here DeepSpeed would clip the gradients without telling their norm.
-        clip_norm = config.pop("gradient_clipping")
-        optimizer.register_step_pre_hook(lambda adam, *_: _clip_and_keep_norm(engine, clip_norm))
     if recipe.train.zero_stage == 3:
         # Gather a block's weights in one go: an eighth of the messages and hooks of gathering each layer's by itself.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(recipe, processes))
+    _leave_steps_to_us(engine, recipe.optimizer.clip_norm)
     for master in _masters(engine):
         state = optimizer.state[master]
         state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -84,7 +85,7 @@ def deepspeed_config(recipe: Recipe, processes: Processes) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": recipe.data.lanes // processes.count,
-        "gradient_clipping": recipe.optimizer.clip_norm,
+        "gradient_clipping": 0.0 if _clips_here(stage, bf16) else recipe.optimizer.clip_norm,
         "zero_optimization": {"stage": stage, "overlap_comm": processes.device.type == "cuda"},
         "zero_allow_untested_optimizer": True,  # torch's own AdamW; DeepSpeed's would be compiled on the spot
         "bf16": {"enabled": bf16},
@@ -99,8 +100,90 @@ def deepspeed_config(recipe: Recipe, processes: Processes) -> dict[str, Any]:
     return config
 
 
-def _clip_and_keep_norm(engine: Any, clip_norm: float) -> None:
-    engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip_norm)
+def _leave_steps_to_us(engine: Any, clip_norm: float) -> None:
+    """Keep DeepSpeed from judging gradients; `grad_norm` is true afterwards, also where it is not finite.
+
+    DeepSpeed's one setting for this (bf16.check_grad_overflow) leaves most of it, and its versions (0.16 to 0.19 were
+    tried) judge in different places: so these methods are replaced on the instance, and one function in its modules.
+    """
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
+    if _clips_here(stage, engine.bfloat16_enabled()):
+        wrapper._global_grad_norm = torch.zeros((), device=engine.device)
+        _adam(engine).register_step_pre_hook(lambda *_: _clip(engine, clip_norm))
+        if engine.bfloat16_enabled():
+            wrapper.step = (lambda: _step_bf16_whole(engine)) if stage == 0 else (lambda: _step_bf16_runs(engine))
+        return
+    # ZeRO puts -1 for a norm that is not finite, by a copy that the host waits for; and newer versions then ask.
+    wrapper.get_grad_norm_direct = _zero_norm
+    wrapper.check_grad_overflow = False
+    for module in (stage3, stage_1_and_2):
+        if hasattr(module, "is_invalid_grad_norm"):
+            module.is_invalid_grad_norm = lambda norm: False
+
+
+def _clips_here(stage: int, bf16: bool) -> bool:
+    """Whether the gradient is clipped by `_clip`; otherwise by ZeRO, as it goes through its parts."""
+    return stage == 0 or (stage == 1 and bf16)
+
+
+def _clip(engine: Any, clip_norm: float) -> None:
+    """Before Adam's step: clip the masters' gradients and keep their norm."""
+    masters = _masters(engine)
+    gradients = [master.grad for master in masters if master.grad is not None]
+    if engine.zero_optimization_stage() == 0:
+        norm = torch.nn.utils.get_total_norm(gradients)  # every rank holds all of it
+    else:
+        norm = _zero_norm(gradients, masters)
+    torch.nn.utils.clip_grads_with_norm_(masters, clip_norm, norm)
+    engine.optimizer._global_grad_norm = norm
+
+
+def _zero_norm(gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type: float = 2) -> Tensor:
+    """The norm of all ranks' `gradients`, this rank's parts of them; in place of ZeRO's `get_grad_norm_direct`."""
+    own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+    if own:
+        squares = torch.stack(torch._foreach_norm(own, norm_type, torch.float32)).square().sum()
+    else:
+        squares = torch.zeros((), device=params[0].device)
+    dist.all_reduce(squares)
+    return squares.sqrt()
+
+
+def _step_bf16_whole(engine: Any) -> None:
+    """Stage 0 in bf16, in place of DeepSpeed's step, which asks the device about every gradient."""
+    masters = _masters(engine)
+    with torch.no_grad():
+        for parameter, master in zip(engine.module.parameters(), masters, strict=True):
+            master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
+        _adam(engine).step()
+        for parameter, master in zip(engine.module.parameters(), masters, strict=True):
+            parameter.copy_(master)
+            master.grad = None
+
+
+def _step_bf16_runs(engine: Any) -> None:
+    """Stage 1 in bf16, in place of DeepSpeed's step, which asks whether the norm is finite and whether to clip."""
+    wrapper = engine.optimizer
+    for master, gradient in zip(_masters(engine), wrapper.fp32_groups_gradient_flat_partition, strict=True):
+        master.grad = gradient
+    _adam(engine).step()
+    wrapper.update_lp_params()
+    wrapper.clear_hp_grads()
+
+
+def before_adam(engine: Any, do: Callable[[torch.optim.AdamW], None]) -> None:
+    """Call `do` with the optimizer before each of its steps, when `grad_norm` is known and the gradients are clipped.
+
+    ZeRO-3 steps the optimizer once for each of its groups of parameters, several times for a large model.
+    """
+    _adam(engine).register_step_pre_hook(lambda adam, *_: do(adam))
+
+
+def grad_norm(engine: Any) -> Tensor:
+    """The global norm of this step's gradient before clipping, on the device: a scalar, the same on all ranks."""
+    return engine.optimizer._global_grad_norm.detach().reshape(())
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,99 +16,171 @@ from far_scale.model.attention import choose
 from far_scale.model.layers import HEAD_DIM
 from far_scale.objective import pack_loss
 from far_scale.recipe import Recipe, check_ranks
-from far_scale.train import checkpoint
-from far_scale.train.checkpoint import LaneStates
+from far_scale.train.checkpoint import local
+from far_scale.train.checkpoint.saver import Saver
 from far_scale.train.compiled import check_compiler
-from far_scale.train.curriculum import Stage, stage_of, stages
+from far_scale.train.curriculum import Stage, stages
 from far_scale.train.ema import ShardedEMA
-from far_scale.train.engine import fragments, set_learning_rate, start_engine
+from far_scale.train.engine import fragments, grad_norm, set_learning_rate, start_engine
+from far_scale.train.faults.events import Events
+from far_scale.train.faults.guard import Guard
+from far_scale.train.faults.signals import StopSignals
+from far_scale.train.faults.slow_ranks import SlowRanks
+from far_scale.train.faults.startup import check_nodes
+from far_scale.train.faults.vote import Vote
+from far_scale.train.faults.watchdog import Watchdog
 from far_scale.train.feed import Batch, Feed
 from far_scale.train.flops import peak_flops, train_flops
+from far_scale.train.keeping import Keeper
 from far_scale.train.monitor import Monitor
 from far_scale.train.processes import Processes
 from far_scale.train.profiler import Profiler
-from far_scale.train.resume import describe, describe_stage, load_start_weights, pieces, restore
+from far_scale.train.resume import (
+    Resume,
+    describe,
+    describe_stage,
+    identity,
+    load_start_weights,
+)
 from far_scale.train.schedule import learning_rate
 
 
-def train(recipe: Recipe, processes: Processes, steps_to_profile: range = range(0)) -> tuple[Any, ShardedEMA] | None:
+class Trained(NamedTuple):
+    """What `train` leaves.
+
+    Attributes:
+        engine, ema: as they are after the last step.
+        step: steps done, fewer than the recipe's where the run was asked to stop.
+    """
+
+    engine: Any
+    ema: ShardedEMA
+    step: int
+
+
+def train(
+    recipe: Recipe,
+    processes: Processes,
+    steps_to_profile: range = range(0),
+    signals: StopSignals | None = None,
+    accept_changes: bool = False,
+) -> Trained | None:
     """Train `recipe` to its last step, from its run directory's latest checkpoint where there is one.
 
-    Every process calls this. The run directory gets recipe.yaml, log.jsonl and checkpoints/, and profile/ if there are
-    `steps_to_profile` (counted from 1).
+    Every process calls this. The run directory gets recipe.yaml, log.jsonl, events.jsonl and checkpoints/, and profile/
+    if there are `steps_to_profile` (counted from 1).
+
+    Args:
+        recipe: what to train.
+        processes: who trains it.
+        steps_to_profile: steps to trace.
+        signals: what may ask for a stop; then the run ends after a step, with a checkpoint.
+        accept_changes: resume even where what has changed since the checkpoint makes another result.
 
     Returns:
-        The engine and the EMA as they are after the last step; None where there was nothing left to do.
+        None where there was nothing left to do.
 
     Raises:
         UserError: ranks, shard sets, checkpoint, start weights or disk do not fit the recipe, or the attention kernel
-            or the compiler that it asks for is missing.
+            or the compiler that it asks for is missing; a node is not as the others; no good step is left to take.
     """
     check_ranks(recipe, processes.count)
     attention = check_computation(recipe, processes)
     plan = stages(recipe)
-    run = Path(recipe.run_dir)
-    start = checkpoint.latest_step(run) or 0
+    run, events = Path(recipe.run_dir), Events(Path(recipe.run_dir), processes.main)
+    resume = Resume(recipe, plan, processes, events)
+    start = resume.newest_whole()
     if start >= recipe.train.steps:
         if processes.main:
             print(f"{run}: all {recipe.train.steps} steps are done; raise train.steps to go on")
         return None
-    to_do = [(stage, stage.open_shards()) for stage in plan if stage.end > start]
+    shard_sets = {stage.index: stage.open_shards() for stage in plan if stage.end > start}
     manifest = Manifest.read(recipe.data.shards)
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
 
-    model = build_model(recipe)
-    if recipe.train.start_from is not None and start == 0:
-        load_start_weights(model, recipe.train.start_from)
-    card = describe(recipe, model, manifest, scaling)
-    engine = start_engine(model, recipe, processes)
-    ema = ShardedEMA(fragments(engine), recipe.optimizer.ema_decay)
-    lane_states = restore(run, start, engine, ema, recipe, stage_of(plan, start - 1)) if start else None
-    if processes.main:
-        run.mkdir(parents=True, exist_ok=True)
-        recipe.save(run / "recipe.yaml")
-    dist.barrier()
+    hosts = check_nodes(recipe, processes, compute_dtype(recipe), events, start)
+    with Watchdog(run, processes.rank, recipe.faults.watchdog_seconds, events, hosts) as watchdog:
+        model = build_model(recipe)
+        if recipe.train.start_from is not None and start == 0:
+            load_start_weights(model, recipe.train.start_from)
+        card = describe(recipe, model, manifest, scaling, processes)
+        stage_cards = {index: describe_stage(plan[index], shards.manifest) for index, shards in shard_sets.items()}
+        engine = start_engine(model, recipe, processes)
+        ema = ShardedEMA(fragments(engine), recipe.optimizer.ema_decay)
+        name = identity(run, processes)
+        local_folder = local.folder_of(recipe.checkpoint, run, name)
+        position = resume.restore(start, engine, ema, local_folder, card, stage_cards, accept_changes)
+        if processes.main:
+            recipe.save(run / "recipe.yaml")
+        dist.barrier()
 
-    own_lanes = list(range(processes.rank, recipe.data.lanes, processes.count))
-    monitor = Monitor(recipe, processes, peak_flops(processes.device, compute_dtype(recipe)), start)
-    monitor.say(attention)
-    profiler = Profiler(steps_to_profile, run, processes)
-    try:
-        for stage, shard_set in to_do:
-            monitor.begin_stage(stage)
-            first = max(start, stage.first)
-            states = lane_states if first > stage.first else None  # a stage begins its shard set afresh
-            dealing, prefetch = stage.dealing(recipe.seed), stage.data.prefetch
-            with (
-                PackLoader(shard_set, scaling, own_lanes, dealing, first, states, prefetch) as packs_of_steps,
-                Feed(packs_of_steps, recipe.objective, stage.config, recipe.seed, processes.device) as batches,
-            ):
-                for step in range(first, stage.end):
-                    with monitor.waiting():
-                        batch = next(batches)
-                    rate = learning_rate(recipe, step) * stage.learning_rate_scale
-                    set_learning_rate(engine, rate)
+        guard = Guard(engine, recipe.faults, processes, events)
+        if position.guard is not None:
+            guard.load_state(position.guard)
+        if position.step == 0:
+            events.tell("began", 0, f"training {recipe.name} on {processes.count} ranks")
+        own_lanes = list(range(processes.rank, recipe.data.lanes, processes.count))
+        profiler, vote = Profiler(steps_to_profile, run, processes), Vote(signals, processes)
+        slow = SlowRanks(processes, compute_dtype(recipe), events, hosts)
+        peak, done, stopping = peak_flops(processes.device, compute_dtype(recipe)), position.step, False
+        with (
+            Monitor(recipe, processes, peak, done, name, slow) as monitor,
+            Saver(run, recipe.checkpoint, processes, events, local_folder) as saver,
+        ):
+            keeper = Keeper(recipe, engine, ema, guard, saver, resume, card, processes)
+            monitor.say(attention)
+            for stage in plan:
+                if stage.end <= position.step or stopping:
+                    continue
+                shard_set = shard_sets[stage.index]
+                monitor.begin_stage(stage)
+                first = max(position.step, stage.first)
+                states = position.lanes if first > stage.first else None  # a stage begins its shard set afresh
+                if first == stage.first:
+                    guard.forget_levels()
+                dealing, prefetch = stage.dealing(recipe.seed), stage.data.prefetch
+                with (
+                    PackLoader(shard_set, scaling, own_lanes, dealing, first, states, prefetch) as packs_of_steps,
+                    Feed(packs_of_steps, recipe.objective, stage.config, recipe.seed, processes.device) as batches,
+                ):
+                    for step in range(first, stage.end):
+                        with monitor.waiting_for_data():
+                            batch = next(batches)
+                        rate = learning_rate(recipe, step) * stage.learning_rate_scale
+                        set_learning_rate(engine, rate)
 
-                    done = step + 1
-                    with profiler.watching(done):
-                        loss = train_step(engine, batch, stage, processes, monitor)
-                        ema.update()
-                    monitor.end_step(done, loss, rate, engine.get_global_grad_norm())
+                        done = step + 1
+                        with profiler.watching(done):
+                            loss = train_step(engine, batch, stage, processes, monitor, guard)
+                            ema.update(guard.kept)
+                        vote.begin(saver.busy)
+                        guard.end_step(done, batch.packs)
+                        monitor.end_step(done, loss, rate, grad_norm(engine), guard.skipped)
+                        watchdog.beat(done)
 
-                    if done % recipe.checkpoint.every == 0 or done == recipe.train.steps:
-                        lanes = gather_lane_states({pack.lane: pack.lane_state for pack in batch.packs})
-                        state = {**card, **describe_stage(stage, shard_set.manifest), "lanes": lanes}
-                        checkpoint.save(run, done, pieces(engine, ema), state, recipe.checkpoint.keep)
-                        monitor.say(f"step {done}: saved {checkpoint.step_folder(run, done)}")
-    finally:
-        monitor.close()
-    return engine, ema
+                        outcome = vote.outcome()
+                        with monitor.waiting_for_save():
+                            keeper.after_step(done, batch.packs, stage_cards[stage.index], outcome)
+                        stopping = outcome.stop
+                        if stopping:
+                            break
+            saver.finish(required=done == recipe.train.steps)
+            if done == recipe.train.steps:
+                events.tell("finished", done, f"all {done} steps are done")
+            else:
+                events.tell("stopped", done, f"step {done}: stopped as asked; the same command goes on from here")
+        return Trained(engine, ema, done)
 
 
 def train_step(
-    engine: Any, batch: Batch, stage: Stage, processes: Processes, monitor: Monitor | None = None
+    engine: Any,
+    batch: Batch,
+    stage: Stage,
+    processes: Processes,
+    monitor: Monitor | None = None,
+    guard: Guard | None = None,
 ) -> torch.Tensor:
-    """One optimizer step on this rank's packs of a global batch.
+    """One optimizer step on this rank's packs of a global batch, unless the guard finds it bad.
 
     DeepSpeed averages over the packs and the ranks, and steps with the last pack's `engine.step()`.
 
@@ -121,6 +193,8 @@ def train_step(
     for noisy, weight in zip(batch.noisy, weights, strict=True):
         velocity = engine(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
         loss = pack_loss(velocity, noisy) * weight
+        if guard is not None:
+            guard.watch(loss)
         engine.backward(loss)
         engine.step()
         losses.append(loss.detach())
@@ -163,10 +237,3 @@ def check_computation(recipe: Recipe, processes: Processes) -> str:
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-
-
-def gather_lane_states(own: LaneStates) -> LaneStates:
-    """All lanes' states on every process."""
-    parts: list[LaneStates] = [{}] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    return {lane: state for part in parts for lane, state in sorted(part.items())}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from far_scale.errors import UserError
 from far_scale.files import atomic_write
 from far_scale.recipe import Recipe
 from far_scale.train.compiled import compiled_graphs
 from far_scale.train.curriculum import Stage
+from far_scale.train.faults.slow_ranks import SlowRanks
 from far_scale.train.processes import Processes
+from far_scale.train.wandb_run import WandbRun
 
 
 class Monitor:
@@ -31,23 +32,34 @@ class Monitor:
         peak_flops: what one process's device can do, in FLOP/s.
         start: steps done before; lines of later steps in log.jsonl (from a run that died past its last checkpoint)
             are dropped, so that no step stands there twice.
+        identity: of the run, see `WandbRun`.
+        slow: names slow ranks at every line; None where there is but one process without a group.
     """
 
-    def __init__(self, recipe: Recipe, processes: Processes, peak_flops: float, start: int) -> None:
-        self._recipe, self._processes, self._peak = recipe, processes, peak_flops
+    def __init__(
+        self,
+        recipe: Recipe,
+        processes: Processes,
+        peak_flops: float,
+        start: int,
+        identity: str,
+        slow: SlowRanks | None = None,
+    ) -> None:
+        self._recipe, self._processes, self._peak, self._slow = recipe, processes, peak_flops, slow
         self._log = Path(recipe.run_dir) / "log.jsonl"
         self._bar: tqdm[Any] | None = None
-        self._wandb: Any = None
+        self._wandb: WandbRun | None = None
         self._stage: Stage | None = None
         self._graphs = 0
         if processes.main:
             _drop_later_lines(self._log, start)
             self._bar = tqdm(total=recipe.train.steps, initial=start, desc="train", unit="step", disable=None)
-            self._wandb = _start_wandb(recipe)
+            if recipe.log.wandb.mode != "disabled":
+                self._wandb = WandbRun(recipe, identity)
         self._begin_interval()
 
     def _begin_interval(self) -> None:
-        self._since, self._waited = time.perf_counter(), 0.0
+        self._since, self._waited, self._saved = time.perf_counter(), 0.0, 0.0
         self._steps, self._clips, self._tokens, self._flops = 0, 0, 0, 0
         self._losses: list[torch.Tensor] = []
 
@@ -59,11 +71,18 @@ class Monitor:
             self.say(f"stage {number} ({stage.name}): steps {stage.first + 1} to {stage.end}")
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the wait for data."""
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around the wait for a batch."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def waiting_for_save(self) -> Iterator[None]:
+        """Around what training waits for when it saves."""
+        start = time.perf_counter()
+        yield
+        self._saved += time.perf_counter() - start
 
     def count(self, clips: int, tokens: int, flops: int) -> None:
         """A pack was trained on, on this process."""
@@ -71,12 +90,15 @@ class Monitor:
         self._tokens += tokens
         self._flops += flops
 
-    def end_step(self, step: int, loss: torch.Tensor, learning_rate: float, grad_norm: Any) -> None:
+    def end_step(
+        self, step: int, loss: torch.Tensor, learning_rate: float, grad_norm: torch.Tensor, skipped: int
+    ) -> None:
         """Step number `step` (from 1) is done.
 
         Args:
             loss: this process's mean over its packs, a scalar tensor; it is averaged over the processes when told.
-            grad_norm: global norm before clipping.
+            grad_norm: global norm before clipping, a scalar tensor.
+            skipped: steps that the guard has skipped so far, as far as is known.
         """
         self._steps += 1
         self._losses.append(loss)
@@ -89,7 +111,9 @@ class Monitor:
         if step % self._recipe.log.every and step != 1 and not last:
             return
         losses = torch.stack(self._losses)
-        loss_now, loss_mean = self._processes.mean(torch.stack([losses[-1], losses.double().mean()])).tolist()
+        # The mean is of the steps whose loss is finite, so that one that was skipped leaves no gap in the curve.
+        global_losses = self._processes.mean(losses)
+        loss_now, loss_mean = global_losses[-1].item(), global_losses[global_losses.isfinite()].mean().item()
         seconds = time.perf_counter() - self._since
         ranks = self._processes.count
         line: dict[str, Any] = {
@@ -98,17 +122,21 @@ class Monitor:
             "loss": loss_now,
             "loss_mean": loss_mean,
             "learning_rate": learning_rate,
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm.item(),
+            "skipped": skipped,
             "clips_per_second": ranks * self._clips / seconds,
             "tokens_per_second": ranks * self._tokens / seconds,
             "mfu": self._flops / seconds / self._peak,
             "data_wait": self._waited / seconds,
+            "save_wait": self._saved / seconds,
             "memory_gb": _peak_memory(self._processes.device) / 1e9,
             "seconds_per_step": seconds / self._steps,
             **({"compiled_graphs": self._graphs} if self._recipe.train.compile else {}),
         }
         if self._processes.main:
-            self._tell(line)
+            self._tell({key: _or_none(value) for key, value in line.items()})
+        if self._slow is not None:
+            self._slow.tell(step, self._waited / self._steps)
         self._begin_interval()
 
     def say(self, text: str) -> None:
@@ -116,7 +144,10 @@ class Monitor:
         if self._processes.main:
             tqdm.write(text)
 
-    def close(self) -> None:
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Finish the bar and wandb."""
         if self._bar is not None:
             self._bar.close()
@@ -127,43 +158,33 @@ class Monitor:
         with self._log.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self._wandb is not None:
-            values = {f"train/{key}": value for key, value in line.items() if key != "step"}
-            self._wandb.log(values, step=line["step"])
+            self._wandb.log(line["step"], {key: value for key, value in line.items() if key != "step"})
         stage = "" if self._stage is None else f"{self._stage.name}  "
+        loss, norm = ("not finite" if line[key] is None else f"{line[key]:.4f}" for key in ("loss_mean", "grad_norm"))
+        skipped = f"  {line['skipped']} steps skipped" if line["skipped"] else ""
         self.say(
-            f"step {line['step']}/{self._recipe.train.steps}  {stage}loss {line['loss_mean']:.4f}  "
-            f"lr {line['learning_rate']:.2e}  grad norm {line['grad_norm']:.3f}  "
+            f"step {line['step']}/{self._recipe.train.steps}  {stage}loss {loss}  "
+            f"lr {line['learning_rate']:.2e}  grad norm {norm}  "
             f"{line['clips_per_second']:.1f} clips/s  {line['tokens_per_second']:.0f} tokens/s  "
-            f"MFU {line['mfu']:.1%}  data wait {line['data_wait']:.1%}  {line['memory_gb']:.2f} GB"
+            f"MFU {line['mfu']:.1%}  data wait {line['data_wait']:.1%}  {line['memory_gb']:.2f} GB{skipped}"
         )
+
+
+def _or_none(value: Any) -> Any:
+    """JSON has no word for a number that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_later_lines(log: Path, step: int) -> None:
     if log.exists():
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+        kept = []
+        for line in log.read_text().splitlines():
+            try:
+                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+            except json.JSONDecodeError:  # cut short by a crash
+                continue
         with atomic_write(log) as beside:
-            beside.write_text("".join(line + "\n" for line in lines))
-
-
-def _start_wandb(recipe: Recipe) -> Any:
-    settings = recipe.log.wandb
-    if settings.mode == "disabled":
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("log.wandb.mode: wandb is not installed; pip install 'far_scale[wandb]'") from None
-    # The same run directory is the same wandb run, however often it is resumed.
-    identity = hashlib.sha256(str(Path(recipe.run_dir).resolve()).encode()).hexdigest()[:16]
-    return wandb.init(
-        project=settings.project,
-        name=settings.name or recipe.name,
-        id=identity,
-        resume="allow",
-        mode=settings.mode,
-        dir=recipe.run_dir,
-        config=recipe.model_dump(mode="json"),
-    )
+            beside.write_text("".join(kept))
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -11,11 +11,14 @@ import socket
 import subprocess
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from far_scale.errors import UserError
+from far_scale.hosts import host_name
+from far_scale.train.rendezvous import meet
 
 
 @dataclass(frozen=True)
@@ -67,23 +70,47 @@ def start_processes() -> Processes:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found none
     import deepspeed
 
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        deepspeed.init_distributed(dist_backend="nccl", verbose=False)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    store = meet(rank, count, device.type)
+    if device.type == "cuda":
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:
+            host, reason = host_name(), str(error).splitlines()[0]
+            raise UserError(
+                f"rank {rank} on {host}: GPU {device.index} (its LOCAL_RANK) cannot be used: {reason}; start one rank "
+                f"a GPU, or leave the node out: sbatch --exclude={host}"
+            ) from error
+        backend = "nccl"
     else:
-        device = torch.device("cpu")
         # DeepSpeed would compile a shared-memory all-reduce here (a minute, and a compiler must be there).
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        backend = "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes over the group that is there
     return Processes(rank, count, device, dist.new_group(backend="gloo"))
 
 
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's `value`, in the order of the ranks, on each of them; of this process alone without groups.
+
+    Args:
+        value: anything that can be pickled.
+        group: of CPU tensors, such as `Processes.host_group`; the default one where None.
+    """
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def stop_processes() -> None:
-    """Leave the group, so that nothing is left waiting for this process."""
+    """Leave the group, all together: a launcher that sees one process end may kill the others in their last moments."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import secrets
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,41 @@ from far_scale.convert.model_dir import load_model
 from far_scale.data.manifest import Manifest
 from far_scale.data.scaling import LatentScaling
 from far_scale.errors import UserError
+from far_scale.files import atomic_write
 from far_scale.model import FAR, FARConfig
 from far_scale.recipe import Recipe
 from far_scale.train import checkpoint
-from far_scale.train.checkpoint import FlatPiece, LaneStates
-from far_scale.train.curriculum import Stage
+from far_scale.train.changes import changes
+from far_scale.train.checkpoint import FlatPiece, local
+from far_scale.train.curriculum import Stage, stage_of
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments, set_adam_step, use_loaded_weights
+from far_scale.train.faults.events import Events
+from far_scale.train.faults.guard import Guard
+from far_scale.train.processes import Processes, gather
+
+LaneStates = dict[int, dict[str, Any]]
+"""Where each lane stands, by its number."""
 
 
-def describe(recipe: Recipe, model: FAR, manifest: Manifest, scaling: LatentScaling) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Position:
+    """Where a run goes on.
+
+    Attributes:
+        step: steps done.
+        lanes: the lanes' states after them; None where each lane begins.
+        guard: the guard's state after them, or None.
+    """
+
+    step: int = 0
+    lanes: LaneStates | None = None
+    guard: dict[str, Any] | None = None
+
+
+def describe(
+    recipe: Recipe, model: FAR, manifest: Manifest, scaling: LatentScaling, processes: Processes
+) -> dict[str, Any]:
     """The part of state.json that stays the same over a run; the other part is `describe_stage`.
 
     Together they are enough to export the model without the run's data. Call it before the engine shards `model`:
@@ -39,6 +66,7 @@ def describe(recipe: Recipe, model: FAR, manifest: Manifest, scaling: LatentScal
         "autoencoder": manifest.autoencoder.model_dump(mode="json"),
         "scaling": scaling.to_dict(),
         "frame_stride": recipe.data.frame_stride,
+        "ranks": processes.count,
         "versions": {
             "far_scale": far_scale.__version__,
             "python": platform.python_version(),
@@ -54,6 +82,7 @@ def describe_stage(stage: Stage, manifest: Manifest) -> dict[str, Any]:
         "model": stage.config.to_dict(),
         "latent_shape": list(manifest.latent_shape),
         "fps": manifest.fps,
+        "shard_set": manifest.fingerprint(),
     }
 
 
@@ -96,17 +125,155 @@ def pieces(engine: Any, ema: ShardedEMA) -> dict[str, FlatPiece]:
     return own
 
 
-def restore(run: Path, step: int, engine: Any, ema: ShardedEMA, recipe: Recipe, stage: Stage) -> LaneStates:
-    """Load the checkpoint of `step` into engine and EMA; returns the lanes' states.
+class Resume:
+    """Finds the checkpoint that a run goes on from, checks that it may, and loads it.
 
     Args:
-        stage: the one that `step` steps end in by the recipe.
-
-    Raises:
-        UserError: it is not whole, or was written by another model or recipe.
+        recipe: the run's.
+        plan: its stages.
+        processes: who runs it.
+        events: where damage and changes are told.
     """
-    folder = checkpoint.step_folder(run, step)
-    state = checkpoint.read_state(folder)
+
+    def __init__(self, recipe: Recipe, plan: list[Stage], processes: Processes, events: Events) -> None:
+        self._recipe, self._plan, self._processes, self._events = recipe, plan, processes, events
+        self._run = Path(recipe.run_dir)
+
+    def newest_whole(self) -> int:
+        """The step of the newest checkpoint in the run directory that is not damaged; 0 where there is none yet.
+
+        The ranks share the work of checking it. Damaged ones are told, and set aside.
+
+        Raises:
+            UserError: all there are are damaged.
+        """
+        group = self._processes.host_group
+        steps = gather(checkpoint.steps_to_try(self._run) if self._processes.main else [], group)[0]
+        for number, step in enumerate(steps):
+            folder = checkpoint.step_folder(self._run, step)
+            found = gather(checkpoint.damage(folder, self._processes.rank, self._processes.count), group)
+            problem = next((line for line in found if line is not None), None)
+            if problem is None:
+                if self._processes.main and number > 0:
+                    checkpoint.point_at(folder)
+                return step
+            before = f"going on from step {steps[number + 1]}" if number + 1 < len(steps) else "there is none before"
+            if self._processes.main:
+                aside = checkpoint.set_aside(folder)
+                self._events.tell("damaged", step, f"damaged checkpoint: {problem}; now {aside.name}; {before}")
+        if steps:
+            raise UserError(
+                f"{self._run}/checkpoints: every checkpoint is damaged; mend one and take .damaged off its name, or "
+                "remove this folder to train from the start"
+            )
+        return 0
+
+    def restore(
+        self,
+        step: int,
+        engine: Any,
+        ema: ShardedEMA,
+        local_folder: Path | None,
+        card: dict[str, Any],
+        stage_cards: dict[int, dict[str, Any]],
+        accept_changes: bool,
+    ) -> Position:
+        """Load a checkpoint into engine and EMA: that of `step` in the run directory, or a later node-local one.
+
+        Args:
+            step: of the newest whole checkpoint, or 0.
+            engine, ema: what to load into.
+            local_folder: this run's on the node's own disk, or None.
+            card, stage_cards: what this run would write into its own checkpoints, by `describe` and, for the stages
+                that are not over, `describe_stage`.
+            accept_changes: go on even where something has changed that makes another result.
+
+        Raises:
+            UserError: it was written by another model, or by another recipe and that is not accepted.
+        """
+        own, who = pieces(engine, ema), (self._processes.rank, self._processes.count)
+        later = None
+        if local_folder is not None:
+            later = local.newest(local_folder, step, *who, own, self._processes.host_group)
+        if later is not None and local_folder is not None:
+            where, state = local_folder, local.read_state(local_folder, later, *who)
+        elif step:
+            where = checkpoint.step_folder(self._run, step)
+            state = checkpoint.read_state(where)
+        else:
+            return Position()
+        check_fits(where, state, self._recipe, self._plan)
+        self._compare(where, state, {**card, **stage_cards.get(state["stage"], {})}, accept_changes)
+        if later is not None:
+            local.load(where, later, *who, own)
+        else:
+            checkpoint.load(where, own)
+        guard = state.get("guard")
+        set_adam_step(engine, state["step"] if guard is None else guard["updates"])
+        use_loaded_weights(engine)
+        self._events.tell("resumed", state["step"], f"going on from step {state['step']} of {where}")
+        return Position(state["step"], {int(lane): place for lane, place in state["lanes"].items()}, guard)
+
+    def roll_back(self, done: int, engine: Any, ema: ShardedEMA, guard: Guard) -> None:
+        """After too many skipped steps: go back to the weights, moments and EMA of the newest checkpoint.
+
+        Steps and data go on, past the batches that were skipped.
+
+        Args:
+            done: steps done.
+            engine, ema: what to load into.
+            guard: which counted the steps; it counts anew.
+
+        Raises:
+            UserError: there is no checkpoint, or it was written by the last roll-back and no step since was good.
+        """
+        row = f"step {done}: {guard.in_row} steps in a row were skipped"
+        look = f"{self._run}/events.jsonl names them and their samples; lower optimizer.learning_rate or mend the data"
+        step = self.newest_whole()
+        if step == 0:
+            raise UserError(f"{row}, and there is no checkpoint to go back to: {look}")
+        folder = checkpoint.step_folder(self._run, step)
+        state = checkpoint.read_state(folder)
+        before: dict[str, Any] = state.get("guard") or {"updates": step}
+        if state.get("went_back") and before["updates"] == guard.updates:
+            raise UserError(f"{row}, straight after going back for the same reason: {look}")
+        checkpoint.load(folder, pieces(engine, ema))
+        guard.updates = before["updates"]
+        guard.forget_row()
+        set_adam_step(engine, guard.updates)
+        use_loaded_weights(engine)
+        self._events.tell("rolled-back", done, f"{row}; going on with the weights of step {step}", weights_of=step)
+
+    def _compare(self, where: Path, state: dict[str, Any], now: dict[str, Any], accept: bool) -> None:
+        found = changes(state, now, self._recipe)
+        if found.of_result and not accept:
+            raise UserError(
+                f"{where}: since this checkpoint has changed, and would change the result: "
+                f"{'; '.join(found.of_result)}; start with --accept-changes to go on all the same, or use another "
+                "run_dir"
+            )
+        for event, lines in (("accepted-changes", found.of_result), ("harmless-changes", found.harmless)):
+            if lines:
+                what = "other results accepted" if event == "accepted-changes" else "the same result but for rounding"
+                text = f"changed since the checkpoint ({what}): {'; '.join(lines)}"
+                self._events.tell(event, state["step"], text, changes=lines)
+
+
+def identity(run: Path, processes: Processes) -> str:
+    """What tells this run from any other, also from an earlier one in the same folder: made when it first starts."""
+    own, path = None, run / "identity"
+    if processes.main:
+        if not path.exists():
+            with atomic_write(path) as beside:
+                beside.write_text(secrets.token_hex(8) + "\n")
+        own = path.read_text().strip()
+    return gather(own, processes.host_group)[0]
+
+
+def check_fits(folder: Path, state: dict[str, Any], recipe: Recipe, plan: list[Stage]) -> None:
+    """Raises UserError where a checkpoint is of another model, stage or number of lanes than the recipe has."""
+    step = state["step"]
+    stage = stage_of(plan, step - 1)
     if state.get("stage", 0) != stage.index:
         raise UserError(
             f"{folder}: written in stage {state.get('stage', 0) + 1} of a curriculum, by the recipe step {step} is of "
@@ -124,7 +291,3 @@ def restore(run: Path, step: int, engine: Any, ema: ShardedEMA, recipe: Recipe, 
             f"{folder}: written with data.lanes {state['recipe']['data']['lanes']}, the recipe has "
             f"{recipe.data.lanes}; lanes cannot change within a run"
         )
-    checkpoint.load(folder, pieces(engine, ema))
-    set_adam_step(engine, step)
-    use_loaded_weights(engine)
-    return {int(lane): position for lane, position in state["lanes"].items()}

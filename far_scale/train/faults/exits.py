@@ -3,6 +3,9 @@
 DONE = 0
 """All steps are done."""
 
+CRASHED = 1
+"""An error that the program does not know: starting again may help, as after a device's."""
+
 REFUSED = 2
 """An input is wrong, or restarting makes no progress: a person must look; starting again would not help."""
 

@@ -1,0 +1,75 @@
+"""What has changed between a checkpoint and the run that goes on from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from far_scale.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Lines like `optimizer.learning_rate 0.0001 -> 0.0002`.
+
+    Attributes:
+        of_result: what makes another run of it.
+        harmless: what changes the result by rounding at most, or not at all.
+    """
+
+    of_result: list[str]
+    harmless: list[str]
+
+
+def changes(state: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Changes:
+    """Compare a checkpoint's state with what the run would write into the next one.
+
+    Recipe keys count as `Recipe.result_values` has them. More train.steps than before are harmless where the learning
+    rate is constant, since the steps so far would have been the same.
+
+    Args:
+        state: of the checkpoint.
+        now: the same keys of the run: recipe, versions, ranks and, unless its data are not needed any more, shard_set.
+        recipe: the run's.
+    """
+    old, new = _flat(state["recipe"]), _flat(now["recipe"])
+    decisive_old, decisive_new = _flat(_result_values(state["recipe"])), _flat(recipe.result_values())
+    if recipe.optimizer.schedule == "constant" and not recipe.curriculum:
+        decisive_old.pop("train.steps", None)
+        decisive_new.pop("train.steps", None)
+    # It was read before the first step.
+    decisive_old.pop("train.start_from", None)
+    decisive_new.pop("train.start_from", None)
+    of_result = _differences(decisive_old, decisive_new)
+    was, is_ = state.get("shard_set"), now.get("shard_set")
+    if was is not None and is_ is not None and was != is_:
+        of_result.append(f"the shard set's manifest {was[:12]} -> {is_[:12]}")
+    told = {line.split(" ", 1)[0] for line in of_result}
+    harmless = [line for line in _differences(old, new) if line.split(" ", 1)[0] not in told]
+    harmless += _differences(state["versions"], now["versions"])
+    if state.get("ranks") not in (None, now["ranks"]):
+        harmless.append(f"ranks {state['ranks']} -> {now['ranks']}")
+    return Changes(of_result, harmless)
+
+
+def _result_values(recipe: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return Recipe.model_validate(recipe).result_values()
+    except ValidationError:  # written by a version with other keys: all of them count
+        return recipe
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = value if isinstance(value, dict) else None
+        found |= _flat(inner, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    keys = list(dict.fromkeys([*new, *old]))
+    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]

@@ -1,0 +1,35 @@
+"""Checkpoints: written beside training, checksummed, synced, renamed; `latest` changes last.
+
+    checkpoints/step-00001000/   state.json, torch.distributed.checkpoint's files, checksums.json
+    checkpoints/latest           the name of the newest whole one
+
+Weights, Adam's moments and the EMA are stored as flat float32 tensors by parameter name, in whatever pieces the
+ranks held; a reader asks for other pieces and gets them. So neither the rank count nor the ZeRO stage is part of
+the format, and one process can read any of it.
+"""
+
+from far_scale.train.checkpoint.folders import (
+    damage,
+    latest_step,
+    point_at,
+    read_state,
+    set_aside,
+    step_folder,
+    steps_to_try,
+)
+from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy, load
+from far_scale.train.checkpoint.write import save
+
+__all__ = [
+    "FlatPiece",
+    "HostCopy",
+    "damage",
+    "latest_step",
+    "load",
+    "point_at",
+    "read_state",
+    "save",
+    "set_aside",
+    "step_folder",
+    "steps_to_try",
+]

@@ -1,0 +1,151 @@
+"""The folders that checkpoints lie in: which there are, which is whole, which may go."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from far_scale.errors import UserError
+from far_scale.files import atomic_write, read_json, sha256, sync_folder, write_json
+
+FORMAT = "far_scale.checkpoint/2"
+_UNSEALED = "far_scale.checkpoint/1"  # before there were checksums
+CHECKSUMS = "checksums.json"
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def latest_step(run: Path) -> int | None:
+    """The step of the newest whole checkpoint of a run; None where there is none yet.
+
+    Raises:
+        UserError: `latest` is damaged.
+    """
+    path = run / "checkpoints" / "latest"
+    if not path.exists():
+        return None
+    match = re.fullmatch(r"step-(\d{8})", path.read_text().strip())
+    if match is None:
+        raise UserError(f"{path}: this does not name a checkpoint; write the name of a folder beside it, step-XXXXXXXX")
+    return int(match.group(1))
+
+
+def steps_to_try(run: Path) -> list[int]:
+    """The steps that a run can go on from: the one that `latest` names, then those before it, newest first."""
+    latest = latest_step(run)
+    if latest is None:
+        return []
+    there = (int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("step-????????"))
+    return [latest, *sorted((step for step in there if step < latest), reverse=True)]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint.
+
+    Raises:
+        UserError: there is no checkpoint, it is half-written, or of another format.
+    """
+    if not folder.is_dir():
+        there = sorted(path.name for path in folder.parent.glob("step-????????"))
+        raise UserError(f"{folder}: there is no such checkpoint; there are: {', '.join(there) or 'none'}")
+    if not (folder / ".metadata").exists() or not (folder / "state.json").exists():
+        raise UserError(f"{folder}: this checkpoint is half-written; remove it and use an earlier one")
+    state = read_json(folder / "state.json", "checkpoint state")
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, _UNSEALED):
+        found = state.get("format") if isinstance(state, dict) else None
+        raise UserError(f"{folder}/state.json: format {found!r}, this version reads {FORMAT!r}")
+    return state
+
+
+def seal(folder: Path, state: dict[str, Any], sums: dict[str, dict[str, Any]]) -> None:
+    """Write state.json and, over it and all other files, checksums.json; then make the folder durable.
+
+    Args:
+        sums: `checksums` of the files that hold tensors.
+    """
+    write_json(folder / "state.json", {"format": FORMAT, **state})
+    rest = checksums(folder / name for name in (".metadata", "state.json"))
+    write_json(folder / CHECKSUMS, dict(sorted({**sums, **rest}.items())))
+    sync_folder(folder)
+
+
+def checksums(files: Any) -> dict[str, dict[str, Any]]:
+    """Size in bytes and SHA-256 of each of the files, by name."""
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+
+
+def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in one line that names the file; None where it is whole.
+
+    Args:
+        folder: the checkpoint.
+        part, parts: check each `parts`-th file from number `part` on, so that ranks can share the work.
+    """
+    try:
+        state = read_state(folder)
+        if state["format"] == _UNSEALED:
+            return None
+        sums = read_json(folder / CHECKSUMS, "list of checksums")
+    except UserError as error:
+        return str(error)
+    if not isinstance(sums, dict) or not {".metadata", "state.json"} <= sums.keys():
+        return f"{folder / CHECKSUMS}: this is no list of checksums"
+    for name in sorted(sums)[part::parts]:
+        path, expected = folder / name, sums[name]
+        if not path.is_file():
+            return f"{path}: this file is missing"
+        if path.stat().st_size != expected.get("bytes"):
+            return f"{path}: has {path.stat().st_size} bytes, was written with {expected.get('bytes')}"
+        if sha256(path) != expected.get("sha256"):
+            return f"{path}: does not have the SHA-256 it was written with"
+    return None
+
+
+def publish(beside: Path, folder: Path, keep: int) -> None:
+    """Give a written checkpoint its name, point `latest` at it, then remove all but the newest `keep` up to it.
+
+    Later ones, of a run that went back to an earlier checkpoint, are left where they are until they are overwritten.
+    """
+    if folder.exists():  # of a run that died between this rename and `latest`, or went back
+        _remove(folder)
+    beside.rename(folder)
+    sync_folder(folder.parent)
+    point_at(folder)
+    up_to_this = sorted(path for path in folder.parent.glob("step-????????") if path.name <= folder.name)
+    for old in up_to_this[:-keep]:
+        _remove(old)
+
+
+def point_at(folder: Path) -> None:
+    """Make `latest` name this checkpoint."""
+    with atomic_write(folder.parent / "latest") as latest:
+        latest.write_text(folder.name + "\n")
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that nothing takes it for a whole one; returns where it is now."""
+    aside = folder.with_name(folder.name + ".damaged")
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    return aside
+
+
+def clear_parts(checkpoints: Path) -> None:
+    """Remove what runs that died have left half-written or half-removed."""
+    for part in checkpoints.glob("step-*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+    for part in checkpoints.glob(".latest.*.part"):
+        part.unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    # Under another name first: killed in the middle of it, no half of a checkpoint is left under this one.
+    part = folder.with_name(folder.name + ".old.part")
+    shutil.rmtree(part, ignore_errors=True)
+    folder.rename(part)
+    shutil.rmtree(part)

@@ -1,0 +1,115 @@
+"""Checkpoints on the nodes' own disks: cheap enough to be frequent, good for a restart with the same ranks in the
+same places, as after a crash. Every rank writes and reads its own file; none waits for another.
+
+    LOCAL_DIR/RUN-IDENTITY/step-00000100/rank-00003-of-00016.safetensors   its pieces
+                                         rank-00003-of-00016.json          their places, checksum, the run's state
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from far_scale.files import atomic_write, read_json, write_json
+from far_scale.recipe_sections import CheckpointSection
+from far_scale.tensor_files import save_tensors
+from far_scale.train.checkpoint.folders import checksums
+from far_scale.train.checkpoint.pieces import FlatPiece
+from far_scale.train.processes import gather
+
+KEEP = 2  # a kill in mid-save leaves some ranks with the newer one, but all with the older one
+
+
+def folder_of(section: CheckpointSection, run: Path, identity: str) -> Path | None:
+    """Where a run's files lie on this node, if the recipe wants any.
+
+    Args:
+        identity: what tells this run from an earlier one in the same run directory.
+    """
+    return None if section.local_dir is None else Path(section.local_dir) / f"{run.name}-{identity}"
+
+
+def save(
+    folder: Path, step: int, rank: int, count: int, pieces: Mapping[str, FlatPiece], state: dict[str, Any]
+) -> None:
+    """Write this rank's file, then remove its older ones but `KEEP`.
+
+    Args:
+        folder: of this run on this node.
+        step: steps done.
+        rank, count: this rank, of how many.
+        pieces: what it holds, by the tensors' names.
+        state: as in state.json.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    path = _file(folder, step, rank, count)
+    with atomic_write(path) as beside:
+        save_tensors({name: piece.data for name, piece in pieces.items()}, beside)
+    described = {"places": _places(pieces), "file": checksums([path]), "state": {"step": step, **state}}
+    write_json(path.with_suffix(".json"), described)
+    for old in sorted(folder.glob(f"step-????????/{path.stem}.json"))[:-KEEP]:
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+        old.unlink()
+        if not any(old.parent.iterdir()):
+            old.parent.rmdir()
+
+
+def newest(
+    folder: Path,
+    above: int,
+    rank: int,
+    count: int,
+    pieces: Mapping[str, FlatPiece],
+    group: dist.ProcessGroup | None,
+) -> int | None:
+    """The newest step above `above` of which every rank finds its own whole file; None where there is none.
+
+    All ranks of `group` call this and get the same answer. `pieces` are what this rank holds now: another rank count
+    or ZeRO stage needs other pieces, and finds nothing.
+    """
+    fitting = []
+    for sidecar in folder.glob(f"step-????????/{_file(folder, 0, rank, count).stem}.json"):
+        step = int(sidecar.parent.name.removeprefix("step-"))
+        if step > above and _is_whole(sidecar, pieces):
+            fitting.append(step)
+    of_all = gather(fitting, group)
+    return max(set(of_all[0]).intersection(*of_all[1:]), default=None)
+
+
+def read_state(folder: Path, step: int, rank: int, count: int) -> dict[str, Any]:
+    """The run's state at a step that `newest` named."""
+    path = _file(folder, step, rank, count).with_suffix(".json")
+    return read_json(path, "node-local checkpoint")["state"]
+
+
+def load(folder: Path, step: int, rank: int, count: int, pieces: Mapping[str, FlatPiece]) -> None:
+    """Fill `pieces` in place from this rank's file of a step that `newest` named."""
+    with torch.no_grad():
+        for name, tensor in load_file(_file(folder, step, rank, count)).items():
+            pieces[name].data.copy_(tensor)
+
+
+def _file(folder: Path, step: int, rank: int, count: int) -> Path:
+    return folder / f"step-{step:08d}" / f"rank-{rank:05d}-of-{count:05d}.safetensors"
+
+
+def _places(pieces: Mapping[str, FlatPiece]) -> dict[str, list[int]]:
+    """Where in the whole tensors the pieces lie: [total, offset, length] by name."""
+    return {name: [piece.total, piece.offset, piece.data.numel()] for name, piece in pieces.items()}
+
+
+def _is_whole(sidecar: Path, pieces: Mapping[str, FlatPiece]) -> bool:
+    try:
+        described = json.loads(sidecar.read_text())
+        sums = checksums([sidecar.with_suffix(".safetensors")])
+    except (OSError, ValueError):
+        return False
+    return described["places"] == _places(pieces) and described["file"] == sums

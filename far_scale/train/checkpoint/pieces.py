@@ -1,0 +1,141 @@
+"""What a checkpoint holds: flat pieces of tensors, and torch.distributed.checkpoint around them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from far_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class FlatPiece:
+    """A run of one flat tensor, in the form that torch.distributed.checkpoint asks a tensor for its parts.
+
+    Attributes:
+        total: numbers in the whole tensor.
+        offset: where this run starts.
+        data: `[run]` the numbers; loading writes into them.
+    """
+
+    total: int
+    offset: int
+    data: Tensor
+
+    def _chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(offsets=torch.Size([self.offset]), sizes=self.data.shape)
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        write = TensorWriteData(
+            chunk=self._chunk(),
+            properties=TensorProperties.create_from_tensor(self.data),
+            size=torch.Size([self.total]),
+        )
+        index = MetadataIndex(fqn, torch.Size([self.offset]))
+        return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=write)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk()]
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].data
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        # The default sets up no more than this, but copies every piece on the way.
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].data
+
+
+class HostCopy:
+    """Copies of pieces in host memory (pinned where they come from a GPU), in buffers that are used again.
+
+    The pieces of every call must be the same but for their numbers.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def of(self, pieces: Mapping[str, FlatPiece]) -> dict[str, FlatPiece]:
+        """The pieces as they are now; valid until the next call. Returns when all is copied."""
+        copies = {}
+        for name, piece in pieces.items():
+            on_gpu = piece.data.device.type == "cuda"
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty(piece.data.shape, dtype=piece.data.dtype, pin_memory=on_gpu)
+            self._buffers[name].copy_(piece.data, non_blocking=on_gpu)
+            copies[name] = FlatPiece(piece.total, piece.offset, self._buffers[name])
+        if any(piece.data.device.type == "cuda" for piece in pieces.values()):
+            torch.cuda.synchronize()
+        return copies
+
+
+def write(folder: Path, pieces: Mapping[str, FlatPiece], group: dist.ProcessGroup | None) -> None:
+    """Write the pieces of all ranks of `group` into `folder`; of this process alone without process groups.
+
+    Raises:
+        CheckpointException: on every rank, whichever it happened on.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # alone is meant
+        dcp.save(
+            dict(pieces),
+            checkpoint_id=str(folder),
+            planner=_SavePlanner(),
+            process_group=group,
+            no_dist=not dist.is_initialized(),
+        )
+
+
+def load(folder: Path, pieces: Mapping[str, FlatPiece], alone: bool = False) -> None:
+    """Fill `pieces` in place from a checkpoint, whatever cut it was written in.
+
+    Args:
+        folder: the checkpoint.
+        pieces: what to read, by the tensors' names.
+        alone: read in this process only, without a process group.
+
+    Raises:
+        UserError: a tensor is not there, has another size, or cannot be read.
+    """
+    stored = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    for name, piece in pieces.items():
+        size = getattr(stored.get(name), "size", None)
+        if size != torch.Size([piece.total]):
+            found = "none" if size is None else f"one of {size.numel()} numbers"
+            raise UserError(
+                f"{folder}: the model needs {name} of {piece.total} numbers, there is {found}; another model's?"
+            )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # `alone` is meant
+            dcp.load(dict(pieces), checkpoint_id=str(folder), planner=_LoadPlanner(), no_dist=alone)
+    except dcp.api.CheckpointException as error:
+        raise explained(error, folder) from error
+
+
+def explained(error: dcp.api.CheckpointException, folder: Path) -> UserError:
+    """One line for the first rank's failure."""
+    cause = next(iter(error.failures.values()))[0]
+    return UserError(f"{folder}: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}")

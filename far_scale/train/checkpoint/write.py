@@ -1,0 +1,104 @@
+"""Writing one checkpoint, all ranks together, so that at no instant the last good one is not there."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from far_scale.errors import UserError
+from far_scale.train.checkpoint.folders import checksums, clear_parts, publish, seal, step_folder
+from far_scale.train.checkpoint.pieces import FlatPiece, explained, write
+from far_scale.train.processes import gather
+
+
+def save(
+    run: Path,
+    step: int,
+    pieces: Mapping[str, FlatPiece],
+    state: dict[str, Any],
+    keep: int,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write one checkpoint, then remove all but the newest `keep`.
+
+    Every rank of `group` calls this; without process groups one process writes all.
+
+    Args:
+        run: the run directory.
+        step: steps done.
+        pieces: this rank's pieces by the tensors' names.
+        state: what goes into state.json (rank 0's is written).
+        keep: whole checkpoints to keep, at least 1.
+        group: of CPU tensors; the default one where None.
+
+    Raises:
+        UserError: on every rank, if one of them could not write, as on a full disk; the checkpoints before are
+            untouched.
+    """
+    folder = step_folder(run, step)
+    beside = folder.with_name(folder.name + ".part")
+    rank = dist.get_rank(group) if dist.is_initialized() else 0
+    try:
+        with _Together(folder, group) as begin:
+            if rank == 0:
+                beside.mkdir(parents=True, exist_ok=True)  # so that there is a folder to clear
+                clear_parts(beside.parent)
+                beside.mkdir()
+        begin.check()
+        try:
+            write(beside, pieces, group)
+        except dcp.api.CheckpointException as error:
+            # PyTorch's writer tells a full disk as a file position it did not expect, so the disk itself is asked.
+            need = sum(piece.data.numel() * piece.data.element_size() for piece in pieces.values())
+            full = shutil.disk_usage(beside).free < need
+            raise _no_space(folder) if any(gather(full, group)) else explained(error, folder) from error
+        with _Together(folder, group) as sums:
+            sums.value = checksums(beside.glob(f"__{rank}_*"))
+        parts = sums.check()
+        with _Together(folder, group) as end:
+            if rank == 0:
+                seal(beside, {"step": step, **state}, {name: sum_ for part in parts for name, sum_ in part.items()})
+                publish(beside, folder, keep)
+        end.check()
+    except UserError:
+        if rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+class _Together:
+    """A part of the work that every rank does by itself: `check` tells all of them what went wrong on any."""
+
+    def __init__(self, folder: Path, group: dist.ProcessGroup | None) -> None:
+        self._folder, self._group = folder, group
+        self._error: str | None = None
+        self.value: Any = None
+
+    def __enter__(self) -> _Together:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if isinstance(error, OSError):
+            full = error.errno == errno.ENOSPC
+            self._error = str(_no_space(self._folder) if full else f"{self._folder}: {error}")
+        elif isinstance(error, UserError):
+            self._error = str(error)
+        return self._error is not None
+
+    def check(self) -> list[Any]:
+        """All ranks' `value`s; raises UserError on all of them if one failed."""
+        told = gather((self._error, self.value), self._group)
+        errors = [error for error, _ in told if error is not None]
+        if errors:
+            raise UserError(errors[0])
+        return [value for _, value in told]
+
+
+def _no_space(folder: Path) -> UserError:
+    return UserError(f"{folder}: no space left on this disk; free some, or lower checkpoint.keep")

@@ -1,0 +1,50 @@
+"""What all ranks find out together at the end of a step, so that they go on alike."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from far_scale.train.faults.signals import StopSignals
+from far_scale.train.processes import Processes
+
+
+class Outcome(NamedTuple):
+    """Of a vote, the same on every rank.
+
+    Attributes:
+        stop: some rank was asked to stop.
+        saving: some rank is still writing a checkpoint.
+    """
+
+    stop: bool
+    saving: bool
+
+
+class Vote:
+    """A vote of all ranks, over the hosts' own group: it goes on beside the step that the device computes.
+
+    Args:
+        signals: what may ask this process to stop, or None.
+        processes: who votes.
+    """
+
+    def __init__(self, signals: StopSignals | None, processes: Processes) -> None:
+        self._signals, self._group = signals, processes.host_group
+        self._running: tuple[torch.Tensor, dist.Work] | None = None
+
+    def begin(self, saving: bool) -> None:
+        """Begin to vote; `saving` tells whether this rank still writes a checkpoint."""
+        stop = self._signals is not None and self._signals.wanted is not None
+        flags = torch.tensor([int(stop), int(saving)])
+        self._running = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def outcome(self) -> Outcome:
+        """Of the vote that was begun last."""
+        assert self._running is not None, "begin first"
+        flags, work = self._running
+        work.wait()
+        stop, saving = flags.tolist()
+        return Outcome(bool(stop), bool(saving))

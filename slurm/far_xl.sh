@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# FAR-XL, UCF-101 at 256 px by class: one node of 8 GPUs, a rank for each of the recipe's 8 lanes.
+#
+#     sbatch slurm/far_xl.sh
+#     sbatch --nodes=4 slurm/far_xl.sh data.lanes=32 data.clips_per_pack=1     # four nodes, the same batch
+#
+# Ranks must divide the lanes. Submit from the checkout, or set FAR_SCALE to it.
+#SBATCH --job-name=far_xl
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=2-00:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+exec bash "${FAR_SCALE:-$SLURM_SUBMIT_DIR}/slurm/launch.sh" far_xl_ucf101_256_cond "$@"

@@ -1,0 +1,185 @@
+"""Checkpoints by themselves: whole at every instant of a save, damage found, the right ones kept, changes told."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from far_scale.errors import UserError
+from far_scale.recipe import load_recipe
+from far_scale.train import checkpoint
+from far_scale.train.changes import Changes, changes
+from far_scale.train.checkpoint import FlatPiece, local
+
+
+def pieces(value: float) -> dict[str, FlatPiece]:
+    return {f"{kind}/x": FlatPiece(1000, 0, torch.full((1000,), value)) for kind in ("weight", "ema")}
+
+
+def save(run: Path, step: int, keep: int = 1) -> None:
+    checkpoint.save(run, step, pieces(float(step)), {"lanes": {}}, keep)
+
+
+def steps_there(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_killed_at_every_instant_of_a_save_a_whole_checkpoint_is_there(tmp_path: Path) -> None:
+    """A child saves step 20 over step 10 and dies at its first, second, ... touch of the file system."""
+    instants, statuses = 0, []
+    while not statuses or statuses[-1] != 0:
+        run = tmp_path / str(instants)
+        save(run, 10)
+        statuses.append(in_child(lambda run=run: save(run, 20), run, die_at=instants))
+        instants += 1
+        step = checkpoint.steps_to_try(run)[0]
+        folder = checkpoint.step_folder(run, step)
+        assert checkpoint.damage(folder) is None, f"killed at instant {instants}"
+        loaded = pieces(0.0)
+        checkpoint.load(folder, loaded, alone=True)
+        assert all(torch.equal(piece.data, torch.full((1000,), float(step))) for piece in loaded.values())
+        save(run, 30)  # what the killed one left is no hindrance
+        assert steps_there(run) == ["latest", "step-00000030"]
+    assert instants > 20 and set(statuses[:-1]) == {9}
+
+
+def in_child(do: Callable[[], None], folder: Path, die_at: int) -> int:
+    """Run in a forked child, which ends at its n-th operation on files below `folder`; returns its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        left = die_at
+
+        def watch(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal left
+            if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir") and str(folder) in str(arguments[0]):
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+
+        sys.addaudithook(watch)
+        try:
+            do()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "removed"])
+def test_damage_is_found_in_every_file_and_named(tmp_path: Path, harm: str) -> None:
+    run = tmp_path / "run"
+    save(run, 10)
+    folder = checkpoint.step_folder(run, 10)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [".metadata", "__0_0.distcp", "checksums.json", "state.json"]
+    for name in names:
+        path = folder / name
+        whole = path.read_bytes()
+        if harm == "truncated":
+            path.write_bytes(whole[: len(whole) // 2])
+        elif harm == "flipped":
+            middle = len(whole) // 2
+            path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        else:
+            path.unlink()
+        # Ranks that share the work find it together, also where there are more of them than files.
+        found = [checkpoint.damage(folder, part, 7) for part in range(7)]
+        assert any(found) and checkpoint.damage(folder) is not None
+        named = {"checksums.json": names, ".metadata": [name, "half-written"], "state.json": [name, "half-written"]}
+        assert any(word in str(checkpoint.damage(folder)) for word in named.get(name, [name]))
+        path.write_bytes(whole)
+        assert checkpoint.damage(folder) is None
+
+
+def test_the_newest_are_kept_and_never_the_wrong_ones_removed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (10, 20, 30):
+        save(run, step, keep=2)
+    assert steps_there(run) == ["latest", "step-00000020", "step-00000030"]
+    # Step 30 is damaged: set aside, it counts no more.
+    checkpoint.set_aside(checkpoint.step_folder(run, 30))
+    checkpoint.point_at(checkpoint.step_folder(run, 20))
+    assert checkpoint.steps_to_try(run) == [20]
+    save(run, 25, keep=1)
+    assert steps_there(run) == ["latest", "step-00000025", "step-00000030.damaged"]
+    # A run that went back on purpose: later ones stay, and do not push out the one just written.
+    save(run, 40, keep=2)
+    checkpoint.point_at(checkpoint.step_folder(run, 25))
+    save(run, 30, keep=1)
+    assert {"step-00000030", "step-00000040"} <= set(steps_there(run)) and checkpoint.latest_step(run) == 30
+
+
+def test_checkpoints_from_before_there_were_checksums_are_read(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    save(run, 10)
+    folder = checkpoint.step_folder(run, 10)
+    (folder / "checksums.json").unlink()
+    (folder / "state.json").write_text((folder / "state.json").read_text().replace("checkpoint/2", "checkpoint/1"))
+    assert checkpoint.damage(folder) is None
+
+
+def test_a_node_local_file_is_good_for_the_same_ranks_and_pieces_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "node"
+    for step in (5, 10, 15):
+        local.save(folder, step, 0, 1, pieces(float(step)), {"lanes": {}})
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000010", "step-00000015"]
+    assert local.newest(folder, 0, 0, 1, pieces(0.0), None) == 15
+    assert local.newest(folder, 15, 0, 1, pieces(0.0), None) is None, "not newer than the other checkpoint"
+    assert local.newest(folder, 0, 1, 2, pieces(0.0), None) is None, "another rank count"
+    halves = {name: FlatPiece(1000, 0, torch.zeros(500)) for name in pieces(0.0)}
+    assert local.newest(folder, 0, 0, 1, halves, None) is None, "other pieces, as of another ZeRO stage"
+    file = folder / "step-00000015" / "rank-00000-of-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert local.newest(folder, 0, 0, 1, pieces(0.0), None) == 10
+    loaded = pieces(0.0)
+    local.load(folder, 10, 0, 1, loaded)
+    assert loaded["ema/x"].data.unique().tolist() == [10.0]
+    assert local.read_state(folder, 10, 0, 1) == {"step": 10, "lanes": {}}
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    save(run, 10)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("far_scale.train.checkpoint.write.seal", full)
+    with pytest.raises(UserError, match="step-00000020: no space left on this disk; free some"):
+        save(run, 20)
+    assert steps_there(run) == ["latest", "step-00000010"]
+
+
+def compared(old: list[str], new: list[str], **facts: Any) -> Changes:
+    """Between two states of demo_cpu with these overrides; `facts` are (then, now) of other keys."""
+    states = []
+    for index, overrides in enumerate((old, new)):
+        recipe = load_recipe("demo_cpu", overrides)
+        other = {key: values[index] for key, values in facts.items()}
+        states.append({"recipe": recipe.model_dump(mode="json"), "versions": {"torch": "2.12"}, "ranks": 2, **other})
+    return changes(states[0], states[1], recipe)
+
+
+def test_what_changes_the_result_is_told_from_what_does_not() -> None:
+    assert compared([], []) == Changes([], [])
+    found = compared([], ["optimizer.learning_rate=0.5", "train.zero_stage=1", "log.every=7"])
+    (line,) = found.of_result
+    assert line.startswith("optimizer.learning_rate ") and line.endswith(" -> 0.5")
+    assert {line.split()[0] for line in found.harmless} == {"train.zero_stage", "log.every"}
+    versions = ({"torch": "2.12"}, {"torch": "2.13"})
+    found = compared([], [], versions=versions, ranks=(2, 4), shard_set=("a" * 64, "b" * 64))
+    assert found.of_result == [f"the shard set's manifest {'a' * 12} -> {'b' * 12}"]
+    assert found.harmless == ["torch 2.12 -> 2.13", "ranks 2 -> 4"]
+
+
+def test_more_steps_are_harmless_under_a_constant_learning_rate_alone() -> None:
+    more = ["train.steps=9000"]
+    assert compared(["optimizer.schedule=cosine"], ["optimizer.schedule=cosine", *more]).of_result
+    assert not compared(["optimizer.schedule=constant"], ["optimizer.schedule=constant", *more]).of_result
+    assert compared(["faults.spikes=warn"], ["faults.spikes=skip"]).of_result, "skipped spikes change the result"

@@ -1,0 +1,174 @@
+"""The launcher without SLURM: snapshots, the rule against starts in vain, what follows an exit status, submission."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from launch import ROOT, environment, small_recipe
+
+from far_scale.errors import UserError
+from far_scale.launch.after import after, decide
+from far_scale.launch.job import Job, JobState
+from far_scale.launch.progress import starts_from
+from far_scale.launch.snapshot import REFUSED_HERE, make_snapshot, read_submission
+from far_scale.launch.submit import JobSize, draft, parse_minutes, submit, train_here
+from far_scale.recipe import load_recipe
+from far_scale.train.faults.events import Events, read_events
+
+RUNNING = JobState("RUNNING", "None", may_requeue=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shell_scripts_pass_shellcheck() -> None:
+    scripts = [path for folder in ("slurm", "tools", "tests") for path in sorted((ROOT / folder).glob("*.sh"))]
+    assert len(scripts) >= 11
+    found = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("far_*.sh")), ids=lambda path: path.stem)
+def test_a_job_fits_its_recipe(script: Path) -> None:
+    """The recipe is there, and the job's ranks divide its lanes."""
+    text = script.read_text()
+    asked = dict(
+        line.removeprefix("#SBATCH --").split("=") for line in text.splitlines() if "#SBATCH --" in line and "=" in line
+    )
+    recipe = load_recipe(text.split('launch.sh" ')[1].split()[0])
+    assert recipe.data.lanes % (int(asked["nodes"]) * int(asked["ntasks-per-node"])) == 0
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"] and asked["job-name"] == script.stem
+
+
+def test_a_snapshot_runs_its_own_code_wherever_it_is_started(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = small_recipe(Path("shards"), run, "train.steps=7", "faults.starts_without_progress=4")
+    recipe = load_recipe(arguments[0], arguments[1:])
+    snapshot = make_snapshot(recipe, arguments, "123")
+    assert snapshot == run / "snapshots" / "123" and load_recipe(snapshot / "recipe.yaml") == recipe
+    submission = read_submission(snapshot)
+    assert (submission.run_dir, submission.steps, submission.starts_without_progress) == (str(run), 7, 4)
+    assert submission.command == arguments
+
+    (snapshot / "far_scale" / "launch" / "__main__.py").write_text("def main():\n    print(__file__)\n")
+    # The working folder and PYTHONPATH both offer the checkout's far_scale.
+    done = subprocess.run([sys.executable, snapshot], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == str(snapshot / "far_scale" / "launch" / "__main__.py"), done.stderr
+
+    make_snapshot(recipe, arguments, "123")
+    assert "prepare" in (snapshot / "far_scale" / "launch" / "__main__.py").read_text()
+    assert [path.name for path in (run / "snapshots").iterdir()] == ["123"]
+
+
+def test_starts_in_vain_are_counted_since_the_last_progress(tmp_path: Path) -> None:
+    def note(job: str, restarts: int, step: int) -> None:
+        Events(tmp_path, main=True).tell("start", step, "", job=job, restarts=restarts)
+
+    def count(restarts: int, step: int, job: str = "7") -> int:
+        return starts_from(tmp_path, Job(job, restarts, "n1", 1), step)
+
+    assert count(0, 0) == 0
+    note("7", 0, 0)
+    assert count(1, 0) == 1 and count(1, 10) == 0
+    note("8", 0, 0)
+    note("7", 1, 0)
+    assert count(2, 0) == 2 and count(2, 10) == 0
+    note("7", 2, 10)
+    assert count(3, 10) == 1 and count(3, 0) == 0
+    assert count(0, 10) == 0, "an older job with the same number counts nothing"
+    note("7", 0, 10)
+    assert count(1, 10) == 1
+    assert count(1, 10, job="9") == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "done", "state", "requeue", "leaves"),
+    [
+        (0, True, RUNNING, False, 0),
+        (0, False, RUNNING, True, 75),  # srun may see no error after a node's failure
+        (2, False, RUNNING, False, 2),
+        (2, False, JobState("COMPLETING", "TimeLimit", True), False, 2),
+        (75, False, RUNNING, True, 75),
+        (1, False, RUNNING, True, 1),
+        (137, True, RUNNING, True, 137),
+        (75, False, JobState("COMPLETING", "TimeLimit", True), True, 75),
+        (75, False, JobState("COMPLETING", "None", True), False, 75),  # scancel, or requeued by SLURM
+        (1, False, JobState("CANCELLED", "None", True), False, 1),
+        (75, False, JobState("RUNNING", "None", False), False, 75),  # sbatch --no-requeue
+        (0, True, JobState("COMPLETING", "TimeLimit", True), False, 0),
+    ],
+)
+def test_what_follows(status: int, done: bool, state: JobState, requeue: bool, leaves: int) -> None:
+    follows = decide(status, done, state)
+    assert (follows.requeue, follows.status) == (requeue, leaves)
+
+
+def test_a_refusal_counts_although_srun_tells_a_higher_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that srun kills because one of them refused end with statuses above 2."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/asked\necho "JobState=RUNNING Reason=None Requeue=1"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    arguments = small_recipe(Path("shards"), tmp_path / "run")
+    snapshot = make_snapshot(load_recipe(arguments[0], arguments[1:]), arguments, "7")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        (snapshot / REFUSED_HERE).touch()
+        assert after(snapshot, 137) == 2
+        assert (tmp_path / "asked").read_text().split() == ["show"]
+        assert after(snapshot, 137) == 137, "the next start is judged by itself"
+        assert (tmp_path / "asked").read_text().split() == ["show", "show", "requeue"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [(event["status"], event["requeue"]) for event in read_events(tmp_path / "run")] == [
+        (137, False),
+        (137, True),
+    ]
+
+
+def test_times_as_sbatch_takes_them() -> None:
+    times = {"90": 90, "90:30": 91, "12:00:00": 720, "2-00": 2880, "1-02:30": 1590, "1-00:00:01": 1441}
+    assert {text: parse_minutes(text) for text in times} == times
+    with pytest.raises(UserError, match="--time soon"):
+        parse_minutes("soon")
+
+
+def test_a_draft_needs_no_slurm_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    arguments = small_recipe(Path("shards"), tmp_path / "run")
+    recipe = load_recipe(arguments[0], arguments[1:])
+    size = JobSize(nodes=2, gpus_per_node=2, cpus_per_task=6, minutes=1440, partition="big")
+    text = draft(recipe, size, chain=None)
+    for option in ("nodes=2", "ntasks-per-node=2", "gpus-per-node=2", "cpus-per-task=6", "time=1440", "partition=big"):
+        assert f"#SBATCH --{option}\n" in text
+    assert "#SBATCH --requeue\n" in text
+    assert "#SBATCH --no-requeue\n" in draft(recipe, size, chain=2)
+    with pytest.raises(UserError, match="4 lanes cannot be shared evenly by 6 ranks"):
+        draft(recipe, replace(size, nodes=3), chain=None)
+    with pytest.raises(UserError, match="there is no sbatch here"):
+        submit(recipe, arguments, size, chain=None)
+    with pytest.raises(UserError, match="--nodes 2"):
+        train_here(recipe, arguments, size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_here_goes_the_same_way(recorded_shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    run = tmp_path / "run"
+    size = ["--gpus-per-node", 0, "--cpus-per-task", 1, "--time", 30]
+    arguments = [*small_recipe(recorded_shards, run), *size, "--local"]
+    command = [sys.executable, ROOT / "tools" / "submit.py", *map(str, arguments)]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (run / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))
+    (snapshot,) = (run / "snapshots").iterdir()
+    assert load_recipe(snapshot / "recipe.yaml") == load_recipe(run / "recipe.yaml")

@@ -1,0 +1,53 @@
+"""Submit training to SLURM: tools/submit.py RECIPE [key=value ...] --nodes N --gpus-per-node G --time 2-00:00:00."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from far_scale.errors import UserError, command_line
+from far_scale.launch.submit import JobSize, draft, parse_minutes, submit, train_here
+from far_scale.recipe import load_recipe
+
+
+def at_least_one(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Train by a recipe as a SLURM job, which is started again after preemption and time limit.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("recipe", help="a YAML file, or the name of one in recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    parser.add_argument("--nodes", type=at_least_one, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="with a process for each; 0: one process, no GPU")
+    parser.add_argument("--cpus-per-task", type=at_least_one, default=8, help="cores of a process")
+    parser.add_argument("--time", default="2-00:00:00", help="time limit, as sbatch takes it")
+    parser.add_argument("--partition", help="the cluster's default where not given")
+    chain_help = "K jobs one after the other, where jobs cannot be requeued; each goes on where the one before stopped"
+    parser.add_argument("--chain", type=at_least_one, metavar="K", help=chain_help)
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and print the sbatch file")
+    parser.add_argument("--local", action="store_true", help="train on this machine, without SLURM")
+    asked = parser.parse_intermixed_args()
+    recipe = load_recipe(asked.recipe, asked.overrides)
+    minutes = parse_minutes(asked.time)
+    size = JobSize(asked.nodes, asked.gpus_per_node, asked.cpus_per_task, minutes, asked.partition)
+    command = [asked.recipe, *asked.overrides]
+    if asked.local and (asked.chain or asked.dry_run):
+        raise UserError("--local goes with neither --chain nor --dry-run; python -m far_scale.train has a --dry-run")
+    if asked.dry_run:
+        print(draft(recipe, size, asked.chain))
+    elif asked.local:
+        sys.exit(train_here(recipe, command, size))
+    else:
+        for job in submit(recipe, command, size, asked.chain):
+            print(job)
+
+
+if __name__ == "__main__":
+    main()
