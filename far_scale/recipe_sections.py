@@ -62,10 +62,12 @@ class ModelSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        if not isinstance(preset, str):
+            return values
         from far_scale.model.presets import PRESETS  # late: a recipe without a preset is read without loading torch
 
-        preset = values.get("preset") if isinstance(values, dict) else None
-        if not isinstance(preset, str) or preset not in PRESETS:
+        if preset not in PRESETS:
             return values
         layers, heads = PRESETS[preset]
         return {"layers": layers, "heads": heads, **values}

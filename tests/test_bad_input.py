@@ -98,6 +98,23 @@ def test_another_models_checkpoint(trained: Path, recorded_shards: Path) -> None
     assert sorted(path.name for path in trained.rglob("*")) == before
 
 
+def test_a_change_of_the_result_needs_a_flag(trained: Path, recorded_shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    manifest = tmp_path / "shards" / "manifest.json"
+    shutil.copytree(recorded_shards, manifest.parent)
+    manifest.write_text(manifest.read_text().replace('"fps": ', '"fps": 1', 1))  # another frame rate
+    changed = small_recipe(manifest.parent, run, *SHORT, "train.steps=3", "optimizer.learning_rate=0.5", "log.every=2")
+    error = the_error(train_alone(*changed))
+    assert "optimizer.learning_rate 0.003 -> 0.5" in error and "the shard set's manifest" in error
+    assert "train.steps 2 -> 3" in error, "the learning rate's cosine ends elsewhere"
+    assert "--accept-changes" in error and "log.every" not in error and checkpoint.latest_step(run) == 2
+    finished = train_alone(*changed, "--accept-changes")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "other results accepted" in finished.stdout and "log.every 1 -> 2" in finished.stdout
+    assert checkpoint.latest_step(run) == 3
+
+
 def test_a_checkpoint_that_is_not_there_or_half_written(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such checkpoint; there are: step-00000001, step-00000002"):
         export(trained, 7, "ema", tmp_path / "model")

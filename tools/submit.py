@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from far_scale.errors import UserError, command_line
+from far_scale.launch.snapshot import ACCEPT
 from far_scale.launch.submit import JobSize, draft, parse_minutes, submit, train_here
 from far_scale.recipe import load_recipe
 
@@ -33,11 +34,12 @@ def main() -> None:
     parser.add_argument("--chain", type=at_least_one, metavar="K", help=chain_help)
     parser.add_argument("--dry-run", action="store_true", help="check the recipe and print the sbatch file")
     parser.add_argument("--local", action="store_true", help="train on this machine, without SLURM")
+    parser.add_argument("--accept-changes", action="store_true", help="resume although it gives another result")
     asked = parser.parse_intermixed_args()
     recipe = load_recipe(asked.recipe, asked.overrides)
     minutes = parse_minutes(asked.time)
     size = JobSize(asked.nodes, asked.gpus_per_node, asked.cpus_per_task, minutes, asked.partition)
-    command = [asked.recipe, *asked.overrides]
+    command = [asked.recipe, *asked.overrides, *([ACCEPT] if asked.accept_changes else [])]
     if asked.local and (asked.chain or asked.dry_run):
         raise UserError("--local goes with neither --chain nor --dry-run; python -m far_scale.train has a --dry-run")
     if asked.dry_run:

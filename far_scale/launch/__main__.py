@@ -1,6 +1,7 @@
 """`python -m far_scale.launch COMMAND ...`, or `python SNAPSHOT COMMAND ...` for a snapshot's own code.
 
-    prepare LINK RECIPE [key=value ...]   check the recipe, make the job's snapshot, point LINK at it, note the start
+    prepare LINK RECIPE [key=value ...] [--accept-changes]
+                                          check the recipe, make the job's snapshot, point LINK at it, note the start
     start SNAPSHOT                        note a further start on that snapshot
     train SNAPSHOT                        train; one process of the job
     after SNAPSHOT [STATUS]               say and do what follows when training ended so, or while SLURM ends the job

@@ -19,6 +19,12 @@ def checkpoint_step(run: Path) -> int:
     return int(match.group(1)) if match else 0
 
 
+def reached_step(run: Path) -> int:
+    """The highest step that the run has gone on from or could go on from, by node-local checkpoints, too."""
+    resumed = (event["step"] for event in read_events(run) if event.get("event") == "resumed")
+    return max(checkpoint_step(run), *resumed, 0)
+
+
 def starts_from(run: Path, job: Job, step: int) -> int:
     """How many starts of `job` in a row, up to now, found the checkpoint of `step` to be the latest."""
     count = 0

@@ -21,6 +21,9 @@ import far_scale
 from far_scale.files import read_json, sync_folder, write_json
 from far_scale.recipe import Recipe
 
+ACCEPT = "--accept-changes"
+"""The flag of `python -m far_scale.train` that may stand among a job's overrides."""
+
 REFUSED_HERE = "refused"
 """The file in a snapshot by which a training process says that it refused to go on."""
 
@@ -37,7 +40,7 @@ class Submission:
     """What a snapshot was made for.
 
     Attributes:
-        command: the recipe and the overrides that were asked for.
+        command: the recipe and the overrides that were asked for, and ACCEPT if that was.
         run_dir: the run directory, absolute.
         steps: train.steps of the recipe.
         starts_without_progress: faults.starts_without_progress of the recipe.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from far_scale.errors import UserError
 from far_scale.launch.job import Job
-from far_scale.launch.progress import checkpoint_step, starts_from
-from far_scale.launch.snapshot import REFUSED_HERE, make_snapshot, read_submission
+from far_scale.launch.progress import checkpoint_step, reached_step, starts_from
+from far_scale.launch.snapshot import ACCEPT, REFUSED_HERE, make_snapshot, read_submission
 from far_scale.recipe import check_ranks, load_recipe
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.exits import DONE
@@ -24,7 +24,7 @@ def prepare(link: Path, recipe_name: str, overrides: Sequence[str]) -> int:
         UserError: the recipe is wrong, or the job's processes cannot share its lanes.
     """
     job = Job.this()
-    recipe = load_recipe(recipe_name, overrides)
+    recipe = load_recipe(recipe_name, [override for override in overrides if override != ACCEPT])
     check_ranks(recipe, job.ranks)
     snapshot = make_snapshot(recipe, [recipe_name, *overrides], job.number)
     link.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +48,7 @@ def start(snapshot: Path) -> int:
         text = f"job {job.number}: all {submission.steps} steps are done already"
         events.tell("end", step, text, job=job.number, restarts=job.restarts, status=DONE, requeue=False)
         return NOTHING_LEFT
+    step = reached_step(run)
     in_vain = starts_from(run, job, step)
     if in_vain >= submission.starts_without_progress:
         text = (

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from far_scale.launch.snapshot import REFUSED_HERE
+from far_scale.launch.snapshot import ACCEPT, REFUSED_HERE, read_submission
 from far_scale.train.__main__ import run
 from far_scale.train.faults.exits import DONE, REFUSED, REQUEUE
 
@@ -52,7 +52,8 @@ def train_in_process(snapshot: Path) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     os.environ.setdefault("NCCL_DEBUG", "WARN")  # says which host and link failed
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a failed collective ends the process
-    status = run([str(snapshot / "recipe.yaml")])
+    accept = [ACCEPT] if ACCEPT in read_submission(snapshot).command else []
+    status = run([str(snapshot / "recipe.yaml"), *accept])
     if status == REFUSED:
         # srun tells the highest status of all processes, and those that it then kills have higher ones.
         (snapshot / REFUSED_HERE).touch()
