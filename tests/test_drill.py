@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
 from far_scale.train.faults.events import read_events
 from far_scale.train.faults.signals import SAME
+from far_scale.train.wandb_offline import history_steps, offline_files, read_records
 
 STEPS = 60
 DRILL = [f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=2", "train.zero_stage=3"]
@@ -327,25 +327,26 @@ def test_going_back_for_nothing_ends_the_run(zygote: Zygote, recorded_shards: Pa
 
 
 def test_one_wandb_run_holds_every_step_once(zygote: Zygote, recorded_shards: Path, tmp_path: Path) -> None:
-    """Through a stop that its helper process is sent as well, and a kill."""
+    """Through stops that its helper process is sent as well, and a kill."""
     run, out = tmp_path / "run", tmp_path / "out"
     arguments = small_recipe(recorded_shards, run, *DRILL, "log.wandb.mode=offline")
-    launch = zygote.start(2, arguments, out)
-    assert wait_until(lambda: saved(run) >= 10)
-    helpers = children(launch.pids[0])
-    assert helpers, "wandb has a process of its own"
-    for pid in [*helpers, *launch.pids]:  # as SLURM does
-        os.kill(pid, signal.SIGTERM)
-    assert launch.wait() == [75, 75]
-    kill_after_checkpoint(zygote.start(2, arguments, out), run, saved(run) + 10)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        launch, step = zygote.start(2, arguments, out), saved(run)
+        assert wait_until(lambda step=step: saved(run) >= step + 5)
+        helpers = children(launch.pids[0])
+        assert helpers, "wandb has a process of its own"
+        for pid in [*helpers, *launch.pids]:  # as SLURM does
+            os.kill(pid, number)
+        assert launch.wait() == [75, 75]
+    kill_after_checkpoint(zygote.start(2, arguments, out), run, saved(run) + 5)
     assert zygote.start(2, arguments, out).wait() == [0, 0]
-    folders = sorted((run / "wandb").glob("offline-run-*"))
-    assert len(folders) == 3 and len({folder.name.rsplit("-", 1)[1] for folder in folders}) == 1
-    records = [wandb_records(folder) for folder in folders]
-    assert [any(r.HasField("exit") for r in of_folder) for of_folder in records] == [True, False, True]
-    steps = [r.history.step.num for of_folder in records for r in of_folder if r.HasField("history")]
-    assert len(steps) == len(set(steps)), "no step was logged twice"
-    assert set(steps) <= set(range(1, STEPS + 1)) and len(steps) > STEPS - 10
+    files = offline_files(run, (run / "identity").read_text().strip())
+    assert len(files) == len(list((run / "wandb").glob("offline-run-*"))) == 4, "one run, a file a start"
+    records = [read_records(file) for file in files]
+    ended = [any(r.HasField("exit") for r in of_folder) for of_folder in records]
+    assert (ended[0], ended[2], ended[3]) == (True, False, True), "SIGUSR1 does not reach it; SIGTERM it asks for"
+    steps = [step for file in files for step in history_steps(file)]
+    assert steps == list(range(1, STEPS + 1)), "every step once, also those whose lines a kill found in no file yet"
 
 
 def children(pid: int) -> list[int]:
@@ -356,30 +357,3 @@ def children(pid: int) -> list[int]:
             parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
     own = [child for child, parent in parents.items() if parent == pid]
     return own + [descendant for child in own for descendant in children(child)]
-
-
-def wandb_records(folder: Path) -> list:
-    """What stands in an offline run's file, up to where a kill cut it short."""
-    from wandb.proto import wandb_internal_pb2
-
-    (file,) = folder.glob("*.wandb")
-    return [wandb_internal_pb2.Record.FromString(data) for data in log_records(file.read_bytes())]
-
-
-def log_records(content: bytes) -> Iterator[bytes]:
-    """The records of a file in LevelDB's log format: 7 bytes of header, then blocks of 32 KiB that hold records
-    (checksum, length, type: 1 whole, 2 first, 3 middle, 4 last part), none across blocks."""
-    place, parts = 7, b""
-    while place + 7 <= len(content):
-        room = 32768 - place % 32768
-        if room < 7:
-            place += room
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, place)
-        data = content[place + 7 : place + 7 + length]
-        if kind == 0 or len(data) < length:  # not written any more
-            return
-        parts = data if kind in (1, 2) else parts + data
-        if kind in (1, 4):
-            yield parts
-        place += 7 + length

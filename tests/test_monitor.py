@@ -33,6 +33,7 @@ class FakeWandb(types.ModuleType):
         self.started: dict[str, Any] = {}
         self.logged: list[tuple[int, dict[str, Any]]] = []
         self.finished = False
+        self.step = 0  # a new run's
 
     def init(self, **settings: Any) -> FakeWandb:
         self.started = settings

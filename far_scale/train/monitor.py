@@ -52,10 +52,15 @@ class Monitor:
         self._stage: Stage | None = None
         self._graphs = 0
         if processes.main:
-            _drop_later_lines(self._log, start)
+            lines = _lines_up_to(self._log, start)
+            if self._log.exists():
+                with atomic_write(self._log) as beside:
+                    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
             self._bar = tqdm(total=recipe.train.steps, initial=start, desc="train", unit="step", disable=None)
             if recipe.log.wandb.mode != "disabled":
                 self._wandb = WandbRun(recipe, identity)
+                for line in lines:  # what a kill has kept from it
+                    self._wandb.log(line)
         self._begin_interval()
 
     def _begin_interval(self) -> None:
@@ -158,7 +163,7 @@ class Monitor:
         with self._log.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self._wandb is not None:
-            self._wandb.log(line["step"], {key: value for key, value in line.items() if key != "step"})
+            self._wandb.log(line)
         stage = "" if self._stage is None else f"{self._stage.name}  "
         loss, norm = ("not finite" if line[key] is None else f"{line[key]:.4f}" for key in ("loss_mean", "grad_norm"))
         skipped = f"  {line['skipped']} steps skipped" if line["skipped"] else ""
@@ -175,16 +180,13 @@ def _or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _drop_later_lines(log: Path, step: int) -> None:
-    if log.exists():
-        kept = []
-        for line in log.read_text().splitlines():
-            try:
-                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-            except json.JSONDecodeError:  # cut short by a crash
-                continue
-        with atomic_write(log) as beside:
-            beside.write_text("".join(kept))
+def _lines_up_to(log: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of log.jsonl up to that step; one that a crash cut short is left out."""
+    found = []
+    for text in log.read_text().splitlines() if log.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(text))
+    return [line for line in found if line["step"] <= step]
 
 
 def _peak_memory(device: torch.device) -> float:

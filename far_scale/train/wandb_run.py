@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from far_scale.errors import UserError
 from far_scale.recipe import Recipe
+from far_scale.train.wandb_offline import last_step
 
 
 class WandbRun:
-    """The run there. A step that an earlier start has logged is not logged again: resumed steps are exact repeats.
+    """The run there. Every step is in it once: one that it holds already is not logged again, since resumed steps are
+    exact repeats, and lines that a kill has kept from it come from log.jsonl when the training starts again.
 
-    The highest step given away is kept in run_dir/wandb_step, since what an offline run holds cannot be asked for.
+    Trouble with wandb is told and never ends the training: its own process dies of a SIGTERM that goes to all processes
+    of a job (other signals it does not see, see `StopSignals`), and log.jsonl has everything.
 
     Args:
         recipe: the training's.
@@ -28,8 +34,8 @@ class WandbRun:
         except ImportError:
             raise UserError("log.wandb.mode: wandb is not installed; pip install 'far_scale[wandb]'") from None
         settings = recipe.log.wandb
-        self._mark = Path(recipe.run_dir) / f"wandb_step-{identity}"
-        self._highest = int(self._mark.read_text() or 0) if self._mark.exists() else 0
+        offline = last_step(Path(recipe.run_dir), identity)
+        self._gone = False
         self._run: Any = wandb.init(
             project=settings.project,
             name=settings.name or recipe.name,
@@ -39,13 +45,28 @@ class WandbRun:
             dir=recipe.run_dir,
             config=recipe.model_dump(mode="json"),
         )
+        # An online run that is resumed begins with the step after the last one that the server has.
+        self._highest = max(offline, self._run.step - 1)
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        """Log the values of a step, unless that was done before."""
+    def log(self, line: dict[str, Any]) -> None:
+        """Log a line of log.jsonl, unless the run has its step."""
+        step = line["step"]
         if step > self._highest:
             self._highest = step
-            self._mark.write_text(f"{step}\n")  # before: a kill in between loses a line, where the other way doubles it
-            self._run.log({f"train/{key}": value for key, value in values.items()}, step=step)
+            with self._telling_trouble():
+                self._run.log({f"train/{key}": value for key, value in line.items() if key != "step"}, step=step)
 
     def finish(self) -> None:
-        self._run.finish()
+        """End the run of this start; a later start goes on with it."""
+        if not self._gone:
+            with self._telling_trouble():
+                self._run.finish()
+
+    @contextlib.contextmanager
+    def _telling_trouble(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of whatever kind wandb's connection gives
+            if not self._gone:
+                print(f"wandb: {type(error).__name__}: {error}; the log goes on without it", file=sys.stderr)
+            self._gone = True

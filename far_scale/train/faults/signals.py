@@ -19,7 +19,8 @@ class StopSignals:
     """Takes SIGTERM, SIGUSR1 and SIGUSR2 from now on: the first asks for a stop, a second one ends the process at once.
 
     Call this first of all, before anything makes threads or processes: the signals are blocked, threads and child
-    processes inherit that, and so data workers and helpers never see them. A thread of its own waits for them, so that
+    processes inherit that, and so data workers and helpers do not see them (unless they ask for one, as wandb's does
+    for SIGTERM). A thread of its own waits for them, so that
     the second signal works even while the main thread is stuck in a collective.
     """
 

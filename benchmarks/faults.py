@@ -1,0 +1,293 @@
+"""Random faults: when they strike a training, what they do to it, and what each of them cost."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from ranks import FailedError, Ranks, Training, tail
+
+from far_scale.train import checkpoint
+from far_scale.train.faults.exits import DONE, REFUSED, REQUEUE
+
+
+class Kind(Enum):
+    """A fault, as the tables call it."""
+
+    KILL_AT_START = "kill -9 of a rank in start-up"
+    KILL_IN_STEP = "kill -9 of a rank in a step"
+    KILL_IN_SAVE = "kill -9 of a rank in the middle of a save"
+    STOP = "SIGTERM or SIGUSR1 to one rank"
+    FREEZE = "SIGSTOP of one rank"
+    FLIP = "kill -9, then a flipped bit in the newest checkpoint"
+    CUT = "kill -9, then a file of it cut short"
+    FULL = "disk full until a save has failed"
+
+
+@dataclass
+class Fault:
+    """One that struck.
+
+    Attributes:
+        number: from 1.
+        kind: what it was.
+        rank: whom it struck.
+        start: the start of the training that it struck.
+        step: the last step that any start had reached by then.
+        detail: what else there is to say.
+        statuses: exit statuses of the ranks; empty where the training went on.
+        lost: steps that were trained again because of it.
+        seconds: until the next new step; None where another fault came first.
+        problem: what was not as it should be.
+        recovered: the training went on, and nothing was wrong with how.
+    """
+
+    number: int
+    kind: Kind
+    rank: int
+    start: int
+    step: int
+    detail: str
+    moment: float = field(default_factory=time.monotonic)
+    reached: int | None = None
+    statuses: list[int] = field(default_factory=list)
+    lost: int | None = None
+    seconds: float | None = None
+    hit_again: bool = False
+    problem: str = ""
+    recovered: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """For the JSON."""
+        return {**asdict(self), "kind": self.kind.value}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long things take in the undisturbed run, in seconds: from the launch to the first step, a step, a save."""
+
+    start: float
+    step: float
+    save: float
+
+
+class Drill:
+    """A training under random faults.
+
+    Args:
+        training: the training.
+        ranks: how many.
+        steps: of the training.
+        every: steps between checkpoints.
+        pace: of the undisturbed run.
+        chance: what everything random is drawn from.
+        disk: the small disk that the run directory lies on, and the bytes of a checkpoint; None for no full disk.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        ranks: int,
+        steps: int,
+        every: int,
+        pace: Pace,
+        chance: random.Random,
+        disk: tuple[Path, int] | None,
+    ) -> None:
+        self._training, self._ranks, self._steps, self._every = training, ranks, steps, every
+        self._pace, self._chance, self._disk = pace, chance, disk
+        self._bag: list[Kind] = []
+        self._pending: list[Fault] = []
+        self.faults: list[Fault] = []
+        self.unplanned: list[str] = []
+        """Ends of starts that no fault of ours was to blame for."""
+
+    def run(self, seconds: float) -> None:
+        """Train to the end; no fault strikes after `seconds`.
+
+        Raises:
+            FailedError: it does not get there.
+        """
+        self._began = time.monotonic()
+        in_a_row = 0
+        while True:
+            with self._training.start(self._ranks) as ranks:
+                fault = self._disturb(ranks, self._began + seconds)
+                statuses = self._end(ranks)
+            if fault is not None:
+                self._after(fault, statuses)
+                in_a_row = 0
+            if set(statuses) == {DONE}:
+                break
+            if fault is None:
+                in_a_row += 1
+                self.unplanned.append(f"start {self._training.starts}: {statuses} after step {self._training.high}")
+                self._say(f"an end that was not planned: {self.unplanned[-1]}")
+                if REFUSED in statuses or in_a_row == 3:
+                    raise FailedError(f"{self.unplanned[-1]}{tail(ranks.output)}")
+        for fault in self._pending:  # there was no new step to come
+            fault.recovered, fault.lost = not fault.problem, fault.lost or 0
+
+    def _disturb(self, ranks: Ranks, deadline: float) -> Fault | None:
+        """Strike; returns the fault that ends this start, or None where it ends by itself."""
+        while time.monotonic() < deadline:
+            kind = self._draw()
+            if not self._moment(kind, ranks):
+                return None
+            fault = self._strike(kind, ranks)
+            if kind is not Kind.FULL:
+                return fault
+        return None
+
+    def _draw(self) -> Kind:
+        """Each kind once, in random order, then anew: so that a short drill has them all."""
+        if not self._bag:
+            self._bag = [kind for kind in Kind if kind is not Kind.FULL or self._disk is not None]
+            self._chance.shuffle(self._bag)
+        return self._bag.pop()
+
+    def _moment(self, kind: Kind, ranks: Ranks) -> bool:
+        """Wait for a random moment that fits; returns whether it came before the start ended."""
+        training = self._training
+        if kind is Kind.KILL_AT_START and training.done == 0:
+            self._wait(ranks, self._chance.uniform(0, self._pace.start))
+            return ranks.ended() is None
+        new, wanted = self._chance.randint(1, 2 * self._every) + training.done, self._checkpoints_needed(kind)
+        if not self._until(ranks, lambda: training.done >= new and self._checkpoints() >= wanted):
+            return False
+        if kind is Kind.FULL:
+            # The last save must not fail: nobody would be left to free the disk for it.
+            return training.high + 2 * self._every < self._steps
+        if kind is not Kind.KILL_IN_SAVE:
+            self._wait(ranks, self._chance.uniform(0, self._pace.step))
+            return ranks.ended() is None
+        while self._until(ranks, lambda: training.saving):
+            self._wait(ranks, self._chance.uniform(0, 0.9 * self._pace.save))
+            if training.saving:
+                return ranks.ended() is None
+        return False
+
+    @staticmethod
+    def _checkpoints_needed(kind: Kind) -> int:
+        return {Kind.FLIP: 2, Kind.CUT: 2, Kind.FULL: 1}.get(kind, 0)
+
+    def _checkpoints(self) -> int:
+        return len(checkpoint.steps_to_try(self._training.run))
+
+    def _strike(self, kind: Kind, ranks: Ranks) -> Fault:
+        for earlier in self._pending:
+            earlier.hit_again = True
+        rank, training = self._chance.randrange(self._ranks), self._training
+        number = {Kind.STOP: self._chance.choice((signal.SIGTERM, signal.SIGUSR1)), Kind.FREEZE: signal.SIGSTOP}.get(
+            kind, signal.SIGKILL
+        )
+        detail = f"rank {rank}" if kind is Kind.FULL else f"{number.name} to rank {rank}"
+        fault = Fault(len(self.faults) + 1, kind, rank, training.starts, training.high, detail)
+        self.faults.append(fault)
+        self._say(f"fault {fault.number}: {kind.value} (rank {rank}) at step {training.high}/{self._steps}")
+        if kind is Kind.FULL:
+            self._fill_disk(fault, ranks)
+        else:
+            ranks.send(rank, number)
+        self._pending.append(fault)
+        return fault
+
+    def _fill_disk(self, fault: Fault, ranks: Ranks) -> None:
+        """Leave room for half of a checkpoint, until a save has failed."""
+        assert self._disk is not None
+        disk, checkpoint_bytes = self._disk
+        filler, failed_before = disk / "filler", len(self._training.events("save-failed"))
+        filler.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - checkpoint_bytes // 2)))
+        fault.detail = "half of a checkpoint still fitted"
+        try:
+            if not self._until(ranks, lambda: len(self._training.events("save-failed")) > failed_before):
+                fault.problem = f"ended with {ranks.ended()} when the disk was full{tail(ranks.output)}"
+        finally:
+            filler.unlink()
+        fault.step = self._training.high
+
+    def _after(self, fault: Fault, statuses: list[int]) -> None:
+        """The start that the fault struck has ended: was that as it should be?"""
+        training = self._training
+        fault.step, fault.reached, fault.statuses = training.high, training.reached, statuses
+        others = [status for rank, status in enumerate(statuses) if rank != fault.rank]
+        if fault.kind is Kind.STOP and not set(statuses) <= {REQUEUE, DONE}:
+            fault.problem = f"ended with {statuses}"
+        elif fault.kind is Kind.FREEZE:
+            told = training.events("watchdog")[-1:]
+            if not set(others) <= {REQUEUE} or (others and (not told or fault.rank not in told[0]["missing"])):
+                fault.problem = f"ended with {statuses}, told by the watchdog: {told}"
+        elif fault.kind in (Kind.FLIP, Kind.CUT) and set(statuses) != {DONE}:
+            fault.detail += f"; {self._harm(fault.kind)}"
+
+    def _harm(self, kind: Kind) -> str:
+        """Spoil one file of the newest checkpoint; returns what was done."""
+        step = checkpoint.steps_to_try(self._training.run)[0]
+        file = self._chance.choice(sorted(checkpoint.step_folder(self._training.run, step).iterdir()))
+        size = file.stat().st_size
+        place = self._chance.randrange(size)
+        if kind is Kind.CUT:
+            os.truncate(file, place)
+            done = f"{file.name} of step {step} cut from {size} to {place} bytes"
+        else:
+            content = bytearray(file.read_bytes())
+            bit = self._chance.randrange(8)
+            content[place] ^= 1 << bit
+            file.write_bytes(content)
+            done = f"bit {bit} of byte {place} of {file.name} of step {step} flipped"
+        self._harmed = step
+        self._say(f"  {done}")
+        return done
+
+    def _until(self, ranks: Ranks, happened: Any) -> bool:
+        return self._training.until(ranks, lambda: self._judge() or happened())
+
+    def _wait(self, ranks: Ranks, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        self._until(ranks, lambda: time.monotonic() >= end)
+
+    def _end(self, ranks: Ranks) -> list[int]:
+        self._until(ranks, lambda: False)
+        return self._training.end(ranks)
+
+    def _judge(self) -> None:
+        """Which faults has the training got over by now?"""
+        training = self._training
+        for fault in list(self._pending):
+            again = training.starts > fault.start
+            if fault.lost is None and again and training.origin is not None:
+                self._resumed(fault, training.origin)
+            over = training.reached is not None and training.reached > fault.step
+            if over and (again or fault.kind is Kind.FULL):
+                self._pending.remove(fault)
+                fault.lost = fault.lost or 0
+                fault.recovered = not fault.problem
+                taken = time.monotonic() - fault.moment
+                fault.seconds = None if fault.hit_again else taken
+                problem = f"; NOT AS IT SHOULD BE: {fault.problem}" if fault.problem else ""
+                self._say(
+                    f"  fault {fault.number}: {fault.lost} steps again, next new step after {taken:.1f} s{problem}"
+                )
+
+    def _resumed(self, fault: Fault, origin: int) -> None:
+        # Killed before it had done a step, a start loses none: what the one before had done was lost by then.
+        fault.lost = 0 if fault.reached is None else fault.reached - origin
+        if fault.kind is Kind.STOP and fault.lost:
+            fault.problem = fault.problem or f"{fault.lost} steps were lost: it did not save when asked to stop"
+        if fault.kind in (Kind.FLIP, Kind.CUT) and not fault.hit_again:
+            told = [event["step"] for event in self._training.events("damaged")]
+            if not told or told[-1] != self._harmed:
+                fault.problem = f"the damage of step {self._harmed} was not told"
+            # As an operator would: it is told, looked at, and takes space.
+            for folder in (self._training.run / "checkpoints").glob("*.damaged"):
+                shutil.rmtree(folder)
+
+    def _say(self, text: str) -> None:
+        print(f"{time.monotonic() - self._began:6.0f} s  {text}", flush=True)

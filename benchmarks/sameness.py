@@ -1,0 +1,67 @@
+"""Whether two finished trainings of the same recipe are the same: losses, weights, moments, EMA, lanes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from measure import Row
+
+from far_scale.train import checkpoint
+from far_scale.train.checkpoint import FlatPiece
+
+KINDS = {"weight": "weights", "exp_avg": "first moments", "exp_avg_sq": "second moments", "ema": "EMA"}
+"""What a checkpoint holds, by the beginning of its tensors' names."""
+
+
+def logged(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def each_step_once(run: Path, steps: int) -> bool:
+    """Whether the log has one line for every step from 1 to `steps`, in order."""
+    return [line["step"] for line in logged(run)] == list(range(1, steps + 1))
+
+
+def lanes(run: Path, steps: int) -> object:
+    """Where the lanes stand after the last step."""
+    return checkpoint.read_state(checkpoint.step_folder(run, steps))["lanes"]
+
+
+def loss_difference(run: Path, other: Path) -> float:
+    """The largest relative difference of two runs' losses."""
+    ours, theirs = (torch.tensor([line["loss"] for line in logged(r)], dtype=torch.float64) for r in (run, other))
+    return ((ours - theirs).abs() / theirs.abs()).max().item()
+
+
+def compare(run: Path, other: Path, steps: int) -> list[Row]:
+    """One row for each thing that must be equal bit for bit; `largest difference` is None where it has no size."""
+    rows: list[Row] = []
+
+    def add(what: str, equal: bool, difference: float | None) -> None:
+        rows.append({"what": what, "equal": equal, "largest difference": difference})
+
+    once = each_step_once(run, steps) and each_step_once(other, steps)
+    add("every step once in log.jsonl", once, None)
+    ours, theirs = ([line["loss"] for line in logged(r)] for r in (run, other))
+    largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else None
+    add("losses", ours == theirs, largest)
+    for kind, name in KINDS.items():
+        mine, yours = _tensors(run, steps, kind), _tensors(other, steps, kind)
+        equal = bool(mine) and mine.keys() == yours.keys() and all(torch.equal(mine[n], yours[n]) for n in mine)
+        add(name, equal, max((float((mine[n] - yours[n]).abs().max()) for n in mine.keys() & yours.keys()), default=0.0))
+    add("lanes", lanes(run, steps) == lanes(other, steps), None)
+    return rows
+
+
+def _tensors(run: Path, steps: int, kind: str) -> dict[str, torch.Tensor]:
+    """The tensors of one kind in the checkpoint after the last step."""
+    folder = checkpoint.step_folder(run, steps)
+    stored = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    sizes = {name: entry.size.numel() for name, entry in stored.items() if name.split("/")[0] == kind}
+    pieces = {name: FlatPiece(size, 0, torch.empty(size)) for name, size in sizes.items()}
+    checkpoint.load(folder, pieces, alone=True)
+    return {name: piece.data for name, piece in pieces.items()}
