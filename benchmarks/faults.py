@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from ranks import FailedError, Ranks, Training, tail
 
+from far_scale.recipe import Recipe
 from far_scale.train import checkpoint
 from far_scale.train.faults.exits import DONE, REFUSED, REQUEUE
 
@@ -42,7 +44,11 @@ class Fault:
         start: the start of the training that it struck.
         step: the last step that any start had reached by then.
         detail: what else there is to say.
+        moment: when it struck, in seconds of a clock.
+        hit_again: another fault struck before the next new step.
         statuses: exit statuses of the ranks; empty where the training went on.
+        reached: the last step of the start that it struck.
+        harmed: the step of the checkpoint that was damaged.
         lost: steps that were trained again because of it.
         seconds: until the next new step; None where another fault came first.
         problem: what was not as it should be.
@@ -57,6 +63,7 @@ class Fault:
     detail: str
     moment: float = field(default_factory=time.monotonic)
     reached: int | None = None
+    harmed: int | None = None
     statuses: list[int] = field(default_factory=list)
     lost: int | None = None
     seconds: float | None = None
@@ -78,36 +85,46 @@ class Pace:
     save: float
 
 
+@dataclass(frozen=True)
+class SmallDisk:
+    """The disk that the run directory lies on, to be filled; `checkpoint` is a checkpoint's size in bytes."""
+
+    folder: Path
+    checkpoint: int
+
+
 class Drill:
     """A training under random faults.
+
+    Attributes:
+        faults: those that struck so far.
+        unplanned: ends of starts that none of them was to blame for.
 
     Args:
         training: the training.
         ranks: how many.
-        steps: of the training.
-        every: steps between checkpoints.
+        recipe: the training's.
         pace: of the undisturbed run.
         chance: what everything random is drawn from.
-        disk: the small disk that the run directory lies on, and the bytes of a checkpoint; None for no full disk.
+        disk: a small disk; None for no full disk.
     """
 
     def __init__(
         self,
         training: Training,
         ranks: int,
-        steps: int,
-        every: int,
+        recipe: Recipe,
         pace: Pace,
         chance: random.Random,
-        disk: tuple[Path, int] | None,
+        disk: SmallDisk | None,
     ) -> None:
-        self._training, self._ranks, self._steps, self._every = training, ranks, steps, every
-        self._pace, self._chance, self._disk = pace, chance, disk
-        self._bag: list[Kind] = []
-        self._pending: list[Fault] = []
+        self._training, self._ranks, self._pace, self._chance, self._disk = training, ranks, pace, chance, disk
+        self._steps, self._every = recipe.train.steps, recipe.checkpoint.every
         self.faults: list[Fault] = []
         self.unplanned: list[str] = []
-        """Ends of starts that no fault of ours was to blame for."""
+        self._began = time.monotonic()
+        self._bag: list[Kind] = []
+        self._pending: list[Fault] = []
 
     def run(self, seconds: float) -> None:
         """Train to the end; no fault strikes after `seconds`.
@@ -115,8 +132,7 @@ class Drill:
         Raises:
             FailedError: it does not get there.
         """
-        self._began = time.monotonic()
-        in_a_row = 0
+        self._began, in_a_row = time.monotonic(), 0
         while True:
             with self._training.start(self._ranks) as ranks:
                 fault = self._disturb(ranks, self._began + seconds)
@@ -148,19 +164,29 @@ class Drill:
 
     def _draw(self) -> Kind:
         """Each kind once, in random order, then anew: so that a short drill has them all."""
-        if not self._bag:
-            self._bag = [kind for kind in Kind if kind is not Kind.FULL or self._disk is not None]
-            self._chance.shuffle(self._bag)
-        return self._bag.pop()
+        begun = self._training.done > 0
+        while True:
+            fitting = [kind for kind in self._bag if not (begun and kind is Kind.KILL_AT_START)]
+            if fitting:
+                self._bag.remove(fitting[-1])
+                return fitting[-1]
+            more = [kind for kind in Kind if kind is not Kind.FULL or self._disk is not None]
+            self._chance.shuffle(more)
+            self._bag = [*more, *self._bag]
 
     def _moment(self, kind: Kind, ranks: Ranks) -> bool:
         """Wait for a random moment that fits; returns whether it came before the start ended."""
         training = self._training
-        if kind is Kind.KILL_AT_START and training.done == 0:
+        if kind is Kind.KILL_AT_START:
             self._wait(ranks, self._chance.uniform(0, self._pace.start))
             return ranks.ended() is None
         new, wanted = self._chance.randint(1, 2 * self._every) + training.done, self._checkpoints_needed(kind)
-        if not self._until(ranks, lambda: training.done >= new and self._checkpoints() >= wanted):
+        alone = self._chance.random() < 0.5  # else it may also strike before the training has got over the last one
+
+        def come() -> bool:
+            return training.done >= new and self._checkpoints() >= wanted and not (alone and self._pending)
+
+        if not self._until(ranks, come):
             return False
         if kind is Kind.FULL:
             # The last save must not fail: nobody would be left to free the disk for it.
@@ -183,15 +209,14 @@ class Drill:
 
     def _strike(self, kind: Kind, ranks: Ranks) -> Fault:
         for earlier in self._pending:
-            earlier.hit_again = True
+            earlier.hit_again = earlier.hit_again or kind is not Kind.FULL  # which does not keep it from going on
         rank, training = self._chance.randrange(self._ranks), self._training
-        number = {Kind.STOP: self._chance.choice((signal.SIGTERM, signal.SIGUSR1)), Kind.FREEZE: signal.SIGSTOP}.get(
-            kind, signal.SIGKILL
-        )
-        detail = f"rank {rank}" if kind is Kind.FULL else f"{number.name} to rank {rank}"
+        stop = self._chance.choice((signal.SIGTERM, signal.SIGUSR1))
+        number = {Kind.STOP: stop, Kind.FREEZE: signal.SIGSTOP}.get(kind, signal.SIGKILL)
+        detail = "half of a checkpoint still fits" if kind is Kind.FULL else f"{number.name} to rank {rank}"
         fault = Fault(len(self.faults) + 1, kind, rank, training.starts, training.high, detail)
         self.faults.append(fault)
-        self._say(f"fault {fault.number}: {kind.value} (rank {rank}) at step {training.high}/{self._steps}")
+        self._say(f"fault {fault.number}: {kind.value} ({detail}) at step {training.high}/{self._steps}")
         if kind is Kind.FULL:
             self._fill_disk(fault, ranks)
         else:
@@ -202,10 +227,10 @@ class Drill:
     def _fill_disk(self, fault: Fault, ranks: Ranks) -> None:
         """Leave room for half of a checkpoint, until a save has failed."""
         assert self._disk is not None
-        disk, checkpoint_bytes = self._disk
+        disk = self._disk.folder
         filler, failed_before = disk / "filler", len(self._training.events("save-failed"))
-        filler.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - checkpoint_bytes // 2)))
-        fault.detail = "half of a checkpoint still fitted"
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - self._disk.checkpoint // 2)
         try:
             if not self._until(ranks, lambda: len(self._training.events("save-failed")) > failed_before):
                 fault.problem = f"ended with {ranks.ended()} when the disk was full{tail(ranks.output)}"
@@ -225,15 +250,15 @@ class Drill:
             if not set(others) <= {REQUEUE} or (others and (not told or fault.rank not in told[0]["missing"])):
                 fault.problem = f"ended with {statuses}, told by the watchdog: {told}"
         elif fault.kind in (Kind.FLIP, Kind.CUT) and set(statuses) != {DONE}:
-            fault.detail += f"; {self._harm(fault.kind)}"
+            fault.detail += f"; {self._harm(fault)}"
 
-    def _harm(self, kind: Kind) -> str:
+    def _harm(self, fault: Fault) -> str:
         """Spoil one file of the newest checkpoint; returns what was done."""
         step = checkpoint.steps_to_try(self._training.run)[0]
         file = self._chance.choice(sorted(checkpoint.step_folder(self._training.run, step).iterdir()))
         size = file.stat().st_size
         place = self._chance.randrange(size)
-        if kind is Kind.CUT:
+        if fault.kind is Kind.CUT:
             os.truncate(file, place)
             done = f"{file.name} of step {step} cut from {size} to {place} bytes"
         else:
@@ -242,12 +267,16 @@ class Drill:
             content[place] ^= 1 << bit
             file.write_bytes(content)
             done = f"bit {bit} of byte {place} of {file.name} of step {step} flipped"
-        self._harmed = step
+        fault.harmed = step
         self._say(f"  {done}")
         return done
 
-    def _until(self, ranks: Ranks, happened: Any) -> bool:
-        return self._training.until(ranks, lambda: self._judge() or happened())
+    def _until(self, ranks: Ranks, happened: Callable[[], bool]) -> bool:
+        def judged() -> bool:
+            self._judge()
+            return happened()
+
+        return self._training.until(ranks, judged)
 
     def _wait(self, ranks: Ranks, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -283,8 +312,8 @@ class Drill:
             fault.problem = fault.problem or f"{fault.lost} steps were lost: it did not save when asked to stop"
         if fault.kind in (Kind.FLIP, Kind.CUT) and not fault.hit_again:
             told = [event["step"] for event in self._training.events("damaged")]
-            if not told or told[-1] != self._harmed:
-                fault.problem = f"the damage of step {self._harmed} was not told"
+            if not told or told[-1] != fault.harmed:
+                fault.problem = f"the damage of step {fault.harmed} was not told"
             # As an operator would: it is told, looked at, and takes space.
             for folder in (self._training.run / "checkpoints").glob("*.damaged"):
                 shutil.rmtree(folder)

@@ -52,7 +52,9 @@ def compare(run: Path, other: Path, steps: int) -> list[Row]:
     for kind, name in KINDS.items():
         mine, yours = _tensors(run, steps, kind), _tensors(other, steps, kind)
         equal = bool(mine) and mine.keys() == yours.keys() and all(torch.equal(mine[n], yours[n]) for n in mine)
-        add(name, equal, max((float((mine[n] - yours[n]).abs().max()) for n in mine.keys() & yours.keys()), default=0.0))
+        add(
+            name, equal, max((float((mine[n] - yours[n]).abs().max()) for n in mine.keys() & yours.keys()), default=0.0)
+        )
     add("lanes", lanes(run, steps) == lanes(other, steps), None)
     return rows
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from far_scale.model.attention import dense
+from far_scale.train import checkpoint
+from far_scale.train.checkpoint import FlatPiece
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -113,3 +115,55 @@ def test_the_oracle_of_the_attention_benchmark_is_the_dense_mask(monkeypatch: py
     dq, dk, dv, *_ = dense.backward(dout, q, k, v, None, None, out, lse, order)
     for ours, oracle in zip(exact(case, inputs), (out, dq, dk, dv), strict=True):
         torch.testing.assert_close(ours.flatten(0, 1), oracle, rtol=0, atol=1e-12)
+
+
+def finished_run(run: Path) -> Path:
+    """Two steps' log and the last checkpoint, of one small tensor of each kind."""
+    names = [f"{kind}/layer" for kind in ("weight", "exp_avg", "exp_avg_sq", "ema")]
+    pieces = {name: FlatPiece(3, 0, torch.tensor([0.1, -0.2, 0.3])) for name in names}
+    checkpoint.save(run, 2, pieces, {"lanes": {"0": {"epoch": 0, "place": 4}}}, keep=1)
+    (run / "log.jsonl").write_text("".join(json.dumps({"step": n, "loss": 1 / n}) + "\n" for n in (1, 2)))
+    return run
+
+
+@pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq", "ema"])
+def test_the_fault_drill_sees_a_single_bit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from sameness import KINDS, compare
+
+    one, other = finished_run(tmp_path / "one"), finished_run(tmp_path / "other")
+    assert all(row["equal"] and not row["largest difference"] for row in compare(one, other, 2))
+    tensor = torch.tensor([0.1, -0.2, 0.3])
+    tensor.view(torch.int32)[1] ^= 1
+    folder = checkpoint.step_folder(other, 2)
+    kept = {name: FlatPiece(3, 0, torch.empty(3)) for name in (f"{k}/layer" for k in KINDS)}
+    checkpoint.load(folder, kept, alone=True)
+    checkpoint.save(other, 2, {**kept, f"{kind}/layer": FlatPiece(3, 0, tensor)}, {"lanes": {"0": {}}}, keep=1)
+    unequal = {row["what"]: row["largest difference"] for row in compare(one, other, 2) if not row["equal"]}
+    assert unequal.keys() == {KINDS[kind], "lanes"}
+    assert unequal[KINDS[kind]] == pytest.approx(2**-26)
+
+
+def test_the_fault_drill_sees_steps_and_losses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from sameness import compare, loss_difference
+
+    one, other = finished_run(tmp_path / "one"), finished_run(tmp_path / "other")
+    lines = (other / "log.jsonl").read_text().splitlines(keepends=True)
+    (other / "log.jsonl").write_text(lines[0] + json.dumps({"step": 2, "loss": 0.5 * (1 + 1e-6)}) + "\n")
+    assert [row["what"] for row in compare(one, other, 2) if not row["equal"]] == ["losses"]
+    assert loss_difference(other, one) == pytest.approx(1e-6)
+    (other / "log.jsonl").write_text("".join([*lines, lines[1]]))
+    rows = [row["what"] for row in compare(one, other, 2) if not row["equal"]]
+    assert rows == ["every step once in log.jsonl", "losses"]
+
+
+def test_the_fault_drill_names_the_mend(tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "fault_drill.py", "--shards", tmp_path, "--out", tmp_path]
+    for arguments, told in (
+        (["log.every=2"], "log.every: the drill sets this itself"),
+        (["--ranks", "3"], "4 lanes cannot be shared evenly by 3 ranks"),
+        ([], "manifest"),
+    ):
+        finished = subprocess.run([*map(str, command), *arguments], capture_output=True, text=True, timeout=120)
+        assert finished.returncode == 2 and told in finished.stderr, finished.stderr
