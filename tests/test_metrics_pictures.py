@@ -210,7 +210,17 @@ def test_the_loss_curve_is_drawn_from_the_log(tmp_path: Path) -> None:
         for step in range(1, 300)
     ]
     lines = [json.dumps(entry) for entry in entries]
-    log.write_text("\n".join([*lines, lines[-1], json.dumps({"step": 299, "event": "checkpoint"})]) + "\n")
+    log.write_text(
+        "\n".join(
+            [
+                *lines,
+                lines[-1],
+                json.dumps({"step": 299, "event": "checkpoint"}),
+                json.dumps({"step": 300, "loss": None, "learning_rate": 1e-3}),
+            ]
+        )
+        + "\n"
+    )
     loss_curve(curve, log)
     picture = np.array(Image.open(curve).convert("RGB")).astype(int)
     assert picture.shape == (600, 960, 3)

@@ -55,7 +55,7 @@ def _read_log(log: Path) -> dict[int, tuple[float, float]]:
     for number, line in enumerate(log.read_text().splitlines(), start=1):
         try:
             entry = json.loads(line)
-            if "loss" in entry:
+            if entry.get("loss") is not None:  # nothing, or the null of a loss that was not finite
                 entries[int(entry["step"])] = (float(entry["loss"]), float(entry["learning_rate"]))
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{log}: line {number} is no entry with step, loss and learning_rate; remove it") from None
