@@ -37,6 +37,6 @@ setup(
         "slurm": ["submitit>=1.5"],
         "wandb": ["wandb>=0.18"],
         "demo": ["vizdoom>=1.2.4"],
-        "dev": ["pytest>=8.0", "ruff>=0.9", "mypy>=1.13", "types-PyYAML"],
+        "dev": ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=1.13", "types-PyYAML"],
     },
 )

@@ -93,7 +93,7 @@ def kill_after_checkpoint(launch: Launch, run: Path, step: int) -> None:
     launch.wait()
 
 
-def wait_until(happened, timeout: float = 60) -> bool:
+def wait_until(happened, timeout: float = 120) -> bool:
     """Whether it happened in time."""
     end = time.monotonic() + timeout
     while not happened():

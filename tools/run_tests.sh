@@ -18,10 +18,13 @@ check_shell_scripts() {
 bash tools/setup_env.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
-if [ $# -eq 0 ]; then
+if [ $# -gt 0 ]; then
+    exec python -m pytest -q "$@"
+else
     ruff check .
     ruff format --check .
     mypy far_scale tools
     check_shell_scripts
+    # Two test files at a time, each process on one thread: many tests wait for other processes, or for SLURM.
+    OMP_NUM_THREADS=1 exec python -m pytest -q -n 2 --dist loadfile
 fi
-exec python -m pytest -q "$@"
