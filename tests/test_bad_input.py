@@ -98,6 +98,20 @@ def test_another_models_checkpoint(trained: Path, recorded_shards: Path) -> None
     assert sorted(path.name for path in trained.rglob("*")) == before
 
 
+def test_a_checkpoint_of_an_older_version_is_gone_on_from(trained: Path, recorded_shards: Path, tmp_path: Path) -> None:
+    """Without checksums, and from before steps could be skipped: all its steps count as updates."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    folder = checkpoint.step_folder(run, 2)
+    state = checkpoint.read_state(folder)
+    older = {key: value for key, value in state.items() if key not in ("guard", "shard_set", "ranks", "went_back")}
+    (folder / "state.json").write_text(json.dumps({**older, "format": "far_scale.checkpoint/1"}))
+    (folder / "checksums.json").unlink()
+    finished = train_alone(*small_recipe(recorded_shards, run, *SHORT, "train.steps=3"), "--accept-changes")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert checkpoint.read_state(checkpoint.step_folder(run, 3))["guard"]["updates"] == 3
+
+
 def test_a_change_of_the_result_needs_a_flag(trained: Path, recorded_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)

@@ -117,6 +117,8 @@ def train(
         guard = Guard(engine, recipe.faults, processes, events)
         if position.guard is not None:
             guard.load_state(position.guard)
+        else:
+            guard.updates = position.step  # of a checkpoint from before steps could be skipped, or of none
         if position.step == 0:
             events.tell("began", 0, f"training {recipe.name} on {processes.count} ranks")
         own_lanes = list(range(processes.rank, recipe.data.lanes, processes.count))
