@@ -20,7 +20,7 @@ setup(
         "deepspeed>=0.19",
         "webdataset>=0.2",
         "safetensors>=0.4.5",
-        "pydantic>=2.7",
+        "pydantic>=2.8",
         "pyyaml>=6.0",
         "numpy>=1.26",
         "tqdm>=4.66",

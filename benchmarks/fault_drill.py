@@ -69,7 +69,6 @@ def main() -> None:
         "recipe": " ".join([spec, *overrides]),
     }
     facts = environment(device, more)
-    facts["load average before"] = f"{load:.2f} (what else the machine did; the ranks add their number)"
 
     work = Path(tempfile.mkdtemp(prefix="fault-drill-"))
     undisturbed, moved = (Training(work / name, [spec, *overrides], work) for name in ("undisturbed", "moved"))
@@ -103,13 +102,17 @@ def main() -> None:
     tables |= {FAULTS: fault_rows(drill.faults), SAVING: savings}
 
     facts["starts under faults"] = f"{training.starts}, of which {len(drill.unplanned)} ended without a fault of ours"
+    facts["load average"] = (
+        f"{load:.2f} in the minute before, {os.getloadavg()[2]:.2f} in the last 15 minutes, to which the ranks add "
+        f"about {args.ranks}; what is above that, others did on this machine"
+    )
     facts["minutes"] = f"{(time.monotonic() - begun) / 60:.1f}"
     for fault in drill.faults:
         if not fault.recovered:
             failed.append(f"fault {fault.number} ({fault.kind.value}): {fault.problem or 'not recovered from'}")
     failed += [f"under faults: not equal: {row['what']}" for row in tables.get(SAME, []) if not row["equal"]]
     failed += [f"ranks {row['ranks']}: not the same" for row in tables[MOVED] if not row["same"]]
-    facts["result"] = "; ".join(failed) or "everything recovered, nothing differs"
+    facts["result"] = "; ".join(text.splitlines()[0] for text in failed) or "everything recovered, nothing differs"
     ordered = {title: tables[title] for title in (FAULTS, SAME, MOVED, SAVING) if tables.get(title)}
     for title, table in ordered.items():
         print_table(title, table)

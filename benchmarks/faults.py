@@ -120,6 +120,9 @@ class Drill:
     ) -> None:
         self._training, self._ranks, self._pace, self._chance, self._disk = training, ranks, pace, chance, disk
         self._steps, self._every = recipe.train.steps, recipe.checkpoint.every
+        # A rank that is stopped is ended by the others.
+        impossible = {Kind.FREEZE} if ranks == 1 else set()
+        self._kinds = [kind for kind in Kind if kind not in impossible and (kind is not Kind.FULL or disk is not None)]
         self.faults: list[Fault] = []
         self.unplanned: list[str] = []
         self._began = time.monotonic()
@@ -170,7 +173,7 @@ class Drill:
             if fitting:
                 self._bag.remove(fitting[-1])
                 return fitting[-1]
-            more = [kind for kind in Kind if kind is not Kind.FULL or self._disk is not None]
+            more = list(self._kinds)
             self._chance.shuffle(more)
             self._bag = [*more, *self._bag]
 
@@ -178,8 +181,8 @@ class Drill:
         """Wait for a random moment that fits; returns whether it came before the start ended."""
         training = self._training
         if kind is Kind.KILL_AT_START:
-            self._wait(ranks, self._chance.uniform(0, self._pace.start))
-            return ranks.ended() is None
+            end = time.monotonic() + self._chance.uniform(0, self._pace.start)
+            return self._until(ranks, lambda: time.monotonic() >= end or training.done > 0)  # by its first step
         new, wanted = self._chance.randint(1, 2 * self._every) + training.done, self._checkpoints_needed(kind)
         alone = self._chance.random() < 0.5  # else it may also strike before the training has got over the last one
 
@@ -243,13 +246,15 @@ class Drill:
         training = self._training
         fault.step, fault.reached, fault.statuses = training.high, training.reached, statuses
         others = [status for rank, status in enumerate(statuses) if rank != fault.rank]
-        if fault.kind is Kind.STOP and not set(statuses) <= {REQUEUE, DONE}:
+        if REFUSED in statuses:
+            fault.problem = f"ended with {statuses}, which a launcher does not start again"
+        elif fault.kind is Kind.STOP and not set(statuses) <= {REQUEUE, DONE}:
             fault.problem = f"ended with {statuses}"
         elif fault.kind is Kind.FREEZE:
             told = training.events("watchdog")[-1:]
             if not set(others) <= {REQUEUE} or (others and (not told or fault.rank not in told[0]["missing"])):
                 fault.problem = f"ended with {statuses}, told by the watchdog: {told}"
-        elif fault.kind in (Kind.FLIP, Kind.CUT) and set(statuses) != {DONE}:
+        if fault.kind in (Kind.FLIP, Kind.CUT) and set(statuses) != {DONE}:
             fault.detail += f"; {self._harm(fault)}"
 
     def _harm(self, fault: Fault) -> str:
@@ -310,9 +315,9 @@ class Drill:
         fault.lost = 0 if fault.reached is None else fault.reached - origin
         if fault.kind is Kind.STOP and fault.lost:
             fault.problem = fault.problem or f"{fault.lost} steps were lost: it did not save when asked to stop"
-        if fault.kind in (Kind.FLIP, Kind.CUT) and not fault.hit_again:
-            told = [event["step"] for event in self._training.events("damaged")]
-            if not told or told[-1] != fault.harmed:
+        if fault.harmed is not None:
+            told = [event["step"] for event in self._training.events("damaged")][-1:]
+            if told != [fault.harmed] and not fault.hit_again:  # a start that was killed may have met it, untold
                 fault.problem = f"the damage of step {fault.harmed} was not told"
             # As an operator would: it is told, looked at, and takes space.
             for folder in (self._training.run / "checkpoints").glob("*.damaged"):

@@ -28,6 +28,7 @@ from far_scale.model.attention.kernel import first_line
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch",
+    "webdataset",
     "triton",
     "flash-attn",
     "flash-attn-3",

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,36 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+class LineFile:
+    """A file of JSON lines that is only appended to, and that outlives a full disk.
+
+    Lines that do not fit are kept and written with a later one, when there is room again; no line is ever written in
+    part. May be used from several threads.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path, self._lock = Path(path), threading.Lock()
+        self._kept: list[str] = []
+
+    def append(self, value: Any) -> None:
+        """Add a line, once it fits."""
+        with self._lock:
+            self._kept.append(json.dumps(value) + "\n")
+            data = "".join(self._kept).encode()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(self._path, "ab", buffering=0) as file:  # a buffer would try again when it is closed
+                    end = file.tell()
+                    if file.write(data) < len(data):
+                        os.truncate(self._path, end)
+                        return
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                return
+            self._kept.clear()
 
 
 def write_json(path: str | Path, value: Any) -> None:

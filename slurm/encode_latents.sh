@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Encodes folders of videos to latent shards as a job array: one folder, one shard set, one element of the array.
+# Encodes videos to one latent shard set by a job array: element i makes its share of the shards, and a last job merges.
 #
-#     sbatch --array=1-$(wc -l < folders.txt) slurm/encode_latents.sh folders.txt OUT --autoencoder NAME [more options]
+#     job=$(sbatch --parsable --array=0-63 slurm/encode_latents.sh --videos V --out SHARDS --autoencoder NAME)
+#     sbatch --dependency=afterany:$job slurm/encode_latents.sh --videos V --out SHARDS --autoencoder NAME --merge --tasks 64
 #
-# folders.txt has a folder a line. Line i becomes the shard set OUT/NAME_OF_THE_FOLDER, so their last names must differ.
-# The options are those of tools/encode_latents.py. An element that is killed or meets its time limit goes on where it
-# was. Submit from the checkout, or set FAR_SCALE to it.
+# The options are those of tools/encode_latents.py, the same for both. Where shards are missing, the merge names the
+# tasks to run again: --array=5,17 and the option --tasks 64. An element that is killed or meets its time limit goes on
+# where it was. Without --array the job encodes all and merges. Submit from the checkout, or set FAR_SCALE to it.
 #SBATCH --job-name=encode_latents
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -18,20 +19,19 @@
 #SBATCH --output=%x-%A_%a.out
 main() {
     set -euo pipefail
-    local checkout=${FAR_SCALE:-$SLURM_SUBMIT_DIR} python folder encoder warned="" status=0
+    local checkout=${FAR_SCALE:-$SLURM_SUBMIT_DIR} python encoder warned="" status=0
     # shellcheck source=slurm/python.sh
     source "$checkout/slurm/python.sh"
     python=$(find_python "$checkout")
-    if [ $# -lt 2 ] || [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
-        fail "submit with sbatch --array=1-N slurm/encode_latents.sh FOLDERS.txt OUT --autoencoder NAME, N the lines of it"
-    fi
-    folder=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$1")
-    [ -n "$folder" ] || fail "$1: has no line $SLURM_ARRAY_TASK_ID; let --array end with its last"
 
-    local options=(--videos "$folder" --out "$2/$(basename "$folder")" --workers "${SLURM_CPUS_PER_TASK:-1}")
+    local options=(--workers "${SLURM_CPUS_PER_TASK:-1}")
     [ -z "${SLURM_JOB_GPUS:-}" ] || options+=(--device cuda)
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+        # of an array from 0; a --tasks of the caller comes later and is taken instead
+        options+=(--task "$SLURM_ARRAY_TASK_ID" --tasks "$((SLURM_ARRAY_TASK_MAX + 1))")
+    fi
     trap 'warned=1' USR1
-    PYTHONPATH=$checkout "$python" "$checkout/tools/encode_latents.py" "${options[@]}" "${@:3}" &
+    PYTHONPATH=$checkout "$python" "$checkout/tools/encode_latents.py" "${options[@]}" "$@" &
     encoder=$!
     wait "$encoder" || status=$?
     if [ -n "$warned" ]; then

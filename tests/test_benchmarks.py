@@ -103,6 +103,28 @@ def test_train_step_names_the_mend() -> None:
     assert "--shapes B-Long:16: not a preset and at least 17 frames" in finished.stderr
 
 
+def test_reading_is_timed_against_tar_and_webdataset(tmp_path: Path) -> None:
+    finished = run("data", "--samples", 5, "--per-shard", 2, "--repeats", 2, "--lanes", 2, "--out", tmp_path)
+    sides, states = tables_of(tmp_path, finished).values()
+    assert [row["side"] for row in sides] == ["plain tar", "WebDataset's loop", "ours, by offset", "ours, streamed"]
+    for row in sides:
+        assert positive(row, "MB/s", "samples/s", "of plain tar", "of WebDataset's loop") and len(row["seconds"]) == 2
+    assert sides[0]["of plain tar"] == sides[1]["of WebDataset's loop"] == 1
+    assert all(row["next 100 packs the same"] and positive(row, "restore and first pack, s") for row in states)
+
+
+def test_lanes_at_scale_walks_whole_nodes(tmp_path: Path) -> None:
+    shape = ("--shards", 60, "--samples", 10, "--ranks", 8, "--node", 2, "--nodes", 2, "--lanes", 16, "--steps", 3)
+    finished = run("lanes_at_scale", *shape, "--repeats", 1, "--out", tmp_path)
+    parts, memory, walks = tables_of(tmp_path, finished).values()
+    assert all(positive(row, "seconds") for row in parts) and positive(parts[0], "bytes") and len(memory) == 2
+    clips, budget = walks
+    assert clips["ranks walked"] == budget["ranks walked"] == 4
+    for row in walks:
+        assert positive(row, "read beyond what a node needs, %", "shards in a step, most", "indexes read, most")
+    assert clips["tokens of a step, most / mean"] > 1.1 > budget["tokens of a step, most / mean"] >= 1
+
+
 def test_the_oracle_of_the_attention_benchmark_is_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from attention_sides import causal_frames, exact

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 from far_scale.errors import UserError
+from far_scale.files import LineFile
 from far_scale.recipe import load_recipe
 from far_scale.train import checkpoint
 from far_scale.train.changes import Changes, changes
@@ -183,3 +187,27 @@ def test_more_steps_are_harmless_under_a_constant_learning_rate_alone() -> None:
     assert compared(["optimizer.schedule=cosine"], ["optimizer.schedule=cosine", *more]).of_result
     assert not compared(["optimizer.schedule=constant"], ["optimizer.schedule=constant", *more]).of_result
     assert compared(["faults.spikes=warn"], ["faults.spikes=skip"]).of_result, "skipped spikes change the result"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_lines_that_do_not_fit_on_a_full_disk_come_later(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        file, filler = LineFile(disk / "log.jsonl"), disk / "filler"
+        file.append({"step": 1})
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as full:
+            while True:
+                full.write(bytes(4096))
+        for step in range(2, 200):  # more than the rest of the log's own page
+            file.append({"step": step, "text": "." * 100})
+        lines = (disk / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) < 100
+        filler.unlink()
+        file.append({"step": 200})
+        lines = (disk / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 201))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

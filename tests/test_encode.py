@@ -139,7 +139,7 @@ def test_a_whole_set_is_left_alone_and_a_damaged_one_mended(
         (out / name).write_bytes(data)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr("far_scale.data.encode.encode_shards", None)  # nothing may be started
+        patch.setattr("far_scale.data.encode_tasks.encode_shards", None)  # nothing may be started
         encode(episodes, out, workers=2)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     shard = out / "shard-000003.tar"
@@ -187,7 +187,7 @@ def test_a_short_video_is_told_in_one_line(episodes: Path, tmp_path: Path) -> No
     complaint = done.stderr.strip().splitlines()[-1]
     assert complaint.startswith("error: ") and "Traceback" not in done.stderr
     assert "brief.npz: 7 frames, fewer than the 40 of --min-frames" in complaint
-    assert not list(out.glob("*shard*")) and not (out / "manifest.json").exists()
+    assert sorted(path.name for path in out.iterdir()) == ["encoding.json", "rejected-000000.jsonl"]
 
 
 def test_keys_and_folder_labels(episodes: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import webdataset
 from latent_sets import FACTS, make_sample, write_set
 from safetensors.torch import load, save
 
-from far_scale.data import shards
+from far_scale.data import inspect, shards
 from far_scale.data.manifest import Manifest
 from far_scale.data.sample import index_tar
 from far_scale.data.scaling import LatentScaling
@@ -91,7 +91,7 @@ def test_manifest_tells_counts_and_statistics(folder: Path) -> None:
     assert (manifest.samples, manifest.frames, manifest.min_frames, manifest.fps) == (7, sum(FRAMES), 20, 8.0)
     assert [shard.min_frames for shard in manifest.shards] == [20, 23, 26]
     assert manifest.latent_shape == (4, 2, 2) and (manifest.actions, manifest.labels) == (4, 3)
-    ShardSet.open(folder).verify()
+    inspect.verify(ShardSet.open(folder))
 
 
 def test_webdataset_reads_the_tars(folder: Path) -> None:
@@ -225,10 +225,10 @@ def test_other_bytes_of_the_same_size(folder: Path) -> None:
     shard = folder / "shard-000000.tar"
     whole = shard.read_bytes()
     row = ShardSet.open(folder).index(0).samples[1]
-    data = row.tensors_offset + row.header_bytes
-    shard.write_bytes(whole[: data + 1] + bytes([whole[data + 1] ^ 1]) + whole[data + 2 :])
+    last = row.tensors_offset + row.tensors_bytes - 1
+    shard.write_bytes(whole[:last] + bytes([whole[last] ^ 1]) + whole[last + 1 :])
     ShardSet.open(folder).read(0, 1)  # one flipped bit: only a checksum can tell
-    refused(lambda: ShardSet.open(folder).verify(), "shard-000000.tar", "SHA-256")
+    refused(lambda: inspect.verify(ShardSet.open(folder)), "shard-000000.tar", "SHA-256")
     shard.write_bytes(b"\xff" * len(whole))
     refused(lambda: ShardSet.open(folder).read(0, 1), "shard-000000.tar", "clip_001", "not what the index describes")
     wrong_length = whole[: row.tensors_offset] + (1 << 60).to_bytes(8, "little") + whole[row.tensors_offset + 8 :]
@@ -251,7 +251,15 @@ def test_index_missing_or_changed(folder: Path) -> None:
 
 def test_manifest_that_miscounts(folder: Path) -> None:
     rewrite_manifest(folder, lambda m: m["shards"][1].update(min_frames=24))
-    refused(lambda: ShardSet.open(folder).verify(), "shard-000001.tar", "counts")
+    refused(lambda: inspect.verify(ShardSet.open(folder)), "shard-000001.index.json", "counts")
+
+
+def test_labels_and_actions_that_the_set_does_not_have(folder: Path) -> None:
+    rewrite_manifest(folder, lambda m: m.update(labels=2))
+    ShardSet.open(folder).read(0, 1)
+    refused(lambda: ShardSet.open(folder).read(0, 2), "shard-000000.tar", "clip_002", "its label is 2", "2 labels")
+    rewrite_manifest(folder, lambda m: m.update(labels=3, actions=3))
+    refused(lambda: ShardSet.open(folder).read(0, 0), "clip_000", "an action beyond the set's 3")
 
 
 def tar_of(path: Path, members: dict[str, bytes]) -> Path:
@@ -292,6 +300,14 @@ def test_foreign_tars(tmp_path: Path) -> None:
     for path in (cut, text):
         refused(lambda path=path: index_tar(path), str(path))
         refused(lambda path=path: list(stream([str(path)])), str(path), "not a tar file, or cut off")
+
+
+def test_streams_from_commands(folder: Path) -> None:
+    tar = folder / "shard-000000.tar"
+    assert [sample.key for sample in stream([f"pipe:cat {tar}"])] == ["clip_000", "clip_001", "clip_002"]
+    for command, word in ((f"head -c 5000 {tar}", "cut off"), (f"cat {tar}; exit 3", "exit 3"), ("false", "exit 1")):
+        refused(lambda command=command: list(stream([f"pipe:{command}"])), command, word)
+    refused(lambda: list(stream(["nowhere://shard.tar"])), "nowhere://shard.tar", "no gopen handler")
 
 
 def recipe(**changes: object) -> SimpleNamespace:

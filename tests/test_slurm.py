@@ -15,7 +15,6 @@ from launch import ROOT
 from slurm_jobs import SCRIPT as CLUSTER_SCRIPT
 from slurm_jobs import Cluster, runs, started_cluster, steps_logged, tiny
 
-from far_scale.data.manifest import Manifest
 from far_scale.train.faults.events import read_events
 
 SCRIPT = ROOT / "slurm" / "far_xl.sh"
@@ -191,19 +190,15 @@ def test_a_chain_of_jobs_takes_the_place_of_requeues(cluster: Cluster, recorded_
     assert steps_logged(run) == list(range(1, 61))
 
 
-def test_an_array_encodes_a_folder_an_element(cluster: Cluster, recorded: Path, tmp_path: Path) -> None:
-    names = ["first", "second folder"]
-    for name, videos in zip(
-        names, (sorted(recorded.glob("*.npz"))[:2], sorted(recorded.glob("*.npz"))[2:3]), strict=True
-    ):
-        (tmp_path / name).mkdir()
-        for video in videos:
-            shutil.copy(video, tmp_path / name)
-    (tmp_path / "folders.txt").write_text("".join(f"{tmp_path / name}\n" for name in names))
-    options = "--array=1-3 --gpus-per-node=0 --cpus-per-task=1"
-    arguments = [str(tmp_path / "folders.txt"), str(tmp_path / "out"), "--autoencoder", "compact-vizdoom-f8c32"]
-    job = cluster.sbatch(SCRIPT.with_name("encode_latents.sh"), options, [*arguments, "--actions", "4"])
-    ends = [cluster.wait(f"{job}_{element}") for element in (1, 2, 3)]
-    assert [end["ExitCode"] for end in ends] == ["0:0", "0:0", "2:0"], cluster.output(job)
-    assert [Manifest.read(tmp_path / "out" / name).samples for name in names] == [2, 1]
-    assert "folders.txt: has no line 3" in cluster.output(job)
+def test_an_array_encodes_one_set(cluster: Cluster, recorded: Path, recorded_shards: Path, tmp_path: Path) -> None:
+    script, options = SCRIPT.with_name("encode_latents.sh"), "--gpus-per-node=0 --cpus-per-task=1"
+    arguments = ["--videos", str(recorded), "--out", str(tmp_path / "set"), "--autoencoder", "compact-vizdoom-f8c32"]
+    arguments += ["--samples-per-shard", "2", "--actions", "4", "--min-frames", "16"]
+    job = cluster.sbatch(script, f"--array=0-1 {options}", arguments)
+    ends = [cluster.wait(f"{job}_{element}") for element in (0, 1)]
+    assert [end["ExitCode"] for end in ends] == ["0:0", "0:0"], cluster.output(job)
+    merging = [*arguments, "--merge", "--tasks", "2"]
+    end = cluster.wait(last := cluster.sbatch(script, f"--dependency=afterany:{job} {options}", merging))
+    assert end["ExitCode"] == "0:0", cluster.output(last)
+    for path in recorded_shards.iterdir():
+        assert (tmp_path / "set" / path.name).read_bytes() == path.read_bytes()

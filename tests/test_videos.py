@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from far_scale.data.demo import record_episode
-from far_scale.data.videos import Video, find_videos, read_video, write_mp4
+from far_scale.data.videos import BadVideo, Video, find_videos, read_actions, read_video, write_mp4
 from far_scale.errors import UserError
 
 
@@ -117,6 +118,63 @@ def test_broken_files_are_refused(episode: Video, tmp_path: Path) -> None:
         assert name in str(caught.value) and "; " in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no such video"):
         read_video(tmp_path / "absent.mp4")
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [(".avi", "mpeg4"), (".mkv", "libx264"), (".webm", "libvpx")])
+def test_a_video_that_is_cut_off_is_not_read_as_a_shorter_one(
+    episode: Video, tmp_path: Path, suffix: str, codec: str
+) -> None:
+    path = tmp_path / f"walk{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 64, "yuv420p", 1_000_000
+        for frame in episode.frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    assert len(read_video(path).frames) == 24
+    whole = path.read_bytes()
+    for share in (0.3, 0.6, 0.8):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(BadVideo, match="cut off"):
+            read_video(path)
+
+
+def test_actions_in_a_file_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "walk.npy"
+    np.save(path, np.array([0, 2, 1], np.int16))
+    assert read_actions(path, 3).tolist() == [0, 2, 1] and read_actions(path, 3).dtype == np.int64
+    with pytest.raises(BadVideo, match=r"walk\.npy: 3 actions for 4 frames"):
+        read_actions(path, 4)
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[:20], b"", b"not an array"):
+        path.write_bytes(content)
+        with pytest.raises(BadVideo, match=r"walk\.npy: no actions .*; write them with numpy\.save"):
+            read_actions(path, 3)
+    with pytest.raises(UserError, match="no such file of actions") as caught:
+        read_actions(tmp_path / "absent.npy", 3)
+    assert not isinstance(caught.value, BadVideo)  # a list that is wrong, or a disk that is away: nothing to reject
+
+
+def test_a_disk_that_fails_is_not_a_broken_video(
+    episode: Video, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez_compressed(tmp_path / "walk.npz", **arrays(episode))
+    whole = (tmp_path / "walk.npz").read_bytes()
+    (tmp_path / "walk.npz").write_bytes(whole[: len(whole) // 2])
+    write_mp4(tmp_path / "walk.mp4", episode.frames, 8)
+    (tmp_path / "walk.mp4").write_bytes((tmp_path / "walk.mp4").read_bytes()[:500])
+    for name in ("walk.npz", "walk.mp4"):
+        with pytest.raises(BadVideo):
+            read_video(tmp_path / name)
+        with monkeypatch.context() as patch:
+
+            def fail(path: Path, mode: str) -> None:
+                raise OSError(errno.EIO, "Input/output error", str(path))
+
+            patch.setattr("far_scale.data.videos.open", fail, raising=False)
+            with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)") as caught:
+                read_video(tmp_path / name)
+            assert not isinstance(caught.value, BadVideo)
 
 
 def test_a_file_without_pictures_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,9 @@
 #!/usr/bin/env python
-"""Encode video files, npz files or recorded episodes to a latent shard set. Run it again to go on after a kill."""
+"""Encode videos, npz files or recorded episodes to a latent shard set. Run it again to go on after a kill.
+
+To deal the work over N tasks, run each with `--task 0 --tasks N` to `--task N-1 --tasks N`, anywhere and at any time,
+and when all have ended once with `--merge --tasks N`. The set is the same, to the last byte, for every N.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,17 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from far_scale.data.encode import encode_videos
-from far_scale.data.videos import find_videos
+from far_scale.data.encode import MAX_REJECTED, plan
+from far_scale.data.encode_tasks import encode_task, merge
+from far_scale.data.rejects import REJECTED_NAME
+from far_scale.data.sources import find_sources
 from far_scale.errors import command_line
+
+
+def share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return float(text)
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -26,21 +38,31 @@ def at_least(minimum: int) -> Callable[[str], int]:
 def main() -> None:
     cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--videos", type=Path, required=True, help="a video, or a folder of them (also in its folders)")
+    videos_help = "a folder of videos (also in its folders), one video, or a list of them as .jsonl or .csv"
+    parser.add_argument("--videos", type=Path, required=True, help=videos_help)
+    parser.add_argument("--split", type=Path, help="one of UCF-101's lists: take only these videos of the folder")
     parser.add_argument("--out", type=Path, required=True, help="the shard set's folder")
     parser.add_argument("--autoencoder", required=True, help="name of the autoencoder, or a path to one")
     parser.add_argument("--size", type=at_least(1), default=64, help="height and width in pixels")
     parser.add_argument("--actions", type=at_least(0), default=0, help="number of action classes; 0 stores no actions")
     labels_help = "number of label classes; 0 stores no labels; a video without one has its folder's number"
     parser.add_argument("--labels", type=at_least(0), default=0, help=labels_help)
-    parser.add_argument("--min-frames", type=at_least(1), default=1, help="refuse videos that are shorter")
+    parser.add_argument("--min-frames", type=at_least(1), default=1, help="reject videos that are shorter")
+    rejected_help = "the largest share of videos that may be broken or too short; rejected.jsonl lists them"
+    parser.add_argument("--max-rejected", type=share, default=MAX_REJECTED, help=rejected_help)
     parser.add_argument("--samples-per-shard", type=at_least(1), default=64, help="videos in a shard")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="how latents are stored")
     parser.add_argument("--workers", type=at_least(1), default=cores, help="processes; the result is the same")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to encode")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--task", type=at_least(0), help="make only this task's shards, of --tasks, and no manifest")
+    part.add_argument("--merge", action="store_true", help="make only the manifest, of shards that tasks have made")
+    parser.add_argument("--tasks", type=at_least(1), help="number of tasks that the work is dealt over")
     arguments = parser.parse_args()
-    manifest = encode_videos(
-        find_videos(arguments.videos),
+    if (arguments.tasks is None) != (arguments.task is None and not arguments.merge):
+        parser.error("--tasks N goes with --task or --merge, and they with it")
+    job = plan(
+        find_sources(arguments.videos, arguments.split),
         arguments.out,
         arguments.autoencoder,
         dtype=arguments.dtype,
@@ -49,10 +71,20 @@ def main() -> None:
         labels=arguments.labels,
         min_frames=arguments.min_frames,
         size=arguments.size,
-        workers=arguments.workers,
-        device=arguments.device,
+        device=None if arguments.merge else arguments.device,
     )
-    print(f"{arguments.out}: {len(manifest.shards)} shards, {manifest.samples} samples, {manifest.frames} frames")
+    if not arguments.merge:
+        task, tasks = (0, 1) if arguments.task is None else (arguments.task, arguments.tasks)
+        shards = encode_task(job, task, tasks, arguments.workers, arguments.max_rejected)
+    if arguments.task is not None:
+        print(f"{arguments.out}: task {task} of {tasks} has made its {shards} of {job.shards} shards")
+        return
+    manifest = merge(job, arguments.tasks or 1, arguments.max_rejected)
+    rejected = len(job.sources) - manifest.samples
+    print(
+        f"{arguments.out}: {len(manifest.shards)} shards, {manifest.samples} samples, {manifest.frames} frames"
+        + (f"; {rejected} videos rejected, see {arguments.out / REJECTED_NAME}" if rejected else "")
+    )
 
 
 if __name__ == "__main__":

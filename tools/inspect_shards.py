@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tell what a shard set holds, check it to the last byte, or make a picture of its decoded frames."""
+"""Tell what a shard set holds, check and fix it to the last byte, or make a picture of its decoded frames."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the shard set's folder")
     parser.add_argument("--png", type=Path, help="write a contact sheet of decoded frames here")
     parser.add_argument("--verify", action="store_true", help="read everything: checksums, counts, statistics")
+    parser.add_argument(
+        "--fix", action="store_true", help="verify, and drop the shards that are broken or missing from the manifest"
+    )
     arguments = parser.parse_args()
+    if arguments.fix:
+        print(inspect.fix(arguments.folder))
     shard_set = ShardSet.open(arguments.folder)
     print(inspect.describe(shard_set))
     if arguments.verify:

@@ -1,33 +1,34 @@
-"""Videos to latent shards, by several processes, whose count changes no byte.
+"""Videos to latent shards, by several processes and tasks, whose count changes no byte.
 
-Shard k holds the videos k n to k n + n - 1, so each shard is one piece of work and belongs to one process. A shard is
-whole once its index is there; the manifest comes last. What is whole after a kill is not made again.
+Shard k holds the videos k n to k n + n - 1 less those that are rejected, so each shard is one piece of work and
+belongs to one process. A shard is whole once its index is there; the manifest comes last. What is whole after a kill is
+not made again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import re
-from collections.abc import Iterator
+import uuid
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import Any, Literal
 
 from far_scale import autoencoder as autoencoders
-from far_scale.data.encode_pool import encode_shards
-from far_scale.data.encode_worker import Job, Source
+from far_scale.data.encode_tasks import encode_task, merge
+from far_scale.data.encode_worker import Job
 from far_scale.data.manifest import MANIFEST_NAME, AutoencoderInfo, Manifest
-from far_scale.data.writer import SetFacts, build_manifest, finished_index
+from far_scale.data.sources import Source, describe
+from far_scale.data.writer import SetFacts
 from far_scale.errors import UserError
-from far_scale.files import read_json, write_json
+from far_scale.files import read_json, sync_folder, write_json
 
 SETTINGS_NAME = "encoding.json"
+MAX_REJECTED = 0.01  # of all videos: a few broken ones are usual, more are a mistake
 
 
 def encode_videos(
-    sources: list[Path],
+    paths: list[Path],
     out: str | Path,
     autoencoder_name: str,
     dtype: Literal["bfloat16", "float16"] = "bfloat16",
@@ -38,26 +39,48 @@ def encode_videos(
     size: int = 64,
     workers: int = 1,
     device: str = "cpu",
+    max_rejected: float = MAX_REJECTED,
 ) -> Manifest:
     """Encode video files (see `read_video`) to the shard set `out`, or finish it where it was cut off.
+
+    The arguments are those of `plan`, `encode_task` and `merge`, which do the same in parts.
+
+    Raises:
+        UserError: see there.
+    """
+    sources = describe(paths)
+    job = plan(sources, out, autoencoder_name, dtype, samples_per_shard, actions, labels, min_frames, size, device)
+    encode_task(job, 0, 1, workers, max_rejected)
+    return merge(job, 1, max_rejected)
+
+
+def plan(
+    sources: list[Source],
+    out: str | Path,
+    autoencoder_name: str,
+    dtype: Literal["bfloat16", "float16"],
+    samples_per_shard: int,
+    actions: int,
+    labels: int,
+    min_frames: int,
+    size: int,
+    device: str | None,
+) -> Job:
+    """Say what goes into which shard and keep it in the folder `out`, or find there that it was begun the same way.
 
     Args:
         autoencoder_name: a name or path that `far_scale.autoencoder.load` knows.
         actions: number of action classes to store; 0 drops the videos' actions.
-        labels: number of label classes to store; 0 drops them. A video without a label of its own has the class of
-            the folder that it lies in: the folders' classes are 0, 1, ... in the order of their names.
-        min_frames: the fewest frames a video may have.
+        labels: number of label classes to store; 0 drops them. A label comes from the list of videos, else from the
+            video, else it is the class of the folder that the video lies in.
+        min_frames: the fewest frames a video may have; shorter ones are rejected.
         size: height and width in pixels; other videos are scaled to it by their shorter side and cropped in the centre.
-        workers: processes, each with one thread; one worker works in this process.
-        device: "cpu" or "cuda" (the workers are dealt out over the GPUs).
+        device: "cpu" or "cuda" (the workers are dealt out over the GPUs); None to merge, whatever it was encoded on.
 
     Raises:
-        UserError: no videos, or one that cannot be used; other settings than the folder was begun with; no GPU, a full
-            disk.
+        UserError: a size that the autoencoder cannot take, a missing video, or other settings than the folder was
+            begun with.
     """
-    out = Path(out)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no GPU here that PyTorch can use; take --device cpu")
     autoencoder = autoencoders.load(autoencoder_name)
     if size % autoencoder.downsample:
         raise UserError(f"--size {size}: {autoencoder.name} needs a multiple of {autoencoder.downsample}")
@@ -71,42 +94,14 @@ def encode_videos(
         actions=actions,
         labels=labels,
     )
-    found = tuple(_describe(sources))
-    job = Job(out, found, samples_per_shard, facts, autoencoder_name, device, size, min_frames)
+    kept = _kept_settings(Path(out))
+    if device is None:
+        if kept is None:
+            raise UserError(f"{out}: nothing was encoded here yet; run the tasks first, then --merge")
+        device = str(kept.get("device"))
+    job = Job(Path(out), tuple(sources), samples_per_shard, facts, autoencoder_name, device, size, min_frames)
     _keep_settings(job)
-    shards = range(-(-len(found) // samples_per_shard))
-    missing = [number for number in shards if finished_index(out, number) is None]
-    for left_by_a_kill in out.glob(".shard-*.part*"):
-        left_by_a_kill.unlink(missing_ok=True)
-    if missing:
-        encode_shards(job, missing, workers)
-    indexes = [index for number in shards if (index := finished_index(out, number)) is not None]
-    manifest = build_manifest(out, indexes, facts)
-    if _written_manifest(out) != manifest:
-        manifest.write(out)
-    return manifest
-
-
-def _written_manifest(out: Path) -> Manifest | None:
-    try:
-        return Manifest.read(out)
-    except UserError:  # missing, or spoilt: it is written anew from the indexes
-        return None
-
-
-def _describe(paths: list[Path]) -> Iterator[Source]:
-    """Keys and names of the videos, from their paths below the folder that they share."""
-    if not paths:
-        raise UserError("--videos: there is no video here that can be read (.mp4, .avi, .mkv, .npz, ...)")
-    root = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-    folders = {folder: number for number, folder in enumerate(sorted({path.absolute().parent for path in paths}))}
-    taken: dict[str, Path] = {}
-    for path in paths:
-        name = path.absolute().relative_to(root)
-        key = re.sub(r"[^A-Za-z0-9_-]+", "_", str(name.with_suffix("")))[-80:]
-        if (other := taken.setdefault(key, path)) is not path:
-            raise UserError(f"{path}: its sample would have the key {key}, as that of {other}; rename one of them")
-        yield Source(path, name.as_posix(), key, folders[path.absolute().parent])
+    return job
 
 
 def _keep_settings(job: Job) -> None:
@@ -114,6 +109,10 @@ def _keep_settings(job: Job) -> None:
     videos = hashlib.sha256()
     for source in job.sources:
         videos.update(f"{source.name} {_fingerprint(source.path)}\n".encode())
+        if source.label is not None:
+            videos.update(f"label {source.label}\n".encode())
+        if source.actions is not None:
+            videos.update(f"actions {_fingerprint(source.actions)}\n".encode())
     facts = job.facts
     settings = {
         "videos": f"{len(job.sources)} with fingerprint {videos.hexdigest()[:16]}",
@@ -127,19 +126,44 @@ def _keep_settings(job: Job) -> None:
         "device": job.device,
     }
     path = job.out / SETTINGS_NAME
-    if path.exists():
-        before = read_json(path, "encoding's settings")
-        for name, value in settings.items():
-            if not isinstance(before, dict) or before.get(name) != value:
-                was = before.get(name) if isinstance(before, dict) else before
-                raise UserError(
-                    f"{job.out}: was encoded with {name} {was}, not {value}; "
-                    "encode into another folder, or remove this one first"
-                )
-    elif any(job.out.glob("shard-*")) or (job.out / MANIFEST_NAME).exists():
-        raise UserError(f"{job.out}: holds shards that this command did not make; encode into another folder")
-    else:
-        write_json(path, settings)
+    # Looked for before the settings are: a task that begins beside us writes its settings first and then shards.
+    shards = any(job.out.glob("shard-*")) or (job.out / MANIFEST_NAME).exists()
+    if not path.exists():
+        if shards:
+            raise UserError(f"{job.out}: holds shards that this command did not make; encode into another folder")
+        _write_once(path, settings)
+    before = _kept_settings(job.out) or {}
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"{job.out}: was encoded with {name} {before.get(name)}, not {value}; "
+                "encode into another folder, or remove this one first"
+            )
+
+
+def _kept_settings(out: Path) -> dict[str, Any] | None:
+    """What the folder was begun with, or None where it was not begun."""
+    path = out / SETTINGS_NAME
+    if not path.exists():
+        return None
+    settings = read_json(path, "encoding's settings")
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{path}: not the settings of an encoding; encode into another folder, or remove this one first"
+        )
+    return settings
+
+
+def _write_once(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings, if no task on another machine does it first: whoever is second reads the first one's."""
+    mine = path.with_name(f".{uuid.uuid4().hex}.part.json")
+    try:
+        write_json(mine, settings)
+        with contextlib.suppress(FileExistsError):
+            os.link(mine, path)
+            sync_folder(path.parent)
+    finally:
+        mine.unlink(missing_ok=True)
 
 
 def _fingerprint(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -15,23 +16,28 @@ import torch
 from tqdm import tqdm
 
 from far_scale.data.encode_worker import Job, Worker
+from far_scale.data.rejects import Reject
 from far_scale.errors import UserError
 
 _POLL_SECONDS = 0.2
+_LOG_SECONDS = 30.0  # between lines of progress in a job's log, which nobody watches
 
 
-def encode_shards(job: Job, numbers: list[int], workers: int) -> None:
-    """Encode these shards of a job, with a progress bar in frames.
+def encode_shards(job: Job, numbers: list[int], workers: int, add_rejects: Callable[[list[Reject]], None]) -> None:
+    """Encode these shards of a job, with frames/s and the time left on standard error.
 
     However many workers there are, each computes with one thread: so sums are in the same order, to the last bit.
 
+    Args:
+        add_rejects: called with the rejects of every finished shard; what it raises ends the encoding.
+
     Raises:
-        UserError: a video that cannot be used, a full disk, or a process that died.
+        UserError: a video that does not fit into the set, a full disk, or a process that died.
     """
-    per_shard = job.samples_per_shard
-    to_do = sum(len(job.sources[number * per_shard : (number + 1) * per_shard]) for number in numbers)
+    to_do = sum(len(job.sources_of(number)) for number in numbers)
     frames, videos = 0, 0
-    with tqdm(desc=f"encode {job.out}", unit="frame") as bar:
+    often = 0.1 if sys.stderr.isatty() else _LOG_SECONDS
+    with tqdm(desc=f"encode {job.out}", unit="frame", mininterval=often, maxinterval=often) as bar:
 
         def progress(more_frames: int, more_videos: int) -> None:
             nonlocal frames, videos
@@ -42,23 +48,34 @@ def encode_shards(job: Job, numbers: list[int], workers: int) -> None:
             bar.update(more_frames)
 
         if min(workers, len(numbers)) == 1:
-            _encode_here(job, numbers, progress)
+            _encode_here(job, numbers, progress, add_rejects)
         else:
-            _encode_in_processes(job, numbers, workers, progress)
+            _encode_in_processes(job, numbers, workers, progress, add_rejects)
 
 
-def _encode_here(job: Job, numbers: list[int], progress: Callable[[int, int], None]) -> None:
+def _encode_here(
+    job: Job,
+    numbers: list[int],
+    progress: Callable[[int, int], None],
+    add_rejects: Callable[[list[Reject]], None],
+) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         worker = Worker(job, job.device, progress)
         for number in numbers:
-            worker.encode_shard(number)
+            add_rejects(worker.encode_shard(number))
     finally:
         torch.set_num_threads(threads)
 
 
-def _encode_in_processes(job: Job, numbers: list[int], workers: int, progress: Callable[[int, int], None]) -> None:
+def _encode_in_processes(
+    job: Job,
+    numbers: list[int],
+    workers: int,
+    progress: Callable[[int, int], None],
+    add_rejects: Callable[[list[Reject]], None],
+) -> None:
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit threads and GPU state
     started, frames, videos = spawn.Value("i", 0), spawn.Value("q", 0), spawn.Value("q", 0)
     counters = (started, frames, videos)
@@ -74,7 +91,7 @@ def _encode_in_processes(job: Job, numbers: list[int], workers: int, progress: C
                 progress(seen_frames - shown_frames, seen_videos - shown_videos)
                 shown_frames, shown_videos = seen_frames, seen_videos
             for future in done:
-                future.result()
+                add_rejects(future.result())
     except BrokenProcessPool:
         raise UserError(
             f"{job.out}: an encoding process died, maybe for want of memory; run again with fewer --workers"
@@ -112,6 +129,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_one(number: int) -> None:
+def _encode_one(number: int) -> list[Reject]:
     assert _worker is not None
-    _worker.encode_shard(number)
+    return _worker.encode_shard(number)

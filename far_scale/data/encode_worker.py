@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,22 +12,13 @@ from numpy.typing import NDArray
 
 from far_scale import autoencoder as autoencoders
 from far_scale.data.manifest import DTYPES
+from far_scale.data.rejects import Reject, rejects_of_shard, write_rejects
 from far_scale.data.sample import Sample
-from far_scale.data.videos import read_video
+from far_scale.data.sources import Source
+from far_scale.data.videos import BadVideo, read_actions, read_video
 from far_scale.data.writer import SetFacts, write_shard
-from far_scale.errors import UserError
 
 _FRAMES_AT_ONCE = 32  # fixed, since another batch size may round differently
-
-
-@dataclass(frozen=True)
-class Source:
-    """A video to encode: its path, its path below the folder of all (as stored), its key, and its folder's class."""
-
-    path: Path
-    name: str
-    key: str
-    folder_label: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +34,16 @@ class Job:
     size: int
     min_frames: int
 
+    @property
+    def shards(self) -> int:
+        """How many shards there are to make."""
+        return -(-len(self.sources) // self.samples_per_shard)
+
+    def sources_of(self, number: int) -> tuple[Source, ...]:
+        """The videos of shard `number`, among them those that will be rejected."""
+        first = number * self.samples_per_shard
+        return self.sources[first : first + self.samples_per_shard]
+
 
 class Worker:
     """Encodes shards of one job on one device, and says after each batch how many frames and whole videos it did."""
@@ -51,24 +52,33 @@ class Worker:
         self._job, self._device, self._progress = job, device, progress
         self._autoencoder = autoencoders.load(job.autoencoder, device)
 
-    def encode_shard(self, number: int) -> None:
-        """Encode one shard.
+    def encode_shard(self, number: int) -> list[Reject]:
+        """Encode one shard, and write down which of its videos were rejected.
 
         Raises:
-            UserError: a video that cannot be used, or a full disk.
+            UserError: a video that does not fit into the set, or a full disk.
         """
-        first = number * self._job.samples_per_shard
-        sources = self._job.sources[first : first + self._job.samples_per_shard]
-        write_shard(self._job.out, number, map(self._encode_video, sources), self._job.facts)
+        job, rejects = self._job, list[Reject]()
+        write_shard(job.out, number, self._samples(job.sources_of(number), rejects), job.facts)
+        write_rejects(rejects_of_shard(job.out, number), rejects)
+        return rejects
+
+    def _samples(self, sources: Iterable[Source], rejects: list[Reject]) -> Iterator[Sample]:
+        for source in sources:
+            try:
+                sample = self._encode_video(source)
+            except BadVideo as error:
+                rejects.append(Reject(source.name, source.key, str(error).removeprefix(f"{source.path}: ")))
+            else:
+                yield sample
+            self._progress(0, 1)
 
     def _encode_video(self, source: Source) -> Sample:
         facts, video = self._job.facts, read_video(source.path)
         count = len(video.frames)
         if count < self._job.min_frames:
-            raise UserError(
-                f"{source.path}: {count} frames, fewer than the {self._job.min_frames} of --min-frames; "
-                "lower it, or take the video away"
-            )
+            raise BadVideo(f"{source.path}: {count} frames, fewer than the {self._job.min_frames} of --min-frames")
+        actions = video.actions if source.actions is None else read_actions(source.actions, count)
         latents = []
         with torch.inference_mode():
             for start in range(0, count, _FRAMES_AT_ONCE):
@@ -76,12 +86,12 @@ class Worker:
                 pixels = torch.from_numpy(part).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
                 latents.append(self._autoencoder.encode(pixels).to(DTYPES[facts.latent_dtype]).cpu())
                 self._progress(len(part), 0)
-        self._progress(0, 1)
-        label = video.label if video.label is not None else source.folder_label
+        given = source.label if source.label is not None else video.label
+        label = given if given is not None else source.folder_label
         return Sample(
             key=source.key,
             latents=torch.cat(latents),
-            actions=torch.from_numpy(video.actions) if facts.actions and video.actions is not None else None,
+            actions=torch.from_numpy(actions) if facts.actions and actions is not None else None,
             label=label if facts.labels else None,
             fps=float(video.fps),
             source=source.name,

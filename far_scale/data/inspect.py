@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from far_scale import autoencoder as autoencoders
-from far_scale.data.manifest import Manifest
+from far_scale.data.manifest import MANIFEST_NAME, ChannelSums, Manifest, statistics
 from far_scale.data.shards import ShardSet
-from far_scale.data.stream import stream
 from far_scale.errors import UserError
 from far_scale.files import atomic_write
 
@@ -35,34 +36,95 @@ def describe(shard_set: ShardSet) -> str:
     )
 
 
-def measure(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and population deviation per channel, float64, of all latents as a WebDataset reader finds them."""
-    channels = Manifest.read(folder).latent_shape[0]
-    count, total, squares = 0, np.zeros(channels), np.zeros(channels)
-    for sample in stream(folder):
-        latents = sample.latents.double()
-        count += latents[:, 0].numel()
-        total += latents.sum(dim=(0, 2, 3)).numpy()
-        squares += latents.square().sum(dim=(0, 2, 3)).numpy()
-    mean = total / count
-    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+@dataclass(frozen=True)
+class Findings:
+    """What reading every byte of a shard set found.
+
+    Attributes:
+        broken: what is wrong with a shard, by its number.
+        sums: of the latents of each shard that is whole, by its number.
+        rates: frame rates of the whole shards; None for a shard of several.
+    """
+
+    broken: dict[int, str]
+    sums: dict[int, ChannelSums]
+    rates: set[float | None]
+
+
+def examine(shard_set: ShardSet) -> Findings:
+    """Read every byte of every shard and compare it with its index and the manifest."""
+    found = Findings({}, {}, set())
+    for number in tqdm(range(len(shard_set.manifest.shards)), desc="verify", unit="shard"):
+        try:
+            index = shard_set.verify_shard(number)
+        except UserError as problem:
+            found.broken[number] = str(problem)
+        else:
+            found.sums[number] = index.sums
+            found.rates.add(index.fps)
+    return found
 
 
 def verify(shard_set: ShardSet) -> None:
     """Check every byte, count and statistic against the manifest.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: what is wrong with the first shard that is broken, and how many there are.
     """
-    shard_set.verify()
-    manifest = shard_set.manifest
-    mean, std = measure(shard_set.folder)
-    # Sums in another order differ by rounding alone, which is far below a thousandth of the deviation.
-    tolerance = 1e-3 * max(manifest.std) + 1e-12
-    if max(np.abs(mean - manifest.mean).max(), np.abs(std - manifest.std).max()) > tolerance:
+    found, manifest = examine(shard_set), shard_set.manifest
+    if found.broken:
+        first, count = next(iter(found.broken.values())), len(found.broken)
+        more = f" ({count} shards are broken: `tools/inspect_shards.py {shard_set.folder} --fix` drops them)"
+        raise UserError(first + more)
+    if not np.allclose(statistics(list(found.sums.values())), (manifest.mean, manifest.std), rtol=1e-6, atol=1e-9):
         raise UserError(
-            f"{shard_set.folder}: the manifest's mean and std are not those of its latents; encode the set again"
+            f"{shard_set.folder}: the manifest's mean and std are not those of its latents; "
+            f"`tools/inspect_shards.py {shard_set.folder} --fix` computes them anew"
         )
+
+
+def fix(folder: Path) -> str:
+    """Drop the shards that are broken or missing from the manifest, and compute its statistics anew.
+
+    The shards themselves are left where they are. The manifest as it was is kept beside it.
+
+    Returns:
+        What was dropped and why, and what is left, a line each.
+
+    Raises:
+        UserError: there is no valid manifest, or no whole shard; nothing is changed.
+    """
+    manifest = Manifest.read(folder)
+    found = examine(ShardSet(folder, manifest))
+    if not found.sums:
+        first = next(iter(found.broken.values()))
+        raise UserError(
+            f"{folder}: none of its {len(found.broken)} shards is whole, nothing is changed; first: {first}"
+        )
+    mean, std = statistics(list(found.sums.values()))
+    whole = tuple(entry for number, entry in enumerate(manifest.shards) if number in found.sums)
+    fps = next(iter(found.rates)) if len(found.rates) == 1 else None
+    fixed = manifest.model_copy(update={"shards": whole, "mean": mean, "std": std, "fps": fps})
+    if fixed == manifest:
+        return f"nothing to fix: all {len(whole)} shards are whole"
+    kept = _keep(folder / MANIFEST_NAME)
+    fixed.write(folder)
+    lines = [f"dropped:     {problem}" for problem in found.broken.values()]
+    dropped = manifest.samples - fixed.samples
+    lines.append(f"left:        {fixed.samples} samples in {len(whole)} shards; {dropped} samples are dropped")
+    lines.append("statistics:  computed anew from the shards that are left")
+    return "\n".join([*lines, f"before:      {kept}"])
+
+
+def _keep(path: Path) -> Path:
+    """Copy the manifest to the first name that is free: manifest.json.before-fix, .before-fix-2, ..."""
+    kept, number = path.with_name(f"{path.name}.before-fix"), 1
+    while kept.exists():
+        number += 1
+        kept = path.with_name(f"{path.name}.before-fix-{number}")
+    with atomic_write(kept) as beside:
+        beside.write_bytes(path.read_bytes())
+    return kept
 
 
 def contact_sheet(shard_set: ShardSet, samples: int = 8, frames: int = 8) -> Image.Image:

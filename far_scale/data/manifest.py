@@ -10,6 +10,10 @@ The offsets stand in the indexes and not in the manifest, which would be unreada
 from __future__ import annotations
 
 import hashlib
+import math
+import os
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -22,11 +26,21 @@ from far_scale.files import atomic_write, write_json
 MANIFEST_NAME = "manifest.json"
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
-Count = Annotated[int, pydantic.Field(ge=0)]
-Positive = Annotated[int, pydantic.Field(ge=1)]
+# Limits that are kept before anything is read or allocated, each far above what our own writer makes.
+MAX_MANIFEST_BYTES = 1 << 27  # 300,000 shards
+MAX_INDEX_BYTES = 1 << 25  # 300,000 samples in one shard
+MAX_JSON_BYTES = 1 << 16  # of a sample; ours have about 100
+MAX_HEADER_BYTES = 1 << 16  # of a sample's safetensors; ours have about 150
+MAX_TENSORS_BYTES = 1 << 32  # of a sample
+
+# Sums of these over any manifest stay within 64 bits, in which numpy counts.
+_MOST = 1 << 40
+Count = Annotated[int, pydantic.Field(ge=0, le=_MOST)]
+Positive = Annotated[int, pydantic.Field(ge=1, le=_MOST)]
 Digest = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 # The name is joined to the folder, so nothing but our own pattern may pass: no slashes, no "..".
-ShardName = Annotated[str, pydantic.Field(pattern=r"^shard-[0-9]{6,}\.tar$")]
+ShardName = Annotated[str, pydantic.Field(pattern=r"^shard-[0-9]{6,12}\.tar$")]
+Key = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_-]{1,80}$")]
 
 
 class Typed(pydantic.BaseModel):
@@ -76,7 +90,8 @@ class Manifest(Typed):
     actions: Count
     labels: Count
     fps: float | None
-    shards: Annotated[tuple[ShardEntry, ...], pydantic.Field(min_length=1)]
+    # At the first bad entry it stops: a list of complaints about each of millions would not fit into memory.
+    shards: Annotated[tuple[ShardEntry, ...], pydantic.Field(min_length=1), pydantic.FailFast()]
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -116,7 +131,7 @@ class Manifest(Typed):
                 "or run the same encoding again where it was cut off"
             )
         try:
-            return Manifest.model_validate_json(path.read_bytes())
+            return Manifest.model_validate_json(read_small(path, MAX_MANIFEST_BYTES))
         except pydantic.ValidationError as error:
             raise UserError(f"{path}: not a valid manifest ({first_problem(error)}); encode the set again") from None
 
@@ -131,21 +146,29 @@ class IndexRow(NamedTuple):
     `header_bytes` is the safetensors header with its 8 bytes of length: the tensors' data begins after it.
     """
 
-    key: str
-    frames: int
-    json_offset: int
-    json_bytes: int
-    tensors_offset: int
-    header_bytes: int
-    tensors_bytes: int
+    key: Key
+    frames: Positive
+    json_offset: Count
+    json_bytes: Annotated[int, pydantic.Field(ge=1, le=MAX_JSON_BYTES)]
+    tensors_offset: Count
+    header_bytes: Annotated[int, pydantic.Field(ge=9, le=MAX_HEADER_BYTES)]
+    tensors_bytes: Annotated[int, pydantic.Field(ge=9, le=MAX_TENSORS_BYTES)]
 
 
 class ChannelSums(Typed):
     """Float64 sums per channel over `values` stored latent values a channel; they add up over shards."""
 
-    values: Count
+    values: Positive
     total: tuple[float, ...]
     squares: tuple[float, ...]
+
+
+def statistics(sums: Sequence[ChannelSums]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and population deviation per channel of the latents that all these sums are of; their order is no matter."""
+    values = sum(each.values for each in sums)
+    mean = [math.fsum(channel) / values for channel in zip(*(each.total for each in sums), strict=True)]
+    square = [math.fsum(channel) / values for channel in zip(*(each.squares for each in sums), strict=True)]
+    return tuple(mean), tuple(math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean, square, strict=True))
 
 
 class ShardIndex(Typed):
@@ -157,7 +180,7 @@ class ShardIndex(Typed):
     sha256: Digest
     fps: float | None
     sums: ChannelSums
-    samples: Annotated[list[IndexRow], pydantic.Field(min_length=1)]
+    samples: Annotated[list[IndexRow], pydantic.Field(min_length=1), pydantic.FailFast()]
 
     @staticmethod
     def path_of(folder: str | Path, file: str) -> Path:
@@ -182,8 +205,25 @@ def parse_index(text: bytes, path: Path) -> ShardIndex:
         raise UserError(f"{path}: not a valid shard index ({first_problem(error)}); encode the set again") from None
 
 
+def read_small(path: Path, most: int) -> bytes:
+    """All of a file that is meant to be small.
+
+    Raises:
+        UserError: it is larger than `most` bytes, or no plain file (a pipe would be waited on for ever).
+        FileNotFoundError: it is not there.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{path}: not a plain file; copy the shard set again")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise UserError(f"{path}: {size} bytes, and more than {most} are never read; encode the set again")
+        return file.read(size)  # not `most`: a read allocates at once what it is asked for
+
+
 def first_problem(error: pydantic.ValidationError) -> str:
     """The first of pydantic's complaints in one phrase: the key and what is wrong with it."""
-    problem = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    # A key of the file itself may be part of it: of any length, and with line breaks.
+    key = ".".join(str(part) for part in problem["loc"])[:80].encode("unicode_escape").decode()
     return f"{key}: {problem['msg']}" if key else str(problem["msg"])

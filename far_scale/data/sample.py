@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
+import reprlib
 import struct
-import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from far_scale.data.manifest import IndexRow
+from far_scale.data.manifest import MAX_HEADER_BYTES, MAX_JSON_BYTES, MAX_TENSORS_BYTES, IndexRow
+from far_scale.data.tar import BadTarError, ForeignMemberError, Member, TarWalk
 from far_scale.errors import UserError
 
 # WebDataset splits a member's name at its first dot, and a USTAR name holds 100 characters.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
-MAX_HEADER_BYTES = 1 << 16  # ours have about 150: more is no sample of ours, and is never read
 _TENSOR_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 
 
@@ -104,17 +106,11 @@ def parse_header(header: bytes, member_bytes: int) -> dict[str, TensorPlace]:
     try:
         if struct.unpack_from("<Q", header)[0] != len(header) - 8:
             raise Mismatch("its safetensors header has another length")
-        entries = {name: entry for name, entry in json.loads(header[8:]).items() if name != "__metadata__"}
+        entries = {name: entry for name, entry in json.loads(header[8:].decode()).items() if name != "__metadata__"}
         if "latent" not in entries or not set(entries) <= {"latent", "action"}:
-            raise Mismatch(f"its safetensors member holds {sorted(entries)}, not `latent` and maybe `action`")
-        places = {}
-        for name, entry in entries.items():
-            begin, end = entry["data_offsets"]
-            place = TensorPlace(_TENSOR_NAMES[entry["dtype"]], tuple(int(size) for size in entry["shape"]), int(begin))
-            if not 0 <= begin <= end <= member_bytes - len(header) or byte_count(place) != end - begin:
-                raise Mismatch(f"its safetensors header is wrong about `{name}`")
-            places[name] = place
-    except (KeyError, TypeError, ValueError, AttributeError, struct.error):
+            raise Mismatch(f"its safetensors member holds {reprlib.repr(sorted(entries))}, not `latent` and `action`")
+        places = {name: _parse_place(name, entry, member_bytes - len(header)) for name, entry in entries.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, struct.error):
         raise Mismatch("its safetensors header is not readable") from None
     latent, action = places["latent"], places.get("action")
     if len(latent.shape) != 4 or latent.dtype == torch.int64 or latent.shape[0] < 1:
@@ -124,6 +120,18 @@ def parse_header(header: bytes, member_bytes: int) -> dict[str, TensorPlace]:
     return places
 
 
+def _parse_place(name: str, entry: Any, data_bytes: int) -> TensorPlace:
+    """One tensor of a header; every number is checked before any is used, since 2 or 10^4000 may stand there."""
+    dtype, shape, (begin, end) = _TENSOR_NAMES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    known = len(shape) in (1, 4) and all(type(size) is int and 0 < size <= data_bytes for size in shape)
+    place = TensorPlace(dtype, tuple(shape), begin)
+    if not (known and type(begin) is type(end) is int and 0 <= begin <= end <= data_bytes):
+        raise Mismatch(f"its safetensors header is wrong about `{name}`")
+    if byte_count(place) != end - begin:
+        raise Mismatch(f"its safetensors header is wrong about `{name}`")
+    return place
+
+
 def parse_facts(text: bytes, frames: int) -> dict[str, Any]:
     """The JSON member of a sample with that many frames.
 
@@ -131,15 +139,17 @@ def parse_facts(text: bytes, frames: int) -> dict[str, Any]:
         Mismatch: it is not what `to_members` makes.
     """
     try:
-        facts = json.loads(text)
+        facts = json.loads(text.decode())
+        facts["source"].encode()  # a lone surrogate could not be printed
+        facts["fps"] = float(facts["fps"])
         right = (
             set(facts) == {"label", "fps", "source", "frames"}
+            and type(facts["frames"]) is int
             and facts["frames"] == frames
             and (facts["label"] is None or type(facts["label"]) is int)
-            and isinstance(facts["source"], str)
+            and math.isfinite(facts["fps"])
         )
-        facts["fps"] = float(facts["fps"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         right = False
     if not right:
         raise Mismatch(f"its JSON does not tell label, fps, source and {frames} frames")
@@ -166,34 +176,59 @@ def index_tar(path: Path) -> list[IndexRow]:
     Raises:
         UserError: it is not a tar, is cut off, or its members are not samples of ours.
     """
-    members: dict[str, dict[str, tarfile.TarInfo]] = {}
-    size = os.path.getsize(path)
-    try:
-        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
-            for member in tar:
-                key, _, kind = member.name.partition(".")
-                if not (member.isreg() and KEY_PATTERN.fullmatch(key) and kind in ("json", "safetensors")):
-                    raise Mismatch(f"member {member.name!r} is neither KEY.json nor KEY.safetensors")
-                if member.offset_data + member.size > size:
-                    raise Mismatch(f"member {member.name!r} is cut off")
-                if members.setdefault(key, {}).setdefault(kind, member) is not member:
-                    raise Mismatch(f"member {member.name!r} is there twice")
-            return [_index_row(file, key, kinds) for key, kinds in members.items()]
-    except Mismatch as error:
-        raise UserError(f"{path}: not a shard of far_scale ({error}); encode the videos again") from None
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: not a tar file, or cut off ({error}); encode the videos again") from None
+    with open(path, "rb") as file:
+        try:
+            rows = [row for row, _, _ in walk(TarWalk(file), data=False)]
+            if rows[-1].tensors_offset + rows[-1].tensors_bytes > os.fstat(file.fileno()).st_size:
+                raise BadTarError("its last member is not all there")
+            return rows
+        except (Mismatch, ForeignMemberError) as error:
+            raise UserError(f"{path}: not a shard of far_scale ({error}); encode the videos again") from None
+        except BadTarError as error:
+            raise UserError(f"{path}: not a tar file, or cut off ({error}); copy it again") from None
 
 
-def _index_row(file: Any, key: str, kinds: dict[str, tarfile.TarInfo]) -> IndexRow:
-    if len(kinds) != 2:
-        raise Mismatch(f"sample {key!r} lacks its JSON or its safetensors member")
-    facts, tensors = kinds["json"], kinds["safetensors"]
-    file.seek(tensors.offset_data)
-    start = file.read(8)
-    header_bytes = header_size(start, tensors.size)
-    places = parse_header(start + file.read(header_bytes - 8), tensors.size)
-    frames = places["latent"].shape[0]
-    file.seek(facts.offset_data)
-    parse_facts(file.read(facts.size), frames)
-    return IndexRow(key, frames, facts.offset_data, facts.size, tensors.offset_data, header_bytes, tensors.size)
+def walk(tar: TarWalk, data: bool) -> Iterator[tuple[IndexRow, bytes, bytes]]:
+    """The samples of a tar in order: where each lies, its JSON, and its tensors (without `data`, only their header).
+
+    Raises:
+        Mismatch: there is none; or a sample of which a member is missing, there twice, too large, or not ours.
+        BadTarError, ForeignMemberError: as by TarWalk.
+    """
+    seen: set[str] = set()
+    found: dict[str, tuple[Member, bytes]] = {}
+    for member in tar:
+        if found and member.key not in {other.key for other, _ in found.values()}:
+            raise Mismatch(f"sample {next(iter(found.values()))[0].key!r} lacks its JSON or its safetensors member")
+        if member.key in seen or member.kind in found:
+            raise Mismatch(f"member '{member.key}.{member.kind}' is there twice, or not beside its other half")
+        try:
+            found[member.kind] = member, _read_member(tar, member, data)
+            if len(found) == 2:
+                (json_at, facts), (tensors_at, tensors) = found["json"], found["safetensors"]
+                header_bytes = header_size(tensors[:8], tensors_at.size)
+                frames = parse_header(tensors[:header_bytes], tensors_at.size)["latent"].shape[0]
+                parse_facts(facts, frames)
+                sizes = json_at.offset, json_at.size, tensors_at.offset, header_bytes, tensors_at.size
+                yield IndexRow(member.key, frames, *sizes), facts, tensors
+                seen.add(member.key)
+                found = {}
+        except Mismatch as problem:
+            raise Mismatch(f"sample {member.key!r}: {problem}") from None
+    if found or not seen:
+        raise Mismatch(
+            "its last sample lacks its JSON or its safetensors member" if found else "there is no sample in it"
+        )
+
+
+def _read_member(tar: TarWalk, member: Member, data: bool) -> bytes:
+    if member.kind == "json":
+        if member.size > MAX_JSON_BYTES:
+            raise Mismatch(f"its JSON has {member.size} bytes, more than the {MAX_JSON_BYTES} of any of ours")
+        return tar.read(member.size)
+    if member.size > MAX_TENSORS_BYTES:
+        raise Mismatch(f"its tensors have {member.size} bytes, more than the {MAX_TENSORS_BYTES} allowed")
+    start = tar.read(8)
+    header = start + tar.read(header_size(start, member.size) - 8)
+    parse_header(header, member.size)  # refused before the data is read
+    return header + tar.read(member.size - len(header)) if data else header

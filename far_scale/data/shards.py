@@ -11,10 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
-from far_scale.data.manifest import DTYPES, IndexRow, Manifest, ShardIndex, parse_index
+from far_scale.data.manifest import (
+    DTYPES,
+    MAX_INDEX_BYTES,
+    IndexRow,
+    Manifest,
+    ShardIndex,
+    parse_index,
+    read_small,
+)
 from far_scale.data.sample import (
     Mismatch,
     Sample,
@@ -168,31 +176,54 @@ class ShardSet:
             raise Mismatch("it has actions and the set has none, or the other way round")
         data = row.tensors_offset + row.header_bytes
         facts = parse_facts(bytes(tar.read(row.json_offset, row.json_bytes)), row.frames)
+        label = facts["label"]
+        if not (0 <= label < manifest.labels if label is not None else manifest.labels == 0):
+            raise Mismatch(f"its label is {label}, and the set has {manifest.labels} labels")
+        latents = _read_frames(tar, data, latent, start, stop)[::stride]
+        actions = None if action is None else _read_frames(tar, data, action, start, stop)[::stride]
+        # Checked here, since on a GPU a class that the embedding does not have ends the process without a word of it.
+        if actions is not None and not 0 <= int(actions.min()) <= int(actions.max()) < manifest.actions:
+            raise Mismatch(f"it has an action beyond the set's {manifest.actions}")
         return Sample(
             key=row.key,
-            latents=_read_frames(tar, data, latent, start, stop)[::stride],
-            actions=None if action is None else _read_frames(tar, data, action, start, stop)[::stride],
-            label=facts["label"],
+            latents=latents,
+            actions=actions,
+            label=label,
             fps=facts["fps"],
             source=facts["source"],
         )
 
-    def verify(self) -> None:
-        """Read every byte: recompute all checksums, and compare the tars' members with the indexes and the counts.
+    def verify_shard(self, number: int) -> ShardIndex:
+        """Read every byte of a shard: checksums, members against the index, each sample, the sums of its latents.
+
+        Returns:
+            Its index.
 
         Raises:
-            UserError: the first thing that is wrong.
+            UserError: the first thing that is wrong with it.
         """
-        shards = self.manifest.shards
-        for number, entry in enumerate(tqdm(shards, desc="verify", unit="shard")):
-            path, index = self.folder / entry.file, self._indexes[number]
-            if sha256(path) != entry.sha256:
-                raise UserError(f"{path}: its SHA-256 is not the manifest's; copy it again, or encode the set again")
-            if index_tar(path) != index.samples:
-                raise UserError(f"{path}: its samples are not those of its index; encode the set again")
-            frames = [row.frames for row in index.samples]
-            if (len(frames), sum(frames), min(frames)) != (entry.samples, entry.frames, entry.min_frames):
-                raise UserError(f"{path}: the manifest counts other samples or frames in it; encode the set again")
+        entry = self.manifest.shards[number]
+        path, index = self.folder / entry.file, self._indexes[number]
+        self._open_tar(number)  # missing, or of another size
+        if sha256(path) != entry.sha256:
+            raise UserError(f"{path}: its SHA-256 is not the manifest's; copy it again, or encode the set again")
+        if index_tar(path) != index.samples:
+            raise UserError(f"{path}: its samples are not those of its index; encode the set again")
+        sums = index.sums
+        total, squares, values = np.zeros(len(sums.total)), np.zeros(len(sums.total)), 0
+        for sample in range(len(index.samples)):
+            latents = self.read(number, sample).latents.double()
+            total += latents.sum(dim=(0, 2, 3)).numpy()
+            squares += latents.square().sum(dim=(0, 2, 3)).numpy()
+            values += latents[:, 0].numel()
+        # Sums in another order differ by rounding alone, which is far below a millionth of the absolute values' sum.
+        rounding = 1e-6 * np.sqrt(values * squares) + 1e-12
+        same = (np.abs(total - sums.total) <= rounding).all() and (
+            np.abs(squares - sums.squares) <= 1e-6 * squares
+        ).all()
+        if values != sums.values or not same:
+            raise UserError(f"{path}: the sums in its index are not those of its latents; encode the set again")
+        return index
 
     def check(self, recipe: Any) -> None:
         """Refuse a recipe that this set cannot serve.
@@ -235,12 +266,23 @@ class ShardSet:
         entry = self.manifest.shards[shard]
         path = ShardIndex.path_of(self.folder, entry.file)
         try:
-            text = path.read_bytes()
+            text = read_small(path, MAX_INDEX_BYTES)
         except FileNotFoundError:
             raise UserError(f"{path}: this shard's index is missing; copy it again, or encode the set again") from None
         if hashlib.sha256(text).hexdigest() != entry.index_sha256:
             raise UserError(f"{path}: its SHA-256 is not the manifest's; copy it again, or encode the set again")
-        return parse_index(text, path)
+        index = parse_index(text, path)
+        frames = [row.frames for row in index.samples]
+        if (index.file, index.bytes, index.sha256) != (entry.file, entry.bytes, entry.sha256):
+            raise UserError(f"{path}: it belongs to another shard than the manifest says; encode the set again")
+        channels = self.manifest.latent_shape[0]
+        if not len(index.sums.total) == len(index.sums.squares) == channels:
+            raise UserError(f"{path}: its sums are not those of {channels} channels; encode the set again")
+        if (len(frames), sum(frames), min(frames)) != (entry.samples, entry.frames, entry.min_frames):
+            raise UserError(
+                f"{path}: the manifest counts other samples or frames in {entry.file}; encode the set again"
+            )
+        return index
 
 
 def _read_frames(tar: _Tar, data: int, place: TensorPlace, start: int, stop: int) -> torch.Tensor:

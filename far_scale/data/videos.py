@@ -23,6 +23,11 @@ from far_scale.files import atomic_write
 
 SUFFIXES = frozenset((".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v", ".gif", ".npz"))
 _DEFAULT_FPS = 25.0  # of a file that does not say
+_MAY_BE_MISSING = 2  # frames: some encoders count one too many, or one that repeats the last
+
+
+class BadVideo(UserError):
+    """A file whose content cannot be used; that the disk or the network cannot be read is not one of these."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ def read_video(path: str | Path) -> Video:
     `fps`; other keys are not read, and pickled objects are refused.
 
     Raises:
-        UserError: the file is not there, does not decode, has no frames, or its arrays are not as said above.
+        BadVideo: it does not decode to its end, has no frames, or its arrays are not as said above.
+        UserError: the file is not there or cannot be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -111,45 +117,104 @@ def write_mp4(path: str | Path, frames: Iterable[NDArray[np.uint8]], fps: float)
         container.mux(stream.encode(None))
 
 
+def read_actions(path: Path, frames: int) -> NDArray[np.int64]:
+    """The actions [F] of a video with that many frames, out of a .npy file of their own.
+
+    Raises:
+        BadVideo: it holds no actions for these frames.
+        UserError: the file is not there or cannot be read.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file of actions")
+    try:
+        actions = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        _check_readable(path)
+        raise BadVideo(f"{path}: no actions ({error}); write them with numpy.save") from None
+    if not isinstance(actions, np.ndarray):
+        raise BadVideo(f"{path}: holds several arrays; write one with numpy.save")
+    return _actions(path, actions, frames)
+
+
 def _decode(path: Path) -> Video:
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise UserError(f"{path}: no video stream in this file")
+                raise BadVideo(f"{path}: no video stream in this file")
             stream = container.streams.video[0]
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            frames, end = [], 0.0
+            for packet in container.demux(stream):
+                damaged = packet.is_corrupt  # before it is decoded, which may end it
+                for frame in packet.decode():
+                    frames.append(frame.to_ndarray(format="rgb24"))
+                    end = max(end, frame.time or 0.0)
+                    damaged = damaged or frame.is_corrupt
+                if damaged:
+                    raise BadVideo(f"{path}: cut off or damaged at frame {len(frames)}; copy it again, or leave it out")
             rate = stream.average_rate or stream.guessed_rate
+            missing = _missing_frames(container, stream, len(frames), end, float(rate or _DEFAULT_FPS))
     except av.error.FFmpegError as error:
-        raise UserError(f"{path}: does not decode ({error.strerror}); convert it, or leave it out") from None
+        _check_readable(path)
+        raise BadVideo(f"{path}: does not decode ({error.strerror}); convert it, or leave it out") from None
     if not frames:
-        raise UserError(f"{path}: no frames in this video; leave it out")
+        raise BadVideo(f"{path}: no frames in this video; leave it out")
+    if missing > _MAY_BE_MISSING:
+        raise BadVideo(f"{path}: cut off: the last {missing:.0f} frames are missing; copy it again, or leave it out")
     if len({frame.shape for frame in frames}) > 1:
-        raise UserError(f"{path}: its frames change their size midway; convert it to one size")
+        raise BadVideo(f"{path}: its frames change their size midway; convert it to one size")
     return Video(path.stem, np.stack(frames), None, None, float(rate or _DEFAULT_FPS), path.name)
+
+
+def _missing_frames(container: Any, stream: Any, frames: int, end: float, rate: float) -> float:
+    """How many frames fewer there are than the file says, of containers that a decoder takes cut off without a word.
+
+    An AVI tells the count, a Matroska or WebM file how long its longest stream is: so with sound nothing is known.
+    """
+    if container.format.name == "avi":
+        return float(stream.frames - frames)
+    if "matroska" in container.format.name and container.duration and len(container.streams) == 1:
+        return float(container.duration / av.time_base - end) * rate - 1
+    return 0.0
+
+
+def _check_readable(path: Path) -> None:
+    """Tell a broken disk or network from a broken file: what cannot be read now may be whole.
+
+    Raises:
+        UserError: the file's bytes cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            while file.read(1 << 24):
+                pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend that and run again") from None
 
 
 def _read_npz(path: Path) -> Video:
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not a whole .npz file; write it again with numpy.savez")
+        _check_readable(path)
+        raise BadVideo(f"{path}: not a whole .npz file; write it again with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in ("frames", "actions", "label", "fps") if key in archive.files}
     except ValueError as error:
         hint = "store plain arrays only" if "pickle" in str(error).lower() else "write it again with numpy.savez"
-        raise UserError(f"{path}: {error}; {hint}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise UserError(f"{path}: broken ({error}); write it again with numpy.savez") from None
+        raise BadVideo(f"{path}: {error}; {hint}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        _check_readable(path)
+        raise BadVideo(f"{path}: broken ({error}); write it again with numpy.savez") from None
     if "frames" not in arrays:
-        raise UserError(f"{path}: no array `frames`; store uint8 [frames, height, width, 3] under that key")
+        raise BadVideo(f"{path}: no array `frames`; store uint8 [frames, height, width, 3] under that key")
     frames = arrays["frames"]
     if problem := _problem_of_frames(frames):
-        raise UserError(f"{path}: `frames` {problem}")
+        raise BadVideo(f"{path}: `frames` {problem}")
     label = _number(path, arrays, "label", "iu")
     fps = _number(path, arrays, "fps", "iuf")
     if fps is not None and not fps > 0:
-        raise UserError(f"{path}: `fps` is {fps}; it must be above 0")
+        raise BadVideo(f"{path}: `fps` is {fps}; it must be above 0")
     if label is not None and label < 0:
-        raise UserError(f"{path}: `label` is {label}; classes count from 0")
+        raise BadVideo(f"{path}: `label` is {label}; classes count from 0")
     return Video(
         key=path.stem,
         frames=frames,
@@ -177,11 +242,11 @@ def _check_picture(path: Path, frame: NDArray[Any], shape: tuple[int, ...]) -> N
 
 def _actions(path: Path, actions: NDArray[Any], frames: int) -> NDArray[np.int64]:
     if actions.dtype.kind not in "iu" or actions.ndim != 1:
-        raise UserError(f"{path}: `actions` are {actions.dtype} {list(actions.shape)}; they must be integers [frames]")
+        raise BadVideo(f"{path}: `actions` are {actions.dtype} {list(actions.shape)}; they must be integers [frames]")
     if len(actions) != frames:
-        raise UserError(f"{path}: {len(actions)} actions for {frames} frames; store one a frame (0 for the first)")
+        raise BadVideo(f"{path}: {len(actions)} actions for {frames} frames; store one a frame (0 for the first)")
     if actions.min() < 0:
-        raise UserError(f"{path}: action {actions.min()} in `actions`; actions count from 0")
+        raise BadVideo(f"{path}: action {actions.min()} in `actions`; actions count from 0")
     return actions.astype(np.int64)
 
 
@@ -192,6 +257,6 @@ def _number(path: Path, arrays: Mapping[str, NDArray[Any]], key: str, kinds: str
     value = arrays[key]
     if value.ndim != 0 or value.dtype.kind not in kinds:
         what = "an integer" if kinds == "iu" else "a number"
-        raise UserError(f"{path}: `{key}` is {value.dtype} {list(value.shape)}; it must be {what}")
+        raise BadVideo(f"{path}: `{key}` is {value.dtype} {list(value.shape)}; it must be {what}")
     number: float | int = value.item()
     return number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from far_scale.data.manifest import (
     ShardEntry,
     ShardIndex,
     parse_index,
+    statistics,
 )
 from far_scale.data.sample import KEY_PATTERN, Sample, index_tar, to_members
 from far_scale.errors import UserError
@@ -78,18 +79,23 @@ class SetFacts:
 def write_shard(folder: Path, number: int, samples: Iterable[Sample], facts: SetFacts) -> None:
     """Write shard `number` and then its index; the same samples give the same bytes, whenever and wherever.
 
+    Nothing is written where there are no samples.
+
     Raises:
         UserError: a sample does not belong into the set (nothing is left behind), or the disk is full.
     """
     import webdataset
 
+    rest = iter(samples)
+    if (first := next(rest, None)) is None:
+        return
     path = folder / shard_name(number)
     channels = facts.latent_shape[0]
     total, squares, values, rates = np.zeros(channels), np.zeros(channels), 0, set()
     with atomic_write(path) as beside:
         # The writer is given an open file, since it takes a name with a colon in it for a URL.
         with open(beside, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0.0, compress=False) as tar:
-            for sample in samples:
+            for sample in itertools.chain([first], rest):
                 facts.check(sample)
                 tar.write(to_members(sample))
                 stored = sample.latents.double()
@@ -121,15 +127,13 @@ def finished_index(folder: Path, number: int) -> ShardIndex | None:
 
 def build_manifest(folder: Path, indexes: list[ShardIndex], facts: SetFacts) -> Manifest:
     """The manifest of a set whose shards have these indexes; mean and deviation from the sums that they keep."""
-    values = sum(index.sums.values for index in indexes)
-    mean = [math.fsum(channel) / values for channel in zip(*(index.sums.total for index in indexes), strict=True)]
-    square = [math.fsum(channel) / values for channel in zip(*(index.sums.squares for index in indexes), strict=True)]
+    mean, std = statistics([index.sums for index in indexes])
     rates = {index.fps for index in indexes}
     return Manifest(
         latent_shape=facts.latent_shape,
         latent_dtype=facts.latent_dtype,
-        mean=tuple(mean),
-        std=tuple(math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean, square, strict=True)),
+        mean=mean,
+        std=std,
         autoencoder=facts.autoencoder,
         actions=facts.actions,
         labels=facts.labels,

@@ -171,6 +171,7 @@ def train(
                 events.tell("finished", done, f"all {done} steps are done")
             else:
                 events.tell("stopped", done, f"step {done}: stopped as asked; the same command goes on from here")
+        dist.barrier()  # a launcher that sees one process end may kill the others in their last moments
         return Trained(engine, ema, done)
 
 

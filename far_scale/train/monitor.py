@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from far_scale.files import atomic_write
+from far_scale.files import LineFile, atomic_write
 from far_scale.recipe import Recipe
 from far_scale.train.compiled import compiled_graphs
 from far_scale.train.curriculum import Stage
@@ -46,15 +46,16 @@ class Monitor:
         slow: SlowRanks | None = None,
     ) -> None:
         self._recipe, self._processes, self._peak, self._slow = recipe, processes, peak_flops, slow
-        self._log = Path(recipe.run_dir) / "log.jsonl"
+        log = Path(recipe.run_dir) / "log.jsonl"
+        self._file = LineFile(log)
         self._bar: tqdm[Any] | None = None
         self._wandb: WandbRun | None = None
         self._stage: Stage | None = None
         self._graphs = 0
         if processes.main:
-            lines = _lines_up_to(self._log, start)
-            if self._log.exists():
-                with atomic_write(self._log) as beside:
+            lines = _lines_up_to(log, start)
+            if log.exists():
+                with atomic_write(log) as beside:
                     beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
             self._bar = tqdm(total=recipe.train.steps, initial=start, desc="train", unit="step", disable=None)
             if recipe.log.wandb.mode != "disabled":
@@ -160,8 +161,7 @@ class Monitor:
             self._wandb.finish()
 
     def _tell(self, line: dict[str, Any]) -> None:
-        with self._log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._file.append(line)
         if self._wandb is not None:
             self._wandb.log(line)
         stage = "" if self._stage is None else f"{self._stage.name}  "

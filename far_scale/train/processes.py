@@ -108,9 +108,8 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 
 def stop_processes() -> None:
-    """Leave the group, all together: a launcher that sees one process end may kill the others in their last moments."""
+    """Leave the group, so that nothing is left waiting for this process."""
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 

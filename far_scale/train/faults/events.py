@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from far_scale.files import LineFile
+
 
 class Events:
     """Tells an event on the console and keeps it in the run directory, on the main process; the others are silent.
@@ -19,7 +21,7 @@ class Events:
     """
 
     def __init__(self, run: Path, main: bool) -> None:
-        self._path, self._main = run / "events.jsonl", main
+        self._file, self._main = LineFile(run / "events.jsonl"), main
 
     def tell(self, event: str, step: int, text: str, **facts: Any) -> None:
         """Print `text` and append one line.
@@ -34,9 +36,7 @@ class Events:
             return
         tqdm.write(text)
         time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(json.dumps({"time": time, "event": event, "step": step, "text": text, **facts}) + "\n")
+        self._file.append({"time": time, "event": event, "step": step, "text": text, **facts})
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,176 @@
+"""Reading a shard set, against plain tar reading and WebDataset's own loop; and how long a state takes to come back."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from measure import Row, environment, interleaved, print_table, timed, write_result
+from options import add_measuring, count, start
+
+from far_scale.data.filling import ClipLane, Dealing
+from far_scale.data.lanes import LaneOrder
+from far_scale.data.manifest import AutoencoderInfo
+from far_scale.data.sample import Sample
+from far_scale.data.shards import ShardSet
+from far_scale.data.stream import stream
+from far_scale.data.writer import SetFacts, ShardWriter
+from far_scale.errors import command_line
+
+FRAMES, SHAPE, WINDOW = 300, (32, 8, 8), 256
+FACTS = SetFacts(
+    latent_shape=SHAPE,
+    latent_dtype="bfloat16",
+    autoencoder=AutoencoderInfo(name="none", weight_hash="0" * 64, scaling_factor=1.0),
+    actions=4,
+    labels=0,
+)
+TAR = "plain tar"
+
+
+def make_set(folder: Path, samples: int, per_shard: int) -> None:
+    """Clips of 300 frames `[32, 8, 8]` in bfloat16 with actions, of noise."""
+    generator = torch.Generator().manual_seed(0)
+    with ShardWriter(folder, FACTS, per_shard) as writer:
+        for number in range(samples):
+            latents = torch.randn(FRAMES, *SHAPE, generator=generator).bfloat16()
+            actions = torch.randint(4, (FRAMES,), generator=generator)
+            writer.write(Sample(f"clip_{number:05d}", latents, actions, None, 8.0, f"clip {number}.mp4"))
+
+
+def plain_tar(shards: Sequence[str]) -> int:
+    """Every member's bytes by Python's tarfile, front to back; returns how many."""
+    size = 0
+    for shard in shards:
+        with tarfile.open(shard, "r|") as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                size += len(file.read())
+    return size
+
+
+def webdataset_loop(shards: Sequence[str]) -> int:
+    """Every sample as WebDataset gives it, bytes that nobody decodes."""
+    import webdataset
+
+    found = webdataset.WebDataset(list(shards), shardshuffle=False)
+    return sum(len(sample["safetensors"]) + len(sample["json"]) for sample in found)
+
+
+def every_sample(shard_set: ShardSet) -> int:
+    """Every sample as the lanes read it, checked and as tensors, by offset."""
+    return sum(
+        shard_set.read(shard, number).latents.nbytes
+        for shard, inside in enumerate(shard_set.samples_per_shard)
+        for number in range(inside)
+    )
+
+
+def streamed(folder: Path) -> int:
+    """Every sample by `far_scale.data.stream`, checked and as tensors."""
+    return sum(sample.latents.nbytes for sample in stream(folder))
+
+
+def reading(folder: Path, args: argparse.Namespace, cpu: torch.device) -> list[Row]:
+    """MB/s of a single worker, files in the page cache; a set that is opened anew each time, with its indexes."""
+    shards = [str(path) for path in sorted(folder.glob("*.tar"))]
+    latents = args.samples * FRAMES * 2 * SHAPE[0] * SHAPE[1] * SHAPE[2]
+    sides: dict[str, Callable[[], object]] = {
+        TAR: lambda: plain_tar(shards),
+        "WebDataset's loop": lambda: webdataset_loop(shards),
+        "ours, by offset": lambda: every_sample(ShardSet.open(folder)),
+        "ours, streamed": lambda: streamed(folder),
+    }
+    for side in sides.values():
+        side()
+    runs = {name: (lambda side=side: {"seconds": timed(side, cpu)}) for name, side in sides.items()}
+    taken = interleaved(runs, args.repeats, args.minutes, "reading")
+    median = {name: statistics.median(each["seconds"]) for name, each in taken.items()}
+    return [
+        {
+            "side": name,
+            "MB/s": latents / 1e6 / median[name],
+            "samples/s": args.samples / median[name],
+            "of plain tar": median[TAR] / median[name],
+            "of WebDataset's loop": median["WebDataset's loop"] / median[name],
+            "repeats": len(taken[name]["seconds"]),
+            "seconds": taken[name]["seconds"],
+        }
+        for name in sides
+    ]
+
+
+def make_lane(shard_set: ShardSet, lanes: int) -> ClipLane:
+    dealing = Dealing(lanes, (16, FRAMES), 1, WINDOW, 0, None, 64 * 2 * FRAMES, lambda frames: 64 * frames)
+    return dealing.clip_lanes(shard_set, [0])[0]
+
+
+def state_times(folder: Path, positions: Sequence[int], lanes: int) -> list[Row]:
+    """Saving a lane's state, and from nothing to the next pack: set opened, lane made, state loaded, pack read."""
+    rows: list[Row] = []
+    for position in positions:
+        lane = make_lane(ShardSet.open(folder), lanes)
+        epoch, place = LaneOrder(ShardSet.open(folder).samples_per_shard, lanes, 0, WINDOW).run_position(position)
+        lane.load_state_dict({"epoch": epoch, "position": place, "pending": []})
+        lane.next_pack()  # so that clips wait, as in mid-run
+        begun = time.perf_counter()
+        state = lane.state_dict()
+        saved = time.perf_counter()
+        shard_set = ShardSet.open(folder)
+        again = make_lane(shard_set, lanes)
+        again.load_state_dict(state)
+        first = again.next_pack()
+        for clip in first:
+            shard_set.read(*clip.place, clip.start, clip.frames)
+        restored = time.perf_counter()
+        packs = [first, *(again.next_pack() for _ in range(99))]
+        rows.append(
+            {
+                "samples read before": position,
+                "epoch": epoch,
+                "save, s": saved - begun,
+                "restore and first pack, s": restored - saved,
+                "next 100 packs the same": packs == [lane.next_pack() for _ in range(100)],
+            }
+        )
+    return rows
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=count, default=128, help="of 300 frames, 1.2 MB each (default: %(default)s)")
+    parser.add_argument("--per-shard", type=count, default=32, help="samples of a shard (default: %(default)s)")
+    parser.add_argument("--lanes", type=count, default=4, help="default: %(default)s")
+    add_measuring(parser, repeats=10, minutes=5, device="cpu")
+    args = parser.parse_args()
+    cpu = start(args)
+    facts = environment(
+        cpu,
+        {
+            "set": f"{args.samples} clips of {FRAMES} frames, {args.per_shard} in a shard",
+            "load average": f"{os.getloadavg()[0]:.1f} at the beginning",
+        },
+    )
+    with tempfile.TemporaryDirectory(prefix="data-") as name:
+        folder = Path(name) / "set"
+        make_set(folder, args.samples, args.per_shard)
+        tables = {
+            "Reading of one worker, page cache warm, medians": reading(folder, args, cpu),
+            "State of a lane": state_times(folder, [0, 10, 1000, 10**6, 10**9], args.lanes),
+        }
+    for title, rows in tables.items():
+        print_table(title, rows)
+    print(f"\n{write_result(args.out, 'data', facts, tables)}")
+
+
+if __name__ == "__main__":
+    main()
