@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,10 +25,11 @@ from far_scale.model import FAR, FARConfig
 from far_scale.objective import NoisyPack, add_noise, pack_loss
 from far_scale.recipe import Recipe, load_recipe
 from far_scale.recipe_sections import ObjectiveSection
+from far_scale.train.checkpoint import read_state, step_folder
 from far_scale.train.curriculum import stage_of, stages
 from far_scale.train.flops import forward_flops
 from far_scale.train.loop import build_model
-from far_scale.train.resume import load_start_weights, restore
+from far_scale.train.resume import check_fits, load_start_weights
 from far_scale.train.schedule import learning_rate
 
 # Windows of 8 of at most 24 frames, 16 tokens a window frame and 4 a context frame. Checkpoints: in stage 2, at the
@@ -133,9 +133,9 @@ def test_one_rank_trains_the_same(folder: Path, printed: str) -> None:
 
 def test_stages_before_a_checkpoint_cannot_change(folder: Path, printed: str) -> None:
     recipe = load_recipe(folder / "staged.yaml", ["curriculum=[{steps: 14}, {steps: 2, frames: 8}]"])
-    engine: Any = None  # it is refused before anything is loaded
+    checkpoint = step_folder(folder / "whole", 12)
     with pytest.raises(UserError, match="written in stage 3 of a curriculum, by the recipe step 12 is of stage 1; the"):
-        restore(folder / "whole", 12, engine, engine, recipe, stage_of(stages(recipe), 11))
+        check_fits(checkpoint, read_state(checkpoint), recipe, stages(recipe))
 
 
 def test_the_log_shows_the_stage(folder: Path, printed: str) -> None:

@@ -124,10 +124,8 @@ def test_a_shard_set_of_other_latents_is_refused(file: Path, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(tmp_path: Path) -> Path:
     """A run of SMALL with a checkpoint of its parameters alone, as training writes it; the EMA is twice the weights."""
-    monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(checkpoint.dist, "barrier", lambda: None)
     parameters = {name: p for name, p in trained_state().items() if name in dict(FAR(SMALL).named_parameters())}
     pieces = {
         f"{kind}/{name}": checkpoint.FlatPiece(tensor.numel(), 0, (factor * tensor).flatten())
