@@ -27,6 +27,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
+def copied_checkout(folder: Path) -> Path:
+    """What jobs need of this checkout, to be broken."""
+    for part in ("far_scale", "recipes", "slurm"):
+        shutil.copytree(ROOT / part, folder / "checkout" / part, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "checkout"
+
+
 def events(run: Path, kind: str) -> list[dict]:
     return [event for event in read_events(run) if event["event"] == kind]
 
@@ -46,9 +53,7 @@ def test_stopped_then_requeued_it_goes_on_with_its_own_code(
     cluster: Cluster, recorded_shards: Path, tmp_path: Path
 ) -> None:
     """Two nodes: a signal to the processes, then `scontrol requeue`, and no step is lost or done twice."""
-    checkout, run = tmp_path / "checkout", tmp_path / "run"
-    for folder in ("far_scale", "recipes", "slurm"):
-        shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    checkout, run = copied_checkout(tmp_path), tmp_path / "run"
     job = cluster.sbatch(SCRIPT, TWO_NODES, tiny(recorded_shards, run, 60), FAR_SCALE=checkout)
     cluster.until(job, "step 3", lambda: len(steps_logged(run)) >= 3)
     (checkout / "far_scale" / "launch" / "__main__.py").write_text("raise RuntimeError('not the snapshot')\n")
@@ -125,9 +130,7 @@ def test_a_dead_node_is_left_behind(cluster: Cluster, recorded_shards: Path, tmp
 def test_a_crash_loop_stops_and_a_bad_recipe_never_starts(
     cluster: Cluster, recorded_shards: Path, tmp_path: Path
 ) -> None:
-    checkout, run = tmp_path / "checkout", tmp_path / "run"
-    for folder in ("far_scale", "recipes", "slurm"):
-        shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    checkout, run = copied_checkout(tmp_path), tmp_path / "run"
     (checkout / "far_scale" / "train" / "loop.py").write_text("raise RuntimeError('a broken edit')\n")
     more = ["faults.starts_without_progress=2"]
     options = TWO_NODES.replace("--nodes=2", "--nodes=1")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import NoReturn
 
 from far_scale.launch.snapshot import ACCEPT, REFUSED_HERE, read_submission
 from far_scale.train.__main__ import run
-from far_scale.train.faults.exits import DONE, REFUSED, REQUEUE
+from far_scale.train.faults.exits import DONE, REFUSED, leave
 
 
 def train(snapshot: Path) -> NoReturn:
@@ -35,15 +34,6 @@ def train_for_submitit(snapshot: str) -> int:
     if job.cluster == "slurm" and status != DONE:
         leave(status)  # returning would tell submitit that there is a result
     return status
-
-
-def leave(status: int) -> NoReturn:
-    """End this process."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if status in (DONE, REQUEUE):
-        sys.exit(status)
-    os._exit(status)  # other processes may wait for this one, so nothing here may wait for them
 
 
 def train_in_process(snapshot: Path) -> int:

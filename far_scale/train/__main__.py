@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from far_scale.errors import UserError, say_error, speaker
 from far_scale.recipe import load_recipe
-from far_scale.train.faults.exits import CRASHED, DONE, REFUSED, REQUEUE
+from far_scale.train.faults.exits import CRASHED, DONE, REFUSED, REQUEUE, leave
 from far_scale.train.faults.signals import StopSignals
 
 
@@ -18,7 +17,7 @@ def run(arguments: Sequence[str]) -> int:
     """Train as the command line asks; returns the exit status (see `faults/exits.py`) and raises nothing.
 
     SIGTERM, SIGUSR1 and SIGUSR2 are taken over for the rest of the process. Where the status is neither DONE nor
-    REQUEUE other ranks may still wait for this one: leave by `os._exit`, which waits for no thread.
+    REQUEUE other ranks may still wait for this one: end the process by `leave`, which then waits for no thread.
     """
     signals = StopSignals()
     parser = argparse.ArgumentParser(prog="python -m far_scale.train", description="Train FAR by a recipe.")
@@ -73,9 +72,4 @@ def _train(asked: argparse.Namespace, signals: StopSignals) -> int:
 
 
 if __name__ == "__main__":
-    status = run(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if status in (DONE, REQUEUE):
-        sys.exit(status)
-    os._exit(status)
+    leave(run(sys.argv[1:]))

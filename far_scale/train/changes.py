@@ -34,8 +34,8 @@ def changes(state: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Chang
         now: the same keys of the run: recipe, versions, ranks and, unless its data are not needed any more, shard_set.
         recipe: the run's.
     """
-    old, new = _flat(state["recipe"]), _flat(now["recipe"])
-    decisive_old, decisive_new = _flat(_result_values(state["recipe"])), _flat(recipe.result_values())
+    old, new = flat(state["recipe"]), flat(now["recipe"])
+    decisive_old, decisive_new = flat(_result_values(state["recipe"])), flat(recipe.result_values())
     if recipe.optimizer.schedule == "constant" and not recipe.curriculum:
         decisive_old.pop("train.steps", None)
         decisive_new.pop("train.steps", None)
@@ -61,12 +61,12 @@ def _result_values(recipe: dict[str, Any]) -> dict[str, Any]:
         return recipe
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A recipe's values by dotted keys: `{"a": {"b": 1}}` as `{"a.b": 1}`."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         inner = value if isinstance(value, dict) else None
-        found |= _flat(inner, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+        found |= flat(inner, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return found
 
 

@@ -1,4 +1,8 @@
-"""The exit statuses of a training process, which the launchers act on."""
+"""The exit statuses of a training process, which the launchers act on, and how a process leaves with one."""
+
+import os
+import sys
+from typing import NoReturn
 
 DONE = 0
 """All steps are done."""
@@ -11,3 +15,12 @@ REFUSED = 2
 
 REQUEUE = 75
 """Stopped on purpose before the end (a signal, the watchdog): start the same command again. 75 is EX_TEMPFAIL."""
+
+
+def leave(status: int) -> NoReturn:
+    """End this process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status in (DONE, REQUEUE):
+        sys.exit(status)
+    os._exit(status)  # other ranks may wait for this one, so nothing here may wait for them

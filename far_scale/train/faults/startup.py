@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +13,7 @@ from far_scale.errors import UserError, say_error
 from far_scale.hosts import host_name
 from far_scale.model import FAR
 from far_scale.recipe import Recipe
+from far_scale.train.changes import flat
 from far_scale.train.faults import meeting
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.exits import REFUSED
@@ -142,14 +143,6 @@ def _end(error: StuckError, hosts: Sequence[str]) -> NoReturn:
 
 def _different_keys(recipes: Sequence[dict[str, Any]]) -> list[str]:
     """The recipe keys that do not have the same value on all ranks."""
-    flat = [dict(_flat(values)) for values in recipes]
-    keys = dict.fromkeys(key for values in flat for key in values)
-    return [key for key in keys if len({json.dumps(values.get(key)) for values in flat}) > 1]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    by_key = [flat(values) for values in recipes]
+    keys = dict.fromkeys(key for values in by_key for key in values)
+    return [key for key in keys if len({json.dumps(values.get(key)) for values in by_key}) > 1]
