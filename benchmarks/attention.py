@@ -48,7 +48,7 @@ from measure import (
 from options import DTYPES, add_measuring, count, start
 
 from far_scale.errors import UserError, command_line
-from far_scale.model.attention import choice
+from far_scale.model.attention import choice, flex
 
 DENSE, FLEX, LOOP, PLAIN = "dense mask", "FlexAttention", "prefix loop", "plain causal"
 RIVALS = {"dense": DENSE, "flex": FLEX, "loop": LOOP, "plain": PLAIN}
@@ -160,7 +160,7 @@ def makers(case: Case, inputs: Inputs, kernels: Sequence[str], rivals: Sequence[
     found: dict[str, Callable[[], Side]] = {}
     for kernel in kernels:
         found[ours(kernel)] = partial(Ours, case, inputs, kernel)
-        if "plain" in rivals:
+        if "plain" in rivals and kernel != flex.NAME:
             found[plain(kernel)] = partial(PlainCausal, case, inputs, choice.kernel(kernel))
     of_rivals: dict[str, Callable[[Case, Inputs], Side]] = {
         "dense": dense_mask,

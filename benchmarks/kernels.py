@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from far_scale.errors import UserError
-from far_scale.model.attention import choice, dense, flex
+from far_scale.model.attention import choice, dense
 from far_scale.model.layers import HEAD_DIM
 
 ALL = "all"
-KERNELS = tuple(name for name in choice.KERNELS if name not in (flex.NAME, dense.NAME))
-"""Those that the causal pair runs on."""
+KERNELS = tuple(name for name in choice.KERNELS if name != dense.NAME)
 
 
 def usable(asked: Sequence[str] | None, device: torch.device, dtype: torch.dtype) -> list[str]:

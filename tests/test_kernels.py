@@ -432,7 +432,7 @@ def test_deterministic_on_a_gpu(name: str) -> None:
     """Twice the same, bit by bit, where torch is asked for determinism."""
     usable_or_skip(name, torch.bfloat16)
     inputs = Inputs.draw(long_order((20, 3, 9), 16, window=6, coarser=4)(GPU), 12, GPU, torch.bfloat16)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         first, second = run(name, inputs), run(name, inputs)
     finally:

@@ -16,6 +16,9 @@ own pairs' share of the gradients, which add up.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -81,6 +84,18 @@ def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)  # four times as fast as x[rows] on a CPU
 
 
+def _one_pass(function: Callable[..., None]) -> Callable[..., None]:
+    """On a GPU compiled to one pass over memory: uncompiled these steps took longer than the kernels' calls."""
+    compiled = torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def run(x: Tensor, *rest: Tensor | None) -> None:
+        (compiled if x.is_cuda else function)(x, *rest)
+
+    return run
+
+
+@_one_pass
 def _add(x: Tensor, rows: Tensor | None, part: Tensor) -> None:
     """Add `part` to some rows of x, in place."""
     if rows is None:
@@ -89,12 +104,13 @@ def _add(x: Tensor, rows: Tensor | None, part: Tensor) -> None:
         x.index_copy_(0, rows, _rows(x, rows) + part)
 
 
+@_one_pass
 def _merge(out: Tensor, lse: Tensor, rows: Tensor | None, part_out: Tensor, part_lse: Tensor) -> None:
     """Add a part of the keys to what `rows` (None: all) of out `[T, N, D]` and lse `[T, N]` have seen, in place."""
     seen_out, seen_lse = _rows(out, rows), _rows(lse, rows)
     merged_lse = torch.logaddexp(seen_lse, part_lse)
-    seen_share = (seen_lse - merged_lse).exp_().unsqueeze(-1)
-    part_share = (part_lse - merged_lse).exp_().unsqueeze(-1)
+    seen_share = (seen_lse - merged_lse).exp().unsqueeze(-1)
+    part_share = (part_lse - merged_lse).exp().unsqueeze(-1)
     merged = (seen_out * seen_share + part_out * part_share).to(out.dtype)
     if rows is None:
         out.copy_(merged)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from far_scale.layout import Spans
 from far_scale.model.attention import padded_lse
-from far_scale.model.attention.kernel import GpuNeeds, compute_capability, dotted, why_not_importable
+from far_scale.model.attention.kernel import GpuNeeds, compute_capability, dotted, installed_version, why_not_importable
 
 NAME, PACKAGE, INSTALL = "xformers", "xformers", "pip install xformers"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -44,6 +44,8 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     """See `Kernel.why_not`."""
     if reason := _FLASH.why_not(device, dtype, head_dim) or why_not_importable(PACKAGE, "0.0.33", _MODULE):
         return reason
+    if not _library().cutlass.FwOp.is_available():  # it is imported all the same, and fails at the first call
+        return f"{PACKAGE} {installed_version(PACKAGE)} was built for another torch than {torch.__version__}"
     if _flash(device, dtype):
         return None
     if dtype == torch.bfloat16 and compute_capability(device) < (8, 0):
