@@ -308,6 +308,7 @@ def xformers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in ("xformers", "xformers.ops"):
         _module(monkeypatch, name)
+    _module(monkeypatch, "xformers._cpp_lib", _built_with_cuda=True)
     _module(
         monkeypatch,
         "xformers.ops.fmha",

@@ -72,12 +72,14 @@ ASKING = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten:
 class Waits(TorchDispatchMode):
     """Counts the operators by which a host asks a device for a number and waits."""
 
+    supports_higher_order_operators = True  # FlexAttention is one
+
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func._schema.name in ASKING
+        self.count += isinstance(func, torch._ops.OpOverload) and func._schema.name in ASKING
         return func(*args, **(kwargs or {}))
 
 

@@ -39,33 +39,19 @@ def on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], installed: 
 @pytest.mark.parametrize(
     ("capability", "installed", "dtype", "name", "why"),
     [
-        ((9, 0), PACKAGES, torch.bfloat16, "flash-attn-3", "first choice on compute capability 9.0"),
+        ((9, 0), PACKAGES, torch.bfloat16, "flex", "first choice on compute capability 9.0"),
         ((10, 0), PACKAGES, torch.bfloat16, "flash-attn-4", "first choice on compute capability 10.0"),
         ((10, 3), PACKAGES, torch.bfloat16, "flash-attn-4", "first choice on compute capability 10.3"),
-        ((8, 6), PACKAGES, torch.bfloat16, "flash-attn-2", "first choice on compute capability 8.6"),
-        ((12, 0), PACKAGES, torch.bfloat16, "flash-attn-2", "first choice on compute capability 12.0"),
+        ((8, 6), PACKAGES, torch.bfloat16, "flex", "first choice on compute capability 8.6"),
+        ((12, 0), PACKAGES, torch.bfloat16, "flex", "first choice on compute capability 12.0"),
         (
-            (9, 0),
-            {"flash-attn-4"},
-            torch.float16,
-            "flash-attn-4",
-            "on compute capability 9.0; flash-attn-3: not installed",
-        ),
-        (
-            (9, 0),
+            (10, 0),
             set(),
-            torch.bfloat16,
-            "torch-varlen",
-            "on compute capability 9.0; flash-attn-3, flash-attn-4, flash-attn-2: not installed",
-        ),
-        (
-            (8, 0),
-            {"flash-attn-2"},
-            torch.float32,
+            torch.float16,
             "flex",
-            "on compute capability 8.0; flash-attn-2, torch-varlen: takes bfloat16 and float16, not float32; "
-            "xformers: not installed",
+            "on compute capability 10.0; flash-attn-4: not installed",
         ),
+        ((8, 0), {"flash-attn-2"}, torch.float32, "flex", "first choice on compute capability 8.0"),
     ],
 )
 def test_choice_on_gpus(
@@ -78,6 +64,39 @@ def test_choice_on_gpus(
 ) -> None:
     on(monkeypatch, capability, installed)
     assert choose("auto", GPU, dtype, 64) == (name, f"attention: {name} ({why})")
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "dtype", "name", "why"),
+    [
+        ((9, 0), PACKAGES, torch.bfloat16, "flash-attn-3", "first choice on compute capability 9.0"),
+        (
+            (9, 0),
+            set(),
+            torch.bfloat16,
+            "torch-varlen",
+            "on compute capability 9.0; flash-attn-3, flash-attn-4, flash-attn-2: not installed",
+        ),
+        (
+            (8, 0),
+            {"flash-attn-2"},
+            torch.float32,
+            "dense",
+            "on compute capability 8.0; flash-attn-2, torch-varlen: takes bfloat16 and float16, not float32; "
+            "xformers: not installed",
+        ),
+    ],
+)
+def test_choice_on_gpus_for_ever_new_shapes(
+    capability: tuple[int, int],
+    installed: set[str],
+    dtype: torch.dtype,
+    name: str,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on(monkeypatch, capability, installed)
+    assert choose("auto", GPU, dtype, 64, compiled=False) == (name, f"attention: {name} ({why})")
 
 
 def test_choice_on_a_cpu() -> None:

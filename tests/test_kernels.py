@@ -4,7 +4,9 @@ libraries themselves on a GPU (`pytest -m gpu`)."""
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import fake_libraries
 import plain_kernel
@@ -300,6 +302,15 @@ def test_why_not_on_a_cpu() -> None:
         assert adapter.why_not(CPU, torch.bfloat16, 64) == "runs on NVIDIA GPUs alone"
     assert flex.why_not(CPU, torch.float32, 64) == "FlexAttention has no backward on a CPU"
     assert cpu.why_not(CPU, torch.int8, 64) == "takes float32, float64, bfloat16 and float16, not int8"
+
+
+def test_xformers_built_for_another_torch(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    """It is imported with a warning and fails at the first call only."""
+    fake_libraries.xformers(monkeypatch)
+    monkeypatch.setitem(sys.modules, "xformers._cpp_lib", SimpleNamespace(_built_with_cuda=False))
+    on(monkeypatch, (9, 0), {"xformers": "0.0.35"})
+    reason = xformers_blocks.why_not(GPU, torch.bfloat16, 64)
+    assert reason == f"the installed one was built for another torch than {torch.__version__}"
 
 
 def test_a_library_that_does_not_import(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:

@@ -222,14 +222,17 @@ class FAR(nn.Module):
         exact = rotations(group.positions_on(weight.device))
         return exact.to(torch.promote_types(weight.dtype, torch.float32))
 
-    def kernel(self) -> str:
+    def kernel(self, compiled: bool = True) -> str:
         """The name of the attention kernel that `attention_kernel` asks for, on the weights' device in their precision.
+
+        Args:
+            compiled: see `choose`.
 
         Raises:
             UserError: it is unknown or not usable there.
         """
         weight = self.patch_embedding.weight
-        return choose(self.attention_kernel, weight.device, weight.dtype, HEAD_DIM).name
+        return choose(self.attention_kernel, weight.device, weight.dtype, HEAD_DIM, compiled).name
 
 
 def to_patches(frames: Tensor, patch: int) -> Tensor:

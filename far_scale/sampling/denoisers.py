@@ -21,6 +21,7 @@ from far_scale.model.far import from_patches, to_patches
 from far_scale.model.layers import Block, Tokens, gated, modulated_norm
 from far_scale.objective import CLEAN, CLEAN_CONTEXT
 from far_scale.sampling.cache import MultiLevelCache
+from far_scale.sampling.replay import Pool, Replay
 
 
 class Denoiser(Protocol):
@@ -77,8 +78,9 @@ class Cached:
         self._model, self._timesteps, self._copies, self._size = model, timesteps, copies, size
         self._rows, self._dtype = copies * clips, weight.dtype
         self._blocks = [cast(Block, block) for block in model.blocks]
-        self._kernel = model.kernel()
+        self._kernel = model.kernel(compiled=False)
         self._cache = MultiLevelCache(model.config, self._rows, frames, size, weight.device, weight.dtype)
+        self._pool = Pool() if weight.device.type == "cuda" else None
         self._first = 0  # index in the clip of the window's first frame
         self._window_frames, self._context_frames = 0, 0  # clean frames held
 
@@ -156,22 +158,25 @@ class Cached:
         steps = len(self._timesteps)
         timesteps = self._timesteps.repeat_interleave(self._rows)
         condition = self._model.condition(timesteps, None if classes is None else classes.repeat(steps))
-        self._condition = condition.unflatten(0, (steps, self._rows))
-        self._modulations = [
-            (block.attention_modulation(self._condition), block.mlp_modulation(self._condition))
-            for block in self._blocks
-        ]
+        self._condition = condition.unflatten(0, (steps, self._rows))  # [S, R, E]
+        of_layers = [(b.attention_modulation(self._condition), b.mlp_modulation(self._condition)) for b in self._blocks]
+        self._modulations = torch.stack([torch.stack(pair, 1) for pair in of_layers], 1)  # [S, layers, 2, R, 3 E]
         self._rotation = self._model.rotations(group)
+        self._compute = self._velocity if self._pool is None else Replay(self._velocity, self._pool)
 
     def velocity(self, x: Tensor, step: int) -> Tensor:
+        return self._compute(x, self._condition[step], self._modulations[step])
+
+    def _velocity(self, x: Tensor, condition: Tensor, modulations: Tensor) -> Tensor:
+        """x `[B, C, H, W]`; of one step the condition `[R, E]` and the modulations `[layers, 2, R, 3 E]`."""
         model, config, slot = self._model, self._model.config, self._window_frames
         tokens = model.patch_embedding(to_patches(x.to(self._dtype), config.patch).repeat(self._copies, 1, 1))
-        for layer, (block, (attention, mlp)) in enumerate(zip(self._blocks, self._modulations, strict=True)):
-            shift, scale, gate = attention[step].chunk(3, dim=-1)
+        for layer, (block, (attention, mlp)) in enumerate(zip(self._blocks, modulations, strict=True)):
+            shift, scale, gate = attention.chunk(3, dim=-1)
             q, k, v = block.attention.project(modulated_norm(tokens, scale, shift), self._rotation)
             self._cache.write_window(layer, slot, k, v)
             keys, values = self._cache.visible(layer, slot + 1, self._context_frames)
             q, keys, values = (part.transpose(1, 2) for part in (q.unflatten(0, (self._rows, -1)), keys, values))
             seen = F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2)
-            tokens = block.add_mlp(gated(tokens, gate, block.attention.out(seen)), mlp[step])
-        return from_patches(model.output(tokens, self._condition[step]), self._size, config.patch).float()
+            tokens = block.add_mlp(gated(tokens, gate, block.attention.out(seen)), mlp)
+        return from_patches(model.output(tokens, condition), self._size, config.patch).float()

@@ -34,10 +34,12 @@ _KERNELS = {module.NAME: module for module in _LIBRARIES}
 KERNELS = (*_KERNELS, flex.NAME, dense.NAME)
 """All names: the kernels that `causal_pair` runs on, FlexAttention and the dense mask, which stand beside them."""
 
-_ON_EVERY_GPU = (flash_attn_2.NAME, torch_varlen.NAME, xformers_blocks.NAME, flex.NAME, dense.NAME)
+# Measured on an H100 (docs/performance.md): a causal pair pays for its second call and for the merge, so that on clips
+# as models train on FlexAttention's one call is faster, though its matrix products are slower.
+_ON_EVERY_GPU = (flex.NAME, flash_attn_2.NAME, torch_varlen.NAME, xformers_blocks.NAME, dense.NAME)
 # By the first number of the compute capability: what is written for these GPUs goes before what runs on all.
 _ON_GPUS = {
-    9: (flash_attn_3.NAME, flash_attn_4.NAME, *_ON_EVERY_GPU),
+    9: (flex.NAME, flash_attn_3.NAME, flash_attn_4.NAME, *_ON_EVERY_GPU[1:]),
     10: (flash_attn_4.NAME, *_ON_EVERY_GPU),
     11: (flash_attn_4.NAME, *_ON_EVERY_GPU),
 }
@@ -53,17 +55,19 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(asked: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
+def choose(asked: str, device: torch.device, dtype: torch.dtype, head_dim: int, compiled: bool = True) -> Choice:
     """The kernel for tensors `[T, N, D]` of this device, dtype and D.
 
     Args:
         asked: "auto" or a kernel's name; the environment's FAR_SCALE_ATTENTION goes before it.
+        compiled: whether "auto" may be FlexAttention, which is compiled in the first calls and anew for other kinds of
+            shapes. Training soon has them all; in sampling each frame brings new ones.
 
     Raises:
         UserError: there is no such kernel, or it cannot compute this here.
     """
     override = os.environ.get(ENVIRONMENT, "")
-    return _choose(override or asked, bool(override), device, dtype, head_dim)
+    return _choose(override or asked, bool(override), device, dtype, head_dim, compiled)
 
 
 def kernel(name: str) -> Kernel:
@@ -79,13 +83,15 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
 
 
 @functools.cache
-def _choose(asked: str, overridden: bool, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
+def _choose(
+    asked: str, overridden: bool, device: torch.device, dtype: torch.dtype, head_dim: int, compiled: bool
+) -> Choice:
     if asked != "auto":
         _refuse_unusable(asked, overridden, device, dtype, head_dim)
         return Choice(asked, f"attention: {asked} (asked for{f' by {ENVIRONMENT}' if overridden else ''})")
     place, order = _order(device)
     passed_over: dict[str, list[str]] = {}
-    for name in order:
+    for name in order if compiled else (name for name in order if name != flex.NAME):
         reason = why_not(name, device, dtype, head_dim)
         if reason is None:
             reasons = [f"{', '.join(names)}: {what}" for what, names in passed_over.items()]

@@ -93,7 +93,8 @@ def _seen(group: FrameGroup, prefix: Prefix | None, device: torch.device) -> _Se
         query_tokens, ends = torch.tensor(prefix.queries.lengths), torch.tensor(prefix.keys.starts)
         first[rows] = ends[:-1].repeat_interleave(query_tokens)
         last[rows] = ends[1:].repeat_interleave(query_tokens)
-    return _Seen(*(x.to(device) for x in (first, last, group_first, group_last)))
+    # The kernels read these in their innermost loop, so they are no wider than needed.
+    return _Seen(*(x.to(device, torch.int32) for x in (first, last, group_first, group_last)))
 
 
 def _block_mask(seen: _Seen, order: Order) -> BlockMask:
@@ -109,10 +110,13 @@ def _block_mask(seen: _Seen, order: Order) -> BlockMask:
     some, every = some.unflatten(0, (-1, _BLOCK)).any(1), every.unflatten(0, (-1, _BLOCK)).all(1)  # [R, C]
     first, last, group_first, group_last = seen
 
-    def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        of_earlier = (key >= first[query]) & (key < last[query])
-        return of_earlier | ((key >= group_first[query]) & (key < group_last[query]))
+    def of_group(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= group_first[query]) & (key < group_last[query])
 
+    def of_both(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return ((key >= first[query]) & (key < last[query])) | of_group(batch, head, query, key)
+
+    visible = of_group if order.prefix is None else of_both
     return BlockMask.from_kv_blocks(
         *_listed(some & ~every), *_listed(every), BLOCK_SIZE=_BLOCK, mask_mod=visible, seq_lengths=(tokens, keys)
     )

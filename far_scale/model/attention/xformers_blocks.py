@@ -19,7 +19,7 @@ from torch import Tensor
 
 from far_scale.layout import Spans
 from far_scale.model.attention import padded_lse
-from far_scale.model.attention.kernel import GpuNeeds, compute_capability, dotted, installed_version, why_not_importable
+from far_scale.model.attention.kernel import GpuNeeds, compute_capability, dotted, why_not_importable
 
 NAME, PACKAGE, INSTALL = "xformers", "xformers", "pip install xformers"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -35,6 +35,11 @@ def _library() -> Any:
     return importlib.import_module(_MODULE)
 
 
+def _built_with_cuda() -> bool:
+    """Whether its CUDA extensions could be loaded; those built for another torch cannot."""
+    return bool(importlib.import_module("xformers._cpp_lib")._built_with_cuda)
+
+
 def _flash(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the flash operators take it; the CUTLASS ones otherwise."""
     return dtype != torch.float32 and compute_capability(device) >= (8, 0) and _library().flash.FwOp.is_available()
@@ -44,8 +49,8 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     """See `Kernel.why_not`."""
     if reason := _FLASH.why_not(device, dtype, head_dim) or why_not_importable(PACKAGE, "0.0.33", _MODULE):
         return reason
-    if not _library().cutlass.FwOp.is_available():  # it is imported all the same, and fails at the first call
-        return f"{PACKAGE} {installed_version(PACKAGE)} was built for another torch than {torch.__version__}"
+    if not _built_with_cuda():  # it is imported all the same, and fails at the first call
+        return f"the installed one was built for another torch than {torch.__version__}"
     if _flash(device, dtype):
         return None
     if dtype == torch.bfloat16 and compute_capability(device) < (8, 0):

@@ -1,0 +1,62 @@
+"""The same kernels again and again, launched by the GPU itself: CUDA graphs.
+
+A frame of one clip is so little work that a GPU waits for the host, which launches some 40 kernels a layer. Within a
+frame all denoising steps launch the same ones, so they are captured once a frame and replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Replay:
+    """`function` of tensors, computed by replaying one capture of its kernels.
+
+    The first call runs it as it is, so that libraries have made their workspaces when the second one captures it. What
+    the function reads beside its arguments must stay where it is; it must not make the host wait.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], pool: Pool) -> None:
+        self._function, self._pool = function, pool
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._called = False
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        """The function's result, in memory of its own. Shapes and dtypes must be those of the first call."""
+        if not self._called:
+            self._called = True
+            return self._function(*args)
+        if self._graph is None:
+            self._args = [x.clone() for x in args]
+            self._graph, self._result = self._pool.capture(self._function, self._args)
+        else:
+            for mine, x in zip(self._args, args, strict=True):
+                mine.copy_(x)
+        self._graph.replay()
+        return self._result.clone()
+
+
+class Pool:
+    """Memory that captures share, one after the other: a new one may be made when the last is not replayed any more."""
+
+    def __init__(self) -> None:
+        self._last: torch.cuda.CUDAGraph | None = None  # while one graph lives, so does the memory
+        self._stream = torch.cuda.Stream()
+
+    def capture(self, function: Callable[..., Tensor], args: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Not by torch.cuda.graph, which collects garbage and empties the allocator's cache each time."""
+        graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self._stream.wait_stream(outer)
+        with torch.cuda.stream(self._stream):
+            pool = None if self._last is None else self._last.pool()
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                result = function(*args)
+            finally:
+                graph.capture_end()
+        outer.wait_stream(self._stream)
+        self._last = graph
+        return graph, result
