@@ -36,7 +36,8 @@ setup(
         "mosaic": ["mosaicml-streaming>=0.9"],
         "slurm": ["submitit>=1.5"],
         "wandb": ["wandb>=0.18"],
+        "dcae": ["diffusers>=0.33"],
         "demo": ["vizdoom>=1.2.4"],
-        "dev": ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=1.13", "types-PyYAML"],
+        "dev": ["diffusers>=0.33", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=1.13", "types-PyYAML"],
     },
 )

@@ -6,11 +6,14 @@ network that starts at zero and learns what the linear map leaves. So training b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from far_scale.autoencoder.network import AutoencoderNetwork
 
 DOWNSAMPLE = 8
 _GROUPS = 8
@@ -48,12 +51,13 @@ class ResidualBlock(nn.Module):
         return out
 
 
-class CompactAutoencoder(nn.Module):
+class CompactAutoencoder(AutoencoderNetwork):
     """The network; weights for it come from `far_scale.train.autoencoder` or a safetensors file."""
 
     def __init__(self, config: CompactConfig) -> None:
         super().__init__()
         self.config = config
+        self.latent_channels, self.downsample = config.channels, DOWNSAMPLE
         fine, coarse = config.width, 2 * config.width
         self.patch_encoder = nn.Conv2d(3, config.channels, DOWNSAMPLE, DOWNSAMPLE)
         self.patch_decoder = nn.ConvTranspose2d(config.channels, 3, DOWNSAMPLE, DOWNSAMPLE)
@@ -89,6 +93,17 @@ class CompactAutoencoder(nn.Module):
         """Latents [N, C, H, W] to pixels [N, 3, 8H, 8W], not clamped."""
         pixels: Tensor = self.patch_decoder(latents) + self.decoder(latents)
         return pixels
+
+    def card_config(self) -> dict[str, Any]:
+        """The fields of `CompactConfig`."""
+        return asdict(self.config)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weights of the decoder's last convolution; beside it there is the linear map of the patches."""
+        convolution = self.decoder[-2]
+        assert isinstance(convolution, nn.Conv2d)
+        return convolution.weight
 
     @torch.no_grad()
     def start_from_patches(self, pixels: Tensor) -> None:
