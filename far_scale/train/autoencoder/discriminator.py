@@ -7,6 +7,8 @@ arXiv 2012.09841, equation 7).
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = [_WIDTH, 2 * _WIDTH, 4 * _WIDTH, 8 * _WIDTH]
         layers: list[nn.Module] = [nn.Conv2d(3, _WIDTH, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for before, width in zip(widths, widths[1:], strict=False):
+        for before, width in pairwise(widths):
             stride = 1 if width == widths[-1] else 2
             layers += [
                 nn.Conv2d(before, width, 4, stride=stride, padding=1, bias=False),

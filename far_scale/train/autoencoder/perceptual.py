@@ -60,12 +60,15 @@ class PerceptualDistance(nn.Module):
         with torch.device("meta"):
             distance = cls()
         there = _read(Path(path))
-        own = {name: f"lin{name[7:]}.model.1.weight" if name.startswith("shares.") else name for name in distance.state_dict()}
+        own = {
+            name: f"lin{name[7:]}.model.1.weight" if name.startswith("shares.") else name
+            for name in distance.state_dict()
+        }
         missing = [theirs for theirs in own.values() if theirs not in there]
         if missing:
             raise UserError(
-                f"{path}: {_KEY}: has no {', '.join(missing[:3])}{' ...' if missing[3:] else ''}; it takes torchvision's "
-                "vgg16 state dict and the lpips package's vgg.pth"
+                f"{path}: {_KEY}: has no {', '.join(missing[:3])}{' ...' if missing[3:] else ''}; it takes "
+                "torchvision's vgg16 state dict and the lpips package's vgg.pth"
             )
         distance = cls()
         try:

@@ -141,6 +141,14 @@ class AutoencoderRecipe(Section, Generic[ModelT, DataT]):
     train: TrainSection
 
 
+_KINDS: dict[tuple[bool, bool], type[AutoencoderRecipe[Any, Any]]] = {  # by whether DC-AE, and whether videos
+    (False, False): AutoencoderRecipe[CompactModel, EpisodeData],
+    (False, True): AutoencoderRecipe[CompactModel, VideoData],
+    (True, False): AutoencoderRecipe[DCAEModel, EpisodeData],
+    (True, True): AutoencoderRecipe[DCAEModel, VideoData],
+}
+
+
 def load_autoencoder_recipe(path: str | Path, overrides: list[str] | None = None) -> AutoencoderRecipe[Any, Any]:
     """Read an autoencoder's recipe: `model.kind` says which keys model has, and `data.videos` which ones data has.
 
@@ -152,9 +160,9 @@ def load_autoencoder_recipe(path: str | Path, overrides: list[str] | None = None
     dc_ae = isinstance(model, dict) and model.get("kind", "compact") != "compact"
     data = document.values.get("data")
     videos = isinstance(data, dict) and "videos" in data
-    kind: Any = AutoencoderRecipe[DCAEModel if dc_ae else CompactModel, VideoData if videos else EpisodeData]
+    kind = _KINDS[dc_ae, videos]
     try:
-        recipe: AutoencoderRecipe[Any, Any] = kind.model_validate(document.values)
+        recipe = kind.model_validate(document.values)
     except ValidationError as error:
         raise explain(error, document, kind) from None
     _check(recipe, document)
@@ -176,13 +184,12 @@ def _check(recipe: AutoencoderRecipe[Any, Any], document: Document) -> None:
             if not own or own[0] < 0:
                 raise refuse(f"data.{key}", f"no seeds from {own.start} to before {own.stop}; write [first, end]")
         if set(seeds["train_seeds"]) & set(seeds["heldout_seeds"]):
-            raise refuse(
-                "data.heldout_seeds", "some are in data.train_seeds too; held-out episodes must be others"
-            )
+            raise refuse("data.heldout_seeds", "some are in data.train_seeds too; held-out episodes must be others")
     else:
         if train.batch % data.clip_frames:
             raise refuse(
-                "train.batch", f"{train.batch} frames are no whole number of clips of data.clip_frames {data.clip_frames}"
+                "train.batch",
+                f"{train.batch} frames are no whole number of clips of data.clip_frames {data.clip_frames}",
             )
         if train.loss.discriminator > 0 and data.size < _SMALLEST_JUDGED:
             raise refuse(
