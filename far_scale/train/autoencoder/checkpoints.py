@@ -16,7 +16,14 @@ from far_scale.train.processes import Processes, gather
 
 FORMAT = "far_scale.autoencoder_checkpoint/1"
 _KEPT = 2
-_BROKEN = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)  # what torch.load raises of such files
+_BROKEN = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    KeyError,
+    OSError,
+)  # what torch.load raises of such files
 
 
 class Checkpoints:
@@ -42,8 +49,13 @@ class Checkpoints:
         """
         if not self._processes.main:
             return
-        with atomic_write(self._path(step)) as beside:
-            torch.save({"format": FORMAT, "step": step, **state}, beside)
+        path = self._path(step)
+        try:
+            with atomic_write(path) as beside:
+                torch.save({"format": FORMAT, "step": step, **state}, beside)
+        except RuntimeError as error:  # so PyTorch's writer tells a full disk
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{path}: could not be written ({reason}); free some space, and start again") from error
         steps = [other for other in self._steps() if other <= step]
         for old in steps[_KEPT:]:
             self._path(old).unlink()

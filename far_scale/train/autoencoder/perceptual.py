@@ -116,7 +116,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             )
         except FileNotFoundError:
             raise UserError(f"{file}: {_KEY}: there is no such file or folder") from None
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{file}: {_KEY}: no file of weights ({reason}); get it again") from None
         if isinstance(values, dict):
