@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +138,23 @@ def test_wrong_weights_are_refused_in_one_line(tmp_path: Path) -> None:
     refused(b"text", card.read_text(), "weights are broken")
     with pytest.raises(UserError, match=f"compact-vizdom: there is none of this name; shipped: {NAME}"):
         autoencoders.load("compact-vizdom")
+    with pytest.raises(UserError, match=r"mine.safetensors: there is no such file"):
+        autoencoders.load("mine.safetensors")
+
+
+def test_a_file_of_ones_own_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for suffix in (".safetensors", ".json"):
+        shutil.copy(autoencoders.WEIGHTS / f"{NAME}{suffix}", tmp_path / f"mine{suffix}")
+    with pytest.raises(UserError, match=f"mine: there is none of this name; shipped: {NAME};.*FAR_SCALE_AUTOENCODERS"):
+        autoencoders.load("mine")
+    monkeypatch.setenv("FAR_SCALE_AUTOENCODERS", str(tmp_path))
+    assert autoencoders.load("mine").weight_hash == autoencoders.load(NAME).weight_hash
+
+
+def test_without_diffusers_a_dc_ae_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    (tmp_path / "mine.safetensors").touch()
+    card = {"name": "mine", "scaling_factor": 1.0, "config": {"_class_name": "AutoencoderDC"}}
+    (tmp_path / "mine.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match=r"mine.json: DC-AE needs diffusers.*pip install 'far_scale\[dcae\]'"):
+        autoencoders.load(tmp_path / "mine.safetensors")

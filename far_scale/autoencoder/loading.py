@@ -66,7 +66,11 @@ def load(
     card = read_json(card_file, "config of an autoencoder" if of_diffusers else "card of an autoencoder")
     try:
         if of_diffusers:  # whose own default is a factor of 1
-            card = {"name": weights.parent.name, "scaling_factor": card.get("scaling_factor", 1.0), "config": card}
+            card = {
+                "name": weights.parent.resolve().name,
+                "scaling_factor": card.get("scaling_factor", 1.0),
+                "config": card,
+            }
         name, factor = str(card["name"]), float(card["scaling_factor"])
         with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
             network = network_of(card["config"])
@@ -82,7 +86,10 @@ def load(
         raise UserError(
             f"{weights}: weights are broken or of another autoencoder ({reason}); copy them again"
         ) from None
-    return Autoencoder(name, sha256(weights), factor, network, torch.device(device), dtype)
+    weight_hash = sha256(weights)
+    if not of_diffusers and card.get("weights_sha256", weight_hash) != weight_hash:
+        raise UserError(f"{weights}: these are not the weights of its card {card_file.name}; copy both again")
+    return Autoencoder(name, weight_hash, factor, network, torch.device(device), dtype)
 
 
 def _find(name_or_path: str | Path) -> Path:
