@@ -263,7 +263,13 @@ def test_discriminator_joins_at_its_step_and_moves_the_decoder_alone(
 def test_a_narrow_dc_ae_learns_and_is_exported(
     alone: Processes, recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = ["train.steps=60", "train.learning_rate=2e-3", "train.discriminator_start=1000", "train.log_every=20"]
+    overrides = [
+        "train.steps=60",
+        "train.learning_rate=2e-3",
+        "train.discriminator_start=1000",
+        "train.log_every=20",
+        "train.precision=bf16",
+    ]
     recipe = recipe_of(tmp_path, recorded, *overrides, f"data.heldout_videos={recorded}", "train.checkpoint_every=1000")
     places = Places(tmp_path / "out", tmp_path / "run", tmp_path / "episodes", 2)
     trainer, frames = trainer_of(recipe, alone)
@@ -559,7 +565,10 @@ def test_what_does_not_fit_the_recipe_is_refused_in_one_line(alone: Processes, r
         r"odd\.json: model\.config: not a configuration of diffusers' AutoencoderDC",
         f"model.config={tmp_path / 'odd.json'}",
     )
-    refused("no such file or folder of videos", f"data.videos={tmp_path / 'absent'}")
+    refused(
+        r"narrow: data\.videos: .*absent: there is no such file or folder of videos",
+        f"data.videos={tmp_path / 'absent'}",
+    )
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 

@@ -16,15 +16,14 @@ from far_scale.train.faults.signals import StopSignals
 
 def main() -> int:
     signals = StopSignals()
+    own_cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("recipe", help="such as recipes/autoencoder_compact.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change, e.g. train.steps=100")
     parser.add_argument("--out", type=Path, default=Path("runs/autoencoder"), help="folder for the weights and card")
     parser.add_argument("--run-dir", type=Path, help="folder for checkpoints and log; default: runs/autoencoder/NAME")
     parser.add_argument("--episodes", type=Path, default=Path("runs/autoencoder/episodes"), help="folder for episodes")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that record, threads that read"
-    )
+    parser.add_argument("--workers", type=int, default=own_cores, help="processes that record, threads that read")
     return status_of(lambda: _train(parser.parse_intermixed_args(), signals))
 
 

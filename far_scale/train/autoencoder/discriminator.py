@@ -68,5 +68,5 @@ def adaptive_weight(loss: Tensor, adversarial: Tensor, last_layer: nn.Parameter,
     norms = []
     for one in (loss, adversarial):
         (gradient,) = torch.autograd.grad(one, last_layer, retain_graph=True)
-        norms.append(processes.mean(gradient).norm())
+        norms.append(processes.mean(gradient.flatten()).norm())
     return (norms[0] / (norms[1] + _NEVER_ZERO)).clamp(0, _LARGEST_WEIGHT).float()

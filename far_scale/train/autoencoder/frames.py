@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -125,16 +126,17 @@ class VideoFrames(Frames):
         data = recipe.data
         self.size = data.size
         self._recipe, self._data, self._processes, self._say = recipe, data, processes, say
-        self._sources = find_sources(data.videos, data.split)
+        self._sources = _sources(f"{recipe.name}: data.videos", data.videos, data.split)
         self._heldout_sources: Sequence[Source] = ()
         if data.heldout_videos is not None:
-            found = find_sources(data.heldout_videos, data.heldout_split)
+            found = _sources(f"{recipe.name}: data.heldout_videos", data.heldout_videos, data.heldout_split)
             self._heldout_sources = found[:: -(-len(found) // _HELDOUT_VIDEOS)]
         self.fingerprint = hashlib.sha256("\n".join(source.name for source in self._sources).encode()).hexdigest()
         self._order = lru_cache(maxsize=4)(
             lambda epoch: generator(recipe.seed, "videos", epoch).permutation(len(self._sources))
         )
-        self._bad: dict[Path, str] = {}
+        self._bad: set[Path] = set()
+        self._lock = Lock()  # of what is bad
         self._readers = ThreadPoolExecutor(workers, thread_name_prefix="videos")
         self._coming: dict[int, list[Future[NDArray[np.uint8]]]] = {}
 
@@ -178,13 +180,15 @@ class VideoFrames(Frames):
         raise UserError(f"{self._data.videos}: data.videos: none of these videos can be used; see the lines above")
 
     def _reject(self, path: Path, error: BadVideo) -> None:
-        if path not in self._bad:
-            self._bad[path] = str(error)
-            self._say(f"left out: {error}")
-        if len(self._bad) > max(1, _BAD_SHARE * len(self._sources)):
+        with self._lock:
+            if path not in self._bad:
+                self._bad.add(path)
+                self._say(f"left out: {error}")
+            bad = len(self._bad)
+        if bad > max(1, _BAD_SHARE * len(self._sources)):
             raise UserError(
-                f"{self._data.videos}: data.videos: {len(self._bad)} of {len(self._sources)} videos cannot be used, "
-                f"the last one since {error}; mend them, or take them out"
+                f"{self._data.videos}: data.videos: {bad} of {len(self._sources)} videos cannot be used, the last one "
+                f"since {error}; mend them, or take them out"
             )
 
 
@@ -221,6 +225,14 @@ def read_frames(paths: Sequence[Path]) -> Tensor:
 def to_pixels(frames: Tensor) -> Tensor:
     """uint8 to float32 in [-1, 1]."""
     return frames.float() / 127.5 - 1
+
+
+def _sources(where: str, videos: str, split: str | None) -> list[Source]:
+    """As `find_sources`, whose errors here begin with the recipe and the key."""
+    try:
+        return find_sources(videos, split)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _channels_first(clips: Sequence[NDArray[np.uint8]]) -> Tensor:

@@ -129,10 +129,10 @@ class Trainer:
     def _prepared(self, network: Any) -> Any:
         """On the device, with rank 0's weights and batch norms that see all ranks."""
         share_batch_norms(network, self._processes)
-        network = network.to(self._processes.device, memory_format=torch.channels_last).train()
+        network = network.to(self._processes.device).train()
         for tensor in network.state_dict().values():
             dist.broadcast(tensor, 0)
-        return network
+        return network.to(memory_format=torch.channels_last)
 
     def _optimizer_of(self, network: nn.Module) -> torch.optim.AdamW:
         settings = self._settings
