@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from launch import ROOT, environment
-from rank_processes import started
+from autoencoder_ranks import TOOL, end, started
+from launch import environment
 from torch import Tensor, nn
 
 from far_scale import autoencoder as autoencoders
@@ -37,7 +38,6 @@ from far_scale.train.autoencoder.trainer import Trainer
 from far_scale.train.autoencoder.training import first_network
 from far_scale.train.processes import Processes
 
-TOOL = ROOT / "tools" / "train_autoencoder.py"
 VGG = [(0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256)]
 VGG += [(17, 256, 512), *[(number, 512, 512) for number in (19, 21, 24, 26, 28)]]
 
@@ -308,43 +308,50 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
 
 def test_ranks_kills_and_stops_change_nothing(recorded: Path, vgg: Path, tmp_path: Path) -> None:
     file = recipe_file(tmp_path, recorded)
+    overrides = ["train.steps=14", "train.batch=8", "train.discriminator_start=6", f"train.perceptual_weights={vgg}"]
 
-    def arguments(name: str, *more: str) -> list[Any]:
+    def start(name: str, count: int) -> contextlib.AbstractContextManager[list[BaseProcess]]:
         out, run = tmp_path / name / "out", tmp_path / name / "run"
-        perceptual = f"train.perceptual_weights={vgg}"
-        return [TOOL, file, perceptual, *more, "--out", out, "--run-dir", run, "--workers", "1"]
+        arguments = [file, *overrides, "--out", out, "--run-dir", run, "--workers", "1"]
+        return started(count, tmp_path / name / "printed", arguments)
 
     def wait_for(step: int, run: Path) -> None:
         end = time.monotonic() + 120
         while not any(line["step"] >= step for line in lines_of(run)):
-            assert time.monotonic() < end, "no such step"
+            assert time.monotonic() < end, (run.parent / "printed").read_text()
             time.sleep(0.02)
 
-    whole, broken = tmp_path / "whole" / "run", tmp_path / "broken" / "run"
-    with started(2, tmp_path / "whole", *arguments("whole")) as ranks:
-        assert [rank.end(240)[0] for rank in ranks] == [0, 0]
-    with started(2, tmp_path / "broken" / "1", *arguments("broken")) as ranks:
-        wait_for(5, broken)
-        for rank in ranks:
-            rank.process.kill()
-    killed_at = lines_of(broken)[-1]["step"]
-    assert 5 <= killed_at < 20
-    (broken / "checkpoints" / ".step-00000009.77.part.pt").write_bytes(b"half")
-    with started(2, tmp_path / "broken" / "2", *arguments("broken")) as ranks:
-        wait_for(max(12, killed_at + 1), broken)
-        ranks[1].process.send_signal(signal.SIGTERM)
-        ends = [rank.end(240) for rank in ranks]
-    stopped_at = lines_of(broken)[-1]["step"]
-    assert [status for status, _ in ends] == [75, 75], ends
-    assert stopped_at < 20 and (broken / "checkpoints" / f"step-{stopped_at:08d}.pt").exists()
-    assert f"from step {killed_at // 3 * 3} to 20 on 2 ranks" in ends[0][1]
-    with started(2, tmp_path / "broken" / "3", *arguments("broken")) as ranks:
-        ends = [rank.end(240) for rank in ranks]
-    assert [status for status, _ in ends] == [0, 0] and f"from step {stopped_at} to 20" in ends[0][1]
+    def ends(ranks: list[BaseProcess]) -> list[int | None]:
+        return [end(rank, 240) for rank in ranks]
 
-    assert lines_of(broken) == lines_of(whole) and [line["step"] for line in lines_of(whole)] == list(range(1, 21))
+    whole, broken = tmp_path / "whole" / "run", tmp_path / "broken" / "run"
+    printed = tmp_path / "broken" / "printed"
+    with start("whole", 2) as ranks:
+        assert ends(ranks) == [0, 0], (tmp_path / "whole" / "printed").read_text()
+    with start("broken", 2) as ranks:
+        wait_for(4, broken)
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    killed_at = lines_of(broken)[-1]["step"]
+    assert 4 <= killed_at < 14
+    (broken / "checkpoints" / ".step-00000009.77.part.pt").write_bytes(b"half")
+    with start("broken", 2) as ranks:
+        wait_for(max(8, killed_at + 1), broken)
+        ranks[1].terminate()
+        assert ends(ranks) == [75, 75], printed.read_text()
+    stopped_at = lines_of(broken)[-1]["step"]
+    assert stopped_at < 14 and (broken / "checkpoints" / f"step-{stopped_at:08d}.pt").exists()
+    with start("broken", 2) as ranks:
+        assert ends(ranks) == [0, 0], printed.read_text()
+    beginnings = [line for line in printed.read_text().splitlines() if line.startswith("narrow: from step")]
+    assert beginnings[0] == "narrow: from step 0 to 14 on 2 ranks" and beginnings[1].startswith("narrow: from step ")
+    assert 3 <= int(beginnings[1].split()[3]) <= killed_at
+    assert beginnings[2:] == [f"narrow: from step {stopped_at} to 14 on 2 ranks"]
+
+    assert lines_of(broken) == lines_of(whole) and [line["step"] for line in lines_of(whole)] == list(range(1, 15))
     assert {"squared", "absolute", "perceptual", "adversarial", "discriminator"} <= lines_of(whole)[8].keys()
-    names = ["step-00000018.pt", "step-00000020.pt"]
+    names = ["step-00000012.pt", "step-00000014.pt"]
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == names
     assert sorted(path.name for path in (broken / "checkpoints").iterdir()) == names
     own, other = (torch.load(run / "checkpoints" / names[1], weights_only=True) for run in (whole, broken))
@@ -357,11 +364,11 @@ def test_ranks_kills_and_stops_change_nothing(recorded: Path, vgg: Path, tmp_pat
     checkpoints = tmp_path / "one" / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
     shutil.copy(whole / "checkpoints" / names[0], checkpoints)
-    with started(1, tmp_path / "one", *arguments("one")) as ranks:
-        status, output = ranks[0].end(240)
-    assert status == 0 and "from step 18 to 20 on 1 ranks" in output
+    with start("one", 1) as ranks:
+        assert ends(ranks) == [0]
+    assert "from step 12 to 14 on 1 ranks" in (tmp_path / "one" / "printed").read_text()
     assert lines_of(tmp_path / "one" / "run") == [
-        pytest.approx(line, rel=tolerance) for line, tolerance in zip(lines_of(whole)[18:], (1e-4, 1e-3), strict=True)
+        pytest.approx(line, rel=tolerance) for line, tolerance in zip(lines_of(whole)[12:], (1e-4, 1e-3), strict=True)
     ]
     alone = torch.load(checkpoints / names[1], weights_only=True)
     for name in ("network", "average", "discriminator"):

@@ -28,6 +28,7 @@ from far_scale.train.processes import Processes
 
 _STEPS_AHEAD = 2  # that are read while a step computes
 _BAD_SHARE = 0.05  # of the videos may be unusable before training stops
+_CLIPS_OF_A_VIDEO = 8  # at most, in a sample of all
 _HELDOUT_VIDEOS = 64  # at most, evenly chosen
 
 
@@ -150,7 +151,8 @@ class VideoFrames(Frames):
         return _channels_first([future.result() for future in self._coming.pop(step)])
 
     def sample(self, count: int) -> Tensor:
-        return _channels_first(list(self._readers.map(self._clip, range(-(-count // self._data.clip_frames)))))
+        clips = min(-(-count // self._data.clip_frames), _CLIPS_OF_A_VIDEO * len(self._sources))
+        return _channels_first(list(self._readers.map(self._clip, range(clips))))
 
     def heldout(self) -> Tensor | None:
         if not self._heldout_sources:
