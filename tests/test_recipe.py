@@ -21,7 +21,9 @@ from far_scale.recipe_sections import ModelSection
 from far_scale.recipe_yaml import SHIPPED_RECIPES
 
 SHIPPED = sorted(
-    path.stem for path in SHIPPED_RECIPES.glob("*.yaml") if path.stem not in ("base", "autoencoder_compact")
+    path.stem
+    for path in SHIPPED_RECIPES.glob("*.yaml")
+    if path.stem != "base" and not path.stem.startswith("autoencoder_")
 )
 
 # The official YAMLs (showlab/FAR, options/train/far): preset, frames and window, frame interval, steps, autoencoder,

@@ -1,31 +1,45 @@
 #!/usr/bin/env python
-"""Train the demo's autoencoder by a recipe: records its own episodes, trains, writes the weights and their card."""
+"""Train an autoencoder by a recipe, alone or under torchrun, and write its weights and their card.
+
+Killed or stopped, the same command goes on from the last checkpoint, to the same weights.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
-from far_scale.errors import command_line
-from far_scale.train.autoencoder import load_autoencoder_recipe, train_autoencoder
+from far_scale.train.faults.exits import DONE, REQUEUE, leave, status_of
+from far_scale.train.faults.signals import StopSignals
 
 
-@command_line
-def main() -> None:
+def main() -> int:
+    signals = StopSignals()
+    own_cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("recipe", help="such as recipes/autoencoder_compact.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change, e.g. train.steps=100")
     parser.add_argument("--out", type=Path, default=Path("runs/autoencoder"), help="folder for the weights and card")
+    parser.add_argument("--run-dir", type=Path, help="folder for checkpoints and log; default: runs/autoencoder/NAME")
     parser.add_argument("--episodes", type=Path, default=Path("runs/autoencoder/episodes"), help="folder for episodes")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that record")
-    arguments = parser.parse_args()
-    recipe = load_autoencoder_recipe(arguments.recipe)
-    command = f"python tools/train_autoencoder.py {arguments.recipe} --out {arguments.out}"
-    path = train_autoencoder(recipe, arguments.out, arguments.episodes, max(1, arguments.workers), command)
-    card = json.loads(path.with_suffix(".json").read_text())
-    print(f"{path}: {card['psnr_db']} dB on held-out episodes, scaling factor {card['scaling_factor']:.4f}")
+    parser.add_argument("--workers", type=int, default=own_cores, help="processes that record, threads that read")
+    return status_of(lambda: _train(parser.parse_intermixed_args(), signals))
+
+
+def _train(asked: argparse.Namespace, signals: StopSignals) -> int:
+    # Late: threads must inherit what StopSignals has set.
+    from far_scale.train.autoencoder import Places, load_autoencoder_recipe, train_autoencoder
+    from far_scale.train.processes import start_processes, stop_processes
+
+    recipe = load_autoencoder_recipe(asked.recipe, asked.overrides)
+    run = asked.run_dir or Path("runs/autoencoder") / recipe.name
+    command = " ".join(["python tools/train_autoencoder.py", asked.recipe, *asked.overrides, f"--out {asked.out}"])
+    places = Places(asked.out, run, asked.episodes, max(1, asked.workers))
+    done = train_autoencoder(recipe, places, command, start_processes(), signals)
+    stop_processes()
+    return DONE if done else REQUEUE
 
 
 if __name__ == "__main__":
-    main()
+    leave(main())

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Sequence
 
-from far_scale.errors import UserError, say_error, speaker
 from far_scale.recipe import load_recipe
-from far_scale.train.faults.exits import CRASHED, DONE, REFUSED, REQUEUE, leave
+from far_scale.train.faults.exits import DONE, REQUEUE, leave, status_of
 from far_scale.train.faults.signals import StopSignals
 
 
@@ -30,25 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     asked = parser.parse_intermixed_args(arguments)
-    try:
-        return _train(asked, signals)
-    except UserError as error:
-        say_error(error)
-        return REFUSED
-    except OSError as error:
-        if error.errno is None or error.filename is None:
-            return _crash()
-        say_error(UserError(f"{error.filename}: {error.strerror}"))
-        return REFUSED
-    except KeyboardInterrupt:
-        return 130
-    except Exception:
-        return _crash()
-
-
-def _crash() -> int:
-    print(f"{speaker()}{traceback.format_exc()}", file=sys.stderr, flush=True)
-    return CRASHED
+    return status_of(lambda: _train(asked, signals))
 
 
 def _train(asked: argparse.Namespace, signals: StopSignals) -> int:

@@ -53,7 +53,7 @@ class Monitor:
         self._stage: Stage | None = None
         self._graphs = 0
         if processes.main:
-            lines = _lines_up_to(log, start)
+            lines = lines_up_to(log, start)
             if log.exists():
                 with atomic_write(log) as beside:
                     beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -180,7 +180,7 @@ def _or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _lines_up_to(log: Path, step: int) -> list[dict[str, Any]]:
+def lines_up_to(log: Path, step: int) -> list[dict[str, Any]]:
     """The lines of log.jsonl up to that step; one that a crash cut short is left out."""
     found = []
     for text in log.read_text().splitlines() if log.exists() else []:

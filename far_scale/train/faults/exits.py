@@ -2,7 +2,11 @@
 
 import os
 import sys
+import traceback
+from collections.abc import Callable
 from typing import NoReturn
+
+from far_scale.errors import UserError, say_error, speaker
 
 DONE = 0
 """All steps are done."""
@@ -15,6 +19,29 @@ REFUSED = 2
 
 REQUEUE = 75
 """Stopped on purpose before the end (a signal, the watchdog): start the same command again. 75 is EX_TEMPFAIL."""
+
+
+def status_of(work: Callable[[], int]) -> int:
+    """The exit status that `work` returns, or that of the error that ends it, which is told; raises nothing."""
+    try:
+        return work()
+    except UserError as error:
+        say_error(error)
+        return REFUSED
+    except OSError as error:
+        if error.errno is None or error.filename is None:
+            return _crash()
+        say_error(UserError(f"{error.filename}: {error.strerror}"))
+        return REFUSED
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        return _crash()
+
+
+def _crash() -> int:
+    print(f"{speaker()}{traceback.format_exc()}", file=sys.stderr, flush=True)
+    return CRASHED
 
 
 def leave(status: int) -> NoReturn:
