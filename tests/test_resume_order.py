@@ -67,7 +67,7 @@ def test_the_next_thousand_keys_of_each_lane(
     sources: dict[str, ShardSet | Mixture], name: str, filling: dict[str, int | None]
 ) -> None:
     dealing = replace(DEALING, **filling)
-    straight = read(sources[name], dealing, 1, 2, None, NEXT + 3 * STEP)
+    straight = read(sources[name], dealing, 1, 2, None, NEXT + 5 * STEP)
     states = {lane: json.loads(json.dumps(packs[STEP - 1].lane_state)) for lane, packs in straight.items()}
     if name != "mixture":
         assert sum(state["epoch"] > 0 and state["position"] > 0 for state in states.values()) >= 3, "in mid-epoch"
