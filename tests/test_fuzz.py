@@ -31,7 +31,17 @@ from far_scale.errors import UserError
 
 FRAMES = [5, 6, 7]
 ODD: list[Any] = [None, True, -1, 0, 1.5, 1e308, "", "1", [], {}, [[]], *HUGE]
-NAMES = ["../shard-000000.tar", "/etc/passwd", "a/../../b.json", "shard-000000.tar\n", "clip_000.json/..", "x" * 90, ""]
+NAMES = [
+    "../shard-000000.tar",
+    "../shard.00000.mds",
+    "shard.00000.mds",
+    "/etc/passwd",
+    "a/../../b.json",
+    "shard-000000.tar\n",
+    "clip_000.json/..",
+    "x" * 90,
+    "",
+]
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ class MixtureManifest:
     parts: tuple[tuple[str, float], ...]
 
     @staticmethod
-    def of(folders: Sequence[Path], manifests: Sequence[Manifest], parts: Sequence[float]) -> MixtureManifest:
+    def of(folders: Sequence[Path | str], manifests: Sequence[Manifest], parts: Sequence[float]) -> MixtureManifest:
         """That of these sets, of which each gives its part of the clips.
 
         Raises:
@@ -137,7 +137,7 @@ def read_manifest(shards: Shards) -> Manifest | MixtureManifest:
     """
     if isinstance(shards, str):
         return Manifest.read(shards)
-    folders = [Path(weighted.shards) for weighted in shards]
+    folders = [weighted.shards for weighted in shards]
     return MixtureManifest.of(folders, [Manifest.read(folder) for folder in folders], shares(shards))
 
 
@@ -152,7 +152,7 @@ def _line(shard_set: ShardSet) -> str:
     return f"{shard_set.folder}: {len(shard_set.manifest.shards)} shards, {shard_set.manifest.samples} samples"
 
 
-def _check_alike(first_folder: Path, first: Manifest, folder: Path, manifest: Manifest) -> None:
+def _check_alike(first_folder: Path | str, first: Manifest, folder: Path | str, manifest: Manifest) -> None:
     def told(info: AutoencoderInfo) -> str:
         return f"{info.name} (weights {info.weight_hash[:12]}, factor {info.scaling_factor:g})"
 
