@@ -230,6 +230,22 @@ def test_sets_that_do_not_fit_one_another(tmp_path: Path, changed: dict[str, Any
         refused(lambda read=read: read(shards), str(tmp_path / "one"), str(tmp_path / "two"), "data.shards", *words)
 
 
+def test_sets_of_either_type_make_one_pack(tmp_path: Path) -> None:
+    folders = sets(tmp_path, 8)
+    with ShardWriter(tmp_path / "half", replace(FACTS, latent_dtype="float16"), 4) as out:
+        for number in range(8):
+            sample = make_sample(number, 9)
+            out.write(replace(sample, latents=sample.latents.half()))
+    source = open_shards(weighted([*folders, tmp_path / "half"], [1, 1]))
+    scaling = LatentScaling.of(source.manifest, "factor")
+    with PackLoader(source, scaling, [0], dealing(clips_per_pack=20)) as loader:
+        (pack,) = next(loader)
+    numbers = [int(key.split("@")[0][-3:]) for key in pack.keys]
+    firsts = torch.cat([torch.full((count,), float(n)) for n, count in zip(numbers, pack.clip_frames, strict=True)])
+    assert torch.equal(pack.latents[:, 0, 0, 0], firsts * 0.5)
+    assert {key[0] for key in pack.keys} == {"1", "2"}
+
+
 def test_each_set_must_serve_the_recipe(tmp_path: Path) -> None:
     folders = sets(tmp_path, 20, 3)
     source = open_shards(weighted(folders, [1, 1]))
