@@ -23,7 +23,7 @@ from far_scale.data.filling import Dealing
 from far_scale.data.lanes import Lane, LaneOrder, Place
 from far_scale.data.manifest import AutoencoderInfo, Manifest
 from far_scale.data.mixed_lane import MixedLane
-from far_scale.data.mixture import Mixture, open_shards, read_manifest, summary
+from far_scale.data.mixture import Mixture, open_shards, summary
 from far_scale.data.packs import PackLoader
 from far_scale.data.sample import Sample
 from far_scale.data.scaling import LatentScaling
@@ -190,7 +190,7 @@ def test_clips_are_cut_from_the_sample_that_their_key_names(tmp_path: Path) -> N
         number, key = sample.key.split("/")
         made = make_sample(int(key[-3:]), 12)
         assert torch.equal(sample.latents, made.latents[clip.start : clip.start + clip.frames])
-        folder = source.path_of(clip.place.shard).parent
+        folder = Path(source.name_of(clip.place.shard)).parent
         assert folder.name == f"set{int(number) - 1}"
         assert source.frames_of(*clip.place) == 8 + (int(number) - 1 + int(key[-3:])) % 5
         seen.add((number, key))
@@ -226,8 +226,7 @@ OTHER = AutoencoderInfo(name="some-autoencoder", weight_hash="1" * 64, scaling_f
 )
 def test_sets_that_do_not_fit_one_another(tmp_path: Path, changed: dict[str, Any], words: list[str]) -> None:
     shards = with_facts(tmp_path, replace(FACTS, **changed))
-    for read in (open_shards, read_manifest):
-        refused(lambda read=read: read(shards), str(tmp_path / "one"), str(tmp_path / "two"), "data.shards", *words)
+    refused(lambda: open_shards(shards), str(tmp_path / "one"), str(tmp_path / "two"), "data.shards", *words)
 
 
 def test_sets_of_either_type_make_one_pack(tmp_path: Path) -> None:
@@ -260,7 +259,7 @@ def test_each_set_must_serve_the_recipe(tmp_path: Path) -> None:
 def test_scaling_of_a_mixture_is_that_of_the_latents_it_gives(tmp_path: Path) -> None:
     folders = sets(tmp_path, 12, 30)
     shards = weighted(folders, [3, 1])
-    manifest = read_manifest(shards)
+    manifest = open_shards(shards).manifest
     latents = []
     for folder, share in zip(folders, (0.75, 0.25), strict=True):
         shard_set = ShardSet.open(folder)
@@ -283,12 +282,12 @@ def test_identity_and_description(tmp_path: Path) -> None:
     assert "75.0% of the clips" in lines[0] and str(folders[0]) in lines[0] and "2 shards, 12 samples" in lines[0]
     assert "25.0% of the clips" in lines[1] and str(folders[1]) in lines[1]
     identity = source.manifest.fingerprint()
-    assert read_manifest(weighted(folders, [0.75, 0.25])).fingerprint() == identity
+    assert open_shards(weighted(folders, [0.75, 0.25])).manifest.fingerprint() == identity
     shutil.move(folders[1], tmp_path / "elsewhere")
     moved = [folders[0], tmp_path / "elsewhere"]
-    assert read_manifest(weighted(moved, [3, 1])).fingerprint() == identity
+    assert open_shards(weighted(moved, [3, 1])).manifest.fingerprint() == identity
     others = [weighted(moved, [3, 2]), weighted(moved[::-1], [3, 1]), weighted(moved[:1], [1]), str(folders[0])]
-    assert len({identity, *(read_manifest(other).fingerprint() for other in others)}) == 5
+    assert len({identity, *(open_shards(other).manifest.fingerprint() for other in others)}) == 5
 
 
 # In a recipe.

@@ -164,7 +164,7 @@ class ClipLane:
         count = min(draw_frames(dealing.frames, draw), (there - 1) // dealing.frame_stride + 1)
         if count < fewest(dealing.frames):
             raise UserError(
-                f"{self._source.path_of(place.shard)}: sample {place.sample} is too short for "
+                f"{self._source.name_of(place.shard)}: sample {place.sample} is too short for "
                 f"data.frames={fewest(dealing.frames)} with data.frame_stride={dealing.frame_stride}; lower them, or "
                 "encode with --min-frames"
             )

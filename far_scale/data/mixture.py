@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,10 @@ class Mixture:
         found = self.sets[number].read(shard, sample, start, frames, stride)
         return replace(found, key=f"{number + 1}/{found.key}")
 
-    def path_of(self, shard: int) -> Path:
-        """The file of a shard."""
+    def name_of(self, shard: int) -> str:
+        """A shard as messages call it."""
         number, shard = self._find(shard)
-        return self.sets[number].path_of(shard)
+        return self.sets[number].name_of(shard)
 
     def check(self, recipe: Any) -> None:
         """Refuse a recipe that one of the sets cannot serve.
@@ -118,27 +118,15 @@ class Mixture:
         return number, shard - self._first_shards[number]
 
 
-def open_shards(shards: Shards) -> ShardSet | Mixture:
-    """Open what a recipe calls `shards`.
+def open_shards(shards: Shards, open_set: Callable[[str], ShardSet] = ShardSet.open) -> ShardSet | Mixture:
+    """Open what a recipe calls `shards`, each set of it by `open_set`.
 
     Raises:
         UserError: a set is not there or not whole, or two of them do not fit one another.
     """
     if isinstance(shards, str):
-        return ShardSet.open(shards)
-    return Mixture([ShardSet.open(weighted.shards) for weighted in shards], shares(shards))
-
-
-def read_manifest(shards: Shards) -> Manifest | MixtureManifest:
-    """The manifest of what a recipe calls `shards`.
-
-    Raises:
-        UserError: it is not there or not valid, or two sets do not fit one another.
-    """
-    if isinstance(shards, str):
-        return Manifest.read(shards)
-    folders = [weighted.shards for weighted in shards]
-    return MixtureManifest.of(folders, [Manifest.read(folder) for folder in folders], shares(shards))
+        return open_set(shards)
+    return Mixture([open_set(weighted.shards) for weighted in shards], shares(shards))
 
 
 def summary(source: ShardSet | Mixture) -> list[str]:

@@ -132,9 +132,9 @@ class ShardSet:
     def samples_per_shard(self) -> list[int]:
         return [shard.samples for shard in self.manifest.shards]
 
-    def path_of(self, shard: int) -> Path:
-        """The file of a shard."""
-        return self.folder / self.manifest.shards[shard].file
+    def name_of(self, shard: int) -> str:
+        """A shard as messages call it."""
+        return str(self.folder / self.manifest.shards[shard].file)
 
     def index(self, shard: int) -> ShardIndex:
         """Where the samples of a shard lie.

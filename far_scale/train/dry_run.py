@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from far_scale.data.mixture import Mixture, read_manifest, summary
+from far_scale.data.mixture import Mixture, open_shards, summary
 from far_scale.data.packs import PackLoader
 from far_scale.data.scaling import LatentScaling
 from far_scale.data.shards import ShardSet
@@ -79,7 +79,7 @@ def dry_run(recipe: Recipe, processes: Processes) -> None:
     check_ranks(recipe, processes.count)
     attention = check_computation(recipe, processes)
     plan = [(stage, stage.open_shards()) for stage in stages(recipe)]
-    manifest = read_manifest(recipe.data.shards)
+    manifest = open_shards(recipe.data.shards).manifest
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from far_scale.data.mixture import read_manifest, summary
+from far_scale.data.mixture import open_shards, summary
 from far_scale.data.packs import Pack, PackLoader
 from far_scale.data.scaling import LatentScaling
 from far_scale.model import FAR
@@ -95,7 +95,7 @@ def train(
             print(f"{run}: all {recipe.train.steps} steps are done; raise train.steps to go on")
         return None
     shard_sets = {stage.index: stage.open_shards() for stage in plan if stage.end > start}
-    manifest = read_manifest(recipe.data.shards)
+    manifest = open_shards(recipe.data.shards).manifest
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
 
     hosts = check_nodes(recipe, processes, compute_dtype(recipe), events, start)
