@@ -1,4 +1,4 @@
-"""Reading a shard set, against plain tar reading and WebDataset's own loop; and how long a state takes to come back."""
+"""Reading a shard set in both formats, against plain tar reading and WebDataset's loop; and the way back to a state."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import Row, environment, interleaved, print_table, timed, write_result
 from options import add_measuring, count, start
 
+from far_scale.data.convert import convert
 from far_scale.data.filling import ClipLane, Dealing
 from far_scale.data.lanes import LaneOrder
 from far_scale.data.manifest import AutoencoderInfo
+from far_scale.data.mixture import Mixture
 from far_scale.data.sample import Sample
 from far_scale.data.shards import ShardSet
 from far_scale.data.stream import stream
@@ -35,14 +38,15 @@ FACTS = SetFacts(
 TAR = "plain tar"
 
 
-def make_set(folder: Path, samples: int, per_shard: int) -> None:
-    """Clips of 300 frames `[32, 8, 8]` in bfloat16 with actions, of noise."""
+def make_sets(tars: Path, mds: Path, samples: int, per_shard: int) -> None:
+    """Clips of 300 frames `[32, 8, 8]` in bfloat16 with actions, of noise, in both formats."""
     generator = torch.Generator().manual_seed(0)
-    with ShardWriter(folder, FACTS, per_shard) as writer:
+    with ShardWriter(tars, FACTS, per_shard) as writer:
         for number in range(samples):
             latents = torch.randn(FRAMES, *SHAPE, generator=generator).bfloat16()
             actions = torch.randint(4, (FRAMES,), generator=generator)
             writer.write(Sample(f"clip_{number:05d}", latents, actions, None, 8.0, f"clip {number}.mp4"))
+    convert(ShardSet.open(tars), mds, "mds")
 
 
 def plain_tar(shards: Sequence[str]) -> int:
@@ -79,15 +83,17 @@ def streamed(folder: Path) -> int:
     return sum(sample.latents.nbytes for sample in stream(folder))
 
 
-def reading(folder: Path, args: argparse.Namespace, cpu: torch.device) -> list[Row]:
+def reading(tars: Path, mds: Path, args: argparse.Namespace, cpu: torch.device) -> list[Row]:
     """MB/s of a single worker, files in the page cache; a set that is opened anew each time, with its indexes."""
-    shards = [str(path) for path in sorted(folder.glob("*.tar"))]
+    shards = [str(path) for path in sorted(tars.glob("*.tar"))]
     latents = args.samples * FRAMES * 2 * SHAPE[0] * SHAPE[1] * SHAPE[2]
     sides: dict[str, Callable[[], object]] = {
         TAR: lambda: plain_tar(shards),
         "WebDataset's loop": lambda: webdataset_loop(shards),
-        "ours, by offset": lambda: every_sample(ShardSet.open(folder)),
-        "ours, streamed": lambda: streamed(folder),
+        "ours, tar by offset": lambda: every_sample(ShardSet.open(tars)),
+        "ours, tar streamed": lambda: streamed(tars),
+        "ours, MDS by offset": lambda: every_sample(ShardSet.open(mds)),
+        "ours, MDS streamed": lambda: streamed(mds),
     }
     for side in sides.values():
         side()
@@ -108,34 +114,41 @@ def reading(folder: Path, args: argparse.Namespace, cpu: torch.device) -> list[R
     ]
 
 
-def make_lane(shard_set: ShardSet, lanes: int) -> ClipLane:
+def make_lane(source: ShardSet | Mixture, lanes: int) -> ClipLane:
     dealing = Dealing(lanes, (16, FRAMES), 1, WINDOW, 0, None, 64 * 2 * FRAMES, lambda frames: 64 * frames)
-    return dealing.clip_lanes(shard_set, [0])[0]
+    return dealing.clip_lanes(source, [0])[0]
 
 
-def state_times(folder: Path, positions: Sequence[int], lanes: int) -> list[Row]:
+def state_after(source: ShardSet | Mixture, position: int, lanes: int) -> dict[str, Any]:
+    """Of a lane that has read so many samples; of a mixture, its half of each of two sets."""
+    if isinstance(source, Mixture):
+        return {"read": [position // 2, position - position // 2], "pending": []}
+    epoch, place = LaneOrder(source.samples_per_shard, lanes, 0, WINDOW).run_position(position)
+    return {"epoch": epoch, "position": place, "pending": []}
+
+
+def state_times(name: str, source: Callable[[], ShardSet | Mixture], positions: Sequence[int], lanes: int) -> list[Row]:
     """Saving a lane's state, and from nothing to the next pack: set opened, lane made, state loaded, pack read."""
     rows: list[Row] = []
     for position in positions:
-        lane = make_lane(ShardSet.open(folder), lanes)
-        epoch, place = LaneOrder(ShardSet.open(folder).samples_per_shard, lanes, 0, WINDOW).run_position(position)
-        lane.load_state_dict({"epoch": epoch, "position": place, "pending": []})
+        lane = make_lane(source(), lanes)
+        lane.load_state_dict(state_after(source(), position, lanes))
         lane.next_pack()  # so that clips wait, as in mid-run
         begun = time.perf_counter()
         state = lane.state_dict()
         saved = time.perf_counter()
-        shard_set = ShardSet.open(folder)
-        again = make_lane(shard_set, lanes)
+        opened = source()
+        again = make_lane(opened, lanes)
         again.load_state_dict(state)
         first = again.next_pack()
         for clip in first:
-            shard_set.read(*clip.place, clip.start, clip.frames)
+            opened.read(*clip.place, clip.start, clip.frames)
         restored = time.perf_counter()
         packs = [first, *(again.next_pack() for _ in range(99))]
         rows.append(
             {
+                "set": name,
                 "samples read before": position,
-                "epoch": epoch,
                 "save, s": saved - begun,
                 "restore and first pack, s": restored - saved,
                 "next 100 packs the same": packs == [lane.next_pack() for _ in range(100)],
@@ -161,11 +174,19 @@ def main() -> None:
         },
     )
     with tempfile.TemporaryDirectory(prefix="data-") as name:
-        folder = Path(name) / "set"
-        make_set(folder, args.samples, args.per_shard)
+        tars, mds = Path(name) / "tars", Path(name) / "mds"
+        make_sets(tars, mds, args.samples, args.per_shard)
+        sources: dict[str, Callable[[], ShardSet | Mixture]] = {
+            "tars": lambda: ShardSet.open(tars),
+            "MDS": lambda: ShardSet.open(mds),
+            "mixture of both": lambda: Mixture([ShardSet.open(tars), ShardSet.open(mds)], [0.5, 0.5]),
+        }
+        positions = [0, 10, 1000, 10**6, 10**9]
         tables = {
-            "Reading of one worker, page cache warm, medians": reading(folder, args, cpu),
-            "State of a lane": state_times(folder, [0, 10, 1000, 10**6, 10**9], args.lanes),
+            "Reading of one worker, page cache warm, medians": reading(tars, mds, args, cpu),
+            "State of a lane": [
+                row for title, source in sources.items() for row in state_times(title, source, positions, args.lanes)
+            ],
         }
     for title, rows in tables.items():
         print_table(title, rows)

@@ -28,7 +28,7 @@ from options import count
 from ranks import FailedError, Training, tail
 from sameness import compare, each_step_once, lanes, logged, loss_difference
 
-from far_scale.data.manifest import Manifest
+from far_scale.data.mixture import open_shards
 from far_scale.errors import UserError, command_line
 from far_scale.recipe import Recipe, check_ranks, load_recipe
 from far_scale.train import checkpoint
@@ -145,7 +145,7 @@ def check(recipe: Recipe, ranks: int) -> None:
         UserError: names the key and the mend.
     """
     check_ranks(recipe, ranks)
-    Manifest.read(recipe.data.shards)
+    open_shards(recipe.data.shards)
     if recipe.checkpoint.keep < 2:
         raise UserError("checkpoint.keep=1: with the newest checkpoint damaged there is none left; set 2 or more")
     if recipe.train.steps < 4 * recipe.checkpoint.every:

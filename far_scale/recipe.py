@@ -31,8 +31,10 @@ from far_scale.recipe_sections import (
     OptimizerSection,
     SampleSection,
     Section,
+    Shards,
     StageSection,
     TrainSection,
+    shares,
 )
 from far_scale.recipe_yaml import read_document
 
@@ -126,6 +128,12 @@ class Recipe(Section):
                 "train": {"zero_stage", "whole_below", "activation_checkpointing", "compile", "attention"},
             },
         )
+        # How sets are mixed changes the result, whatever their folders are called.
+        mixed: list[tuple[dict[str, Any], Shards | None]] = [(values["data"], self.data.shards)]
+        mixed += [(values["curriculum"][index], stage.shards) for index, stage in enumerate(self.curriculum)]
+        for section, shards in mixed:
+            if isinstance(shards, tuple):
+                section["weights"] = shares(shards)
         _drop_later_keys(values)
         if self.faults.spikes == "skip":
             values["faults"] = {"spike_deviations": self.faults.spike_deviations}

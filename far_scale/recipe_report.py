@@ -136,6 +136,11 @@ def _type_name(annotation: Any) -> str:
         return f"[{', '.join(_type_name(part) for part in get_args(annotation))}]"
     if get_origin(annotation) is dict:
         return "{" + ": ".join(_type_name(part) for part in get_args(annotation)) + "}"
+    if annotation is Ellipsis:
+        return "..."
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        keys = (f"{name}: {_type(field)}" for name, field in annotation.model_fields.items())
+        return "{" + ", ".join(keys) + "}"
     if get_args(annotation):  # Annotated[type, limits]
         return _type_name(get_args(annotation)[0])
     return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))

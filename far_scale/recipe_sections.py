@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from far_scale.recipe_frames import FrameCounts
@@ -89,11 +89,52 @@ class ModelSection(Section):
         )
 
 
+class WeightedShards(Section):
+    """A shard set of a mixture."""
+
+    shards: Annotated[str, Field(min_length=1)]
+    """Folder of the shard set."""
+    weight: Annotated[float, Field(gt=0)]
+    """Its part of the clips, relative to those of the other sets."""
+
+
+def _parse_shards(value: Any) -> Any:
+    """`value` as a folder or as a tuple of sets with weights."""
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, list | tuple) or not value:
+        raise PydanticCustomError("shards", "must be a folder, or a list of {shards: FOLDER, weight: NUMBER}")
+    sets = []
+    for number, item in enumerate(value, start=1):
+        try:
+            sets.append(WeightedShards.model_validate(item))
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            key = "".join(f"{part}: " for part in problem["loc"])
+            context = {"number": number, "problem": key + problem["msg"].replace("Input should", "must", 1)}
+            message = "must be a list of {shards: FOLDER, weight: NUMBER}, but in set {number} of it {problem}"
+            raise PydanticCustomError("shards", message, context) from None
+    if len({weighted.shards for weighted in sets}) < len(sets):
+        raise PydanticCustomError("shards", "must name each shard set once; add up the weights of the same one")
+    return tuple(sets)
+
+
+Shards = Annotated[str | tuple[WeightedShards, ...], BeforeValidator(_parse_shards)]
+"""A shard set, or several with weights."""
+
+
+def shares(sets: tuple[WeightedShards, ...]) -> list[float]:
+    """The sets' shares of the clips, which add up to 1."""
+    total = sum(weighted.weight for weighted in sets)
+    return [weighted.weight / total for weighted in sets]
+
+
 class DataSection(Section):
     """The clips and how they are dealt out."""
 
-    shards: str
-    """Folder of the shard set to train on; a relative path starts at the working folder."""
+    shards: Shards
+    """Folder of the shard set to train on (a relative path starts at the working folder), or a list of such with
+    weights, [{shards: FOLDER, weight: 3}, {shards: FOLDER, weight: 1}], from which clips are drawn by these weights."""
     autoencoder: str
     """Name of the autoencoder whose latents the shard set must hold."""
     latent_shape: Annotated[tuple[Count, Count, Count], Field(strict=False)]
@@ -139,7 +180,7 @@ class StageSection(Section):
     """In place of data.tokens_per_pack or data.clips_per_pack."""
     window: Count | None = None
     """In place of model.window."""
-    shards: str | None = None
+    shards: Shards | None = None
     """In place of data.shards; latents are scaled by the numbers of data.shards all the same."""
     latent_shape: Annotated[tuple[Count, Count, Count], Field(strict=False)] | None = None
     """In place of data.latent_shape, where the stage's shard set has another resolution."""

@@ -106,11 +106,13 @@ def test_train_step_names_the_mend() -> None:
 def test_reading_is_timed_against_tar_and_webdataset(tmp_path: Path) -> None:
     finished = run("data", "--samples", 5, "--per-shard", 2, "--repeats", 2, "--lanes", 2, "--out", tmp_path)
     sides, states = tables_of(tmp_path, finished).values()
-    assert [row["side"] for row in sides] == ["plain tar", "WebDataset's loop", "ours, by offset", "ours, streamed"]
+    ours = [f"ours, {files} {way}" for files in ("tar", "MDS") for way in ("by offset", "streamed")]
+    assert [row["side"] for row in sides] == ["plain tar", "WebDataset's loop", *ours]
     for row in sides:
         assert positive(row, "MB/s", "samples/s", "of plain tar", "of WebDataset's loop") and len(row["seconds"]) == 2
     assert sides[0]["of plain tar"] == sides[1]["of WebDataset's loop"] == 1
     assert all(row["next 100 packs the same"] and positive(row, "restore and first pack, s") for row in states)
+    assert {row["set"] for row in states} == {"tars", "MDS", "mixture of both"}
 
 
 def test_lanes_at_scale_walks_whole_nodes(tmp_path: Path) -> None:

@@ -6,15 +6,12 @@ pickle, no allocation beyond what the files' own sizes justify.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import io
 import json
 import os
 import random
-import resource
 import struct
-import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,37 +19,29 @@ from typing import Any
 
 import pytest
 import torch
+from hostile import HUGE, attempt, damage, right, watched
 from latent_sets import write_set
 
 from far_scale.data import manifest as limits
 from far_scale.data.manifest import Manifest
-from far_scale.data.sample import Sample, index_tar
+from far_scale.data.sample import Sample, index_shard
 from far_scale.data.shards import ShardSet
 from far_scale.data.stream import stream
 from far_scale.errors import UserError
 
 FRAMES = [5, 6, 7]
-ALLOWED_BYTES = 256 << 20  # of address space beyond what is there already; the files have 20 KB, or some MB
-HUGE = [2**31, 2**40, 2**63 - 1, 2**63, 2**64, 10**30, 10**4000]
 ODD: list[Any] = [None, True, -1, 0, 1.5, 1e308, "", "1", [], {}, [[]], *HUGE]
-NAMES = ["../shard-000000.tar", "/etc/passwd", "a/../../b.json", "shard-000000.tar\n", "clip_000.json/..", "x" * 90, ""]
-
-
-class Watch:
-    """What the readers open and unpickle while it is on; Python's audit hooks cannot be taken away again."""
-
-    def __init__(self) -> None:
-        self.on, self.opened, self.pickles = False, set[str](), 0
-        sys.addaudithook(self._hook)
-
-    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.on and event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
-            self.opened.add(os.path.realpath(os.fsdecode(arguments[0])))
-        if self.on and event == "pickle.find_class":
-            self.pickles += 1
-
-
-WATCH = Watch()
+NAMES = [
+    "../shard-000000.tar",
+    "../shard.00000.mds",
+    "shard.00000.mds",
+    "/etc/passwd",
+    "a/../../b.json",
+    "shard-000000.tar\n",
+    "clip_000.json/..",
+    "x" * 90,
+    "",
+]
 
 
 @pytest.fixture
@@ -62,16 +51,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     write_set(folder, FRAMES, samples_per_shard=2)
     (tmp_path / "secret.json").write_text('{"label": 0, "fps": 8.0, "source": "v", "frames": 2}')
     read_all(folder)
-    codecs.lookup("unicode_escape")
-    before, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
-    # What allocates as much as a hostile number says gets a MemoryError, which is no UserError.
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ALLOWED_BYTES, before[1]))
-    WATCH.opened, WATCH.pickles, WATCH.on = set(), 0, True
-    yield folder
-    WATCH.on = False
-    resource.setrlimit(resource.RLIMIT_AS, before)
-    assert WATCH.opened and all(Path(path).is_relative_to(folder.resolve()) for path in WATCH.opened), WATCH.opened
-    assert WATCH.pickles == 0
+    with watched(folder):
+        yield folder
 
 
 def read_all(folder: Path) -> list[Sample]:
@@ -81,21 +62,10 @@ def read_all(folder: Path) -> list[Sample]:
 
 def read_shard(folder: Path, name: str) -> list[Sample]:
     """All readers of a tar by itself, which must agree."""
-    rows = index_tar(folder / name)
+    rows = index_shard(folder / name)
     samples = list(stream([str(folder / name)]))
     assert [(row.key, row.frames) for row in rows] == [(sample.key, len(sample.latents)) for sample in samples]
     return samples
-
-
-def attempt(read: Callable[[], list[Sample]], told: Path) -> list[Sample] | None:
-    """The samples, or None where they were refused as they should be: in one line that names `told`."""
-    try:
-        return read()
-    except UserError as error:
-        message = str(error)
-        assert str(told) in message and len(message.splitlines()) == 1 and len(message) < 1000, message
-        message.encode()
-        return None
 
 
 def seal(folder: Path, number: int = 0, index: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -110,42 +80,6 @@ def seal(folder: Path, number: int = 0, index: Callable[[dict[str, Any]], None] 
     path.write_text(json.dumps(values))
     manifest["shards"][number] |= facts | {"index_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def damage(data: bytes, chance: random.Random) -> bytes:
-    """Bytes flipped, cut, duplicated, dropped, swapped, zeroed, or put in."""
-    at, size = chance.randrange(len(data)), chance.choice([1, 2, 8, 100, 512, 1024])
-    kind = chance.randrange(8)
-    if kind == 0:
-        return data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
-    if kind == 1:
-        return data[:at]
-    if kind == 2:
-        return data[:at] + data[at : at + size] + data[at:]
-    if kind == 3:
-        return data[:at] + data[at + size :]
-    if kind == 4:
-        return data[:at] + bytes(size) + data[at + size :]
-    if kind == 5:
-        return data[:at] + chance.randbytes(size) + data[at + size :]
-    if kind == 6:  # whole blocks, so that tar headers stay in their places
-        first, second = (chance.randrange(len(data) // 512 + 1) * 512 for _ in range(2))
-        blocks = bytearray(data)
-        blocks[first : first + 512], blocks[second : second + 512] = (
-            data[second : second + 512],
-            data[first : first + 512],
-        )
-        return bytes(blocks)
-    return data[:at] + chance.choice([b"..", b"/", b"\xff" * 8, b"9" * 12, b"[" * 500, b"-1", b"NaN"]) + data[at:]
-
-
-def right(samples: list[Sample]) -> bool:
-    return all(
-        sample.latents.shape[1:] == (4, 2, 2)
-        and sample.latents.dtype in (torch.bfloat16, torch.float16)
-        and (sample.actions is None or sample.actions.shape == sample.latents.shape[:1])
-        for sample in samples
-    )
 
 
 def test_damaged_shards(folder: Path) -> None:

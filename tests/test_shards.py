@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 
 from far_scale.data import inspect, shards
 from far_scale.data.manifest import Manifest
-from far_scale.data.sample import index_tar
+from far_scale.data.sample import index_shard
 from far_scale.data.scaling import LatentScaling
 from far_scale.data.shards import ShardSet
 from far_scale.data.stream import stream
@@ -290,15 +290,15 @@ def test_foreign_tars(tmp_path: Path) -> None:
     ]
     for number, (members, word) in enumerate(cases):
         path = tar_of(tmp_path / f"{number}.tar", members)
-        refused(lambda path=path: index_tar(path), str(path), word)
+        refused(lambda path=path: index_shard(path), str(path), word)
         refused(lambda path=path: list(stream([str(path)])), str(path), word)
     whole = tar_of(tmp_path / "whole.tar", {"a.json": facts, "a.safetensors": save(latent)})
-    assert len(index_tar(whole)) == len(list(stream([str(whole)]))) == 1
+    assert len(index_shard(whole)) == len(list(stream([str(whole)]))) == 1
     cut, text = tmp_path / "cut.tar", tmp_path / "text.tar"
     cut.write_bytes(whole.read_bytes()[:1700])
     text.write_bytes(b"this is no tar file\n" * 100)
     for path in (cut, text):
-        refused(lambda path=path: index_tar(path), str(path))
+        refused(lambda path=path: index_shard(path), str(path))
         refused(lambda path=path: list(stream([str(path)])), str(path), "not a tar file, or cut off")
 
 

@@ -86,4 +86,9 @@ fi
 timed "installing far_scale and what it needs (one to two minutes)" "${PIP[@]}" --editable '.[demo,dev,slurm,wandb]' ||
     fail "pip could not install far_scale (see above); mend that and start again"
 
+# Only tests import it. With all that it requires it would replace numpy, and torchvision need not fit a torch for CPUs.
+timed "installing mosaicml-streaming, which the tests hold our MDS files against" "${PIP[@]}" --no-deps \
+    mosaicml-streaming brotli catalogue cramjam python-snappy xxhash zstd ||
+    say "mosaicml-streaming could not be installed: the tests against it will be skipped"
+
 checksum >"$STAMP"

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from far_scale.data.lanes import Lane, LaneOrder, Place, in_stage
+from far_scale.data.mixed_lane import MixedLane
+from far_scale.data.mixture import Mixture
 from far_scale.data.shards import ShardSet
 from far_scale.errors import UserError
 from far_scale.randomness import generator
@@ -49,15 +51,25 @@ class Dealing:
     tokens_of: Callable[[int], int] = int
     stage: int = 0
 
-    def clip_lanes(self, shard_set: ShardSet, lanes: Iterable[int]) -> dict[int, ClipLane]:
+    def clip_lanes(self, source: ShardSet | Mixture, lanes: Iterable[int]) -> dict[int, ClipLane]:
         """Those of the lanes, each at its beginning.
 
         Raises:
             UserError: there are more lanes than samples.
         """
-        counts = shard_set.samples_per_shard
-        order = LaneOrder(counts, self.lanes, self.seed, self.shuffle_window, self.stage)
-        return {lane: ClipLane(Lane(order, lane), shard_set, self) for lane in sorted(lanes)}
+        if not isinstance(source, Mixture):
+            order = self._order(source.samples_per_shard)
+            return {lane: ClipLane(Lane(order, lane), source, self) for lane in sorted(lanes)}
+        orders = []
+        for shard_set in source.sets:
+            try:
+                orders.append(self._order(shard_set.samples_per_shard))
+            except UserError as problem:
+                raise UserError(f"{shard_set.folder}: {problem}") from None
+        return {lane: ClipLane(MixedLane(orders, source.parts, lane), source, self) for lane in sorted(lanes)}
+
+    def _order(self, samples_per_shard: list[int]) -> LaneOrder:
+        return LaneOrder(samples_per_shard, self.lanes, self.seed, self.shuffle_window, self.stage)
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,8 @@ class ClipLane:
     Both are drawn at the counter (number, lane), so they depend on nothing but which clip it is.
     """
 
-    def __init__(self, lane: Lane, shard_set: ShardSet, dealing: Dealing) -> None:
-        self._lane, self._set, self._dealing = lane, shard_set, dealing
+    def __init__(self, lane: Lane | MixedLane, source: ShardSet | Mixture, dealing: Dealing) -> None:
+        self._lane, self._source, self._dealing = lane, source, dealing
         self._pending: list[Clip] = []
 
     def next_pack(self) -> list[Clip]:
@@ -148,12 +160,11 @@ class ClipLane:
         lane, dealing = self._lane, self._dealing
         number, place = lane.number, next(lane)
         draw = generator(dealing.seed, in_stage("clip", dealing.stage), number, lane.lane)
-        there = self._set.frames_of(*place)
+        there = self._source.frames_of(*place)
         count = min(draw_frames(dealing.frames, draw), (there - 1) // dealing.frame_stride + 1)
         if count < fewest(dealing.frames):
-            file = self._set.manifest.shards[place.shard].file
             raise UserError(
-                f"{self._set.folder / file}: sample {place.sample} is too short for "
+                f"{self._source.name_of(place.shard)}: sample {place.sample} is too short for "
                 f"data.frames={fewest(dealing.frames)} with data.frame_stride={dealing.frame_stride}; lower them, or "
                 "encode with --min-frames"
             )

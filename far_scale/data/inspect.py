@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from far_scale import autoencoder as autoencoders
 from far_scale.data.manifest import MANIFEST_NAME, ChannelSums, Manifest, statistics
+from far_scale.data.mds import STREAMING_INDEX_NAME, has_streaming_index, write_streaming_index
 from far_scale.data.shards import ShardSet
 from far_scale.errors import UserError
 from far_scale.files import atomic_write
@@ -22,10 +23,12 @@ def describe(shard_set: ShardSet) -> str:
     manifest = shard_set.manifest
     shards, frames, size = len(manifest.shards), manifest.frames, sum(shard.bytes for shard in manifest.shards)
     info, shape = manifest.autoencoder, " x ".join(map(str, manifest.latent_shape))
+    files = {"tar": "tars, for WebDataset", "mds": "MDS, for mosaicml-streaming"}[manifest.shard_format]
     rate = "of several frame rates" if manifest.fps is None else f"at {manifest.fps:g} frames/s"
     return "\n".join(
         [
             f"{shard_set.folder}: {shards} shards, {manifest.samples} samples, {frames} frames, {size / 1e6:.1f} MB",
+            f"files:       {files}",
             f"samples:     {frames / manifest.samples:.1f} frames on average, {manifest.min_frames} at least, {rate}",
             f"latents:     {shape} (C x H x W) {manifest.latent_dtype}",
             f"conditions:  {manifest.actions or 'no'} actions, {manifest.labels or 'no'} labels",
@@ -81,6 +84,11 @@ def verify(shard_set: ShardSet) -> None:
             f"{shard_set.folder}: the manifest's mean and std are not those of its latents; "
             f"`tools/inspect_shards.py {shard_set.folder} --fix` computes them anew"
         )
+    if manifest.shard_format == "mds" and not has_streaming_index(shard_set.folder, manifest):
+        raise UserError(
+            f"{shard_set.folder / STREAMING_INDEX_NAME}: not what the manifest says of the MDS files; "
+            f"`tools/inspect_shards.py {shard_set.folder} --fix` writes it anew"
+        )
 
 
 def fix(folder: Path) -> str:
@@ -105,15 +113,19 @@ def fix(folder: Path) -> str:
     whole = tuple(entry for number, entry in enumerate(manifest.shards) if number in found.sums)
     fps = next(iter(found.rates)) if len(found.rates) == 1 else None
     fixed = manifest.model_copy(update={"shards": whole, "mean": mean, "std": std, "fps": fps})
+    index = []
+    if fixed.shard_format == "mds" and not has_streaming_index(folder, fixed):
+        write_streaming_index(folder, fixed)
+        index = [f"written anew: {folder / STREAMING_INDEX_NAME}"]
     if fixed == manifest:
-        return f"nothing to fix: all {len(whole)} shards are whole"
+        return "\n".join(index) or f"nothing to fix: all {len(whole)} shards are whole"
     kept = _keep(folder / MANIFEST_NAME)
     fixed.write(folder)
     lines = [f"dropped:     {problem}" for problem in found.broken.values()]
     dropped = manifest.samples - fixed.samples
     lines.append(f"left:        {fixed.samples} samples in {len(whole)} shards; {dropped} samples are dropped")
     lines.append("statistics:  computed anew from the shards that are left")
-    return "\n".join([*lines, f"before:      {kept}"])
+    return "\n".join([*lines, *index, f"before:      {kept}"])
 
 
 def _keep(path: Path) -> Path:

@@ -53,6 +53,11 @@ class LaneOrder:
         # Lanes are at most one epoch apart, and an epoch looks at the one before it.
         self._shard_row = functools.lru_cache(maxsize=4)(self._make_shard_row)
 
+    @property
+    def shards(self) -> int:
+        """How many shards there are."""
+        return len(self._counts)
+
     def left_over(self, epoch: int) -> int:
         """Samples that the epochs before left to this one."""
         return epoch * self.samples % self.lanes

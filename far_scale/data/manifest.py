@@ -4,12 +4,19 @@
     FOLDER/shard-000000.tar            samples: KEY.json and KEY.safetensors, in any WebDataset reader's order
     FOLDER/shard-000000.index.json     where each sample lies in the tar; the manifest holds its SHA-256
 
+or, with the same members in the columns of MDS files, for mosaicml-streaming's datasets as well,
+
+    FOLDER/shard.00000.mds
+    FOLDER/shard.00000.index.json
+    FOLDER/index.json                  that library's own; we do not read it
+
 The offsets stand in the indexes and not in the manifest, which would be unreadable with 100,000 shards in it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import stat
@@ -21,7 +28,7 @@ import pydantic
 import torch
 
 from far_scale.errors import UserError
-from far_scale.files import atomic_write, write_json
+from far_scale.files import atomic_write
 
 MANIFEST_NAME = "manifest.json"
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,7 +46,8 @@ Count = Annotated[int, pydantic.Field(ge=0, le=_MOST)]
 Positive = Annotated[int, pydantic.Field(ge=1, le=_MOST)]
 Digest = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 # The name is joined to the folder, so nothing but our own pattern may pass: no slashes, no "..".
-ShardName = Annotated[str, pydantic.Field(pattern=r"^shard-[0-9]{6,12}\.tar$")]
+ShardName = Annotated[str, pydantic.Field(pattern=r"^(shard-[0-9]{6,12}\.tar|shard\.[0-9]{5,12}\.mds)$")]
+ShardFormat = Literal["tar", "mds"]
 Key = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_-]{1,80}$")]
 
 
@@ -99,7 +107,14 @@ class Manifest(Typed):
             raise ValueError(f"mean and std must have {self.latent_shape[0]} channels")
         if len({shard.file for shard in self.shards}) != len(self.shards):
             raise ValueError("a shard file is named twice")
+        if len({shard.file[-3:] for shard in self.shards}) > 1:
+            raise ValueError("some shards are tars and some are MDS files")
         return self
+
+    @property
+    def shard_format(self) -> ShardFormat:
+        """What its shards are; the manifest tells it by their names."""
+        return "mds" if self.shards[0].file.endswith(".mds") else "tar"
 
     @property
     def samples(self) -> int:
@@ -136,12 +151,24 @@ class Manifest(Typed):
             raise UserError(f"{path}: not a valid manifest ({first_problem(error)}); encode the set again") from None
 
     def write(self, folder: str | Path) -> None:
-        """Write `folder/manifest.json`, atomically."""
-        write_json(Path(folder) / MANIFEST_NAME, self.model_dump(mode="json"))
+        """Write `folder/manifest.json`, atomically.
+
+        Raises:
+            UserError: it would be larger than any that is read.
+        """
+        path = Path(folder) / MANIFEST_NAME
+        text = json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise UserError(
+                f"{path}: {len(self.shards)} shards are more than a manifest may name ({len(text)} bytes, at most "
+                f"{MAX_MANIFEST_BYTES}); make fewer and larger ones: raise --samples-per-shard"
+            )
+        with atomic_write(path) as beside:
+            beside.write_text(text)
 
 
 class IndexRow(NamedTuple):
-    """Where one sample lies in its tar; offsets and sizes in bytes, offsets from the start of the tar.
+    """Where one sample lies in its shard; offsets and sizes in bytes, offsets from the start of the file.
 
     `header_bytes` is the safetensors header with its 8 bytes of length: the tensors' data begins after it.
     """
@@ -185,12 +212,22 @@ class ShardIndex(Typed):
     @staticmethod
     def path_of(folder: str | Path, file: str) -> Path:
         """The index that belongs to the shard `file`."""
-        return Path(folder) / (file.removesuffix(".tar") + ".index.json")
+        return Path(folder) / (file.rpartition(".")[0] + ".index.json")
 
     def write(self, folder: str | Path) -> None:
-        """Write the index beside its shard, atomically."""
-        with atomic_write(self.path_of(folder, self.file)) as beside:
-            beside.write_text(self.model_dump_json() + "\n")
+        """Write the index beside its shard, atomically.
+
+        Raises:
+            UserError: it would be larger than any that is read.
+        """
+        path, text = self.path_of(folder, self.file), self.model_dump_json() + "\n"
+        if len(text) > MAX_INDEX_BYTES:
+            raise UserError(
+                f"{path}: {len(self.samples)} samples are more than a shard may hold (an index of {len(text)} bytes, "
+                f"at most {MAX_INDEX_BYTES}); lower --samples-per-shard"
+            )
+        with atomic_write(path) as beside:
+            beside.write_text(text)
 
 
 def parse_index(text: bytes, path: Path) -> ShardIndex:

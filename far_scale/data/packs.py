@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from far_scale.data.filling import Dealing
+from far_scale.data.mixture import Mixture
 from far_scale.data.scaling import LatentScaling
 from far_scale.data.shards import ShardSet
 
@@ -49,7 +50,7 @@ class PackLoader:
 
     def __init__(
         self,
-        shard_set: ShardSet,
+        shard_set: ShardSet | Mixture,
         scaling: LatentScaling,
         lanes: Sequence[int],
         dealing: Dealing,

@@ -1,4 +1,4 @@
-"""One stored sample, and its two members in a tar: KEY.json and KEY.safetensors."""
+"""One stored sample, and its two members in a shard: KEY.json and KEY.safetensors."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import functools
 import json
 import math
 import os
-import re
 import reprlib
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from far_scale.data.manifest import MAX_HEADER_BYTES, MAX_JSON_BYTES, MAX_TENSORS_BYTES, IndexRow
-from far_scale.data.tar import BadTarError, ForeignMemberError, Member, TarWalk
+from far_scale.data.mds import MdsWalk
+from far_scale.data.members import BadShardError, ForeignMemberError, Member, MemberWalk
+from far_scale.data.tar import TarWalk
 from far_scale.errors import UserError
 
-# WebDataset splits a member's name at its first dot, and a USTAR name holds 100 characters.
-KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _TENSOR_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 
 
@@ -170,40 +169,46 @@ def view(data: bytearray, place: TensorPlace, offset: int = 0) -> torch.Tensor:
     return torch.frombuffer(data, dtype=place.dtype, count=count, offset=offset).view(place.shape)
 
 
-def index_tar(path: Path) -> list[IndexRow]:
-    """Where each sample of a tar lies, found by walking its headers; the samples' data is not read.
+def index_shard(path: Path) -> list[IndexRow]:
+    """Where each sample of a tar or MDS file lies, found by walking it; the samples' data is not read.
 
     Raises:
-        UserError: it is not a tar, is cut off, or its members are not samples of ours.
+        UserError: it is no such file, is cut off, or its members are not samples of ours.
     """
     with open(path, "rb") as file:
         try:
-            rows = [row for row, _, _ in walk(TarWalk(file), data=False)]
+            members = members_of(path.name, file)
+            rows = [row for row, _, _ in walk(members, data=False)]
             if rows[-1].tensors_offset + rows[-1].tensors_bytes > os.fstat(file.fileno()).st_size:
-                raise BadTarError("its last member is not all there")
+                raise members.bad("its last member is not all there")
             return rows
         except (Mismatch, ForeignMemberError) as error:
             raise UserError(f"{path}: not a shard of far_scale ({error}); encode the videos again") from None
-        except BadTarError as error:
-            raise UserError(f"{path}: not a tar file, or cut off ({error}); copy it again") from None
+        except BadShardError as error:
+            raise UserError(f"{path}: not {error.format}, or cut off ({error}); copy it again") from None
 
 
-def walk(tar: TarWalk, data: bool) -> Iterator[tuple[IndexRow, bytes, bytes]]:
-    """The samples of a tar in order: where each lies, its JSON, and its tensors (without `data`, only their header).
+def members_of(name: str, file: BinaryIO) -> MemberWalk:
+    """The members of a shard that is open as `file`; its name tells the format."""
+    return MdsWalk(file) if name.endswith(".mds") else TarWalk(file)
+
+
+def walk(members: MemberWalk, data: bool) -> Iterator[tuple[IndexRow, bytes, bytes]]:
+    """The samples of a shard in order: where each lies, its JSON, and its tensors (without `data`, only their header).
 
     Raises:
         Mismatch: there is none; or a sample of which a member is missing, there twice, too large, or not ours.
-        BadTarError, ForeignMemberError: as by TarWalk.
+        BadShardError, ForeignMemberError: as by MemberWalk.
     """
     seen: set[str] = set()
     found: dict[str, tuple[Member, bytes]] = {}
-    for member in tar:
+    for member in members:
         if found and member.key not in {other.key for other, _ in found.values()}:
             raise Mismatch(f"sample {next(iter(found.values()))[0].key!r} lacks its JSON or its safetensors member")
         if member.key in seen or member.kind in found:
             raise Mismatch(f"member '{member.key}.{member.kind}' is there twice, or not beside its other half")
         try:
-            found[member.kind] = member, _read_member(tar, member, data)
+            found[member.kind] = member, _read_member(members, member, data)
             if len(found) == 2:
                 (json_at, facts), (tensors_at, tensors) = found["json"], found["safetensors"]
                 header_bytes = header_size(tensors[:8], tensors_at.size)
@@ -221,14 +226,14 @@ def walk(tar: TarWalk, data: bool) -> Iterator[tuple[IndexRow, bytes, bytes]]:
         )
 
 
-def _read_member(tar: TarWalk, member: Member, data: bool) -> bytes:
+def _read_member(members: MemberWalk, member: Member, data: bool) -> bytes:
     if member.kind == "json":
         if member.size > MAX_JSON_BYTES:
             raise Mismatch(f"its JSON has {member.size} bytes, more than the {MAX_JSON_BYTES} of any of ours")
-        return tar.read(member.size)
+        return members.read(member.size)
     if member.size > MAX_TENSORS_BYTES:
         raise Mismatch(f"its tensors have {member.size} bytes, more than the {MAX_TENSORS_BYTES} allowed")
-    start = tar.read(8)
-    header = start + tar.read(header_size(start, member.size) - 8)
+    start = members.read(8)
+    header = start + members.read(header_size(start, member.size) - 8)
     parse_header(header, member.size)  # refused before the data is read
-    return header + tar.read(member.size - len(header)) if data else header
+    return header + members.read(member.size - len(header)) if data else header

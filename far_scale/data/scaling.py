@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from far_scale.data.manifest import Manifest
+from far_scale.data.mixture import MixtureManifest
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,12 @@ class LatentScaling:
             raise ValueError(f"{len(self.shift)} shifts but {len(self.scale)} scales")
 
     @staticmethod
-    def of(manifest: Manifest, kind: Literal["factor", "channel"]) -> LatentScaling:
-        """The scaling of a shard set.
+    def of(manifest: Manifest | MixtureManifest, kind: Literal["factor", "channel"]) -> LatentScaling:
+        """The scaling of a shard set, or the one scaling of all sets of a mixture.
 
         "factor": the autoencoder's one factor for all channels, as officially. "channel": to mean 0 and deviation 1
-        in every channel; a channel that never changes is only shifted.
+        in every channel (of a mixture by the statistics of its sets, merged by their shares); a channel that never
+        changes is only shifted.
         """
         if kind == "factor":
             channels = manifest.latent_shape[0]

@@ -28,7 +28,7 @@ from far_scale.data.sample import (
     Sample,
     TensorPlace,
     byte_count,
-    index_tar,
+    index_shard,
     parse_facts,
     parse_header,
     view,
@@ -132,6 +132,10 @@ class ShardSet:
     def samples_per_shard(self) -> list[int]:
         return [shard.samples for shard in self.manifest.shards]
 
+    def name_of(self, shard: int) -> str:
+        """A shard as messages call it."""
+        return str(self.folder / self.manifest.shards[shard].file)
+
     def index(self, shard: int) -> ShardIndex:
         """Where the samples of a shard lie.
 
@@ -207,7 +211,7 @@ class ShardSet:
         self._open_tar(number)  # missing, or of another size
         if sha256(path) != entry.sha256:
             raise UserError(f"{path}: its SHA-256 is not the manifest's; copy it again, or encode the set again")
-        if index_tar(path) != index.samples:
+        if index_shard(path) != index.samples:
             raise UserError(f"{path}: its samples are not those of its index; encode the set again")
         sums = index.sums
         total, squares, values = np.zeros(len(sums.total)), np.zeros(len(sums.total)), 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,22 +13,26 @@ import torch
 
 from far_scale.data.manifest import (
     DTYPES,
+    MAX_JSON_BYTES,
+    MAX_TENSORS_BYTES,
     AutoencoderInfo,
     ChannelSums,
     Manifest,
     ShardEntry,
+    ShardFormat,
     ShardIndex,
     parse_index,
     statistics,
 )
-from far_scale.data.sample import KEY_PATTERN, Sample, index_tar, to_members
+from far_scale.data.members import KEY_PATTERN
+from far_scale.data.sample import Sample, index_shard, to_members
 from far_scale.errors import UserError
 from far_scale.files import atomic_write, sha256
 
 
-def shard_name(number: int) -> str:
-    """The tar file of shard `number`."""
-    return f"shard-{number:06d}.tar"
+def shard_name(number: int, shard_format: ShardFormat = "tar") -> str:
+    """The file of shard `number`; MDS files bear the names that mosaicml-streaming gives them."""
+    return f"shard-{number:06d}.tar" if shard_format == "tar" else f"shard.{number:05d}.mds"
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,20 @@ class SetFacts:
                 "give it one of them, or raise the number of labels"
             )
 
+    @staticmethod
+    def check_members(sample: Sample, facts: bytes, tensors: bytes) -> None:
+        """Refuse a sample whose members are larger than any that is read.
+
+        Raises:
+            UserError: which, and how large.
+        """
+        for what, size, most, mend in (
+            ("JSON", len(facts), MAX_JSON_BYTES, "give the video a shorter name"),
+            ("tensors", len(tensors), MAX_TENSORS_BYTES, "cut the video into shorter ones"),
+        ):
+            if size > most:
+                raise UserError(f"{sample.source[:80]}: its {what} would have {size} bytes, {most} at most; {mend}")
+
 
 def write_shard(folder: Path, number: int, samples: Iterable[Sample], facts: SetFacts) -> None:
     """Write shard `number` and then its index; the same samples give the same bytes, whenever and wherever.
@@ -84,26 +102,29 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample], facts: Set
     Raises:
         UserError: a sample does not belong into the set (nothing is left behind), or the disk is full.
     """
-    import webdataset
-
     rest = iter(samples)
     if (first := next(rest, None)) is None:
         return
     path = folder / shard_name(number)
     channels = facts.latent_shape[0]
     total, squares, values, rates = np.zeros(channels), np.zeros(channels), 0, set()
+
+    def members() -> Iterator[tuple[str, bytes, bytes]]:
+        nonlocal values
+        for sample in itertools.chain([first], rest):
+            facts.check(sample)
+            member = to_members(sample)
+            facts.check_members(sample, member["json"], member["safetensors"])
+            yield sample.key, member["json"], member["safetensors"]
+            stored = sample.latents.double()
+            total[:] += stored.sum(dim=(0, 2, 3)).numpy()
+            squares[:] += stored.square().sum(dim=(0, 2, 3)).numpy()
+            values += stored[:, 0].numel()
+            rates.add(sample.fps)
+
     with atomic_write(path) as beside:
-        # The writer is given an open file, since it takes a name with a colon in it for a URL.
-        with open(beside, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0.0, compress=False) as tar:
-            for sample in itertools.chain([first], rest):
-                facts.check(sample)
-                tar.write(to_members(sample))
-                stored = sample.latents.double()
-                total += stored.sum(dim=(0, 2, 3)).numpy()
-                squares += stored.square().sum(dim=(0, 2, 3)).numpy()
-                values += stored[:, 0].numel()
-                rates.add(sample.fps)
-        rows = index_tar(beside)
+        write_tar(beside, members())
+        rows = index_shard(beside)
         size, digest = beside.stat().st_size, sha256(beside)
     ShardIndex(
         file=path.name,
@@ -115,9 +136,19 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample], facts: Set
     ).write(folder)
 
 
-def finished_index(folder: Path, number: int) -> ShardIndex | None:
-    """The index of a shard that is whole by the size of its tar, or None where either file is missing or not whole."""
-    path = ShardIndex.path_of(folder, shard_name(number))
+def write_tar(path: Path, samples: Iterable[tuple[str, bytes, bytes]]) -> None:
+    """Write samples (key, JSON, safetensors) to a tar; the same ones give the same bytes, whenever and wherever."""
+    import webdataset
+
+    # The writer is given an open file, since it takes a name with a colon in it for a URL.
+    with open(path, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0.0, compress=False) as tar:
+        for key, facts, tensors in samples:
+            tar.write({"__key__": key, "json": facts, "safetensors": tensors})
+
+
+def finished_index(folder: Path, number: int, shard_format: ShardFormat = "tar") -> ShardIndex | None:
+    """The index of a shard that is whole by its file's size, or None where either file is missing or not whole."""
+    path = ShardIndex.path_of(folder, shard_name(number, shard_format))
     try:
         index = parse_index(path.read_bytes(), path)
         return index if (folder / index.file).stat().st_size == index.bytes else None
@@ -138,18 +169,20 @@ def build_manifest(folder: Path, indexes: list[ShardIndex], facts: SetFacts) -> 
         actions=facts.actions,
         labels=facts.labels,
         fps=rates.pop() if len(rates) == 1 else None,
-        shards=tuple(
-            ShardEntry(
-                file=index.file,
-                samples=len(index.samples),
-                frames=sum(row.frames for row in index.samples),
-                min_frames=min(row.frames for row in index.samples),
-                bytes=index.bytes,
-                sha256=index.sha256,
-                index_sha256=sha256(ShardIndex.path_of(folder, index.file)),
-            )
-            for index in indexes
-        ),
+        shards=tuple(shard_entry(folder, index) for index in indexes),
+    )
+
+
+def shard_entry(folder: Path, index: ShardIndex) -> ShardEntry:
+    """The manifest's line about a shard whose index is written."""
+    return ShardEntry(
+        file=index.file,
+        samples=len(index.samples),
+        frames=sum(row.frames for row in index.samples),
+        min_frames=min(row.frames for row in index.samples),
+        bytes=index.bytes,
+        sha256=index.sha256,
+        index_sha256=sha256(ShardIndex.path_of(folder, index.file)),
     )
 
 

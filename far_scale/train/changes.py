@@ -45,7 +45,9 @@ def changes(state: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Chang
     of_result = _differences(decisive_old, decisive_new)
     was, is_ = state.get("shard_set"), now.get("shard_set")
     if was is not None and is_ is not None and was != is_:
-        of_result.append(f"the shard set's manifest {was[:12]} -> {is_[:12]}")
+        mixed = any(isinstance(values.get("data.shards"), list) for values in (old, new))
+        what = "the mixture's shard sets or weights" if mixed else "the shard set's manifest"
+        of_result.append(f"{what} {was[:12]} -> {is_[:12]}")
     told = {line.split(" ", 1)[0] for line in of_result}
     harmless = [line for line in _differences(old, new) if line.split(" ", 1)[0] not in told]
     harmless += _differences(state["versions"], now["versions"])

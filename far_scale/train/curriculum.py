@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from far_scale.data.filling import Dealing
+from far_scale.data.mixture import Mixture, open_shards
 from far_scale.data.shards import ShardSet
 from far_scale.layout import FrameLayout
 from far_scale.model import FARConfig
@@ -53,13 +54,13 @@ class Stage:
         model = self.model
         return clip_tokens(frames, model.window, model.patch, model.context_patch, height, width)
 
-    def open_shards(self) -> ShardSet:
-        """This stage's shard set.
+    def open_shards(self) -> ShardSet | Mixture:
+        """This stage's shard set or sets.
 
         Raises:
             UserError: it is not there, not whole, or does not fit the stage.
         """
-        shard_set = ShardSet.open(self.data.shards)
+        shard_set = open_shards(self.data.shards)
         shard_set.check(self)
         return shard_set
 

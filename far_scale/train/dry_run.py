@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from far_scale.data.manifest import Manifest
+from far_scale.data.mixture import Mixture, open_shards, summary
 from far_scale.data.packs import PackLoader
 from far_scale.data.scaling import LatentScaling
 from far_scale.data.shards import ShardSet
@@ -45,7 +45,7 @@ class StageCosts:
     layouts: list[FrameLayout]
 
     @staticmethod
-    def of(stage: Stage, shard_set: ShardSet, seed: int) -> StageCosts:
+    def of(stage: Stage, shard_set: ShardSet | Mixture, seed: int) -> StageCosts:
         """Draw some hundred packs, as training will, without reading them."""
         lanes = stage.dealing(seed).clip_lanes(shard_set, range(min(stage.data.lanes, _PACKS)))
         rounds = -(-_PACKS // len(lanes))
@@ -79,7 +79,7 @@ def dry_run(recipe: Recipe, processes: Processes) -> None:
     check_ranks(recipe, processes.count)
     attention = check_computation(recipe, processes)
     plan = [(stage, stage.open_shards()) for stage in stages(recipe)]
-    manifest = Manifest.read(recipe.data.shards)
+    manifest = open_shards(recipe.data.shards).manifest
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())
@@ -92,8 +92,8 @@ def dry_run(recipe: Recipe, processes: Processes) -> None:
         train = recipe.train
         print(f"recipe      {recipe.name} ({recipe.hash()[:12]}), {train.steps} steps")
         print(f"ranks       {processes.count} x {recipe.data.lanes // processes.count} packs a step")
-        for folder, shards in {stage.data.shards: shard_set.manifest for stage, shard_set in plan}.items():
-            print(f"shard set   {folder}: {len(shards.shards)} shards, {shards.samples} samples")
+        for line in dict.fromkeys(line for _, shard_set in plan for line in summary(shard_set)):
+            print(f"shard set   {line}")
         print(f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{train.zero_stage}, {train.precision}")
         peak = processes.count * peak_flops(processes.device, compute_dtype(recipe))
         print(attention)

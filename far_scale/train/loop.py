@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from far_scale.data.manifest import Manifest
+from far_scale.data.mixture import open_shards, summary
 from far_scale.data.packs import Pack, PackLoader
 from far_scale.data.scaling import LatentScaling
 from far_scale.model import FAR
@@ -95,7 +95,7 @@ def train(
             print(f"{run}: all {recipe.train.steps} steps are done; raise train.steps to go on")
         return None
     shard_sets = {stage.index: stage.open_shards() for stage in plan if stage.end > start}
-    manifest = Manifest.read(recipe.data.shards)
+    manifest = open_shards(recipe.data.shards).manifest
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
 
     hosts = check_nodes(recipe, processes, compute_dtype(recipe), events, start)
@@ -136,6 +136,7 @@ def train(
                     continue
                 shard_set = shard_sets[stage.index]
                 monitor.begin_stage(stage)
+                monitor.say("\n".join(summary(shard_set)))
                 first = max(position.step, stage.first)
                 states = position.lanes if first > stage.first else None  # a stage begins its shard set afresh
                 if first == stage.first:

@@ -14,6 +14,7 @@ import torch
 import far_scale
 from far_scale.convert.model_dir import load_model
 from far_scale.data.manifest import Manifest
+from far_scale.data.mixture import MixtureManifest
 from far_scale.data.scaling import LatentScaling
 from far_scale.errors import UserError
 from far_scale.files import atomic_write
@@ -49,7 +50,11 @@ class Position:
 
 
 def describe(
-    recipe: Recipe, model: FAR, manifest: Manifest, scaling: LatentScaling, processes: Processes
+    recipe: Recipe,
+    model: FAR,
+    manifest: Manifest | MixtureManifest,
+    scaling: LatentScaling,
+    processes: Processes,
 ) -> dict[str, Any]:
     """The part of state.json that stays the same over a run; the other part is `describe_stage`.
 
@@ -75,7 +80,7 @@ def describe(
     }
 
 
-def describe_stage(stage: Stage, manifest: Manifest) -> dict[str, Any]:
+def describe_stage(stage: Stage, manifest: Manifest | MixtureManifest) -> dict[str, Any]:
     """The part of state.json that may change with the stage; `manifest` is that of the stage's shard set."""
     return {
         "stage": stage.index,

@@ -1,0 +1,86 @@
+"""A lane that reads several shard sets, each as a lane of that set alone would read it."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from far_scale.data.lanes import Lane, LaneOrder, Place, in_stage
+from far_scale.errors import UserError
+from far_scale.randomness import generator
+
+
+class MixedLane:
+    """One endless stream of samples out of several sets. Its state is how many samples it has read of each.
+
+    Which set a sample comes from is drawn at the counter (number of the sample in the lane, lane), so it depends on
+    neither ranks nor history. A `Place` counts the shards of all sets, one set after the other.
+    """
+
+    def __init__(self, orders: Sequence[LaneOrder], shares: Sequence[float], lane: int) -> None:
+        """`orders` of the sets, of equal lanes, seed and stage; `shares` of the samples that each set gives."""
+        self.lane, self._order = lane, orders[0]
+        self._lanes = [Lane(order, lane) for order in orders]
+        self._first_shards = list(itertools.accumulate((order.shards for order in orders[:-1]), initial=0))
+        self._sums = list(itertools.accumulate(shares))
+
+    def __iter__(self) -> Iterator[Place]:
+        return self
+
+    @property
+    def number(self) -> int:
+        """How many samples this lane has read so far, which is the number of the next one."""
+        return sum(lane.number for lane in self._lanes)
+
+    def __next__(self) -> Place:
+        chosen = self._set_of(self.number)
+        place = next(self._lanes[chosen])
+        return Place(self._first_shards[chosen] + place.shard, place.sample)
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """How many samples of each set were read."""
+        return {"read": [lane.number for lane in self._lanes]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a state.
+
+        Raises:
+            UserError: it is that of a single set, or of another number of sets.
+        """
+        read = state.get("read")
+        known = set(state) == {"read"} and isinstance(read, list) and len(read) == len(self._lanes)
+        if not (known and all(type(count) is int and count >= 0 for count in read or [])):
+            raise UserError(
+                f"lane {self.lane}: {state} is no place in a mixture of {len(self._lanes)} shard sets; resume with the "
+                "data.shards that the checkpoint was made with"
+            )
+        self._go_to(read or [])
+
+    def go_to(self, number: int) -> None:
+        """Make the sample of this number the next one; one draw is done again for each sample that lies between.
+
+        Raises:
+            UserError: the samples read so far were drawn with other weights.
+        """
+        read = [lane.number for lane in self._lanes]
+        now = sum(read)
+        for before in range(now - 1, number - 1, -1):
+            read[self._set_of(before)] -= 1
+        for after in range(now, number):
+            read[self._set_of(after)] += 1
+        if min(read) < 0:
+            raise UserError(
+                f"lane {self.lane}: sample {number} of the mixture is not to be found by these weights; resume with "
+                "the data.shards that the checkpoint was made with"
+            )
+        self._go_to(read)
+
+    def _go_to(self, read: Sequence[int]) -> None:
+        for lane, count in zip(self._lanes, read, strict=True):
+            lane.go_to(count)
+
+    def _set_of(self, number: int) -> int:
+        draw = generator(self._order.seed, in_stage("mixture", self._order.stage), number, self.lane).random()
+        return min(bisect.bisect_right(self._sums, draw * self._sums[-1]), len(self._sums) - 1)

@@ -1,0 +1,32 @@
+#!/usr/bin/env python
+"""Convert a shard set between tars (WebDataset) and MDS files (mosaicml-streaming), losslessly both ways.
+
+Run it again to go on after a kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from far_scale.data.convert import convert
+from far_scale.data.shards import ShardSet
+from far_scale.errors import command_line
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="the shard set's folder")
+    parser.add_argument("--out", type=Path, required=True, help="the new set's folder")
+    parser.add_argument("--format", choices=["mds", "tar"], required=True, help="what to convert to")
+    arguments = parser.parse_args()
+    made = convert(ShardSet.open(arguments.folder), arguments.out, arguments.format)
+    print(
+        f"{arguments.out}: {len(made.shards)} shards, {made.samples} samples, "
+        f"{sum(shard.bytes for shard in made.shards) / 1e6:.1f} MB"
+    )
+
+
+if __name__ == "__main__":
+    main()
