@@ -93,7 +93,8 @@ class DataSection(Section):
     """The clips and how they are dealt out."""
 
     shards: str
-    """Folder of the shard set to train on; a relative path starts at the working folder."""
+    """The shard set to train on: a folder (a relative path starts at the working folder), or far away, s3://, gs:// or
+    http(s):// and what comes before the files' names, or pipe: and a command with {file} in place of the name."""
     autoencoder: str
     """Name of the autoencoder whose latents the shard set must hold."""
     latent_shape: Annotated[tuple[Count, Count, Count], Field(strict=False)]
@@ -115,6 +116,24 @@ class DataSection(Section):
     """Scale latents by the autoencoder's one factor (as officially) or to mean 0 and deviation 1 per channel."""
     prefetch: Count = 2
     """Steps whose packs are read ahead of the model."""
+    cache_dir: str | None = None
+    """Folder on each node's own disk for what comes from far away; its ranks share it. Local sets need none."""
+    cache_gb: Annotated[float, Field(gt=0)] = 200.0
+    """The most that data.cache_dir holds, in GB (10^9 bytes); what was read longest ago goes first."""
+    prefetch_gb: Annotated[float, Field(ge=0)] = 4.0
+    """GB of far shards that a rank has in data.cache_dir before its lanes come to them; 0 fetches each when needed."""
+    max_damaged_samples: Annotated[int, Field(ge=0)] = 0
+    """Clips of damaged samples that a stage may leave out, each told in events.jsonl; one more ends the run."""
+
+    @property
+    def prefetch_bytes(self) -> int:
+        """data.prefetch_gb in bytes."""
+        return int(self.prefetch_gb * 1e9)
+
+    @property
+    def cache_bytes(self) -> int:
+        """data.cache_gb in bytes."""
+        return int(self.cache_gb * 1e9)
 
     @model_validator(mode="before")
     @classmethod

@@ -124,14 +124,32 @@ class Manifest(Typed):
         Raises:
             UserError: it is not there, or is not a manifest of this format.
         """
+        return Manifest.parse(Manifest.text(folder), Path(folder) / MANIFEST_NAME)
+
+    @staticmethod
+    def text(folder: str | Path) -> bytes:
+        """What stands in `folder/manifest.json`.
+
+        Raises:
+            UserError: it is not there, or too large.
+        """
         path = Path(folder) / MANIFEST_NAME
         if not path.is_file():
             raise UserError(
                 f"{path}: there is no shard set's manifest here; make the set with tools/encode_latents.py, "
                 "or run the same encoding again where it was cut off"
             )
+        return read_small(path, MAX_MANIFEST_BYTES)
+
+    @staticmethod
+    def parse(text: bytes, path: str | Path) -> Manifest:
+        """The manifest in `text`, which was read from `path`.
+
+        Raises:
+            UserError: it is not a manifest of this format.
+        """
         try:
-            return Manifest.model_validate_json(read_small(path, MAX_MANIFEST_BYTES))
+            return Manifest.model_validate_json(text)
         except pydantic.ValidationError as error:
             raise UserError(f"{path}: not a valid manifest ({first_problem(error)}); encode the set again") from None
 
@@ -193,7 +211,7 @@ class ShardIndex(Typed):
             beside.write_text(self.model_dump_json() + "\n")
 
 
-def parse_index(text: bytes, path: Path) -> ShardIndex:
+def parse_index(text: bytes, path: str | Path) -> ShardIndex:
     """The index in `text`, which was read from `path`.
 
     Raises:
