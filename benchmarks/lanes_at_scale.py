@@ -31,6 +31,7 @@ from far_scale.data.manifest import (
     Manifest,
     ShardEntry,
     ShardIndex,
+    ShardTable,
     parse_index,
 )
 from far_scale.data.shards import ShardSet
@@ -105,7 +106,7 @@ def make_set(folder: Path, shards: int, samples: int) -> None:
         actions=0,
         labels=0,
         fps=8.0,
-        shards=tuple(entries),
+        shards=ShardTable(entries),
     ).write(folder)
 
 

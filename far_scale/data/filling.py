@@ -158,7 +158,7 @@ class ClipLane:
         pending, damaged = state.get("pending"), state.get("damaged", 0)
         if type(damaged) is not int or damaged < 0:
             raise UserError(
-                f"lane {self.lane.lane}: {damaged!r} is no number of damaged clips; the checkpoint is damaged"
+                f"lane {self.lane.lane}: {damaged!r} is no count of damaged clips; take an older checkpoint"
             )
         self.damaged = damaged
         if (pending is None) != (self._dealing.tokens_per_pack is None) or not self._possible(pending or []):

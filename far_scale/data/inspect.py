@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from far_scale import autoencoder as autoencoders
-from far_scale.data.manifest import MANIFEST_NAME, ChannelSums, Manifest, statistics
+from far_scale.data.manifest import MANIFEST_NAME, ChannelSums, Manifest, ShardTable, statistics
 from far_scale.data.shards import ShardSet
 from far_scale.errors import UserError
 from far_scale.files import atomic_write
@@ -102,7 +102,7 @@ def fix(folder: Path) -> str:
             f"{folder}: none of its {len(found.broken)} shards is whole, nothing is changed; first: {first}"
         )
     mean, std = statistics(list(found.sums.values()))
-    whole = tuple(entry for number, entry in enumerate(manifest.shards) if number in found.sums)
+    whole = ShardTable(entry for number, entry in enumerate(manifest.shards) if number in found.sums)
     fps = next(iter(found.rates)) if len(found.rates) == 1 else None
     fixed = manifest.model_copy(update={"shards": whole, "mean": mean, "std": std, "fps": fps})
     if fixed == manifest:

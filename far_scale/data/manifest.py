@@ -9,14 +9,18 @@ The offsets stand in the indexes and not in the manifest, which would be unreada
 
 from __future__ import annotations
 
+import array
 import hashlib
+import json
 import math
 import os
+import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, overload
 
+import numpy as np
 import pydantic
 import torch
 
@@ -32,6 +36,9 @@ MAX_INDEX_BYTES = 1 << 25  # 300,000 samples in one shard
 MAX_JSON_BYTES = 1 << 16  # of a sample; ours have about 100
 MAX_HEADER_BYTES = 1 << 16  # of a sample's safetensors; ours have about 150
 MAX_TENSORS_BYTES = 1 << 32  # of a sample
+
+# Within a JSON string a quote has a backslash before it, so this is a key.
+_SHARDS, _SPACE = re.compile(r'(?<!\\)"shards"\s*:\s*\[(?!\s*\])'), re.compile(r"[ \t\r\n]*")
 
 # Sums of these over any manifest stay within 64 bits, in which numpy counts.
 _MOST = 1 << 40
@@ -69,6 +76,103 @@ class ShardEntry(Typed):
     index_sha256: Digest
 
 
+class ShardTable(Sequence[ShardEntry]):
+    """The shards of a set in columns: some 110 bytes each, where as many objects have more than a thousand.
+
+    Attributes:
+        samples, frames, min_frames, bytes: int64 `[shards]`, as in ShardEntry.
+    """
+
+    def __init__(self, entries: Iterable[ShardEntry]) -> None:
+        names, digests, numbers = [], bytearray(), array.array("q")
+        for entry in entries:  # one at a time: all at once is what must not lie in memory
+            names.append(entry.file.encode())
+            digests += bytes.fromhex(entry.sha256) + bytes.fromhex(entry.index_sha256)
+            numbers.extend((entry.samples, entry.frames, entry.min_frames, entry.bytes))
+        self._names = np.array(names, dtype=np.bytes_)
+        self._digests = bytes(digests)
+        self.samples, self.frames, self.min_frames, self.bytes = np.array(numbers, np.int64).reshape(-1, 4).T.copy()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, number: int) -> ShardEntry: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[ShardEntry]: ...
+    def __getitem__(self, number: int | slice) -> ShardEntry | list[ShardEntry]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        digests = self._digests[64 * number : 64 * (number + 1)]
+        return ShardEntry.model_construct(
+            file=self._names[number].decode(),
+            samples=int(self.samples[number]),
+            frames=int(self.frames[number]),
+            min_frames=int(self.min_frames[number]),
+            bytes=int(self.bytes[number]),
+            sha256=digests[:32].hex(),
+            index_sha256=digests[32:].hex(),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def has_twins(self) -> bool:
+        """Whether two shards have the same file."""
+        return len(np.unique(self._names)) != len(self)
+
+
+def _table(shards: Any, info: pydantic.ValidationInfo) -> ShardTable:
+    """The shards of a manifest that is made; of one that is read `Manifest.parse` has checked them, one by one."""
+    read: ShardTable | None = (info.context or {}).get("shards")
+    table = read if read is not None else shards
+    if not isinstance(table, ShardTable) or not len(table):
+        raise ValueError("there must be a list of one shard at least")
+    return table
+
+
+def _read_shards(text: str, begin: int) -> tuple[ShardTable, int]:
+    """The shards in a JSON list whose first entry is at `begin`, and where the list ends.
+
+    They are taken one by one, since as objects all together they have many times the size of the text; and at the first
+    bad one it stops.
+
+    Raises:
+        ValueError: an entry is no shard, or the text no JSON.
+    """
+    at = begin
+
+    def entries() -> Iterator[ShardEntry]:
+        nonlocal at
+        decoder, number = json.JSONDecoder(), 0
+        while True:
+            value, at = decoder.raw_decode(text, _behind_space(text, at))
+            try:
+                yield ShardEntry.model_validate(value)
+            except pydantic.ValidationError as error:
+                raise ValueError(f"shards.{number}.{first_problem(error)}") from None
+            at, number = _behind_space(text, at) + 1, number + 1
+            if text[at - 1 : at] != ",":
+                break
+        if text[at - 1 : at] != "]":
+            raise ValueError(f"shards.{number}: this list does not end")
+
+    return ShardTable(entries()), at - 1
+
+
+def _behind_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return at if found is None else found.end()
+
+
+def _dump_table(shards: Sequence[ShardEntry]) -> list[dict[str, Any]]:
+    return [shard.model_dump() for shard in shards]
+
+
 class Manifest(Typed):
     """What a shard set is.
 
@@ -90,32 +194,36 @@ class Manifest(Typed):
     actions: Count
     labels: Count
     fps: float | None
-    # At the first bad entry it stops: a list of complaints about each of millions would not fit into memory.
-    shards: Annotated[tuple[ShardEntry, ...], pydantic.Field(min_length=1), pydantic.FailFast()]
+    shards: Annotated[ShardTable, pydantic.PlainValidator(_table), pydantic.PlainSerializer(_dump_table)]
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Manifest:
         if not len(self.mean) == len(self.std) == self.latent_shape[0]:
             raise ValueError(f"mean and std must have {self.latent_shape[0]} channels")
-        if len({shard.file for shard in self.shards}) != len(self.shards):
+        if self.shards.has_twins:
             raise ValueError("a shard file is named twice")
         return self
 
     @property
     def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
+        return int(self.shards.samples.sum())
 
     @property
     def frames(self) -> int:
-        return sum(shard.frames for shard in self.shards)
+        return int(self.shards.frames.sum())
 
     @property
     def min_frames(self) -> int:
-        return min(shard.min_frames for shard in self.shards)
+        return int(self.shards.min_frames.min())
 
     def fingerprint(self) -> str:
         """SHA-256 of all that this manifest says: the same for the same latents in the same shards."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        # The text of `model_dump_json`, shard by shard: as a whole it is as large as the file.
+        digest = hashlib.sha256(self.model_dump_json(exclude={"shards"}).encode()[:-1] + b',"shards":[')
+        for number, entry in enumerate(self.shards):
+            digest.update(b"," * (number > 0) + entry.model_dump_json().encode())
+        digest.update(b"]}")
+        return digest.hexdigest()
 
     @staticmethod
     def read(folder: str | Path) -> Manifest:
@@ -149,9 +257,17 @@ class Manifest(Typed):
             UserError: it is not a manifest of this format.
         """
         try:
-            return Manifest.model_validate_json(text)
+            words = text.decode()
+            found = _SHARDS.search(words)
+            if found is None:
+                return Manifest.model_validate_json(words)
+            shards, end = _read_shards(words, found.end())
+            return Manifest.model_validate_json(words[: found.end()] + words[end:], context={"shards": shards})
         except pydantic.ValidationError as error:
-            raise UserError(f"{path}: not a valid manifest ({first_problem(error)}); encode the set again") from None
+            problem = first_problem(error)
+        except (ValueError, RecursionError) as error:
+            problem = str(error)
+        raise UserError(f"{path}: not a valid manifest ({problem}); encode the set again")
 
     def write(self, folder: str | Path) -> None:
         """Write `folder/manifest.json`, atomically."""

@@ -39,16 +39,26 @@ _KNOWN_INDEXES = 256
 
 
 class _Recent(Generic[T]):
-    """The values used last, made when they are missing. What falls out is closed when its last user lets go of it."""
+    """The values used last, made when they are missing. What falls out is closed when its last user lets go of it.
+
+    What is damaged is not tried again, which may take minutes where it comes from far away.
+    """
 
     def __init__(self, size: int, make: Callable[[int], T]) -> None:
         self._size, self._make, self._lock = size, make, threading.Lock()
         self._values: OrderedDict[int, T] = OrderedDict()
+        self._damaged: dict[int, DamagedError] = {}
 
     def __getitem__(self, key: int) -> T:
         with self._lock:
+            if (known := self._damaged.get(key)) is not None:
+                raise DamagedError(known.file, known.problem)
             if key not in self._values:
-                self._values[key] = self._make(key)
+                try:
+                    self._values[key] = self._make(key)
+                except DamagedError as problem:
+                    self._damaged[key] = problem
+                    raise
                 if len(self._values) > self._size:
                     self._values.popitem(last=False)
             self._values.move_to_end(key)
@@ -126,7 +136,7 @@ class ShardSet:
         self.folder = shown(str(where)) if is_far(where) else str(where)
         self.manifest, self.store = manifest, store_of(where, node)
         self.far = is_far(where)
-        largest = max(shard.bytes for shard in manifest.shards)
+        largest = int(manifest.shards.bytes.max())
         if self.far and node is not None and node.most_bytes < largest:
             raise UserError(
                 f"data.cache_gb={node.most_bytes / 1e9:g} holds not one shard of {self.folder}, which has shards of "
@@ -134,7 +144,6 @@ class ShardSet:
             )
         self._tars = _Recent(_OPEN_SHARDS, self._open_tar)
         self._indexes = _Recent(_KNOWN_INDEXES, self._load_index)
-        self._broken: dict[int, DamagedError] = {}  # shards that were tried in vain
 
     @staticmethod
     def open(where: str | Path, node: NodeCache | None = None) -> ShardSet:
@@ -177,7 +186,8 @@ class ShardSet:
 
     @property
     def samples_per_shard(self) -> list[int]:
-        return [shard.samples for shard in self.manifest.shards]
+        counts: list[int] = self.manifest.shards.samples.tolist()
+        return counts
 
     def index(self, shard: int) -> ShardIndex:
         """Where the samples of a shard lie.
@@ -185,7 +195,7 @@ class ShardSet:
         Raises:
             UserError: the index is missing, or is not the one that the manifest was written with.
         """
-        return self._sound(self._indexes, shard)
+        return self._indexes[shard]
 
     def name_of(self, shard: int) -> str:
         """A shard as messages call it."""
@@ -214,20 +224,25 @@ class ShardSet:
         last = start + (count - 1) * stride
         if start < 0 or count < 1 or stride < 1 or last >= row.frames:
             raise ValueError(f"frames {start} to {last} of {row.key}, which has {row.frames}")
-        tar = self._sound(self._tars, shard)
+        try:
+            return self._read(self._tar(shard), row, start, last + 1, stride)
+        except Mismatch as problem:
+            name = self.name_of(shard)
+            text = f"sample {row.key!r} is not what the index describes ({problem}); encode the set again"
+            if isinstance(problem, _WrongKind):
+                raise UserError(f"{name}: {text}") from None
+            raise DamagedError(name, text, row.key) from None
+        except DamagedError as problem:
+            raise DamagedError(problem.file, problem.problem, row.key) from None
+
+    def _tar(self, shard: int) -> _Tar:
+        """An open shard, to be read from now."""
+        tar = self._tars[shard]
         if self.far:
             touch(tar.descriptor)
             # What has left the cache takes no place on the disk once it is closed; what is read now is read on.
             self._tars.drop(shard, lambda other: is_evicted(other.descriptor))
-        try:
-            return self._read(tar, row, start, last + 1, stride)
-        except Mismatch as problem:
-            text = f"sample {row.key!r} is not what the index describes ({problem}); encode the set again"
-            if isinstance(problem, _WrongKind):
-                raise UserError(f"{tar.name}: {text}") from None
-            raise DamagedError(tar.name, text, row.key) from None
-        except DamagedError as problem:
-            raise DamagedError(problem.file, problem.problem, row.key) from None
+        return tar
 
     def _read(self, tar: _Tar, row: IndexRow, start: int, stop: int, stride: int) -> Sample:
         manifest = self.manifest
@@ -321,16 +336,6 @@ class ShardSet:
             fact = f"whose shortest sample has {manifest.min_frames} frames and {span} are needed"
             mend = "lower data.frames or data.frame_stride, or encode with --min-frames"
             refuse("data.frames", f"{fewest(data.frames)} with data.frame_stride={data.frame_stride}", fact, mend)
-
-    def _sound(self, values: _Recent[T], shard: int) -> T:
-        """A value of a shard; one that was tried in vain is not tried again, which may take minutes."""
-        if (known := self._broken.get(shard)) is not None:
-            raise DamagedError(known.file, known.problem)
-        try:
-            return values[shard]
-        except DamagedError as problem:
-            self._broken[shard] = problem
-            raise
 
     def _open_tar(self, shard: int) -> _Tar:
         entry = self.manifest.shards[shard]

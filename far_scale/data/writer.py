@@ -18,6 +18,7 @@ from far_scale.data.manifest import (
     Manifest,
     ShardEntry,
     ShardIndex,
+    ShardTable,
     parse_index,
     statistics,
 )
@@ -138,7 +139,7 @@ def build_manifest(folder: Path, indexes: list[ShardIndex], facts: SetFacts) -> 
         actions=facts.actions,
         labels=facts.labels,
         fps=rates.pop() if len(rates) == 1 else None,
-        shards=tuple(
+        shards=ShardTable(
             ShardEntry(
                 file=index.file,
                 samples=len(index.samples),
