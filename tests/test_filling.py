@@ -6,7 +6,6 @@ import itertools
 import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,8 +94,7 @@ def test_a_short_video_gives_what_it_has_but_never_less_than_the_fewest() -> Non
     too_short: Any = SimpleNamespace(
         samples_per_shard=[9],
         frames_of=lambda shard, sample: 15,
-        folder=Path("set"),
-        manifest=SimpleNamespace(shards=[SimpleNamespace(file="shard-000000.tar")]),
+        name_of=lambda shard: f"set/shard-{shard:06d}.tar",
     )
     with pytest.raises(UserError, match=r"set/shard-000000\.tar: sample \d is too short for data\.frames=16"):
         LONG.clip_lanes(too_short, [0])[0].next_pack()

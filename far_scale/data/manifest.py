@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import array
 import hashlib
-import json
 import math
 import os
 import re
@@ -38,7 +37,9 @@ MAX_HEADER_BYTES = 1 << 16  # of a sample's safetensors; ours have about 150
 MAX_TENSORS_BYTES = 1 << 32  # of a sample
 
 # Within a JSON string a quote has a backslash before it, so this is a key.
-_SHARDS, _SPACE = re.compile(r'(?<!\\)"shards"\s*:\s*\[(?!\s*\])'), re.compile(r"[ \t\r\n]*")
+_SHARDS = re.compile(r'(?<!\\)"shards"\s*:\s*\[(?!\s*\])')
+_LIST_END, _COMMA = re.compile(r"\}\s*\]"), re.compile(r"\s*,")
+_PIECE = 1 << 20  # characters
 
 # Sums of these over any manifest stay within 64 bits, in which numpy counts.
 _MOST = 1 << 40
@@ -126,6 +127,9 @@ class ShardTable(Sequence[ShardEntry]):
         return len(np.unique(self._names)) != len(self)
 
 
+_ENTRIES = pydantic.TypeAdapter(Annotated[list[ShardEntry], pydantic.FailFast()])
+
+
 def _table(shards: Any, info: pydantic.ValidationInfo) -> ShardTable:
     """The shards of a manifest that is made; of one that is read `Manifest.parse` has checked them, one by one."""
     read: ShardTable | None = (info.context or {}).get("shards")
@@ -136,37 +140,38 @@ def _table(shards: Any, info: pydantic.ValidationInfo) -> ShardTable:
 
 
 def _read_shards(text: str, begin: int) -> tuple[ShardTable, int]:
-    """The shards in a JSON list whose first entry is at `begin`, and where the list ends.
+    """The shards in a JSON list that begins before `begin`, and where it ends.
 
-    They are taken one by one, since as objects all together they have many times the size of the text; and at the first
-    bad one it stops.
+    They are checked piece by piece, since all together they are objects of many times the size of the text. A shard has
+    no braces within its own, so pieces end with one; text in which that is not so is no manifest of ours.
 
     Raises:
         ValueError: an entry is no shard, or the text no JSON.
     """
-    at = begin
+    end = _LIST_END.search(text, begin)
+    if end is None:
+        raise ValueError("shards: this list does not end")
+    stop = end.start() + 1
 
     def entries() -> Iterator[ShardEntry]:
-        nonlocal at
-        decoder, number = json.JSONDecoder(), 0
-        while True:
-            value, at = decoder.raw_decode(text, _behind_space(text, at))
+        at, number = begin, 0
+        while at < stop:
+            cut = stop if stop - at <= _PIECE else text.rfind("}", at, at + _PIECE) + 1
+            if cut <= at:
+                raise ValueError(f"shards.{number}: it is longer than any of ours")
             try:
-                yield ShardEntry.model_validate(value)
+                piece = _ENTRIES.validate_json(f"[{text[at:cut]}]")
             except pydantic.ValidationError as error:
-                raise ValueError(f"shards.{number}.{first_problem(error)}") from None
-            at, number = _behind_space(text, at) + 1, number + 1
-            if text[at - 1 : at] != ",":
-                break
-        if text[at - 1 : at] != "]":
-            raise ValueError(f"shards.{number}: this list does not end")
+                within, _, problem = first_problem(error).partition(".")  # the place in this piece comes first
+                where = f"{number + int(within)}.{problem}" if within.isdigit() else f"{number}: {within}.{problem}"
+                raise ValueError(f"shards.{where}") from None
+            yield from piece
+            comma = _COMMA.match(text, cut)
+            if comma is None and cut < stop:
+                raise ValueError(f"shards.{number + len(piece)}: there is no comma before it")
+            at, number = stop if comma is None else comma.end(), number + len(piece)
 
-    return ShardTable(entries()), at - 1
-
-
-def _behind_space(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return at if found is None else found.end()
+    return ShardTable(entries()), end.end() - 1
 
 
 def _dump_table(shards: Sequence[ShardEntry]) -> list[dict[str, Any]]:
@@ -220,8 +225,9 @@ class Manifest(Typed):
         """SHA-256 of all that this manifest says: the same for the same latents in the same shards."""
         # The text of `model_dump_json`, shard by shard: as a whole it is as large as the file.
         digest = hashlib.sha256(self.model_dump_json(exclude={"shards"}).encode()[:-1] + b',"shards":[')
-        for number, entry in enumerate(self.shards):
-            digest.update(b"," * (number > 0) + entry.model_dump_json().encode())
+        for number in range(0, len(self.shards), 1000):
+            piece = _ENTRIES.dump_json(self.shards[number : number + 1000])
+            digest.update(b"," * (number > 0) + piece[1:-1])
         digest.update(b"]}")
         return digest.hexdigest()
 
