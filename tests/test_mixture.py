@@ -21,7 +21,7 @@ from far_scale.data import mixed_lane
 from far_scale.data.convert import convert
 from far_scale.data.filling import Dealing
 from far_scale.data.lanes import Lane, LaneOrder, Place
-from far_scale.data.manifest import AutoencoderInfo, Manifest
+from far_scale.data.manifest import AutoencoderInfo, Manifest, ShardTable
 from far_scale.data.mixed_lane import MixedLane
 from far_scale.data.mixture import Mixture, open_shards, summary
 from far_scale.data.packs import PackLoader
@@ -373,7 +373,7 @@ def test_a_run_on_a_mixture_resumes_on_other_ranks_but_not_with_other_weights(
     manifest = Manifest.read(recorded_shards)
     for name, part in (("first", manifest.shards[:2]), ("second", manifest.shards[2:])):
         shutil.copytree(recorded_shards, tmp_path / name)
-        manifest.model_copy(update={"shards": part}).write(tmp_path / name)
+        manifest.model_copy(update={"shards": ShardTable(part)}).write(tmp_path / name)
     convert(ShardSet.open(tmp_path / "second"), tmp_path / "mds", "mds")
 
     def train(run: Path, ranks: int, weights: tuple[int, int], *more: str) -> Any:
