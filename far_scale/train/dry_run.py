@@ -93,7 +93,7 @@ def dry_run(recipe: Recipe, processes: Processes) -> None:
         train = recipe.train
         print(f"recipe      {recipe.name} ({recipe.hash()[:12]}), {train.steps} steps")
         print(f"ranks       {processes.count} x {recipe.data.lanes // processes.count} packs a step")
-        for folder, shards in {stage.data.shards: shard_set.manifest for stage, shard_set in plan}.items():
+        for folder, shards in {shard_set.folder: shard_set.manifest for _, shard_set in plan}.items():
             print(f"shard set   {folder}: {len(shards.shards)} shards, {shards.samples} samples")
         print(f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{train.zero_stage}, {train.precision}")
         peak = processes.count * peak_flops(processes.device, compute_dtype(recipe))
