@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import threading
 import time
@@ -292,7 +291,7 @@ def test_a_loader_closes_while_a_shard_hangs(
     for number in range(5):
         server.fails[f"shard-{number:06d}.tar"] = (99, "hang")
     packs = loader(shard_set, ahead_bytes=GB)
-    while not any(re.search("tar$", name) for name in list(server.asked)):
+    while not any(name.endswith("tar") for name in list(server.asked)):
         time.sleep(0.01)
     closing = threading.Thread(target=packs.close)
     closing.start()
@@ -300,6 +299,29 @@ def test_a_loader_closes_while_a_shard_hangs(
     assert not closing.is_alive()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("packs", "prefetch"))]
     assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_who_waits_for_packs_of_a_loader_that_closes_is_told(server: WebServer, tmp_path: Path) -> None:
+    fetch.STALL_SECONDS = 600.0
+    shard_set = ShardSet.open(server.url, NodeCache(tmp_path / "cache", GB))
+    for number in range(5):
+        server.fails[f"shard-{number:06d}.tar"] = (99, "hang")
+    packs = loader(shard_set)
+    met: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            next(packs)
+        except BaseException as error:
+            met.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    while not any(name.endswith("tar") for name in list(server.asked)):
+        time.sleep(0.01)
+    packs.close()
+    waiting.join(20)
+    assert [type(error) for error in met] == [Interrupted]
 
 
 def test_two_ranks_train_from_far_away_as_from_here(recorded_shards: Path, tmp_path: Path) -> None:
