@@ -26,11 +26,13 @@ class WebServer:
         asked: how often each file was asked for.
         fails: by file, how often it still fails, and how: "status" (503), "cut" (half of the body and no more), "flip"
             (a byte is another one), "hang" (half of the body, and then nothing).
+        watch: called with a file's name when it is asked for.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.asked = folder, Counter[str]()
         self.fails: dict[str, tuple[int, str]] = {}
+        self.watch: Callable[[str], object] = lambda name: None
         self.closing = threading.Event()
         outer = self
 
@@ -48,6 +50,7 @@ class WebServer:
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         name = request.path.partition("?")[0].removeprefix("/some/set/")
         self.asked[name] += 1
+        self.watch(name)
         times, how = self.fails.get(name, (0, ""))
         self.fails[name] = (times - 1, how)
         path = self.folder / name

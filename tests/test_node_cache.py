@@ -62,7 +62,12 @@ def test_three_processes_share_a_cache_smaller_than_the_set(folder: Path, tmp_pa
         orders.append(places)
     cache = tmp_path / "cache"
     cache.mkdir()
+    digests = {path.name: sha256(path) for path in folder.glob("shard-*")}
+    asked_though_there: list[str] = []
     with served(folder) as server:
+        server.watch = lambda name: (
+            name in digests and (cache / digests[name]).exists() and asked_though_there.append(name)
+        )
         processes = [reader(server.url, cache, limit, places) for places in orders]
         seen = sizes_seen(cache, lambda: all(process.poll() is not None for process in processes))
         for process, places in zip(processes, orders, strict=True):
@@ -71,6 +76,7 @@ def test_three_processes_share_a_cache_smaller_than_the_set(folder: Path, tmp_pa
             right(output, places)
         assert max(seen) <= limit + 3 * max(sizes)
         assert max(server.asked.values()) > 3, "what was evicted was fetched again"
+        assert not asked_though_there, "and nothing while it was there"
     kept = [path for path in cache.iterdir() if path.name != "lock"]
     assert sum(path.stat().st_size for path in kept) <= limit and not list(cache.glob("*.part"))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import subprocess
 import threading
 import time
@@ -15,6 +15,8 @@ import pytest
 import torch
 from far_sets import WebServer, served
 from latent_sets import make_sample, write_set
+from launch import small_recipe
+from zygote import Zygote
 
 from far_scale.data import fetch
 from far_scale.data.cache import NodeCache
@@ -28,6 +30,7 @@ from far_scale.data.scaling import LatentScaling
 from far_scale.data.shards import ShardSet
 from far_scale.errors import UserError
 from far_scale.recipe import load_recipe
+from far_scale.train.faults.exits import REFUSED
 
 FRAMES = [20 + number % 5 for number in range(22)]
 GB = 10**9
@@ -288,7 +291,7 @@ def test_a_loader_closes_while_a_shard_hangs(
     for number in range(5):
         server.fails[f"shard-{number:06d}.tar"] = (99, "hang")
     packs = loader(shard_set, ahead_bytes=GB)
-    while not any(re.search("tar$", name) for name in list(server.asked)):
+    while not any(name.endswith("tar") for name in list(server.asked)):
         time.sleep(0.01)
     closing = threading.Thread(target=packs.close)
     closing.start()
@@ -296,3 +299,58 @@ def test_a_loader_closes_while_a_shard_hangs(
     assert not closing.is_alive()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("packs", "prefetch"))]
     assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_who_waits_for_packs_of_a_loader_that_closes_is_told(server: WebServer, tmp_path: Path) -> None:
+    fetch.STALL_SECONDS = 600.0
+    shard_set = ShardSet.open(server.url, NodeCache(tmp_path / "cache", GB))
+    for number in range(5):
+        server.fails[f"shard-{number:06d}.tar"] = (99, "hang")
+    packs = loader(shard_set)
+    met: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            next(packs)
+        except BaseException as error:
+            met.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    while not any(name.endswith("tar") for name in list(server.asked)):
+        time.sleep(0.01)
+    packs.close()
+    waiting.join(20)
+    assert [type(error) for error in met] == [Interrupted]
+
+
+def test_two_ranks_train_from_far_away_as_from_here(recorded_shards: Path, tmp_path: Path) -> None:
+    runs = {name: tmp_path / name / "run" for name in ("here", "far")}
+    for run in runs.values():
+        run.parent.mkdir()
+    few = ["train.steps=5", "optimizer.warmup_steps=2"]
+    size = sum(path.stat().st_size for path in recorded_shards.glob("shard-*"))
+    far = [f"data.cache_dir={tmp_path / 'cache'}", f"data.cache_gb={2 * size / GB}", f"data.prefetch_gb={size / GB}"]
+    with served(recorded_shards) as server, Zygote() as zygote:
+        server.fails["shard-000001.tar"] = (1, "cut")
+        local = small_recipe(recorded_shards, runs["here"], *few)
+        assert zygote.start(2, local, runs["here"].parent / "out").wait() == [0, 0]
+        there = [*small_recipe(recorded_shards, runs["far"], *few), f"data.shards={server.url}", *far]
+        assert zygote.start(2, there, runs["far"].parent / "out").wait() == [0, 0]
+        assert server.asked.pop("manifest.json") == 1, "one rank fetches it for all"
+        assert server.asked.pop("shard-000001.tar") == 2 and set(server.asked.values()) == {1}
+    assert "shard-000001.tar: attempt 1 of 6" in (runs["far"].parent / "out").read_text()
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()] for run in runs.values()
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 5
+
+
+def test_all_ranks_refuse_what_one_could_not_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # where no aws is
+    recipe = ["data.shards=s3://bucket/set", f"data.cache_dir={tmp_path / 'cache'}"]
+    with Zygote() as zygote:
+        statuses = zygote.start(2, [*small_recipe(tmp_path, tmp_path / "run"), *recipe], tmp_path / "out").wait()
+    assert REFUSED in statuses and not set(statuses) - {REFUSED, -9}
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert any("error: s3://bucket/set/manifest.json: needs the command `aws`" in line for line in lines)

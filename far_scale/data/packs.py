@@ -111,7 +111,7 @@ class PackLoader:
         return packs
 
     def close(self) -> None:
-        """Stop reading ahead; returns when the thread has ended."""
+        """Stop reading ahead; returns when the thread has ended. Whoever waits for packs meets an error."""
         self._closed.set()
         self._room.release()
         self._thread.join()
@@ -130,14 +130,12 @@ class PackLoader:
                 while True:
                     self._room.acquire()
                     if self._closed.is_set():
-                        return
+                        raise Interrupted
                     for number, prefetch in self._prefetches.items():
                         prefetch.move({lane: clips.lane.parts[number].number for lane, clips in self._lanes.items()})
                     self._ready.put([self._make_pack(lane) for lane in self._lanes])
                     self._step += 1
-        except Interrupted:
-            return  # closed while a shard was being fetched
-        except BaseException as error:  # the thread has nobody to tell but the one who asks for packs
+        except BaseException as error:  # the thread has nobody to tell but the one who asks, or still waits, for packs
             self._ready.put(error)
 
     def _make_pack(self, lane: int) -> Pack:

@@ -152,6 +152,7 @@ class ShardSet:
         Raises:
             UserError: no manifest or not a valid one; a shard is missing or has another size.
         """
+        store_of(where, node)  # without a cache nothing is fetched
         shard_set = ShardSet.known(where, manifest_text(where), node)
         for _, problem in shard_set.missing_shards():
             raise problem

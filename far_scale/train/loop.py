@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +149,7 @@ def train(
                 with (
                     PackLoader(shard_set, scaling, own_lanes, dealing, first, states, *ahead) as packs_of_steps,
                     Feed(packs_of_steps, recipe.objective, stage.config, recipe.seed, processes.device) as batches,
+                    contextlib.closing(packs_of_steps),  # before the feed, which may be waiting for it
                 ):
                     for step in range(first, stage.end):
                         with monitor.waiting_for_data():
