@@ -7,6 +7,7 @@ the training loop's own classes do with them is counted and timed; no latent is 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import hashlib
 import os
@@ -31,6 +32,7 @@ from far_scale.data.manifest import (
     Manifest,
     ShardEntry,
     ShardIndex,
+    ShardTable,
     parse_index,
 )
 from far_scale.data.shards import ShardSet
@@ -105,8 +107,15 @@ def make_set(folder: Path, shards: int, samples: int) -> None:
         actions=0,
         labels=0,
         fps=8.0,
-        shards=tuple(entries),
+        shards=ShardTable(entries),
     ).write(folder)
+
+
+def resident() -> int:
+    """Bytes of this process in memory, without what the allocator has free."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def seconds(function: Callable[[], Result]) -> tuple[float, Result]:
@@ -120,7 +129,8 @@ def start_up(folder: Path, args: argparse.Namespace) -> tuple[list[Row], Manifes
     manifest = Manifest.read(folder)
     entry = manifest.shards[0]
     text = index_of(entry, 0).model_dump_json().encode()
-    counts = [shard.samples for shard in manifest.shards]
+    shard_set = ShardSet(folder, manifest)
+    counts = shard_set.samples_per_shard
 
     def order() -> None:
         LaneOrder(counts, args.lanes, 0, args.shuffle_window).place(
@@ -129,7 +139,8 @@ def start_up(folder: Path, args: argparse.Namespace) -> tuple[list[Row], Manifes
 
     parts: dict[str, Callable[[], object]] = {
         "manifest read and checked": lambda: Manifest.read(folder),
-        "the same, and the size of every shard asked for": lambda: ShardSet.open(folder),
+        "size of every shard asked for, as by one rank alone": lambda: list(shard_set.missing_shards()),
+        f"size of one rank's share of {args.ranks} asked for": lambda: list(shard_set.missing_shards(0, args.ranks)),
         "manifest's fingerprint": manifest.fingerprint,
         "order of an epoch": order,
         f"one index of {entry.samples} samples parsed": lambda: parse_index(text, folder / "shard-000000.index.json"),
@@ -198,7 +209,7 @@ def walk(folder: Path, manifest: Manifest, dealing: Dealing, name: str, args: ar
 def rank_memory(
     folder: Path, manifest: Manifest, dealing: Dealing, args: argparse.Namespace, cpu: torch.device
 ) -> list[Row]:
-    """Peak of the resident set beyond what lay there before, of each thing a rank keeps."""
+    """Peak of the resident set beyond what lay there before, and what stays of it, of each thing a rank keeps."""
     kept: list[object] = []
 
     def lanes() -> None:
@@ -209,9 +220,11 @@ def rank_memory(
 
     rows: list[Row] = []
     for name, make in (("manifest", lambda: kept.append(Manifest.read(folder))), ("lanes, order, indexes", lanes)):
+        before = resident()
         peak = peak_beyond(make, cpu)
-        rows.append({"what": name, "peak MB": None if peak is None else peak / 1e6})
         gc.collect()
+        stays = (resident() - before) / 1e6
+        rows.append({"what": name, "peak MB": None if peak is None else peak / 1e6, "stays, MB": stays})
     return rows
 
 

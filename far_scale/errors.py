@@ -20,6 +20,11 @@ def say_error(error: BaseException) -> None:
     print(f"{speaker()}error: {error}", file=sys.stderr, flush=True)
 
 
+def say_warning(text: str) -> None:
+    """Print `warning: ...` on standard error in one piece, for what goes on all the same."""
+    print(f"{speaker()}warning: {text}", file=sys.stderr, flush=True)
+
+
 def speaker() -> str:
     """`[rank 3 on n2] ` where there are several ranks, otherwise nothing: what a line of one of them begins with."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

@@ -123,7 +123,7 @@ class Recipe(Section):
                 "log": True,
                 "sample": True,
                 "model": {"preset"},
-                "data": {"shards", "prefetch"},
+                "data": {"shards", "prefetch", "cache_dir", "cache_gb", "prefetch_gb", "max_damaged_samples"},
                 "curriculum": {"__all__": {"name", "shards"}},
                 "train": {"zero_stage", "whole_below", "activation_checkpointing", "compile", "attention"},
             },

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from far_scale.data.fetch import is_far
+from far_scale.errors import UserError
 from far_scale.recipe_frames import clip_tokens, fewest, most
-from far_scale.recipe_sections import DataSection, ModelSection, StageSection
+from far_scale.recipe_sections import DataSection, ModelSection, StageSection, places
 
 if TYPE_CHECKING:
     from far_scale.recipe import Recipe
@@ -58,6 +60,7 @@ def impossible(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from _impossible_curriculum(recipe)
     for stage in stage_sections(recipe):
         yield from _impossible_stage(stage)
+        yield from _impossible_source(stage)
     yield from _impossible_sample(recipe)
 
 
@@ -132,6 +135,19 @@ def _impossible_stage(sections: StageSections) -> Iterator[tuple[str, str]]:
                 f"{data.tokens_per_pack} of a pack; raise it to {tokens} at least, or lower "
                 f"{key('data', 'frames')}",
             )
+
+
+def _impossible_source(sections: StageSections) -> Iterator[tuple[str, str]]:
+    data, key = sections.data, sections.key("data", "shards")
+    try:
+        far = any([is_far(where) for where in places(data.shards)])
+    except UserError as problem:
+        yield key, str(problem)
+        return
+    if far and data.cache_dir is None:
+        yield key, "it is far away and comes through a cache; set data.cache_dir to a folder on the nodes' own disks"
+    if far and data.prefetch_gb > data.cache_gb:
+        yield "data.prefetch_gb", f"{data.prefetch_gb:g} is more than data.cache_gb, {data.cache_gb:g}; lower it"
 
 
 def _impossible_sample(recipe: Recipe) -> Iterator[tuple[str, str]]:

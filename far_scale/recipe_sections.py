@@ -93,7 +93,7 @@ class WeightedShards(Section):
     """A shard set of a mixture."""
 
     shards: Annotated[str, Field(min_length=1)]
-    """Folder of the shard set."""
+    """Folder or URL of the shard set."""
     weight: Annotated[float, Field(gt=0)]
     """Its part of the clips, relative to those of the other sets."""
 
@@ -123,6 +123,11 @@ Shards = Annotated[str | tuple[WeightedShards, ...], BeforeValidator(_parse_shar
 """A shard set, or several with weights."""
 
 
+def places(shards: Shards) -> list[str]:
+    """Where the sets lie: folders or URLs."""
+    return [shards] if isinstance(shards, str) else [weighted.shards for weighted in shards]
+
+
 def shares(sets: tuple[WeightedShards, ...]) -> list[float]:
     """The sets' shares of the clips, which add up to 1."""
     total = sum(weighted.weight for weighted in sets)
@@ -133,8 +138,9 @@ class DataSection(Section):
     """The clips and how they are dealt out."""
 
     shards: Shards
-    """Folder of the shard set to train on (a relative path starts at the working folder), or a list of such with
-    weights, [{shards: FOLDER, weight: 3}, {shards: FOLDER, weight: 1}], from which clips are drawn by these weights."""
+    """The shard set to train on: a folder (a relative path starts at the working folder), or far away, s3://, gs:// or
+    http(s):// and what comes before the files' names, or pipe: and a command with {file} in place of the name. Or a
+    list with weights, [{shards: SET, weight: 3}, {shards: SET, weight: 1}], by which clips are drawn from the sets."""
     autoencoder: str
     """Name of the autoencoder whose latents the shard set must hold."""
     latent_shape: Annotated[tuple[Count, Count, Count], Field(strict=False)]
@@ -156,6 +162,24 @@ class DataSection(Section):
     """Scale latents by the autoencoder's one factor (as officially) or to mean 0 and deviation 1 per channel."""
     prefetch: Count = 2
     """Steps whose packs are read ahead of the model."""
+    cache_dir: str | None = None
+    """Folder on each node's own disk for what comes from far away; its ranks share it. Local sets need none."""
+    cache_gb: Annotated[float, Field(gt=0)] = 200.0
+    """The most that data.cache_dir holds, in GB (10^9 bytes); what was read longest ago goes first."""
+    prefetch_gb: Annotated[float, Field(ge=0)] = 4.0
+    """GB of far shards that a rank has in data.cache_dir before its lanes come to them; 0 fetches each when needed."""
+    max_damaged_samples: Annotated[int, Field(ge=0)] = 0
+    """Clips of damaged samples that a stage may leave out, each told in events.jsonl; one more ends the run."""
+
+    @property
+    def prefetch_bytes(self) -> int:
+        """data.prefetch_gb in bytes."""
+        return int(self.prefetch_gb * 1e9)
+
+    @property
+    def cache_bytes(self) -> int:
+        """data.cache_gb in bytes."""
+        return int(self.cache_gb * 1e9)
 
     @model_validator(mode="before")
     @classmethod

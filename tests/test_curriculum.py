@@ -26,11 +26,14 @@ from far_scale.objective import NoisyPack, add_noise, pack_loss
 from far_scale.recipe import Recipe, load_recipe
 from far_scale.recipe_sections import ObjectiveSection
 from far_scale.train.checkpoint import read_state, step_folder
-from far_scale.train.curriculum import stage_of, stages
+from far_scale.train.curriculum import Stage, stage_of, stages
+from far_scale.train.faults.events import Events
 from far_scale.train.flops import forward_flops
 from far_scale.train.loop import build_model
+from far_scale.train.processes import Processes
 from far_scale.train.resume import check_fits, load_start_weights
 from far_scale.train.schedule import learning_rate
+from far_scale.train.sets import open_sets
 
 # Windows of 8 of at most 24 frames, 16 tokens a window frame and 4 a context frame. Checkpoints: in stage 2, at the
 # boundary of stages 2 and 3, and within stage 3, where clips wait for a pack they fit.
@@ -48,6 +51,12 @@ curriculum:
   - {steps: 6, frames: {4: 0.5, 20: 0.5}, clips_per_pack: 1, learning_rate_scale: 0.5}
   - {name: long, steps: 8, frames: [4, 24], window: 4, tokens_per_pack: 400}
 """
+
+
+def opened(stage: Stage) -> ShardSet:
+    """A stage's shard set, as this process opens it alone."""
+    alone = Processes(0, 1, torch.device("cpu"))
+    return open_sets(stage.data, [stage], alone, Events(Path("."), main=False), 0).of_stages[stage.index]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +124,7 @@ def test_killed_at_a_stage_boundary_and_in_mid_stage(folder: Path, printed: str)
 def test_one_rank_trains_the_same(folder: Path, printed: str) -> None:
     """Also where one rank's pack has a context and the other's has none, and where packs hold unlike many clips."""
     plan = stages(load_recipe(folder / "staged.yaml"))
-    shard_set = plan[1].open_shards()
+    shard_set = opened(plan[1])
     with_context, clips = [], []
     for stage in plan[1:]:
         lanes = stage.dealing(0).clip_lanes(shard_set, range(2))
@@ -153,7 +162,7 @@ def test_the_loss_is_the_mean_over_the_clips_of_the_global_batch(folder: Path, p
     """At the first step the model still answers zero, so each clip's loss is the mean square of its target."""
     recipe = load_recipe(folder / "staged.yaml")
     stage = stages(recipe)[0]
-    shard_set = stage.open_shards()
+    shard_set = opened(stage)
     scaling = LatentScaling.of(shard_set.manifest, recipe.data.scaling)
     with PackLoader(shard_set, scaling, [0, 1], stage.dealing(recipe.seed)) as loader:
         packs = next(loader)
@@ -288,7 +297,7 @@ def test_training_starts_from_the_weights_of_a_model_directory(folder: Path, tmp
 
 def test_a_stage_whose_shard_set_does_not_fit_is_refused(folder: Path) -> None:
     plan = stages(load_recipe(folder / "staged.yaml"))
-    assert isinstance(plan[0].open_shards(), ShardSet)
+    assert isinstance(opened(plan[0]), ShardSet)
     bad = load_recipe(folder / "staged.yaml", ["curriculum=[{steps: 4, frames: 25}]"])
     with pytest.raises(UserError, match="shortest sample has 24 frames and 25 are needed"):
-        stages(bad)[0].open_shards()
+        opened(stages(bad)[0])

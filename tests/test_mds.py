@@ -24,7 +24,7 @@ from mosaic import import_streaming
 from far_scale.data import inspect
 from far_scale.data.convert import convert
 from far_scale.data.filling import Dealing
-from far_scale.data.manifest import Manifest
+from far_scale.data.manifest import Manifest, ShardTable
 from far_scale.data.mds import MAX_SAMPLES, check_fits, write_mds
 from far_scale.data.packs import Pack, PackLoader
 from far_scale.data.sample import Sample, index_shard, members_of, walk
@@ -89,7 +89,7 @@ def test_gaps_in_the_numbers_stay(tmp_path: Path) -> None:
     tars = tmp_path / "tars"
     write_set(tars, FRAMES, 3)
     manifest = Manifest.read(tars)
-    manifest.model_copy(update={"shards": (manifest.shards[0], manifest.shards[3])}).write(tars)
+    manifest.model_copy(update={"shards": ShardTable((manifest.shards[0], manifest.shards[3]))}).write(tars)
     made = convert(ShardSet.open(tars), tmp_path / "mds", "mds")
     assert [shard.file for shard in made.shards] == ["shard.00000.mds", "shard.00003.mds"]
     back = convert(ShardSet.open(tmp_path / "mds"), tmp_path / "back", "tar")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -18,10 +18,11 @@ from latent_sets import FACTS, make_sample, write_set
 from launch import launch, small_recipe
 
 from far_scale.data import mixed_lane
+from far_scale.data.cache import NodeCache
 from far_scale.data.convert import convert
 from far_scale.data.filling import Dealing
 from far_scale.data.lanes import Lane, LaneOrder, Place
-from far_scale.data.manifest import AutoencoderInfo, Manifest
+from far_scale.data.manifest import AutoencoderInfo, Manifest, ShardTable
 from far_scale.data.mixed_lane import MixedLane
 from far_scale.data.mixture import Mixture, open_shards, summary
 from far_scale.data.packs import PackLoader
@@ -145,7 +146,7 @@ def sets(tmp_path: Path, *sizes: int) -> list[Path]:
     return folders
 
 
-def weighted(folders: list[Path], weights: list[float]) -> tuple[WeightedShards, ...]:
+def weighted(folders: Sequence[Path | str], weights: list[float]) -> tuple[WeightedShards, ...]:
     return tuple(WeightedShards(shards=str(f), weight=w) for f, w in zip(folders, weights, strict=True))
 
 
@@ -227,6 +228,28 @@ OTHER = AutoencoderInfo(name="some-autoencoder", weight_hash="1" * 64, scaling_f
 def test_sets_that_do_not_fit_one_another(tmp_path: Path, changed: dict[str, Any], words: list[str]) -> None:
     shards = with_facts(tmp_path, replace(FACTS, **changed))
     refused(lambda: open_shards(shards), str(tmp_path / "one"), str(tmp_path / "two"), "data.shards", *words)
+
+
+def test_sets_near_and_far_in_both_formats(tmp_path: Path) -> None:
+    """One set lies in a folder; the MDS files of the other come from far away, fetched ahead of the lanes."""
+    near, far = sets(tmp_path, 40, 33)
+    convert(ShardSet.open(far), tmp_path / "mds", "mds")
+
+    def read(where: str, cache: Path | None) -> list[Any]:
+        node = None if cache is None else NodeCache(cache, 10**9)
+        opened = {str(near): ShardSet.open(near), where: ShardSet.open(where, node)}
+        source = open_shards(weighted([str(near), where], [1, 2]), opened.__getitem__)
+        scaling = LatentScaling.of(source.manifest, "channel")
+        with PackLoader(source, scaling, [0, 3], dealing(), 0, None, 2, 0 if cache is None else 10**6) as loader:
+            return [[(p.keys, p.lane_state, p.latents.tolist()) for p in packs] for packs in islice(loader, 30)]
+
+    there = f"pipe:cat '{tmp_path / 'mds'}'/{{file}}"
+    assert read(there, tmp_path / "cache") == read(str(far), None)
+    assert len(list((tmp_path / "cache").iterdir())) >= 10  # five shards and their indexes
+    ShardSet.open(there, NodeCache(tmp_path / "cache", 10**9)).verify_shard(0)
+    bad = f"data.shards=[{{shards: '{near}', weight: 1}}, {{shards: 's3://b/x', weight: 1}}]"
+    refused(lambda: recipe(bad), "data.shards: it is far away", "data.cache_dir")
+    assert isinstance(recipe(bad, "data.cache_dir=/somewhere").data.shards, tuple)
 
 
 def test_sets_of_either_type_make_one_pack(tmp_path: Path) -> None:
@@ -373,7 +396,7 @@ def test_a_run_on_a_mixture_resumes_on_other_ranks_but_not_with_other_weights(
     manifest = Manifest.read(recorded_shards)
     for name, part in (("first", manifest.shards[:2]), ("second", manifest.shards[2:])):
         shutil.copytree(recorded_shards, tmp_path / name)
-        manifest.model_copy(update={"shards": part}).write(tmp_path / name)
+        manifest.model_copy(update={"shards": ShardTable(part)}).write(tmp_path / name)
     convert(ShardSet.open(tmp_path / "second"), tmp_path / "mds", "mds")
 
     def train(run: Path, ranks: int, weights: tuple[int, int], *more: str) -> Any:

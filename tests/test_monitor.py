@@ -62,7 +62,7 @@ def test_stages_reach_console_log_and_wandb(
     for stage, step in ((first, 1), (first, 2), (second, first.steps + 2)):
         monitor.begin_stage(stage)
         monitor.count(clips=3, tokens=100, flops=10**9)
-        monitor.end_step(step, torch.tensor(0.5), 1e-3, torch.tensor(0.1), skipped=0)
+        monitor.end_step(step, torch.tensor(0.5), 1e-3, torch.tensor(0.1), skipped=0, damaged=0)
     monitor.__exit__()
 
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -84,7 +84,7 @@ def test_newly_compiled_graphs_are_told(
     for step, graphs in enumerate((2, 2, 5), start=1):
         monkeypatch.setattr(monitor_module, "compiled_graphs", lambda count=graphs: count)
         monitor.count(clips=1, tokens=1, flops=1)
-        monitor.end_step(step, torch.tensor(0.5), 1e-3, torch.tensor(0.1), skipped=0)
+        monitor.end_step(step, torch.tensor(0.5), 1e-3, torch.tensor(0.1), skipped=0, damaged=0)
     monitor.__exit__()
     console = capsys.readouterr().out
     assert "step 1: 2 graphs compiled so far" in console

@@ -467,7 +467,8 @@ def test_extends_in_a_circle(folder: Path) -> None:
 
 SAME_RESULT = ["name=n", "run_dir=r", "log.every=9", "log.wandb.mode=offline", "checkpoint.keep=9", "data.prefetch=9"]
 SAME_RESULT += ["data.shards=elsewhere", "sample.steps=9", "train.zero_stage=0", "train.activation_checkpointing=full"]
-SAME_RESULT += ["train.compile=true", "train.attention=dense"]
+SAME_RESULT += ["train.compile=true", "train.attention=dense", "data.max_damaged_samples=9", "data.cache_gb=9"]
+SAME_RESULT += ["data.cache_dir=cache", "data.prefetch_gb=9"]
 OTHER_RESULT = ["seed=1", "model.layers=3", "data.lanes=4", "data.autoencoder=other", "objective.logit_std=2"]
 OTHER_RESULT += ["data.frames=[2, 4]", "data.tokens_per_pack=512", "curriculum=[{steps: 10, frames: 3}]"]
 OTHER_RESULT += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import tarfile
@@ -365,3 +366,36 @@ def test_scaling(folder: Path) -> None:
     assert torch.isfinite(LatentScaling.of(dead, "channel").normalise(everything)).all()
     with pytest.raises(ValueError, match="channels"):
         factor.normalise(everything[:, :3])
+
+
+def test_manifest_is_read_and_hashed_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Manifest.read(folder)
+    assert whole.fingerprint() == hashlib.sha256(whole.model_dump_json().encode()).hexdigest()
+    text = (folder / "manifest.json").read_text()
+    monkeypatch.setattr("far_scale.data.manifest._PIECE", 500)  # not two shards
+    assert Manifest.parse(text.encode(), "manifest.json") == whole
+    assert Manifest.parse(json.dumps(json.loads(text)).encode(), "manifest.json").shards[-1] == whole.shards[2]
+    assert [shard.file for shard in whole.shards[1:]] == ["shard-000001.tar", "shard-000002.tar"]
+    spoilt = {
+        "shards.2.samples": lambda m: m["shards"][2].update(samples=0),
+        "shards.1.bytes": lambda m: m["shards"][1].update(bytes=1.5),
+        "shards.2.more": lambda m: m["shards"][2].update(more=1),
+        "shards.1: it is longer": lambda m: m["shards"][1].update(file="s" * 600),
+        "at least": lambda m: m.update(shards=[]),
+    }
+    for words, change in spoilt.items():
+        values = json.loads(text)
+        change(values)
+        refused(lambda values=values: Manifest.parse(json.dumps(values).encode(), "manifest.json"), words)
+    refused(lambda: Manifest.parse(text.replace("}\n  ]", "}").encode(), "manifest.json"), "does not end")
+    refused(lambda: Manifest.parse(text.replace("},", "}").encode(), "manifest.json"), "not a valid manifest")
+
+
+def test_the_look_at_the_shards_is_dealt_out(folder: Path) -> None:
+    for number in (0, 2):
+        (folder / f"shard-{number:06d}.tar").unlink()
+    shard_set = ShardSet.known(folder, Manifest.text(folder))
+    parts = [[number for number, _ in shard_set.missing_shards(part, 2)] for part in range(2)]
+    assert parts == [[0, 2], []] and [number for number, _ in shard_set.missing_shards()] == [0, 2]
+    with pytest.raises(UserError, match=r"shard-000000\.tar: this shard is missing"):
+        ShardSet.open(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from far_scale.data.manifest import Manifest, ShardFormat, ShardIndex
+from far_scale.data.manifest import Manifest, ShardFormat, ShardIndex, ShardTable
 from far_scale.data.mds import check_fits, write_mds, write_streaming_index
 from far_scale.data.rejects import REJECTED_NAME
 from far_scale.data.sample import index_shard, members_of, walk
@@ -42,17 +42,17 @@ def convert(source: ShardSet, out: Path, shard_format: ShardFormat) -> Manifest:
         if index is None:
             index = _convert_shard(source, shard, out, shard_name(number, shard_format))
         entries.append(shard_entry(out, index))
-    made = manifest.model_copy(update={"shards": tuple(entries)})
+    made = manifest.model_copy(update={"shards": ShardTable(entries)})
     if shard_format == "mds":
         write_streaming_index(out, made)
-    if (rejected := source.folder / REJECTED_NAME).exists():
+    if (rejected := Path(source.folder) / REJECTED_NAME).exists():
         with atomic_write(out / REJECTED_NAME) as beside:
             beside.write_bytes(rejected.read_bytes())
     made.write(out)
     return made
 
 
-def _number(folder: Path, file: str) -> int:
+def _number(folder: str, file: str) -> int:
     """The number of a shard, which its name has in either format.
 
     Raises:
@@ -60,7 +60,7 @@ def _number(folder: Path, file: str) -> int:
     """
     number = int("".join(filter(str.isdigit, file.rpartition(".")[0])))
     if file not in (shard_name(number), shard_name(number, "mds")):
-        raise UserError(f"{folder / file}: not a name that far_scale gives a shard; encode the set again")
+        raise UserError(f"{folder}/{file}: not a name that far_scale gives a shard; encode the set again")
     return number
 
 
@@ -82,7 +82,7 @@ def _convert_shard(source: ShardSet, shard: int, out: Path, name: str) -> ShardI
     for left_by_a_kill in out.glob(f".{Path(name).stem}.*part*"):
         left_by_a_kill.unlink(missing_ok=True)
     entry, before = source.manifest.shards[shard], source.index(shard)
-    path = source.folder / entry.file
+    path = Path(source.name_of(shard))
     if sha256(path) != entry.sha256:
         raise UserError(f"{path}: its SHA-256 is not the manifest's; copy it again, or encode the set again")
     if index_shard(path) != before.samples:

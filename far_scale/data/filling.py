@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from far_scale.data.damage import DamagedError, Skipped, over_budget
 from far_scale.data.lanes import Lane, LaneOrder, Place, in_stage
 from far_scale.data.mixed_lane import MixedLane
 from far_scale.data.mixture import Mixture
@@ -39,6 +40,7 @@ class Dealing:
         tokens_per_pack: the most tokens of a pack.
         tokens_of: tokens of a clip of so many frames; by default one a frame.
         stage: of a curriculum, from 0; each has an order and draws of its own.
+        max_damaged: clips of damaged samples that may be left out; with 0 the first is an error.
     """
 
     lanes: int
@@ -50,6 +52,7 @@ class Dealing:
     tokens_per_pack: int | None = None
     tokens_of: Callable[[int], int] = int
     stage: int = 0
+    max_damaged: int = 0
 
     def clip_lanes(self, source: ShardSet | Mixture, lanes: Iterable[int]) -> dict[int, ClipLane]:
         """Those of the lanes, each at its beginning.
@@ -92,25 +95,32 @@ class Clip:
 class ClipLane:
     """A lane's endless clips: the lane's samples, each with a frame count and a start of its own.
 
-    Both are drawn at the counter (number, lane), so they depend on nothing but which clip it is.
+    Both are drawn at the counter (number, lane), so they depend on nothing but which clip it is. What is damaged is
+    left out and counted; that depends on the shard set alone, so it is the same on any number of ranks.
+
+    Attributes:
+        lane: of samples, which stands behind the last clip that was drawn.
+        damaged: clips that were left out so far.
     """
 
     def __init__(self, lane: Lane | MixedLane, source: ShardSet | Mixture, dealing: Dealing) -> None:
-        self._lane, self._source, self._dealing = lane, source, dealing
+        self.lane, self._source, self._dealing = lane, source, dealing
         self._pending: list[Clip] = []
+        self.damaged = 0
+        self._skipped: list[Skipped] = []
 
     def next_pack(self) -> list[Clip]:
         """The clips of the next pack, older ones first.
 
         Raises:
-            UserError: a sample has fewer frames than the shortest clip.
+            UserError: a sample has fewer frames than the shortest clip; or more is damaged than may be left out.
         """
         if self._dealing.tokens_per_pack is None:
-            return [self._draw() for _ in range(self._dealing.clips_per_pack or 0)]
+            return [self._draw_sound() for _ in range(self._dealing.clips_per_pack or 0)]
         taken: list[Clip] = []
         room = self._dealing.tokens_per_pack
         while True:
-            self._pending += (self._draw() for _ in range(POOL - len(self._pending)))
+            self._pending += (self._draw_sound() for _ in range(POOL - len(self._pending)))
             tokens = [self._dealing.tokens_of(clip.frames) for clip in self._pending]
             if 2 * room <= sum(tokens) or tokens[0] > room:
                 break
@@ -123,9 +133,28 @@ class ClipLane:
         self._pending = [clip for index, clip in enumerate(self._pending) if index not in chosen]
         return taken
 
+    def in_place_of(self, clip: Clip, problem: DamagedError) -> list[Clip]:
+        """A clip cannot be read: count it, and say what goes into the pack instead.
+
+        Returns:
+            The lane's next clip; nothing with a token budget, which the clip was chosen to fill among others.
+
+        Raises:
+            UserError: more is damaged than may be left out.
+        """
+        self._skip(clip.place, problem)
+        return [self._draw_sound()] if self._dealing.tokens_per_pack is None else []
+
+    def take_skipped(self) -> tuple[Skipped, ...]:
+        """What was left out since this was asked last."""
+        taken, self._skipped = tuple(self._skipped), []
+        return taken
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the lane stands and, with a token budget, the numbers of the clips that wait."""
-        state: dict[str, Any] = self._lane.state_dict()
+        """Where the lane stands, with a token budget the numbers of the clips that wait, and what was left out."""
+        state: dict[str, Any] = self.lane.state_dict()
+        if self.damaged:
+            state["damaged"] = self.damaged
         if self._dealing.tokens_per_pack is not None:
             state["pending"] = [clip.number for clip in self._pending]
         return state
@@ -136,30 +165,58 @@ class ClipLane:
         Raises:
             UserError: it is no state of such a lane.
         """
-        place = {key: value for key, value in state.items() if key != "pending"}
-        self._lane.load_state_dict(place)
-        pending = state.get("pending")
+        place = {key: value for key, value in state.items() if key not in ("pending", "damaged")}
+        self.lane.load_state_dict(place)
+        pending, damaged = state.get("pending"), state.get("damaged", 0)
+        if type(damaged) is not int or damaged < 0:
+            raise UserError(
+                f"lane {self.lane.lane}: {damaged!r} is no count of damaged clips; take an older checkpoint"
+            )
+        self.damaged = damaged
         if (pending is None) != (self._dealing.tokens_per_pack is None) or not self._possible(pending or []):
             raise UserError(
-                f"lane {self._lane.lane}: {pending} are no clips that wait at {place}; resume with the shard set and "
+                f"lane {self.lane.lane}: {pending} are no clips that wait at {place}; resume with the shard set and "
                 "the data section that the checkpoint was made with"
             )
         drawn = []
         for number in pending or []:
-            self._lane.go_to(number)
-            drawn.append(self._draw())
-        self._lane.load_state_dict(place)
+            self.lane.go_to(number)
+            if (clip := self._try_to_draw()) is not None:  # its index may have been damaged since
+                drawn.append(clip)
+        self.lane.load_state_dict(place)
         self._pending = drawn
 
     def _possible(self, pending: Any) -> bool:
         numbers = isinstance(pending, list) and all(type(number) is int and number >= 0 for number in pending)
         rising = numbers and sorted(set(pending)) == pending and len(pending) < POOL
-        return rising and (not pending or pending[-1] < self._lane.number)
+        return rising and (not pending or pending[-1] < self.lane.number)
 
-    def _draw(self) -> Clip:
-        lane, dealing = self._lane, self._dealing
-        number, place = lane.number, next(lane)
-        draw = generator(dealing.seed, in_stage("clip", dealing.stage), number, lane.lane)
+    def _draw_sound(self) -> Clip:
+        while (clip := self._try_to_draw()) is None:
+            pass
+        return clip
+
+    def _try_to_draw(self) -> Clip | None:
+        """The lane's next clip; nothing, and counted, where its shard's index is damaged."""
+        number, place = self.lane.number, next(self.lane)
+        try:
+            return self._draw(number, place)
+        except DamagedError as problem:
+            self._skip(place, problem)
+            return None
+
+    def _skip(self, place: Place, problem: DamagedError) -> None:
+        if self._dealing.max_damaged == 0:
+            raise problem
+        self.damaged += 1
+        key = problem.key or f"{place.sample} of shard {place.shard}"
+        self._skipped.append(Skipped(self.lane.lane, key, problem.file, problem.problem))
+        if self.damaged > self._dealing.max_damaged:
+            raise over_budget(self.damaged, self._dealing.max_damaged, self._skipped)
+
+    def _draw(self, number: int, place: Place) -> Clip:
+        dealing = self._dealing
+        draw = generator(dealing.seed, in_stage("clip", dealing.stage), number, self.lane.lane)
         there = self._source.frames_of(*place)
         count = min(draw_frames(dealing.frames, draw), (there - 1) // dealing.frame_stride + 1)
         if count < fewest(dealing.frames):

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from far_scale import autoencoder as autoencoders
-from far_scale.data.manifest import MANIFEST_NAME, ChannelSums, Manifest, statistics
+from far_scale.data.manifest import MANIFEST_NAME, ChannelSums, Manifest, ShardTable, statistics
 from far_scale.data.mds import STREAMING_INDEX_NAME, has_streaming_index, write_streaming_index
 from far_scale.data.shards import ShardSet
 from far_scale.errors import UserError
@@ -84,9 +84,9 @@ def verify(shard_set: ShardSet) -> None:
             f"{shard_set.folder}: the manifest's mean and std are not those of its latents; "
             f"`tools/inspect_shards.py {shard_set.folder} --fix` computes them anew"
         )
-    if manifest.shard_format == "mds" and not has_streaming_index(shard_set.folder, manifest):
+    if manifest.shard_format == "mds" and not has_streaming_index(Path(shard_set.folder), manifest):
         raise UserError(
-            f"{shard_set.folder / STREAMING_INDEX_NAME}: not what the manifest says of the MDS files; "
+            f"{shard_set.folder}/{STREAMING_INDEX_NAME}: not what the manifest says of the MDS files; "
             f"`tools/inspect_shards.py {shard_set.folder} --fix` writes it anew"
         )
 
@@ -110,7 +110,7 @@ def fix(folder: Path) -> str:
             f"{folder}: none of its {len(found.broken)} shards is whole, nothing is changed; first: {first}"
         )
     mean, std = statistics(list(found.sums.values()))
-    whole = tuple(entry for number, entry in enumerate(manifest.shards) if number in found.sums)
+    whole = ShardTable(entry for number, entry in enumerate(manifest.shards) if number in found.sums)
     fps = next(iter(found.rates)) if len(found.rates) == 1 else None
     fixed = manifest.model_copy(update={"shards": whole, "mean": mean, "std": std, "fps": fps})
     index = []

@@ -115,6 +115,11 @@ class Lane:
         return self
 
     @property
+    def parts(self) -> list[Lane]:
+        """The lanes of single sets that this one is made of: itself."""
+        return [self]
+
+    @property
     def number(self) -> int:
         """How many samples this lane has read so far, which is the number of the next one."""
         return self.order.read_before(self.epoch) + self.position

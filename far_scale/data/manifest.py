@@ -15,15 +15,18 @@ The offsets stand in the indexes and not in the manifest, which would be unreada
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 import math
 import os
+import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, overload
 
+import numpy as np
 import pydantic
 import torch
 
@@ -39,6 +42,11 @@ MAX_INDEX_BYTES = 1 << 25  # 300,000 samples in one shard
 MAX_JSON_BYTES = 1 << 16  # of a sample; ours have about 100
 MAX_HEADER_BYTES = 1 << 16  # of a sample's safetensors; ours have about 150
 MAX_TENSORS_BYTES = 1 << 32  # of a sample
+
+# Within a JSON string a quote has a backslash before it, so this is a key.
+_SHARDS = re.compile(r'(?<!\\)"shards"\s*:\s*\[(?!\s*\])')
+_LIST_END, _COMMA = re.compile(r"\}\s*\]"), re.compile(r"\s*,")
+_PIECE = 1 << 20  # characters
 
 # Sums of these over any manifest stay within 64 bits, in which numpy counts.
 _MOST = 1 << 40
@@ -77,6 +85,112 @@ class ShardEntry(Typed):
     index_sha256: Digest
 
 
+class ShardTable(Sequence[ShardEntry]):
+    """The shards of a set in columns: some 110 bytes each, where as many objects have more than a thousand.
+
+    Attributes:
+        samples, frames, min_frames, bytes: int64 `[shards]`, as in ShardEntry.
+    """
+
+    def __init__(self, entries: Iterable[ShardEntry]) -> None:
+        names, digests, numbers = [], bytearray(), array.array("q")
+        for entry in entries:  # one at a time: all at once is what must not lie in memory
+            names.append(entry.file.encode())
+            digests += bytes.fromhex(entry.sha256) + bytes.fromhex(entry.index_sha256)
+            numbers.extend((entry.samples, entry.frames, entry.min_frames, entry.bytes))
+        self._names = np.array(names, dtype=np.bytes_)
+        self._digests = bytes(digests)
+        self.samples, self.frames, self.min_frames, self.bytes = np.array(numbers, np.int64).reshape(-1, 4).T.copy()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, number: int) -> ShardEntry: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[ShardEntry]: ...
+    def __getitem__(self, number: int | slice) -> ShardEntry | list[ShardEntry]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        digests = self._digests[64 * number : 64 * (number + 1)]
+        return ShardEntry.model_construct(
+            file=self._names[number].decode(),
+            samples=int(self.samples[number]),
+            frames=int(self.frames[number]),
+            min_frames=int(self.min_frames[number]),
+            bytes=int(self.bytes[number]),
+            sha256=digests[:32].hex(),
+            index_sha256=digests[32:].hex(),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def has_twins(self) -> bool:
+        """Whether two shards have the same file."""
+        return len(np.unique(self._names)) != len(self)
+
+    @property
+    def has_both_formats(self) -> bool:
+        """Whether there are tars as well as MDS files."""
+        return len(np.unique(np.char.endswith(self._names, b".mds"))) > 1
+
+
+_ENTRIES = pydantic.TypeAdapter(Annotated[list[ShardEntry], pydantic.FailFast()])
+
+
+def _table(shards: Any, info: pydantic.ValidationInfo) -> ShardTable:
+    """The shards of a manifest that is made; of one that is read `Manifest.parse` has checked them, one by one."""
+    read: ShardTable | None = (info.context or {}).get("shards")
+    table = read if read is not None else shards
+    if not isinstance(table, ShardTable) or not len(table):
+        raise ValueError("there must be a list of one shard at least")
+    return table
+
+
+def _read_shards(text: str, begin: int) -> tuple[ShardTable, int]:
+    """The shards in a JSON list that begins before `begin`, and where it ends.
+
+    They are checked piece by piece, since all together they are objects of many times the size of the text. A shard has
+    no braces within its own, so pieces end with one; text in which that is not so is no manifest of ours.
+
+    Raises:
+        ValueError: an entry is no shard, or the text no JSON.
+    """
+    end = _LIST_END.search(text, begin)
+    if end is None:
+        raise ValueError("shards: this list does not end")
+    stop = end.start() + 1
+
+    def entries() -> Iterator[ShardEntry]:
+        at, number = begin, 0
+        while at < stop:
+            cut = stop if stop - at <= _PIECE else text.rfind("}", at, at + _PIECE) + 1
+            if cut <= at:
+                raise ValueError(f"shards.{number}: it is longer than any of ours")
+            try:
+                piece = _ENTRIES.validate_json(f"[{text[at:cut]}]")
+            except pydantic.ValidationError as error:
+                within, _, problem = first_problem(error).partition(".")  # the place in this piece comes first
+                where = f"{number + int(within)}.{problem}" if within.isdigit() else f"{number}: {within}.{problem}"
+                raise ValueError(f"shards.{where}") from None
+            yield from piece
+            comma = _COMMA.match(text, cut)
+            if comma is None and cut < stop:
+                raise ValueError(f"shards.{number + len(piece)}: there is no comma before it")
+            at, number = stop if comma is None else comma.end(), number + len(piece)
+
+    return ShardTable(entries()), end.end() - 1
+
+
+def _dump_table(shards: Sequence[ShardEntry]) -> list[dict[str, Any]]:
+    return [shard.model_dump() for shard in shards]
+
+
 class Manifest(Typed):
     """What a shard set is.
 
@@ -98,16 +212,15 @@ class Manifest(Typed):
     actions: Count
     labels: Count
     fps: float | None
-    # At the first bad entry it stops: a list of complaints about each of millions would not fit into memory.
-    shards: Annotated[tuple[ShardEntry, ...], pydantic.Field(min_length=1), pydantic.FailFast()]
+    shards: Annotated[ShardTable, pydantic.PlainValidator(_table), pydantic.PlainSerializer(_dump_table)]
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Manifest:
         if not len(self.mean) == len(self.std) == self.latent_shape[0]:
             raise ValueError(f"mean and std must have {self.latent_shape[0]} channels")
-        if len({shard.file for shard in self.shards}) != len(self.shards):
+        if self.shards.has_twins:
             raise ValueError("a shard file is named twice")
-        if len({shard.file[-3:] for shard in self.shards}) > 1:
+        if self.shards.has_both_formats:
             raise ValueError("some shards are tars and some are MDS files")
         return self
 
@@ -118,19 +231,25 @@ class Manifest(Typed):
 
     @property
     def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
+        return int(self.shards.samples.sum())
 
     @property
     def frames(self) -> int:
-        return sum(shard.frames for shard in self.shards)
+        return int(self.shards.frames.sum())
 
     @property
     def min_frames(self) -> int:
-        return min(shard.min_frames for shard in self.shards)
+        return int(self.shards.min_frames.min())
 
     def fingerprint(self) -> str:
         """SHA-256 of all that this manifest says: the same for the same latents in the same shards."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        # The text of `model_dump_json`, shard by shard: as a whole it is as large as the file.
+        digest = hashlib.sha256(self.model_dump_json(exclude={"shards"}).encode()[:-1] + b',"shards":[')
+        for number in range(0, len(self.shards), 1000):
+            piece = _ENTRIES.dump_json(self.shards[number : number + 1000])
+            digest.update(b"," * (number > 0) + piece[1:-1])
+        digest.update(b"]}")
+        return digest.hexdigest()
 
     @staticmethod
     def read(folder: str | Path) -> Manifest:
@@ -139,16 +258,42 @@ class Manifest(Typed):
         Raises:
             UserError: it is not there, or is not a manifest of this format.
         """
+        return Manifest.parse(Manifest.text(folder), Path(folder) / MANIFEST_NAME)
+
+    @staticmethod
+    def text(folder: str | Path) -> bytes:
+        """What stands in `folder/manifest.json`.
+
+        Raises:
+            UserError: it is not there, or too large.
+        """
         path = Path(folder) / MANIFEST_NAME
         if not path.is_file():
             raise UserError(
                 f"{path}: there is no shard set's manifest here; make the set with tools/encode_latents.py, "
                 "or run the same encoding again where it was cut off"
             )
+        return read_small(path, MAX_MANIFEST_BYTES)
+
+    @staticmethod
+    def parse(text: bytes, path: str | Path) -> Manifest:
+        """The manifest in `text`, which was read from `path`.
+
+        Raises:
+            UserError: it is not a manifest of this format.
+        """
         try:
-            return Manifest.model_validate_json(read_small(path, MAX_MANIFEST_BYTES))
+            words = text.decode()
+            found = _SHARDS.search(words)
+            if found is None:
+                return Manifest.model_validate_json(words)
+            shards, end = _read_shards(words, found.end())
+            return Manifest.model_validate_json(words[: found.end()] + words[end:], context={"shards": shards})
         except pydantic.ValidationError as error:
-            raise UserError(f"{path}: not a valid manifest ({first_problem(error)}); encode the set again") from None
+            problem = first_problem(error)
+        except (ValueError, RecursionError) as error:
+            problem = str(error)
+        raise UserError(f"{path}: not a valid manifest ({problem}); encode the set again")
 
     def write(self, folder: str | Path) -> None:
         """Write `folder/manifest.json`, atomically.
@@ -230,7 +375,7 @@ class ShardIndex(Typed):
             beside.write_text(text)
 
 
-def parse_index(text: bytes, path: Path) -> ShardIndex:
+def parse_index(text: bytes, path: str | Path) -> ShardIndex:
     """The index in `text`, which was read from `path`.
 
     Raises:

@@ -17,12 +17,16 @@ class MixedLane:
 
     Which set a sample comes from is drawn at the counter (number of the sample in the lane, lane), so it depends on
     neither ranks nor history. A `Place` counts the shards of all sets, one set after the other.
+
+    Attributes:
+        lane: its number.
+        parts: its lane of each set.
     """
 
     def __init__(self, orders: Sequence[LaneOrder], shares: Sequence[float], lane: int) -> None:
         """`orders` of the sets, of equal lanes, seed and stage; `shares` of the samples that each set gives."""
         self.lane, self._order = lane, orders[0]
-        self._lanes = [Lane(order, lane) for order in orders]
+        self.parts = [Lane(order, lane) for order in orders]
         self._first_shards = list(itertools.accumulate((order.shards for order in orders[:-1]), initial=0))
         self._sums = list(itertools.accumulate(shares))
 
@@ -32,16 +36,16 @@ class MixedLane:
     @property
     def number(self) -> int:
         """How many samples this lane has read so far, which is the number of the next one."""
-        return sum(lane.number for lane in self._lanes)
+        return sum(lane.number for lane in self.parts)
 
     def __next__(self) -> Place:
         chosen = self._set_of(self.number)
-        place = next(self._lanes[chosen])
+        place = next(self.parts[chosen])
         return Place(self._first_shards[chosen] + place.shard, place.sample)
 
     def state_dict(self) -> dict[str, list[int]]:
         """How many samples of each set were read."""
-        return {"read": [lane.number for lane in self._lanes]}
+        return {"read": [lane.number for lane in self.parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a state.
@@ -50,10 +54,10 @@ class MixedLane:
             UserError: it is that of a single set, or of another number of sets.
         """
         read = state.get("read")
-        known = set(state) == {"read"} and isinstance(read, list) and len(read) == len(self._lanes)
+        known = set(state) == {"read"} and isinstance(read, list) and len(read) == len(self.parts)
         if not (known and all(type(count) is int and count >= 0 for count in read or [])):
             raise UserError(
-                f"lane {self.lane}: {state} is no place in a mixture of {len(self._lanes)} shard sets; resume with the "
+                f"lane {self.lane}: {state} is no place in a mixture of {len(self.parts)} shard sets; resume with the "
                 "data.shards that the checkpoint was made with"
             )
         self._go_to(read or [])
@@ -64,7 +68,7 @@ class MixedLane:
         Raises:
             UserError: the samples read so far were drawn with other weights.
         """
-        read = [lane.number for lane in self._lanes]
+        read = [lane.number for lane in self.parts]
         now = sum(read)
         for before in range(now - 1, number - 1, -1):
             read[self._set_of(before)] -= 1
@@ -78,7 +82,7 @@ class MixedLane:
         self._go_to(read)
 
     def _go_to(self, read: Sequence[int]) -> None:
-        for lane, count in zip(self._lanes, read, strict=True):
+        for lane, count in zip(self.parts, read, strict=True):
             lane.go_to(count)
 
     def _set_of(self, number: int) -> int:

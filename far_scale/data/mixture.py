@@ -129,6 +129,11 @@ def open_shards(shards: Shards, open_set: Callable[[str], ShardSet] = ShardSet.o
     return Mixture([open_set(weighted.shards) for weighted in shards], shares(shards))
 
 
+def sets_of(source: ShardSet | Mixture) -> list[tuple[ShardSet, float]]:
+    """The sets with their shares of the clips."""
+    return [(source, 1.0)] if isinstance(source, ShardSet) else list(zip(source.sets, source.parts, strict=True))
+
+
 def summary(source: ShardSet | Mixture) -> list[str]:
     """The sets in a line each, with their shares."""
     if isinstance(source, ShardSet):

@@ -169,15 +169,19 @@ def view(data: bytearray, place: TensorPlace, offset: int = 0) -> torch.Tensor:
     return torch.frombuffer(data, dtype=place.dtype, count=count, offset=offset).view(place.shape)
 
 
-def index_shard(path: Path) -> list[IndexRow]:
+def index_shard(path: Path, name: str | None = None) -> list[IndexRow]:
     """Where each sample of a tar or MDS file lies, found by walking it; the samples' data is not read.
+
+    Args:
+        path: of the file.
+        name: of the shard, where the file is called otherwise, as in a cache.
 
     Raises:
         UserError: it is no such file, is cut off, or its members are not samples of ours.
     """
     with open(path, "rb") as file:
         try:
-            members = members_of(path.name, file)
+            members = members_of(name or path.name, file)
             rows = [row for row, _, _ in walk(members, data=False)]
             if rows[-1].tensors_offset + rows[-1].tensors_bytes > os.fstat(file.fileno()).st_size:
                 raise members.bad("its last member is not all there")

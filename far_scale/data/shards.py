@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,15 +14,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from far_scale.data.manifest import (
-    DTYPES,
-    MAX_INDEX_BYTES,
-    IndexRow,
-    Manifest,
-    ShardIndex,
-    parse_index,
-    read_small,
-)
+from far_scale.data.cache import NodeCache, is_evicted, touch
+from far_scale.data.damage import DamagedError
+from far_scale.data.fetch import is_far, shown
+from far_scale.data.manifest import DTYPES, MANIFEST_NAME, IndexRow, Manifest, ShardIndex, parse_index
 from far_scale.data.sample import (
     Mismatch,
     Sample,
@@ -33,6 +28,7 @@ from far_scale.data.sample import (
     parse_header,
     view,
 )
+from far_scale.data.store import manifest_text, missing, store_of
 from far_scale.errors import UserError
 from far_scale.files import sha256
 from far_scale.recipe_frames import fewest
@@ -43,20 +39,36 @@ _KNOWN_INDEXES = 256
 
 
 class _Recent(Generic[T]):
-    """The values used last, made when they are missing. What falls out is closed when its last user lets go of it."""
+    """The values used last, made when they are missing. What falls out is closed when its last user lets go of it.
+
+    What is damaged is not tried again, which may take minutes where it comes from far away.
+    """
 
     def __init__(self, size: int, make: Callable[[int], T]) -> None:
         self._size, self._make, self._lock = size, make, threading.Lock()
         self._values: OrderedDict[int, T] = OrderedDict()
+        self._damaged: dict[int, DamagedError] = {}
 
     def __getitem__(self, key: int) -> T:
         with self._lock:
+            if (known := self._damaged.get(key)) is not None:
+                raise DamagedError(known.file, known.problem)
             if key not in self._values:
-                self._values[key] = self._make(key)
+                try:
+                    self._values[key] = self._make(key)
+                except DamagedError as problem:
+                    self._damaged[key] = problem
+                    raise
                 if len(self._values) > self._size:
                     self._values.popitem(last=False)
             self._values.move_to_end(key)
             return self._values[key]
+
+    def drop(self, key: int, unwanted: Callable[[T], bool]) -> None:
+        """Let go of the unwanted, but for that of `key`."""
+        with self._lock:
+            for other in [other for other, value in self._values.items() if other != key and unwanted(value)]:
+                del self._values[other]
 
     def clear(self) -> None:
         with self._lock:
@@ -66,14 +78,10 @@ class _Recent(Generic[T]):
 class _Tar:
     """An open shard. It closes when nothing refers to it, so a reader in another thread never loses its descriptor."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        self._descriptor = -1
-        self.path, self.size = path, size
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise UserError(f"{path}: this shard is missing; copy it again, or encode the set again") from None
-        check_size(path, os.fstat(self._descriptor).st_size, size)
+    def __init__(self, name: str, descriptor: int, size: int) -> None:
+        """`name` is what messages call it; the descriptor is closed with this."""
+        self.descriptor, self.name, self.size = descriptor, name, size
+        check_size(name, os.fstat(descriptor).st_size, size)
 
     def read(self, offset: int, size: int) -> bytearray:
         """`size` bytes from `offset`; what does not lie in the file is refused before anything is allocated."""
@@ -82,59 +90,105 @@ class _Tar:
         data = bytearray(size)
         rest, filled = memoryview(data), 0
         while filled < size:
-            count = os.preadv(self._descriptor, [rest[filled:]], offset + filled)
+            try:
+                count = os.preadv(self.descriptor, [rest[filled:]], offset + filled)
+            except OSError as error:  # of a disk, or a file server
+                raise Mismatch(f"reading fails: {error.strerror}") from None
             if count == 0:  # it was cut off after it was opened
-                check_size(self.path, os.fstat(self._descriptor).st_size, self.size)
+                check_size(self.name, os.fstat(self.descriptor).st_size, self.size)
                 raise Mismatch("the file ends early")
             filled += count
         return data
 
     def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+        os.close(self.descriptor)
 
 
-def check_size(path: Path, size: int, expected: int) -> None:
+class _WrongKind(Mismatch):
+    """A sound sample that does not belong into this set."""
+
+
+def check_size(name: str, size: int, expected: int) -> None:
     """Refuse a shard whose size is not the manifest's."""
     if size != expected:
         state = "truncated" if size < expected else "not the shard that the manifest describes"
-        raise UserError(
-            f"{path}: {state} ({size} bytes, the manifest says {expected}); copy it again, or encode the set again"
+        raise DamagedError(
+            name, f"{state} ({size} bytes, the manifest says {expected}); copy it again, or encode the set again"
         )
 
 
 class ShardSet:
-    """A folder of shards and its manifest; safe to read from several threads at once."""
+    """Shards and their manifest, in a folder or far away; safe to read from several threads at once.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+    Attributes:
+        folder: where they lie, folder or URL, as messages call it.
+        manifest: what the set is.
+        store: where its files come from.
+        far: whether they come from far away, through the node's cache.
+    """
+
+    def __init__(self, where: str | Path, manifest: Manifest, node: NodeCache | None = None) -> None:
+        """`node` is the node's cache, which a set far away is read through.
+
+        Raises:
+            UserError: it is far away, and there is no cache, or one that does not hold its largest shard.
+        """
+        self.folder = shown(str(where)) if is_far(where) else str(where)
+        self.manifest, self.store = manifest, store_of(where, node)
+        self.far = is_far(where)
+        largest = int(manifest.shards.bytes.max())
+        if self.far and node is not None and node.most_bytes < largest:
+            raise UserError(
+                f"data.cache_gb={node.most_bytes / 1e9:g} holds not one shard of {self.folder}, which has shards of "
+                f"{largest / 1e9:g} GB; give it room for those that are read at once"
+            )
         self._tars = _Recent(_OPEN_SHARDS, self._open_tar)
         self._indexes = _Recent(_KNOWN_INDEXES, self._load_index)
 
     @staticmethod
-    def open(folder: str | Path) -> ShardSet:
-        """Open a shard set; the manifest is checked, and that each shard is there in its full size.
+    def open(where: str | Path, node: NodeCache | None = None) -> ShardSet:
+        """Open a shard set; the manifest is checked and, of a local set, that each shard is there in its full size.
 
         Raises:
             UserError: no manifest or not a valid one; a shard is missing or has another size.
         """
-        folder = Path(folder)
-        manifest = Manifest.read(folder)
-        for shard in manifest.shards:
-            path = folder / shard.file
+        store_of(where, node)  # without a cache nothing is fetched
+        shard_set = ShardSet.known(where, manifest_text(where), node)
+        for _, problem in shard_set.missing_shards():
+            raise problem
+        return shard_set
+
+    @staticmethod
+    def known(where: str | Path, text: bytes, node: NodeCache | None = None) -> ShardSet:
+        """The shard set whose manifest has been read already; no shard is looked at.
+
+        Raises:
+            UserError: it is not a valid manifest.
+        """
+        name = store_of(where, node).name(MANIFEST_NAME)
+        return ShardSet(where, Manifest.parse(text, name), node)
+
+    def missing_shards(self, part: int = 0, parts: int = 1) -> Iterator[tuple[int, DamagedError]]:
+        """Of every `parts`-th shard, from `part` on, those that are not there in their full size: number and problem.
+
+        Those far away are not asked for: each one is checked when it is fetched.
+        """
+        if self.far:
+            return
+        for number in range(part, len(self.manifest.shards), parts):
+            entry = self.manifest.shards[number]
+            name = self.store.name(entry.file)
             try:
-                check_size(path, os.stat(path).st_size, shard.bytes)
+                check_size(name, os.stat(name).st_size, entry.bytes)
             except FileNotFoundError:
-                raise UserError(f"{path}: this shard is missing; copy it again, or encode the set again") from None
-        return ShardSet(folder, manifest)
+                yield number, missing(name, "shard")
+            except DamagedError as problem:
+                yield number, problem
 
     @property
     def samples_per_shard(self) -> list[int]:
-        return [shard.samples for shard in self.manifest.shards]
-
-    def name_of(self, shard: int) -> str:
-        """A shard as messages call it."""
-        return str(self.folder / self.manifest.shards[shard].file)
+        counts: list[int] = self.manifest.shards.samples.tolist()
+        return counts
 
     def index(self, shard: int) -> ShardIndex:
         """Where the samples of a shard lie.
@@ -144,9 +198,17 @@ class ShardSet:
         """
         return self._indexes[shard]
 
+    def name_of(self, shard: int) -> str:
+        """A shard as messages call it."""
+        return self.store.name(self.manifest.shards[shard].file)
+
     def frames_of(self, shard: int, sample: int) -> int:
-        """Frame count of a sample."""
-        return self._indexes[shard].samples[sample].frames
+        """Frame count of a sample.
+
+        Raises:
+            UserError: as by `index`.
+        """
+        return self.index(shard).samples[sample].frames
 
     def read(self, shard: int, sample: int, start: int = 0, frames: int | None = None, stride: int = 1) -> Sample:
         """A sample, or of its frames `start`, `start + stride`, ... as many as `frames`; only their bytes are read.
@@ -154,40 +216,53 @@ class ShardSet:
         The latents are a view of the bytes as they were read, without a copy.
 
         Raises:
-            UserError: the shard is not as its index and manifest describe it.
+            DamagedError: the sample or its shard is damaged, or cannot be had.
+            UserError: it is sound and of another kind than the manifest says.
             ValueError: the sample does not have these frames.
         """
-        row = self._indexes[shard].samples[sample]
+        row = self.index(shard).samples[sample]
         count = row.frames if frames is None else frames
         last = start + (count - 1) * stride
         if start < 0 or count < 1 or stride < 1 or last >= row.frames:
             raise ValueError(f"frames {start} to {last} of {row.key}, which has {row.frames}")
-        tar = self._tars[shard]
         try:
-            return self._read(tar, row, start, last + 1, stride)
+            return self._read(self._tar(shard), row, start, last + 1, stride)
         except Mismatch as problem:
-            raise UserError(
-                f"{tar.path}: sample {row.key!r} is not what the index describes ({problem}); encode the set again"
-            ) from None
+            name = self.name_of(shard)
+            text = f"sample {row.key!r} is not what the index describes ({problem}); encode the set again"
+            if isinstance(problem, _WrongKind):
+                raise UserError(f"{name}: {text}") from None
+            raise DamagedError(name, text, row.key) from None
+        except DamagedError as problem:
+            raise DamagedError(problem.file, problem.problem, row.key) from None
+
+    def _tar(self, shard: int) -> _Tar:
+        """An open shard, to be read from now."""
+        tar = self._tars[shard]
+        if self.far:
+            touch(tar.descriptor)
+            # What has left the cache takes no place on the disk once it is closed; what is read now is read on.
+            self._tars.drop(shard, lambda other: is_evicted(other.descriptor))
+        return tar
 
     def _read(self, tar: _Tar, row: IndexRow, start: int, stop: int, stride: int) -> Sample:
         manifest = self.manifest
         places = parse_header(bytes(tar.read(row.tensors_offset, row.header_bytes)), row.tensors_bytes)
         latent, action = places["latent"], places.get("action")
         if latent.shape != (row.frames, *manifest.latent_shape) or latent.dtype != DTYPES[manifest.latent_dtype]:
-            raise Mismatch(f"its latents are {list(latent.shape)} {latent.dtype}")
+            raise _WrongKind(f"its latents are {list(latent.shape)} {latent.dtype}")
         if (action is not None) != (manifest.actions > 0):
-            raise Mismatch("it has actions and the set has none, or the other way round")
+            raise _WrongKind("it has actions and the set has none, or the other way round")
         data = row.tensors_offset + row.header_bytes
         facts = parse_facts(bytes(tar.read(row.json_offset, row.json_bytes)), row.frames)
         label = facts["label"]
         if not (0 <= label < manifest.labels if label is not None else manifest.labels == 0):
-            raise Mismatch(f"its label is {label}, and the set has {manifest.labels} labels")
+            raise _WrongKind(f"its label is {label}, and the set has {manifest.labels} labels")
         latents = _read_frames(tar, data, latent, start, stop)[::stride]
         actions = None if action is None else _read_frames(tar, data, action, start, stop)[::stride]
         # Checked here, since on a GPU a class that the embedding does not have ends the process without a word of it.
         if actions is not None and not 0 <= int(actions.min()) <= int(actions.max()) < manifest.actions:
-            raise Mismatch(f"it has an action beyond the set's {manifest.actions}")
+            raise _WrongKind(f"it has an action beyond the set's {manifest.actions}")
         return Sample(
             key=row.key,
             latents=latents,
@@ -207,11 +282,12 @@ class ShardSet:
             UserError: the first thing that is wrong with it.
         """
         entry = self.manifest.shards[number]
-        path, index = self.folder / entry.file, self._indexes[number]
+        index = self.index(number)
         self._open_tar(number)  # missing, or of another size
+        path = self.store.path(entry.file, entry.bytes, entry.sha256)
         if sha256(path) != entry.sha256:
             raise UserError(f"{path}: its SHA-256 is not the manifest's; copy it again, or encode the set again")
-        if index_shard(path) != index.samples:
+        if index_shard(path, entry.file) != index.samples:
             raise UserError(f"{path}: its samples are not those of its index; encode the set again")
         sums = index.sums
         total, squares, values = np.zeros(len(sums.total)), np.zeros(len(sums.total)), 0
@@ -264,17 +340,15 @@ class ShardSet:
 
     def _open_tar(self, shard: int) -> _Tar:
         entry = self.manifest.shards[shard]
-        return _Tar(self.folder / entry.file, entry.bytes)
+        descriptor = self.store.open(entry.file, entry.bytes, entry.sha256)
+        return _Tar(self.name_of(shard), descriptor, entry.bytes)
 
     def _load_index(self, shard: int) -> ShardIndex:
         entry = self.manifest.shards[shard]
-        path = ShardIndex.path_of(self.folder, entry.file)
-        try:
-            text = read_small(path, MAX_INDEX_BYTES)
-        except FileNotFoundError:
-            raise UserError(f"{path}: this shard's index is missing; copy it again, or encode the set again") from None
+        file = ShardIndex.path_of("", entry.file).name
+        path, text = self.store.name(file), self.store.read_index(file, entry.index_sha256)
         if hashlib.sha256(text).hexdigest() != entry.index_sha256:
-            raise UserError(f"{path}: its SHA-256 is not the manifest's; copy it again, or encode the set again")
+            raise DamagedError(path, "its SHA-256 is not the manifest's; copy it again, or encode the set again")
         index = parse_index(text, path)
         frames = [row.frames for row in index.samples]
         if (index.file, index.bytes, index.sha256) != (entry.file, entry.bytes, entry.sha256):

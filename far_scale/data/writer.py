@@ -21,6 +21,7 @@ from far_scale.data.manifest import (
     ShardEntry,
     ShardFormat,
     ShardIndex,
+    ShardTable,
     parse_index,
     statistics,
 )
@@ -169,7 +170,7 @@ def build_manifest(folder: Path, indexes: list[ShardIndex], facts: SetFacts) -> 
         actions=facts.actions,
         labels=facts.labels,
         fps=rates.pop() if len(rates) == 1 else None,
-        shards=tuple(shard_entry(folder, index) for index in indexes),
+        shards=ShardTable(shard_entry(folder, index) for index in indexes),
     )
 
 

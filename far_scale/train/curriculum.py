@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from far_scale.data.filling import Dealing
-from far_scale.data.mixture import Mixture, open_shards
-from far_scale.data.shards import ShardSet
 from far_scale.layout import FrameLayout
 from far_scale.model import FARConfig
 from far_scale.recipe import Recipe
@@ -54,16 +52,6 @@ class Stage:
         model = self.model
         return clip_tokens(frames, model.window, model.patch, model.context_patch, height, width)
 
-    def open_shards(self) -> ShardSet | Mixture:
-        """This stage's shard set or sets.
-
-        Raises:
-            UserError: it is not there, not whole, or does not fit the stage.
-        """
-        shard_set = open_shards(self.data.shards)
-        shard_set.check(self)
-        return shard_set
-
     def dealing(self, seed: int) -> Dealing:
         """How this stage's samples become packs in a run of that seed."""
         return Dealing(
@@ -76,6 +64,7 @@ class Stage:
             tokens_per_pack=self.data.tokens_per_pack,
             tokens_of=self.tokens_of,
             stage=self.index,
+            max_damaged=self.data.max_damaged_samples,
         )
 
 

@@ -9,22 +9,24 @@ from pathlib import Path
 
 import torch
 
-from far_scale.data.mixture import Mixture, open_shards, summary
+from far_scale.data.mixture import Mixture, summary
 from far_scale.data.packs import PackLoader
 from far_scale.data.scaling import LatentScaling
 from far_scale.data.shards import ShardSet
-from far_scale.errors import UserError
+from far_scale.errors import UserError, say_warning
 from far_scale.layout import FrameLayout
 from far_scale.model import FAR
 from far_scale.objective import add_noise
 from far_scale.recipe import Recipe, check_ranks
 from far_scale.train.curriculum import Stage, stages
 from far_scale.train.engine import start_engine
+from far_scale.train.faults.events import Events
 from far_scale.train.feed import Batch
 from far_scale.train.flops import peak_flops, train_flops
 from far_scale.train.loop import build_model, check_computation, compute_dtype, train_step
 from far_scale.train.processes import Processes
 from far_scale.train.resume import load_start_weights
+from far_scale.train.sets import open_sets
 
 # Bytes a parameter of what training holds: (weights, gradients, optimizer with master weights and EMA).
 _BYTES = {"bf16": (2, 4, 16), "fp32": (4, 4, 12)}
@@ -78,8 +80,8 @@ def dry_run(recipe: Recipe, processes: Processes) -> None:
     """
     check_ranks(recipe, processes.count)
     attention = check_computation(recipe, processes)
-    plan = [(stage, stage.open_shards()) for stage in stages(recipe)]
-    manifest = open_shards(recipe.data.shards).manifest
+    shard_sets, manifest = open_sets(recipe.data, stages(recipe), processes, Events(Path(recipe.run_dir), False), 0)
+    plan = [(stage, shard_sets[stage.index]) for stage in stages(recipe)]
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())
@@ -115,6 +117,8 @@ def dry_run(recipe: Recipe, processes: Processes) -> None:
     for stage, shard_set in plan:
         with PackLoader(shard_set, scaling, own_lanes, stage.dealing(recipe.seed), stage.first, prefetch=1) as loader:
             packs = next(loader)
+            for skipped in (each for pack in packs for each in pack.skipped):
+                say_warning(f"one batch: {skipped}")
             noisy = [add_noise(pack, recipe.objective, stage.config, recipe.seed) for pack in packs]
             start = time.perf_counter()
             batch = Batch(packs, [pack.to(processes.device) for pack in noisy])

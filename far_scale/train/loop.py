@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from far_scale.data.mixture import open_shards, summary
+from far_scale.data.mixture import summary
 from far_scale.data.packs import Pack, PackLoader
 from far_scale.data.scaling import LatentScaling
 from far_scale.model import FAR
@@ -22,6 +23,7 @@ from far_scale.train.compiled import check_compiler
 from far_scale.train.curriculum import Stage, stages
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments, grad_norm, set_learning_rate, start_engine
+from far_scale.train.faults.damaged import DamagedSamples
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.guard import Guard
 from far_scale.train.faults.signals import StopSignals
@@ -43,6 +45,7 @@ from far_scale.train.resume import (
     load_start_weights,
 )
 from far_scale.train.schedule import learning_rate
+from far_scale.train.sets import open_sets
 
 
 class Trained(NamedTuple):
@@ -94,8 +97,8 @@ def train(
         if processes.main:
             print(f"{run}: all {recipe.train.steps} steps are done; raise train.steps to go on")
         return None
-    shard_sets = {stage.index: stage.open_shards() for stage in plan if stage.end > start}
-    manifest = open_shards(recipe.data.shards).manifest
+    to_come = [stage for stage in plan if stage.end > start]
+    shard_sets, manifest = open_sets(recipe.data, to_come, processes, events, start)
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
 
     hosts = check_nodes(recipe, processes, compute_dtype(recipe), events, start)
@@ -141,10 +144,12 @@ def train(
                 states = position.lanes if first > stage.first else None  # a stage begins its shard set afresh
                 if first == stage.first:
                     guard.forget_levels()
-                dealing, prefetch = stage.dealing(recipe.seed), stage.data.prefetch
+                dealing, ahead = stage.dealing(recipe.seed), (stage.data.prefetch, stage.data.prefetch_bytes)
+                damaged = DamagedSamples(stage.data.max_damaged_samples, states, processes, events)
                 with (
-                    PackLoader(shard_set, scaling, own_lanes, dealing, first, states, prefetch) as packs_of_steps,
+                    PackLoader(shard_set, scaling, own_lanes, dealing, first, states, *ahead) as packs_of_steps,
                     Feed(packs_of_steps, recipe.objective, stage.config, recipe.seed, processes.device) as batches,
+                    contextlib.closing(packs_of_steps),  # before the feed, which may be waiting for it
                 ):
                     for step in range(first, stage.end):
                         with monitor.waiting_for_data():
@@ -156,12 +161,14 @@ def train(
                         with profiler.watching(done):
                             loss = train_step(engine, batch, stage, processes, monitor, guard)
                             ema.update(guard.kept)
-                        vote.begin(saver.busy)
+                        vote.begin(saver.busy, any(pack.skipped for pack in batch.packs))
                         guard.end_step(done, batch.packs)
-                        monitor.end_step(done, loss, rate, grad_norm(engine), guard.skipped)
+                        monitor.end_step(done, loss, rate, grad_norm(engine), guard.skipped, damaged.count)
                         watchdog.beat(done)
 
                         outcome = vote.outcome()
+                        if outcome.damaged:
+                            damaged.tell(done, batch.packs)
                         with monitor.waiting_for_save():
                             keeper.after_step(done, batch.packs, stage_cards[stage.index], outcome)
                         stopping = outcome.stop

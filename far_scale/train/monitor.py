@@ -97,7 +97,7 @@ class Monitor:
         self._flops += flops
 
     def end_step(
-        self, step: int, loss: torch.Tensor, learning_rate: float, grad_norm: torch.Tensor, skipped: int
+        self, step: int, loss: torch.Tensor, learning_rate: float, grad_norm: torch.Tensor, skipped: int, damaged: int
     ) -> None:
         """Step number `step` (from 1) is done.
 
@@ -105,6 +105,7 @@ class Monitor:
             loss: this process's mean over its packs, a scalar tensor; it is averaged over the processes when told.
             grad_norm: global norm before clipping, a scalar tensor.
             skipped: steps that the guard has skipped so far, as far as is known.
+            damaged: clips of damaged samples that the stage has left out up to the step before.
         """
         self._steps += 1
         self._losses.append(loss)
@@ -130,6 +131,7 @@ class Monitor:
             "learning_rate": learning_rate,
             "grad_norm": grad_norm.item(),
             "skipped": skipped,
+            "damaged": damaged,
             "clips_per_second": ranks * self._clips / seconds,
             "tokens_per_second": ranks * self._tokens / seconds,
             "mfu": self._flops / seconds / self._peak,
@@ -167,6 +169,7 @@ class Monitor:
         stage = "" if self._stage is None else f"{self._stage.name}  "
         loss, norm = ("not finite" if line[key] is None else f"{line[key]:.4f}" for key in ("loss_mean", "grad_norm"))
         skipped = f"  {line['skipped']} steps skipped" if line["skipped"] else ""
+        skipped += f"  {line['damaged']} damaged clips left out" if line["damaged"] else ""
         self.say(
             f"step {line['step']}/{self._recipe.train.steps}  {stage}loss {loss}  "
             f"lr {line['learning_rate']:.2e}  grad norm {norm}  "

@@ -17,10 +17,12 @@ class Outcome(NamedTuple):
     Attributes:
         stop: some rank was asked to stop.
         saving: some rank is still writing a checkpoint.
+        damaged: some rank's packs are without clips that were damaged.
     """
 
     stop: bool
     saving: bool
+    damaged: bool
 
 
 class Vote:
@@ -35,10 +37,15 @@ class Vote:
         self._signals, self._group = signals, processes.host_group
         self._running: tuple[torch.Tensor, dist.Work] | None = None
 
-    def begin(self, saving: bool) -> None:
-        """Begin to vote; `saving` tells whether this rank still writes a checkpoint."""
+    def begin(self, saving: bool, damaged: bool) -> None:
+        """Begin to vote.
+
+        Args:
+            saving: whether this rank still writes a checkpoint.
+            damaged: whether this rank's packs of the step are without clips that were damaged.
+        """
         stop = self._signals is not None and self._signals.wanted is not None
-        flags = torch.tensor([int(stop), int(saving)])
+        flags = torch.tensor([int(stop), int(saving), int(damaged)])
         self._running = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def outcome(self) -> Outcome:
@@ -46,5 +53,4 @@ class Vote:
         assert self._running is not None, "begin first"
         flags, work = self._running
         work.wait()
-        stop, saving = flags.tolist()
-        return Outcome(bool(stop), bool(saving))
+        return Outcome(*map(bool, flags.tolist()))

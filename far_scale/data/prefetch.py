@@ -1,0 +1,100 @@
+"""Fetching shards before the lanes come to them, so many bytes ahead; nothing of it is part of any state."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from far_scale.data.fetch import Interrupted, interruptible
+from far_scale.data.lanes import LaneOrder
+from far_scale.data.manifest import ShardIndex
+from far_scale.data.shards import ShardSet
+from far_scale.data.store import FarAway
+from far_scale.errors import UserError
+
+_AT_ONCE = 4  # fetches of a rank
+_MOST = 256  # shards ahead, where they are small: each time all are asked for
+
+
+def shards_ahead(order: LaneOrder, counts: Sequence[int], lane: int, number: int) -> Iterator[tuple[int, int]]:
+    """The shards that a lane comes to, without end.
+
+    Args:
+        order: of the lanes.
+        counts: samples of each shard.
+        lane: which.
+        number: of the lane's next sample.
+
+    Yields:
+        How many samples the lane reads before, and the shard. Its shuffling is no matter, but for the window that it is
+        in: that begins up to `order.shuffle_window` samples earlier.
+    """
+    epoch, position = order.run_position(number)
+    position = position // order.shuffle_window * order.shuffle_window
+    begun = order.read_before(epoch) + position
+    while True:
+        place = order.place(epoch, lane, position)
+        yield max(0, order.read_before(epoch) + position - begun), place.shard
+        position += counts[place.shard] - place.sample
+        if position >= order.run_length(epoch):
+            epoch, position = epoch + 1, 0
+
+
+class Prefetch:
+    """Threads that fetch what a rank's lanes come to next. What they cannot fetch is left to who reads it.
+
+    Args:
+        shard_set: which is far away.
+        order: of the lanes.
+        lanes: this rank's.
+        ahead_bytes: of the shards that are fetched before they are needed, and kept so far by the node's cache.
+    """
+
+    def __init__(self, shard_set: ShardSet, order: LaneOrder, lanes: Sequence[int], ahead_bytes: int) -> None:
+        self._set, self._order, self._lanes, self._ahead = shard_set, order, list(lanes), ahead_bytes
+        self._counts = shard_set.samples_per_shard
+        self._closed = threading.Event()
+        self._wanted: set[int] = set()  # shards that were asked for and are still ahead
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="prefetch")
+
+    def move(self, numbers: dict[int, int]) -> None:
+        """The lanes stand at these numbers of samples now: ask for what is ahead of them."""
+        ahead, before = self.plan(numbers), self._wanted
+        self._wanted = set(ahead)
+        for shard in ahead:
+            if shard not in before:
+                self._threads.submit(self._fetch, shard)
+
+    def plan(self, numbers: dict[int, int]) -> list[int]:
+        """The shards that come next, those that are needed first before others, up to the bytes ahead."""
+        walks = {lane: shards_ahead(self._order, self._counts, lane, numbers[lane]) for lane in self._lanes}
+        heads = {lane: next(walk) for lane, walk in walks.items()}
+        entries, taken, room = self._set.manifest.shards, dict[int, None](), self._ahead
+        while len(taken) < min(_MOST, len(entries)):
+            lane = min(heads, key=lambda lane: heads[lane][0])
+            shard = heads[lane][1]
+            if shard not in taken:
+                room -= entries[shard].bytes
+                if room < 0:
+                    break
+                taken[shard] = None
+            heads[lane] = next(walks[lane])
+        return list(taken)
+
+    def close(self) -> None:
+        """Give up what is being fetched; returns when the threads have ended."""
+        self._closed.set()
+        self._threads.shutdown(cancel_futures=True)
+
+    def _fetch(self, shard: int) -> None:
+        if self._closed.is_set() or shard not in self._wanted:
+            return
+        store, entry = self._set.store, self._set.manifest.shards[shard]
+        assert isinstance(store, FarAway)
+        try:
+            with interruptible(self._closed):
+                store.fetch_ahead(ShardIndex.path_of("", entry.file).name, entry.index_sha256, None)
+                store.fetch_ahead(entry.file, entry.sha256, entry.bytes)
+        except (Interrupted, UserError):
+            return  # who reads it meets the same, and tells

@@ -1,0 +1,131 @@
+"""Opening the shard sets of a run, all ranks together: the work is dealt out, and what one finds all refuse."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch.distributed as dist
+
+from far_scale.data.cache import NodeCache
+from far_scale.data.damage import DamagedError
+from far_scale.data.fetch import is_far
+from far_scale.data.manifest import Manifest
+from far_scale.data.mixture import Mixture, MixtureManifest, open_shards
+from far_scale.data.shards import ShardSet
+from far_scale.data.store import manifest_text
+from far_scale.errors import UserError
+from far_scale.recipe_sections import DataSection, places
+from far_scale.train.curriculum import Stage
+from far_scale.train.faults.events import Events
+from far_scale.train.processes import Processes, gather
+
+T = TypeVar("T")
+
+
+class OpenedSets(NamedTuple):
+    """Of a run.
+
+    Attributes:
+        of_stages: the shard set or mixture of each stage, by its index; stages with the same sets share them.
+        manifest: of data.shards, whose autoencoder and scaling hold for all stages.
+    """
+
+    of_stages: dict[int, ShardSet | Mixture]
+    manifest: Manifest | MixtureManifest
+
+
+def open_sets(data: DataSection, plan: Sequence[Stage], processes: Processes, events: Events, step: int) -> OpenedSets:
+    """Open what the stages read, and refuse what does not fit them; every rank calls it.
+
+    Each rank asks the file system for its share of the shards. A manifest far away is fetched by one rank.
+
+    Args:
+        data: the recipe's section.
+        plan: the stages that are to come.
+        events: where shards that are missing within the budget are told.
+        step: steps done before, for the events.
+
+    Raises:
+        UserError: on all ranks alike: a set is not there, not whole, not the same on all ranks, or does not fit.
+    """
+    opened: dict[str, ShardSet] = {}
+    of_stages = {}
+    for stage in plan:
+        for where in places(stage.data.shards):
+            if where not in opened:
+                opened[where] = _open(where, stage.data, processes)
+                _check_shards(opened[where], stage.data.max_damaged_samples, processes, events, step)
+        of_stages[stage.index] = _together(lambda stage=stage: _fitting(stage, opened), processes)  # type: ignore[misc]
+    for where in places(data.shards):
+        if where not in opened:
+            opened[where] = _open(where, data, processes)
+    own = _together(lambda: open_shards(data.shards, opened.__getitem__), processes)
+    return OpenedSets(of_stages, own.manifest)
+
+
+def _fitting(stage: Stage, opened: Mapping[str, ShardSet]) -> ShardSet | Mixture:
+    source = open_shards(stage.data.shards, opened.__getitem__)
+    source.check(stage)
+    return source
+
+
+def _open(where: str, data: DataSection, processes: Processes) -> ShardSet:
+    def opened() -> ShardSet:
+        node = None
+        if is_far(where) and data.cache_dir is not None:
+            node = NodeCache(data.cache_dir, data.cache_bytes)
+        return ShardSet.known(where, text, node)
+
+    text = _manifest_text(where, processes)
+    shard_set = _together(opened, processes)
+    digests = gather(hashlib.sha256(text).hexdigest(), processes.host_group)
+    if len(set(digests)) > 1:
+        other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+        raise UserError(
+            f"{shard_set.folder}: rank {other} finds another manifest there than rank 0; copy the same set to all nodes"
+        )
+    return shard_set
+
+
+def _manifest_text(where: str, processes: Processes) -> bytes:
+    if not is_far(where):
+        return _together(lambda: manifest_text(where), processes)
+    text = _together(lambda: manifest_text(where) if processes.main else b"", processes)
+    if processes.count > 1:
+        box = [text]
+        dist.broadcast_object_list(box, src=0, group=processes.host_group)
+        text = box[0]
+    return text
+
+
+def _check_shards(shard_set: ShardSet, budget: int, processes: Processes, events: Events, step: int) -> None:
+    """Every rank looks at its share; what is missing is refused, or told where the budget may be enough for it."""
+    found = list(shard_set.missing_shards(processes.rank, processes.count))
+    samples = sum(shard_set.samples_per_shard[number] for number, _ in found)
+    parts = gather((len(found), samples, found[0][1] if found else None), processes.host_group)
+    shards, samples = (sum(part[column] for part in parts) for column in (0, 1))
+    first: DamagedError | None = next((problem for _, _, problem in parts if problem is not None), None)
+    if first is None:
+        return
+    if samples > budget:
+        more = f" ({shards} shards of {samples} samples are not whole)" if shards > 1 else ""
+        raise DamagedError(first.file, first.problem + more)
+    everyone = gather([(number, str(problem)) for number, problem in found], processes.host_group)
+    for _, problem in sorted(each for part in everyone for each in part):
+        events.tell("damaged-shard", step, f"not whole, and its clips will be left out: {problem}")
+
+
+def _together(work: Callable[[], T], processes: Processes) -> T:
+    """What `work` gives; where a rank's raises a UserError, all raise the first one."""
+    result: T | None = None
+    problem: str | None = None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    problems = gather(problem, processes.host_group)
+    if (first := next((each for each in problems if each is not None), None)) is not None:
+        raise UserError(first)
+    return result  # type: ignore[return-value]
