@@ -114,7 +114,7 @@ def train_autoencoder(
             for step in range(start, settings.steps):
                 told = trainer.step(step, frames.batch(step))
                 done, last = step + 1, step + 1 == settings.steps
-                vote.begin(saving=False)
+                vote.begin(saving=False, damaged=False)
                 log.end_step()
                 logging = last or done == 1 or done % settings.log_every == 0
                 stopping = vote.outcome().stop
