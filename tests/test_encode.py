@@ -187,7 +187,11 @@ def test_a_short_video_is_told_in_one_line(episodes: Path, tmp_path: Path) -> No
     complaint = done.stderr.strip().splitlines()[-1]
     assert complaint.startswith("error: ") and "Traceback" not in done.stderr
     assert "brief.npz: 7 frames, fewer than the 40 of --min-frames" in complaint
-    assert sorted(path.name for path in out.iterdir()) == ["encoding.json", "rejected-000000.jsonl", "videos-000000.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "encoding.json",
+        "rejected-000000.jsonl",
+        "videos-000000.jsonl",
+    ]
 
 
 def test_keys_and_folder_labels(episodes: Path, tmp_path: Path) -> None:

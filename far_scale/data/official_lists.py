@@ -8,6 +8,7 @@ A list is an array of objects: `video_path` or, for latents extracted before, `l
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,9 @@ def read_official_list(path: Path) -> list[Listed]:
     kind = next((kind for kind in _KINDS if kind in rows[0]), _KINDS[0])
     listed = [_checked(path, number, row, kind) for number, row in enumerate(rows)]
     first = rows[0][kind]
-    root = next((folder for folder in path.absolute().parents if (folder / first).is_file()), None)
+    root = next((folder for folder in path.absolute().parents if os.path.isfile(folder / first)), None)
     if root is None:
-        raise UserError(f"{path}: its first file, {first}, is in no folder above the list; put the list there")
+        raise UserError(f"{path}: its first file, {first:.200}, is in no folder above the list; put the list there")
     return [Listed(root / row.path, row.label, None if row.actions is None else root / row.actions) for row in listed]
 
 
