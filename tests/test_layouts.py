@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -28,6 +31,7 @@ from far_scale.data.videos import BadVideo, Video, read_actions, read_video, wri
 from far_scale.errors import UserError
 from far_scale.files import sha256
 
+TOOL = Path(__file__).parents[1] / "tools" / "encode_latents.py"
 AUTOENCODER = "compact-vizdoom-f8c32"
 FRAMES = 24
 PLAIN = Framing(64)
@@ -435,6 +439,38 @@ def test_any_number_of_tasks_with_flips(recorded: Path, tmp_path: Path, tasks: i
     ]:
         with pytest.raises(UserError, match=f"was encoded with {said}"):
             planned(sources, tmp_path / "set", **changes)
+
+
+def test_the_command_line_takes_all_of_it(recorded: Path, tmp_path: Path) -> None:
+    rows = [{"video_path": f"recorded/{path.name}"} for path in sorted(recorded.glob("*.npz"))[:2]]
+    (tmp_path / "recorded").symlink_to(recorded)
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    framing = [
+        "--size",
+        64,
+        "--resize",
+        "torch",
+        "--crop",
+        "random",
+        "--frame-stride",
+        3,
+        "--flip",
+        "--precision",
+        "bf16",
+    ]
+    where = ["--videos", tmp_path / "list.json", "--out", tmp_path / "tool", "--autoencoder", AUTOENCODER]
+    done = subprocess.run(
+        [sys.executable, *map(str, [TOOL, *where, *framing, "--samples-per-shard", 2, "--workers", 1])],
+        env={**os.environ, "PYTHONPATH": str(TOOL.parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "2 shards, 4 samples, 32 frames" in done.stdout
+    sources = with_flips(find_sources(tmp_path / "list.json"))
+    encode(sources, tmp_path / "library", Framing(64, "torch", "random", 3), precision="bf16")
+    for path in (tmp_path / "library").iterdir():
+        assert sha256(path) == sha256(tmp_path / "tool" / path.name), path.name
 
 
 def test_flips_that_cannot_be(recorded: Path, tmp_path: Path) -> None:
