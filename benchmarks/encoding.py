@@ -36,7 +36,7 @@ class Timed:
 
     def __init__(self, autoencoder: autoencoders.Autoencoder) -> None:
         self._autoencoder = autoencoder
-        self.busy, self.computed = 0.0, 0.0
+        self._busy, self._computed = 0.0, 0.0
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._autoencoder, name)
@@ -44,20 +44,25 @@ class Timed:
     def encode(self, pixels: Tensor) -> Tensor:
         begun, computed = time.perf_counter(), time.thread_time()
         latents = self._autoencoder.encode(pixels)
-        self.computed += time.thread_time() - computed
-        self.busy += time.perf_counter() - begun
+        self._computed += time.thread_time() - computed
+        self._busy += time.perf_counter() - begun
         return latents
+
+    def seconds(self, begun: float, before: float) -> dict[str, float]:
+        """Since that reading of the clock and of the process's time: all, and those of the encoder."""
+        wall, process = time.perf_counter() - begun, time.process_time() - before
+        return {"wall": wall, "busy": self._busy, "process": process, "computed": self._computed}
 
 
 def encode_share(videos: Path, out: Path, name: str, task: int, tasks: int) -> dict[str, float]:
-    """One task of an encoding, in this process; the seconds of the clock, of the encoder, and those it computed."""
+    """One task of an encoding, in this process: seconds of the clock, of the encoder; computed by it, and by all."""
     timed = Timed(autoencoders.load(name))
     job = plan(find_sources(videos), out, name, "bfloat16", 16, 4, 0, 1, Framing(64), "cpu")
     with_timer: Callable[..., object] = lambda *_: timed  # noqa: E731
     autoencoders.load = with_timer  # type: ignore[assignment]
-    begun = time.perf_counter()
+    begun, before = time.perf_counter(), time.process_time()
     encode_task(job, task, tasks, 1, 0.0)
-    return {"wall": time.perf_counter() - begun, "busy": timed.busy, "computed": timed.computed}
+    return timed.seconds(begun, before)
 
 
 def encode_only(videos: Path, out: Path, name: str, task: int, tasks: int) -> dict[str, float]:
@@ -65,12 +70,12 @@ def encode_only(videos: Path, out: Path, name: str, task: int, tasks: int) -> di
     torch.set_num_threads(1)
     timed = Timed(autoencoders.load(name))
     frames = [torch.from_numpy(read_video(path).frames) for path in find_videos(videos)[task::tasks]]
-    begun = time.perf_counter()
+    begun, before = time.perf_counter(), time.process_time()
     with torch.inference_mode():
         for video in frames:
             for part in video.split(32):
                 timed.encode(to_pixels(part))
-    return {"wall": time.perf_counter() - begun, "busy": timed.busy, "computed": timed.computed}
+    return timed.seconds(begun, before)
 
 
 @command_line
@@ -133,8 +138,9 @@ def measure(folder: Path, args: argparse.Namespace) -> list[Row]:
         {
             "side": name,
             "frames/s": frames / statistics.median(seconds["wall"]),
-            "busy": _median_ratio(seconds, "busy"),
-            "computing": _median_ratio(seconds, "computed"),
+            "busy": _median_ratio(seconds, "busy", "wall"),
+            "of the CPU time": _median_ratio(seconds, "computed", "process"),
+            "cores": _median_ratio(seconds, "process", "wall"),
             "of the autoencoder alone": alone / statistics.median(seconds["wall"]),
             "repeats": len(seconds["wall"]),
             "seconds": seconds,
@@ -143,8 +149,8 @@ def measure(folder: Path, args: argparse.Namespace) -> list[Row]:
     ]
 
 
-def _median_ratio(seconds: Mapping[str, list[float]], name: str) -> float:
-    return statistics.median(part / wall for part, wall in zip(seconds[name], seconds["wall"], strict=True))
+def _median_ratio(seconds: Mapping[str, list[float]], part: str, whole: str) -> float:
+    return statistics.median(mine / all_of_it for mine, all_of_it in zip(seconds[part], seconds[whole], strict=True))
 
 
 if __name__ == "__main__":
