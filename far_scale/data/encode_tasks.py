@@ -138,11 +138,11 @@ def _finished(
         if before is None:
             return None
         if (changed := changed_file(source, before)) is not None:
-            if source.key not in there:
+            if index is None or source.key not in there:
                 return None
             raise UserError(
                 f"{changed}: has changed since shard {number} was made of it; encode into another folder, "
-                f"or remove {ShardIndex.path_of(job.out, index.file) if index else ''} to have that shard made anew"
+                f"or remove {ShardIndex.path_of(job.out, index.file)} to have that shard made anew"
             )
     return _Finished(index, [known[key] for key in rest], [one for one in prints if one is not None])
 
