@@ -127,6 +127,16 @@ def test_lanes_at_scale_walks_whole_nodes(tmp_path: Path) -> None:
     assert clips["tokens of a step, most / mean"] > 1.1 > budget["tokens of a step, most / mean"] >= 1
 
 
+def test_encoding_is_timed_on_both_kinds_of_video(tmp_path: Path) -> None:
+    ((_, rows),) = tables_of(
+        tmp_path, run("encoding", "--videos", 2, "--frames", 8, "--workers", 1, "--repeats", 1, "--out", tmp_path)
+    ).items()
+    assert [row["side"] for row in rows] == ["mp4", "npz", "the autoencoder alone"]
+    for row in rows:
+        wall, busy, process, computed = (row["seconds"][name][0] for name in ("wall", "busy", "process", "computed"))
+        assert 0 < busy < wall and 0 < computed < process
+
+
 def test_the_oracle_of_the_attention_benchmark_is_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from attention_sides import causal_frames, exact

@@ -18,8 +18,8 @@ from far_scale import autoencoder as autoencoders
 from far_scale.data import inspect
 from far_scale.data.demo import record_episodes
 from far_scale.data.encode import encode_videos
-from far_scale.data.encode_worker import fit
 from far_scale.data.manifest import Manifest
+from far_scale.data.pictures import fit
 from far_scale.data.shards import ShardSet
 from far_scale.data.videos import find_videos, read_video, write_mp4
 from far_scale.errors import UserError
@@ -92,7 +92,7 @@ def test_any_number_of_workers_writes_the_same_bytes(episodes: Path, encoded: Pa
     encode(episodes, tmp_path / "set", workers=1)
     assert bytes_of(tmp_path / "set") == bytes_of(encoded)
     assert torch.get_num_threads() == threads
-    assert len(bytes_of(encoded)) == 12  # five shards with an index each, the manifest, the settings
+    assert len(bytes_of(encoded)) == 13  # five shards with an index each, the manifest, settings, fingerprints
 
 
 def children_of(process: int) -> list[int]:
@@ -187,7 +187,11 @@ def test_a_short_video_is_told_in_one_line(episodes: Path, tmp_path: Path) -> No
     complaint = done.stderr.strip().splitlines()[-1]
     assert complaint.startswith("error: ") and "Traceback" not in done.stderr
     assert "brief.npz: 7 frames, fewer than the 40 of --min-frames" in complaint
-    assert sorted(path.name for path in out.iterdir()) == ["encoding.json", "rejected-000000.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "encoding.json",
+        "rejected-000000.jsonl",
+        "videos-000000.jsonl",
+    ]
 
 
 def test_keys_and_folder_labels(episodes: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from far_scale.data import inspect
 from far_scale.data.encode import encode_videos, plan
 from far_scale.data.encode_tasks import encode_task, merge
 from far_scale.data.encode_worker import Job
+from far_scale.data.pictures import Framing
 from far_scale.data.shards import ShardSet
 from far_scale.data.sources import find_sources
 from far_scale.data.videos import find_videos, write_mp4
@@ -54,7 +55,7 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def planned(videos: Path, out: Path, device: str | None = "cpu") -> Job:
-    return plan(find_sources(videos), out, AUTOENCODER, "bfloat16", PER_SHARD, 4, 0, 16, 64, device)
+    return plan(find_sources(videos), out, AUTOENCODER, "bfloat16", PER_SHARD, 4, 0, 16, Framing(64), device)
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +194,7 @@ def test_too_many_rejects_fail(mixed: Path, alone: Path, tmp_path: Path) -> None
             "rejected-000000.jsonl",
             "shard-000000.index.json",
             "shard-000000.tar",
+            "videos-000000.jsonl",
         ]
     shutil.copytree(alone, merged, ignore=shutil.ignore_patterns("manifest.json", "rejected.jsonl"))
     shutil.copy(alone / "rejected.jsonl", merged / "rejected-000000.jsonl")

@@ -232,6 +232,10 @@ def test_find_videos(tmp_path: Path) -> None:
     found = [path.relative_to(tmp_path).as_posix() for path in find_videos(tmp_path)]
     assert found == ["a.mkv", "b/1.mp4", "b/deep/2.NPZ"]
     assert find_videos(tmp_path / "a.mkv") == [tmp_path / "a.mkv"]
+    (tmp_path / "b" / "3.mp4").symlink_to(tmp_path / "moved.mp4")
+    assert find_videos(tmp_path / "b")[1] == tmp_path / "b" / "3.mp4"  # not left out in silence
+    with pytest.raises(UserError, match=r"3\.mp4: there is no such video"):
+        read_video(tmp_path / "b" / "3.mp4")
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no videos in this folder"):
         find_videos(tmp_path / "none")

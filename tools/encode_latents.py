@@ -14,8 +14,9 @@ from pathlib import Path
 
 from far_scale.data.encode import MAX_REJECTED, plan
 from far_scale.data.encode_tasks import encode_task, merge
+from far_scale.data.pictures import Framing
 from far_scale.data.rejects import REJECTED_NAME
-from far_scale.data.sources import find_sources
+from far_scale.data.sources import find_sources, with_flips
 from far_scale.errors import command_line
 
 
@@ -38,12 +39,23 @@ def at_least(minimum: int) -> Callable[[str], int]:
 def main() -> None:
     cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    videos_help = "a folder of videos (also in its folders), one video, or a list of them as .jsonl or .csv"
+    videos_help = "a folder of videos (also in its folders), one video, a list of them as .jsonl or .csv, or one of "
+    videos_help += "the official code's data lists, .json, also of latents (.pt)"
     parser.add_argument("--videos", type=Path, required=True, help=videos_help)
     parser.add_argument("--split", type=Path, help="one of UCF-101's lists: take only these videos of the folder")
     parser.add_argument("--out", type=Path, required=True, help="the shard set's folder")
-    parser.add_argument("--autoencoder", required=True, help="name of the autoencoder, or a path to one")
+    autoencoder_help = "name of the autoencoder, or a path to one; of latents: the one that made them"
+    parser.add_argument("--autoencoder", required=True, help=autoencoder_help)
     parser.add_argument("--size", type=at_least(1), default=64, help="height and width in pixels")
+    resize_help = "how frames are scaled to it by their shorter side: in 8 bits, or in float32 as officially"
+    parser.add_argument("--resize", choices=["pillow", "torch"], default="pillow", help=resize_help)
+    crop_help = "the square that is taken: the centre, or as the official code trains on UCF-101 a random one a sample"
+    parser.add_argument("--crop", choices=["centre", "random"], default="centre", help=crop_help)
+    parser.add_argument("--flip", action="store_true", help="give every video a second sample, mirrored: KEY-flip")
+    stride_help = "keep every n-th frame and its action; a recipe's data.frame_stride does that with all frames stored"
+    parser.add_argument("--frame-stride", type=at_least(1), default=1, help=stride_help)
+    precision_help = "what the autoencoder computes in; officially bf16"
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help=precision_help)
     parser.add_argument("--actions", type=at_least(0), default=0, help="number of action classes; 0 stores no actions")
     labels_help = "number of label classes; 0 stores no labels; a video without one has its folder's number"
     parser.add_argument("--labels", type=at_least(0), default=0, help=labels_help)
@@ -61,8 +73,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.tasks is None) != (arguments.task is None and not arguments.merge):
         parser.error("--tasks N goes with --task or --merge, and they with it")
+    sources = find_sources(arguments.videos, arguments.split)
     job = plan(
-        find_sources(arguments.videos, arguments.split),
+        with_flips(sources) if arguments.flip else sources,
         arguments.out,
         arguments.autoencoder,
         dtype=arguments.dtype,
@@ -70,8 +83,9 @@ def main() -> None:
         actions=arguments.actions,
         labels=arguments.labels,
         min_frames=arguments.min_frames,
-        size=arguments.size,
+        framing=Framing(arguments.size, arguments.resize, arguments.crop, arguments.frame_stride),
         device=None if arguments.merge else arguments.device,
+        precision=arguments.precision,
     )
     if not arguments.merge:
         task, tasks = (0, 1) if arguments.task is None else (arguments.task, arguments.tasks)

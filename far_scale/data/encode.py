@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import uuid
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Any, Literal
 
 from far_scale import autoencoder as autoencoders
 from far_scale.data.encode_tasks import encode_task, merge
-from far_scale.data.encode_worker import Job
+from far_scale.data.encode_worker import Job, Precision
+from far_scale.data.latent_files import LATENTS_SUFFIX
 from far_scale.data.manifest import MANIFEST_NAME, AutoencoderInfo, Manifest
+from far_scale.data.pictures import Framing
 from far_scale.data.sources import Source, describe
 from far_scale.data.writer import SetFacts
 from far_scale.errors import UserError
@@ -49,7 +52,9 @@ def encode_videos(
         UserError: see there.
     """
     sources = describe(paths)
-    job = plan(sources, out, autoencoder_name, dtype, samples_per_shard, actions, labels, min_frames, size, device)
+    job = plan(
+        sources, out, autoencoder_name, dtype, samples_per_shard, actions, labels, min_frames, Framing(size), device
+    )
     encode_task(job, 0, 1, workers, max_rejected)
     return merge(job, 1, max_rejected)
 
@@ -63,28 +68,34 @@ def plan(
     actions: int,
     labels: int,
     min_frames: int,
-    size: int,
+    framing: Framing,
     device: str | None,
+    precision: Precision = "fp32",
 ) -> Job:
     """Say what goes into which shard and keep it in the folder `out`, or find there that it was begun the same way.
 
     Args:
-        autoencoder_name: a name or path that `far_scale.autoencoder.load` knows.
+        sources: see `far_scale.data.sources`; all videos, or all latents.
+        autoencoder_name: a name or path that `far_scale.autoencoder.load` knows; of latents, what they were made with.
         actions: number of action classes to store; 0 drops the videos' actions.
         labels: number of label classes to store; 0 drops them. A label comes from the list of videos, else from the
             video, else it is the class of the folder that the video lies in.
-        min_frames: the fewest frames a video may have; shorter ones are rejected.
-        size: height and width in pixels; other videos are scaled to it by their shorter side and cropped in the centre.
+        min_frames: the fewest frames a sample may have; shorter videos are rejected.
+        framing: how frames become pictures; of latents, only its size and stride are of use.
         device: "cpu" or "cuda" (the workers are dealt out over the GPUs); None to merge, whatever it was encoded on.
+        precision: what the autoencoder computes in.
 
     Raises:
-        UserError: a size that the autoencoder cannot take, a missing video, or other settings than the folder was
-            begun with.
+        UserError: a size that the autoencoder cannot take, what cannot be done with latents or with actions, or other
+            settings or sources than the folder was begun with.
     """
     autoencoder = autoencoders.load(autoencoder_name)
-    if size % autoencoder.downsample:
-        raise UserError(f"--size {size}: {autoencoder.name} needs a multiple of {autoencoder.downsample}")
-    side = size // autoencoder.downsample
+    if framing.size % autoencoder.downsample:
+        raise UserError(f"--size {framing.size}: {autoencoder.name} needs a multiple of {autoencoder.downsample}")
+    if actions and any(source.flip for source in sources):
+        raise UserError("--flip: frames would turn left where their actions turn right; leave out --flip, or --actions")
+    _check_kind(sources, framing, precision)
+    side = framing.size // autoencoder.downsample
     facts = SetFacts(
         latent_shape=(autoencoder.latent_channels, side, side),
         latent_dtype=dtype,
@@ -99,26 +110,52 @@ def plan(
         if kept is None:
             raise UserError(f"{out}: nothing was encoded here yet; run the tasks first, then --merge")
         device = str(kept.get("device"))
-    job = Job(Path(out), tuple(sources), samples_per_shard, facts, autoencoder_name, device, size, min_frames)
+    job = Job(
+        out=Path(out),
+        sources=tuple(sources),
+        samples_per_shard=samples_per_shard,
+        facts=facts,
+        autoencoder=autoencoder_name,
+        device=device,
+        framing=framing,
+        min_frames=min_frames,
+        precision=precision,
+    )
     _keep_settings(job)
     return job
+
+
+def _check_kind(sources: list[Source], framing: Framing, precision: Precision) -> None:
+    """Refuse pictures' settings where there are latents.
+
+    Raises:
+        UserError: such a setting.
+    """
+    latents = next((source for source in sources if source.path.suffix == LATENTS_SUFFIX), None)
+    plain = Framing(framing.size, stride=framing.stride)
+    if latents and (framing != plain or precision != "fp32" or any(source.flip for source in sources)):
+        raise UserError(
+            f"{latents.path}: holds latents, taken as they are; leave out --resize, --crop, --flip and --precision"
+        )
 
 
 def _keep_settings(job: Job) -> None:
     """Write down what the folder is encoded with, or refuse where it was begun with something else."""
     videos = hashlib.sha256()
-    for source in job.sources:
-        videos.update(f"{source.name} {_fingerprint(source.path)}\n".encode())
-        if source.label is not None:
-            videos.update(f"label {source.label}\n".encode())
-        if source.actions is not None:
-            videos.update(f"actions {_fingerprint(source.actions)}\n".encode())
-    facts = job.facts
+    for source in job.sources:  # what is in the files is told when they are read, see `fingerprints`
+        actions = None if source.actions is None else os.path.relpath(source.actions, source.path.parent)
+        videos.update(f"{json.dumps([source.name, source.key, source.label, actions])}\n".encode())
+    facts, framing = job.facts, job.framing
     settings = {
         "videos": f"{len(job.sources)} with fingerprint {videos.hexdigest()[:16]}",
         "autoencoder": f"{facts.autoencoder.name} {facts.autoencoder.weight_hash}",
         "dtype": facts.latent_dtype,
-        "size": job.size,
+        "size": framing.size,
+        "resize": framing.resize,
+        "crop": framing.crop,
+        "frame-stride": framing.stride,
+        "flip": any(source.flip for source in job.sources),
+        "precision": job.precision,
         "actions": facts.actions,
         "labels": facts.labels,
         "min-frames": job.min_frames,
@@ -164,16 +201,3 @@ def _write_once(path: Path, settings: dict[str, Any]) -> None:
             sync_folder(path.parent)
     finally:
         mine.unlink(missing_ok=True)
-
-
-def _fingerprint(path: Path) -> str:
-    """Size and ends of a file: enough to see that it was recorded anew, and cheap for any number of long videos."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.sha256(file.read(1 << 16))
-            file.seek(max(0, size - (1 << 16)))
-            digest.update(file.read())
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such video") from None
-    return f"{size} {digest.hexdigest()}"

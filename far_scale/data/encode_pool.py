@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from far_scale.data.encode_worker import Job, Worker
 from far_scale.data.rejects import Reject
+from far_scale.data.sources import Source
 from far_scale.errors import UserError
 
 _POLL_SECONDS = 0.2
@@ -64,7 +66,7 @@ def _encode_here(
     try:
         worker = Worker(job, job.device, progress)
         for number in numbers:
-            add_rejects(worker.encode_shard(number))
+            add_rejects(worker.encode_shard(number, job.sources_of(number)))
     finally:
         torch.set_num_threads(threads)
 
@@ -79,9 +81,10 @@ def _encode_in_processes(
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit threads and GPU state
     started, frames, videos = spawn.Value("i", 0), spawn.Value("q", 0), spawn.Value("q", 0)
     counters = (started, frames, videos)
-    pool = ProcessPoolExecutor(min(workers, len(numbers)), spawn, initializer=_begin, initargs=(job, *counters))
+    arguments = (replace(job, sources=()), *counters)  # a million sources would go to every worker
+    pool = ProcessPoolExecutor(min(workers, len(numbers)), spawn, initializer=_begin, initargs=arguments)
     try:
-        waiting = {pool.submit(_encode_one, number) for number in numbers}
+        waiting = {pool.submit(_encode_one, number, job.sources_of(number)) for number in numbers}
         shown_frames, shown_videos = 0, 0
         while waiting:
             done, waiting = wait(waiting, _POLL_SECONDS, FIRST_EXCEPTION)
@@ -129,6 +132,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_one(number: int) -> list[Reject]:
+def _encode_one(number: int, sources: tuple[Source, ...]) -> list[Reject]:
     assert _worker is not None
-    return _worker.encode_shard(number)
+    return _worker.encode_shard(number, sources)

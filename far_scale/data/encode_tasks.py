@@ -13,6 +13,14 @@ import torch
 
 from far_scale.data.encode_pool import encode_shards
 from far_scale.data.encode_worker import Job
+from far_scale.data.fingerprints import (
+    VIDEOS_NAME,
+    SourcePrint,
+    changed_file,
+    prints_of_shard,
+    read_prints,
+    write_prints,
+)
 from far_scale.data.manifest import Manifest, ShardIndex
 from far_scale.data.rejects import (
     REJECTED_NAME,
@@ -34,6 +42,7 @@ class _Finished:
 
     index: ShardIndex | None
     rejects: list[Reject]
+    prints: list[SourcePrint]
 
 
 def encode_task(job: Job, task: int, tasks: int, workers: int, max_rejected: float) -> int:
@@ -45,15 +54,18 @@ def encode_task(job: Job, task: int, tasks: int, workers: int, max_rejected: flo
 
     Raises:
         UserError: no such task; no GPU; too many rejects, as soon as that is certain; a video that does not fit into
-            the set; a full disk.
+            the set, or has changed since a shard was made of it; a full disk.
     """
     if not 0 <= task < tasks:
         raise UserError(f"--task {task} of --tasks {tasks}: tasks count from 0 to {tasks - 1}")
     if job.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here that PyTorch can use; take --device cpu")
-    rejected = read_rejects(job.out)
+    rejected, merged = read_rejects(job.out), read_prints(job.out / VIDEOS_NAME)
     mine = range(task, job.shards, tasks)
-    missing = [number for number in mine if _finished(job, number, rejected) is None]
+    missing = [number for number in mine if _finished(job, number, rejected, merged) is None]
+    for number in missing:  # what was rejected there may have been mended
+        for source in job.sources_of(number):
+            rejected.pop(source.key, None)
     for number in missing:  # only ours: other tasks are at work in this folder
         for left_by_a_kill in job.out.glob(f".shard-{number:06d}.*part*"):
             left_by_a_kill.unlink(missing_ok=True)
@@ -75,10 +87,11 @@ def merge(job: Job, tasks: int, max_rejected: float) -> Manifest:
         tasks: how many tasks the shards were dealt over, to name those that have to run again.
 
     Raises:
-        UserError: shards are missing, too many videos are rejected, or none is left.
+        UserError: shards are missing, a video has changed since a shard was made of it, too many videos are rejected,
+            or none is left.
     """
-    known = read_rejects(job.out)
-    found = [_finished(job, number, known) for number in range(job.shards)]
+    known, merged = read_rejects(job.out), read_prints(job.out / VIDEOS_NAME)
+    found = [_finished(job, number, known, merged) for number in range(job.shards)]
     if missing := [number for number, shard in enumerate(found) if shard is None]:
         again = sorted({number % tasks for number in missing})
         raise UserError(
@@ -88,6 +101,7 @@ def merge(job: Job, tasks: int, max_rejected: float) -> Manifest:
     finished = [shard for shard in found if shard is not None]
     rejects = [reject for shard in finished for reject in shard.rejects]
     write_rejects(job.out / REJECTED_NAME, rejects)
+    write_prints(job.out / VIDEOS_NAME, (one for shard in finished for one in shard.prints))
     check_share(job.out, rejects, len(job.sources), max_rejected)
     indexes = [shard.index for shard in finished if shard.index is not None]
     if not indexes:
@@ -96,13 +110,20 @@ def merge(job: Job, tasks: int, max_rejected: float) -> Manifest:
     if _written_manifest(job) != manifest:
         manifest.write(job.out)
     for number in range(job.shards):
+        prints_of_shard(job.out, number).unlink(missing_ok=True)
         if finished[number].rejects:
             rejects_of_shard(job.out, number).unlink(missing_ok=True)
     return manifest
 
 
-def _finished(job: Job, number: int, known: Mapping[str, Reject]) -> _Finished | None:
-    """What shard `number` holds, or None where a video of it is neither in it nor known as a reject."""
+def _finished(
+    job: Job, number: int, known: Mapping[str, Reject], merged: Mapping[str, SourcePrint]
+) -> _Finished | None:
+    """What shard `number` holds, or None where a video of it is neither in it nor known as a reject, or was mended.
+
+    Raises:
+        UserError: a video in it has changed.
+    """
     index = finished_index(job.out, number)
     keys = [row.key for row in index.samples] if index else []
     there, sources = set(keys), job.sources_of(number)
@@ -111,7 +132,19 @@ def _finished(job: Job, number: int, known: Mapping[str, Reject]) -> _Finished |
     rest = [source.key for source in sources if source.key not in there]
     if any(key not in known for key in rest):
         return None
-    return _Finished(index, [known[key] for key in rest])
+    own = read_prints(prints_of_shard(job.out, number))
+    prints = [own.get(source.key) or merged.get(source.key) for source in sources]
+    for source, before in zip(sources, prints, strict=True):
+        if before is None:
+            return None
+        if (changed := changed_file(source, before)) is not None:
+            if index is None or source.key not in there:
+                return None
+            raise UserError(
+                f"{changed}: has changed since shard {number} was made of it; encode into another folder, "
+                f"or remove {ShardIndex.path_of(job.out, index.file)} to have that shard made anew"
+            )
+    return _Finished(index, [known[key] for key in rest], [one for one in prints if one is not None])
 
 
 def _written_manifest(job: Job) -> Manifest | None:

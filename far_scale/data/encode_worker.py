@@ -1,29 +1,42 @@
-"""What one worker of `encode_videos` does: take a shard's number, read its videos, encode and write them."""
+"""What one worker of `encode_videos` does: take a shard's number, read its videos, encode and write them.
+
+A video is read, scaled and cropped in a thread while the autoencoder encodes the one before: decoding and scaling let
+Python's lock go. Latents that were extracted before are taken as they are.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from far_scale import autoencoder as autoencoders
+from far_scale.data.ahead import ahead
+from far_scale.data.fingerprints import SourcePrint, prints_of_shard, take_print, write_prints
+from far_scale.data.latent_files import LATENTS_SUFFIX, read_latents
 from far_scale.data.manifest import DTYPES
+from far_scale.data.pictures import Framing, to_pixels
 from far_scale.data.rejects import Reject, rejects_of_shard, write_rejects
 from far_scale.data.sample import Sample
 from far_scale.data.sources import Source
-from far_scale.data.videos import BadVideo, read_actions, read_video
+from far_scale.data.videos import DEFAULT_FPS, BadVideo, Video, read_actions, read_video
 from far_scale.data.writer import SetFacts, write_shard
 
+Precision = Literal["fp32", "bf16"]
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _FRAMES_AT_ONCE = 32  # fixed, since another batch size may round differently
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker must know; the shards' numbers are handed out one by one."""
+    """All that a worker must know; the shards' numbers and their sources are handed out one by one."""
 
     out: Path
     sources: tuple[Source, ...]
@@ -31,8 +44,9 @@ class Job:
     facts: SetFacts
     autoencoder: str
     device: str
-    size: int
+    framing: Framing
     min_frames: int
+    precision: Precision
 
     @property
     def shards(self) -> int:
@@ -45,68 +59,113 @@ class Job:
         return self.sources[first : first + self.samples_per_shard]
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What was read of one source: pictures (`far_scale.data.pictures.Frames`) or latents [F, C, H, W]."""
+
+    source: Source
+    frames: Tensor
+    actions: Tensor | None
+    label: int | None
+    fps: float
+
+
 class Worker:
     """Encodes shards of one job on one device, and says after each batch how many frames and whole videos it did."""
 
     def __init__(self, job: Job, device: str, progress: Callable[[int, int], None]) -> None:
         self._job, self._device, self._progress = job, device, progress
-        self._autoencoder = autoencoders.load(job.autoencoder, device)
+        self._last: tuple[Path, Video] | None = None  # a video's mirrored sample comes right after its own
 
-    def encode_shard(self, number: int) -> list[Reject]:
-        """Encode one shard, and write down which of its videos were rejected.
+    @functools.cached_property
+    def _autoencoder(self) -> autoencoders.Autoencoder:  # not loaded where there are only latents
+        return autoencoders.load(self._job.autoencoder, self._device, _PRECISIONS[self._job.precision])
+
+    def encode_shard(self, number: int, sources: Iterable[Source]) -> list[Reject]:
+        """Encode one shard of these sources; write down what their files were, and which of them were rejected.
 
         Raises:
             UserError: a video that does not fit into the set, or a full disk.
         """
         job, rejects = self._job, list[Reject]()
-        write_shard(job.out, number, self._samples(job.sources_of(number), rejects), job.facts)
+        write_shard(job.out, number, self._samples(number, sources, rejects), job.facts)
         write_rejects(rejects_of_shard(job.out, number), rejects)
         return rejects
 
-    def _samples(self, sources: Iterable[Source], rejects: list[Reject]) -> Iterator[Sample]:
-        for source in sources:
-            try:
-                sample = self._encode_video(source)
-            except BadVideo as error:
-                rejects.append(Reject(source.name, source.key, str(error).removeprefix(f"{source.path}: ")))
-            else:
-                yield sample
-            self._progress(0, 1)
+    def _samples(self, number: int, sources: Iterable[Source], rejects: list[Reject]) -> Iterator[Sample]:
+        prints: list[SourcePrint] = []
 
-    def _encode_video(self, source: Source) -> Sample:
-        facts, video = self._job.facts, read_video(source.path)
-        count = len(video.frames)
-        if count < self._job.min_frames:
-            raise BadVideo(f"{source.path}: {count} frames, fewer than the {self._job.min_frames} of --min-frames")
-        actions = video.actions if source.actions is None else read_actions(source.actions, count)
-        latents = []
-        with torch.inference_mode():
-            for start in range(0, count, _FRAMES_AT_ONCE):
-                part = fit(video.frames[start : start + _FRAMES_AT_ONCE], self._job.size)
-                pixels = torch.from_numpy(part).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
-                latents.append(self._autoencoder.encode(pixels).to(DTYPES[facts.latent_dtype]).cpu())
-                self._progress(len(part), 0)
-        given = source.label if source.label is not None else video.label
+        def read() -> Iterator[_Read | Reject]:
+            for source in sources:
+                prints.append(take_print(source))  # before it is read: what changes from now on is found
+                try:
+                    yield self._read_latents(source) if source.path.suffix == LATENTS_SUFFIX else self._read(source)
+                except BadVideo as error:
+                    yield Reject(source.name, source.key, str(error).removeprefix(f"{source.path}: "))
+
+        with contextlib.closing(ahead(read())) as found:
+            for one in found:
+                if isinstance(one, Reject):
+                    rejects.append(one)
+                else:
+                    yield self._sample(one)
+                self._progress(0, 1)
+        write_prints(prints_of_shard(self._job.out, number), prints)  # before the shard's index, which ends the shard
+
+    def _read(self, source: Source) -> _Read:
+        framing, actions = self._job.framing, self._job.facts.actions > 0
+        if self._last is None or self._last[0] != source.path:
+            self._last = None  # frees its memory first
+            video = read_video(source.path, actions, source.actions, framing.stride, framing.scale)
+            self._last = source.path, video
+        video = self._last[1]
+        self._check_length(source, len(video.frames))
+        frames = framing.cut(video.frames, source.key)
+        if source.flip:
+            frames = frames[:, :, ::-1]
+        pictures = torch.from_numpy(np.ascontiguousarray(frames))
+        if self._device.startswith("cuda"):
+            pictures = pictures.pin_memory()  # so that the copy to the GPU waits for nothing
+        kept = None if video.actions is None else torch.from_numpy(video.actions)
+        return _Read(source, pictures, kept, video.label, float(video.fps))
+
+    def _read_latents(self, source: Source) -> _Read:
+        facts, stride = self._job.facts, self._job.framing.stride
+        latents = read_latents(source.path, facts.latent_shape, facts.latent_dtype)
+        actions = None
+        if facts.actions and source.actions is not None:
+            actions = torch.from_numpy(read_actions(source.actions, len(latents)))[::stride]
+        self._check_length(source, len(latents[::stride]))
+        return _Read(source, latents[::stride], actions, None, DEFAULT_FPS / stride)
+
+    def _check_length(self, source: Source, frames: int) -> None:
+        if frames < self._job.min_frames:
+            raise BadVideo(f"{source.path}: {frames} frames, fewer than the {self._job.min_frames} of --min-frames")
+
+    def _sample(self, read: _Read) -> Sample:
+        facts, source = self._job.facts, read.source
+        if source.path.suffix == LATENTS_SUFFIX:
+            latents = read.frames
+            self._progress(len(latents), 0)
+        else:
+            latents = self._encode(read.frames)
+        given = source.label if source.label is not None else read.label
         label = given if given is not None else source.folder_label
         return Sample(
             key=source.key,
-            latents=torch.cat(latents),
-            actions=torch.from_numpy(actions) if facts.actions and actions is not None else None,
+            latents=latents,
+            actions=read.actions,
             label=label if facts.labels else None,
-            fps=float(video.fps),
+            fps=read.fps,
             source=source.name,
         )
 
-
-def fit(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Frames `[F, H, W, 3]` as `[F, size, size, 3]`: the shorter side scaled to `size`, the centre cropped."""
-    from PIL import Image
-
-    height, width = frames.shape[1:3]
-    if (height, width) == (size, size):
-        return np.ascontiguousarray(frames)
-    scaled = (max(size, round(width * size / min(height, width))), max(size, round(height * size / min(height, width))))
-    left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
-    box = (left, top, left + size, top + size)
-    images = (Image.fromarray(frame).resize(scaled, Image.Resampling.BILINEAR).crop(box) for frame in frames)
-    return np.stack([np.asarray(image) for image in images])
+    def _encode(self, frames: Tensor) -> Tensor:
+        """The latents [F, C, H, W] of pictures, on the CPU."""
+        latents = []
+        with torch.inference_mode():
+            for start in range(0, len(frames), _FRAMES_AT_ONCE):
+                part = frames[start : start + _FRAMES_AT_ONCE].to(self._device, non_blocking=True)
+                latents.append(self._autoencoder.encode(to_pixels(part)).to(DTYPES[self._job.facts.latent_dtype]))
+                self._progress(len(part), 0)
+            return torch.cat(latents).cpu()  # only here it waits for a GPU

@@ -51,10 +51,12 @@ def read_rejects(folder: Path) -> dict[str, Reject]:
         try:
             for line in path.read_text().splitlines():
                 reject = Reject(**json.loads(line))
+                if not all(isinstance(text, str) for text in reject):
+                    raise TypeError
                 found[reject.key] = reject
         except FileNotFoundError:  # there are none, or a merge has just put it into the whole set's
             continue
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{path}: not the list of rejects that was written; remove it and encode again") from None
     return found
 

@@ -1,29 +1,38 @@
 """Videos in and out: any file that PyAV decodes, .npz files of frames and actions, and H.264 for people to watch.
 
-`actions[f]` is the action that led to frame f, taken between the frames f-1 and f; `actions[0]` is 0.
+An .npz file has our own names, or those of TECO's DMLab (`video` for `frames`). `actions[f]` is the action that led to
+frame f, taken between the frames f-1 and f; `actions[0]` is 0.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from far_scale.errors import UserError
 from far_scale.files import atomic_write
 
 SUFFIXES = frozenset((".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v", ".gif", ".npz"))
-_DEFAULT_FPS = 25.0  # of a file that does not say
+DEFAULT_FPS = 25.0  # of a file that does not say
+_FRAMES = ("frames", "video")  # in an .npz file: ours, TECO's
+_BLOCK = 32  # frames that are shrunk together
 _MAY_BE_MISSING = 2  # frames: some encoders count one too many, or one that repeats the last
+
+
+Shrink = Callable[[NDArray[np.uint8]], NDArray[Any]]
+"""Makes frames uint8 [n, H, W, 3] into [n, h, w, 3], as soon as they are decoded: whole videos may be too large."""
 
 
 class BadVideo(UserError):
@@ -36,7 +45,7 @@ class Video:
 
     Attributes:
         key: the file's name without its suffix.
-        frames: uint8 [F, H, W, 3], RGB.
+        frames: uint8 [F, H, W, 3], RGB; or what shrinking made of them.
         actions: int64 [F], or None; `actions[f]` led to frame f.
         label: the video's class, or None.
         fps: frames a second.
@@ -44,7 +53,7 @@ class Video:
     """
 
     key: str
-    frames: NDArray[np.uint8]
+    frames: NDArray[Any]
     actions: NDArray[np.int64] | None
     label: int | None
     fps: float
@@ -62,18 +71,33 @@ def find_videos(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: there is no such file or folder of videos")
+    # os.walk asks the system about no single file; a link that leads nowhere is found, and told when it is read
+    files = (Path(folder, name) for folder, _, names in os.walk(path, onerror=_refuse) for name in names)
     # a name that begins with a dot is a file in the making (files.atomic_write), or hidden on purpose
-    found = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+    found = [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
     if not found:
         raise UserError(f"{path}: no videos in this folder; they end in {', '.join(sorted(SUFFIXES))}")
-    return sorted(file for file in found if file.is_file())
+    return sorted(found)
 
 
-def read_video(path: str | Path) -> Video:
-    """Read all frames of a video file, or of an .npz file of arrays.
+def read_video(
+    path: str | Path,
+    actions: bool = True,
+    actions_file: Path | None = None,
+    stride: int = 1,
+    shrink: Shrink | None = None,
+) -> Video:
+    """Read the frames of a video file, or of an .npz file of arrays.
 
-    An .npz file holds `frames` uint8 [F, H, W, 3] and may hold `actions` (integers [F]), `label` (an integer) and
-    `fps`; other keys are not read, and pickled objects are refused.
+    An .npz file holds `frames` (or `video`) uint8 [F, H, W, 3] and may hold `actions` (integers [F]), `label` (an
+    integer) and `fps`; other keys are not read, and pickled objects are refused.
+
+    Args:
+        actions: read actions, where there are some; else they may be anything, as the vectors of BAIR's robot.
+        actions_file: take the actions from this file (see `read_actions`), and not from an .npz file's own.
+        stride: keep every n-th frame, from the first, and the actions of these frames. What was done between two of
+            them is not kept, as officially (`random_sample_frames` of showlab/FAR's data sets).
+        shrink: applied to the frames that are kept, some at a time.
 
     Raises:
         BadVideo: it does not decode to its end, has no frames, or its arrays are not as said above.
@@ -82,7 +106,10 @@ def read_video(path: str | Path) -> Video:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such video")
-    return _read_npz(path) if path.suffix.lower() == ".npz" else _decode(path)
+    kept = _Kept(path, stride, shrink)
+    video = _read_npz(path, kept, actions and actions_file is None) if _is_npz(path) else _decode(path, kept)
+    own = video.actions if actions_file is None or not actions else read_actions(actions_file, kept.seen)
+    return replace(video, actions=None if own is None else own[::stride], fps=video.fps / stride)
 
 
 def write_mp4(path: str | Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> None:
@@ -118,7 +145,7 @@ def write_mp4(path: str | Path, frames: Iterable[NDArray[np.uint8]], fps: float)
 
 
 def read_actions(path: Path, frames: int) -> NDArray[np.int64]:
-    """The actions [F] of a video with that many frames, out of a .npy file of their own.
+    """The actions [F] of a video with that many frames, out of a file of their own: .npy, or .npz with `actions`.
 
     Raises:
         BadVideo: it holds no actions for these frames.
@@ -126,43 +153,102 @@ def read_actions(path: Path, frames: int) -> NDArray[np.int64]:
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such file of actions")
+    if _is_npz(path):
+        arrays = _arrays(path, ("actions", *_FRAMES))
+        if set(arrays) != {"actions"}:
+            held = ", ".join(sorted(arrays)) or "neither frames nor actions"
+            raise BadVideo(f"{path}: holds {held}; a file of actions has `actions` alone, and a video another name")
+        return _actions(path, arrays["actions"], frames)
     try:
         actions = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        _check_readable(path)
+        check_readable(path)
         raise BadVideo(f"{path}: no actions ({error}); write them with numpy.save") from None
     if not isinstance(actions, np.ndarray):
         raise BadVideo(f"{path}: holds several arrays; write one with numpy.save")
     return _actions(path, actions, frames)
 
 
-def _decode(path: Path) -> Video:
+class _Kept:
+    """The frames of a video that are kept: every n-th one, shrunk a block at a time.
+
+    Attributes:
+        seen: all frames so far, with those that are not kept.
+    """
+
+    def __init__(self, path: Path, stride: int, shrink: Shrink | None) -> None:
+        self.seen = 0
+        self._path, self._stride, self._shrink = path, stride, shrink
+        self._shape: tuple[int, ...] | None = None
+        self._waiting: list[NDArray[np.uint8]] = []
+        self._done: list[NDArray[Any]] = []
+
+    def wants_next(self) -> bool:
+        """Whether the next frame is one to keep; it counts as seen."""
+        self.seen += 1
+        return (self.seen - 1) % self._stride == 0
+
+    def add(self, frame: NDArray[np.uint8]) -> None:
+        """Keep a frame [H, W, 3].
+
+        Raises:
+            BadVideo: it has another size than those before.
+        """
+        if self._shape not in (None, frame.shape):
+            raise BadVideo(f"{self._path}: its frames change their size midway; convert it to one size")
+        self._shape = frame.shape
+        self._waiting.append(frame)
+        if len(self._waiting) == _BLOCK:
+            self._flush()
+
+    def frames(self) -> NDArray[Any]:
+        """All frames that were kept; there must be one at least."""
+        self._flush()
+        return np.concatenate(self._done)
+
+    def _flush(self) -> None:
+        if self._waiting:
+            block = np.stack(self._waiting)
+            self._done.append(block if self._shrink is None else self._shrink(block))
+            self._waiting.clear()
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend that and run again")
+
+
+def _is_npz(path: Path) -> bool:
+    return path.suffix.lower() == ".npz"
+
+
+def _decode(path: Path, kept: _Kept) -> Video:
+    to_rgb = VideoReformatter()  # one for all frames: making its tables costs more than converting a small frame
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise BadVideo(f"{path}: no video stream in this file")
             stream = container.streams.video[0]
-            frames, end = [], 0.0
+            end = 0.0
             for packet in container.demux(stream):
                 damaged = packet.is_corrupt  # before it is decoded, which may end it
                 for frame in packet.decode():
-                    frames.append(frame.to_ndarray(format="rgb24"))
+                    if kept.wants_next():
+                        picture: Any = to_rgb.reformat(frame, format="rgb24").to_ndarray()
+                        kept.add(picture)
                     end = max(end, frame.time or 0.0)
                     damaged = damaged or frame.is_corrupt
                 if damaged:
-                    raise BadVideo(f"{path}: cut off or damaged at frame {len(frames)}; copy it again, or leave it out")
+                    raise BadVideo(f"{path}: cut off or damaged at frame {kept.seen}; copy it again, or leave it out")
             rate = stream.average_rate or stream.guessed_rate
-            missing = _missing_frames(container, stream, len(frames), end, float(rate or _DEFAULT_FPS))
+            missing = _missing_frames(container, stream, kept.seen, end, float(rate or DEFAULT_FPS))
     except av.error.FFmpegError as error:
-        _check_readable(path)
+        check_readable(path)
         raise BadVideo(f"{path}: does not decode ({error.strerror}); convert it, or leave it out") from None
-    if not frames:
+    if not kept.seen:
         raise BadVideo(f"{path}: no frames in this video; leave it out")
     if missing > _MAY_BE_MISSING:
         raise BadVideo(f"{path}: cut off: the last {missing:.0f} frames are missing; copy it again, or leave it out")
-    if len({frame.shape for frame in frames}) > 1:
-        raise BadVideo(f"{path}: its frames change their size midway; convert it to one size")
-    return Video(path.stem, np.stack(frames), None, None, float(rate or _DEFAULT_FPS), path.name)
+    return Video(path.stem, kept.frames(), None, None, float(rate or DEFAULT_FPS), path.name)
 
 
 def _missing_frames(container: Any, stream: Any, frames: int, end: float, rate: float) -> float:
@@ -177,7 +263,7 @@ def _missing_frames(container: Any, stream: Any, frames: int, end: float, rate: 
     return 0.0
 
 
-def _check_readable(path: Path) -> None:
+def check_readable(path: Path) -> None:
     """Tell a broken disk or network from a broken file: what cannot be read now may be whole.
 
     Raises:
@@ -191,24 +277,18 @@ def _check_readable(path: Path) -> None:
         raise UserError(f"{path}: cannot be read ({error.strerror}); mend that and run again") from None
 
 
-def _read_npz(path: Path) -> Video:
-    if not zipfile.is_zipfile(path):
-        _check_readable(path)
-        raise BadVideo(f"{path}: not a whole .npz file; write it again with numpy.savez")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in ("frames", "actions", "label", "fps") if key in archive.files}
-    except ValueError as error:
-        hint = "store plain arrays only" if "pickle" in str(error).lower() else "write it again with numpy.savez"
-        raise BadVideo(f"{path}: {error}; {hint}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        _check_readable(path)
-        raise BadVideo(f"{path}: broken ({error}); write it again with numpy.savez") from None
-    if "frames" not in arrays:
-        raise BadVideo(f"{path}: no array `frames`; store uint8 [frames, height, width, 3] under that key")
-    frames = arrays["frames"]
+def _read_npz(path: Path, kept: _Kept, actions: bool) -> Video:
+    arrays = _arrays(path, (*_FRAMES, "label", "fps", *(["actions"] if actions else [])))
+    named = [key for key in _FRAMES if key in arrays]
+    if len(named) != 1:
+        found = "`frames` and `video`" if named else "no array `frames` or `video`"
+        raise BadVideo(f"{path}: {found}; store uint8 [frames, height, width, 3] under one of these keys")
+    frames = arrays[named[0]]
     if problem := _problem_of_frames(frames):
-        raise BadVideo(f"{path}: `frames` {problem}")
+        raise BadVideo(f"{path}: `{named[0]}` {problem}")
+    for frame in frames:
+        if kept.wants_next():
+            kept.add(frame)
     label = _number(path, arrays, "label", "iu")
     fps = _number(path, arrays, "fps", "iuf")
     if fps is not None and not fps > 0:
@@ -217,12 +297,32 @@ def _read_npz(path: Path) -> Video:
         raise BadVideo(f"{path}: `label` is {label}; classes count from 0")
     return Video(
         key=path.stem,
-        frames=frames,
+        frames=kept.frames(),
         actions=_actions(path, arrays["actions"], len(frames)) if "actions" in arrays else None,
         label=None if label is None else int(label),
-        fps=_DEFAULT_FPS if fps is None else float(fps),
+        fps=DEFAULT_FPS if fps is None else float(fps),
         source=path.name,
     )
+
+
+def _arrays(path: Path, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
+    """Those of these arrays that an .npz file holds.
+
+    Raises:
+        BadVideo: it is broken, or holds pickled objects in their place.
+    """
+    if not zipfile.is_zipfile(path):
+        check_readable(path)
+        raise BadVideo(f"{path}: not a whole .npz file; write it again with numpy.savez")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in keys if key in archive.files}
+    except ValueError as error:
+        hint = "store plain arrays only" if "pickle" in str(error).lower() else "write it again with numpy.savez"
+        raise BadVideo(f"{path}: {error}; {hint}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        check_readable(path)
+        raise BadVideo(f"{path}: broken ({error}); write it again with numpy.savez") from None
 
 
 def _problem_of_frames(frames: NDArray[Any]) -> str | None:

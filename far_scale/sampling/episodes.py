@@ -12,8 +12,8 @@ from torch import Tensor
 
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard
-from far_scale.data.encode_worker import fit
 from far_scale.data.manifest import MANIFEST_NAME
+from far_scale.data.pictures import fit
 from far_scale.data.shards import ShardSet
 from far_scale.data.videos import find_videos, read_video
 from far_scale.errors import UserError
