@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
@@ -57,7 +58,7 @@ def open_sets(data: DataSection, plan: Sequence[Stage], processes: Processes, ev
             opened[where] = _open(where, stage.data, processes)
             _check_shards(opened[where], stage.data.max_damaged_samples, processes, events, step)
         shard_set = opened[where]
-        _together(lambda shard_set=shard_set, stage=stage: shard_set.check(stage), processes)  # type: ignore[misc]
+        _together(partial(shard_set.check, stage), processes)
         of_stages[stage.index] = shard_set
     own = opened.get(data.shards)
     return OpenedSets(of_stages, _open(data.shards, data, processes).manifest if own is None else own.manifest)
