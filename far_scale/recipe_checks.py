@@ -141,7 +141,7 @@ def _impossible_source(sections: StageSections) -> Iterator[tuple[str, str]]:
     data, key = sections.data, sections.key("data", "shards")
     try:
         far = any([is_far(where) for where in places(data.shards)])
-    except UserError as problem:
+    except UserError as problem:  # a URL of an unknown kind
         yield key, str(problem)
         return
     if far and data.cache_dir is None:

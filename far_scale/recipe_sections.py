@@ -330,4 +330,4 @@ class SampleSection(Section):
     frames: Count | None = None
     """Frames to predict; null for up to the longest clip of data.frames."""
     shards: str | None = None
-    """Folder of the held-out shard set; null for no evaluation."""
+    """Folder of the held-out shard set, on this machine; null for no evaluation."""

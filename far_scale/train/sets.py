@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
@@ -57,7 +58,7 @@ def open_sets(data: DataSection, plan: Sequence[Stage], processes: Processes, ev
             if where not in opened:
                 opened[where] = _open(where, stage.data, processes)
                 _check_shards(opened[where], stage.data.max_damaged_samples, processes, events, step)
-        of_stages[stage.index] = _together(lambda stage=stage: _fitting(stage, opened), processes)  # type: ignore[misc]
+        of_stages[stage.index] = _together(partial(_fitting, stage, opened), processes)
     for where in places(data.shards):
         if where not in opened:
             opened[where] = _open(where, data, processes)
