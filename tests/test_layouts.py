@@ -121,7 +121,7 @@ def test_bair_whose_actions_are_vectors(episodes: list[Video], tmp_path: Path) -
     write_mp4(tmp_path / "bair" / "train" / "0.mp4", episodes[0].frames, 10)
     np.savez(tmp_path / "bair" / "train" / "0.npz", actions=np.zeros((FRAMES, 4), np.float32))
     np.savez(tmp_path / "bair" / "train" / "1.npz", video=episodes[1].frames, actions=np.zeros((FRAMES, 4)))
-    listed = [{"video_path": f"bair/train/{name}", "action_path": "bair/train/0.npz"} for name in ("1.npz", "0.mp4")]
+    listed = [{"video_path": f"bair/train/{name}", "action_path": "bair/train/none.npz"} for name in ("1.npz", "0.mp4")]
     (tmp_path / "bair" / "bair_train.json").write_text(json.dumps(listed))
     for number, videos in enumerate((tmp_path / "bair" / "train", tmp_path / "bair" / "bair_train.json")):
         manifest = encode(find_sources(videos), tmp_path / f"set-{number}")

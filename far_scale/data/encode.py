@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +95,8 @@ def plan(
         raise UserError(f"--size {framing.size}: {autoencoder.name} needs a multiple of {autoencoder.downsample}")
     if actions and any(source.flip for source in sources):
         raise UserError("--flip: frames would turn left where their actions turn right; leave out --flip, or --actions")
+    if not actions:  # files of actions that nobody reads may change, or be missing
+        sources = [replace(source, actions=None) for source in sources]
     _check_kind(sources, framing, precision)
     side = framing.size // autoencoder.downsample
     facts = SetFacts(
