@@ -291,6 +291,9 @@ def test_a_narrow_dc_ae_learns_and_is_exported(
     assert card["psnr_db"] == round(psnr(trained, heldout), 2) and psnr(trained, heldout) > before + 4
     assert (card["weights_dtype"], card["command"], card["config"]) == ("float32", "the command", NARROW)
     assert trained.scaling_factor == 1 / card["latent_std"] and len(card["channel_std"]) == 8
+    fewer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 50})})
+    with pytest.raises(UserError, match=r"step-00000060\.pt: train\.steps: 50 are fewer than this checkpoint has"):
+        train_autoencoder(fewer, places, "the command", alone)
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "step-00000060.pt", weights_only=True)
     for name, weight in trained._network.state_dict().items():  # what is exported is the average
         assert torch.equal(weight, checkpoint["average"].get(name, checkpoint["network"][name]))

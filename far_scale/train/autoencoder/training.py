@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from far_scale.train.autoencoder.checkpoints import Checkpoints
 from far_scale.train.autoencoder.export import export
 from far_scale.train.autoencoder.frames import EpisodeFrames, Frames, VideoFrames, to_pixels
 from far_scale.train.autoencoder.log import Log
-from far_scale.train.autoencoder.recipe import AutoencoderRecipe, CompactModel, EpisodeData
+from far_scale.train.autoencoder.recipe import AutoencoderRecipe, CompactModel, EpisodeData, TrainSection
 from far_scale.train.autoencoder.trainer import Trainer, schedule
 from far_scale.train.changes import flat
 from far_scale.train.faults.signals import StopSignals
@@ -105,7 +106,7 @@ def train_autoencoder(
         checkpoints = Checkpoints(places.run / "checkpoints", processes, say)
         card = {"recipe": json.dumps(recipe.model_dump(mode="json")), "frames": frames.fingerprint}
         card["perceptual"] = str(trainer.perceptual)
-        start = restore(checkpoints, trainer, card, settings.schedule == "cosine")
+        start = restore(checkpoints, trainer, card, settings)
         say_once(f"{recipe.name}: from step {start} to {settings.steps} on {processes.count} ranks")
         if processes.main:
             write_json(places.run / "recipe.json", recipe.model_dump(mode="json"))
@@ -139,7 +140,9 @@ def train_autoencoder(
         return done == settings.steps
 
 
-def frames_of(recipe: AutoencoderRecipe[Any, Any], places: Places, processes: Processes, say: Any) -> Frames:
+def frames_of(
+    recipe: AutoencoderRecipe[Any, Any], places: Places, processes: Processes, say: Callable[[str], None]
+) -> Frames:
     """The frames that the recipe asks for.
 
     Raises:
@@ -196,24 +199,24 @@ def first_network(recipe: AutoencoderRecipe[Any, Any], frames: Frames, processes
     return network
 
 
-def restore(checkpoints: Checkpoints, trainer: Trainer, card: dict[str, Any], steps_matter: bool) -> int:
+def restore(checkpoints: Checkpoints, trainer: Trainer, card: dict[str, Any], settings: TrainSection) -> int:
     """Load the newest checkpoint, if there is one; returns the steps done.
 
     Args:
         checkpoints: the run's.
         trainer: which gets its state.
         card: `recipe` (JSON), `frames` and `perceptual`, as they stand in a checkpoint.
-        steps_matter: whether the learning rate depends on how many steps there will be.
+        settings: of the training; its steps may change where the learning rate does not follow from them.
 
     Raises:
-        UserError: it was trained by another recipe, on other videos, or cannot be read.
+        UserError: it was trained by another recipe, on other videos, for more steps, or cannot be read.
     """
     newest = checkpoints.newest()
     if newest is None:
         return 0
     path, state = newest
     old, new = flat(json.loads(state["recipe"])), flat(json.loads(card["recipe"]))
-    free = _FREE if steps_matter else (*_FREE, "train.steps")
+    free = _FREE if settings.schedule == "cosine" else (*_FREE, "train.steps")
     keys = [key for key in dict.fromkeys([*new, *old]) if key not in free]
     changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
     if state["frames"] != card["frames"]:
@@ -224,6 +227,8 @@ def restore(checkpoints: Checkpoints, trainer: Trainer, card: dict[str, Any], st
         raise UserError(
             f"{path}: changed since this checkpoint: {', '.join(changed)}; put it back, or give another --run-dir"
         )
+    if state["step"] > settings.steps:
+        raise UserError(f"{path}: train.steps: {settings.steps} are fewer than this checkpoint has; raise them")
     trainer.load_state(state)
     return int(state["step"])
 
@@ -233,6 +238,8 @@ def compute_repeatably(device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Filling what is not yet written costs time and changes nothing here.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def means(told: dict[str, Tensor], processes: Processes) -> dict[str, float]:
