@@ -16,15 +16,15 @@ import torch
 from measure import Row, environment, interleaved, print_table, timed, write_result
 from options import add_measuring, count, start
 
-from far_scale.data.convert import convert
-from far_scale.data.filling import ClipLane, Dealing
-from far_scale.data.lanes import LaneOrder
-from far_scale.data.manifest import AutoencoderInfo
-from far_scale.data.mixture import Mixture
-from far_scale.data.sample import Sample
-from far_scale.data.shards import ShardSet
-from far_scale.data.stream import stream
-from far_scale.data.writer import SetFacts, ShardWriter
+from far_scale.data.packs.filling import ClipLane, Dealing
+from far_scale.data.packs.lanes import LaneOrder
+from far_scale.data.packs.mixture import Mixture
+from far_scale.data.shards.convert import convert
+from far_scale.data.shards.manifest import AutoencoderInfo
+from far_scale.data.shards.sample import Sample
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.stream import stream
+from far_scale.data.shards.writer import SetFacts, ShardWriter
 from far_scale.errors import command_line
 
 FRAMES, SHAPE, WINDOW = 300, (32, 8, 8), 256
@@ -79,7 +79,7 @@ def every_sample(shard_set: ShardSet) -> int:
 
 
 def streamed(folder: Path) -> int:
-    """Every sample by `far_scale.data.stream`, checked and as tensors."""
+    """Every sample by `far_scale.data.shards.stream`, checked and as tensors."""
     return sum(sample.latents.nbytes for sample in stream(folder))
 
 

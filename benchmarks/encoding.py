@@ -19,12 +19,12 @@ from options import add_measuring, count, start
 from torch import Tensor
 
 from far_scale import autoencoder as autoencoders
-from far_scale.data.demo import record_episodes
-from far_scale.data.encode import plan
-from far_scale.data.encode_tasks import encode_task
-from far_scale.data.pictures import Framing, to_pixels
-from far_scale.data.sources import find_sources
-from far_scale.data.videos import find_videos, read_video, write_mp4
+from far_scale.data.demo.episodes import record_episodes
+from far_scale.data.encode.plan import plan
+from far_scale.data.encode.tasks import encode_task
+from far_scale.data.video.pictures import Framing, to_pixels
+from far_scale.data.video.sources import find_sources
+from far_scale.data.video.videos import find_videos, read_video, write_mp4
 from far_scale.errors import command_line
 
 SEED = 700_000  # episodes that the autoencoder was not trained on

@@ -28,7 +28,7 @@ from options import count
 from ranks import FailedError, Training, tail
 from sameness import compare, each_step_once, lanes, logged, loss_difference
 
-from far_scale.data.mixture import open_shards
+from far_scale.data.packs.mixture import open_shards
 from far_scale.errors import UserError, command_line
 from far_scale.recipe import Recipe, check_ranks, load_recipe
 from far_scale.train import checkpoint

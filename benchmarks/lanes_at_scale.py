@@ -23,9 +23,9 @@ import torch
 from measure import Row, environment, peak_beyond, print_table, write_result
 from options import add_measuring, count, start
 
-from far_scale.data.filling import Clip, ClipLane, Dealing
-from far_scale.data.lanes import LaneOrder
-from far_scale.data.manifest import (
+from far_scale.data.packs.filling import Clip, ClipLane, Dealing
+from far_scale.data.packs.lanes import LaneOrder
+from far_scale.data.shards.manifest import (
     AutoencoderInfo,
     ChannelSums,
     IndexRow,
@@ -35,7 +35,7 @@ from far_scale.data.manifest import (
     ShardTable,
     parse_index,
 )
-from far_scale.data.shards import ShardSet
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import command_line
 
 LATENT_SHAPE = (32, 8, 8)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from far_scale.data.packs import Pack
+from far_scale.data.packs.loader import Pack
 from far_scale.layout import FrameLayout
 from far_scale.model import FARConfig
 from far_scale.randomness import generator

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from far_scale.data.fetch import is_far
+from far_scale.data.remote.fetch import is_far
 from far_scale.errors import UserError
 from far_scale.recipe_frames import clip_tokens, fewest, most
 from far_scale.recipe_sections import DataSection, ModelSection, StageSection, places

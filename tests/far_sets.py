@@ -14,8 +14,8 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from far_scale.data.cache import NodeCache
-from far_scale.data.shards import ShardSet
+from far_scale.data.remote.cache import NodeCache
+from far_scale.data.shards.shard_set import ShardSet
 
 
 class WebServer:

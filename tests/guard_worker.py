@@ -20,9 +20,9 @@ from launch import small_recipe
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from far_scale.data.packs import PackLoader
-from far_scale.data.scaling import LatentScaling
-from far_scale.data.shards import ShardSet
+from far_scale.data.packs.loader import PackLoader
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.objective import add_noise, pack_loss
 from far_scale.recipe import load_recipe
 from far_scale.train import engine, loop

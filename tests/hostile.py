@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from far_scale.data.sample import Sample
+from far_scale.data.shards.sample import Sample
 from far_scale.errors import UserError
 
 ALLOWED_BYTES = 256 << 20  # of address space beyond what is there already; the files have 20 KB, or some MB

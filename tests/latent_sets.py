@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from far_scale.data.manifest import AutoencoderInfo, Manifest
-from far_scale.data.sample import Sample
-from far_scale.data.writer import SetFacts, ShardWriter
+from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
+from far_scale.data.shards.sample import Sample
+from far_scale.data.shards.writer import SetFacts, ShardWriter
 
 CHANNELS, SIDE = 4, 2
 FACTS = SetFacts(

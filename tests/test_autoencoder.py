@@ -15,7 +15,7 @@ from torch import Tensor
 
 from far_scale import autoencoder as autoencoders
 from far_scale.autoencoder.compact import CompactAutoencoder, CompactConfig
-from far_scale.data.demo import record_episode
+from far_scale.data.demo.episodes import record_episode
 from far_scale.errors import UserError
 from far_scale.files import sha256, write_json
 from far_scale.train.autoencoder import load_autoencoder_recipe, psnr, to_pixels

@@ -16,10 +16,10 @@ from launch import ROOT, command, environment
 from torch.utils.flop_counter import FlopCounterMode
 
 from far_scale.convert.model_dir import ModelCard, TrainingCard, save_model_dir
-from far_scale.data.manifest import AutoencoderInfo
-from far_scale.data.packs import Pack, PackLoader
-from far_scale.data.scaling import LatentScaling
-from far_scale.data.shards import ShardSet
+from far_scale.data.packs.loader import Pack, PackLoader
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.shards.manifest import AutoencoderInfo
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 from far_scale.model import FAR, FARConfig
 from far_scale.objective import NoisyPack, add_noise, pack_loss

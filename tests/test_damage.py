@@ -15,13 +15,13 @@ from latent_sets import write_set
 from launch import small_recipe
 from zygote import Zygote
 
-from far_scale.data import fetch
-from far_scale.data.cache import NodeCache
-from far_scale.data.damage import DamagedError, OverBudgetError
-from far_scale.data.filling import Dealing
-from far_scale.data.packs import Pack, PackLoader
-from far_scale.data.scaling import LatentScaling
-from far_scale.data.shards import ShardSet
+from far_scale.data.packs.filling import Dealing
+from far_scale.data.packs.loader import Pack, PackLoader
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.remote import fetch
+from far_scale.data.remote.cache import NodeCache
+from far_scale.data.shards.damage import DamagedError, OverBudgetError
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 from far_scale.train import checkpoint
 from far_scale.train.faults.events import read_events

@@ -18,10 +18,10 @@ from torch import Tensor
 from far_scale import autoencoder as autoencoders
 from far_scale.autoencoder.deep_compression import CLASS_NAME, PRESETS, SCALING_FACTOR
 from far_scale.convert.dc_ae import import_autoencoder
-from far_scale.data.encode import encode_videos
-from far_scale.data.inspect import matching_autoencoder
-from far_scale.data.shards import ShardSet
-from far_scale.data.videos import find_videos, read_video
+from far_scale.data.encode.plan import encode_videos
+from far_scale.data.shards.inspect import matching_autoencoder
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.video.videos import find_videos, read_video
 from far_scale.errors import UserError
 from far_scale.files import sha256, write_json
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from far_scale.data import demo
-from far_scale.data.demo import record_episode, record_episodes
-from far_scale.data.explorer import FORWARD, LEFT, NOOP, RIGHT, Explorer
-from far_scale.data.maze import CELL, Maze, cell_centre, map_text, wad_bytes
-from far_scale.data.videos import Video, read_video
+from far_scale.data.demo import episodes as demo
+from far_scale.data.demo.episodes import record_episode, record_episodes
+from far_scale.data.demo.explorer import FORWARD, LEFT, NOOP, RIGHT, Explorer
+from far_scale.data.demo.maze import CELL, Maze, cell_centre, map_text, wad_bytes
+from far_scale.data.video.videos import Video, read_video
 from far_scale.errors import UserError
 from far_scale.randomness import generator
 

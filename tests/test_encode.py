@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from far_scale import autoencoder as autoencoders
-from far_scale.data import inspect
-from far_scale.data.demo import record_episodes
-from far_scale.data.encode import encode_videos
-from far_scale.data.manifest import Manifest
-from far_scale.data.pictures import fit
-from far_scale.data.shards import ShardSet
-from far_scale.data.videos import find_videos, read_video, write_mp4
+from far_scale.data.demo.episodes import record_episodes
+from far_scale.data.encode.plan import encode_videos
+from far_scale.data.shards import inspect
+from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.video.pictures import fit
+from far_scale.data.video.videos import find_videos, read_video, write_mp4
 from far_scale.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +139,7 @@ def test_a_whole_set_is_left_alone_and_a_damaged_one_mended(
         (out / name).write_bytes(data)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr("far_scale.data.encode_tasks.encode_shards", None)  # nothing may be started
+        patch.setattr("far_scale.data.encode.tasks.encode_shards", None)  # nothing may be started
         encode(episodes, out, workers=2)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     shard = out / "shard-000003.tar"

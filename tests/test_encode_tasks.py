@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from far_scale.data import inspect
-from far_scale.data.encode import encode_videos, plan
-from far_scale.data.encode_tasks import encode_task, merge
-from far_scale.data.encode_worker import Job
-from far_scale.data.pictures import Framing
-from far_scale.data.shards import ShardSet
-from far_scale.data.sources import find_sources
-from far_scale.data.videos import find_videos, write_mp4
+from far_scale.data.encode.plan import encode_videos, plan
+from far_scale.data.encode.tasks import encode_task, merge
+from far_scale.data.encode.worker import Job
+from far_scale.data.shards import inspect
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.video.pictures import Framing
+from far_scale.data.video.sources import find_sources
+from far_scale.data.video.videos import find_videos, write_mp4
 from far_scale.errors import UserError
 from far_scale.files import sha256
 

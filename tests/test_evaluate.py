@@ -16,11 +16,11 @@ from torch.nn import functional
 
 import far_scale.autoencoder
 from far_scale.convert.model_dir import ModelCard, TrainingCard, load_model_dir, save_model_dir
-from far_scale.data.manifest import AutoencoderInfo
-from far_scale.data.sample import Sample
-from far_scale.data.scaling import LatentScaling
-from far_scale.data.shards import ShardSet
-from far_scale.data.writer import SetFacts, ShardWriter
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.shards.manifest import AutoencoderInfo
+from far_scale.data.shards.sample import Sample
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.writer import SetFacts, ShardWriter
 from far_scale.errors import UserError
 from far_scale.model import FAR, FARConfig
 from far_scale.recipe import load_recipe

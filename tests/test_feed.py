@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from far_scale.data.packs import Pack
+from far_scale.data.packs.loader import Pack
 from far_scale.errors import UserError
 from far_scale.model import FAR, FARConfig
 from far_scale.objective import add_noise, pack_loss

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from far_scale.data.filling import POOL, Clip, ClipLane, Dealing, best_subset
+from far_scale.data.packs.filling import POOL, Clip, ClipLane, Dealing, best_subset
 from far_scale.errors import UserError
 from far_scale.layout import FrameLayout
 from far_scale.recipe_frames import clip_tokens

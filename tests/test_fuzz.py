@@ -22,11 +22,11 @@ import torch
 from hostile import HUGE, attempt, damage, right, watched
 from latent_sets import write_set
 
-from far_scale.data import manifest as limits
-from far_scale.data.manifest import Manifest
-from far_scale.data.sample import Sample, index_shard
-from far_scale.data.shards import ShardSet
-from far_scale.data.stream import stream
+from far_scale.data.shards import manifest as limits
+from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.sample import Sample, index_shard
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.stream import stream
 from far_scale.errors import UserError
 
 FRAMES = [5, 6, 7]
@@ -263,7 +263,7 @@ def test_size_bombs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert attempt(lambda: read_shard(folder, tar.name), tar) is None
     tar.write_bytes(whole)
     monkeypatch.setattr(limits, "MAX_MANIFEST_BYTES", 1 << 20)
-    monkeypatch.setattr("far_scale.data.store.MAX_INDEX_BYTES", 1 << 20)
+    monkeypatch.setattr("far_scale.data.remote.store.MAX_INDEX_BYTES", 1 << 20)
     good = manifest.read_text()
     for text in (b"[" * 100_000, b'{"a":' * 100_000, b"9" * 500_000, b'{"shards":[' + b"0," * 300_000 + b"0]}"):
         manifest.write_bytes(text)

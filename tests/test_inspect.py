@@ -13,9 +13,9 @@ import pytest
 import torch
 from latent_sets import make_sample, write_set
 
-from far_scale.data import inspect
-from far_scale.data.manifest import Manifest
-from far_scale.data.shards import ShardSet
+from far_scale.data.shards import inspect
+from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 from far_scale.files import sha256
 

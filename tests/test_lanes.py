@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from far_scale.data.lanes import Lane, LaneOrder, Place
+from far_scale.data.packs.lanes import Lane, LaneOrder, Place
 from far_scale.errors import UserError
 
 SETS = {

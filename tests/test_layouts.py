@@ -16,18 +16,18 @@ import pytest
 import torch
 
 from far_scale import autoencoder as autoencoders
-from far_scale.data.ahead import ahead
-from far_scale.data.encode import plan
-from far_scale.data.encode_tasks import encode_task, merge
-from far_scale.data.encode_worker import Job
-from far_scale.data.fingerprints import read_prints
-from far_scale.data.latent_files import read_latents
-from far_scale.data.manifest import Manifest
-from far_scale.data.pictures import Framing, to_pixels
-from far_scale.data.sample import Sample
-from far_scale.data.shards import ShardSet
-from far_scale.data.sources import Source, find_sources, with_flips
-from far_scale.data.videos import BadVideo, Video, read_actions, read_video, write_mp4
+from far_scale.data.encode.ahead import ahead
+from far_scale.data.encode.fingerprints import read_prints
+from far_scale.data.encode.plan import plan
+from far_scale.data.encode.tasks import encode_task, merge
+from far_scale.data.encode.worker import Job
+from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.sample import Sample
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.video.latent_files import read_latents
+from far_scale.data.video.pictures import Framing, to_pixels
+from far_scale.data.video.sources import Source, find_sources, with_flips
+from far_scale.data.video.videos import BadVideo, Video, read_actions, read_video, write_mp4
 from far_scale.errors import UserError
 from far_scale.files import sha256
 
@@ -540,7 +540,7 @@ def test_no_task_opens_the_videos_of_another(four: Path, tmp_path: Path, monkeyp
         opened.add(Path(str(path)).name)
         return open(path, *arguments)  # type: ignore[call-overload]
 
-    monkeypatch.setattr("far_scale.data.fingerprints.open", seen, raising=False)
+    monkeypatch.setattr("far_scale.data.encode.fingerprints.open", seen, raising=False)
     job = planned(find_sources(four), tmp_path / "set", Framing(64))
     assert not opened
     encode_task(job, 1, 2, 1, 0.0)

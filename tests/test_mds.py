@@ -21,16 +21,16 @@ from hostile import ALLOWED_BYTES, HUGE, attempt, damage, right, watched
 from latent_sets import FACTS, make_sample, write_set
 from mosaic import import_streaming
 
-from far_scale.data import inspect
-from far_scale.data.convert import convert
-from far_scale.data.filling import Dealing
-from far_scale.data.manifest import Manifest, ShardTable
-from far_scale.data.mds import MAX_SAMPLES, check_fits, write_mds
-from far_scale.data.packs import Pack, PackLoader
-from far_scale.data.sample import Sample, index_shard, members_of, walk
-from far_scale.data.scaling import LatentScaling
-from far_scale.data.shards import ShardSet
-from far_scale.data.stream import stream
+from far_scale.data.packs.filling import Dealing
+from far_scale.data.packs.loader import Pack, PackLoader
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.shards import inspect
+from far_scale.data.shards.convert import convert
+from far_scale.data.shards.manifest import Manifest, ShardTable
+from far_scale.data.shards.mds import MAX_SAMPLES, check_fits, write_mds
+from far_scale.data.shards.sample import Sample, index_shard, members_of, walk
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.stream import stream
 from far_scale.errors import UserError
 
 FRAMES = [5, 9, 6, 7, 12, 5, 8, 6, 11, 7]
@@ -153,8 +153,8 @@ def test_conversion_goes_on_after_a_kill(tmp_path: Path) -> None:
     code = f"""if True:
         import os, signal
         from pathlib import Path
-        from far_scale.data import convert as module
-        from far_scale.data.shards import ShardSet
+        from far_scale.data.shards import convert as module
+        from far_scale.data.shards.shard_set import ShardSet
         write, done = module.write_mds, []
         def write_or_die(path, samples, count):
             if len(done) == 2:
@@ -350,7 +350,7 @@ def test_hostile_mds_files(mds: Path) -> None:
 def test_samples_above_the_readers_limits_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, words: tuple[str, ...]
 ) -> None:
-    from far_scale.data import writer
+    from far_scale.data.shards import writer
 
     monkeypatch.setattr(writer, limit, 60)
     refused(lambda: write_set(tmp_path / "set", [5], 1), "videos/clip 0.mp4", "60 at most", *words)
@@ -358,7 +358,7 @@ def test_samples_above_the_readers_limits_are_not_written(
 
 
 def test_sets_above_the_readers_limits_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from far_scale.data import manifest
+    from far_scale.data.shards import manifest
 
     monkeypatch.setattr(manifest, "MAX_INDEX_BYTES", 500)
     refused(lambda: write_set(tmp_path / "a", [5] * 9, 9), "shard-000000.index.json", "9 samples", "lower --samples")
@@ -368,7 +368,7 @@ def test_sets_above_the_readers_limits_are_not_written(tmp_path: Path, monkeypat
 
 
 def test_a_source_that_is_too_long_for_any_reader(tmp_path: Path) -> None:
-    from far_scale.data.writer import ShardWriter
+    from far_scale.data.shards.writer import ShardWriter
 
     with pytest.raises(UserError, match="its JSON would have"), ShardWriter(tmp_path / "set", FACTS, 1) as out:
         out.write(replace(make_sample(0, 4), source="x" * 70_000))

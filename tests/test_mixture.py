@@ -17,19 +17,19 @@ import torch
 from latent_sets import FACTS, make_sample, write_set
 from launch import launch, small_recipe
 
-from far_scale.data import mixed_lane
-from far_scale.data.cache import NodeCache
-from far_scale.data.convert import convert
-from far_scale.data.filling import Dealing
-from far_scale.data.lanes import Lane, LaneOrder, Place
-from far_scale.data.manifest import AutoencoderInfo, Manifest, ShardTable
-from far_scale.data.mixed_lane import MixedLane
-from far_scale.data.mixture import Mixture, open_shards, summary
-from far_scale.data.packs import PackLoader
-from far_scale.data.sample import Sample
-from far_scale.data.scaling import LatentScaling
-from far_scale.data.shards import ShardSet
-from far_scale.data.writer import SetFacts, ShardWriter
+from far_scale.data.packs import mixed_lane
+from far_scale.data.packs.filling import Dealing
+from far_scale.data.packs.lanes import Lane, LaneOrder, Place
+from far_scale.data.packs.loader import PackLoader
+from far_scale.data.packs.mixed_lane import MixedLane
+from far_scale.data.packs.mixture import Mixture, open_shards, summary
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.remote.cache import NodeCache
+from far_scale.data.shards.convert import convert
+from far_scale.data.shards.manifest import AutoencoderInfo, Manifest, ShardTable
+from far_scale.data.shards.sample import Sample
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.writer import SetFacts, ShardWriter
 from far_scale.errors import UserError
 from far_scale.recipe import Recipe, load_recipe
 from far_scale.recipe_sections import WeightedShards

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from far_scale.convert.model_dir import ModelCard, TrainingCard, load_model_dir, save_model_dir
-from far_scale.data.manifest import AutoencoderInfo
-from far_scale.data.scaling import LatentScaling
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.errors import UserError
 from far_scale.model import FAR, FARConfig
 from far_scale.tensor_files import save_tensors

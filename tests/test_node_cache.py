@@ -18,10 +18,10 @@ from far_sets import served, sizes_seen
 from latent_sets import make_sample, write_set
 from launch import ROOT, environment
 
-from far_scale.data import fetch
-from far_scale.data.cache import NodeCache
-from far_scale.data.manifest import ShardTable
-from far_scale.data.shards import ShardSet
+from far_scale.data.remote import fetch
+from far_scale.data.remote.cache import NodeCache
+from far_scale.data.shards.manifest import ShardTable
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 from far_scale.files import sha256
 

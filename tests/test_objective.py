@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from far_scale.data.packs import Pack
+from far_scale.data.packs.loader import Pack
 from far_scale.model import FARConfig
 from far_scale.objective import add_noise, pack_loss
 from far_scale.recipe_sections import ObjectiveSection

@@ -12,10 +12,10 @@ import pytest
 import torch
 from latent_sets import FACTS, make_sample, write_set
 
-from far_scale.data.filling import Dealing
-from far_scale.data.packs import Pack, PackLoader
-from far_scale.data.scaling import LatentScaling
-from far_scale.data.shards import ShardSet
+from far_scale.data.packs.filling import Dealing
+from far_scale.data.packs.loader import Pack, PackLoader
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 
 FRAMES = [20 + number % 5 for number in range(22)]

@@ -18,16 +18,16 @@ from latent_sets import make_sample, write_set
 from launch import small_recipe
 from zygote import Zygote
 
-from far_scale.data import fetch
-from far_scale.data.cache import NodeCache
-from far_scale.data.damage import DamagedError
-from far_scale.data.fetch import Interrupted, fetch_bytes, interruptible, is_far, join, shown
-from far_scale.data.filling import Dealing
-from far_scale.data.lanes import Lane, LaneOrder
-from far_scale.data.packs import Pack, PackLoader
-from far_scale.data.prefetch import Prefetch, shards_ahead
-from far_scale.data.scaling import LatentScaling
-from far_scale.data.shards import ShardSet
+from far_scale.data.packs.filling import Dealing
+from far_scale.data.packs.lanes import Lane, LaneOrder
+from far_scale.data.packs.loader import Pack, PackLoader
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.remote import fetch
+from far_scale.data.remote.cache import NodeCache
+from far_scale.data.remote.fetch import Interrupted, fetch_bytes, interruptible, is_far, join, shown
+from far_scale.data.remote.prefetch import Prefetch, shards_ahead
+from far_scale.data.shards.damage import DamagedError
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 from far_scale.recipe import load_recipe
 from far_scale.train.faults.exits import REFUSED

@@ -15,8 +15,8 @@ from launch import ROOT
 from PIL import Image
 
 from far_scale.convert.model_dir import ModelCard, TrainingCard, save_model_dir
-from far_scale.data.manifest import Manifest
-from far_scale.data.scaling import LatentScaling
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.shards.manifest import Manifest
 from far_scale.model import FAR, FARConfig
 
 CONFIG = FARConfig(layers=1, heads=1, patch=2, context_patch=4, window=4, actions=4)

@@ -19,13 +19,14 @@ import webdataset
 from latent_sets import FACTS, make_sample, write_set
 from safetensors.torch import load, save
 
-from far_scale.data import inspect, shards
-from far_scale.data.manifest import Manifest
-from far_scale.data.sample import index_shard
-from far_scale.data.scaling import LatentScaling
-from far_scale.data.shards import ShardSet
-from far_scale.data.stream import stream
-from far_scale.data.writer import ShardWriter
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.shards import inspect
+from far_scale.data.shards import shard_set as shards
+from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.sample import index_shard
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.stream import stream
+from far_scale.data.shards.writer import ShardWriter
 from far_scale.errors import UserError
 
 FRAMES = [20, 21, 22, 23, 24, 25, 26]
@@ -372,7 +373,7 @@ def test_manifest_is_read_and_hashed_in_pieces(folder: Path, monkeypatch: pytest
     whole = Manifest.read(folder)
     assert whole.fingerprint() == hashlib.sha256(whole.model_dump_json().encode()).hexdigest()
     text = (folder / "manifest.json").read_text()
-    monkeypatch.setattr("far_scale.data.manifest._PIECE", 500)  # not two shards
+    monkeypatch.setattr("far_scale.data.shards.manifest._PIECE", 500)  # not two shards
     assert Manifest.parse(text.encode(), "manifest.json") == whole
     assert Manifest.parse(json.dumps(json.loads(text)).encode(), "manifest.json").shards[-1] == whole.shards[2]
     assert [shard.file for shard in whole.shards[1:]] == ["shard-000001.tar", "shard-000002.tar"]

@@ -16,9 +16,9 @@ from launch import ROOT, command, environment, launch, small_recipe
 from safetensors.torch import load_file
 
 from far_scale.convert.zero import export
-from far_scale.data.packs import PackLoader
-from far_scale.data.scaling import LatentScaling
-from far_scale.data.shards import ShardSet
+from far_scale.data.packs.loader import PackLoader
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.objective import add_noise, pack_loss
 from far_scale.recipe import load_recipe
 from far_scale.train.curriculum import stages

@@ -10,8 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from far_scale.data.demo import record_episode
-from far_scale.data.videos import BadVideo, Video, find_videos, read_actions, read_video, write_mp4
+from far_scale.data.demo.episodes import record_episode
+from far_scale.data.video.videos import BadVideo, Video, find_videos, read_actions, read_video, write_mp4
 from far_scale.errors import UserError
 
 
@@ -171,7 +171,7 @@ def test_a_disk_that_fails_is_not_a_broken_video(
             def fail(path: Path, mode: str) -> None:
                 raise OSError(errno.EIO, "Input/output error", str(path))
 
-            patch.setattr("far_scale.data.videos.open", fail, raising=False)
+            patch.setattr("far_scale.data.video.videos.open", fail, raising=False)
             with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)") as caught:
                 read_video(tmp_path / name)
             assert not isinstance(caught.value, BadVideo)

@@ -15,7 +15,7 @@ from launch import small_recipe
 
 from far_scale.convert.model_dir import read_config
 from far_scale.convert.zero import export
-from far_scale.data.shards import ShardSet
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.model import FAR
 from far_scale.recipe import load_recipe
 from far_scale.sampling.evaluate import evaluate

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from far_scale.data.convert import convert
-from far_scale.data.shards import ShardSet
+from far_scale.data.shards.convert import convert
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import command_line
 
 

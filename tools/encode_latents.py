@@ -12,11 +12,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from far_scale.data.encode import MAX_REJECTED, plan
-from far_scale.data.encode_tasks import encode_task, merge
-from far_scale.data.pictures import Framing
-from far_scale.data.rejects import REJECTED_NAME
-from far_scale.data.sources import find_sources, with_flips
+from far_scale.data.encode.plan import MAX_REJECTED, plan
+from far_scale.data.encode.rejects import REJECTED_NAME
+from far_scale.data.encode.tasks import encode_task, merge
+from far_scale.data.video.pictures import Framing
+from far_scale.data.video.sources import find_sources, with_flips
 from far_scale.errors import command_line
 
 

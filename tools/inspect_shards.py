@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from far_scale.data import inspect
-from far_scale.data.shards import ShardSet
+from far_scale.data.shards import inspect
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import command_line
 
 

@@ -7,7 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
-from far_scale.data.demo import record_episodes
+from far_scale.data.demo.episodes import record_episodes
 from far_scale.errors import UserError, command_line
 
 

@@ -21,8 +21,8 @@ from far_scale.convert.model_dir import (
 )
 from far_scale.convert.official import from_far_scale
 from far_scale.convert.official_file import write_official
-from far_scale.data.manifest import AutoencoderInfo
-from far_scale.data.scaling import LatentScaling
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.errors import UserError
 from far_scale.model import FARConfig
 from far_scale.train import checkpoint

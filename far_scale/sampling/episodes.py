@@ -12,10 +12,10 @@ from torch import Tensor
 
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard
-from far_scale.data.manifest import MANIFEST_NAME
-from far_scale.data.pictures import fit
-from far_scale.data.shards import ShardSet
-from far_scale.data.videos import find_videos, read_video
+from far_scale.data.shards.manifest import MANIFEST_NAME
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.video.pictures import fit
+from far_scale.data.video.videos import find_videos, read_video
 from far_scale.errors import UserError
 from far_scale.model import FARConfig
 from far_scale.sampling.truth import DecodedLatents, RecordedPixels, Truth

@@ -10,7 +10,7 @@ import torch
 import far_scale.autoencoder
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard, load_model_dir
-from far_scale.data.shards import ShardSet
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 from far_scale.files import write_json
 from far_scale.model import FAR

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from far_scale.data.videos import find_videos
+from far_scale.data.video.videos import find_videos
 from far_scale.files import sha256, write_json
 from far_scale.recipe import load_recipe
 from far_scale.sampling.curve import loss_curve

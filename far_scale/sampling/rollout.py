@@ -19,7 +19,7 @@ from torch import Tensor
 
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard
-from far_scale.data.videos import write_mp4
+from far_scale.data.video.videos import write_mp4
 from far_scale.files import atomic_write
 from far_scale.model import FAR
 from far_scale.sampling.episodes import Episodes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from far_scale.data.filling import Dealing
+from far_scale.data.packs.filling import Dealing
 from far_scale.layout import FrameLayout
 from far_scale.model import FARConfig
 from far_scale.recipe import Recipe

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from far_scale.data.mixture import Mixture, summary
-from far_scale.data.packs import PackLoader
-from far_scale.data.scaling import LatentScaling
-from far_scale.data.shards import ShardSet
+from far_scale.data.packs.loader import PackLoader
+from far_scale.data.packs.mixture import Mixture, summary
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError, say_warning
 from far_scale.layout import FrameLayout
 from far_scale.model import FAR

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from far_scale.data.packs import Pack
+from far_scale.data.packs.loader import Pack
 from far_scale.model import FARConfig
 from far_scale.objective import NoisyPack, add_noise
 from far_scale.recipe_sections import ObjectiveSection

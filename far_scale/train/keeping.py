@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from far_scale.data.packs import Pack
+from far_scale.data.packs.loader import Pack
 from far_scale.recipe import Recipe
 from far_scale.train.checkpoint.saver import Saver
 from far_scale.train.ema import ShardedEMA

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from far_scale.data.mixture import summary
-from far_scale.data.packs import Pack, PackLoader
-from far_scale.data.scaling import LatentScaling
+from far_scale.data.packs.loader import Pack, PackLoader
+from far_scale.data.packs.mixture import summary
+from far_scale.data.packs.scaling import LatentScaling
 from far_scale.model import FAR
 from far_scale.model.attention import choose
 from far_scale.model.layers import HEAD_DIM

@@ -13,9 +13,9 @@ import torch
 
 import far_scale
 from far_scale.convert.model_dir import load_model
-from far_scale.data.manifest import Manifest
-from far_scale.data.mixture import MixtureManifest
-from far_scale.data.scaling import LatentScaling
+from far_scale.data.packs.mixture import MixtureManifest
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.shards.manifest import Manifest
 from far_scale.errors import UserError
 from far_scale.files import atomic_write
 from far_scale.model import FAR, FARConfig

@@ -9,13 +9,13 @@ from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from far_scale.data.cache import NodeCache
-from far_scale.data.damage import DamagedError
-from far_scale.data.fetch import is_far
-from far_scale.data.manifest import Manifest
-from far_scale.data.mixture import Mixture, MixtureManifest, open_shards
-from far_scale.data.shards import ShardSet
-from far_scale.data.store import manifest_text
+from far_scale.data.packs.mixture import Mixture, MixtureManifest, open_shards
+from far_scale.data.remote.cache import NodeCache
+from far_scale.data.remote.fetch import is_far
+from far_scale.data.remote.store import manifest_text
+from far_scale.data.shards.damage import DamagedError
+from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 from far_scale.recipe_sections import DataSection, places
 from far_scale.train.curriculum import Stage

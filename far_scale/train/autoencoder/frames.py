@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from far_scale.data.demo import SIZE, record_episodes
-from far_scale.data.sources import Source, find_sources
-from far_scale.data.videos import BadVideo, read_video
+from far_scale.data.demo.episodes import SIZE, record_episodes
+from far_scale.data.video.sources import Source, find_sources
+from far_scale.data.video.videos import BadVideo, read_video
 from far_scale.errors import UserError
 from far_scale.randomness import generator
 from far_scale.train.autoencoder.recipe import AutoencoderRecipe, EpisodeData, VideoData

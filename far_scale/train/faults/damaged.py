@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from far_scale.data.damage import Skipped, over_budget
-from far_scale.data.packs import Pack
+from far_scale.data.packs.loader import Pack
+from far_scale.data.shards.damage import Skipped, over_budget
 from far_scale.train.faults.events import Events
 from far_scale.train.processes import Processes, gather
 

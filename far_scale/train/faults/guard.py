@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from far_scale.data.packs import Pack
+from far_scale.data.packs.loader import Pack
 from far_scale.recipe_sections import FaultsSection
 from far_scale.train.engine import before_adam, grad_norm
 from far_scale.train.faults.events import Events

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from far_scale.data.encode_pool import encode_shards
-from far_scale.data.encode_worker import Job
-from far_scale.data.fingerprints import (
+from far_scale.data.encode.fingerprints import (
     VIDEOS_NAME,
     SourcePrint,
     changed_file,
@@ -21,8 +19,8 @@ from far_scale.data.fingerprints import (
     read_prints,
     write_prints,
 )
-from far_scale.data.manifest import Manifest, ShardIndex
-from far_scale.data.rejects import (
+from far_scale.data.encode.pool import encode_shards
+from far_scale.data.encode.rejects import (
     REJECTED_NAME,
     Reject,
     check_share,
@@ -30,7 +28,9 @@ from far_scale.data.rejects import (
     rejects_of_shard,
     write_rejects,
 )
-from far_scale.data.writer import build_manifest, finished_index
+from far_scale.data.encode.worker import Job
+from far_scale.data.shards.manifest import Manifest, ShardIndex
+from far_scale.data.shards.writer import build_manifest, finished_index
 from far_scale.errors import UserError
 
 _NAMED = 10  # of the missing shards in an error

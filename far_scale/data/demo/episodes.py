@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from far_scale.data.explorer import FORWARD, LEFT, NOOP, RIGHT, TURN, Explorer
-from far_scale.data.maze import Maze, map_text, wad_bytes
-from far_scale.data.videos import Video, read_video
+from far_scale.data.demo.explorer import FORWARD, LEFT, NOOP, RIGHT, TURN, Explorer
+from far_scale.data.demo.maze import Maze, map_text, wad_bytes
+from far_scale.data.video.videos import Video, read_video
 from far_scale.errors import UserError
 from far_scale.files import atomic_write
 from far_scale.randomness import generator

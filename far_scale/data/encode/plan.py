@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from far_scale import autoencoder as autoencoders
-from far_scale.data.encode_tasks import encode_task, merge
-from far_scale.data.encode_worker import Job, Precision
-from far_scale.data.latent_files import LATENTS_SUFFIX
-from far_scale.data.manifest import MANIFEST_NAME, AutoencoderInfo, Manifest
-from far_scale.data.pictures import Framing
-from far_scale.data.sources import Source, describe
-from far_scale.data.writer import SetFacts
+from far_scale.data.encode.tasks import encode_task, merge
+from far_scale.data.encode.worker import Job, Precision
+from far_scale.data.shards.manifest import MANIFEST_NAME, AutoencoderInfo, Manifest
+from far_scale.data.shards.writer import SetFacts
+from far_scale.data.video.latent_files import LATENTS_SUFFIX
+from far_scale.data.video.pictures import Framing
+from far_scale.data.video.sources import Source, describe
 from far_scale.errors import UserError
 from far_scale.files import read_json, sync_folder, write_json
 
@@ -76,7 +76,7 @@ def plan(
     """Say what goes into which shard and keep it in the folder `out`, or find there that it was begun the same way.
 
     Args:
-        sources: see `far_scale.data.sources`; all videos, or all latents.
+        sources: see `far_scale.data.video.sources`; all videos, or all latents.
         autoencoder_name: a name or path that `far_scale.autoencoder.load` knows; of latents, what they were made with.
         actions: number of action classes to store; 0 drops the videos' actions.
         labels: number of label classes to store; 0 drops them. A label comes from the list of videos, else from the

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from far_scale.data.sources import Source
+from far_scale.data.video.sources import Source
 from far_scale.errors import UserError
 from far_scale.files import atomic_write
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from far_scale.data.damage import DamagedError, Skipped, over_budget
-from far_scale.data.lanes import Lane, LaneOrder, Place, in_stage
-from far_scale.data.mixed_lane import MixedLane
-from far_scale.data.mixture import Mixture
-from far_scale.data.shards import ShardSet
+from far_scale.data.packs.lanes import Lane, LaneOrder, Place, in_stage
+from far_scale.data.packs.mixed_lane import MixedLane
+from far_scale.data.packs.mixture import Mixture
+from far_scale.data.shards.damage import DamagedError, Skipped, over_budget
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 from far_scale.randomness import generator
 from far_scale.recipe_frames import FrameCounts, draw_frames, fewest

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from far_scale.data.manifest import AutoencoderInfo, Manifest
-from far_scale.data.sample import Sample
-from far_scale.data.shards import ShardSet
+from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
+from far_scale.data.shards.sample import Sample
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 from far_scale.recipe_sections import Shards, shares
 

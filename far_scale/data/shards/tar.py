@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from far_scale.data.members import BadShardError, ForeignMemberError, Member, MemberWalk
+from far_scale.data.shards.members import BadShardError, ForeignMemberError, Member, MemberWalk
 
 BLOCK = 512
 # A name stays below the shard's own samples: no slash, no "..". WebDataset splits it at its first dot.

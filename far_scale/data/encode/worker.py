@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from far_scale import autoencoder as autoencoders
-from far_scale.data.ahead import ahead
-from far_scale.data.fingerprints import SourcePrint, prints_of_shard, take_print, write_prints
-from far_scale.data.latent_files import LATENTS_SUFFIX, read_latents
-from far_scale.data.manifest import DTYPES
-from far_scale.data.pictures import Framing, to_pixels
-from far_scale.data.rejects import Reject, rejects_of_shard, write_rejects
-from far_scale.data.sample import Sample
-from far_scale.data.sources import Source
-from far_scale.data.videos import DEFAULT_FPS, BadVideo, Video, read_actions, read_video
-from far_scale.data.writer import SetFacts, write_shard
+from far_scale.data.encode.ahead import ahead
+from far_scale.data.encode.fingerprints import SourcePrint, prints_of_shard, take_print, write_prints
+from far_scale.data.encode.rejects import Reject, rejects_of_shard, write_rejects
+from far_scale.data.shards.manifest import DTYPES
+from far_scale.data.shards.sample import Sample
+from far_scale.data.shards.writer import SetFacts, write_shard
+from far_scale.data.video.latent_files import LATENTS_SUFFIX, read_latents
+from far_scale.data.video.pictures import Framing, to_pixels
+from far_scale.data.video.sources import Source
+from far_scale.data.video.videos import DEFAULT_FPS, BadVideo, Video, read_actions, read_video
 
 Precision = Literal["fp32", "bf16"]
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,7 +61,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _Read:
-    """What was read of one source: pictures (`far_scale.data.pictures.Frames`) or latents [F, C, H, W]."""
+    """What was read of one source: pictures (`far_scale.data.video.pictures.Frames`) or latents [F, C, H, W]."""
 
     source: Source
     frames: Tensor

@@ -6,11 +6,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from far_scale.data.fetch import Interrupted, interruptible
-from far_scale.data.lanes import LaneOrder
-from far_scale.data.manifest import ShardIndex
-from far_scale.data.shards import ShardSet
-from far_scale.data.store import FarAway
+from far_scale.data.packs.lanes import LaneOrder
+from far_scale.data.remote.fetch import Interrupted, interruptible
+from far_scale.data.remote.store import FarAway
+from far_scale.data.shards.manifest import ShardIndex
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 
 _AT_ONCE = 4  # fetches of a rank

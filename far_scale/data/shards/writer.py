@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from far_scale.data.manifest import (
+from far_scale.data.shards.manifest import (
     DTYPES,
     MAX_JSON_BYTES,
     MAX_TENSORS_BYTES,
@@ -25,8 +25,8 @@ from far_scale.data.manifest import (
     parse_index,
     statistics,
 )
-from far_scale.data.members import KEY_PATTERN
-from far_scale.data.sample import Sample, index_shard, to_members
+from far_scale.data.shards.members import KEY_PATTERN
+from far_scale.data.shards.sample import Sample, index_shard, to_members
 from far_scale.errors import UserError
 from far_scale.files import atomic_write, sha256
 

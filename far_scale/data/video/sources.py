@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from far_scale.data.official_lists import is_path, read_official_list
-from far_scale.data.videos import find_videos
+from far_scale.data.video.official_lists import is_path, read_official_list
+from far_scale.data.video.videos import find_videos
 from far_scale.errors import UserError
 
 OFFICIAL_LIST = ".json"
@@ -55,7 +55,7 @@ def find_sources(path: str | Path, split: str | Path | None = None) -> list[Sour
 
     A list is a .csv file with a header, or a .jsonl file of objects: `video`, and for each where wanted `label` (a
     number from 0) and `actions` (integers [F], a .npy file, or an .npz file that has them under `actions`). Its paths
-    start at its own folder. Or it is one of the official code's, see `far_scale.data.official_lists`.
+    start at its own folder. Or it is one of the official code's, see `far_scale.data.video.official_lists`.
 
     Args:
         split: one of UCF-101's lists (trainlist01.txt, testlist01.txt, ...): only these videos of the folder are

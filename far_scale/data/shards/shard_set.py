@@ -14,11 +14,12 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from far_scale.data.cache import NodeCache, is_evicted, touch
-from far_scale.data.damage import DamagedError
-from far_scale.data.fetch import is_far, shown
-from far_scale.data.manifest import DTYPES, MANIFEST_NAME, IndexRow, Manifest, ShardIndex, parse_index
-from far_scale.data.sample import (
+from far_scale.data.remote.cache import NodeCache, is_evicted, touch
+from far_scale.data.remote.fetch import is_far, shown
+from far_scale.data.remote.store import manifest_text, missing, store_of
+from far_scale.data.shards.damage import DamagedError
+from far_scale.data.shards.manifest import DTYPES, MANIFEST_NAME, IndexRow, Manifest, ShardIndex, parse_index
+from far_scale.data.shards.sample import (
     Mismatch,
     Sample,
     TensorPlace,
@@ -28,7 +29,6 @@ from far_scale.data.sample import (
     parse_header,
     view,
 )
-from far_scale.data.store import manifest_text, missing, store_of
 from far_scale.errors import UserError
 from far_scale.files import sha256
 from far_scale.recipe_frames import fewest

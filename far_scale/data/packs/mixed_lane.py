@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from far_scale.data.lanes import Lane, LaneOrder, Place, in_stage
+from far_scale.data.packs.lanes import Lane, LaneOrder, Place, in_stage
 from far_scale.errors import UserError
 from far_scale.randomness import generator
 

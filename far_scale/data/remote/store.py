@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from far_scale.data.cache import NodeCache
-from far_scale.data.damage import DamagedError
-from far_scale.data.fetch import FetchError, fetch_bytes, is_far, join, shown
-from far_scale.data.manifest import MANIFEST_NAME, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest, read_small
+from far_scale.data.remote.cache import NodeCache
+from far_scale.data.remote.fetch import FetchError, fetch_bytes, is_far, join, shown
+from far_scale.data.shards.damage import DamagedError
+from far_scale.data.shards.manifest import MANIFEST_NAME, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest, read_small
 from far_scale.errors import UserError
 
 

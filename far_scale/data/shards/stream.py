@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from far_scale.data.manifest import Manifest
-from far_scale.data.members import BadShardError, ForeignMemberError
-from far_scale.data.sample import Mismatch, Sample, from_members, members_of, walk
+from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.members import BadShardError, ForeignMemberError
+from far_scale.data.shards.sample import Mismatch, Sample, from_members, members_of, walk
 from far_scale.errors import UserError
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from far_scale.data.encode_worker import Job, Worker
-from far_scale.data.rejects import Reject
-from far_scale.data.sources import Source
+from far_scale.data.encode.rejects import Reject
+from far_scale.data.encode.worker import Job, Worker
+from far_scale.data.video.sources import Source
 from far_scale.errors import UserError
 
 _POLL_SECONDS = 0.2

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from far_scale.data.maze import CELL, Cell, Maze, cell_centre
+from far_scale.data.demo.maze import CELL, Cell, Maze, cell_centre
 
 NOOP, LEFT, RIGHT, FORWARD = range(4)
 TURN = 22.5  # degrees of one turn

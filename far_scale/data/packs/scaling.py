@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from far_scale.data.manifest import Manifest
-from far_scale.data.mixture import MixtureManifest
+from far_scale.data.packs.mixture import MixtureManifest
+from far_scale.data.shards.manifest import Manifest
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Videos to shard sets, by any number of processes and tasks."""

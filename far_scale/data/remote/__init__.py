@@ -1,0 +1,1 @@
+"""Shard sets that lie far away: fetching, the node's cache, and what is fetched ahead."""

@@ -1,0 +1,1 @@
+"""Shard sets: their files, what is known of them, writing, reading, checking and converting them."""
