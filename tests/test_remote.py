@@ -21,11 +21,11 @@ from zygote import Zygote
 from far_scale.data.packs.filling import Dealing
 from far_scale.data.packs.lanes import Lane, LaneOrder
 from far_scale.data.packs.loader import Pack, PackLoader
+from far_scale.data.packs.prefetch import Prefetch, shards_ahead
 from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.remote.fetch import Interrupted, fetch_bytes, interruptible, is_far, join, shown
-from far_scale.data.remote.prefetch import Prefetch, shards_ahead
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError

@@ -12,9 +12,9 @@ import torch
 
 from far_scale.data.packs.filling import Clip, ClipLane, Dealing
 from far_scale.data.packs.mixture import Mixture, sets_of
+from far_scale.data.packs.prefetch import Prefetch
 from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.remote.fetch import Interrupted, interruptible
-from far_scale.data.remote.prefetch import Prefetch
 from far_scale.data.shards.damage import DamagedError, Skipped, over_budget
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet

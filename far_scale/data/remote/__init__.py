@@ -1,1 +1,1 @@
-"""Shard sets that lie far away: fetching, the node's cache, and what is fetched ahead."""
+"""Shard sets that lie far away: fetching them, and the cache of a node."""
