@@ -25,17 +25,10 @@ from options import add_measuring, count, start
 
 from far_scale.data.packs.filling import Clip, ClipLane, Dealing
 from far_scale.data.packs.lanes import LaneOrder
-from far_scale.data.shards.manifest import (
-    AutoencoderInfo,
-    ChannelSums,
-    IndexRow,
-    Manifest,
-    ShardEntry,
-    ShardIndex,
-    ShardTable,
-    parse_index,
-)
+from far_scale.data.shards.index import ChannelSums, IndexRow, ShardIndex, parse_index
+from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.table import ShardEntry, ShardTable
 from far_scale.errors import command_line
 
 LATENT_SHAPE = (32, 8, 8)

@@ -22,11 +22,11 @@ import torch
 from hostile import HUGE, attempt, damage, right, watched
 from latent_sets import write_set
 
-from far_scale.data.shards import manifest as limits
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample, index_shard
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.stream import stream
+from far_scale.data.shards.typed import MAX_JSON_BYTES
 from far_scale.errors import UserError
 
 FRAMES = [5, 6, 7]
@@ -203,7 +203,7 @@ def test_hostile_headers_and_facts(folder: Path) -> None:
     cases += [(header_of({"latent": latent}), s if isinstance(s, bytes) else json.dumps(s).encode()) for s in stories]
     cases += [(header_of({"latent": latent}), bomb) for bomb in bombs]
     cases += [(struct.pack("<Q", size % 2**64) + b"{}", json.dumps(facts).encode()) for size in HUGE]
-    cases.append((header_of({"latent": latent}), b" " * (limits.MAX_JSON_BYTES + 1)))
+    cases.append((header_of({"latent": latent}), b" " * (MAX_JSON_BYTES + 1)))
     good = 0
     for header, story in cases:
         order = [(tarfile.TarInfo("a.json"), story), (tarfile.TarInfo("a.safetensors"), header + bytes(64))]
@@ -262,7 +262,7 @@ def test_size_bombs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar.write_bytes(gzip.compress(bytes(64 << 20)))  # a tar reader that unpacks would make 64 MB of these 64 KB
     assert attempt(lambda: read_shard(folder, tar.name), tar) is None
     tar.write_bytes(whole)
-    monkeypatch.setattr(limits, "MAX_MANIFEST_BYTES", 1 << 20)
+    monkeypatch.setattr("far_scale.data.shards.manifest.MAX_MANIFEST_BYTES", 1 << 20)
     monkeypatch.setattr("far_scale.data.remote.store.MAX_INDEX_BYTES", 1 << 20)
     good = manifest.read_text()
     for text in (b"[" * 100_000, b'{"a":' * 100_000, b"9" * 500_000, b'{"shards":[' + b"0," * 300_000 + b"0]}"):

@@ -26,11 +26,12 @@ from far_scale.data.packs.loader import Pack, PackLoader
 from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.shards import inspect
 from far_scale.data.shards.convert import convert
-from far_scale.data.shards.manifest import Manifest, ShardTable
+from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.mds import MAX_SAMPLES, check_fits, write_mds
 from far_scale.data.shards.sample import Sample, index_shard, members_of, walk
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.stream import stream
+from far_scale.data.shards.table import ShardTable
 from far_scale.errors import UserError
 
 FRAMES = [5, 9, 6, 7, 12, 5, 8, 6, 11, 7]
@@ -358,9 +359,9 @@ def test_samples_above_the_readers_limits_are_not_written(
 
 
 def test_sets_above_the_readers_limits_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from far_scale.data.shards import manifest
+    from far_scale.data.shards import index, manifest
 
-    monkeypatch.setattr(manifest, "MAX_INDEX_BYTES", 500)
+    monkeypatch.setattr(index, "MAX_INDEX_BYTES", 500)
     refused(lambda: write_set(tmp_path / "a", [5] * 9, 9), "shard-000000.index.json", "9 samples", "lower --samples")
     monkeypatch.undo()
     monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", 2000)

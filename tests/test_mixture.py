@@ -26,9 +26,10 @@ from far_scale.data.packs.mixture import Mixture, open_shards, summary
 from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards.convert import convert
-from far_scale.data.shards.manifest import AutoencoderInfo, Manifest, ShardTable
+from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.table import ShardTable
 from far_scale.data.shards.writer import SetFacts, ShardWriter
 from far_scale.errors import UserError
 from far_scale.recipe import Recipe, load_recipe

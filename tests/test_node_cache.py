@@ -20,8 +20,8 @@ from launch import ROOT, environment
 
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
-from far_scale.data.shards.manifest import ShardTable
 from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.table import ShardTable
 from far_scale.errors import UserError
 from far_scale.files import sha256
 

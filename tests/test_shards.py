@@ -373,7 +373,7 @@ def test_manifest_is_read_and_hashed_in_pieces(folder: Path, monkeypatch: pytest
     whole = Manifest.read(folder)
     assert whole.fingerprint() == hashlib.sha256(whole.model_dump_json().encode()).hexdigest()
     text = (folder / "manifest.json").read_text()
-    monkeypatch.setattr("far_scale.data.shards.manifest._PIECE", 500)  # not two shards
+    monkeypatch.setattr("far_scale.data.shards.table._PIECE", 500)  # not two shards
     assert Manifest.parse(text.encode(), "manifest.json") == whole
     assert Manifest.parse(json.dumps(json.loads(text)).encode(), "manifest.json").shards[-1] == whole.shards[2]
     assert [shard.file for shard in whole.shards[1:]] == ["shard-000001.tar", "shard-000002.tar"]

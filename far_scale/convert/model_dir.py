@@ -22,7 +22,8 @@ from torch import Tensor
 
 from far_scale.convert.fit import check_fit, empty_model
 from far_scale.data.packs.scaling import LatentScaling
-from far_scale.data.shards.manifest import AutoencoderInfo, Digest, Positive, Typed, first_problem
+from far_scale.data.shards.manifest import AutoencoderInfo
+from far_scale.data.shards.typed import Digest, Positive, Typed, first_problem
 from far_scale.errors import UserError
 from far_scale.files import read_json, sync_folder
 from far_scale.model import FAR, FARConfig

@@ -29,7 +29,8 @@ from far_scale.data.encode.rejects import (
     write_rejects,
 )
 from far_scale.data.encode.worker import Job
-from far_scale.data.shards.manifest import Manifest, ShardIndex
+from far_scale.data.shards.index import ShardIndex
+from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.writer import build_manifest, finished_index
 from far_scale.errors import UserError
 

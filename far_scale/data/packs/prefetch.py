@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from far_scale.data.packs.lanes import LaneOrder
 from far_scale.data.remote.fetch import Interrupted, interruptible
 from far_scale.data.remote.store import FarAway
-from far_scale.data.shards.manifest import ShardIndex
+from far_scale.data.shards.index import ShardIndex
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from far_scale.data.remote.fetch import fetch_bytes, fetch_file, pause
-from far_scale.data.shards.manifest import MAX_INDEX_BYTES
+from far_scale.data.shards.typed import MAX_INDEX_BYTES
 from far_scale.errors import UserError
 
 _NAME = re.compile(r"[0-9a-f]{64}(\.part)?")

@@ -10,7 +10,8 @@ from typing import Protocol
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.remote.fetch import FetchError, fetch_bytes, is_far, join, shown
 from far_scale.data.shards.damage import DamagedError
-from far_scale.data.shards.manifest import MANIFEST_NAME, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest, read_small
+from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
+from far_scale.data.shards.typed import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, read_small
 from far_scale.errors import UserError
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from far_scale.data.encode.rejects import REJECTED_NAME
-from far_scale.data.shards.manifest import Manifest, ShardFormat, ShardIndex, ShardTable
+from far_scale.data.shards.index import ShardIndex
+from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.mds import check_fits, write_mds, write_streaming_index
 from far_scale.data.shards.sample import index_shard, members_of, walk
 from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.table import ShardTable
+from far_scale.data.shards.typed import ShardFormat
 from far_scale.data.shards.writer import finished_index, shard_entry, shard_name, write_tar
 from far_scale.errors import UserError
 from far_scale.files import atomic_write, read_json, sha256, write_json

@@ -22,8 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from far_scale.data.shards.manifest import MAX_MANIFEST_BYTES, IndexRow, Manifest, read_small
+from far_scale.data.shards.index import IndexRow
+from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.members import KEY_PATTERN, BadShardError, ForeignMemberError, Member, MemberWalk
+from far_scale.data.shards.typed import MAX_MANIFEST_BYTES, read_small
 from far_scale.errors import UserError
 from far_scale.files import write_json
 

@@ -15,10 +15,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-from far_scale.data.shards.manifest import MAX_HEADER_BYTES, MAX_JSON_BYTES, MAX_TENSORS_BYTES, IndexRow
+from far_scale.data.shards.index import IndexRow
 from far_scale.data.shards.mds import MdsWalk
 from far_scale.data.shards.members import BadShardError, ForeignMemberError, Member, MemberWalk
 from far_scale.data.shards.tar import TarWalk
+from far_scale.data.shards.typed import MAX_HEADER_BYTES, MAX_JSON_BYTES, MAX_TENSORS_BYTES
 from far_scale.errors import UserError
 
 _TENSOR_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}

@@ -18,7 +18,8 @@ from far_scale.data.remote.cache import NodeCache, is_evicted, touch
 from far_scale.data.remote.fetch import is_far, shown
 from far_scale.data.remote.store import manifest_text, missing, store_of
 from far_scale.data.shards.damage import DamagedError
-from far_scale.data.shards.manifest import DTYPES, MANIFEST_NAME, IndexRow, Manifest, ShardIndex, parse_index
+from far_scale.data.shards.index import IndexRow, ShardIndex, parse_index
+from far_scale.data.shards.manifest import DTYPES, MANIFEST_NAME, Manifest
 from far_scale.data.shards.sample import (
     Mismatch,
     Sample,

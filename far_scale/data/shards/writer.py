@@ -11,22 +11,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from far_scale.data.shards.manifest import (
-    DTYPES,
-    MAX_JSON_BYTES,
-    MAX_TENSORS_BYTES,
-    AutoencoderInfo,
-    ChannelSums,
-    Manifest,
-    ShardEntry,
-    ShardFormat,
-    ShardIndex,
-    ShardTable,
-    parse_index,
-    statistics,
-)
+from far_scale.data.shards.index import ChannelSums, ShardIndex, parse_index, statistics
+from far_scale.data.shards.manifest import DTYPES, AutoencoderInfo, Manifest
 from far_scale.data.shards.members import KEY_PATTERN
 from far_scale.data.shards.sample import Sample, index_shard, to_members
+from far_scale.data.shards.table import ShardEntry, ShardTable
+from far_scale.data.shards.typed import MAX_JSON_BYTES, MAX_TENSORS_BYTES, ShardFormat
 from far_scale.errors import UserError
 from far_scale.files import atomic_write, sha256
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from far_scale.data.shards.manifest import DTYPES, MAX_TENSORS_BYTES
+from far_scale.data.shards.manifest import DTYPES
+from far_scale.data.shards.typed import MAX_TENSORS_BYTES
 from far_scale.data.video.videos import BadVideo, check_readable
 from far_scale.errors import UserError
 

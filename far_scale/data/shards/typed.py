@@ -1,0 +1,59 @@
+"""What the typed papers of a shard set share: limits, numbers and names that are taken, and how errors are told."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+
+from far_scale.errors import UserError
+
+# Limits that are kept before anything is read or allocated, each far above what our own writer makes.
+MAX_MANIFEST_BYTES = 1 << 27  # 300,000 shards
+MAX_INDEX_BYTES = 1 << 25  # 300,000 samples in one shard
+MAX_JSON_BYTES = 1 << 16  # of a sample; ours have about 100
+MAX_HEADER_BYTES = 1 << 16  # of a sample's safetensors; ours have about 150
+MAX_TENSORS_BYTES = 1 << 32  # of a sample
+
+# Sums of these over any manifest stay within 64 bits, in which numpy counts.
+_MOST = 1 << 40
+Count = Annotated[int, pydantic.Field(ge=0, le=_MOST)]
+Positive = Annotated[int, pydantic.Field(ge=1, le=_MOST)]
+Digest = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
+# The name is joined to the folder, so nothing but our own pattern may pass: no slashes, no "..".
+ShardName = Annotated[str, pydantic.Field(pattern=r"^(shard-[0-9]{6,12}\.tar|shard\.[0-9]{5,12}\.mds)$")]
+ShardFormat = Literal["tar", "mds"]
+Key = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_-]{1,80}$")]
+
+
+class Typed(pydantic.BaseModel):
+    """A frozen record that refuses unknown keys, implicit conversions, infinities and NaN."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """All of a file that is meant to be small.
+
+    Raises:
+        UserError: it is larger than `most` bytes, or no plain file (a pipe would be waited on for ever).
+        FileNotFoundError: it is not there.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{path}: not a plain file; copy the shard set again")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise UserError(f"{path}: {size} bytes, and more than {most} are never read; encode the set again")
+        return file.read(size)  # not `most`: a read allocates at once what it is asked for
+
+
+def first_problem(error: pydantic.ValidationError) -> str:
+    """The first of pydantic's complaints in one phrase: the key and what is wrong with it."""
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    # A key of the file itself may be part of it: of any length, and with line breaks.
+    key = ".".join(str(part) for part in problem["loc"])[:80].encode("unicode_escape").decode()
+    return f"{key}: {problem['msg']}" if key else str(problem["msg"])
