@@ -261,7 +261,7 @@ class TrainSection(Section):
     """ZeRO-3 keeps parameters of fewer numbers than this whole on every rank, to spare small gathers; 0 shards all."""
     activation_checkpointing: Literal["none", "attention-kept", "full"] = "none"
     """What backward computes again in place of keeping it: nothing, all of a layer but attention's output (which is
-    what takes longest), or all of a layer, of which then only the input is kept."""
+    what takes longest), or all of a layer, of which then only the input is kept. FlexAttention's output is not kept."""
     compile: bool = False
     """Compile the layers by torch.compile, one graph for all of them, made in the first steps; needs a C++ compiler."""
     attention: str = "auto"
