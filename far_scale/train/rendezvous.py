@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import time
@@ -14,6 +15,7 @@ from far_scale.train.faults.ranks import rank_list, ranks_on_hosts
 
 PATIENCE = datetime.timedelta(minutes=10)
 """How long the ranks wait for each other: the last node of a large job may load torch from a slow file system."""
+_READING = datetime.timedelta(seconds=20)
 
 
 def meet(rank: int, count: int, device: str) -> dist.Store:
@@ -34,8 +36,19 @@ def meet(rank: int, count: int, device: str) -> dist.Store:
         store.wait(["verdict"], 2 * PATIENCE)
     verdict = store.get("verdict").decode()
     if verdict:
+        if rank == 0:
+            _wait_for_readers(store, count)
+        else:
+            store.set(f"read/{rank}", "")
         raise UserError(verdict)
     return store
+
+
+def _wait_for_readers(store: dist.Store, count: int) -> None:
+    """Wait until all other ranks that came have read the verdict: the store ends with rank 0."""
+    readers = [f"read/{rank}" for rank in range(1, count) if store.check([f"here/{rank}"])]
+    with contextlib.suppress(RuntimeError):  # one of them has died since; it is told by its launcher
+        store.wait(readers, _READING)
 
 
 def _store(rank: int, count: int) -> dist.Store:
