@@ -37,40 +37,25 @@ def on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], installed: 
 
 
 @pytest.mark.parametrize(
-    ("capability", "installed", "dtype", "name", "why"),
+    ("compiled", "capability", "installed", "dtype", "name", "why"),
     [
-        ((9, 0), PACKAGES, torch.bfloat16, "flex", "first choice on compute capability 9.0"),
-        ((10, 0), PACKAGES, torch.bfloat16, "flash-attn-4", "first choice on compute capability 10.0"),
-        ((10, 3), PACKAGES, torch.bfloat16, "flash-attn-4", "first choice on compute capability 10.3"),
-        ((8, 6), PACKAGES, torch.bfloat16, "flex", "first choice on compute capability 8.6"),
-        ((12, 0), PACKAGES, torch.bfloat16, "flex", "first choice on compute capability 12.0"),
+        (True, (9, 0), PACKAGES, torch.bfloat16, "flex", "first choice on compute capability 9.0"),
+        (True, (10, 0), PACKAGES, torch.bfloat16, "flash-attn-4", "first choice on compute capability 10.0"),
+        (True, (10, 3), PACKAGES, torch.bfloat16, "flash-attn-4", "first choice on compute capability 10.3"),
+        (True, (8, 6), PACKAGES, torch.bfloat16, "flex", "first choice on compute capability 8.6"),
+        (True, (12, 0), PACKAGES, torch.bfloat16, "flex", "first choice on compute capability 12.0"),
         (
+            True,
             (10, 0),
             set(),
             torch.float16,
             "flex",
             "on compute capability 10.0; flash-attn-4: not installed",
         ),
-        ((8, 0), {"flash-attn-2"}, torch.float32, "flex", "first choice on compute capability 8.0"),
-    ],
-)
-def test_choice_on_gpus(
-    capability: tuple[int, int],
-    installed: set[str],
-    dtype: torch.dtype,
-    name: str,
-    why: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    on(monkeypatch, capability, installed)
-    assert choose("auto", GPU, dtype, 64) == (name, f"attention: {name} ({why})")
-
-
-@pytest.mark.parametrize(
-    ("capability", "installed", "dtype", "name", "why"),
-    [
-        ((9, 0), PACKAGES, torch.bfloat16, "flash-attn-3", "first choice on compute capability 9.0"),
+        (True, (8, 0), {"flash-attn-2"}, torch.float32, "flex", "first choice on compute capability 8.0"),
+        (False, (9, 0), PACKAGES, torch.bfloat16, "flash-attn-3", "first choice on compute capability 9.0"),
         (
+            False,
             (9, 0),
             set(),
             torch.bfloat16,
@@ -78,6 +63,7 @@ def test_choice_on_gpus(
             "on compute capability 9.0; flash-attn-3, flash-attn-4, flash-attn-2: not installed",
         ),
         (
+            False,
             (8, 0),
             {"flash-attn-2"},
             torch.float32,
@@ -87,7 +73,8 @@ def test_choice_on_gpus(
         ),
     ],
 )
-def test_choice_on_gpus_for_ever_new_shapes(
+def test_choice_on_gpus(
+    compiled: bool,
     capability: tuple[int, int],
     installed: set[str],
     dtype: torch.dtype,
@@ -96,7 +83,7 @@ def test_choice_on_gpus_for_ever_new_shapes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     on(monkeypatch, capability, installed)
-    assert choose("auto", GPU, dtype, 64, compiled=False) == (name, f"attention: {name} ({why})")
+    assert choose("auto", GPU, dtype, 64, compiled) == (name, f"attention: {name} ({why})")
 
 
 def test_choice_on_a_cpu() -> None:
