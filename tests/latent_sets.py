@@ -8,6 +8,7 @@ import torch
 
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.sample import Sample
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.writer import SetFacts, ShardWriter
 
 CHANNELS, SIDE = 4, 2
@@ -37,3 +38,9 @@ def write_set(folder: Path, frames: list[int], samples_per_shard: int, facts: Se
             actions, label = sample.actions if facts.actions else None, sample.label if facts.labels else None
             writer.write(Sample(sample.key, sample.latents, actions, label, sample.fps, sample.source))
     return Manifest.read(folder)
+
+
+def read_all(folder: Path) -> list[Sample]:
+    """Every sample of a set, in order."""
+    shard_set = ShardSet.open(folder)
+    return [shard_set.read(s, n) for s, count in enumerate(shard_set.samples_per_shard) for n in range(count)]

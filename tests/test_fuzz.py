@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from hostile import HUGE, attempt, damage, right, watched
-from latent_sets import write_set
+from latent_sets import read_all, write_set
 
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample, index_shard
@@ -53,11 +53,6 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     read_all(folder)
     with watched(folder):
         yield folder
-
-
-def read_all(folder: Path) -> list[Sample]:
-    shard_set = ShardSet.open(folder)
-    return [shard_set.read(s, n) for s, count in enumerate(shard_set.samples_per_shard) for n in range(count)]
 
 
 def read_shard(folder: Path, name: str) -> list[Sample]:

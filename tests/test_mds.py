@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hostile import ALLOWED_BYTES, HUGE, attempt, damage, right, watched
-from latent_sets import FACTS, make_sample, write_set
+from latent_sets import FACTS, make_sample, read_all, write_set
 from mosaic import import_streaming
+from refusal import refused
 
 from far_scale.data.packs.filling import Dealing
 from far_scale.data.packs.loader import Pack, PackLoader
@@ -52,15 +52,6 @@ def members(folder: Path, file: str) -> list[tuple[str, bytes, bytes]]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def refused(call: Any, *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    for word in words:
-        assert word in message, message
 
 
 def test_conversion_is_lossless_both_ways(tmp_path: Path) -> None:
@@ -260,11 +251,6 @@ def mds(tmp_path: Path) -> Iterator[Path]:
     read_all(mds)
     with watched(mds):
         yield mds
-
-
-def read_all(folder: Path) -> list[Sample]:
-    shard_set = ShardSet.open(folder)
-    return [shard_set.read(s, n) for s, count in enumerate(shard_set.samples_per_shard) for n in range(count)]
 
 
 def read_shard(path: Path) -> list[Sample]:

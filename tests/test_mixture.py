@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ import pytest
 import torch
 from latent_sets import FACTS, make_sample, write_set
 from launch import launch, small_recipe
+from refusal import refused
 
 from far_scale.data.packs import mixed_lane
 from far_scale.data.packs.filling import Dealing
@@ -31,7 +32,6 @@ from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.table import ShardTable
 from far_scale.data.shards.writer import SetFacts, ShardWriter
-from far_scale.errors import UserError
 from far_scale.recipe import Recipe, load_recipe
 from far_scale.recipe_sections import WeightedShards
 from far_scale.train.changes import changes
@@ -47,15 +47,6 @@ def orders(stage: int = 0, seed: int = 3) -> list[LaneOrder]:
 
 def mixed(lane: int = 1, stage: int = 0, seed: int = 3, shares: list[float] = SHARES) -> MixedLane:
     return MixedLane(orders(stage, seed), shares, lane)
-
-
-def refused(call: Callable[[], object], *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    for word in words:
-        assert word in message, message
 
 
 def set_of(place: Place) -> tuple[int, Place]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import webdataset
 from latent_sets import FACTS, make_sample, write_set
+from refusal import refused
 from safetensors.torch import load, save
 
 from far_scale.data.packs.scaling import LatentScaling
@@ -36,16 +37,6 @@ FRAMES = [20, 21, 22, 23, 24, 25, 26]
 def folder(tmp_path: Path) -> Path:
     write_set(tmp_path / "set", FRAMES, samples_per_shard=3)
     return tmp_path / "set"
-
-
-def refused(action, *words: str) -> None:
-    """The action fails with a UserError of one line that says all these words."""
-    with pytest.raises(UserError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
 
 
 def rewrite_manifest(folder: Path, change) -> None:

@@ -120,7 +120,8 @@ def test_perceptual_distance_is_that_of_the_paper(vgg: Path) -> None:
     distance = PerceptualDistance.load(vgg)
     assert not any(weight.requires_grad for weight in distance.parameters())
     reached = distance(first, second)
-    weights = {**torch.load(vgg / "vgg16-397923af.pth"), **torch.load(vgg / "vgg.pth")}
+    files = (vgg / "vgg16-397923af.pth", vgg / "vgg.pth")
+    weights = {name: tensor for file in files for name, tensor in torch.load(file, weights_only=True).items()}
 
     def features(pixels: Tensor) -> list[Tensor]:
         pixels = (pixels - torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)) / torch.tensor(

@@ -21,9 +21,9 @@ from far_scale.data.shards.typed import (
     ShardName,
     Typed,
     first_problem,
+    write_small,
 )
 from far_scale.errors import UserError
-from far_scale.files import atomic_write
 
 
 class IndexRow(NamedTuple):
@@ -80,13 +80,8 @@ class ShardIndex(Typed):
             UserError: it would be larger than any that is read.
         """
         path, text = self.path_of(folder, self.file), self.model_dump_json() + "\n"
-        if len(text) > MAX_INDEX_BYTES:
-            raise UserError(
-                f"{path}: {len(self.samples)} samples are more than a shard may hold (an index of {len(text)} bytes, "
-                f"at most {MAX_INDEX_BYTES}); lower --samples-per-shard"
-            )
-        with atomic_write(path) as beside:
-            beside.write_text(text)
+        excess = f"{len(self.samples)} samples are more than the index of a shard may name"
+        write_small(path, text, MAX_INDEX_BYTES, excess, "lower --samples-per-shard")
 
 
 def parse_index(text: bytes, path: str | Path) -> ShardIndex:

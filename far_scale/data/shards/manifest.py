@@ -34,9 +34,9 @@ from far_scale.data.shards.typed import (
     Typed,
     first_problem,
     read_small,
+    write_small,
 )
 from far_scale.errors import UserError
-from far_scale.files import atomic_write
 
 MANIFEST_NAME = "manifest.json"
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -178,10 +178,5 @@ class Manifest(Typed):
         """
         path = Path(folder) / MANIFEST_NAME
         text = json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
-        if len(text) > MAX_MANIFEST_BYTES:
-            raise UserError(
-                f"{path}: {len(self.shards)} shards are more than a manifest may name ({len(text)} bytes, at most "
-                f"{MAX_MANIFEST_BYTES}); make fewer and larger ones: raise --samples-per-shard"
-            )
-        with atomic_write(path) as beside:
-            beside.write_text(text)
+        excess = f"{len(self.shards)} shards are more than a manifest may name"
+        write_small(path, text, MAX_MANIFEST_BYTES, excess, "make fewer and larger ones: raise --samples-per-shard")

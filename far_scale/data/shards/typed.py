@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from far_scale.errors import UserError
+from far_scale.files import atomic_write
 
 # Limits that are kept before anything is read or allocated, each far above what our own writer makes.
 MAX_MANIFEST_BYTES = 1 << 27  # 300,000 shards
@@ -49,6 +50,22 @@ def read_small(path: Path, most: int) -> bytes:
         if size > most:
             raise UserError(f"{path}: {size} bytes, and more than {most} are never read; encode the set again")
         return file.read(size)  # not `most`: a read allocates at once what it is asked for
+
+
+def write_small(path: Path, text: str, most: int, excess: str, mend: str) -> None:
+    """Write a file that `read_small` takes, atomically.
+
+    Args:
+        most: bytes that are read.
+        excess, mend: for the error, what there is too much of.
+
+    Raises:
+        UserError: it would be larger than any that is read, or the disk is full.
+    """
+    if len(text) > most:
+        raise UserError(f"{path}: {excess} ({len(text)} bytes, at most {most}); {mend}")
+    with atomic_write(path) as beside:
+        beside.write_text(text)
 
 
 def first_problem(error: pydantic.ValidationError) -> str:

@@ -320,7 +320,8 @@ def _arrays(path: Path, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
     except ValueError as error:
         hint = "store plain arrays only" if "pickle" in str(error).lower() else "write it again with numpy.savez"
         raise BadVideo(f"{path}: {error}; {hint}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+        # zipfile raises RuntimeError, or a kind of it, for what is encrypted or compressed in a way it does not know
         check_readable(path)
         raise BadVideo(f"{path}: broken ({error}); write it again with numpy.savez") from None
 
