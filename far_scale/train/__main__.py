@@ -36,12 +36,13 @@ def _train(asked: argparse.Namespace, signals: StopSignals) -> int:
 
     # Only now: a wrong recipe is refused before torch and DeepSpeed are loaded.
     from far_scale.train.dry_run import dry_run
+    from far_scale.train.faults.watchdog import collective_timeout
     from far_scale.train.loop import train
     from far_scale.train.processes import start_processes, stop_processes
     from far_scale.train.profiler import parse_steps
 
     steps_to_profile = parse_steps(asked.profile) if asked.profile else range(0)
-    processes = start_processes()
+    processes = start_processes(collective_timeout(recipe.faults.watchdog_seconds))
     if asked.dry_run:
         dry_run(recipe, processes)
         trained = None

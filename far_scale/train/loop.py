@@ -35,7 +35,7 @@ from far_scale.train.feed import Batch, Feed
 from far_scale.train.flops import peak_flops, train_flops
 from far_scale.train.keeping import Keeper
 from far_scale.train.monitor import Monitor
-from far_scale.train.processes import Processes
+from far_scale.train.processes import Processes, set_timeouts
 from far_scale.train.profiler import Profiler
 from far_scale.train.resume import (
     Resume,
@@ -109,6 +109,7 @@ def train(
         card = describe(recipe, model, manifest, scaling, processes)
         stage_cards = {index: describe_stage(plan[index], shards.manifest) for index, shards in shard_sets.items()}
         engine = start_engine(model, recipe, processes)
+        set_timeouts(processes)  # of DeepSpeed's groups
         ema = ShardedEMA(fragments(engine), recipe.optimizer.ema_decay)
         name = identity(run, processes)
         local_folder = local.folder_of(recipe.checkpoint, run, name)

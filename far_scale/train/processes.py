@@ -6,6 +6,7 @@ WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set and torch.distribute
 
 from __future__ import annotations
 
+import datetime
 import os
 import socket
 import subprocess
@@ -30,12 +31,14 @@ class Processes:
         count: how many there are.
         device: what it computes on.
         host_group: all of them again, over gloo, for what is agreed on between hosts without the device.
+        timeout: after which a collective of these processes fails; torch's defaults where None.
     """
 
     rank: int
     count: int
     device: torch.device
     host_group: dist.ProcessGroup | None = None
+    timeout: datetime.timedelta | None = None
 
     @property
     def main(self) -> bool:
@@ -49,8 +52,11 @@ class Processes:
         return summed / self.count
 
 
-def start_processes() -> Processes:
+def start_processes(timeout: datetime.timedelta | None = None) -> Processes:
     """Join the group. Call once a process.
+
+    Args:
+        timeout: after which a collective fails; torch's defaults (NCCL 10 minutes, gloo 30) where None.
 
     Raises:
         UserError: the launcher's variables are incomplete, or the processes do not find each other.
@@ -88,9 +94,19 @@ def start_processes() -> Processes:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes over the group that is there
-    return Processes(rank, count, device, dist.new_group(backend="gloo"))
+    return Processes(rank, count, device, dist.new_group(backend="gloo", timeout=timeout), timeout)
+
+
+def set_timeouts(processes: Processes) -> None:
+    """Give all process groups that there are the timeout of `processes`: a library's own groups have torch's default.
+
+    A new group does not inherit its parent's timeout, and DeepSpeed passes none (0.19.8, `deepspeed.comm.new_group`).
+    """
+    if processes.timeout is not None:
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(processes.timeout, group)
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

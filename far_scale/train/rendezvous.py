@@ -1,4 +1,10 @@
-"""Where the ranks first meet, before there is a process group: who does not come, or has no GPU, is named."""
+"""Where the ranks first meet, before there is a process group: who does not come, or has no GPU, is named.
+
+The store may be older than these processes: torchrun's agent keeps its store over restarts, with all keys of the
+workers that died. So rank 0 of each start makes a new group of keys under a random name, and gives this name only to
+processes that ask for it under a random name of their own. A key of a dead process is never taken for a live one's.
+torchrun's restart count cannot be that name: with several nodes it may differ between them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,7 @@ import contextlib
 import datetime
 import os
 import time
+import uuid
 
 import torch.distributed as dist
 
@@ -16,6 +23,7 @@ from far_scale.train.faults.ranks import rank_list, ranks_on_hosts
 PATIENCE = datetime.timedelta(minutes=10)
 """How long the ranks wait for each other: the last node of a large job may load torch from a slow file system."""
 _READING = datetime.timedelta(seconds=20)
+_POLL = 0.05  # seconds between two looks at who has come
 
 
 def meet(rank: int, count: int, device: str) -> dist.Store:
@@ -29,34 +37,58 @@ def meet(rank: int, count: int, device: str) -> dist.Store:
         UserError: on all ranks that came: some did not, or not all have the same kind of device.
     """
     store = _store(rank, count)
-    store.set(f"here/{rank}", f"{device} {host_name()}")
+    own_name = uuid.uuid4().hex
     if rank == 0:
-        store.set("verdict", _verdict(store, count))
+        group_name = own_name
     else:
-        store.wait(["verdict"], 2 * PATIENCE)
-    verdict = store.get("verdict").decode()
+        store.set(f"asking/{rank}", own_name)
+        store.wait([f"group_of/{own_name}"], 2 * PATIENCE)
+        group_name = store.get(f"group_of/{own_name}").decode()
+    group = dist.PrefixStore(group_name, store)
+    group.set(f"here/{rank}", f"{device} {host_name()}")
+    if rank == 0:
+        missing = _admit(store, group, group_name, count)
+        group.set("verdict", _verdict(group, count, missing))
+    else:
+        group.wait(["verdict"], 2 * PATIENCE)
+    verdict = group.get("verdict").decode()
     if verdict:
         if rank == 0:
-            _wait_for_readers(store, count)
+            _wait_for_readers(group, count)
         else:
-            store.set(f"read/{rank}", "")
+            group.set(f"read/{rank}", "")
         raise UserError(verdict)
-    return store
+    return group
 
 
-def _wait_for_readers(store: dist.Store, count: int) -> None:
+def _admit(store: dist.Store, group: dist.Store, group_name: str, count: int) -> list[int]:
+    """Give the group's name to all ranks that ask for it, until all are here; returns those that did not come."""
+    end = time.monotonic() + PATIENCE.total_seconds()
+    missing = list(range(1, count))
+    answered: set[bytes] = set()
+    while missing and time.monotonic() < end:
+        for rank in missing:
+            # A dead process may have asked under this rank; then the live one overwrites its name, now or later.
+            if store.check([f"asking/{rank}"]) and (asking := store.get(f"asking/{rank}")) not in answered:
+                store.set(f"group_of/{asking.decode()}", group_name)
+                answered.add(asking)
+        missing = [rank for rank in missing if not group.check([f"here/{rank}"])]
+        time.sleep(_POLL if missing else 0)
+    return missing
+
+
+def _wait_for_readers(group: dist.Store, count: int) -> None:
     """Wait until all other ranks that came have read the verdict: the store ends with rank 0."""
-    readers = [f"read/{rank}" for rank in range(1, count) if store.check([f"here/{rank}"])]
-    with contextlib.suppress(RuntimeError):  # one of them has died since; it is told by its launcher
-        store.wait(readers, _READING)
+    readers = [f"read/{rank}" for rank in range(1, count) if group.check([f"here/{rank}"])]
+    with contextlib.suppress(RuntimeError):  # one of them has died since; its launcher reports it
+        group.wait(readers, _READING)
 
 
 def _store(rank: int, count: int) -> dist.Store:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has one already
-        return next(iter(dist.rendezvous("env://", rank, count)))[0]
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun's agent serves one
     try:
-        return dist.TCPStore(address, port, count, rank == 0, PATIENCE, wait_for_workers=False, multi_tenant=True)
+        return dist.TCPStore(address, port, count, serves, PATIENCE, wait_for_workers=False, multi_tenant=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -65,18 +97,11 @@ def _store(rank: int, count: int) -> dist.Store:
         ) from error
 
 
-def _verdict(store: dist.Store, count: int) -> str:
+def _verdict(group: dist.Store, count: int, missing: list[int]) -> str:
     """What is wrong with those who came, or did not, in one line; empty where nothing is."""
-    end = time.monotonic() + PATIENCE.total_seconds()
-    devices, hosts, missing = {}, {}, []
-    for rank in range(count):
-        left = max(0.001, end - time.monotonic())
-        try:
-            store.wait([f"here/{rank}"], datetime.timedelta(seconds=left))
-        except RuntimeError:
-            missing.append(rank)
-        else:
-            devices[rank], hosts[rank] = store.get(f"here/{rank}").decode().split(" ", 1)
+    devices, hosts = {}, {}
+    for rank in sorted(set(range(count)) - set(missing)):
+        devices[rank], hosts[rank] = group.get(f"here/{rank}").decode().split(" ", 1)
     if missing:
         there = ", ".join(dict.fromkeys(hosts.values()))
         return (

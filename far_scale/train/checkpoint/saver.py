@@ -46,7 +46,9 @@ class Saver:
     ) -> None:
         self._run, self._section, self._processes, self._events = run, section, processes, events
         self._local_folder = local_folder
-        self._group = dist.new_group(backend="gloo")  # by itself, since the thread's messages cross the main thread's
+        self._group = dist.new_group(
+            backend="gloo", timeout=processes.timeout
+        )  # by itself, since the thread's messages cross the main thread's
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copy = HostCopy()
         self._running: Future[None] | None = None

@@ -31,6 +31,18 @@ GRACE_SECONDS = 5.0
 _STDERR = 2
 
 
+def collective_timeout(seconds: float) -> datetime.timedelta:
+    """How long a collective may take, for a watchdog of `seconds`: longer than the watchdog takes to end the process.
+
+    Otherwise NCCL (10 minutes by default) would abort the process first, without stacks and with another exit status.
+    A day where there is no watchdog.
+    """
+    if not seconds:
+        return datetime.timedelta(days=1)
+    # At most the first step's time, and a step's time more until the other ranks have written their stacks.
+    return datetime.timedelta(seconds=START_SECONDS + 2 * seconds + 12 * GRACE_SECONDS)
+
+
 class Watchdog:
     """Ends this process with status 75 where no `beat` comes for `seconds`. A context manager.
 
