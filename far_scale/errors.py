@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from far_scale.hosts import host_name
+from far_scale.utils.streams import never_fail_to_print
 
 
 class UserError(Exception):
@@ -35,11 +36,13 @@ def speaker() -> str:
 def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a command's main function: a UserError becomes one line and exit status 2, Ctrl-C exit status 130.
 
-    A full disk, found by the operating system in mid-write, is told the same way.
+    A full disk, found by the operating system in mid-write, is reported the same way. Printing never fails, see
+    `never_fail_to_print`.
     """
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        never_fail_to_print()
         try:
             return main(*args, **kwargs)
         except UserError as error:

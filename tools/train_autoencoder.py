@@ -12,9 +12,11 @@ from pathlib import Path
 
 from far_scale.train.faults.exits import DONE, REQUEUE, leave, status_of
 from far_scale.train.faults.signals import StopSignals
+from far_scale.utils.streams import never_fail_to_print
 
 
 def main() -> int:
+    never_fail_to_print()
     signals = StopSignals()
     own_cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -30,13 +32,16 @@ def main() -> int:
 def _train(asked: argparse.Namespace, signals: StopSignals) -> int:
     # Late: threads must inherit what StopSignals has set.
     from far_scale.train.autoencoder import Places, load_autoencoder_recipe, train_autoencoder
+    from far_scale.train.lease import Lease
     from far_scale.train.processes import start_processes, stop_processes
 
     recipe = load_autoencoder_recipe(asked.recipe, asked.overrides)
     run = asked.run_dir or Path("runs/autoencoder") / recipe.name
     command = " ".join(["python tools/train_autoencoder.py", asked.recipe, *asked.overrides, f"--out {asked.out}"])
     places = Places(asked.out, run, asked.episodes, max(1, asked.workers))
-    done = train_autoencoder(recipe, places, command, start_processes(), signals)
+    processes = start_processes()
+    with Lease(run, processes):
+        done = train_autoencoder(recipe, places, command, processes, signals)
     stop_processes()
     return DONE if done else REQUEUE
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from far_scale.errors import UserError
 from far_scale.launch.job import Job
 from far_scale.train.faults.events import read_events
+from far_scale.train.run_dir import latest_step
 
 
 def checkpoint_step(run: Path) -> int:
-    """The step of the run's latest checkpoint, 0 without one; one that is not readable is for training to tell of.
-
-    `far_scale.train.checkpoint` knows this too, but loads torch: seconds that a job which is being killed may not have.
-    """
-    latest = run / "checkpoints" / "latest"
-    match = re.fullmatch(r"step-(\d{8})", latest.read_text().strip()) if latest.exists() else None
-    return int(match.group(1)) if match else 0
+    """The step of the checkpoint that the run goes on from, 0 without one; training reports one that is damaged."""
+    try:
+        return latest_step(run) or 0
+    except UserError:
+        return 0
 
 
 def reached_step(run: Path) -> int:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from far_scale.recipe import load_recipe
 from far_scale.train.faults.exits import DONE, REQUEUE, leave, status_of
 from far_scale.train.faults.signals import StopSignals
+from far_scale.utils.streams import never_fail_to_print
 
 
 def run(arguments: Sequence[str]) -> int:
     """Train as the command line asks; returns the exit status (see `faults/exits.py`) and raises nothing.
 
-    SIGTERM, SIGUSR1 and SIGUSR2 are taken over for the rest of the process. Where the status is neither DONE nor
-    REQUEUE other ranks may still wait for this one: end the process by `leave`, which then waits for no thread.
+    The signals that ask for a stop (see `StopSignals`) are taken over for the rest of the process, but for a dry run.
+    Standard output and error are replaced by ones that never fail. Where the status is neither DONE nor REQUEUE other
+    ranks may still wait for this one: end the process by `leave`, which then waits for no thread.
     """
-    signals = StopSignals()
+    never_fail_to_print()
     parser = argparse.ArgumentParser(prog="python -m far_scale.train", description="Train FAR by a recipe.")
     parser.add_argument("recipe", help="a YAML file, or the name of one in recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change, e.g. train.steps=100")
@@ -28,15 +31,17 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     asked = parser.parse_intermixed_args(arguments)
+    signals = None if asked.dry_run else StopSignals()  # a dry run has nothing to save, and ends as any program does
     return status_of(lambda: _train(asked, signals))
 
 
-def _train(asked: argparse.Namespace, signals: StopSignals) -> int:
+def _train(asked: argparse.Namespace, signals: StopSignals | None) -> int:
     recipe = load_recipe(asked.recipe, asked.overrides)
 
     # Only now: a wrong recipe is refused before torch and DeepSpeed are loaded.
     from far_scale.train.dry_run import dry_run
     from far_scale.train.faults.watchdog import collective_timeout
+    from far_scale.train.lease import Lease
     from far_scale.train.loop import train
     from far_scale.train.processes import start_processes, stop_processes
     from far_scale.train.profiler import parse_steps
@@ -47,7 +52,8 @@ def _train(asked: argparse.Namespace, signals: StopSignals) -> int:
         dry_run(recipe, processes)
         trained = None
     else:
-        trained = train(recipe, processes, steps_to_profile, signals, asked.accept_changes)
+        with Lease(Path(recipe.run_dir), processes):
+            trained = train(recipe, processes, steps_to_profile, signals, asked.accept_changes)
     stop_processes()
     return DONE if trained is None or trained.step == recipe.train.steps else REQUEUE
 

@@ -111,7 +111,7 @@ def train(
         engine = start_engine(model, recipe, processes)
         set_timeouts(processes)  # of DeepSpeed's groups
         ema = ShardedEMA(fragments(engine), recipe.optimizer.ema_decay)
-        name = identity(run, processes)
+        name = identity(run, processes, events)
         local_folder = local.folder_of(recipe.checkpoint, run, name)
         position = resume.restore(start, engine, ema, local_folder, card, stage_cards, accept_changes)
         if processes.main:
@@ -131,7 +131,7 @@ def train(
         peak, done, stopping = peak_flops(processes.device, compute_dtype(recipe)), position.step, False
         with (
             Monitor(recipe, processes, peak, done, name, slow) as monitor,
-            Saver(run, recipe.checkpoint, processes, events, local_folder) as saver,
+            Saver(run, recipe.checkpoint, processes, events, local_folder, resume.latest) as saver,
         ):
             keeper = Keeper(recipe, engine, ema, guard, saver, resume, card, processes)
             monitor.say(attention)

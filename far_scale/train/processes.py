@@ -11,8 +11,9 @@ import os
 import socket
 import subprocess
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ import torch.distributed as dist
 from far_scale.errors import UserError
 from far_scale.hosts import host_name
 from far_scale.train.rendezvous import meet
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,27 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     values = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def all_ranks_or_raise(work: Callable[[], T], processes: Processes) -> T:
+    """What `work` returns; where it raises a UserError on some rank, all ranks raise the first one."""
+    result: T | None = None
+    problem: str | None = None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    problems = gather(problem, processes.host_group)
+    if (first := next((each for each in problems if each is not None), None)) is not None:
+        raise UserError(first)
+    return result  # type: ignore[return-value]
+
+
+def from_main(work: Callable[[], T], processes: Processes) -> T:
+    """What `work` returns on the main process, on all of them; where it raises a UserError there, all raise it."""
+    value = all_ranks_or_raise(lambda: work() if processes.main else None, processes)
+    result: T = gather(value, processes.host_group)[0]
+    return result
 
 
 def stop_processes() -> None:

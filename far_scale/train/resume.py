@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import secrets
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,6 @@ from far_scale.data.packs.mixture import MixtureManifest
 from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.errors import UserError
-from far_scale.files import atomic_write
 from far_scale.model import FAR, FARConfig
 from far_scale.recipe import Recipe
 from far_scale.train import checkpoint
@@ -28,7 +26,13 @@ from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments, set_adam_step, use_loaded_weights
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.guard import Guard
-from far_scale.train.processes import Processes, gather
+from far_scale.train.processes import Processes, from_main, gather
+from far_scale.train.run_dir import latest_stamp, named_step, run_identity
+
+_ALL_DAMAGED = (
+    "{}/checkpoints: every checkpoint is damaged; repair one and take .damaged off its name, or remove this folder to "
+    "train from the start"
+)
 
 LaneStates = dict[int, dict[str, Any]]
 """Where each lane stands, by its number."""
@@ -143,6 +147,8 @@ class Resume:
     def __init__(self, recipe: Recipe, plan: list[Stage], processes: Processes, events: Events) -> None:
         self._recipe, self._plan, self._processes, self._events = recipe, plan, processes, events
         self._run = Path(recipe.run_dir)
+        self.latest = from_main(lambda: latest_stamp(self._run), processes)
+        """`latest_stamp` of the run when it started, before damage could change it."""
 
     def newest_whole(self) -> int:
         """The step of the newest checkpoint in the run directory that is not damaged; 0 where there is none yet.
@@ -153,13 +159,19 @@ class Resume:
             UserError: all there are are damaged.
         """
         group = self._processes.host_group
-        steps = gather(checkpoint.steps_to_try(self._run) if self._processes.main else [], group)[0]
+        steps, named = from_main(self._steps_to_try, self._processes)
         for number, step in enumerate(steps):
             folder = checkpoint.step_folder(self._run, step)
             found = gather(checkpoint.damage(folder, self._processes.rank, self._processes.count), group)
             problem = next((line for line in found if line is not None), None)
             if problem is None:
-                if self._processes.main and number > 0:
+                if self._processes.main and step != named:
+                    if number == 0:
+                        latest = f"{self._run}/checkpoints/latest"
+                        what = (
+                            f"{latest} is missing" if named is None else f"the checkpoint that {latest} names is gone"
+                        )
+                        self._events.tell("latest", step, f"{what}; going on from the newest, step {step}")
                     checkpoint.point_at(folder)
                 return step
             before = f"going on from step {steps[number + 1]}" if number + 1 < len(steps) else "there is none before"
@@ -167,11 +179,19 @@ class Resume:
                 aside = checkpoint.set_aside(folder)
                 self._events.tell("damaged", step, f"damaged checkpoint: {problem}; now {aside.name}; {before}")
         if steps:
-            raise UserError(
-                f"{self._run}/checkpoints: every checkpoint is damaged; mend one and take .damaged off its name, or "
-                "remove this folder to train from the start"
-            )
+            raise UserError(_ALL_DAMAGED.format(self._run))
         return 0
+
+    def _steps_to_try(self) -> tuple[list[int], int | None]:
+        """See `steps_to_try`, and the step that `latest` names.
+
+        Raises:
+            UserError: `latest` is not readable, or all checkpoints are gone or damaged.
+        """
+        steps, named = checkpoint.steps_to_try(self._run), named_step(self._run)
+        if not steps and any((self._run / "checkpoints").glob("step-*.damaged")):
+            raise UserError(_ALL_DAMAGED.format(self._run))
+        return steps, named
 
     def restore(
         self,
@@ -199,7 +219,7 @@ class Resume:
         own, who = pieces(engine, ema), (self._processes.rank, self._processes.count)
         later = None
         if local_folder is not None:
-            later = local.newest(local_folder, step, *who, own, self._processes.host_group)
+            later = local.newest(local_folder, step, *who, own, self.latest, self._processes.host_group)
         if later is not None and local_folder is not None:
             where, state = local_folder, local.read_state(local_folder, later, *who)
         elif step:
@@ -264,15 +284,12 @@ class Resume:
                 self._events.tell(event, state["step"], text, changes=lines)
 
 
-def identity(run: Path, processes: Processes) -> str:
-    """What tells this run from any other, also from an earlier one in the same folder: made when it first starts."""
-    own, path = None, run / "identity"
-    if processes.main:
-        if not path.exists():
-            with atomic_write(path) as beside:
-                beside.write_text(secrets.token_hex(8) + "\n")
-        own = path.read_text().strip()
-    return gather(own, processes.host_group)[0]
+def identity(run: Path, processes: Processes, events: Events) -> str:
+    """The run's identity, see `run_identity`, on all processes; that the directory is a copy is an event."""
+    own, copied = from_main(lambda: run_identity(run), processes)
+    if copied is not None:
+        events.tell("copied", 0, copied)
+    return own
 
 
 def check_fits(folder: Path, state: dict[str, Any], recipe: Recipe, plan: list[Stage]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -20,9 +20,7 @@ from far_scale.errors import UserError
 from far_scale.recipe_sections import DataSection, places
 from far_scale.train.curriculum import Stage
 from far_scale.train.faults.events import Events
-from far_scale.train.processes import Processes, gather
-
-T = TypeVar("T")
+from far_scale.train.processes import Processes, all_ranks_or_raise, gather
 
 
 class OpenedSets(NamedTuple):
@@ -58,11 +56,11 @@ def open_sets(data: DataSection, plan: Sequence[Stage], processes: Processes, ev
             if where not in opened:
                 opened[where] = _open(where, stage.data, processes)
                 _check_shards(opened[where], stage.data.max_damaged_samples, processes, events, step)
-        of_stages[stage.index] = _together(partial(_fitting, stage, opened), processes)
+        of_stages[stage.index] = all_ranks_or_raise(partial(_fitting, stage, opened), processes)
     for where in places(data.shards):
         if where not in opened:
             opened[where] = _open(where, data, processes)
-    own = _together(lambda: open_shards(data.shards, opened.__getitem__), processes)
+    own = all_ranks_or_raise(lambda: open_shards(data.shards, opened.__getitem__), processes)
     return OpenedSets(of_stages, own.manifest)
 
 
@@ -80,7 +78,7 @@ def _open(where: str, data: DataSection, processes: Processes) -> ShardSet:
         return ShardSet.known(where, text, node)
 
     text = _manifest_text(where, processes)
-    shard_set = _together(opened, processes)
+    shard_set = all_ranks_or_raise(opened, processes)
     digests = gather(hashlib.sha256(text).hexdigest(), processes.host_group)
     if len(set(digests)) > 1:
         other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
@@ -92,8 +90,8 @@ def _open(where: str, data: DataSection, processes: Processes) -> ShardSet:
 
 def _manifest_text(where: str, processes: Processes) -> bytes:
     if not is_far(where):
-        return _together(lambda: manifest_text(where), processes)
-    text = _together(lambda: manifest_text(where) if processes.main else b"", processes)
+        return all_ranks_or_raise(lambda: manifest_text(where), processes)
+    text = all_ranks_or_raise(lambda: manifest_text(where) if processes.main else b"", processes)
     if processes.count > 1:
         box = [text]
         dist.broadcast_object_list(box, src=0, group=processes.host_group)
@@ -116,17 +114,3 @@ def _check_shards(shard_set: ShardSet, budget: int, processes: Processes, events
     everyone = gather([(number, str(problem)) for number, problem in found], processes.host_group)
     for _, problem in sorted(each for part in everyone for each in part):
         events.tell("damaged-shard", step, f"not whole, and its clips will be left out: {problem}")
-
-
-def _together(work: Callable[[], T], processes: Processes) -> T:
-    """What `work` gives; where a rank's raises a UserError, all raise the first one."""
-    result: T | None = None
-    problem: str | None = None
-    try:
-        result = work()
-    except UserError as error:
-        problem = str(error)
-    problems = gather(problem, processes.host_group)
-    if (first := next((each for each in problems if each is not None), None)) is not None:
-        raise UserError(first)
-    return result  # type: ignore[return-value]

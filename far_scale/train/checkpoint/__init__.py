@@ -10,15 +10,13 @@ the format, and one process can read any of it.
 
 from far_scale.train.checkpoint.folders import (
     damage,
-    latest_step,
     point_at,
     read_state,
     set_aside,
-    step_folder,
-    steps_to_try,
 )
 from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy, load
 from far_scale.train.checkpoint.write import save
+from far_scale.train.run_dir import latest_step, step_folder, steps_to_try
 
 __all__ = [
     "FlatPiece",

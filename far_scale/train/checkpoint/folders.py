@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from far_scale.errors import UserError
 from far_scale.files import atomic_write, read_json, sha256, sync_folder, write_json
+from far_scale.train.run_dir import step_folder, steps_there
 
 FORMAT = "far_scale.checkpoint/2"
 _UNSEALED = "far_scale.checkpoint/1"  # before there were checksums
 CHECKSUMS = "checksums.json"
-
-
-def step_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def latest_step(run: Path) -> int | None:
-    """The step of the newest whole checkpoint of a run; None where there is none yet.
-
-    Raises:
-        UserError: `latest` is damaged.
-    """
-    path = run / "checkpoints" / "latest"
-    if not path.exists():
-        return None
-    match = re.fullmatch(r"step-(\d{8})", path.read_text().strip())
-    if match is None:
-        raise UserError(f"{path}: this does not name a checkpoint; write the name of a folder beside it, step-XXXXXXXX")
-    return int(match.group(1))
-
-
-def steps_to_try(run: Path) -> list[int]:
-    """The steps that a run can go on from: the one that `latest` names, then those before it, newest first."""
-    latest = latest_step(run)
-    if latest is None:
-        return []
-    there = (int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("step-????????"))
-    return [latest, *sorted((step for step in there if step < latest), reverse=True)]
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -50,7 +22,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         UserError: there is no checkpoint, it is half-written, or of another format.
     """
     if not folder.is_dir():
-        there = sorted(path.name for path in folder.parent.glob("step-????????"))
+        there = [step_folder(folder.parent.parent, step).name for step in reversed(steps_there(folder.parent.parent))]
         raise UserError(f"{folder}: there is no such checkpoint; there are: {', '.join(there) or 'none'}")
     if not (folder / ".metadata").exists() or not (folder / "state.json").exists():
         raise UserError(f"{folder}: this checkpoint is half-written; remove it and use an earlier one")
@@ -115,8 +87,9 @@ def publish(beside: Path, folder: Path, keep: int) -> None:
     beside.rename(folder)
     sync_folder(folder.parent)
     point_at(folder)
-    up_to_this = sorted(path for path in folder.parent.glob("step-????????") if path.name <= folder.name)
-    for old in up_to_this[:-keep]:
+    run = folder.parent.parent
+    up_to_this = [old for step in steps_there(run) if (old := step_folder(run, step)).name <= folder.name]
+    for old in up_to_this[keep:]:
         _remove(old)
 
 

@@ -36,7 +36,13 @@ def folder_of(section: CheckpointSection, run: Path, identity: str) -> Path | No
 
 
 def save(
-    folder: Path, step: int, rank: int, count: int, pieces: Mapping[str, FlatPiece], state: dict[str, Any]
+    folder: Path,
+    step: int,
+    rank: int,
+    count: int,
+    pieces: Mapping[str, FlatPiece],
+    state: dict[str, Any],
+    latest: str | None,
 ) -> None:
     """Write this rank's file, then remove its older ones but `KEEP`.
 
@@ -46,6 +52,7 @@ def save(
         rank, count: this rank, of how many.
         pieces: what it holds, by the tensors' names.
         state: as in state.json.
+        latest: `latest_stamp` of the run.
 
     Raises:
         UserError: the disk is full.
@@ -53,9 +60,14 @@ def save(
     path = _file(folder, step, rank, count)
     with atomic_write(path) as beside:
         save_tensors({name: piece.data for name, piece in pieces.items()}, beside)
-    described = {"places": _places(pieces), "file": checksums([path]), "state": {"step": step, **state}}
+    described = {
+        "places": _places(pieces),
+        "file": checksums([path]),
+        "latest": latest,
+        "state": {"step": step, **state},
+    }
     write_json(path.with_suffix(".json"), described)
-    for old in sorted(folder.glob(f"step-????????/{path.stem}.json"))[:-KEEP]:
+    for old in sorted(folder.glob(f"step-{8 * '[0-9]'}/{path.stem}.json"))[:-KEEP]:
         old.with_suffix(".safetensors").unlink(missing_ok=True)
         old.unlink()
         if not any(old.parent.iterdir()):
@@ -68,17 +80,22 @@ def newest(
     rank: int,
     count: int,
     pieces: Mapping[str, FlatPiece],
+    latest: str | None,
     group: dist.ProcessGroup | None,
 ) -> int | None:
     """The newest step above `above` of which every rank finds its own whole file; None where there is none.
 
     All ranks of `group` call this and get the same answer. `pieces` are what this rank holds now: another rank count
     or ZeRO stage needs other pieces, and finds nothing.
+
+    Args:
+        latest: `latest_stamp` of the run now. Files that were written when it was another do not count: somebody has
+            sent the run back to an earlier checkpoint since, and they are of the history that this run left.
     """
     fitting = []
-    for sidecar in folder.glob(f"step-????????/{_file(folder, 0, rank, count).stem}.json"):
+    for sidecar in folder.glob(f"step-{8 * '[0-9]'}/{_file(folder, 0, rank, count).stem}.json"):
         step = int(sidecar.parent.name.removeprefix("step-"))
-        if step > above and _is_whole(sidecar, pieces):
+        if step > above and _is_whole(sidecar, pieces, latest):
             fitting.append(step)
     of_all = gather(fitting, group)
     return max(set(of_all[0]).intersection(*of_all[1:]), default=None)
@@ -106,10 +123,11 @@ def _places(pieces: Mapping[str, FlatPiece]) -> dict[str, list[int]]:
     return {name: [piece.total, piece.offset, piece.data.numel()] for name, piece in pieces.items()}
 
 
-def _is_whole(sidecar: Path, pieces: Mapping[str, FlatPiece]) -> bool:
+def _is_whole(sidecar: Path, pieces: Mapping[str, FlatPiece], latest: str | None) -> bool:
     try:
         described = json.loads(sidecar.read_text())
-        sums = checksums([sidecar.with_suffix(".safetensors")])
-    except (OSError, ValueError):
+        if described["places"] != _places(pieces) or described["latest"] != latest:
+            return False
+        return described["file"] == checksums([sidecar.with_suffix(".safetensors")])
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, or written by a version before `latest`
         return False
-    return described["places"] == _places(pieces) and described["file"] == sums

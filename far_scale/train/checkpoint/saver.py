@@ -13,11 +13,11 @@ import torch.distributed as dist
 from far_scale.errors import UserError, say_error
 from far_scale.recipe_sections import CheckpointSection
 from far_scale.train.checkpoint import local
-from far_scale.train.checkpoint.folders import step_folder
 from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy
 from far_scale.train.checkpoint.write import save
 from far_scale.train.faults.events import Events
 from far_scale.train.processes import Processes
+from far_scale.train.run_dir import step_folder
 
 FAILURES = 3  # saves that fail in a row before the run gives up: a disk may be full for a while, not for days
 
@@ -34,6 +34,7 @@ class Saver:
         processes: who runs it.
         events: where saves are told.
         local_folder: this run's on the node's own disk, or None.
+        latest: `latest_stamp` of the run now, the same on all ranks.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Saver:
         processes: Processes,
         events: Events,
         local_folder: Path | None = None,
+        latest: str | None = None,
     ) -> None:
         self._run, self._section, self._processes, self._events = run, section, processes, events
-        self._local_folder = local_folder
+        self._local_folder, self._latest = local_folder, latest
         self._group = dist.new_group(
             backend="gloo", timeout=processes.timeout
         )  # by itself, since the thread's messages cross the main thread's
@@ -113,7 +115,7 @@ class Saver:
     def _write(self, step: int, copies: Mapping[str, FlatPiece], state: dict[str, Any], stall: float) -> None:
         start = time.perf_counter()
         try:
-            save(self._run, step, copies, state, self._section.keep, self._group)
+            self._latest = save(self._run, step, copies, state, self._section.keep, self._group)
         except UserError as error:
             self._events.tell("save-failed", step, f"step {step}: no checkpoint: {error}", stall_seconds=stall)
             raise
@@ -129,6 +131,7 @@ class Saver:
     def _write_locally(self, step: int, copies: Mapping[str, FlatPiece], state: dict[str, Any]) -> None:
         assert self._local_folder is not None
         try:
-            local.save(self._local_folder, step, self._processes.rank, self._processes.count, copies, state)
+            who = self._processes.rank, self._processes.count
+            local.save(self._local_folder, step, *who, copies, state, self._latest)
         except (UserError, OSError) as error:  # of one rank alone, so it must not change what the ranks do together
             say_error(UserError(f"step {step}: no node-local checkpoint: {error}"))

@@ -12,9 +12,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from far_scale.errors import UserError
-from far_scale.train.checkpoint.folders import checksums, clear_parts, publish, seal, step_folder
+from far_scale.train.checkpoint.folders import checksums, clear_parts, publish, seal
 from far_scale.train.checkpoint.pieces import FlatPiece, explained, write
 from far_scale.train.processes import gather
+from far_scale.train.run_dir import latest_stamp, step_folder
 
 
 def save(
@@ -24,7 +25,7 @@ def save(
     state: dict[str, Any],
     keep: int,
     group: dist.ProcessGroup | None = None,
-) -> None:
+) -> str | None:
     """Write one checkpoint, then remove all but the newest `keep`.
 
     Every rank of `group` calls this; without process groups one process writes all.
@@ -36,6 +37,9 @@ def save(
         state: what goes into state.json (rank 0's is written).
         keep: whole checkpoints to keep, at least 1.
         group: of CPU tensors; the default one where None.
+
+    Returns:
+        `latest_stamp` of the run after it, the same on every rank.
 
     Raises:
         UserError: on every rank, if one of them could not write, as on a full disk; the checkpoints before are
@@ -65,7 +69,9 @@ def save(
             if rank == 0:
                 seal(beside, {"step": step, **state}, {name: sum_ for part in parts for name, sum_ in part.items()})
                 publish(beside, folder, keep)
-        end.check()
+                end.value = latest_stamp(run)
+        stamp: str | None = end.check()[0]
+        return stamp
     except UserError:
         if rank == 0:
             shutil.rmtree(beside, ignore_errors=True)

@@ -10,30 +10,38 @@ import time
 
 from far_scale.train.faults.exits import REQUEUE
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 SAME = 3.0
 """Seconds within which signals are one request: a launcher forwards what the process may have got already."""
+SAME_KEY = 0.7
+"""The same for Ctrl-C, which a person may press again. The terminal sends it to torchrun as well, which forwards it."""
 
 
 class StopSignals:
-    """Takes SIGTERM, SIGUSR1 and SIGUSR2 from now on: the first asks for a stop, a second one ends the process at once.
+    """Takes `SIGNALS` from now on: the first asks for a stop, a second one ends the process at once.
 
     Call this first of all, before anything makes threads or processes: the signals are blocked, threads and child
     processes inherit that, and so data workers and helpers do not see them (unless they ask for one, as wandb's does
     for SIGTERM). A thread of its own waits for them, so that
     the second signal works even while the main thread is stuck in a collective.
+
+    SIGHUP is left alone where it is ignored: nohup asks for that.
     """
 
     def __init__(self) -> None:
         self.wanted: str | None = None
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._signals = [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         threading.Thread(target=self._take, name="signals", daemon=True).start()
 
     def _take(self) -> None:
-        number = signal.sigwait(SIGNALS)
+        number = signal.sigwait(self._signals)
         self.wanted, first = signal.Signals(number).name, time.monotonic()
-        while time.monotonic() - first < SAME:
-            number = signal.sigwait(SIGNALS)
         rank = os.environ.get("RANK", "0")
+        if number == signal.SIGINT and rank == "0":
+            print("Ctrl-C: finishing the step, then saving; again to end at once", file=sys.stderr, flush=True)
+        while time.monotonic() - first < (SAME_KEY if number == signal.SIGINT else SAME):
+            number = signal.sigwait(self._signals)
         print(f"[rank {rank}] {signal.Signals(number).name} again: ending at once", file=sys.stderr, flush=True)
         os._exit(REQUEUE)
