@@ -131,16 +131,16 @@ def test_checkpoints_from_before_there_were_checksums_are_read(tmp_path: Path) -
 def test_a_node_local_file_is_good_for_the_same_ranks_and_pieces_alone(tmp_path: Path) -> None:
     folder = tmp_path / "node"
     for step in (5, 10, 15):
-        local.save(folder, step, 0, 1, pieces(float(step)), {"lanes": {}})
+        local.save(folder, step, 0, 1, pieces(float(step)), {"lanes": {}}, None)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000010", "step-00000015"]
-    assert local.newest(folder, 0, 0, 1, pieces(0.0), None) == 15
-    assert local.newest(folder, 15, 0, 1, pieces(0.0), None) is None, "not newer than the other checkpoint"
-    assert local.newest(folder, 0, 1, 2, pieces(0.0), None) is None, "another rank count"
+    assert local.newest(folder, 0, 0, 1, pieces(0.0), None, None) == 15
+    assert local.newest(folder, 15, 0, 1, pieces(0.0), None, None) is None, "not newer than the other checkpoint"
+    assert local.newest(folder, 0, 1, 2, pieces(0.0), None, None) is None, "another rank count"
     halves = {name: FlatPiece(1000, 0, torch.zeros(500)) for name in pieces(0.0)}
-    assert local.newest(folder, 0, 0, 1, halves, None) is None, "other pieces, as of another ZeRO stage"
+    assert local.newest(folder, 0, 0, 1, halves, None, None) is None, "other pieces, as of another ZeRO stage"
     file = folder / "step-00000015" / "rank-00000-of-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert local.newest(folder, 0, 0, 1, pieces(0.0), None) == 10
+    assert local.newest(folder, 0, 0, 1, pieces(0.0), None, None) == 10
     loaded = pieces(0.0)
     local.load(folder, 10, 0, 1, loaded)
     assert loaded["ema/x"].data.unique().tolist() == [10.0]

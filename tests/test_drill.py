@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from launch import small_recipe
+from launch import ROOT, environment, small_recipe
 from zygote import Launch, Zygote
 
+from far_scale.hosts import host_name
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
 from far_scale.train.faults.events import read_events
@@ -154,7 +156,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     run, out = tmp_path / "run", tmp_path / "out"
     arguments = small_recipe(recorded_shards, run, *DRILL, *RARE)
     stops = []
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         launch = zygote.start(2, arguments, out)
         lines = len((run / "log.jsonl").read_text().splitlines()) if stops else 0
         assert wait_until(lambda lines=lines: _lines(run / "log.jsonl") > lines + 5)
@@ -162,7 +164,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
         assert launch.wait() == [75, 75]
         stops.append(saved(run))
         assert events(run, "stopped")[-1]["step"] == stops[-1] == _lines(run / "log.jsonl")
-    assert 0 < stops[0] < stops[1] < stops[2] < STEPS
+    assert stops == sorted(set(stops)) and stops[0] > 0 and stops[-1] < STEPS
     assert zygote.start(2, arguments, out).wait() == [0, 0]
     assert len(Path(f"{out}.keys").read_text().splitlines()) == 4 * STEPS, "no step was trained twice"
     same(run, undisturbed)
@@ -185,6 +187,24 @@ def test_a_second_signal_ends_at_once(zygote: Zygote, recorded_shards: Path, tmp
     assert wait_until(lambda: "SIGTERM again: ending at once" in (tmp_path / "out").read_text())
     os.kill(launch.pids[1], signal.SIGKILL)
     assert launch.wait() == [75, -signal.SIGKILL] and saved(run) == 0
+
+
+def test_a_second_job_in_the_run_directory_is_refused(
+    zygote: Zygote, undisturbed: Path, recorded_shards: Path, tmp_path: Path
+) -> None:
+    run, other_path = tmp_path / "run", tmp_path / "link"
+    launch = zygote.start(2, small_recipe(recorded_shards, run, *DRILL), tmp_path / "out")
+    assert wait_until(lambda: _lines(run / "log.jsonl") > 0)
+    other_path.symlink_to(run)
+    second = subprocess.run(
+        [sys.executable, "-m", "far_scale.train", *small_recipe(recorded_shards, other_path, *DRILL)],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert second.returncode == 2
+    (line,) = [line for line in second.stderr.splitlines() if "error" in line]
+    assert line.startswith("error: ") and f"pid {launch.pids[0]}" in line and f"host {host_name()}" in line
+    assert launch.wait() == [0, 0]
+    same(run, undisturbed)
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped"])

@@ -13,6 +13,7 @@ from rank_processes import Rank, started
 from far_scale.train.faults.events import read_events
 from far_scale.train.faults.exits import DONE, REQUEUE
 from far_scale.train.faults.ranks import rank_list, ranks_on_hosts
+from far_scale.train.faults.watchdog import GRACE_SECONDS, START_SECONDS, collective_timeout
 
 WORKER = ROOT / "tests/watchdog_worker.py"
 
@@ -145,3 +146,11 @@ def test_a_training_with_a_stopped_rank_ends_in_the_set_time(recorded_shards: Pa
     assert "train_step" in stacks(run, 0)
     (event,) = [event for event in read_events(run) if event["event"] == "watchdog"]
     assert event["missing"] == [1] and event["step"] >= 1
+
+
+def test_a_collective_may_take_longer_than_the_watchdog_takes_to_end_a_process() -> None:
+    for seconds in (1.0, 60.0, 1800.0, 7200.0):
+        first_step = START_SECONDS + seconds + 2 * GRACE_SECONDS
+        after_a_slow_step = 2 * seconds + 2 * GRACE_SECONDS
+        assert collective_timeout(seconds).total_seconds() > max(first_step, after_a_slow_step, 600.0)
+    assert collective_timeout(0).total_seconds() == 86_400, "without a watchdog"

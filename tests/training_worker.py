@@ -20,6 +20,7 @@ from far_scale.model import FAR
 from far_scale.recipe import load_recipe
 from far_scale.sampling.evaluate import evaluate
 from far_scale.train.engine import fragments
+from far_scale.train.faults.watchdog import collective_timeout
 from far_scale.train.loop import train
 from far_scale.train.processes import start_processes, stop_processes
 
@@ -38,12 +39,15 @@ def gathered_ema(engine, ema) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     shards, out, *rest = sys.argv[1:]
-    processes = start_processes()
+    timeout = collective_timeout(1800.0)
+    processes = start_processes(timeout)
     for run in " ".join(rest).split(","):
         name, *overrides = run.split()
         spec, *others = small_recipe(Path(shards), Path(out) / name, *overrides)
         recipe = load_recipe(spec, others)
         engine, ema, _ = train(recipe, processes)
+        for group in dist.distributed_c10d._world.pg_map:  # DeepSpeed's among them
+            assert group._get_backend(torch.device("cpu")).options._timeout == timeout, group.group_name
         if name == "zero3":
             weights = gathered_ema(engine, ema)
             if processes.main:

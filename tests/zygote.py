@@ -87,6 +87,7 @@ def _rank(rank: int, ranks: int, port: int, arguments: list[str], log: str, nan_
         return loss * float("nan") if bad.pop(0) else loss
 
     loop.train_step, loop.pack_loss = recorded_step, harmed_loss
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests were started by nohup
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
