@@ -17,11 +17,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from launch import ROOT, environment, small_recipe
+from refusal import refused
 from zygote import Launch, Zygote
 
 from far_scale.hosts import host_name
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
+from far_scale.train.checkpoint.fork import fork
 from far_scale.train.faults.events import read_events
 from far_scale.train.faults.signals import SAME
 from far_scale.train.wandb_offline import history_steps, offline_files, read_records
@@ -187,6 +189,21 @@ def test_a_second_signal_ends_at_once(zygote: Zygote, recorded_shards: Path, tmp
     assert wait_until(lambda: "SIGTERM again: ending at once" in (tmp_path / "out").read_text())
     os.kill(launch.pids[1], signal.SIGKILL)
     assert launch.wait() == [75, -signal.SIGKILL] and saved(run) == 0
+
+
+def test_a_fork_goes_on_from_an_earlier_checkpoint_as_another_run(
+    zygote: Zygote, undisturbed: Path, recorded_shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "branch"
+    assert fork(undisturbed, STEPS - 5, run) == STEPS - 5 and not list(tmp_path.glob(".*"))
+    assert zygote.start(2, [str(run / "recipe.yaml")], tmp_path / "out").wait() == [0, 0]
+    assert (run / "identity").read_text() != (undisturbed / "identity").read_text()
+    assert next((event["event"], event["step"]) for event in read_events(run)) == ("forked", STEPS - 5)
+    same(run, undisturbed)
+    refused(lambda: fork(undisturbed, None, run), str(run), "exists already")
+    refused(lambda: fork(undisturbed, 7, tmp_path / "other"), "step-00000007", "there is no such checkpoint")
+    refused(lambda: fork(tmp_path, None, tmp_path / "other"), "no checkpoint to fork")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["branch", "out", "out.keys"]
 
 
 def test_a_second_job_in_the_run_directory_is_refused(

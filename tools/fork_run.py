@@ -1,0 +1,24 @@
+"""Make a branch of a training run: tools/fork_run.py RUN --step N --out NEW_RUN."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from far_scale.errors import command_line
+from far_scale.train.checkpoint.fork import fork
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a run directory that goes on from a checkpoint of another.")
+    parser.add_argument("run", type=Path, help="the run's folder, with checkpoints/ in it; it is not changed")
+    parser.add_argument("--step", type=int, help="the checkpoint's step (default: the latest)")
+    parser.add_argument("--out", type=Path, required=True, help="the new run directory, which must not exist")
+    args = parser.parse_args()
+    fork(args.run, args.step, args.out)
+    print(f"train it: python -m far_scale.train {args.out / 'recipe.yaml'} [key=value ...] [--accept-changes]")
+
+
+if __name__ == "__main__":
+    main()
