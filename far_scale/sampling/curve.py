@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from far_scale.errors import UserError
-from far_scale.files import atomic_write
+from far_scale.files import atomic_write, text_lines
 
 
 def loss_curve(path: str | Path, log: str | Path) -> None:
@@ -49,10 +49,8 @@ def loss_curve(path: str | Path, log: str | Path) -> None:
 
 def _read_log(log: Path) -> dict[int, tuple[float, float]]:
     """(loss, learning rate) by step."""
-    if not log.is_file():
-        raise UserError(f"{log}: there is no training log here")
     entries: dict[int, tuple[float, float]] = {}
-    for number, line in enumerate(log.read_text().splitlines(), start=1):
+    for number, line in text_lines(log, "training log"):
         try:
             entry = json.loads(line)
             if entry.get("loss") is not None:  # nothing, or the null of a loss that was not finite

@@ -14,6 +14,7 @@ from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard
 from far_scale.data.shards.manifest import MANIFEST_NAME
 from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.typed import classes_differ
 from far_scale.data.video.pictures import fit
 from far_scale.data.video.videos import find_videos, read_video
 from far_scale.errors import UserError
@@ -119,8 +120,8 @@ def shard_episodes(
     Raises:
         UserError: a set of another autoencoder or latent shape, too few frames, or without the conditions needed.
     """
-    actions = config.actions > 0 and wanted.conditioned
-    _check_set(shards, card, actions)
+    actions, labels = (count > 0 and wanted.conditioned for count in (config.actions, config.labels))
+    _check_set(shards, card, actions, labels)
     counts = enumerate(shards.samples_per_shard)
     places = [(shard, sample) for shard, n in counts for sample in range(n)][: wanted.episodes]
     lengths = [
@@ -129,13 +130,13 @@ def shard_episodes(
     given, known = _given_and_known(lengths, card.frame_stride, config.window, wanted, actions)
     samples = [shards.read(shard, sample, frames=known, stride=card.frame_stride) for shard, sample in places]
     latents = torch.stack([sample.latents for sample in samples])
-    labels = [(sample.source, sample.label) for sample in samples]
+    own_labels = [(sample.source, sample.label) for sample in samples]
     return Episodes(
         keys=[sample.key for sample in samples],
         context=card.scaling.normalise(latents[:, :given]),
         truth=DecodedLatents(latents, autoencoder),
         actions=torch.stack([s.actions for s in samples if s.actions is not None]) if actions else None,
-        labels=_labels(labels) if config.labels and wanted.conditioned else None,
+        labels=_labels(own_labels) if labels else None,
         fps=samples[0].fps / card.frame_stride,
     )
 
@@ -172,7 +173,7 @@ def _given_and_known(
     return given, min(shortest, given + wanted.frames)
 
 
-def _check_set(shards: ShardSet, card: ModelCard, actions: bool) -> None:
+def _check_set(shards: ShardSet, card: ModelCard, actions: bool, labels: bool) -> None:
     manifest = shards.manifest
     if manifest.autoencoder.weight_hash != card.autoencoder.weight_hash:
         raise UserError(
@@ -187,6 +188,11 @@ def _check_set(shards: ShardSet, card: ModelCard, actions: bool) -> None:
         )
     if actions and not manifest.actions:
         raise UserError(f"{shards.folder}: the set has no actions and the model needs them; encode videos with actions")
+    if labels and (difference := classes_differ(manifest.classes, card.classes)) is not None:
+        raise UserError(
+            f"{shards.folder}: its classes are not the model's: {difference}; encode the videos with --classes-of the "
+            "set that the model was trained on"
+        )
 
 
 def _stack(actions: Sequence[np.ndarray]) -> Tensor:

@@ -32,11 +32,15 @@ class FilePrint(NamedTuple):
 
 
 class SourcePrint(NamedTuple):
-    """The fingerprints of a source's video, or latents, and of its file of actions, where it has one."""
+    """The fingerprints of a source's video, or latents, and of its file of actions, where it has one.
+
+    `relabelled`: its own label is not its folder's, so in its set the folders do not name the classes.
+    """
 
     key: str
     video: FilePrint
     actions: FilePrint | None
+    relabelled: bool = False
 
 
 def take_print(source: Source) -> SourcePrint:
@@ -68,7 +72,7 @@ def prints_of_shard(folder: Path, number: int) -> Path:
 
 def write_prints(path: Path, prints: Iterable[SourcePrint]) -> None:
     """Write fingerprints a line each, atomically; a file that is right already is left."""
-    text = "".join(json.dumps(one) + "\n" for one in prints)
+    text = "".join(json.dumps(one if one.relabelled else one[:3]) + "\n" for one in prints)
     if not path.exists() or path.read_text() != text:
         with atomic_write(path) as beside:
             beside.write_text(text)
@@ -81,7 +85,7 @@ def read_prints(path: Path) -> dict[str, SourcePrint]:
         UserError: it is spoilt.
     """
     try:
-        found = [_parse(line) for line in path.read_text().splitlines()]
+        found = [_parse(line) for line in path.read_text().split("\n") if line]
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, RecursionError):
@@ -92,10 +96,10 @@ def read_prints(path: Path) -> dict[str, SourcePrint]:
 
 
 def _parse(line: str) -> SourcePrint:
-    key, video, actions = json.loads(line)
-    if not isinstance(key, str):
+    key, video, actions, *relabelled = json.loads(line)
+    if not isinstance(key, str) or relabelled not in ([], [True]):
         raise TypeError
-    return SourcePrint(key, FilePrint(*video), None if actions is None else FilePrint(*actions))
+    return SourcePrint(key, FilePrint(*video), None if actions is None else FilePrint(*actions), bool(relabelled))
 
 
 def _of_file(path: Path) -> FilePrint:

@@ -7,7 +7,7 @@ by some and finished by others.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -107,7 +107,10 @@ def merge(job: Job, tasks: int, max_rejected: float) -> Manifest:
     indexes = [shard.index for shard in finished if shard.index is not None]
     if not indexes:
         raise UserError(f"{job.out}: all {len(rejects)} videos are rejected; {job.out / REJECTED_NAME} says why")
-    manifest = build_manifest(job.out, indexes, job.facts)
+    facts = job.facts
+    if any(one.relabelled for shard in finished for one in shard.prints):
+        facts = replace(facts, classes=None)  # videos have labels of their own, and the folders' names are not theirs
+    manifest = build_manifest(job.out, indexes, facts)
     if _written_manifest(job) != manifest:
         manifest.write(job.out)
     for number in range(job.shards):
