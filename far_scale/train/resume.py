@@ -217,7 +217,7 @@ class Resume:
             return Position()
         check_fits(where, state, self._recipe, self._plan)
         if self._recipe.model.condition == "label":
-            _check_classes(where, state, {**card, **stage_cards.get(state["stage"], {})})
+            check_same_classes(where, state, {**card, **stage_cards.get(state["stage"], {})})
         self._compare(where, state, {**card, **stage_cards.get(state["stage"], {})}, accept_changes)
         if later is not None:
             local.load(where, later, *who, own)
@@ -285,7 +285,7 @@ def identity(run: Path, processes: Processes) -> str:
     return gather(own, processes.host_group)[0]
 
 
-def _check_classes(where: Path, state: dict[str, Any], now: dict[str, Any]) -> None:
+def check_same_classes(where: Path, state: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises UserError where the labels of the run's data are other classes than those of the checkpoint."""
     if (difference := classes_differ(now.get("classes"), state.get("classes"))) is not None:
         raise UserError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,11 +25,14 @@ _END_BYTES = 1 << 16
 
 
 class FilePrint(NamedTuple):
-    """A file's size, the time of its last change, and a hash of its first and last 64 KB."""
+    """A file's size, the time of its last change, and a hash of its first and last 64 KB; of none, `_MISSING`."""
 
     bytes: int
     mtime_ns: int
     ends: str
+
+
+_MISSING = FilePrint(0, 0, "")
 
 
 class SourcePrint(NamedTuple):
@@ -47,7 +51,7 @@ def take_print(source: Source) -> SourcePrint:
     """What the source's files are now.
 
     Raises:
-        UserError: one is not there or cannot be read.
+        UserError: one cannot be read.
     """
     return SourcePrint(source.key, _of_file(source.path), None if source.actions is None else _of_file(source.actions))
 
@@ -56,7 +60,7 @@ def changed_file(source: Source, before: SourcePrint) -> Path | None:
     """The first of the source's files that is not what it was, or None.
 
     Raises:
-        UserError: one is not there or cannot be read.
+        UserError: one is not there any more or cannot be read.
     """
     if _differs(source.path, before.video):
         return source.path
@@ -103,11 +107,15 @@ def _parse(line: str) -> SourcePrint:
 
 
 def _of_file(path: Path) -> FilePrint:
+    if not path.exists():
+        return _MISSING
     status = _status(path)
     return FilePrint(status.st_size, status.st_mtime_ns, _ends(path))
 
 
 def _differs(path: Path, before: FilePrint) -> bool:
+    if before == _MISSING:
+        return path.exists()
     status = _status(path)
     if status.st_size != before.bytes:
         return True
@@ -116,11 +124,14 @@ def _differs(path: Path, before: FilePrint) -> bool:
 
 def _status(path: Path) -> os.stat_result:
     try:
-        return path.stat()
+        status = path.stat()
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; put it back, or take it out of the list") from None
     except OSError as error:
         raise _unreadable(path, error) from None
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited on for ever
+        raise UserError(f"{path}: is no plain file; take it out of the videos")
+    return status
 
 
 def _ends(path: Path) -> str:
@@ -135,4 +146,4 @@ def _ends(path: Path) -> str:
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror}); mend that and run again")
+    return UserError(f"{path}: cannot be read ({error.strerror}); fix that and run again")

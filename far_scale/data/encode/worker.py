@@ -28,6 +28,7 @@ from far_scale.data.video.latent_files import LATENTS_SUFFIX, read_latents
 from far_scale.data.video.pictures import Framing, to_pixels
 from far_scale.data.video.sources import Source
 from far_scale.data.video.videos import DEFAULT_FPS, BadVideo, Video, read_actions, read_label, read_video
+from far_scale.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -89,7 +90,7 @@ class Worker:
         """Encode one shard of these sources; write down what their files were, and which of them were rejected.
 
         Raises:
-            UserError: a video that does not fit into the set, or a full disk.
+            UserError: a file that cannot be read, or a full disk.
         """
         job, rejects = self._job, list[Reject]()
         write_shard(job.out, number, self._samples(number, sources, rejects), job.facts)
@@ -103,19 +104,28 @@ class Worker:
             for source in sources:
                 prints.append(take_print(source))  # before it is read: what changes from now on is found
                 try:
+                    for path in (source.path, source.actions):
+                        if path is not None and not path.is_file():
+                            raise BadVideo(f"{path}: there is no such file; put it back, or leave the video out")
                     one = self._read_latents(source) if source.path.suffix == LATENTS_SUFFIX else self._read(source)
                     if self._job.named_by_folder and one.label not in (None, source.folder_label):
                         prints[-1] = prints[-1]._replace(relabelled=True)
                     yield one
                 except BadVideo as error:
-                    yield Reject(source.name, source.key, str(error).removeprefix(f"{source.path}: "))
+                    yield _reject(source, error)
 
         with contextlib.closing(ahead(read())) as found:
             for one in found:
                 if isinstance(one, Reject):
                     rejects.append(one)
                 else:
-                    yield self._sample(one)
+                    sample = self._sample(one)
+                    try:
+                        self._job.facts.check(sample)
+                    except UserError as error:
+                        rejects.append(_reject(one.source, error))
+                    else:
+                        yield sample
                 self._progress(0, 1)
         write_prints(prints_of_shard(self._job.out, number), prints)  # before the shard's index, which ends the shard
 
@@ -190,3 +200,9 @@ class Worker:
                 latents.append(self._autoencoder.encode(to_pixels(part)).to(DTYPES[self._job.facts.latent_dtype]))
                 self._progress(len(part), 0)
             return torch.cat(latents).cpu()  # only here it waits for a GPU
+
+
+def _reject(source: Source, error: UserError) -> Reject:
+    """A reject for what is wrong with a source, said without its name."""
+    reason = str(error).removeprefix(f"{source.path}: ").removeprefix(f"{source.name}: ")
+    return Reject(source.name, source.key, reason)
