@@ -108,6 +108,7 @@ def test_folders_that_are_numbers_have_these(clip: Path, tmp_path: Path, encode:
     shutil.rmtree(videos / "01")
     assert labels_of(folders(videos, clip, "x"), 5) == {"0": 0, "1": 1, "10": 2, "2": 3, "x": 4}
     assert labels_of(folders(tmp_path / "nested", clip, "7/0", "7/1", "8/0"), 3) == {"7/0": 0, "7/1": 1, "8/0": 2}
+    assert labels_of(folders(tmp_path / "inner", clip, "train/2", "train/10"), 11) == {"train/2": 2, "train/10": 10}
     assert labels_of(folders(tmp_path / "one", clip, "3"), 4) == {"3": 3}
 
 
@@ -331,10 +332,11 @@ def test_classes_of_stages_checkpoints_and_models(tmp_path: Path) -> None:
     (tmp_path / "staged.yaml").write_text(
         f"""\
 extends: demo_cpu
-model: {{layers: 1, heads: 1, window: 4, condition: label, classes: 3, patch: 1}}
+model: {{layers: 1, heads: 1, window: 4, condition: label, classes: 3, patch: 1, channels: 4}}
 data: {{shards: {tmp_path}/one, autoencoder: some-autoencoder, latent_shape: [4, 2, 2], lanes: 2, frames: 4}}
 train: {{steps: null}}
 optimizer: {{warmup_steps: 1}}
+sample: {{given: 2}}
 curriculum:
   - {{steps: 2, shards: {tmp_path}/unknown}}
   - {{steps: 2, shards: {tmp_path}/other}}

@@ -49,6 +49,8 @@ def loss_curve(path: str | Path, log: str | Path) -> None:
 
 def _read_log(log: Path) -> dict[int, tuple[float, float]]:
     """(loss, learning rate) by step."""
+    if not log.is_file():
+        raise UserError(f"{log}: there is no training log here")
     entries: dict[int, tuple[float, float]] = {}
     for number, line in text_lines(log, "training log"):
         try:

@@ -63,7 +63,8 @@ class Found(NamedTuple):
     """Videos and the names of their classes.
 
     Each folder that holds videos is a class, and its name is its path below the folder that was named. Where all of
-    these are numbers, a class has the number of its folder, and else 0, 1, ... in the order of the names.
+    these are numbers, but for a beginning that all share, a class has the number of its folder, and else 0, 1, ... in
+    the order of the names.
 
     Attributes:
         sources: the videos, in their order.
@@ -161,51 +162,59 @@ def describe(
     """
     if not paths:
         raise UserError("--videos: there is no video here that can be read (.mp4, .avi, .mkv, .npz, ...)")
-    parents = {path.absolute().parent for path in paths}
-    shared = Path(os.path.commonpath(parents))
+    parents = [path.absolute().parent for path in paths]
+    shared, folders = Path(os.path.commonpath(parents)), sorted(set(parents))
+    above = shared if root is None else root.absolute()
+    if not shared.is_relative_to(above) or ".." in shared.relative_to(above).parts:
+        above = shared
+    numbers, names = _numbered(folders, above, shared, labels, classes)
     taken: dict[str, Path] = {}
     sources = []
-    for path in paths:
-        name = path.absolute().relative_to(shared)
+    for path, parent in zip(paths, parents, strict=True):
+        name = parent.relative_to(shared) / path.name
         if not is_path(name.as_posix()):
             raise UserError(f"{str(path)!a}: its name is not in UTF-8; rename it")
         key = re.sub(r"[^A-Za-z0-9_-]+", "_", str(name.with_suffix("")))[-_KEY_CHARACTERS:]
         if (other := taken.setdefault(key, path)) is not path:
             raise UserError(f"{path}: its sample would have the key {key}, as that of {other}; rename one of them")
-        sources.append(Source(path, name.as_posix(), key, None))
-    above = shared if root is None else root.absolute()
-    if not shared.is_relative_to(above) or ".." in shared.relative_to(above).parts:
-        above = shared
-    numbers, names = _numbered(sorted(parents), above, labels, classes)
-    sources = [replace(source, folder_label=numbers[source.path.absolute().parent]) for source in sources]
+        sources.append(Source(path, name.as_posix(), key, numbers[parent]))
     return Found(sources, names, by_folder=names is not None and classes is None)
 
 
 def _numbered(
-    folders: Sequence[Path], root: Path, labels: int, given: Sequence[str] | None
+    folders: Sequence[Path], root: Path, shared: Path, labels: int, given: Sequence[str] | None
 ) -> tuple[dict[Path, int | None], tuple[str, ...] | None]:
-    """The classes of folders below `root`, and the names of all classes."""
-    # A name that is typed, and one of a folder that was copied from macOS, may be composed differently.
-    names = {folder: unicodedata.normalize("NFC", folder.relative_to(root).as_posix()) for folder in folders}
+    """The classes of folders below `root`, where all lie in its folder `shared`, and the names of all classes."""
+    names = {folder: _class_name(folder.relative_to(root)) for folder in folders}
+    if given is None and list(names.values()) == ["."]:  # the videos lie side by side, and nothing names their class
+        return {folders[0]: 0}, None
+    # without what all have before their names, as `train/` where only that lies in the folder
+    short = {folder: _class_name(folder.relative_to(shared)) for folder in folders} if len(folders) > 1 else names
+    found: dict[Path, int | None] = {}
     if given is not None:
         known = {name: number for number, name in enumerate(given)}
-        names = {folder: root.name if name == "." else name for folder, name in names.items()}
-        found = {folder: known.get(name, known.get(_plain_number(name))) for folder, name in names.items()}
-        classes: tuple[str, ...] | None = tuple(given)
-    elif list(names.values()) == ["."]:  # the videos lie side by side, and nothing names their class
-        return {root: 0}, None
-    elif all(_NUMBER.fullmatch(name) for name in names.values()):
-        found = {folder: int(name) for folder, name in names.items()}
+        for folder in folders:
+            own = _class_name(Path(root.name)) if names[folder] == "." else short[folder]
+            fitting = (name for name in (names[folder], own, _plain_number(own)) if name in known)
+            found[folder] = known.get(next(fitting, ""))
+        classes = tuple(given)
+    elif all(_NUMBER.fullmatch(name) for name in short.values()):
+        found.update((folder, int(name)) for folder, name in short.items())
         classes = tuple(map(str, range(labels)))
     else:
         classes = tuple(dict.fromkeys(names.values()))
-        numbers = {name: number for number, name in enumerate(classes)}
-        found = {folder: numbers[name] for folder, name in names.items()}
+        known = {name: number for number, name in enumerate(classes)}
+        found.update((folder, known[name]) for folder, name in names.items())
     first: dict[int, Path] = {}
     for folder, number in found.items():
         if labels and number is not None and (other := first.setdefault(number, folder)) is not folder:
             raise UserError(f"{other} and {folder}: are both class {number}, {names[folder]}; rename one, or join them")
     return found, classes
+
+
+def _class_name(folder: Path) -> str:
+    """A folder's path as a class is called, whether it was typed or comes from macOS, which composes letters otherwise."""
+    return unicodedata.normalize("NFC", folder.as_posix())
 
 
 def _plain_number(name: str) -> str:
@@ -239,7 +248,7 @@ def check_folders(where: str | Path, found: Found, labels: int, given: Sequence[
         if number >= labels:
             fix = "raise --labels, or give --classes, a file of the folders' names, one a line"
             raise UserError(f"{folder}: is class {number}, and --labels {labels} has 0 to {labels - 1}; {fix}")
-    folders = len({source.path.absolute().parent for source in of_folder})
+    folders = len({source.path.parent for source in of_folder})
     own = found.classes is None and all(source.label_file for source in of_folder)
     if given is not None and len(given) != labels:
         say_warning(f"{where}: {len(given)} class names, but --labels {labels}")
