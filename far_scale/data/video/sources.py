@@ -213,7 +213,7 @@ def _numbered(
 
 
 def _class_name(folder: Path) -> str:
-    """A folder's path as a class is called, whether it was typed or comes from macOS, which composes letters otherwise."""
+    """A folder's path as the class is called, the same for letters that macOS and others compose differently."""
     return unicodedata.normalize("NFC", folder.as_posix())
 
 
