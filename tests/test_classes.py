@@ -17,6 +17,7 @@ from latent_sets import FACTS, read_all, write_set
 from launch import ROOT
 from refusal import refused
 
+from far_scale.convert import zero
 from far_scale.convert.model_dir import ModelCard, TrainingCard, read_config, save_model_dir
 from far_scale.data.packs.mixture import open_shards
 from far_scale.data.packs.scaling import LatentScaling
@@ -31,6 +32,7 @@ from far_scale.model import FAR, FARConfig
 from far_scale.recipe import load_recipe
 from far_scale.recipe_sections import WeightedShards
 from far_scale.sampling.episodes import Wanted, find_episodes
+from far_scale.train import resume
 from far_scale.train.curriculum import stages
 from far_scale.train.faults.events import Events
 from far_scale.train.processes import Processes
@@ -110,6 +112,10 @@ def test_folders_that_are_numbers_have_these(clip: Path, tmp_path: Path, encode:
     assert labels_of(folders(tmp_path / "nested", clip, "7/0", "7/1", "8/0"), 3) == {"7/0": 0, "7/1": 1, "8/0": 2}
     assert labels_of(folders(tmp_path / "inner", clip, "train/2", "train/10"), 11) == {"train/2": 2, "train/10": 10}
     assert labels_of(folders(tmp_path / "one", clip, "3"), 4) == {"3": 3}
+    assert labels_of(folders(tmp_path / "alone", clip, "train/3"), 4) == {"train/3": 3}
+    assert find_labelled(tmp_path / "one" / "3", labels=1).classes is None  # named itself, it is no class
+    (tmp_path / "list.csv").write_text("video\nvideos/2/1.mp4\nvideos/10/1.mp4\n")
+    assert [source.folder_label for source in find_labelled(tmp_path / "list.csv", labels=11).sources] == [10, 2]
 
 
 def test_held_out_folders_have_the_classes_of_the_training(
@@ -325,7 +331,7 @@ def test_how_names_differ() -> None:
     assert classes_differ(["a"], ["a", "b\n"]) == "class 1 is missing, there 'b\\n'"
 
 
-def test_classes_of_stages_checkpoints_and_models(tmp_path: Path) -> None:
+def test_classes_of_stages_checkpoints_and_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets of one run must agree, and with its checkpoint and model; a set without names fits all."""
     for name, classes in {"one": ("x", "y", "z"), "other": ("y", "x", "z"), "unknown": None}.items():
         write_set(tmp_path / name, [9] * 8, 4, replace(FACTS, actions=0, classes=classes))
@@ -354,6 +360,13 @@ curriculum:
     assert now["classes"] == ["y", "x", "z"]
     refused(lambda: check_same_classes(tmp_path, {"classes": ["x", "y", "z"]}, now), "class 0 is 'y', there 'x'")
     check_same_classes(tmp_path, {}, now)  # a checkpoint of before there were names
+    recipe = load_recipe(tmp_path / "staged.yaml")
+    with monkeypatch.context() as patch:  # neither --accept-changes nor anything else lets it go on
+        patch.setattr(resume, "pieces", lambda *_: {})
+        patch.setattr(resume, "check_fits", lambda *_: None)
+        patch.setattr(resume.checkpoint, "read_state", lambda _: {"stage": 1, "classes": ["x", "y", "z"]})
+        going_on = resume.Resume(recipe, stages(recipe), alone, Events(tmp_path, False))
+        refused(lambda: going_on.restore(2, None, None, None, {}, {1: now}, True), "step-00000002", "class 0 is 'y'")
 
     config = FARConfig(layers=1, heads=1, channels=4, window=4, labels=3)
     manifest = Manifest.read(tmp_path / "one")
@@ -369,6 +382,18 @@ curriculum:
     assert read_config(tmp_path / "model") == (config, card)
     save_model_dir(tmp_path / "model", config, FAR(config).state_dict(), card.model_copy(update={"classes": None}))
     assert "classes" not in (tmp_path / "model" / "config.json").read_text()
+
+    state = {
+        "autoencoder": FACTS.autoencoder.model_dump(),
+        "scaling": card.scaling.to_dict(),
+        "latent_shape": [4, 2, 2],
+    }
+    state |= {"fps": 8.0, "frame_stride": 1, "step": 2, "recipe_hash": "r", "versions": {"far_scale": "0"}}
+    state |= {"model": config.to_dict(), "classes": ["x", "y", "z"]}
+    monkeypatch.setattr(zero, "_find", lambda *_: (tmp_path, state))
+    monkeypatch.setattr(zero, "_read_weights", lambda *_: FAR(config).state_dict())
+    zero.export("run", None, "ema", tmp_path / "exported")
+    assert read_config(tmp_path / "exported")[1].classes == ("x", "y", "z")
 
     def sampled(name: str, conditioned: bool = True) -> None:
         find_episodes(tmp_path / name, config, card, None, Wanted(2, 2, 2, conditioned))  # type: ignore[arg-type]

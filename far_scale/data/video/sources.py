@@ -189,12 +189,13 @@ def _numbered(
     if given is None and list(names.values()) == ["."]:  # the videos lie side by side, and nothing names their class
         return {folders[0]: 0}, None
     # without what all have before their names, as `train/` where only that lies in the folder
-    short = {folder: _class_name(folder.relative_to(shared)) for folder in folders} if len(folders) > 1 else names
+    before = shared if len(folders) > 1 else shared.parent
+    short = {folder: _class_name(folder.relative_to(before)) for folder in folders}
     found: dict[Path, int | None] = {}
     if given is not None:
         known = {name: number for number, name in enumerate(given)}
         for folder in folders:
-            own = _class_name(Path(root.name)) if names[folder] == "." else short[folder]
+            own = _class_name(Path(folder.name)) if names[folder] == "." else short[folder]
             fitting = (name for name in (names[folder], own, _plain_number(own)) if name in known)
             found[folder] = known.get(next(fitting, ""))
         classes = tuple(given)
