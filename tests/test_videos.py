@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from far_scale.data.demo.episodes import record_episode
-from far_scale.data.video.videos import SUFFIXES, BadVideo, Video, find_videos, read_actions, read_video, write_mp4
+from far_scale.data.video.find import SUFFIXES, find_videos
+from far_scale.data.video.videos import BadVideo, Video, read_actions, read_video, write_mp4
 from far_scale.errors import UserError
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from far_scale.errors import UserError
-from far_scale.files import atomic_write, text_lines
+from far_scale.files import atomic_write
 
 
 def loss_curve(path: str | Path, log: str | Path) -> None:
@@ -52,7 +52,7 @@ def _read_log(log: Path) -> dict[int, tuple[float, float]]:
     if not log.is_file():
         raise UserError(f"{log}: there is no training log here")
     entries: dict[int, tuple[float, float]] = {}
-    for number, line in text_lines(log, "training log"):
+    for number, line in enumerate(log.read_text().splitlines(), start=1):
         try:
             entry = json.loads(line)
             if entry.get("loss") is not None:  # nothing, or the null of a loss that was not finite

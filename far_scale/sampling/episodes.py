@@ -120,23 +120,25 @@ def shard_episodes(
     Raises:
         UserError: a set of another autoencoder or latent shape, too few frames, or without the conditions needed.
     """
-    actions, labels = (count > 0 and wanted.conditioned for count in (config.actions, config.labels))
-    _check_set(shards, card, actions, labels)
+    actions = config.actions > 0 and wanted.conditioned
+    _check_set(shards, card, actions)
     counts = enumerate(shards.samples_per_shard)
     places = [(shard, sample) for shard, n in counts for sample in range(n)][: wanted.episodes]
     lengths = [
         (f"{shards.folder}: sample {place[1]} of shard {place[0]}", shards.frames_of(*place)) for place in places
     ]
+    if config.labels and wanted.conditioned:
+        _check_classes(shards, card)
     given, known = _given_and_known(lengths, card.frame_stride, config.window, wanted, actions)
     samples = [shards.read(shard, sample, frames=known, stride=card.frame_stride) for shard, sample in places]
     latents = torch.stack([sample.latents for sample in samples])
-    own_labels = [(sample.source, sample.label) for sample in samples]
+    labels = [(sample.source, sample.label) for sample in samples]
     return Episodes(
         keys=[sample.key for sample in samples],
         context=card.scaling.normalise(latents[:, :given]),
         truth=DecodedLatents(latents, autoencoder),
         actions=torch.stack([s.actions for s in samples if s.actions is not None]) if actions else None,
-        labels=_labels(own_labels) if labels else None,
+        labels=_labels(labels) if config.labels and wanted.conditioned else None,
         fps=samples[0].fps / card.frame_stride,
     )
 
@@ -173,7 +175,7 @@ def _given_and_known(
     return given, min(shortest, given + wanted.frames)
 
 
-def _check_set(shards: ShardSet, card: ModelCard, actions: bool, labels: bool) -> None:
+def _check_set(shards: ShardSet, card: ModelCard, actions: bool) -> None:
     manifest = shards.manifest
     if manifest.autoencoder.weight_hash != card.autoencoder.weight_hash:
         raise UserError(
@@ -188,7 +190,10 @@ def _check_set(shards: ShardSet, card: ModelCard, actions: bool, labels: bool) -
         )
     if actions and not manifest.actions:
         raise UserError(f"{shards.folder}: the set has no actions and the model needs them; encode videos with actions")
-    if labels and (difference := classes_differ(manifest.classes, card.classes)) is not None:
+
+
+def _check_classes(shards: ShardSet, card: ModelCard) -> None:
+    if (difference := classes_differ(shards.manifest.classes, card.classes)) is not None:
         raise UserError(
             f"{shards.folder}: its classes are not the model's: {difference}; encode the videos with --classes-of the "
             "set that the model was trained on"

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from far_scale.data.video.find import SUFFIXES, find_videos
 from far_scale.data.video.official_lists import is_path, label_number, read_official_list
-from far_scale.data.video.videos import SUFFIXES, find_videos, read_label
+from far_scale.data.video.videos import read_label
 from far_scale.errors import UserError, say_warning
 from far_scale.files import text_lines
 
