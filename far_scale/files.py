@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -84,6 +85,31 @@ class LineFile:
             self._kept.clear()
 
 
+def text_lines(path: str | Path, what: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text file in UTF-8 that are not empty, with their numbers, without space and marks around them.
+
+    Lines end at line feeds and carriage returns alone: U+2028 and others may stand in a string.
+
+    Raises:
+        UserError: the file, which is `what`, is not there, or is no text in UTF-8.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such {what}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); fix that and run again") from None
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path}: is in UTF-16, as Excel's Unicode text; save it in UTF-8")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: no text in UTF-8 ({error.reason}); write it anew") from None
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
+        if stripped := line.strip(" \t\ufeff"):  # files that were joined have byte order marks inside
+            yield number, stripped
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as JSON, atomically."""
     with atomic_write(path) as beside:
@@ -97,7 +123,7 @@ def read_json(path: str | Path, what: str) -> Any:
         UserError: the file is not there or is no JSON.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no {what} here") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from far_scale.data.demo.episodes import record_episode
-from far_scale.data.video.videos import BadVideo, Video, find_videos, read_actions, read_video, write_mp4
+from far_scale.data.video.find import SUFFIXES, find_videos
+from far_scale.data.video.videos import BadVideo, Video, read_actions, read_video, write_mp4
 from far_scale.errors import UserError
 
 
@@ -241,3 +242,113 @@ def test_find_videos(tmp_path: Path) -> None:
         find_videos(tmp_path / "none")
     with pytest.raises(UserError, match="no such file or folder"):
         find_videos(tmp_path / "absent")
+
+
+def below(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in find_videos(folder)]
+
+
+def test_linked_folders_are_entered_but_never_round_in_a_circle(tmp_path: Path) -> None:
+    store, root = tmp_path / "store", tmp_path / "root"
+    for file in (store / "c" / "1.mp4", store / "other" / "2.mp4", root / "a" / "deep" / "3.mp4"):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x")
+    (root / "c").symlink_to("../store/c")
+    (root / "d").symlink_to(store / "c")  # the same folder by another name
+    (root / "a" / "file.mp4").symlink_to(store / "c" / "1.mp4")
+    assert below(root) == ["a/deep/3.mp4", "a/file.mp4", "c/1.mp4", "d/1.mp4"]
+    (root / "a" / "deep" / "up").symlink_to("..")
+    (root / "a" / "itself").symlink_to(".")
+    (root / "a" / "above").symlink_to("../..")  # all that root lies in leads back to it, too
+    (store / "c" / "store").symlink_to("..")
+    (store / "c" / "root").symlink_to(root)
+    (root / "a" / "c").symlink_to("../c")  # a link to a link
+    assert below(root) == ["a/c/1.mp4", "a/deep/3.mp4", "a/file.mp4", "c/1.mp4", "d/1.mp4"]
+    (tmp_path / "way").symlink_to(root)
+    assert below(tmp_path / "way") == below(root)
+    (root / "e").symlink_to("../store/gone")
+    with pytest.raises(UserError, match=r"root/e: this link leads nowhere.*\(../store/gone\)"):
+        find_videos(root)
+    (root / "e").unlink()
+    (root / "e").symlink_to("e")
+    with pytest.raises(UserError, match="root/e: this link leads nowhere"):
+        find_videos(root)
+
+
+def test_two_folders_that_link_to_one_another(tmp_path: Path) -> None:
+    for one, other in ("ab", "ba"):
+        (tmp_path / one).mkdir()
+        (tmp_path / one / f"{one}.mp4").write_bytes(b"x")
+        (tmp_path / one / "link").symlink_to(f"../{other}")
+    assert below(tmp_path) == ["a/a.mp4", "a/link/b.mp4", "b/b.mp4", "b/link/a.mp4"]
+
+
+def test_hidden_folders_are_skipped_at_any_depth(tmp_path: Path) -> None:
+    for name in (".Trash-1000/1.mp4", "a/.thumbs/2.mp4", "a/b/.x.mp4", "a/b/3.mp4", ".own/4.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / ".linked").symlink_to("a")
+    (tmp_path / ".gone").symlink_to("nowhere")
+    assert below(tmp_path) == ["a/b/3.mp4"]
+    assert below(tmp_path / ".own") == ["4.mp4"]  # which was asked for
+
+
+def test_what_is_passed_over_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (
+        "v.mp4",
+        "1.docx",
+        "deep/2.DOCX",
+        "3.zip",
+        "v.npy",
+        "list.csv",
+        "t.txt",
+        "l.json",
+        ".x.zip",
+        ".h/4.zip",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    for _ in range(2):
+        assert below(tmp_path) == ["v.mp4"]
+    assert capsys.readouterr().err == f"warning: {tmp_path}: passed over: 3 files (.docx 2, .zip 1)\n"  # once
+    (tmp_path / "v.mp4").unlink()
+    (tmp_path / "deep" / "README").write_bytes(b"x")
+    (tmp_path / "deep" / "a.\n").write_bytes(b"x")
+    said = (
+        r"no videos in this folder: passed over: 5 files \(\.docx 2, \.zip 1, other 1, without suffix 1\); they end in "
+    )
+    with pytest.raises(UserError, match=said):
+        find_videos(tmp_path)
+
+
+# what FFmpeg writes by itself, without libraries of others: by suffix the container and the codec
+CONTAINERS = {
+    "mp4": "mp4 mpeg4", "m4v": "mp4 mpeg4", "mov": "mov mpeg4", "qt": "mov mpeg4", "3gp": "3gp h263",
+    "3g2": "3g2 mpeg4", "f4v": "mov mpeg4", "avi": "avi mpeg4", "divx": "avi mpeg4", "mkv": "matroska mpeg4",
+    "mk3d": "matroska mpeg4", "flv": "flv flv1", "wmv": "asf wmv2", "asf": "asf wmv2", "mpg": "mpeg mpeg1video",
+    "mpeg": "mpeg mpeg2video", "mpe": "mpeg mpeg1video", "m1v": "mpeg1video mpeg1video", "m2v": "mpeg2video mpeg2video",
+    "vob": "vob mpeg2video", "ts": "mpegts mpeg2video", "m2t": "mpegts mpeg2video", "mts": "mpegts mpeg2video",
+    "m2ts": "mpegts mpeg2video", "mxf": "mxf mpeg2video", "nut": "nut mpeg4", "rm": "rm rv10", "rmvb": "rm rv20",
+    "mjpeg": "mjpeg mjpeg", "mjpg": "mjpeg mjpeg", "y4m": "yuv4mpegpipe rawvideo", "gif": "gif gif",
+    "apng": "apng apng",
+}  # fmt: skip
+BY_LIBRARIES = {"webm", "ogv", "ivf", "h264", "264", "hevc", "265", "npz"}  # VP8, Theora, H.264, H.265
+FORMATS = {"mjpeg": "yuvj420p", "gif": "rgb8", "apng": "rgb24"}
+
+
+def test_every_suffix_is_of_a_container_that_reads(tmp_path: Path) -> None:
+    assert {suffix[1:] for suffix in SUFFIXES} == set(CONTAINERS) | BY_LIBRARIES
+    for suffix, how in CONTAINERS.items():
+        (container_format, codec), path = how.split(), tmp_path / f"v.{suffix}"
+        with av.open(str(path), "w", format=container_format) as container:
+            stream = container.add_stream(codec, rate=25)
+            stream.width, stream.height = (176, 144)  # the smallest of H.263
+            stream.pix_fmt = FORMATS.get(codec, "yuv420p")
+            for shade in range(0, 240, 20):
+                frame = av.VideoFrame.from_ndarray(np.full((144, 176, 3), shade, np.uint8), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        frames = read_video(path).frames
+        assert frames.shape == (12, 144, 176, 3), suffix
+        assert np.abs(frames.mean((1, 2, 3)) - np.arange(0, 240, 20)).max() < 40, suffix
+    assert len(find_videos(tmp_path)) == len(CONTAINERS)

@@ -15,9 +15,11 @@ from pathlib import Path
 from far_scale.data.encode.plan import MAX_REJECTED, plan
 from far_scale.data.encode.rejects import REJECTED_NAME
 from far_scale.data.encode.tasks import encode_task, merge
+from far_scale.data.remote.store import manifest_text
+from far_scale.data.shards.manifest import Manifest
 from far_scale.data.video.pictures import Framing
-from far_scale.data.video.sources import find_sources, with_flips
-from far_scale.errors import command_line
+from far_scale.data.video.sources import find_labelled, read_class_names, with_flips
+from far_scale.errors import UserError, command_line
 
 
 def share(text: str) -> float:
@@ -33,6 +35,16 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def class_names(file: Path | None, of: str | None) -> tuple[str, ...] | None:
+    """The names of --classes or --classes-of, where one of them is given."""
+    if of is None:
+        return None if file is None else read_class_names(file)
+    classes = Manifest.parse(manifest_text(of), of).classes
+    if classes is None:
+        raise UserError(f"--classes-of {of}: this set has no names of classes; give --classes, a file of them")
+    return classes
 
 
 @command_line
@@ -57,8 +69,13 @@ def main() -> None:
     precision_help = "what the autoencoder computes in; officially bf16"
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help=precision_help)
     parser.add_argument("--actions", type=at_least(0), default=0, help="number of action classes; 0 stores no actions")
-    labels_help = "number of label classes; 0 stores no labels; a video without one has its folder's number"
+    labels_help = "number of label classes; 0 stores no labels, or with class names as many as these; a video without "
+    labels_help += "one has its folder's: the number that is its name, or its place among the folders' names"
     parser.add_argument("--labels", type=at_least(0), default=0, help=labels_help)
+    named = parser.add_mutually_exclusive_group()
+    classes_help = "a file of the classes' names, one a line: folders with these names are the classes 0, 1, ..."
+    named.add_argument("--classes", type=Path, help=classes_help)
+    named.add_argument("--classes-of", help="a shard set, such as that of the training: take its classes' names")
     parser.add_argument("--min-frames", type=at_least(1), default=1, help="reject videos that are shorter")
     rejected_help = "the largest share of videos that may be broken or too short; rejected.jsonl lists them"
     parser.add_argument("--max-rejected", type=share, default=MAX_REJECTED, help=rejected_help)
@@ -73,19 +90,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.tasks is None) != (arguments.task is None and not arguments.merge):
         parser.error("--tasks N goes with --task or --merge, and they with it")
-    sources = find_sources(arguments.videos, arguments.split)
+    names = class_names(arguments.classes, arguments.classes_of)
+    labels = arguments.labels or len(names or ())
+    found = find_labelled(arguments.videos, arguments.split, labels, names)
     job = plan(
-        with_flips(sources) if arguments.flip else sources,
+        with_flips(found.sources) if arguments.flip else found.sources,
         arguments.out,
         arguments.autoencoder,
         dtype=arguments.dtype,
         samples_per_shard=arguments.samples_per_shard,
         actions=arguments.actions,
-        labels=arguments.labels,
+        labels=labels,
         min_frames=arguments.min_frames,
         framing=Framing(arguments.size, arguments.resize, arguments.crop, arguments.frame_stride),
         device=None if arguments.merge else arguments.device,
         precision=arguments.precision,
+        classes=found.classes,
+        named_by_folder=found.by_folder,
     )
     if not arguments.merge:
         task, tasks = (0, 1) if arguments.task is None else (arguments.task, arguments.tasks)

@@ -23,7 +23,7 @@ from torch import Tensor
 from far_scale.convert.fit import check_fit, empty_model
 from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
-from far_scale.data.shards.typed import Digest, Positive, Typed, first_problem
+from far_scale.data.shards.typed import Digest, Positive, Typed, WithClasses, first_problem
 from far_scale.errors import UserError
 from far_scale.files import read_json, sync_folder
 from far_scale.model import FAR, FARConfig
@@ -60,7 +60,7 @@ class WeightsCard(Typed):
     training: ImportCard
 
 
-class ModelCard(Typed):
+class ModelCard(WithClasses):
     """What one has to know beside the model's shape to sample from its weights.
 
     Attributes:
@@ -69,6 +69,7 @@ class ModelCard(Typed):
         latent_shape: (C, H, W) of a frame latent.
         fps: frames a second of the videos trained on, or None where they differ.
         frame_stride: the model was trained on every n-th frame of them.
+        classes: the names of the labels' classes, or None where they are not known.
         training: where the weights come from, a run or an imported file.
     """
 

@@ -109,6 +109,7 @@ def import_file(
             latent_shape=manifest.latent_shape,
             fps=manifest.fps,
             frame_stride=frame_stride,
+            classes=manifest.classes,
             training=origin,
         )
     save_model_dir(out, config, state, card)

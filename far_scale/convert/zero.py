@@ -50,6 +50,7 @@ def export(run: str | Path, step: int | None, weights: Literal["ema", "model"], 
         latent_shape=tuple(state["latent_shape"]),
         fps=state["fps"],
         frame_stride=state["frame_stride"],
+        classes=None if state.get("classes") is None else tuple(state["classes"]),
         training=TrainingCard(
             step=state["step"],
             recipe_hash=state["recipe_hash"],

@@ -14,6 +14,7 @@ from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard
 from far_scale.data.shards.manifest import MANIFEST_NAME
 from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.typed import classes_differ
 from far_scale.data.video.pictures import fit
 from far_scale.data.video.videos import find_videos, read_video
 from far_scale.errors import UserError
@@ -126,6 +127,8 @@ def shard_episodes(
     lengths = [
         (f"{shards.folder}: sample {place[1]} of shard {place[0]}", shards.frames_of(*place)) for place in places
     ]
+    if config.labels and wanted.conditioned:
+        _check_classes(shards, card)
     given, known = _given_and_known(lengths, card.frame_stride, config.window, wanted, actions)
     samples = [shards.read(shard, sample, frames=known, stride=card.frame_stride) for shard, sample in places]
     latents = torch.stack([sample.latents for sample in samples])
@@ -187,6 +190,14 @@ def _check_set(shards: ShardSet, card: ModelCard, actions: bool) -> None:
         )
     if actions and not manifest.actions:
         raise UserError(f"{shards.folder}: the set has no actions and the model needs them; encode videos with actions")
+
+
+def _check_classes(shards: ShardSet, card: ModelCard) -> None:
+    if (difference := classes_differ(shards.manifest.classes, card.classes)) is not None:
+        raise UserError(
+            f"{shards.folder}: its classes are not the model's: {difference}; encode the videos with --classes-of the "
+            "set that the model was trained on"
+        )
 
 
 def _stack(actions: Sequence[np.ndarray]) -> Tensor:

@@ -15,6 +15,7 @@ from far_scale.convert.model_dir import load_model
 from far_scale.data.packs.mixture import MixtureManifest
 from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.typed import classes_differ
 from far_scale.errors import UserError
 from far_scale.model import FAR, FARConfig
 from far_scale.recipe import Recipe
@@ -69,6 +70,7 @@ def describe(
         manifest: of data.shards, whose autoencoder and scaling hold for all stages.
     """
     return {
+        **_named(manifest),
         "parameters": {name: list(shape) for name, shape in parameter_shapes(model).items()},
         "recipe": recipe.model_dump(mode="json"),
         "recipe_hash": recipe.hash(),
@@ -87,12 +89,18 @@ def describe(
 def describe_stage(stage: Stage, manifest: Manifest | MixtureManifest) -> dict[str, Any]:
     """The part of state.json that may change with the stage; `manifest` is that of the stage's shard set."""
     return {
+        **_named(manifest),
         "stage": stage.index,
         "model": stage.config.to_dict(),
         "latent_shape": list(manifest.latent_shape),
         "fps": manifest.fps,
         "shard_set": manifest.fingerprint(),
     }
+
+
+def _named(manifest: Manifest | MixtureManifest) -> dict[str, Any]:
+    """The names of the labels' classes, where they are known."""
+    return {} if manifest.classes is None else {"classes": list(manifest.classes)}
 
 
 def load_start_weights(model: FAR, folder: str) -> None:
@@ -228,6 +236,8 @@ class Resume:
         else:
             return Position()
         check_fits(where, state, self._recipe, self._plan)
+        if self._recipe.model.condition == "label":
+            check_same_classes(where, state, {**card, **stage_cards.get(state["stage"], {})})
         self._compare(where, state, {**card, **stage_cards.get(state["stage"], {})}, accept_changes)
         if later is not None:
             local.load(where, later, *who, own)
@@ -290,6 +300,15 @@ def identity(run: Path, processes: Processes, events: Events) -> str:
     if copied is not None:
         events.tell("copied", 0, copied)
     return own
+
+
+def check_same_classes(where: Path, state: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError where the labels of the run's data are other classes than those of the checkpoint."""
+    if (difference := classes_differ(now.get("classes"), state.get("classes"))) is not None:
+        raise UserError(
+            f"{where}: the classes of data.shards are not those of this checkpoint: {difference}; encode the videos "
+            "with --classes-of the set that it was trained on, or use another run_dir"
+        )
 
 
 def check_fits(folder: Path, state: dict[str, Any], recipe: Recipe, plan: list[Stage]) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from far_scale.data.packs.mixture import Mixture, MixtureManifest, open_shards
+from far_scale.data.packs.mixture import Mixture, MixtureManifest, check_classes, open_shards
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.remote.fetch import is_far
 from far_scale.data.remote.store import manifest_text
@@ -61,6 +61,12 @@ def open_sets(data: DataSection, plan: Sequence[Stage], processes: Processes, ev
         if where not in opened:
             opened[where] = _open(where, data, processes)
     own = all_ranks_or_raise(lambda: open_shards(data.shards, opened.__getitem__), processes)
+    by_label = [stage for stage in plan if stage.config.labels]
+    if by_label:
+        read = [
+            opened[where] for section in [data, *(stage.data for stage in by_label)] for where in places(section.shards)
+        ]
+        all_ranks_or_raise(lambda: check_classes((each.folder, each.manifest.classes) for each in read), processes)
     return OpenedSets(of_stages, own.manifest)
 
 

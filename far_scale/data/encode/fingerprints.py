@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,26 +25,33 @@ _END_BYTES = 1 << 16
 
 
 class FilePrint(NamedTuple):
-    """A file's size, the time of its last change, and a hash of its first and last 64 KB."""
+    """A file's size, the time of its last change, and a hash of its first and last 64 KB; of none, `_MISSING`."""
 
     bytes: int
     mtime_ns: int
     ends: str
 
 
+_MISSING = FilePrint(0, 0, "")
+
+
 class SourcePrint(NamedTuple):
-    """The fingerprints of a source's video, or latents, and of its file of actions, where it has one."""
+    """The fingerprints of a source's video, or latents, and of its file of actions, where it has one.
+
+    `relabelled`: its own label is not its folder's, so in its set the folders do not name the classes.
+    """
 
     key: str
     video: FilePrint
     actions: FilePrint | None
+    relabelled: bool = False
 
 
 def take_print(source: Source) -> SourcePrint:
     """What the source's files are now.
 
     Raises:
-        UserError: one is not there or cannot be read.
+        UserError: one cannot be read.
     """
     return SourcePrint(source.key, _of_file(source.path), None if source.actions is None else _of_file(source.actions))
 
@@ -52,7 +60,7 @@ def changed_file(source: Source, before: SourcePrint) -> Path | None:
     """The first of the source's files that is not what it was, or None.
 
     Raises:
-        UserError: one is not there or cannot be read.
+        UserError: one is not there any more or cannot be read.
     """
     if _differs(source.path, before.video):
         return source.path
@@ -68,7 +76,7 @@ def prints_of_shard(folder: Path, number: int) -> Path:
 
 def write_prints(path: Path, prints: Iterable[SourcePrint]) -> None:
     """Write fingerprints a line each, atomically; a file that is right already is left."""
-    text = "".join(json.dumps(one) + "\n" for one in prints)
+    text = "".join(json.dumps(one if one.relabelled else one[:3]) + "\n" for one in prints)
     if not path.exists() or path.read_text() != text:
         with atomic_write(path) as beside:
             beside.write_text(text)
@@ -81,7 +89,7 @@ def read_prints(path: Path) -> dict[str, SourcePrint]:
         UserError: it is spoilt.
     """
     try:
-        found = [_parse(line) for line in path.read_text().splitlines()]
+        found = [_parse(line) for line in path.read_text().split("\n") if line]
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, RecursionError):
@@ -92,18 +100,22 @@ def read_prints(path: Path) -> dict[str, SourcePrint]:
 
 
 def _parse(line: str) -> SourcePrint:
-    key, video, actions = json.loads(line)
-    if not isinstance(key, str):
+    key, video, actions, *relabelled = json.loads(line)
+    if not isinstance(key, str) or relabelled not in ([], [True]):
         raise TypeError
-    return SourcePrint(key, FilePrint(*video), None if actions is None else FilePrint(*actions))
+    return SourcePrint(key, FilePrint(*video), None if actions is None else FilePrint(*actions), bool(relabelled))
 
 
 def _of_file(path: Path) -> FilePrint:
+    if not path.exists():
+        return _MISSING
     status = _status(path)
     return FilePrint(status.st_size, status.st_mtime_ns, _ends(path))
 
 
 def _differs(path: Path, before: FilePrint) -> bool:
+    if before == _MISSING:
+        return path.exists()
     status = _status(path)
     if status.st_size != before.bytes:
         return True
@@ -112,11 +124,14 @@ def _differs(path: Path, before: FilePrint) -> bool:
 
 def _status(path: Path) -> os.stat_result:
     try:
-        return path.stat()
+        status = path.stat()
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; put it back, or take it out of the list") from None
     except OSError as error:
         raise _unreadable(path, error) from None
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited on for ever
+        raise UserError(f"{path}: is no plain file; take it out of the videos")
+    return status
 
 
 def _ends(path: Path) -> str:
@@ -131,4 +146,4 @@ def _ends(path: Path) -> str:
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror}); mend that and run again")
+    return UserError(f"{path}: cannot be read ({error.strerror}); fix that and run again")

@@ -23,7 +23,7 @@ from far_scale.data.shards.manifest import MANIFEST_NAME, AutoencoderInfo, Manif
 from far_scale.data.shards.writer import SetFacts
 from far_scale.data.video.latent_files import LATENTS_SUFFIX
 from far_scale.data.video.pictures import Framing
-from far_scale.data.video.sources import Source, describe
+from far_scale.data.video.sources import Source, check_folders, describe
 from far_scale.errors import UserError
 from far_scale.files import read_json, sync_folder, write_json
 
@@ -52,9 +52,22 @@ def encode_videos(
     Raises:
         UserError: see there.
     """
-    sources = describe(paths)
+    found = describe(paths, labels=labels)
+    if labels:
+        found = check_folders("videos", found, labels)
     job = plan(
-        sources, out, autoencoder_name, dtype, samples_per_shard, actions, labels, min_frames, Framing(size), device
+        found.sources,
+        out,
+        autoencoder_name,
+        dtype,
+        samples_per_shard,
+        actions,
+        labels,
+        min_frames,
+        Framing(size),
+        device,
+        classes=found.classes,
+        named_by_folder=found.by_folder,
     )
     encode_task(job, 0, 1, workers, max_rejected)
     return merge(job, 1, max_rejected)
@@ -72,6 +85,8 @@ def plan(
     framing: Framing,
     device: str | None,
     precision: Precision = "fp32",
+    classes: tuple[str, ...] | None = None,
+    named_by_folder: bool = False,
 ) -> Job:
     """Say what goes into which shard and keep it in the folder `out`, or find there that it was begun the same way.
 
@@ -85,6 +100,8 @@ def plan(
         framing: how frames become pictures; of latents, only its size and stride are of use.
         device: "cpu" or "cuda" (the workers are dealt out over the GPUs); None to merge, whatever it was encoded on.
         precision: what the autoencoder computes in.
+        classes: the names of the labels' classes, where they are known.
+        named_by_folder: whether these are the names of the videos' folders.
 
     Raises:
         UserError: a size that the autoencoder cannot take, what cannot be done with latents or with actions, or other
@@ -96,7 +113,9 @@ def plan(
     if actions and any(source.flip for source in sources):
         raise UserError("--flip: frames would turn left where their actions turn right; leave out --flip, or --actions")
     if not actions:  # files of actions that nobody reads may change, or be missing
-        sources = [replace(source, actions=None) for source in sources]
+        sources = [
+            source if labels and _has_label_beside(source) else replace(source, actions=None) for source in sources
+        ]
     _check_kind(sources, framing, precision)
     side = framing.size // autoencoder.downsample
     facts = SetFacts(
@@ -107,8 +126,11 @@ def plan(
         ),
         actions=actions,
         labels=labels,
+        classes=classes if labels else None,
     )
     kept = _kept_settings(Path(out))
+    if kept is not None and "classes" not in kept and named_by_folder and _numbered_as_before(sources):
+        facts, named_by_folder = replace(facts, classes=None), False  # begun before sets had names of their classes
     if device is None:
         if kept is None:
             raise UserError(f"{out}: nothing was encoded here yet; run the tasks first, then --merge")
@@ -123,9 +145,22 @@ def plan(
         framing=framing,
         min_frames=min_frames,
         precision=precision,
+        named_by_folder=named_by_folder,
     )
     _keep_settings(job)
     return job
+
+
+def _has_label_beside(source: Source) -> bool:
+    """Whether the file of its actions may hold its label."""
+    return source.label is None and source.actions is not None and source.label_file == source.actions
+
+
+def _numbered_as_before(sources: list[Source]) -> bool:
+    """Whether the folders' classes are 0, 1, ... in the order of their paths, as they were before sets had names."""
+    folders = sorted({source.path.absolute().parent for source in sources})
+    numbers = {folder: number for number, folder in enumerate(folders)}
+    return all(source.folder_label == numbers[source.path.absolute().parent] for source in sources)
 
 
 def _check_kind(sources: list[Source], framing: Framing, precision: Precision) -> None:
@@ -165,6 +200,9 @@ def _keep_settings(job: Job) -> None:
         "samples-per-shard": job.samples_per_shard,
         "device": job.device,
     }
+    if facts.classes is not None:
+        names = hashlib.sha256(json.dumps(facts.classes).encode()).hexdigest()
+        settings["classes"] = f"{len(facts.classes)} with fingerprint {names[:16]}"
     path = job.out / SETTINGS_NAME
     # Looked for before the settings are: a task that begins beside us writes its settings first and then shards.
     shards = any(job.out.glob("shard-*")) or (job.out / MANIFEST_NAME).exists()
@@ -173,10 +211,10 @@ def _keep_settings(job: Job) -> None:
             raise UserError(f"{job.out}: holds shards that this command did not make; encode into another folder")
         _write_once(path, settings)
     before = _kept_settings(job.out) or {}
-    for name, value in settings.items():
-        if before.get(name) != value:
+    for name in dict.fromkeys([*settings, "classes"]):
+        if before.get(name) != settings.get(name):
             raise UserError(
-                f"{job.out}: was encoded with {name} {before.get(name)}, not {value}; "
+                f"{job.out}: was encoded with {name} {before.get(name)}, not {settings.get(name)}; "
                 "encode into another folder, or remove this one first"
             )
 

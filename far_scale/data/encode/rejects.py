@@ -49,7 +49,7 @@ def read_rejects(folder: Path) -> dict[str, Reject]:
     found = {}
     for path in [folder / REJECTED_NAME, *sorted(folder.glob("rejected-*.jsonl"))]:
         try:
-            for line in path.read_text().splitlines():
+            for line in filter(None, path.read_text().split("\n")):
                 reject = Reject(**json.loads(line))
                 if not all(isinstance(text, str) for text in reject):
                     raise TypeError

@@ -7,7 +7,7 @@ by some and finished by others.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,8 +54,8 @@ def encode_task(job: Job, task: int, tasks: int, workers: int, max_rejected: flo
         max_rejected: the largest share of all the set's videos that may be rejected.
 
     Raises:
-        UserError: no such task; no GPU; too many rejects, as soon as that is certain; a video that does not fit into
-            the set, or has changed since a shard was made of it; a full disk.
+        UserError: no such task; no GPU; too many rejects, as soon as that is certain; a video that has changed since a
+            shard was made of it; a full disk.
     """
     if not 0 <= task < tasks:
         raise UserError(f"--task {task} of --tasks {tasks}: tasks count from 0 to {tasks - 1}")
@@ -107,7 +107,11 @@ def merge(job: Job, tasks: int, max_rejected: float) -> Manifest:
     indexes = [shard.index for shard in finished if shard.index is not None]
     if not indexes:
         raise UserError(f"{job.out}: all {len(rejects)} videos are rejected; {job.out / REJECTED_NAME} says why")
-    manifest = build_manifest(job.out, indexes, job.facts)
+    facts = job.facts
+    rejected = {reject.key for reject in rejects}
+    if any(one.relabelled and one.key not in rejected for shard in finished for one in shard.prints):
+        facts = replace(facts, classes=None)  # videos have labels of their own, and the folders' names are not theirs
+    manifest = build_manifest(job.out, indexes, facts)
     if _written_manifest(job) != manifest:
         manifest.write(job.out)
     for number in range(job.shards):

@@ -27,7 +27,8 @@ from far_scale.data.shards.writer import SetFacts, write_shard
 from far_scale.data.video.latent_files import LATENTS_SUFFIX, read_latents
 from far_scale.data.video.pictures import Framing, to_pixels
 from far_scale.data.video.sources import Source
-from far_scale.data.video.videos import DEFAULT_FPS, BadVideo, Video, read_actions, read_video
+from far_scale.data.video.videos import DEFAULT_FPS, BadVideo, Video, read_actions, read_label, read_video
+from far_scale.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,7 +37,10 @@ _FRAMES_AT_ONCE = 32  # fixed, since another batch size may round differently
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker must know; the shards' numbers and their sources are handed out one by one."""
+    """All that a worker must know; the shards' numbers and their sources are handed out one by one.
+
+    `named_by_folder`: the classes have the names of the videos' folders.
+    """
 
     out: Path
     sources: tuple[Source, ...]
@@ -47,6 +51,7 @@ class Job:
     framing: Framing
     min_frames: int
     precision: Precision
+    named_by_folder: bool = False
 
     @property
     def shards(self) -> int:
@@ -85,7 +90,7 @@ class Worker:
         """Encode one shard of these sources; write down what their files were, and which of them were rejected.
 
         Raises:
-            UserError: a video that does not fit into the set, or a full disk.
+            UserError: a file that cannot be read, or a full disk.
         """
         job, rejects = self._job, list[Reject]()
         write_shard(job.out, number, self._samples(number, sources, rejects), job.facts)
@@ -99,16 +104,28 @@ class Worker:
             for source in sources:
                 prints.append(take_print(source))  # before it is read: what changes from now on is found
                 try:
-                    yield self._read_latents(source) if source.path.suffix == LATENTS_SUFFIX else self._read(source)
+                    for path in (source.path, source.actions):
+                        if path is not None and not path.is_file():
+                            raise BadVideo(f"{path}: there is no such file; put it back, or leave the video out")
+                    one = self._read_latents(source) if source.path.suffix == LATENTS_SUFFIX else self._read(source)
+                    if self._job.named_by_folder and one.label not in (None, source.folder_label):
+                        prints[-1] = prints[-1]._replace(relabelled=True)
+                    yield one
                 except BadVideo as error:
-                    yield Reject(source.name, source.key, str(error).removeprefix(f"{source.path}: "))
+                    yield _reject(source, error)
 
         with contextlib.closing(ahead(read())) as found:
             for one in found:
                 if isinstance(one, Reject):
                     rejects.append(one)
                 else:
-                    yield self._sample(one)
+                    sample = self._sample(one)
+                    try:
+                        self._job.facts.check(sample)
+                    except UserError as error:
+                        rejects.append(_reject(one.source, error))
+                    else:
+                        yield sample
                 self._progress(0, 1)
         write_prints(prints_of_shard(self._job.out, number), prints)  # before the shard's index, which ends the shard
 
@@ -127,7 +144,7 @@ class Worker:
         if self._device.startswith("cuda"):
             pictures = pictures.pin_memory()  # so that the copy to the GPU waits for nothing
         kept = None if video.actions is None else torch.from_numpy(video.actions)
-        return _Read(source, pictures, kept, video.label, float(video.fps))
+        return _Read(source, pictures, kept, self._label(source, video.label), float(video.fps))
 
     def _read_latents(self, source: Source) -> _Read:
         facts, stride = self._job.facts, self._job.framing.stride
@@ -136,26 +153,40 @@ class Worker:
         if facts.actions and source.actions is not None:
             actions = torch.from_numpy(read_actions(source.actions, len(latents)))[::stride]
         self._check_length(source, len(latents[::stride]))
-        return _Read(source, latents[::stride], actions, None, DEFAULT_FPS / stride)
+        return _Read(source, latents[::stride], actions, self._label(source, None), DEFAULT_FPS / stride)
+
+    def _label(self, source: Source, own: int | None) -> int | None:
+        """The class of a source: of the list, else the video's own, else that beside it, else its folder's.
+
+        Raises:
+            BadVideo: it has none.
+        """
+        if not self._job.facts.labels:
+            return None
+        if source.label is not None:
+            return source.label
+        if own is None and source.actions is not None and source.label_file == source.actions:
+            own = read_label(source.actions)
+        if own is None and source.folder_label is None:
+            raise BadVideo(f"{source.path}: has no label, and its folder's name is none of the classes; give it one")
+        return own if own is not None else source.folder_label
 
     def _check_length(self, source: Source, frames: int) -> None:
         if frames < self._job.min_frames:
             raise BadVideo(f"{source.path}: {frames} frames, fewer than the {self._job.min_frames} of --min-frames")
 
     def _sample(self, read: _Read) -> Sample:
-        facts, source = self._job.facts, read.source
+        source = read.source
         if source.path.suffix == LATENTS_SUFFIX:
             latents = read.frames
             self._progress(len(latents), 0)
         else:
             latents = self._encode(read.frames)
-        given = source.label if source.label is not None else read.label
-        label = given if given is not None else source.folder_label
         return Sample(
             key=source.key,
             latents=latents,
             actions=read.actions,
-            label=label if facts.labels else None,
+            label=read.label,
             fps=read.fps,
             source=source.name,
         )
@@ -169,3 +200,9 @@ class Worker:
                 latents.append(self._autoencoder.encode(to_pixels(part)).to(DTYPES[self._job.facts.latent_dtype]))
                 self._progress(len(part), 0)
             return torch.cat(latents).cpu()  # only here it waits for a GPU
+
+
+def _reject(source: Source, error: UserError) -> Reject:
+    """A reject for what is wrong with a source, said without its name."""
+    reason = str(error).removeprefix(f"{source.path}: ").removeprefix(f"{source.name}: ")
+    return Reject(source.name, source.key, reason)

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.typed import classes_differ
 from far_scale.errors import UserError
 from far_scale.recipe_sections import Shards, shares
 
@@ -26,6 +27,7 @@ class MixtureManifest:
     Attributes:
         mean, std: per channel, of the latents as the mixture gives them: each set's count by its share.
         fps: None where the sets differ.
+        classes: the names of the labels' classes, where one of the sets has them.
         parts: fingerprint and share of each set.
     """
 
@@ -36,6 +38,7 @@ class MixtureManifest:
     actions: int
     labels: int
     fps: float | None
+    classes: tuple[str, ...] | None
     parts: tuple[tuple[str, float], ...]
 
     @staticmethod
@@ -48,6 +51,7 @@ class MixtureManifest:
         first = manifests[0]
         for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
             _check_alike(folders[0], first, folder, manifest)
+        classes = check_classes(zip(folders, (manifest.classes for manifest in manifests), strict=True))
         # The variance of a mixture: the mean of the squares less the square of the mean.
         mean = [math.fsum(p * m.mean[c] for p, m in zip(parts, manifests, strict=True)) for c in range(len(first.mean))]
         square = [
@@ -63,6 +67,7 @@ class MixtureManifest:
             actions=first.actions,
             labels=first.labels,
             fps=first.fps if len(rates) == 1 else None,
+            classes=classes,
             parts=tuple((manifest.fingerprint(), part) for manifest, part in zip(manifests, parts, strict=True)),
         )
 
@@ -127,6 +132,24 @@ def open_shards(shards: Shards, open_set: Callable[[str], ShardSet] = ShardSet.o
     if isinstance(shards, str):
         return open_set(shards)
     return Mixture([open_set(weighted.shards) for weighted in shards], shares(shards))
+
+
+def check_classes(sets: Iterable[tuple[Path | str, tuple[str, ...] | None]]) -> tuple[str, ...] | None:
+    """The names of the classes that all sets have, of which each is given with what messages call it.
+
+    Sets without names are not asked; None where no set has any.
+
+    Raises:
+        UserError: two sets have different names.
+    """
+    named = [(folder, classes) for folder, classes in sets if classes is not None]
+    for folder, classes in named[1:]:
+        if (difference := classes_differ(classes, named[0][1])) is not None:
+            raise UserError(
+                f"{folder} does not fit {named[0][0]}, with which it is trained on: {difference}; encode one of them "
+                f"with --classes-of the other, or train on one of them"
+            )
+    return named[0][1] if named else None
 
 
 def sets_of(source: ShardSet | Mixture) -> list[tuple[ShardSet, float]]:

@@ -19,6 +19,8 @@ from far_scale.data.shards.table import ShardTable
 from far_scale.errors import UserError
 from far_scale.files import atomic_write
 
+_CLASSES = 10  # that are named
+
 
 def describe(shard_set: ShardSet) -> str:
     """A shard set in a few lines: counts, sizes, conditions, autoencoder, statistics of the latents."""
@@ -33,12 +35,19 @@ def describe(shard_set: ShardSet) -> str:
             f"files:       {files}",
             f"samples:     {frames / manifest.samples:.1f} frames on average, {manifest.min_frames} at least, {rate}",
             f"latents:     {shape} (C x H x W) {manifest.latent_dtype}",
-            f"conditions:  {manifest.actions or 'no'} actions, {manifest.labels or 'no'} labels",
+            f"conditions:  {manifest.actions or 'no'} actions, {manifest.labels or 'no'} labels{_names(manifest)}",
             f"autoencoder: {info.name}, scaling factor {info.scaling_factor:g}, weights {info.weight_hash[:16]}",
             f"channels:    mean {min(manifest.mean):.3f} to {max(manifest.mean):.3f}, "
             f"deviation {min(manifest.std):.3f} to {max(manifest.std):.3f}",
         ]
     )
+
+
+def _names(manifest: Manifest) -> str:
+    if manifest.classes is None:
+        return ""
+    more = ", ..." if len(manifest.classes) > _CLASSES else ""
+    return f": {', '.join(f'{name!r:.80}' for name in manifest.classes[:_CLASSES])}{more}"
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from far_scale.data.shards.typed import (
     Positive,
     ShardFormat,
     Typed,
+    WithClasses,
     first_problem,
     read_small,
     write_small,
@@ -66,7 +67,7 @@ class AutoencoderInfo(Typed):
     scaling_factor: float
 
 
-class Manifest(Typed):
+class Manifest(WithClasses):
     """What a shard set is.
 
     Attributes:
@@ -75,6 +76,7 @@ class Manifest(Typed):
         mean, std: per channel, over all stored latents (population deviation).
         actions: number of action classes, 0 where frames have no action.
         labels: number of label classes, 0 where clips have no label.
+        classes: the names of the first of them or of all, or None where they are not known.
         fps: frames a second, or None where the videos differ.
     """
 
@@ -97,6 +99,8 @@ class Manifest(Typed):
             raise ValueError("a shard file is named twice")
         if self.shards.has_both_formats:
             raise ValueError("some shards are tars and some are MDS files")
+        if self.classes is not None and not len(set(self.classes)) == len(self.classes) <= self.labels:
+            raise ValueError(f"classes must be different names, {self.labels} at most")
         return self
 
     @property
@@ -158,7 +162,7 @@ class Manifest(Typed):
             UserError: it is not a manifest of this format.
         """
         try:
-            words = text.decode()
+            words = text.decode("utf-8-sig")
             found = _SHARDS.search(words)
             if found is None:
                 return Manifest.model_validate_json(words)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -34,6 +36,38 @@ class Typed(pydantic.BaseModel):
     """A frozen record that refuses unknown keys, implicit conversions, infinities and NaN."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class WithClasses(Typed):
+    """A record that may name the classes of its labels: files that do not, as all before there were names, stay so.
+
+    Attributes:
+        classes: the names of classes 0, 1, ..., or None where they are not known.
+    """
+
+    classes: tuple[Annotated[str, pydantic.Field(min_length=1)], ...] | None = None
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_unknown_classes(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = dump(self)
+        if self.classes is None:
+            values.pop("classes", None)
+        return values
+
+
+def classes_differ(own: Sequence[str] | None, other: Sequence[str] | None) -> str | None:
+    """How the names of two sets' classes differ, for an error: `class 1 is 'c', there 'b'`.
+
+    Returns:
+        None where they are the same, or one of them is not known.
+    """
+    if own is None or other is None or list(own) == list(other):
+        return None
+    for number, (one, two) in enumerate(itertools.zip_longest(own, other)):
+        if one != two:
+            own_name, other_name = (f"{name!r:.80}" if name else "missing" for name in (one, two))
+            return f"class {number} is {own_name}, there {other_name}"
+    return None
 
 
 def read_small(path: Path, most: int) -> bytes:

@@ -35,6 +35,7 @@ class SetFacts:
     autoencoder: AutoencoderInfo
     actions: int
     labels: int
+    classes: tuple[str, ...] | None = None
 
     def check(self, sample: Sample) -> None:
         """Refuse a sample that does not belong into the set.
@@ -159,6 +160,7 @@ def build_manifest(folder: Path, indexes: list[ShardIndex], facts: SetFacts) -> 
         autoencoder=facts.autoencoder,
         actions=facts.actions,
         labels=facts.labels,
+        classes=facts.classes,
         fps=rates.pop() if len(rates) == 1 else None,
         shards=ShardTable(shard_entry(folder, index) for index in indexes),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from far_scale.errors import UserError
 
 MAX_LIST_BYTES = 1 << 30  # a million videos take some 200 MB
 _KINDS = ("video_path", "latent_path")
+_NUMBER = re.compile(r"[0-9]{1,18}(\.0*)?")  # pandas writes 3.0 where a column has gaps
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,30 @@ def is_path(value: Any) -> bool:
         return False
 
 
+def label_number(label: Any, where: str) -> int | None:
+    """The class that a list gives a video at `where`, None where that is empty; `3`, `" 3"` and `3.0` are one.
+
+    Raises:
+        UserError: it is no number of a class.
+    """
+    number = label
+    if isinstance(number, str):
+        text = number.strip()
+        number = int(text.partition(".")[0]) if _NUMBER.fullmatch(text) else text or None
+    elif isinstance(number, float) and number.is_integer():
+        number = int(number)
+    if number is not None and (type(number) is not int or number < 0):
+        raise UserError(f"{where}: `label` is {label!r:.80}; it must be the number of a class, from 0")
+    return number
+
+
 def _rows(path: Path) -> list[Any]:
     try:
         if path.stat().st_size > MAX_LIST_BYTES:
             raise UserError(f"{path}: is larger than {MAX_LIST_BYTES} bytes; divide it")
         rows = json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend that and run again") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); fix that and run again") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: no JSON ({str(error)[:80]}); give one of the official code's data lists") from None
     if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
@@ -73,9 +92,7 @@ def _checked(path: Path, number: int, row: Any, kind: str) -> Listed:
     where = f"{path}: entry {number}"
     if not isinstance(row, dict) or not is_path(row.get(kind)):
         raise UserError(f"{where} has no path under `{kind}`, as the others have; give it one, or take it out")
-    label, actions = row.get("label"), row.get("action_path")
-    if label is not None and (type(label) is not int or label < 0):
-        raise UserError(f"{where}: `label` is {label!r:.40}; it must be the number of a class, from 0")
+    label, actions = label_number(row.get("label"), where), row.get("action_path")
     if actions is not None and not is_path(actions):
         raise UserError(f"{where}: `action_path` is {actions!r:.40}; it must be the path of a file")
     return Listed(Path(row[kind]), label, None if actions is None else Path(actions))

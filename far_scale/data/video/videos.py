@@ -7,7 +7,6 @@ frame f, taken between the frames f-1 and f; `actions[0]` is 0.
 from __future__ import annotations
 
 import itertools
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -21,10 +20,11 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from far_scale.data.video.find import SUFFIXES as SUFFIXES
+from far_scale.data.video.find import find_videos as find_videos
 from far_scale.errors import UserError
 from far_scale.files import atomic_write
 
-SUFFIXES = frozenset((".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v", ".gif", ".npz"))
 DEFAULT_FPS = 25.0  # of a file that does not say
 _FRAMES = ("frames", "video")  # in an .npz file: ours, TECO's
 _BLOCK = 32  # frames that are shrunk together
@@ -60,24 +60,17 @@ class Video:
     source: str
 
 
-def find_videos(path: str | Path) -> list[Path]:
-    """The videos at `path`: itself, if it is a file, or those in the folder and its folders, sorted by path.
+def read_label(path: Path) -> int | None:
+    """The `label` in an .npz file, of a video or beside one; None where it holds none.
 
     Raises:
-        UserError: there is nothing at `path`, or a folder without videos.
+        BadVideo: the file is broken, or its label is no class.
+        UserError: the file cannot be read.
     """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{path}: there is no such file or folder of videos")
-    # os.walk asks the system about no single file; a link that leads nowhere is found, and told when it is read
-    files = (Path(folder, name) for folder, _, names in os.walk(path, onerror=_refuse) for name in names)
-    # a name that begins with a dot is a file in the making (files.atomic_write), or hidden on purpose
-    found = [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
-    if not found:
-        raise UserError(f"{path}: no videos in this folder; they end in {', '.join(sorted(SUFFIXES))}")
-    return sorted(found)
+    label = _number(path, _arrays(path, ("label",)), "label", "iu")
+    if label is not None and label < 0:
+        raise BadVideo(f"{path}: `label` is {label}; classes count from 0")
+    return None if label is None else int(label)
 
 
 def read_video(
@@ -211,10 +204,6 @@ class _Kept:
             block = np.stack(self._waiting)
             self._done.append(block if self._shrink is None else self._shrink(block))
             self._waiting.clear()
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend that and run again")
 
 
 def _is_npz(path: Path) -> bool:
