@@ -10,6 +10,7 @@ the format, and one process can read any of it.
 
 from far_scale.train.checkpoint.folders import (
     damage,
+    fingerprint,
     latest_step,
     point_at,
     read_state,
@@ -17,6 +18,7 @@ from far_scale.train.checkpoint.folders import (
     step_folder,
     steps_to_try,
 )
+from far_scale.train.checkpoint.metadata import read_metadata
 from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy, load
 from far_scale.train.checkpoint.write import save
 
@@ -24,9 +26,11 @@ __all__ = [
     "FlatPiece",
     "HostCopy",
     "damage",
+    "fingerprint",
     "latest_step",
     "load",
     "point_at",
+    "read_metadata",
     "read_state",
     "save",
     "set_aside",
