@@ -114,7 +114,9 @@ def test_an_altered_byte_of_a_checkpoint_is_refused(runs: Path, tmp_path: Path) 
             refused(lambda target=target: export(tmp_path / "run", 7, "ema", target), "step-00000007")
         refused(lambda: export_official(tmp_path / "run", 7, "ema", tmp_path / "own.pth"), "step-00000007")
         if name in (".metadata", "__0_0.distcp"):
-            refused(lambda name=name: export(tmp_path / "run", 7, "ema", out), str(folder / name), "SHA-256")
+            refused(
+                lambda name=name: export(tmp_path / "run", 7, "ema", out), f"{folder}: damaged: {name}: ", "SHA-256"
+            )
         (folder / name).write_bytes(whole)
     assert not (tmp_path / "new").exists() and not (tmp_path / "own.pth").exists()
     assert export(tmp_path / "run", 7, "ema", tmp_path / "new") == 7

@@ -111,6 +111,9 @@ def _find(run: Path, step: int | None) -> tuple[Path, dict[str, Any], str]:
         raise UserError(f"{run}: there is no checkpoint in this run yet; train it first")
     folder = checkpoint.step_folder(run, step)
     state = checkpoint.read_state(folder)  # the more helpful of the errors
+    if (problem := checkpoint.damage(folder)) is not None:
+        what = problem.removeprefix(f"{folder}/")
+        raise UserError(f"{folder}: damaged: {what}; export another step, or copy this checkpoint again")
     return folder, state, checkpoint.fingerprint(folder)
 
 
