@@ -164,6 +164,15 @@ def test_a_damaged_or_foreign_checkpoint(trained: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
+def test_start_weights_for_a_finished_run_are_refused(trained: Path, recorded_shards: Path, tmp_path: Path) -> None:
+    start = [f"train.start_from={tmp_path / 'model'}", "--profile", "9"]
+    arguments = small_recipe(recorded_shards, trained, *SHORT)
+    error = the_error(train_alone(*arguments, *start))
+    assert "--profile 9: the run ends with step 2" in error
+    error = the_error(train_alone(*arguments, *start[:1]))
+    assert "train.start_from=" in error and "started from random weights; use another run_dir" in error
+
+
 def test_a_strangers_checkpoint_runs_nothing(trained: Path, recorded_shards: Path, tmp_path: Path) -> None:
     """Its metadata is a pickle that would make a file."""
     run, mark = tmp_path / "run", tmp_path / "mark"
