@@ -191,6 +191,7 @@ def test_the_tools(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         (("export_checkpoint.py", back, "--format", "official", "--out", tmp_path / "own.bin"), "name one"),
         (("import_checkpoint.py", run / "nothing.pth", "--out", back), "there is no such file"),
         (("import_checkpoint.py", out, "--patch", 0, "--out", back), "with patch=0"),
+        (("import_checkpoint.py", out, "--frame-stride", 0, "--out", back), "frame stride 0"),
     ):
         with pytest.raises(SystemExit) as stopped:
             tool(monkeypatch, *arguments)  # type: ignore[arg-type]

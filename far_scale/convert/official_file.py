@@ -93,6 +93,8 @@ def import_file(
     Raises:
         UserError: a file that is none or does not fit (the keys are named), or a shard set of other latents.
     """
+    if frame_stride < 1:
+        raise UserError(f"frame stride {frame_stride}: every n-th frame is taken; give 1 or more")
     state = read_official(path)
     try:
         config, state = to_far_scale(state, window, patch)

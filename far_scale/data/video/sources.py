@@ -228,4 +228,4 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}: there is no such list") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: no text in UTF-8 ({error.reason}); write it anew") from None
-    yield from ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+    yield from ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip())
