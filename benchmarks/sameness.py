@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from measure import Row
 
 from far_scale.train import checkpoint
@@ -62,7 +61,7 @@ def compare(run: Path, other: Path, steps: int) -> list[Row]:
 def _tensors(run: Path, steps: int, kind: str) -> dict[str, torch.Tensor]:
     """The tensors of one kind in the checkpoint after the last step."""
     folder = checkpoint.step_folder(run, steps)
-    stored = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    stored = checkpoint.read_metadata(folder).state_dict_metadata
     sizes = {name: entry.size.numel() for name, entry in stored.items() if name.split("/")[0] == kind}
     pieces = {name: FlatPiece(size, 0, torch.empty(size)) for name, size in sizes.items()}
     checkpoint.load(folder, pieces, alone=True)

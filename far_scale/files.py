@@ -7,7 +7,9 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -69,7 +71,7 @@ class LineFile:
     def append(self, value: Any) -> None:
         """Add a line, once it fits."""
         with self._lock:
-            self._kept.append(json.dumps(value) + "\n")
+            self._kept.append(_json(value) + "\n")
             data = "".join(self._kept).encode()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -111,9 +113,64 @@ def text_lines(path: str | Path, what: str) -> Iterator[tuple[int, str]]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as JSON, atomically."""
+    """Write `value` as JSON, atomically; a number that is not finite as null."""
     with atomic_write(path) as beside:
-        beside.write_text(json.dumps(value, indent=2) + "\n")
+        beside.write_text(_json(value, indent=2) + "\n")
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """JSON has no word for a number that is not finite, and Python's own NaN and Infinity stop other readers."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any] | None]:
+    """The objects in a file of JSON lines; None for a line that holds none, such as one that a crash cut short.
+
+    Lines end at a line feed alone: other characters that end a line in some texts may stand within a JSON string.
+    """
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    return [_json_object(line) for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def _json_object(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse a file that could not be written, before the work that it is to hold; leaves no trace.
+
+    Raises:
+        UserError: says why.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file to write")
+    made = [folder for folder in path.parents if not os.path.lexists(folder)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another place") from None
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def read_json(path: str | Path, what: str) -> Any:

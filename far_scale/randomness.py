@@ -10,6 +10,8 @@ import hashlib
 
 import numpy as np
 
+MAX_SEED = 2**64 - 1  # that PyTorch and the files of episodes take
+
 
 def generator(seed: int, purpose: str, step: int = 0, lane: int = 0) -> np.random.Generator:
     """A numpy generator at the counter block of (step, lane), under the key (seed, purpose).

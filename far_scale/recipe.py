@@ -47,7 +47,7 @@ class Recipe(Section):
 
     name: str
     """The run's name; not inherited by extends: without it, the file's name."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of all randomness: weights, order of samples, noise, timesteps, dropout."""
     run_dir: str = Field(default="runs/{name}", validate_default=True)
     """Folder for all that the run writes; {name} stands for the name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 from launch import ROOT, environment, launch, small_recipe
+from refusal import refused
+from strangers import Evil, seal_again
 
-from far_scale.convert.zero import export
+from far_scale.convert.zero import export, export_official
 from far_scale.errors import UserError
 from far_scale.hosts import host_name
 from far_scale.train import checkpoint
@@ -159,6 +162,29 @@ def test_a_damaged_or_foreign_checkpoint(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="format 'something/9', this version reads"):
         export(run, None, "ema", tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_start_weights_for_a_finished_run_are_refused(trained: Path, recorded_shards: Path, tmp_path: Path) -> None:
+    start = [f"train.start_from={tmp_path / 'model'}", "--profile", "9"]
+    arguments = small_recipe(recorded_shards, trained, *SHORT)
+    error = the_error(train_alone(*arguments, *start))
+    assert "--profile 9: the run ends with step 2" in error
+    error = the_error(train_alone(*arguments, *start[:1]))
+    assert "train.start_from=" in error and "started from random weights; use another run_dir" in error
+
+
+def test_a_strangers_checkpoint_runs_nothing(trained: Path, recorded_shards: Path, tmp_path: Path) -> None:
+    """Its metadata is a pickle that would make a file."""
+    run, mark = tmp_path / "run", tmp_path / "mark"
+    shutil.copytree(trained, run)
+    folder = checkpoint.step_folder(run, 2)
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
+    seal_again(folder)
+    refused(lambda: export(run, None, "ema", tmp_path / "model"), ".metadata", "system")
+    refused(lambda: export_official(run, None, "ema", tmp_path / "own.pth"), ".metadata", "system")
+    error = the_error(train_alone(*small_recipe(recorded_shards, run, *SHORT, "train.steps=3"), "--accept-changes"))
+    assert ".metadata: this is not the metadata of a checkpoint" in error and "system" in error
+    assert not mark.exists() and not (tmp_path / "model").exists() and not (tmp_path / "own.pth").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from launch import ROOT, environment, small_recipe
 from refusal import refused
 from zygote import Launch, Zygote
@@ -56,7 +55,7 @@ def losses(run: Path) -> list[float]:
 def tensors(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of the last checkpoint: weights, both moments, EMA."""
     folder = checkpoint.step_folder(run, STEPS)
-    stored = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    stored = checkpoint.read_metadata(folder).state_dict_metadata
     pieces = {name: FlatPiece(m.size.numel(), 0, torch.empty(m.size)) for name, m in stored.items()}
     checkpoint.load(folder, pieces, alone=True)
     return {name: piece.data for name, piece in pieces.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusal import refused
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -305,3 +306,98 @@ def test_a_run_is_reported_once_and_long_clips_by_fewer_episodes(
     for frames, episodes in ((160, 8), (2000, 1)):
         reported("model.context_patch=4", f"sample.frames={frames}")
         assert (sampled[-1]["frames"], sampled[-1]["episodes"]) == (frames, episodes)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with a recipe and a log, whose model is not of its recipe."""
+    (tmp_path / "run").mkdir()
+    small = ["data.frames=5", "sample.given=2", "sample.steps=1"]
+    load_recipe("demo_cpu", small).save(tmp_path / "run" / "recipe.yaml")
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 1.0, "learning_rate": 0.1}\n')
+    return tmp_path / "run"
+
+
+def test_a_report_is_kept_for_the_same_content_alone(
+    model: FAR, videos: Path, shards: ShardSet, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of videos and weights of the same names, too."""
+    sampled: list[object] = []
+
+    def watched(*arguments: object, **settings: object) -> dict[str, object]:
+        sampled.append(settings)
+        return evaluate(*arguments, **settings)
+
+    monkeypatch.setattr(reports, "evaluate", watched)
+    folder, out = tmp_path / "model", tmp_path / "out"
+    save_model_dir(folder, CONFIG, model.state_dict(), card())
+
+    def made_anew(source: Path = videos) -> bool:
+        before = len(sampled)
+        report = reports.report_run(run, folder, source, out)
+        assert json.loads((out / "metrics.json").read_text()) == report
+        return len(sampled) > before
+
+    assert made_anew() and not made_anew()
+    np.savez(videos / "episode_1.npz", frames=pixels(7, 12), actions=actions(7, 12), fps=8.0)
+    assert made_anew() and not made_anew()
+    save_model_dir(folder, CONFIG, model.state_dict(), card(scaling=LatentScaling((0.0,) * 3, (1.0,) * 3)))
+    assert made_anew() and not made_anew()
+    model.output.out.bias.data += 1
+    save_model_dir(folder, CONFIG, model.state_dict(), card())
+    assert made_anew() and not made_anew()
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 2, "loss": 0.5, "learning_rate": 0.1}\n')
+    assert made_anew() and not made_anew()
+    os.truncate(out / "samples.png", 10)
+    assert made_anew() and not made_anew()
+    (out / "metrics.json").write_text("[]")
+    assert made_anew() and not made_anew()
+    assert made_anew(Path(shards.folder)) and not made_anew(Path(shards.folder))
+    assert json.loads((out / "metrics.json").read_text())["truth"] == "decoded latents"
+
+
+def test_a_report_says_where_the_model_is_not_the_runs(
+    model: FAR, videos: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model_dir(tmp_path / "model", CONFIG, model.state_dict(), card(frame_stride=2))
+    reports.report_run(run, tmp_path / "model", videos, tmp_path / "out")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    for words in (
+        "model.layers 1, the recipe has 4",
+        "data.frame_stride 2, the recipe has 1",
+        "data.autoencoder means",
+    ):
+        assert any(words in line and str(run) in line for line in said), said
+
+
+def test_a_set_of_other_classes_than_the_models_is_refused(model: FAR, shards: ShardSet) -> None:
+    more = FAR(dataclasses.replace(CONFIG, actions=6))
+    refused(lambda: prepare(more, card(), shards, **SETTINGS), "4 actions, the model was trained on 6", "guidance -1")
+    assert prepare(more, card(), shards, **(SETTINGS | {"guidance": -1.0})).given == GIVEN
+
+
+@pytest.mark.parametrize("guidance", [float("inf"), float("nan"), float("-inf")])
+def test_a_guidance_that_is_no_number_is_refused(model: FAR, videos: Path, guidance: float) -> None:
+    refused(lambda: prepare(model, card(), videos, **(SETTINGS | {"guidance": guidance})), "guidance", "no meaning")
+
+
+def test_seeds_have_64_bits(model: FAR, videos: Path) -> None:
+    for seed in (2**64, -1):
+        refused(lambda seed=seed: prepare(model, card(), videos, **(SETTINGS | {"seed": seed})), "seed", "2^64 - 1")
+    assert prepare(model, card(), videos, **(SETTINGS | {"seed": 2**64 - 1})).seed == 2**64 - 1
+
+
+def test_samples_that_are_not_finite_are_refused(model: FAR, videos: Path, tmp_path: Path) -> None:
+    model.output.out.bias.data[0] = float("nan")
+    refused(lambda: evaluate(model, card(), videos, **SETTINGS, out=tmp_path / "out"), "frame 2", "not finite")
+    assert not (tmp_path / "out" / "metrics.json").exists() and not list(tmp_path.glob("out/*.mp4"))
+
+
+def test_a_model_of_frames_that_are_no_squares(model: FAR, videos: Path, tmp_path: Path) -> None:
+    """Video of its size is taken as it is; other video is not pressed into it."""
+    wide = card(latent_shape=(3, 2, 4))
+    np.savez(tmp_path / "wide.npz", frames=np.tile(pixels(0, 12), (1, 1, 2, 1)), actions=actions(0, 12), fps=8.0)
+    settings = SETTINGS | {"episodes": 1}
+    assert prepare(model, wide, tmp_path / "wide.npz", **settings).data.context.shape == (1, GIVEN, 3, 2, 4)
+    refused(lambda: prepare(model, wide, videos, **settings), "episode_0.npz", "16x16", "32x16", "shard set")

@@ -125,12 +125,17 @@ def test_a_shard_set_of_other_latents_is_refused(file: Path, tmp_path: Path) -> 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run of SMALL with a checkpoint of its parameters alone, as training writes it; the EMA is twice the weights."""
+    write_run(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def write_run(run: Path, step: int = 7, factor: float = 1.0) -> None:
+    """A checkpoint of SMALL's parameters alone, as training writes it: `factor` times `trained_state`; EMA twice."""
     parameters = {name: p for name, p in trained_state().items() if name in dict(FAR(SMALL).named_parameters())}
     pieces = {
-        f"{kind}/{name}": checkpoint.FlatPiece(tensor.numel(), 0, (factor * tensor).flatten())
+        f"{kind}/{name}": checkpoint.FlatPiece(tensor.numel(), 0, (times * factor * tensor).flatten())
         for name, tensor in parameters.items()
-        for kind, factor in (("weight", 1), ("ema", 2))
+        for kind, times in (("weight", 1), ("ema", 2))
     }
     state = {
         "model": SMALL.to_dict(),
@@ -145,8 +150,7 @@ def run(tmp_path: Path) -> Path:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # this process alone is meant
-        checkpoint.save(tmp_path / "run", 7, pieces, state, keep=1)
-    return tmp_path / "run"
+        checkpoint.save(run, step, pieces, state, keep=9)
 
 
 def trained_state() -> dict[str, torch.Tensor]:
@@ -187,6 +191,7 @@ def test_the_tools(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         (("export_checkpoint.py", back, "--format", "official", "--out", tmp_path / "own.bin"), "name one"),
         (("import_checkpoint.py", run / "nothing.pth", "--out", back), "there is no such file"),
         (("import_checkpoint.py", out, "--patch", 0, "--out", back), "with patch=0"),
+        (("import_checkpoint.py", out, "--frame-stride", 0, "--out", back), "frame stride 0"),
     ):
         with pytest.raises(SystemExit) as stopped:
             tool(monkeypatch, *arguments)  # type: ignore[arg-type]

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from launch import launch, small_recipe
 
 from far_scale.errors import UserError
-from far_scale.train.profiler import parse_steps
+from far_scale.train.processes import Processes
+from far_scale.train.profiler import Profiler, parse_steps
 
 
 def test_steps_are_one_or_a_first_and_a_last() -> None:
@@ -19,6 +21,19 @@ def test_steps_are_one_or_a_first_and_a_last() -> None:
     for wrong in ("", "0", "5:4", "x", "1:2:3"):
         with pytest.raises(UserError, match="first and the last as in 20:22"):
             parse_steps(wrong)
+    assert parse_steps("1:2", 2) == range(1, 3)
+    for late in ("3", "2:3", "5:6"):
+        with pytest.raises(UserError, match=f"--profile {late}: the run ends with step 2"):
+            parse_steps(late, 2)
+
+
+def test_steps_that_were_done_before_are_not_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = Processes(0, 1, torch.device("cpu"))
+    profiler = Profiler(range(2, 5), tmp_path, alone, done=3)
+    assert "goes on from step 3, so steps 2 to 4 are not traced" in capsys.readouterr().err
+    with profiler.watching(4):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_trace_of_the_chosen_steps(recorded_shards: Path, tmp_path: Path) -> None:

@@ -262,6 +262,7 @@ WRONG_VALUES = {
     "train.zero_stage=4": "train.zero_stage: must be 0, 1, 2 or 3, got 4",
     "optimizer.ema_decay=1.0": "optimizer.ema_decay: must be less than 1, got 1.0",
     "optimizer.ema_decay=-0.1": "optimizer.ema_decay: must be greater than or equal to 0, got -0.1",
+    "seed=18446744073709551616": "seed: must be less than 18446744073709551616, got 18446744073709551616",
     "optimizer.learning_rate=.nan": "optimizer.learning_rate: must be a finite number, got nan",
     "optimizer.betas=[0.9]": "optimizer.betas: its list is too short",
     "optimizer.betas=[0.9, 1.0]": "optimizer.betas: must be less than 1, got 1.0",

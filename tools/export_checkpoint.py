@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from far_scale.convert.zero import export, export_official
+from far_scale.convert.zero import export_if_needed, export_official
 from far_scale.errors import command_line
 
 
@@ -28,10 +28,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="model directory, or .pth file, to write")
     args = parser.parse_args()
     if args.format == "official":
-        what = export_official(args.source, args.step, args.weights, args.out)
-    else:
-        what = f"{args.weights} weights of step {export(args.source, args.step, args.weights, args.out)}"
-    print(f"{args.out}: {what} exported")
+        print(f"{args.out}: {export_official(args.source, args.step, args.weights, args.out)} exported")
+        return
+    step, written = export_if_needed(args.source, args.step, args.weights, args.out)
+    done = "exported" if written else "are there already, whole: not written again"
+    print(f"{args.out}: {args.weights} weights of step {step} {done}")
 
 
 if __name__ == "__main__":

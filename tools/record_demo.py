@@ -9,6 +9,7 @@ from pathlib import Path
 
 from far_scale.data.demo.episodes import record_episodes
 from far_scale.errors import UserError, command_line
+from far_scale.randomness import MAX_SEED
 
 
 @command_line
@@ -24,6 +25,10 @@ def main() -> None:
     for name, least in (("episodes", 1), ("frames", 1), ("seed", 0), ("workers", 1)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name} {getattr(arguments, name)}: it must be at least {least}")
+    if arguments.seed + arguments.episodes - 1 > MAX_SEED:
+        raise UserError(
+            f"--seed {arguments.seed}: the seeds of {arguments.episodes} episodes go past 2^64 - 1; lower it"
+        )
     seeds = range(arguments.seed, arguments.seed + arguments.episodes)
     paths = record_episodes(arguments.out, seeds, arguments.frames, arguments.workers)
     print(f"{arguments.out}: {len(paths)} episodes of {arguments.frames} frames")

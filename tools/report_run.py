@@ -14,7 +14,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Sample as the run's recipe says, and draw samples and loss curve.")
     parser.add_argument("run", type=Path, help="the run's folder, with recipe.yaml and log.jsonl in it")
     parser.add_argument("--model", type=Path, required=True, help="the model directory exported from the run")
-    parser.add_argument("--videos", type=Path, required=True, help="held-out videos: a file, or a folder of them")
+    parser.add_argument(
+        "--videos", type=Path, required=True, help="held-out videos: a file, a folder of them, or a shard set"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for samples, pictures and metrics.json")
     args = parser.parse_args()
     report = report_run(args.run, args.model, args.videos, args.out)

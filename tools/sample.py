@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from far_scale.errors import UserError, command_line
+from far_scale.files import check_writable
 from far_scale.sampling.evaluate import load_for_sampling, prepare, sample
 
 
@@ -41,6 +42,8 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    for suffix in (".mp4", ".png", ".json"):
+        check_writable(args.out.with_suffix(suffix))
     model, card = load_for_sampling(args.model_dir)
     settings = (args.given, args.frames, args.steps, args.guidance, args.seed, args.episodes)
     roll_out = prepare(model, card, args.context, *settings)

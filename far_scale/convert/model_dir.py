@@ -1,7 +1,8 @@
 """Model directories: what is exported, loaded and sampled from.
 
-A folder with `config.json` (the model's shape and its card) and `model.safetensors`, or, above 5 GB, with
-`model-00001-of-0000N.safetensors` files and `model.safetensors.index.json`, laid out as Hugging Face libraries do.
+A folder with `config.json` (the model's shape, its card, and size and SHA-256 of the other files) and
+`model.safetensors`, or, above 5 GB, with `model-00001-of-0000N.safetensors` files and `model.safetensors.index.json`,
+laid out as Hugging Face libraries do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,7 +26,7 @@ from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.typed import Digest, Positive, Typed, WithClasses, first_problem
 from far_scale.errors import UserError
-from far_scale.files import read_json, sync_folder
+from far_scale.files import read_json, sha256, sync_folder
 from far_scale.model import FAR, FARConfig
 from far_scale.tensor_files import save_tensors
 
@@ -38,12 +39,24 @@ OWN_FILES = re.compile(r"config\.json|model\.safetensors(\.index\.json)?|model-\
 
 
 class TrainingCard(Typed):
-    """Where the weights come from: the step, the recipe, which of the two sets, and the version that exported them."""
+    """Where the weights come from: the step, the recipe, which of the two sets, and the version that exported them.
+
+    Attributes:
+        checkpoint: what the exported checkpoint held (`checkpoint.fingerprint`); None of directories from before.
+    """
 
     step: Annotated[int, Field(ge=0)]
     recipe_hash: str
     weights: Literal["ema", "model"]
     far_scale: str
+    checkpoint: Digest | None = None
+
+
+class WeightsFile(Typed):
+    """Size and SHA-256 that a file of the weights was written with."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Digest
 
 
 class ImportCard(Typed):
@@ -88,13 +101,27 @@ class ModelCard(WithClasses):
 
 
 def is_model_dir(folder: str | Path) -> bool:
-    """Whether `folder` is a model directory, with nothing else in it."""
+    """Whether `folder` is a model directory, with nothing else in it; its files may be damaged or missing."""
     try:
-        config = json.loads((Path(folder) / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
+        text = (Path(folder) / CONFIG_FILE).read_text(errors="replace")
+        own = all(OWN_FILES.fullmatch(name) for name in os.listdir(folder))
+    except OSError:
         return False
-    own = all(OWN_FILES.fullmatch(name) for name in os.listdir(folder))
+    try:
+        config = json.loads(text)
+    except ValueError:  # cut off, but it begins as ours do
+        return own and re.match(rf'{{\s*"format": "{FORMAT}"', text) is not None
     return own and isinstance(config, dict) and config.get("format") == FORMAT
+
+
+def holds(folder: str | Path, config: FARConfig, card: ModelCard | WeightsCard) -> bool:
+    """Whether `folder` is a model directory of this shape and card, whose files are all as they were written."""
+    if not is_model_dir(folder):
+        return False
+    try:
+        return read_any_config(folder) == (config, card) and _damage(Path(folder), _recorded_files(folder)) is None
+    except UserError:
+        return False
 
 
 def save_model_dir(
@@ -123,7 +150,8 @@ def save_model_dir(
     try:
         beside.mkdir()
         _write_weights(beside, state, max_file_bytes)
-        values = {"format": FORMAT, "model": config.to_dict(), **card.model_dump(mode="json")}
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(beside.iterdir())}
+        values = {"format": FORMAT, "model": config.to_dict(), **card.model_dump(mode="json"), "files": files}
         (beside / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
         _sync_files(beside)
         if folder.exists():  # a folder cannot be renamed over a full one, so there is a moment without either
@@ -149,7 +177,7 @@ def load_model_dir(
 
     Raises:
         UserError: no such folder, a config.json that is not valid or lacks what sampling needs, or weights that are
-            unreadable, missing, unexpected or of another shape (named).
+            unreadable, missing, unexpected, of another shape (named) or not those that config.json was written with.
     """
     config, card = read_config(folder)
     return _load(Path(folder), config, device, dtype), card
@@ -183,7 +211,7 @@ def read_any_config(folder: str | Path) -> tuple[FARConfig, ModelCard | WeightsC
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else None
         raise UserError(f"{path}: format is {found!r}, needed is {FORMAT!r}; export the model with this far_scale")
-    rest = {key: value for key, value in values.items() if key not in ("format", "model")}
+    rest = {key: value for key, value in values.items() if key not in ("format", "model", "files")}
     kind = WeightsCard if rest.keys() == WeightsCard.model_fields.keys() else ModelCard
     try:
         config = FARConfig.from_dict(values.get("model", {}))
@@ -207,8 +235,45 @@ def _load(folder: Path, config: FARConfig, device: str | torch.device, dtype: to
     }
     model = empty_model(config)
     _check_tensors(folder, model, state)
+    files = _recorded_files(folder)
+    if files is not None and (problem := _damage(folder, files)) is not None:
+        raise UserError(
+            f"{problem}; copy or export the model again, or, where its weights were changed on purpose, take files out "
+            f"of {CONFIG_FILE}"
+        )
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def _recorded_files(folder: str | Path) -> dict[str, WeightsFile] | None:
+    """The files of weights that config.json names; None of a directory from before it did, or made by others."""
+    path = Path(folder) / CONFIG_FILE
+    files = read_json(path, "model directory's config.json").get("files")
+    if files is None:
+        return None
+    try:
+        return TypeAdapter(dict[str, WeightsFile]).validate_python(files)
+    except ValidationError as error:
+        raise UserError(f"{path}: files: {first_problem(error)}; export the model again") from None
+
+
+def _damage(folder: Path, files: Mapping[str, WeightsFile] | None) -> str | None:
+    """In which file the folder differs from what config.json says of it, in one line; None where in none."""
+    if files is None:
+        return f"{folder / CONFIG_FILE}: does not say what the files of weights are"
+    there = {path.name for path in folder.iterdir() if OWN_FILES.fullmatch(path.name)} - {CONFIG_FILE}
+    for name in sorted(there | files.keys()):
+        path = folder / name
+        if name not in files:
+            return f"{path}: this file is not named in {CONFIG_FILE}"
+        if name not in there:
+            return f"{path}: this file of weights is missing"
+        size, expected = path.stat().st_size, files[name].bytes
+        if size != expected:
+            return f"{path}: has {size} bytes, was written with {expected}"
+        if sha256(path) != files[name].sha256:
+            return f"{path}: does not have the SHA-256 that it was written with"
+    return None
 
 
 def _check_tensors(folder: Path, model: FAR, state: Mapping[str, Tensor]) -> None:

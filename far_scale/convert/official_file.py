@@ -40,7 +40,11 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path}: is no whole file that torch.save wrote; download or copy it again")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:  # PyTorch's own text says how to load it all the same
+        raise UserError(
+            f"{path}: cannot be read as weights (it holds more than tensors); save a state_dict()"
+        ) from None
+    except (SafetensorError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path}: cannot be read as weights ({reason}); download or copy it again") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
@@ -93,6 +97,8 @@ def import_file(
     Raises:
         UserError: a file that is none or does not fit (the keys are named), or a shard set of other latents.
     """
+    if frame_stride < 1:
+        raise UserError(f"frame stride {frame_stride}: every n-th frame is taken; give 1 or more")
     state = read_official(path)
     try:
         config, state = to_far_scale(state, window, patch)

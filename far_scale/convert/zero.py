@@ -14,7 +14,7 @@ from far_scale.convert.model_dir import (
     CONFIG_FILE,
     ModelCard,
     TrainingCard,
-    is_model_dir,
+    holds,
     load_model,
     read_any_config,
     save_model_dir,
@@ -29,7 +29,17 @@ from far_scale.train import checkpoint
 
 
 def export(run: str | Path, step: int | None, weights: Literal["ema", "model"], out: str | Path) -> int:
-    """Write the float32 weights of a run's checkpoint as a model directory, if it is not there already.
+    """`export_if_needed`; returns the step."""
+    return export_if_needed(run, step, weights, out)[0]
+
+
+def export_if_needed(
+    run: str | Path, step: int | None, weights: Literal["ema", "model"], out: str | Path
+) -> tuple[int, bool]:
+    """Write the float32 weights of a run's checkpoint as a model directory, if they are not there already.
+
+    They are there where config.json names this content of a checkpoint and these weights, and all files are as they
+    were written. Anything else that is a model directory is replaced.
 
     Args:
         run: the run directory.
@@ -38,12 +48,12 @@ def export(run: str | Path, step: int | None, weights: Literal["ema", "model"], 
         out: the model directory to write.
 
     Returns:
-        The step exported.
+        The step exported, and whether it had to be written.
 
     Raises:
         UserError: no such checkpoint, or it is not whole.
     """
-    folder, state = _find(Path(run), step)
+    folder, state, fingerprint = _find(Path(run), step)
     card = ModelCard(
         autoencoder=AutoencoderInfo(**state["autoencoder"]),
         scaling=LatentScaling.from_dict(state["scaling"]),
@@ -56,12 +66,14 @@ def export(run: str | Path, step: int | None, weights: Literal["ema", "model"], 
             recipe_hash=state["recipe_hash"],
             weights=weights,
             far_scale=state["versions"]["far_scale"],
+            checkpoint=fingerprint,
         ),
     )
     config = FARConfig.from_dict(state["model"])
-    if not _is_current(Path(out), folder, config, card):
+    needed = not holds(out, config, card)
+    if needed:
         save_model_dir(out, config, _read_weights(folder, state, weights), card)
-    return state["step"]
+    return state["step"], needed
 
 
 def export_official(source: str | Path, step: int | None, weights: Literal["ema", "model"], out: str | Path) -> str:
@@ -80,7 +92,7 @@ def export_official(source: str | Path, step: int | None, weights: Literal["ema"
     """
     source = Path(source)
     if not (source / CONFIG_FILE).is_file():
-        folder, state = _find(source, step)
+        folder, state, _ = _find(source, step)
         config = FARConfig.from_dict(state["model"])
         write_official(out, from_far_scale(config, _read_weights(folder, state, weights)))
         return f"{weights} weights of step {state['step']}"
@@ -93,20 +105,17 @@ def export_official(source: str | Path, step: int | None, weights: Literal["ema"
     return f"weights imported from {card.training.imported_from}"
 
 
-def _find(run: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint's folder and its state.json."""
+def _find(run: Path, step: int | None) -> tuple[Path, dict[str, Any], str]:
+    """A checkpoint's folder, its state.json and its fingerprint; all its files are held against their checksums."""
     step = checkpoint.latest_step(run) if step is None else step
     if step is None:
         raise UserError(f"{run}: there is no checkpoint in this run yet; train it first")
     folder = checkpoint.step_folder(run, step)
-    return folder, checkpoint.read_state(folder)
-
-
-def _is_current(out: Path, folder: Path, config: FARConfig, card: ModelCard) -> bool:
-    """Whether `out` is this very export already, made after the checkpoint was."""
-    if not is_model_dir(out) or read_any_config(out) != (config, card):
-        return False
-    return (out / CONFIG_FILE).stat().st_mtime > (folder / "state.json").stat().st_mtime
+    state = checkpoint.read_state(folder)  # the more helpful of the errors
+    if (problem := checkpoint.damage(folder)) is not None:
+        what = problem.removeprefix(f"{folder}/")
+        raise UserError(f"{folder}: damaged: {what}; export another step, or copy this checkpoint again")
+    return folder, state, checkpoint.fingerprint(folder)
 
 
 def _read_weights(folder: Path, state: dict[str, Any], weights: Literal["ema", "model"]) -> dict[str, torch.Tensor]:

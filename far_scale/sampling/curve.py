@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from far_scale.errors import UserError
-from far_scale.files import atomic_write
+from far_scale.files import atomic_write, read_json_lines
 
 
 def loss_curve(path: str | Path, log: str | Path) -> None:
@@ -19,7 +19,7 @@ def loss_curve(path: str | Path, log: str | Path) -> None:
     a step that was logged twice (a resumed run) the last line counts.
 
     Raises:
-        UserError: the log is not there, has a line that is no JSON, or holds no loss.
+        UserError: the log is not there, has a line that is no object of JSON, or holds no loss.
     """
     from matplotlib.figure import Figure  # imported here: slow, and only wanted for this picture
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
@@ -52,12 +52,15 @@ def _read_log(log: Path) -> dict[int, tuple[float, float]]:
     if not log.is_file():
         raise UserError(f"{log}: there is no training log here")
     entries: dict[int, tuple[float, float]] = {}
-    for number, line in enumerate(log.read_text().splitlines(), start=1):
+    for number, entry in enumerate(read_json_lines(log), start=1):
         try:
-            entry = json.loads(line)
+            if entry is None:
+                raise ValueError
             if entry.get("loss") is not None:  # nothing, or the null of a loss that was not finite
-                entries[int(entry["step"])] = (float(entry["loss"]), float(entry["learning_rate"]))
-        except (ValueError, TypeError, KeyError):
+                values = float(entry["loss"]), float(entry["learning_rate"])
+                if all(map(math.isfinite, values)):
+                    entries[int(entry["step"])] = values
+        except (ValueError, TypeError, KeyError, OverflowError):
             raise UserError(f"{log}: line {number} is no entry with step, loss and learning_rate; remove it") from None
     if not entries:
         raise UserError(f"{log}: no line holds a loss; train for at least one logging interval")

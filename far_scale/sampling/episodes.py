@@ -83,10 +83,11 @@ def video_episodes(
 ) -> Episodes:
     """The first frames of the first videos of a file or folder; the given ones are encoded.
 
-    Frames of another size are brought to the model's as tools/encode_latents.py does it.
+    Frames of another size are brought to the model's as tools/encode_latents.py does it, where that is a square.
 
     Raises:
-        UserError: no videos, too few frames, or no actions or label where the model needs them.
+        UserError: no videos, too few frames, no actions or label where the model needs them, or frames of another size
+            for a model of others than squares.
     """
     files = find_videos(path)[: wanted.episodes]
     videos = [read_video(file) for file in files]
@@ -99,8 +100,8 @@ def video_episodes(
     lengths = [(str(file), len(video.frames)) for file, video in zip(files, videos, strict=True)]
     given, known = _given_and_known(lengths, card.frame_stride, config.window, wanted, actions)
     taken = slice(0, known * card.frame_stride, card.frame_stride)
-    size = card.latent_shape[1] * autoencoder.downsample
-    pixels = np.stack([fit(video.frames[taken], size) for video in videos])
+    size = tuple(side * autoencoder.downsample for side in card.latent_shape[1:])
+    pixels = np.stack([_fit(file, video.frames[taken], size) for file, video in zip(files, videos, strict=True)])
     labels = [(str(file), video.label) for file, video in zip(files, videos, strict=True)]
     return Episodes(
         keys=[video.key for video in videos],
@@ -121,7 +122,7 @@ def shard_episodes(
         UserError: a set of another autoencoder or latent shape, too few frames, or without the conditions needed.
     """
     actions = config.actions > 0 and wanted.conditioned
-    _check_set(shards, card, actions)
+    _check_set(shards, config, card, wanted.conditioned)
     counts = enumerate(shards.samples_per_shard)
     places = [(shard, sample) for shard, n in counts for sample in range(n)][: wanted.episodes]
     lengths = [
@@ -141,6 +142,19 @@ def shard_episodes(
         labels=_labels(labels) if config.labels and wanted.conditioned else None,
         fps=samples[0].fps / card.frame_stride,
     )
+
+
+def _fit(file: Path, frames: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Frames `[F, H, W, 3]` in the model's size (height, width)."""
+    height, width = size
+    if frames.shape[1:3] == size:
+        return frames
+    if height != width:
+        raise UserError(
+            f"{file}: frames of {frames.shape[2]}x{frames.shape[1]} pixels (width x height), the model's have "
+            f"{width}x{height}, and only squares are scaled here; give a video of that size, or a shard set"
+        )
+    return fit(frames, height)
 
 
 def encode(autoencoder: Autoencoder, frames: np.ndarray, card: ModelCard) -> Tensor:
@@ -175,7 +189,8 @@ def _given_and_known(
     return given, min(shortest, given + wanted.frames)
 
 
-def _check_set(shards: ShardSet, card: ModelCard, actions: bool) -> None:
+def _check_set(shards: ShardSet, config: FARConfig, card: ModelCard, conditioned: bool) -> None:
+    actions = config.actions > 0 and conditioned
     manifest = shards.manifest
     if manifest.autoencoder.weight_hash != card.autoencoder.weight_hash:
         raise UserError(
@@ -190,6 +205,15 @@ def _check_set(shards: ShardSet, card: ModelCard, actions: bool) -> None:
         )
     if actions and not manifest.actions:
         raise UserError(f"{shards.folder}: the set has no actions and the model needs them; encode videos with actions")
+    for what, needed, own, known in (
+        ("actions", actions, manifest.actions, config.actions),
+        ("labels", conditioned, manifest.labels, config.labels),
+    ):
+        if needed and known and own != known:
+            raise UserError(
+                f"{shards.folder}: {own} {what}, the model was trained on {known}; give a shard set of the model's "
+                "own, or guidance -1"
+            )
 
 
 def _check_classes(shards: ShardSet, card: ModelCard) -> None:

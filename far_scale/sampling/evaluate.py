@@ -14,8 +14,10 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 from far_scale.files import write_json
 from far_scale.model import FAR
+from far_scale.randomness import MAX_SEED
 from far_scale.sampling.episodes import Wanted, find_episodes
 from far_scale.sampling.rollout import RollOut
+from far_scale.sampling.sampler import check_guidance
 
 
 def load_for_sampling(folder: str | Path) -> tuple[FAR, ModelCard]:
@@ -71,6 +73,9 @@ def prepare(
     """
     if (given is not None and given < 0) or frames < 1 or episodes < 1:
         raise UserError(f"given={given}, frames={frames}, episodes={episodes}: at least 0, 1 and 1 are needed")
+    check_guidance(model.config, guidance)
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed: {seed} is not from 0 to 2^64 - 1; give one that is")
     autoencoder = load_autoencoder(card, next(model.parameters()).device)
     wanted = Wanted(given, frames, episodes, conditioned=guidance != -1)
     data = find_episodes(source, model.config, card, autoencoder, wanted)

@@ -6,11 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import far_scale
+from far_scale.convert.model_dir import ModelCard, TrainingCard
+from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.video.videos import find_videos
-from far_scale.files import sha256, write_json
-from far_scale.recipe import load_recipe
+from far_scale.errors import say_warning
+from far_scale.files import check_writable, sha256, write_json
+from far_scale.model import FAR
+from far_scale.recipe import Recipe, load_recipe
 from far_scale.sampling.curve import loss_curve
 from far_scale.sampling.evaluate import evaluate, load_for_sampling
+from far_scale.train.checkpoint.folders import CHECKSUMS, fingerprint, step_folder
 
 EPISODES = 32
 FRAMES_IN_ALL = 1280  # predicted at most, so that long clips take minutes on two cores, too: of these, fewer episodes
@@ -20,16 +26,18 @@ PICTURES = ("samples.mp4", "samples.png", "loss.png")
 def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: str | Path) -> dict[str, Any]:
     """Evaluate `model_dir` by the `sample` section of the run's recipe and draw the run's loss curve.
 
-    Nothing is done again where `out` holds the report of these very weights, settings and episodes.
+    Nothing is done again where `out` holds the report of this very content: model, settings, episodes and log.
 
     Args:
         run: the run directory, with recipe.yaml and log.jsonl.
         model_dir: the model exported from it.
-        videos: held-out episodes; the first frames of each are given, the rest of a clip is predicted.
+        videos: held-out episodes, a video, a folder of them or a shard set; the first frames of each are given, the
+            rest of a clip is predicted.
         out: folder for samples.mp4, samples.png, samples.safetensors, loss.png and metrics.json.
 
     Returns:
-        What metrics.json holds: see `evaluate`, and `made_from`, what the report was made from.
+        What metrics.json holds: see `evaluate`, and `made_from`, what the report was made from, and `pictures`, their
+        SHA-256.
 
     Raises:
         UserError: a file that is missing or does not fit the model.
@@ -45,21 +53,69 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
         "seed": recipe.seed,
         "episodes": max(1, min(EPISODES, FRAMES_IN_ALL // frames)),
     }
-    weights = sorted(Path(model_dir).glob("*.safetensors"))
     made_from = {
         **settings,
-        "weights": [sha256(path) for path in weights],
-        "videos": [path.name for path in find_videos(videos)],
+        "far_scale": far_scale.__version__,
+        "model": {path.name: sha256(path) for path in sorted(Path(model_dir).glob("*")) if path.is_file()},
+        "log": _digest(run / "log.jsonl"),
+        **_source(Path(videos), settings["episodes"]),
     }
     metrics = out / "metrics.json"
-    if metrics.exists() and all((out / name).exists() for name in PICTURES):
-        report = json.loads(metrics.read_text())
-        if report.get("made_from") == made_from:
-            return report
+    if (report := _made_before(metrics)) is not None and report["made_from"] == made_from:
+        return report
 
+    for name in (*PICTURES, metrics.name):
+        check_writable(out / name)
     loss_curve(out / "loss.png", run / "log.jsonl")
     model, card = load_for_sampling(model_dir)
+    for difference in _not_of_run(run, model, card, recipe):
+        say_warning(f"{model_dir}: not exported from {run} as it is now: {difference}")
     report = evaluate(model, card, videos, **settings, out=out)
     report["made_from"] = made_from
+    report["pictures"] = {name: sha256(out / name) for name in PICTURES}
     write_json(metrics, report)
     return report
+
+
+def _made_before(metrics: Path) -> dict[str, Any] | None:
+    """The report of metrics.json, if its pictures are still those that were drawn with it."""
+    try:
+        report = json.loads(metrics.read_text())
+        pictures = {name: _digest(metrics.with_name(name)) for name in PICTURES}
+        return report if report["pictures"] == pictures and "made_from" in report else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _source(videos: Path, episodes: int) -> dict[str, Any]:
+    """The content of the episodes that are sampled from."""
+    if (videos / MANIFEST_NAME).is_file():
+        return {"shards": Manifest.read(videos).fingerprint()}
+    return {"videos": [[path.name, sha256(path)] for path in find_videos(videos)[:episodes]]}
+
+
+def _not_of_run(run: Path, model: FAR, card: ModelCard, recipe: Recipe) -> list[str]:
+    """In which a model's metadata are not what the run's recipe says, each with both values."""
+    shapes = [stage.latent_shape or recipe.data.latent_shape for stage in recipe.curriculum] or [
+        recipe.data.latent_shape
+    ]
+    windows = {stage.window for stage in recipe.curriculum if stage.window}
+    theirs, ours = model.config.to_dict(), recipe.far_config().to_dict()
+    pairs = [(f"model.{key}", theirs[key], ours[key]) for key in ours if key != "window" or theirs[key] not in windows]
+    pairs.append(("data.autoencoder", card.autoencoder.name, recipe.data.autoencoder))
+    if card.latent_shape not in shapes:
+        pairs.append(("data.latent_shape", list(card.latent_shape), list(shapes[0])))
+    pairs.append(("data.frame_stride", card.frame_stride, recipe.data.frame_stride))
+    pairs.append(("data.scaling", card.scaling.kind, recipe.data.scaling))
+    lines = [f"{key} {own}, the recipe has {wanted}" for key, own, wanted in pairs if own != wanted]
+    if isinstance(card.training, TrainingCard):
+        if not lines and card.training.recipe_hash != recipe.hash():
+            lines.append("it was trained by another recipe")
+        folder = step_folder(run, card.training.step)
+        if not lines and (folder / CHECKSUMS).is_file() and card.training.checkpoint != fingerprint(folder):
+            lines.append(f"{folder} is not the checkpoint that it was exported from")
+    return lines
+
+
+def _digest(path: Path) -> str | None:
+    return sha256(path) if path.is_file() else None

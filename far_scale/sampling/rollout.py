@@ -20,6 +20,7 @@ from torch import Tensor
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard
 from far_scale.data.video.videos import write_mp4
+from far_scale.errors import UserError
 from far_scale.files import atomic_write
 from far_scale.model import FAR
 from far_scale.sampling.episodes import Episodes
@@ -131,6 +132,11 @@ class RollOut:
         first = next(predicted)  # what does not fit the model is refused now, before anything is written
         given = (data.context[clips, index] for index in range(self.given))
         for index, latents in enumerate(itertools.chain(given, [first], predicted)):
+            if not latents.isfinite().all():
+                raise UserError(
+                    f"frame {index}: the model gives numbers that are not finite at guidance {self.guidance:g}; lower "
+                    "the guidance, or take the weights of an earlier step"
+                )
             pixels = decode(self.autoencoder, self.card.scaling.restore(latents))
             known = index < self.given + self.truth_frames
             yield _Frame(index, latents, pixels, data.truth.frame(clips, index) if known else None)

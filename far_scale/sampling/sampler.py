@@ -6,6 +6,7 @@ Euler step from sigma to sigma' < sigma is x += (sigma' - sigma) * velocity.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -107,7 +108,7 @@ def predict_frames(
     clips = list(range(batch)) if clip_ids is None else list(clip_ids)
     if len(clips) != batch or min(clips) < 0:
         raise UserError(f"clip_ids: {clips} is not one number from 0 up for each of the {batch} clips")
-    _check_guidance(config, guidance)
+    check_guidance(config, guidance)
 
     device = model.patch_embedding.weight.device
     action_rows = _condition_rows("actions", actions, config.actions, (batch, given + frames), guidance, device)
@@ -169,8 +170,13 @@ def _condition_rows(
     return torch.cat([null, conditioned]) if guidance > 1 else conditioned
 
 
-def _check_guidance(config: FARConfig, guidance: float) -> None:
-    if guidance != 1 and guidance != -1 and not guidance > 1:
+def check_guidance(config: FARConfig, guidance: float) -> None:
+    """Refuse a guidance that `predict_frames` cannot take.
+
+    Raises:
+        UserError: says which it can.
+    """
+    if guidance != 1 and guidance != -1 and not 1 < guidance < math.inf:
         raise UserError(f"guidance: {guidance:g} has no meaning; give 1 (none), more than 1, or -1 (null class only)")
     if guidance != 1 and not (config.actions or config.labels):
         raise UserError(f"guidance: {guidance:g} needs a model with actions or labels, and this one has none; give 1")

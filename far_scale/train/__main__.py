@@ -46,10 +46,10 @@ def _train(asked: argparse.Namespace, signals: StopSignals | None) -> int:
     from far_scale.train.processes import start_processes, stop_processes
     from far_scale.train.profiler import parse_steps
 
-    steps_to_profile = parse_steps(asked.profile) if asked.profile else range(0)
+    steps_to_profile = parse_steps(asked.profile, recipe.train.steps) if asked.profile else range(0)
     processes = start_processes(collective_timeout(recipe.faults.watchdog_seconds))
     if asked.dry_run:
-        dry_run(recipe, processes)
+        dry_run(recipe, processes, asked.accept_changes)
         trained = None
     else:
         with Lease(Path(recipe.run_dir), processes):

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from far_scale.data.packs.scaling import LatentScaling
 from far_scale.recipe import Recipe
 
 
@@ -31,7 +32,8 @@ def changes(state: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Chang
 
     Args:
         state: of the checkpoint.
-        now: the same keys of the run: recipe, versions, ranks and, unless its data are not needed any more, shard_set.
+        now: the same keys of the run: recipe, versions, ranks, scaling, autoencoder and, unless its data are not needed
+            any more, shard_set and latent_shape.
         recipe: the run's.
     """
     old, new = flat(state["recipe"]), flat(now["recipe"])
@@ -48,12 +50,31 @@ def changes(state: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Chang
         mixed = any(isinstance(values.get("data.shards"), list) for values in (old, new))
         what = "the mixture's shard sets or weights" if mixed else "the shard set's manifest"
         of_result.append(f"{what} {was[:12]} -> {is_[:12]}")
+    of_result += _of_latents(state, now)
     told = {line.split(" ", 1)[0] for line in of_result}
+    if new.get("train.start_from") is not None:
+        told.add("train.start_from")  # see Resume.check_start_from
     harmless = [line for line in _differences(old, new) if line.split(" ", 1)[0] not in told]
     harmless += _differences(state["versions"], now["versions"])
     if state.get("ranks") not in (None, now["ranks"]):
         harmless.append(f"ranks {state['ranks']} -> {now['ranks']}")
     return Changes(of_result, harmless)
+
+
+def _of_latents(state: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What the model's latents are, where it is not what it was: the weights know the old ones."""
+    lines = []
+    if "scaling" in state and "scaling" in now:
+        scalings = [LatentScaling.from_dict(values["scaling"]) for values in (state, now)]
+        if (words := scalings[0].differences(scalings[1])) is not None:
+            lines.append(f"the latents' scaling, {words[0]} -> {words[1]}")
+    for key, name in (("autoencoder", "the latents' autoencoder"), ("latent_shape", "the latents' shape")):
+        was, is_ = state.get(key), now.get(key)
+        if was is not None and is_ is not None and was != is_:
+            if key == "autoencoder":
+                was, is_ = (f"{info['name']} ({info['weight_hash'][:12]})" for info in (was, is_))
+            lines.append(f"{name}, {was} -> {is_}")
+    return lines
 
 
 def _result_values(recipe: dict[str, Any]) -> dict[str, Any]:

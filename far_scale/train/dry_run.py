@@ -25,8 +25,8 @@ from far_scale.train.feed import Batch
 from far_scale.train.flops import peak_flops, train_flops
 from far_scale.train.loop import build_model, check_computation, compute_dtype, train_step
 from far_scale.train.processes import Processes
-from far_scale.train.resume import load_start_weights
 from far_scale.train.sets import open_sets
+from far_scale.train.start_weights import start_from
 
 # Bytes a parameter of what training holds: (weights, gradients, optimizer with master weights and EMA).
 _BYTES = {"bf16": (2, 4, 16), "fp32": (4, 4, 12)}
@@ -72,7 +72,7 @@ class StageCosts:
         return f"{_short(mean)} / {_short(most)}"
 
 
-def dry_run(recipe: Recipe, processes: Processes) -> None:
+def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) -> None:
     """Check recipe, ranks, shard sets and memory, then train one batch of each stage; nothing is written.
 
     Raises:
@@ -111,7 +111,9 @@ def dry_run(recipe: Recipe, processes: Processes) -> None:
 
     model = build_model(recipe)
     if recipe.train.start_from is not None:
-        load_start_weights(model, recipe.train.start_from)
+        said = start_from(model, recipe, plan[0][1].manifest, scaling, accept_changes)
+        if processes.main:
+            print(said)
     engine = start_engine(model, recipe, processes)
     own_lanes = list(range(processes.rank, recipe.data.lanes, processes.count))
     for stage, shard_set in plan:

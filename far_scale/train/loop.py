@@ -42,10 +42,10 @@ from far_scale.train.resume import (
     describe,
     describe_stage,
     identity,
-    load_start_weights,
 )
 from far_scale.train.schedule import learning_rate
 from far_scale.train.sets import open_sets
+from far_scale.train.start_weights import start_from
 
 
 class Trained(NamedTuple):
@@ -93,6 +93,7 @@ def train(
     run, events = Path(recipe.run_dir), Events(Path(recipe.run_dir), processes.main)
     resume = Resume(recipe, plan, processes, events)
     start = resume.newest_whole()
+    resume.check_start_from(start, accept_changes)
     if start >= recipe.train.steps:
         if processes.main:
             print(f"{run}: all {recipe.train.steps} steps are done; raise train.steps to go on")
@@ -105,7 +106,8 @@ def train(
     with Watchdog(run, processes.rank, recipe.faults.watchdog_seconds, events, hosts) as watchdog:
         model = build_model(recipe)
         if recipe.train.start_from is not None and start == 0:
-            load_start_weights(model, recipe.train.start_from)
+            first_set = shard_sets[to_come[0].index].manifest
+            events.tell("started-from", 0, start_from(model, recipe, first_set, scaling, accept_changes))
         card = describe(recipe, model, manifest, scaling, processes)
         stage_cards = {index: describe_stage(plan[index], shards.manifest) for index, shards in shard_sets.items()}
         engine = start_engine(model, recipe, processes)
@@ -126,7 +128,7 @@ def train(
         if position.step == 0:
             events.tell("began", 0, f"training {recipe.name} on {processes.count} ranks")
         own_lanes = list(range(processes.rank, recipe.data.lanes, processes.count))
-        profiler, vote = Profiler(steps_to_profile, run, processes), Vote(signals, processes)
+        profiler, vote = Profiler(steps_to_profile, run, processes, position.step), Vote(signals, processes)
         slow = SlowRanks(processes, compute_dtype(recipe), events, hosts)
         peak, done, stopping = peak_flops(processes.device, compute_dtype(recipe)), position.step, False
         with (

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from far_scale.files import LineFile, atomic_write
+from far_scale.files import LineFile, atomic_write, read_json_lines
 from far_scale.recipe import Recipe
 from far_scale.train.compiled import compiled_graphs
 from far_scale.train.curriculum import Stage
@@ -184,12 +184,9 @@ def _or_none(value: Any) -> Any:
 
 
 def lines_up_to(log: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of log.jsonl up to that step; one that a crash cut short is left out."""
-    found = []
-    for text in log.read_text().splitlines() if log.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(text))
-    return [line for line in found if line["step"] <= step]
+    """The lines of log.jsonl up to that step; one that a crash cut short, or that is of no step, is left out."""
+    lines = [line for line in read_json_lines(log) if line is not None] if log.exists() else []
+    return [line for line in lines if type(line.get("step")) is int and line["step"] <= step]
 
 
 def _peak_memory(device: torch.device) -> float:

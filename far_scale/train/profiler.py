@@ -9,16 +9,21 @@ from typing import Any
 
 import torch
 
-from far_scale.errors import UserError
+from far_scale.errors import UserError, say_warning
 from far_scale.train.processes import Processes
 
 
 class Profiler:
     """Watches some steps of the main process; files go to run_dir/profile/ when the last of them is done."""
 
-    def __init__(self, steps: range, run: Path, processes: Processes) -> None:
-        """`steps` count from 1; empty for none."""
+    def __init__(self, steps: range, run: Path, processes: Processes, done: int = 0) -> None:
+        """`steps` count from 1; empty for none. Where some are among the `done` ones, none is watched."""
         self._steps = steps if processes.main else range(0)
+        if self._steps and self._steps[0] <= done:
+            say_warning(
+                f"--profile: the run goes on from step {done}, so steps {steps[0]} to {steps[-1]} are not traced"
+            )
+            self._steps = range(0)
         self._folder, self._on_gpu = run / "profile", processes.device.type == "cuda"
         self._profile: Any = None
 
@@ -50,17 +55,23 @@ class Profiler:
         self._profile, self._steps = None, range(0)
 
 
-def parse_steps(text: str) -> range:
+def parse_steps(text: str, last: int | None = None) -> range:
     """'20' or '20:22', steps counted from 1, the last included.
 
+    Args:
+        text: what was asked for.
+        last: of the run's steps, if it is known.
+
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or the run ends before.
     """
-    first, _, last = text.partition(":")
+    first, _, end = text.partition(":")
     try:
-        steps = range(int(first), int(last or first) + 1)
+        chosen = range(int(first), int(end or first) + 1)
     except ValueError:
-        steps = range(0)
-    if not steps or steps[0] < 1:
+        chosen = range(0)
+    if not chosen or chosen[0] < 1:
         raise UserError(f"--profile {text}: give a step, or the first and the last as in 20:22")
-    return steps
+    if last is not None and chosen[-1] > last:
+        raise UserError(f"--profile {text}: the run ends with step {last}; give steps up to it, or raise train.steps")
+    return chosen

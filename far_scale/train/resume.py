@@ -201,6 +201,30 @@ class Resume:
             raise UserError(_ALL_DAMAGED.format(self._run))
         return steps, named
 
+    def check_start_from(self, step: int, accept_changes: bool) -> None:
+        """Refuse start weights for a run that has checkpoints and started from others: they would not be read.
+
+        Args:
+            step: of the newest whole checkpoint, or 0.
+            accept_changes: say it only.
+
+        Raises:
+            UserError: names what the run started from.
+        """
+        asked = self._recipe.train.start_from
+        if asked is None or step == 0:
+            return
+        where = checkpoint.step_folder(self._run, step)
+        before = checkpoint.read_state(where)["recipe"]["train"].get("start_from")
+        if before is not None and Path(before).resolve() == Path(asked).resolve():
+            return
+        what = "random weights" if before is None else before
+        problem = f"train.start_from={asked}: not read, since {where} is there and the run started from {what}"
+        if not accept_changes:
+            fix = "use another run_dir to start from these weights, or leave the key as it was to go on"
+            raise UserError(f"{problem}; {fix}")
+        self._events.tell("accepted-changes", step, problem, changes=[f"train.start_from {before} -> {asked}"])
+
     def restore(
         self,
         step: int,

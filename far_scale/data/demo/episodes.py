@@ -68,8 +68,8 @@ def record_episode(seed: int, frames: int) -> Video:
 def record_episodes(folder: str | Path, seeds: Sequence[int], frames: int, workers: int) -> list[Path]:
     """Record an episode of each seed into `folder`/episode-<seed:06d>.npz with `workers` processes.
 
-    Each file holds `frames` uint8 [F, 64, 64, 3], `actions` int64 [F], `fps` and `seed`. Files that are there, whole
-    and of as many frames are left as they are. Returns the paths in the order of the seeds.
+    Each file holds `frames` uint8 [F, 64, 64, 3], `actions` int64 [F], `fps` and `seed`. Files that are there, whole,
+    of that seed and of as many frames are left as they are. Returns the paths in the order of the seeds.
 
     Raises:
         UserError: the package vizdoom is missing, or `frames` is below 1.
@@ -111,9 +111,11 @@ def _is_whole(path: Path, seed: int, frames: int) -> bool:
         return False
     try:
         video = read_video(path)
-    except UserError:
+        with np.load(path, allow_pickle=False) as arrays:
+            of_seed = int(arrays["seed"]) == seed
+    except (UserError, KeyError, ValueError, TypeError):
         return False  # half-written or foreign: recorded again
-    return len(video.frames) == frames and video.actions is not None
+    return of_seed and len(video.frames) == frames and video.actions is not None
 
 
 def _vizdoom() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,6 +45,28 @@ class LatentScaling:
         """The inverse of `normalise`: the model's latents `[..., C, H, W]` to the autoencoder's, float32."""
         shift, scale = self._columns(latents)
         return latents.float() / scale + shift
+
+    def differences(self, other: LatentScaling) -> tuple[str, str] | None:
+        """In words what this and the other do, where that is not the same but for rounding; None where it is."""
+        pairs = [zip(self.shift, other.shift, strict=False), zip(self.scale, other.scale, strict=False)]
+        if len(self.scale) == len(other.scale):
+            near = [[math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pair] for pair in pairs]
+            channel = next((c for c, same in enumerate(zip(*near, strict=True)) if not all(same)), None)
+            if channel is None:
+                return None
+        else:
+            channel = 0
+        return self._words(channel), other._words(channel)
+
+    @property
+    def kind(self) -> Literal["factor", "channel"]:
+        """How it looks: one factor for all channels, or numbers of each channel."""
+        return "factor" if not any(self.shift) and len(set(self.scale)) == 1 else "channel"
+
+    def _words(self, channel: int) -> str:
+        if self.kind == "factor":
+            return f"one factor {self.scale[0]:.6g}"
+        return f"per channel (channel {channel}: shift {self.shift[channel]:.6g}, scale {self.scale[channel]:.6g})"
 
     def to_dict(self) -> dict[str, list[float]]:
         """Plain lists, for JSON."""

@@ -41,6 +41,8 @@ def read_latents(path: Path, shape: tuple[int, int, int], dtype: str) -> Tensor:
     except _BROKEN as error:
         check_readable(path)
         reason = str(error).strip().partition("\n")[0][:100]
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's own text says how to load it all the same
+            reason = "the file is broken or holds more than a tensor"
         raise BadVideo(f"{path}: no latents ({reason}); extract them again with torch.save") from None
     if not isinstance(found, Tensor) or found.layout != torch.strided or found.device.type != "cpu":
         raise BadVideo(f"{path}: holds {type(found).__name__} in place of one tensor [F, C, H, W]; store that alone")

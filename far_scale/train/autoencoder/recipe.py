@@ -14,7 +14,8 @@ from far_scale.recipe_yaml import Document, read_document
 
 _SMALLEST_JUDGED = 24  # pixels a side: of smaller pictures the patch discriminator has nothing left to say
 
-Seeds = Annotated[tuple[int, int], Field(strict=False)]
+Seed = Annotated[int, Field(ge=0, le=2**64)]
+Seeds = Annotated[tuple[Seed, Seed], Field(strict=False)]
 Weight = Annotated[float, Field(ge=0)]
 
 
@@ -134,7 +135,7 @@ class AutoencoderRecipe(Section, Generic[ModelT, DataT]):
 
     name: str
     """What recipes and manifests will call the autoencoder."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of weights, batches and noise."""
     model: ModelT
     data: DataT

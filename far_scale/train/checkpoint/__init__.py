@@ -10,10 +10,12 @@ the format, and one process can read any of it.
 
 from far_scale.train.checkpoint.folders import (
     damage,
+    fingerprint,
     point_at,
     read_state,
     set_aside,
 )
+from far_scale.train.checkpoint.metadata import read_metadata
 from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy, load
 from far_scale.train.checkpoint.write import save
 from far_scale.train.run_dir import latest_step, step_folder, steps_to_try
@@ -22,9 +24,11 @@ __all__ = [
     "FlatPiece",
     "HostCopy",
     "damage",
+    "fingerprint",
     "latest_step",
     "load",
     "point_at",
+    "read_metadata",
     "read_state",
     "save",
     "set_aside",

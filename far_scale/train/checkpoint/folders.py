@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,8 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         return f"{folder / CHECKSUMS}: this is no list of checksums"
     for name in sorted(sums)[part::parts]:
         path, expected = folder / name, sums[name]
+        if not isinstance(expected, dict):
+            return f"{folder / CHECKSUMS}: this is no list of checksums"
         if not path.is_file():
             return f"{path}: this file is missing"
         if path.stat().st_size != expected.get("bytes"):
@@ -75,6 +79,18 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         if sha256(path) != expected.get("sha256"):
             return f"{path}: does not have the SHA-256 it was written with"
     return None
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the names, sizes and SHA-256 of a checkpoint's files: the same for the same content alone.
+
+    That the files are those of the checksums is not looked at, see `damage`.
+    """
+    if (folder / CHECKSUMS).is_file():
+        sums = read_json(folder / CHECKSUMS, "list of checksums")
+    else:  # of the format before there were checksums
+        sums = checksums(path for path in folder.iterdir() if path.is_file())
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 def publish(beside: Path, folder: Path, keep: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +14,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from far_scale.errors import UserError
+from far_scale.train.checkpoint.metadata import Reader, read_metadata
 
 
 @dataclass(frozen=True)
@@ -119,18 +127,18 @@ def load(folder: Path, pieces: Mapping[str, FlatPiece], alone: bool = False) -> 
     Raises:
         UserError: a tensor is not there, has another size, or cannot be read.
     """
-    stored = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    metadata = read_metadata(folder)
     for name, piece in pieces.items():
-        size = getattr(stored.get(name), "size", None)
-        if size != torch.Size([piece.total]):
-            found = "none" if size is None else f"one of {size.numel()} numbers"
+        stored = metadata.state_dict_metadata.get(name)
+        if not isinstance(stored, TensorStorageMetadata) or stored.size != torch.Size([piece.total]):
+            found = f"one of {stored.size.numel()} numbers" if isinstance(stored, TensorStorageMetadata) else "none"
             raise UserError(
                 f"{folder}: the model needs {name} of {piece.total} numbers, there is {found}; another model's?"
             )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # `alone` is meant
-            dcp.load(dict(pieces), checkpoint_id=str(folder), planner=_LoadPlanner(), no_dist=alone)
+            dcp.load(dict(pieces), storage_reader=Reader(folder, metadata), planner=_LoadPlanner(), no_dist=alone)
     except dcp.api.CheckpointException as error:
         raise explained(error, folder) from error
 
@@ -138,4 +146,6 @@ def load(folder: Path, pieces: Mapping[str, FlatPiece], alone: bool = False) -> 
 def explained(error: dcp.api.CheckpointException, folder: Path) -> UserError:
     """One line for the first rank's failure."""
     cause = next(iter(error.failures.values()))[0]
+    if isinstance(cause, pickle.UnpicklingError):  # PyTorch's own text says how to load it all the same
+        return UserError(f"{folder}: a .distcp file holds something else than tensors; use an earlier checkpoint")
     return UserError(f"{folder}: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from far_scale.files import LineFile
+from far_scale.files import LineFile, read_json_lines
 
 
 class Events:
@@ -42,11 +41,4 @@ class Events:
 def read_events(run: Path) -> list[dict[str, Any]]:
     """All events of a run, oldest first; a last line that a crash cut short is left out."""
     path = run / "events.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
+    return [line for line in read_json_lines(path) if line is not None] if path.exists() else []
