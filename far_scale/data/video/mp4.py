@@ -1,0 +1,109 @@
+"""The structure of MP4 and MOV files: boxes of a size and a name, tables of samples, fragments."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+from far_scale.data.video.container_file import Cut, Damaged, Edits, File, Said
+
+_HOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf")
+_Box = tuple[int, int]
+"""Where the content of a box begins and where it ends."""
+
+
+def read(file: File, track: int) -> Said:
+    """What the file says of the track with this id.
+
+    Raises:
+        Cut: a box is longer than the file.
+        Damaged: boxes or tables of samples contradict each other.
+    """
+    boxes: dict[bytes, _Box] = {}  # of this track, and of the film
+    current, fragments = 0, 0
+    for name, start, stop in _tree(file, 0, file.size):
+        if name == b"tkhd":
+            current = file.number(start + (20 if file.at(start, 1)[0] else 12), 4)
+        elif name == b"tfhd":
+            current = file.number(start + 4, 4)
+        if name == b"trun" and current == track:
+            fragments += file.number(start + 4, 4)
+        elif name == b"mvhd" or current == track:
+            boxes.setdefault(name, (start, stop))
+    if not {b"tkhd", b"mvhd", b"mdhd", b"stts", b"stsc"} <= boxes.keys() or not {b"stsz", b"stz2"} & boxes.keys():
+        return Said()
+    samples = _samples(file, boxes)
+    return Said(fragments + samples, _edits(file, boxes) if samples and not fragments else None)
+
+
+def _tree(file: File, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """The boxes between two places and those in them, in the order of the file: name, content's begin and end."""
+    while end - place >= 8:
+        size, name = struct.unpack(">I4s", file.at(place, 8))
+        start = place + 8
+        if size == 1:
+            size, start = file.number(start, 8), start + 8
+        elif size == 0:
+            if name == bytes(4):  # padding
+                return
+            size = end - place
+        if size < start - place:
+            raise Damaged("a box shorter than its header")
+        if place + size > end:
+            if end == file.size:
+                raise Cut
+            raise Damaged("a box longer than the one that holds it")
+        yield name, start, place + size
+        if name in _HOLDERS:
+            yield from _tree(file, start, place + size)
+        place += size
+
+
+def _samples(file: File, boxes: dict[bytes, _Box]) -> int:
+    """How many samples there are, which the tables of sizes, times and chunks must agree on."""
+    start, stop = boxes.get(b"stsz") or boxes[b"stz2"]
+    size, count = struct.unpack(">II", file.at(start + 4, 8))
+    bits = (0 if size else 32) if b"stsz" in boxes else size & 0xFF
+    if start + 12 + count * bits // 8 > stop:
+        raise Damaged("a table longer than its box")
+    chunk_table = boxes.get(b"stco") or boxes.get(b"co64")
+    chunks = file.number(chunk_table[0] + 4, 4) if chunk_table else 0
+    runs = _rows(file, boxes[b"stsc"], ">III")
+    ends = [first for first, _, _ in runs[1:]] + [chunks + 1]
+    in_chunks = sum((end - first) * samples for (first, samples, _), end in zip(runs, ends, strict=False))
+    in_times = sum(number for number, _ in _rows(file, boxes[b"stts"], ">II"))
+    if not count == in_times == in_chunks:
+        raise Damaged(f"tables of {count}, {in_times} and {in_chunks} samples")
+    return int(count)
+
+
+def _edits(file: File, boxes: dict[bytes, _Box]) -> Edits:
+    media_scale, media = _times(file, boxes[b"mdhd"][0])
+    film_scale, _ = _times(file, boxes[b"mvhd"][0])
+    start = boxes[b"tkhd"][0]
+    track = file.number(start + 28, 8) if file.at(start, 1)[0] else file.number(start + 20, 4)
+    samples = sum(count * duration for count, duration in _rows(file, boxes[b"stts"], ">II"))
+    shown = None
+    if b"elst" in boxes:
+        wide = file.at(boxes[b"elst"][0], 1)[0]
+        edits = _rows(file, boxes[b"elst"], ">QqI" if wide else ">IiI")
+        track -= sum(duration for duration, first, _ in edits if first < 0)  # before the first picture
+        shown = sum(duration for duration, first, _ in edits if first >= 0) / film_scale
+    return Edits(media / media_scale, samples / media_scale, track / film_scale, shown)
+
+
+def _times(file: File, start: int) -> tuple[int, int]:
+    """Time scale (ticks a second) and duration, of the header of the film or of a track's media."""
+    wide = file.at(start, 1)[0]
+    scale = file.number(start + (20 if wide else 12), 4)
+    if not scale:
+        raise Damaged("a time scale of 0")
+    return scale, file.number(start + 24, 8) if wide else file.number(start + 16, 4)
+
+
+def _rows(file: File, box: _Box, row: str) -> list[tuple[int, ...]]:
+    """The rows of a table that begins with flags and their number."""
+    count = file.number(box[0] + 4, 4)
+    if box[0] + 8 + count * struct.calcsize(row) > box[1]:
+        raise Damaged("a table longer than its box")
+    return list(struct.iter_unpack(row, file.at(box[0] + 8, count * struct.calcsize(row))))
