@@ -16,12 +16,14 @@ class Edits:
         samples: the same, summed over the samples.
         track: of what is shown, by the track's header.
         shown: the same, summed over the edits; None without an edit list.
+        offsets_agree: as many samples have a time to be shown at as there are.
     """
 
     media: float
     samples: float
     track: float
     shown: float | None
+    offsets_agree: bool
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from far_scale.data.video.container_file import Edits, Said
+from far_scale.data.video.container_file import Said
 from far_scale.data.video.containers import BadVideo, check_container, check_readable
 
 DEFAULT_FPS = 25.0  # of a file that does not say
@@ -84,13 +84,15 @@ def decode(path: Path, kept: Kept) -> float:
         UserError: it cannot be read.
     """
     try:
-        with av.open(as_file(path)) as container:
+        with av.open(as_file(path), metadata_errors="replace") as container:  # titles may be in any encoding
             streams = [one for one in container.streams.video if not one.disposition & _NO_FILM]
             if not streams:
                 raise BadVideo(f"{path}: no video stream in this file")
             # a cover in a Matroska file may be a track like any other, but not the one to be played
             stream = next((one for one in streams if one.disposition & Disposition.default), streams[0])
             said = check_container(path, container.format.name, stream.index, stream.id)
+            if stream.codec_context is None:
+                raise BadVideo(f"{path}: in a format that PyAV does not know; convert it, or leave it out")
             stream.codec_context.options = _STRICT
             seen = _decode(path, container, stream, kept)
     except av.error.FFmpegError as error:
@@ -120,24 +122,27 @@ class _Seen:
         self._rates = [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
         self._first_key: int | None = None
         self._key_end: int | None = None
-        self._start: int | None = None  # of packets
+        self._start: int | None = None  # of packets that are shown
         self._end: int | None = None
+        self._hidden_until = 0
         self._first: int | None = None  # of frames
         self._last: int | None = None
-        self._longest = 0
+        self._length = self._longest = 0  # of packets, in ticks: of all, of the longest
         self._fields = False
 
     def add_packet(self, packet: Any) -> None:
         """Count a packet with data, before it is decoded."""
         self.packets += 1
         if packet.is_discard:
+            self._hidden_until = max(self._hidden_until, packet.pts or 0)
             return
         self.shown += 1
         pts, length = packet.dts if packet.pts is None else packet.pts, packet.duration or 0
+        self._length += length
+        self._longest = max(self._longest, length)
         if pts is not None:
             self._start = pts if self._start is None else min(self._start, pts)
             self._end = pts + length if self._end is None else max(self._end, pts + length)
-            self._longest = max(self._longest, length)
         if self._first_key is None and packet.is_keyframe:
             self._first_key, self._key_end = pts, self._end
         elif self._first_key is not None and self._before_key(pts):
@@ -154,11 +159,8 @@ class _Seen:
 
     def problem(self, said: Said) -> str | None:
         """What is missing, compared with what the container says."""
-        if said.packets is not None and self.shown < said.packets:
-            if said.edits is None and self.packets < said.packets:
-                return f"{said.packets - self.packets} of its {said.packets} frames are missing"
-            if said.edits is not None and not self._hidden(said.edits):
-                return f"{said.packets - self.shown} of its {said.packets} frames are missing"
+        if said.packets is not None and self.shown < said.packets and not self._hidden(said):
+            return f"{said.packets - self.shown} of its {said.packets} frames are missing"
         # the two fields of an interlaced frame may lie in packets of their own
         if self.frames < (self.due / 2 if self._fields else self.due):
             return f"{self.due - self.frames} of its {self.due} frames do not decode"
@@ -173,16 +175,18 @@ class _Seen:
             return self._end == self._key_end
         return pts < self._first_key
 
-    def _hidden(self, edits: Edits) -> bool:
-        """Whether it is the edit list that hides samples: so it is if all that is said of times agrees."""
-        if edits.shown is None or self._start is None or self._end is None:
-            return False
-        frame = self._longest * self._tick
+    def _hidden(self, said: Said) -> bool:
+        """Whether it is an edit list that hides packets, as far as what is said of times agrees."""
+        if said.edits is None:  # fragments: a beginning may be hidden
+            return self.packets == said.packets and self._start is not None and self._hidden_until < self._start
+        edits, frame = said.edits, self._longest * self._tick
         return (
+            edits.shown is not None
+            and edits.offsets_agree
             # a group that was cut open has frames that count in one of the two only
-            abs(edits.media - edits.samples) <= max(4 * frame, 0.01 * edits.media)
+            and abs(edits.media - edits.samples) <= max(4 * frame, 0.01 * edits.media)
             and abs(edits.track - edits.shown) <= frame
-            and (self._end - self._start) * self._tick >= edits.shown - 1.01 * frame
+            and edits.shown - self._length * self._tick < 0.99 * frame  # it may begin within a frame
         )
 
     def rate(self) -> float:

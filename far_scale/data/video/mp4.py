@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterator
 
 from far_scale.data.video.container_file import Cut, Damaged, Edits, File, Said
 
 _HOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf")
+_MOST_PADDING = 1 << 24  # bytes that are looked at
 _Box = tuple[int, int]
 """Where the content of a box begins and where it ends."""
 
@@ -20,8 +22,10 @@ def read(file: File, track: int) -> Said:
         Damaged: boxes or tables of samples contradict each other.
     """
     boxes: dict[bytes, _Box] = {}  # of this track, and of the film
+    names = Counter[bytes]()
     current, fragments = 0, 0
     for name, start, stop in _tree(file, 0, file.size):
+        names[name] += 1
         if name == b"tkhd":
             current = file.number(start + (20 if file.at(start, 1)[0] else 12), 4)
         elif name == b"tfhd":
@@ -30,8 +34,11 @@ def read(file: File, track: int) -> Said:
             fragments += file.number(start + 4, 4)
         elif name == b"mvhd" or current == track:
             boxes.setdefault(name, (start, stop))
+    if not names[b"moov"] or names[b"cmov"]:
+        return Said()  # pictures without a film, or QuickTime's compressed tables
+    _check_fragments(names)
     if not {b"tkhd", b"mvhd", b"mdhd", b"stts", b"stsc"} <= boxes.keys() or not {b"stsz", b"stz2"} & boxes.keys():
-        return Said()
+        raise Damaged("a track without its tables")
     samples = _samples(file, boxes)
     return Said(fragments + samples, _edits(file, boxes) if samples and not fragments else None)
 
@@ -44,8 +51,8 @@ def _tree(file: File, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
         if size == 1:
             size, start = file.number(start, 8), start + 8
         elif size == 0:
-            if name == bytes(4):  # padding
-                return
+            if not any(file.at(place, min(end - place, _MOST_PADDING))):
+                return  # padding
             size = end - place
         if size < start - place:
             raise Damaged("a box shorter than its header")
@@ -57,6 +64,19 @@ def _tree(file: File, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
         if name in _HOLDERS:
             yield from _tree(file, start, place + size)
         place += size
+
+
+def _check_fragments(names: Counter[bytes]) -> None:
+    """A box whose name is damaged is passed over: see that all parts of fragments are there.
+
+    Raises:
+        Damaged: a fragment has no samples, data have no fragment, or a name is none.
+    """
+    if not names[b"moof"]:
+        return
+    whole = names[b"moof"] >= names[b"mdat"] and names[b"moof"] <= names[b"traf"] == names[b"tfhd"] <= names[b"trun"]
+    if not whole or not all(name.isascii() and name.decode().isprintable() for name in names):
+        raise Damaged("something else where a box must be")
 
 
 def _samples(file: File, boxes: dict[bytes, _Box]) -> int:
@@ -82,14 +102,17 @@ def _edits(file: File, boxes: dict[bytes, _Box]) -> Edits:
     film_scale, _ = _times(file, boxes[b"mvhd"][0])
     start = boxes[b"tkhd"][0]
     track = file.number(start + 28, 8) if file.at(start, 1)[0] else file.number(start + 20, 4)
-    samples = sum(count * duration for count, duration in _rows(file, boxes[b"stts"], ">II"))
+    times = _rows(file, boxes[b"stts"], ">II")
+    samples = sum(count * duration for count, duration in times)
     shown = None
     if b"elst" in boxes:
         wide = file.at(boxes[b"elst"][0], 1)[0]
         edits = _rows(file, boxes[b"elst"], ">QqI" if wide else ">IiI")
         track -= sum(duration for duration, first, _ in edits if first < 0)  # before the first picture
         shown = sum(duration for duration, first, _ in edits if first >= 0) / film_scale
-    return Edits(media / media_scale, samples / media_scale, track / film_scale, shown)
+    offsets = _rows(file, boxes[b"ctts"], ">II") if b"ctts" in boxes else times
+    agree = sum(count for count, _ in offsets) == sum(count for count, _ in times)
+    return Edits(media / media_scale, samples / media_scale, track / film_scale, shown, agree)
 
 
 def _times(file: File, start: int) -> tuple[int, int]:
