@@ -75,7 +75,7 @@ def moving_picture(frames: int = 24, height: int = 48, width: int = 64) -> NDArr
     pictures = np.stack([texture[:, 2 * frame : 2 * frame + width] for frame in range(frames)])
     for frame, picture in enumerate(pictures):
         at = 2 * frame % (height - 12)
-        picture[at : at + 12, at : at + 12] = 255 - 8 * frame
+        picture[at : at + 12, at : at + 12] = 255 - 8 * frame % 256
     return pictures
 
 

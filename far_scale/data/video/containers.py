@@ -27,8 +27,8 @@ def check_container(path: Path, name: str, stream: int, track: int) -> Said:
 
     Args:
         name: of the container's format, as FFmpeg has it.
-        stream: the stream's index.
-        track: its id in MP4 and MOV files.
+        stream: the stream's index; -1 for none.
+        track: its id in MP4 and MOV files; 0 for none.
 
     Raises:
         BadVideo: the file is cut off or damaged.
@@ -45,6 +45,17 @@ def check_container(path: Path, name: str, stream: int, track: int) -> Said:
         raise BadVideo(f"{path}: damaged: {error}; copy it again, or leave it out") from None
     except OSError as error:
         raise _unreadable(path, error) from None
+
+
+def check_mp4(path: Path) -> None:
+    """Find out whether a file that cannot be opened is an MP4 or MOV that is cut off: the tables may be at its end.
+
+    Raises:
+        BadVideo: it is.
+    """
+    with open(path, "rb") as file:
+        if file.read(8)[4:] == b"ftyp":
+            check_container(path, _MP4, -1, 0)
 
 
 def check_readable(path: Path) -> None:
@@ -83,13 +94,15 @@ def _avi(file: File, stream: int) -> Said:
         elif name[:2] == prefix and name[2:] != b"pc":  # a palette is no frame
             found += 1
             empty += start == stop  # the frame before is repeated
-    if not found or stream >= len(lengths):
+    if stream < 0 or not riffs:
         return Said()
+    if stream >= len(lengths):
+        raise Damaged("a stream without its header")
     if indexed > found or lengths[stream] > found + _MAY_BE_MISSING:
         raise Damaged(f"{max(indexed, lengths[stream]) - found} of its frames are missing")
     if indexed and indexed < found and riffs == 1:  # the parts of a large file have other indexes
         raise Damaged(f"{found - indexed} frames that its index does not have")
-    return Said(found - empty)
+    return Said(found - empty if found else None)
 
 
 def _riffs(file: File) -> Iterator[tuple[bytes, int, int]]:

@@ -13,7 +13,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from far_scale.data.video.container_file import Said
-from far_scale.data.video.containers import BadVideo, check_container, check_readable
+from far_scale.data.video.containers import BadVideo, check_container, check_mp4, check_readable
 
 DEFAULT_FPS = 25.0  # of a file that does not say
 _BLOCK = 32  # frames that are shrunk together
@@ -87,6 +87,7 @@ def decode(path: Path, kept: Kept) -> float:
         with av.open(as_file(path), metadata_errors="replace") as container:  # titles may be in any encoding
             streams = [one for one in container.streams.video if not one.disposition & _NO_FILM]
             if not streams:
+                check_container(path, container.format.name, -1, 0)  # what is cut off may have lost them
                 raise BadVideo(f"{path}: no video stream in this file")
             # a cover in a Matroska file may be a track like any other, but not the one to be played
             stream = next((one for one in streams if one.disposition & Disposition.default), streams[0])
@@ -97,6 +98,7 @@ def decode(path: Path, kept: Kept) -> float:
             seen = _decode(path, container, stream, kept)
     except av.error.FFmpegError as error:
         check_readable(path)
+        check_mp4(path)
         raise BadVideo(f"{path}: does not decode ({error.strerror}); convert it, or leave it out") from None
     if not kept.seen:
         raise BadVideo(f"{path}: no frames in this video; leave it out")
@@ -125,6 +127,7 @@ class _Seen:
         self._start: int | None = None  # of packets that are shown
         self._end: int | None = None
         self._hidden_until = 0
+        self._unseen: int | None = None  # the time of a packet that shows nothing
         self._first: int | None = None  # of frames
         self._last: int | None = None
         self._length = self._longest = 0  # of packets, in ticks: of all, of the longest
@@ -147,7 +150,13 @@ class _Seen:
             self._first_key, self._key_end = pts, self._end
         elif self._first_key is not None and self._before_key(pts):
             return
-        self.due += not _shows_nothing(self._codec, packet)
+        if self._unseen is not None and (pts is None or pts - self._unseen > max(length / 2, 1)):
+            self.due += 1  # there is a gap where its frame was
+        self._unseen = None
+        if self._codec == "vp8" and not memoryview(packet)[0] & 0x10:
+            self._unseen = pts  # only predicted from; the next one has about the same time
+        elif self._codec != "mpeg4" or packet.size > _LONGEST_EMPTY_MPEG4:
+            self.due += 1
 
     def add_frame(self, frame: Any) -> None:
         """Count a decoded frame."""
@@ -217,22 +226,6 @@ def _decode(path: Path, container: Any, stream: Any, kept: Kept) -> _Seen:
         if damaged:
             raise BadVideo(f"{path}: cut off or damaged at frame {kept.seen}; copy it again, or leave it out")
     return seen
-
-
-def _shows_nothing(codec: str, packet: Any) -> bool:
-    """Whether a packet shows no frame of its own: it holds one that others are predicted from, or repeats the last."""
-    if codec == "mpeg4":
-        return bool(packet.size <= _LONGEST_EMPTY_MPEG4)
-    if codec == "vp8":
-        return not memoryview(packet)[0] & 0x10
-    if codec == "vp9":
-        data = memoryview(packet)
-        if data[-1] & 0xE0 == 0xC0:  # several frames, one of which is shown
-            return False
-        profile_3 = data[0] & 0x30 == 0x30
-        again, _, shown = (data[0] >> bit & 1 for bit in ((2, 1, 0) if profile_3 else (3, 2, 1)))
-        return not again and not shown
-    return False
 
 
 def _upright(path: Path, frame: Any, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -30,7 +30,7 @@ def read(file: File, stream: int) -> Said:
     """
     walk = _Walk(file)
     walk.file()
-    return Said(walk.frames[walk.tracks[stream]] if stream < len(walk.tracks) else None)
+    return Said(walk.frames[walk.tracks[stream]] if 0 <= stream < len(walk.tracks) else None)
 
 
 class _Walk:

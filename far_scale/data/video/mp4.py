@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from far_scale.data.video.container_file import Cut, Damaged, Edits, File, Said
 
 _HOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf")
+_OUTER = frozenset(
+    b"ftyp styp moov moof mdat imda mfra sidx ssix prft emsg free skip wide uuid meta udta pdin".split()
+)  # of a file of fragments
 _MOST_PADDING = 1 << 24  # bytes that are looked at
 _Box = tuple[int, int]
 """Where the content of a box begins and where it ends."""
@@ -22,10 +25,13 @@ def read(file: File, track: int) -> Said:
         Damaged: boxes or tables of samples contradict each other.
     """
     boxes: dict[bytes, _Box] = {}  # of this track, and of the film
-    names = Counter[bytes]()
+    names, outer, outer_end = Counter[bytes](), set[bytes](), 0
     current, fragments = 0, 0
     for name, start, stop in _tree(file, 0, file.size):
         names[name] += 1
+        if start > outer_end:
+            outer_end = stop
+            outer.add(name)
         if name == b"tkhd":
             current = file.number(start + (20 if file.at(start, 1)[0] else 12), 4)
         elif name == b"tfhd":
@@ -34,9 +40,10 @@ def read(file: File, track: int) -> Said:
             fragments += file.number(start + 4, 4)
         elif name == b"mvhd" or current == track:
             boxes.setdefault(name, (start, stop))
-    if not names[b"moov"] or names[b"cmov"]:
-        return Said()  # pictures without a film, or QuickTime's compressed tables
-    _check_fragments(names)
+    if not track or not names[b"moov"] or names[b"cmov"]:
+        return Said()  # the last two: pictures without a film, and QuickTime's compressed tables
+    if names[b"moof"]:
+        _check_fragments(names, outer)
     if not {b"tkhd", b"mvhd", b"mdhd", b"stts", b"stsc"} <= boxes.keys() or not {b"stsz", b"stz2"} & boxes.keys():
         raise Damaged("a track without its tables")
     samples = _samples(file, boxes)
@@ -66,16 +73,14 @@ def _tree(file: File, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
         place += size
 
 
-def _check_fragments(names: Counter[bytes]) -> None:
+def _check_fragments(names: Counter[bytes], outer: set[bytes]) -> None:
     """A box whose name is damaged is passed over: see that all parts of fragments are there.
 
     Raises:
-        Damaged: a fragment has no samples, data have no fragment, or a name is none.
+        Damaged: a fragment has no samples, data have no fragment, or there is an unknown box beside them.
     """
-    if not names[b"moof"]:
-        return
     whole = names[b"moof"] >= names[b"mdat"] and names[b"moof"] <= names[b"traf"] == names[b"tfhd"] <= names[b"trun"]
-    if not whole or not all(name.isascii() and name.decode().isprintable() for name in names):
+    if not whole or not outer <= _OUTER:
         raise Damaged("something else where a box must be")
 
 
