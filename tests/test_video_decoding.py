@@ -369,3 +369,27 @@ def test_titles_may_be_in_any_encoding(frames: NDArray[np.uint8], tmp_path: Path
     at = whole.index(b"ISFT") + 8
     avi.write_bytes(whole[:at] + b"Gr\xfc\xdfe" + whole[at + 5 :])  # Latin-1
     assert len(read_video(avi).frames) == 4
+
+
+def test_a_stream_that_was_joined_late_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "late.ts"
+    write_video(path, moving_picture(48), "mpeg2video", 25, encoding={"g": "8", "bf": "2"})
+    whole = read_video(path).frames
+    data = path.read_bytes()
+    path.write_bytes(data[len(data) * 4 // 10 // 188 * 188 :])
+    read = read_video(path).frames
+    assert 24 <= len(read) < 32 and np.array_equal(read[-16:], whole[-16:])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [(".mp4", "libx264"), (".mkv", "libx264"), (".avi", "mpeg4"), (".gif", "gif")]
+)
+def test_what_stands_behind_a_video_is_passed_over(
+    frames: NDArray[np.uint8], tmp_path: Path, suffix: str, codec: str
+) -> None:
+    path = tmp_path / f"walk{suffix}"
+    write_video(path, frames, codec)
+    whole = path.read_bytes()
+    for more in (b"\n", bytes(700), b"a remark of the program that made it"):
+        path.write_bytes(whole + more)
+        assert len(read_video(path).frames) == 24

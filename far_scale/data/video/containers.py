@@ -158,7 +158,7 @@ def _gif(file: File, stream: int) -> Said:
         # parts are equally long but for the last one, or else damage may have joined one picture to the next
         if kind == b"," and len({length for _, length in parts[:-1]}) > 1:
             _check_lzw(b"".join(file.at(*part) for part in parts), bits, across * down)
-    if file.size - place - 1 > _AFTER_END:
+    if len(file.at(place + 1, file.size - place - 1).rstrip(b"\0")) > _AFTER_END:
         raise Damaged("it goes on after its end")
     return Said(pictures)
 

@@ -113,12 +113,12 @@ class _Seen:
     Attributes:
         packets: with data.
         shown: those that are not hidden by an edit list.
-        due: those that a frame must come of.
         frames: decoded.
     """
 
     def __init__(self, stream: Any) -> None:
-        self.packets = self.shown = self.due = self.frames = 0
+        self.packets = self.shown = self.frames = self._due = self._early = 0
+        self._has_key = False
         self._codec = stream.codec_context.name
         self._tick = float(stream.time_base)
         self._rates = [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
@@ -146,17 +146,20 @@ class _Seen:
         if pts is not None:
             self._start = pts if self._start is None else min(self._start, pts)
             self._end = pts + length if self._end is None else max(self._end, pts + length)
-        if self._first_key is None and packet.is_keyframe:
-            self._first_key, self._key_end = pts, self._end
-        elif self._first_key is not None and self._before_key(pts):
+        if not self._has_key:
+            if not packet.is_keyframe:
+                self._early += 1
+                return
+            self._has_key, self._first_key, self._key_end = True, pts, self._end
+        elif self._before_key(pts):
             return
         if self._unseen is not None and (pts is None or pts - self._unseen > max(length / 2, 1)):
-            self.due += 1  # there is a gap where its frame was
+            self._due += 1  # there is a gap where its frame was
         self._unseen = None
         if self._codec == "vp8" and not memoryview(packet)[0] & 0x10:
             self._unseen = pts  # only predicted from; the next one has about the same time
         elif self._codec != "mpeg4" or packet.size > _LONGEST_EMPTY_MPEG4:
-            self.due += 1
+            self._due += 1
 
     def add_frame(self, frame: Any) -> None:
         """Count a decoded frame."""
@@ -170,9 +173,10 @@ class _Seen:
         """What is missing, compared with what the container says."""
         if said.packets is not None and self.shown < said.packets and not self._hidden(said):
             return f"{said.packets - self.shown} of its {said.packets} frames are missing"
+        due = self._due if self._has_key else self._early
         # the two fields of an interlaced frame may lie in packets of their own
-        if self.frames < (self.due / 2 if self._fields else self.due):
-            return f"{self.due - self.frames} of its {self.due} frames do not decode"
+        if self.frames < (due / 2 if self._fields else due):
+            return f"{due - self.frames} of its {due} frames do not decode"
         return None
 
     def _before_key(self, pts: int | None) -> bool:

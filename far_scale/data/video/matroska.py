@@ -10,6 +10,7 @@ from far_scale.data.video.container_file import Cut, Damaged, File, Said
 
 _EBML, _SEGMENT, _VOID, _CRC = 0x1A45DFA3, 0x18538067, 0xEC, 0xBF
 _INFO, _TRACKS, _CLUSTER = 0x1549A966, 0x1654AE6B, 0x1F43B675
+_FILM_BEGINS = (_EBML.to_bytes(4, "big"), _SEGMENT.to_bytes(4, "big"))
 _IN_SEGMENT = frozenset(
     # SeekHead, Cues, Attachments, Chapters, Tags, Signature
     (0x114D9B74, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367, 0x1B538667, _INFO, _TRACKS, _CLUSTER, _VOID, _CRC)
@@ -48,17 +49,22 @@ class _Walk:
         self._all_tracks = set[int]()  # with those of other types
 
     def file(self) -> None:
-        place = 0
+        place, segments = 0, 0
         while place < self._file.size:
+            if segments and self._file.at(place, min(4, self._file.size - place)) not in _FILM_BEGINS:
+                return  # something else, put behind the film
             name, start, stop = self._element(place)
             if name == _SEGMENT:
+                segments += 1
                 if stop is not None and stop > self._file.size:
                     raise Cut
                 place = self._segment(start, self._file.size if stop is None else stop)
-            elif stop is not None and (not place or name in (_EBML, _VOID)):
-                place = stop
+            elif stop is None or name not in (_EBML, _VOID):
+                raise Damaged("something else where an element must be")
             else:
-                return  # something else, put behind the film
+                place = stop
+        if not segments:
+            raise Cut
 
     def _segment(self, place: int, end: int) -> int:
         while place < end:

@@ -25,13 +25,12 @@ def read(file: File, track: int) -> Said:
         Damaged: boxes or tables of samples contradict each other.
     """
     boxes: dict[bytes, _Box] = {}  # of this track, and of the film
-    names, outer, outer_end = Counter[bytes](), set[bytes](), 0
+    outer = list(_outer_boxes(file))
+    inner = (box for name, start, stop in outer if name in _HOLDERS for box in _tree(file, start, stop))
+    names = Counter(name for name, _, _ in outer)
     current, fragments = 0, 0
-    for name, start, stop in _tree(file, 0, file.size):
+    for name, start, stop in inner:
         names[name] += 1
-        if start > outer_end:
-            outer_end = stop
-            outer.add(name)
         if name == b"tkhd":
             current = file.number(start + (20 if file.at(start, 1)[0] else 12), 4)
         elif name == b"tfhd":
@@ -43,34 +42,51 @@ def read(file: File, track: int) -> Said:
     if not track or not names[b"moov"] or names[b"cmov"]:
         return Said()  # the last two: pictures without a film, and QuickTime's compressed tables
     if names[b"moof"]:
-        _check_fragments(names, outer)
+        _check_fragments(names, {name for name, _, _ in outer})
     if not {b"tkhd", b"mvhd", b"mdhd", b"stts", b"stsc"} <= boxes.keys() or not {b"stsz", b"stz2"} & boxes.keys():
         raise Damaged("a track without its tables")
     samples = _samples(file, boxes)
     return Said(fragments + samples, _edits(file, boxes) if samples and not fragments else None)
 
 
+def _header(file: File, place: int, end: int) -> tuple[bytes, int, int]:
+    """The box there: its name, where its content begins, and where it ends (0: its size is none)."""
+    size, name = struct.unpack(">I4s", file.at(place, 8))
+    start = place + 8
+    if size == 1:
+        size, start = file.number(start, 8), start + 8
+    elif size == 0 and name != bytes(4):
+        size = end - place
+    return name, start, place + size if size >= start - place else 0
+
+
+def _outer_boxes(file: File) -> Iterator[tuple[bytes, int, int]]:
+    """The boxes that the file is made of; one without a name for something else, put behind them."""
+    place = 0
+    while file.size - place >= 8:
+        name, start, stop = _header(file, place, file.size)
+        if stop > file.size and name in _OUTER:
+            raise Cut
+        if not place < stop <= file.size:
+            if any(file.at(place, min(file.size - place, _MOST_PADDING))):
+                yield b"", file.size, file.size
+            return
+        yield name, start, stop
+        place = stop
+
+
 def _tree(file: File, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """The boxes between two places and those in them, in the order of the file: name, content's begin and end."""
+    """The boxes between two places of a box and those in them, in the order of the file."""
     while end - place >= 8:
-        size, name = struct.unpack(">I4s", file.at(place, 8))
-        start = place + 8
-        if size == 1:
-            size, start = file.number(start, 8), start + 8
-        elif size == 0:
-            if not any(file.at(place, min(end - place, _MOST_PADDING))):
-                return  # padding
-            size = end - place
-        if size < start - place:
-            raise Damaged("a box shorter than its header")
-        if place + size > end:
-            if end == file.size:
-                raise Cut
-            raise Damaged("a box longer than the one that holds it")
-        yield name, start, place + size
+        name, start, stop = _header(file, place, end)
+        if not stop and not any(file.at(place, min(end - place, _MOST_PADDING))):
+            return
+        if not place < stop <= end:
+            raise Damaged("a box that does not fit into the one that holds it")
+        yield name, start, stop
         if name in _HOLDERS:
-            yield from _tree(file, start, place + size)
-        place += size
+            yield from _tree(file, start, stop)
+        place = stop
 
 
 def _check_fragments(names: Counter[bytes], outer: set[bytes]) -> None:
