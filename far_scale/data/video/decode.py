@@ -164,7 +164,8 @@ class _Seen:
     def add_frame(self, frame: Any) -> None:
         """Count a decoded frame."""
         self.frames += 1
-        self._fields = self._fields or frame.interlaced_frame
+        # the two fields of an interlaced frame may lie in packets of their own
+        self._fields = self._fields or (frame.interlaced_frame and self._codec in ("h264", "mpeg2video"))
         if frame.pts is not None:
             self._first = frame.pts if self._first is None else min(self._first, frame.pts)
             self._last = frame.pts if self._last is None else max(self._last, frame.pts)
@@ -174,7 +175,6 @@ class _Seen:
         if said.packets is not None and self.shown < said.packets and not self._hidden(said):
             return f"{said.packets - self.shown} of its {said.packets} frames are missing"
         due = self._due if self._has_key else self._early
-        # the two fields of an interlaced frame may lie in packets of their own
         if self.frames < (due / 2 if self._fields else due):
             return f"{due - self.frames} of its {due} frames do not decode"
         return None
@@ -184,9 +184,9 @@ class _Seen:
 
         FFmpeg gives no time to such packets of a Matroska file that would have a time below 0.
         """
-        if pts is None or self._first_key is None:
-            return self._end == self._key_end
-        return pts < self._first_key
+        if self._first_key is None:
+            return False
+        return self._end == self._key_end if pts is None else pts < self._first_key
 
     def _hidden(self, said: Said) -> bool:
         """Whether it is an edit list that hides packets, as far as what is said of times agrees."""
