@@ -127,6 +127,7 @@ class _Seen:
         self._start: int | None = None  # of packets that are shown
         self._end: int | None = None
         self._hidden_until = 0
+        self._hidden_group = False  # behind packets that are shown
         self._unseen: int | None = None  # the time of a packet that shows nothing
         self._first: int | None = None  # of frames
         self._last: int | None = None
@@ -138,6 +139,7 @@ class _Seen:
         self.packets += 1
         if packet.is_discard:
             self._hidden_until = max(self._hidden_until, packet.pts or 0)
+            self._hidden_group = self._hidden_group or (packet.is_keyframe and self.shown > 0)
             return
         self.shown += 1
         pts, length = packet.dts if packet.pts is None else packet.pts, packet.duration or 0
@@ -191,10 +193,12 @@ class _Seen:
     def _hidden(self, said: Said) -> bool:
         """Whether it is an edit list that hides packets, as far as what is said of times agrees."""
         if said.edits is None:  # fragments: a beginning may be hidden
-            return self.packets == said.packets and self._start is not None and self._hidden_until < self._start
+            begins = self._start is not None and self._hidden_until < self._start and not self._hidden_group
+            return self.packets == said.packets and begins
         edits, frame = said.edits, self._longest * self._tick
         return (
             edits.shown is not None
+            and edits.shown >= frame
             and edits.offsets_agree
             # a group that was cut open has frames that count in one of the two only
             and abs(edits.media - edits.samples) <= max(4 * frame, 0.01 * edits.media)
