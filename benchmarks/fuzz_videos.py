@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 from damaged_videos import DAMAGE, FPS, KINDS, damage, moving_picture, write_video
 from measure import Row, environment, print_table, write_result
@@ -161,7 +162,9 @@ def main() -> int:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         rows = fuzz(Path(folder), args)
-    facts = environment(start(args), {"seed": str(args.seed), "seconds": f"{time.monotonic() - begun:.0f}"})
+    more = {"seed": str(args.seed), "seconds": f"{time.monotonic() - begun:.0f}"}
+    more["PyAV"], more["FFmpeg's libavcodec"] = av.__version__, ".".join(map(str, av.library_versions["libavcodec"]))
+    facts = environment(start(args), more)
     tables: dict[str, list[Row]] = {
         "Damaged videos, by container and codec": summary(rows, "video", [kind.name for kind in KINDS]),
         "Damaged videos, by damage": summary(rows, "damage", list(DAMAGE)),
@@ -173,7 +176,8 @@ def main() -> int:
         print(
             f"{row['number']}: {row['video']}, {row['damage']}: {row['outcome']}: {row.get('said', row.get('frames'))}"
         )
-    tables["Damaged videos, by damage"][-1]["files"] = rows  # every single one, in the JSON only
+    read = [row for row in rows if row["outcome"] not in (REFUSED, RIGHT)]
+    tables["Damaged videos, by damage"][-1]["files"] = read  # every single one, in the JSON only
     print(f"\n{write_result(args.out, 'fuzz-videos', facts, tables)}")
     return 1 if faults else 0
 
