@@ -404,3 +404,26 @@ def test_what_stands_behind_a_video_is_passed_over(
     for more in (b"\n", bytes(700), b"a remark of the program that made it"):
         path.write_bytes(whole + more)
         assert len(read_video(path).frames) == 24
+
+
+def test_hostile_structures_are_refused(frames: NDArray[np.uint8], tmp_path: Path) -> None:
+    mp4, avi, gif = (tmp_path / f"walk{suffix}" for suffix in (".mp4", ".avi", ".gif"))
+    write_video(mp4, frames, "libx264")
+    data = mp4.read_bytes()
+    for depth in (5_000, 20):
+        boxes = b""
+        for _ in range(depth):
+            boxes = struct.pack(">I4s", 8 + len(boxes), b"moov") + boxes
+        mp4.write_bytes(data + boxes)
+        refused(lambda: read_video(mp4), "boxes in boxes")
+    write_video(avi, frames, "mpeg4")
+    data, lists = avi.read_bytes(), b""
+    for _ in range(5_000):
+        lists = struct.pack("<4sI4s", b"LIST", 4 + len(lists), b"rec ") + lists
+    avi.write_bytes(data[:4] + struct.pack("<I", len(data) + len(lists) - 8) + data[8:] + lists)
+    refused(lambda: read_video(avi), "lists in lists")
+    write_video(gif, frames[:2], "gif")
+    data = gif.read_bytes()
+    picture = struct.pack("<BHHHHBB", 0x2C, 0, 0, 64, 48, 0, 60)  # codes of 60 bits, in parts of odd sizes
+    gif.write_bytes(data[:-1] + picture + b"\x03abc\x01a\x02ab\x01a\x00;")
+    refused(lambda: read_video(gif), str(gif))

@@ -15,6 +15,7 @@ from far_scale.data.video.container_file import Cut, Damaged, File, Said
 from far_scale.errors import UserError
 
 _MAY_BE_MISSING = 2  # frames: some programs that write AVI count one too many, or one that repeats the last
+_DEEPEST = 8  # lists in lists of an AVI; there are 3
 _AFTER_END = 64  # bytes of anything that may follow the end of a GIF
 
 
@@ -120,7 +121,9 @@ def _riffs(file: File) -> Iterator[tuple[bytes, int, int]]:
         place = end + size % 2
 
 
-def _chunks(file: File, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def _chunks(file: File, place: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:
+    if depth > _DEEPEST:
+        raise Damaged("lists in lists in lists")
     while end - place >= 8:
         name, size = struct.unpack("<4sI", file.at(place, 8))
         if not name.isascii() or not name.decode().isprintable():
@@ -130,7 +133,7 @@ def _chunks(file: File, place: int, end: int) -> Iterator[tuple[bytes, int, int]
             raise Damaged("a chunk longer than the list that holds it")
         if name == b"LIST":
             if file.at(start, 4) in (b"hdrl", b"strl", b"movi", b"rec "):
-                yield from _chunks(file, start + 4, stop)
+                yield from _chunks(file, start + 4, stop, depth + 1)
         else:
             yield name, start, stop
         place = stop + size % 2
@@ -169,6 +172,8 @@ def _check_lzw(data: bytes, bits: int, pixels: int) -> None:
     Raises:
         Damaged: they make more or fewer, or end long before their data.
     """
+    if not 1 <= bits <= 11:
+        raise Damaged("a picture with codes of no size")
     clear, end = 1 << bits, (1 << bits) + 1
     lengths: list[int] = []  # of what a code stands for
     waiting, held, width, before, made, at = 0, 0, bits + 1, 0, 0, 0

@@ -12,6 +12,7 @@ _HOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"tra
 _OUTER = frozenset(
     b"ftyp styp moov moof mdat imda mfra sidx ssix prft emsg free skip wide uuid meta udta pdin".split()
 )  # of a file of fragments
+_DEEPEST = 16  # boxes in boxes; there are 5
 _MOST_PADDING = 1 << 24  # bytes that are looked at
 _Box = tuple[int, int]
 """Where the content of a box begins and where it ends."""
@@ -75,8 +76,10 @@ def _outer_boxes(file: File) -> Iterator[tuple[bytes, int, int]]:
         place = stop
 
 
-def _tree(file: File, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def _tree(file: File, place: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:
     """The boxes between two places of a box and those in them, in the order of the file."""
+    if depth > _DEEPEST:
+        raise Damaged("boxes in boxes in boxes")
     while end - place >= 8:
         name, start, stop = _header(file, place, end)
         if not stop and not any(file.at(place, min(end - place, _MOST_PADDING))):
@@ -85,7 +88,7 @@ def _tree(file: File, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
             raise Damaged("a box that does not fit into the one that holds it")
         yield name, start, stop
         if name in _HOLDERS:
-            yield from _tree(file, start, stop)
+            yield from _tree(file, start, stop, depth + 1)
         place = stop
 
 
