@@ -24,7 +24,7 @@ setup(
         "pyyaml>=6.0",
         "numpy>=1.26",
         "tqdm>=4.66",
-        "av>=12.0",
+        "av>=15.0",
         "pillow>=10.1",
         "matplotlib>=3.8",
         "torchmetrics>=1.4",

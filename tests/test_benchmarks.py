@@ -137,6 +137,16 @@ def test_encoding_is_timed_on_both_kinds_of_video(tmp_path: Path) -> None:
         assert 0 < busy < wall and 0 < computed < process
 
 
+def test_damaged_videos_are_never_read_as_shorter_ones(tmp_path: Path) -> None:
+    finished = run("fuzz_videos", "--mutations", 69, "--seed", 3, "--workers", 1, "--out", tmp_path)
+    by_kind, by_damage = tables_of(tmp_path, finished).values()  # exit status 1: one was, or a decoder crashed or hung
+    assert by_kind[-1]["damaged"] == by_damage[-1]["damaged"] == 69 and len(by_kind) == 24 and len(by_damage) == 7
+    assert by_kind[-1]["refused"] > 30
+    assert all(row["outcome"] in ("wrong pixels", "more frames") for row in by_damage[-1]["files"])
+    cut_off = by_damage[0]
+    assert cut_off["damage"] == "cut off" and cut_off["refused"] == cut_off["damaged"] > 20
+
+
 def test_the_oracle_of_the_attention_benchmark_is_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from attention_sides import causal_frames, exact

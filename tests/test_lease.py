@@ -66,6 +66,15 @@ def test_a_second_job_is_refused_by_whatever_path_it_comes(tmp_path: Path) -> No
     assert taken(run) and not read_events(run)
 
 
+def test_a_run_that_is_refused_before_it_writes_leaves_no_folder(tmp_path: Path) -> None:
+    with Lease(tmp_path / "runs/run", ALONE):
+        pass
+    assert not list(tmp_path.iterdir())
+    with Lease(tmp_path / "runs/run", ALONE):
+        (tmp_path / "runs/run/log.jsonl").touch()
+    assert (tmp_path / "runs/run/log.jsonl").exists()
+
+
 def test_the_lease_of_a_dead_process_of_this_machine_is_taken_over(tmp_path: Path) -> None:
     held_by(tmp_path, machine=lease._machine())
     refused_by(tmp_path, f"pid {os.getpid()}")

@@ -23,7 +23,7 @@ from far_scale.train.faults.events import Events, read_events
 from far_scale.train.loop import build_model
 from far_scale.train.processes import Processes
 from far_scale.train.resume import Resume
-from far_scale.train.start_weights import start_from
+from far_scale.train.start_weights import other_latents, start_from
 
 TRAINING = TrainingCard(step=7, recipe_hash="ab", weights="ema", far_scale="0")
 
@@ -121,6 +121,24 @@ def test_weights_of_other_latents_are_refused_unless_accepted(tmp_path: Path, ma
     model, said = started(tmp_path, manifest, *overrides, accept=True)
     assert same_weights(model, theirs) and len(said.splitlines()) == 1
     assert "accepted: trained on other latents" in said and all(word in said for word in words)
+
+
+def test_weights_of_other_classes(tmp_path: Path, manifest: Manifest) -> None:
+    scaling = LatentScaling.of(manifest, "factor")
+    facts = (manifest.autoencoder, scaling, manifest.latent_shape, 8.0)
+    names = ("autoencoder", "scaling", "latent_shape", "fps")
+
+    def differing(theirs: tuple[str, ...] | None, ours: tuple[str, ...] | None, *overrides: str) -> list[str]:
+        card = ModelCard(**dict(zip(names, facts, strict=True)), training=TRAINING, classes=theirs)
+        with_names = manifest.model_copy(update={"classes": ours})
+        return other_latents(card, recipe_of(tmp_path, *overrides), with_names, scaling)
+
+    by_label = ("model.condition=label", "model.classes=3")
+    (line,) = differing(("a", "b", "c"), ("a", "c", "b"), *by_label)
+    assert "class 1 is 'c', there 'b'" in line and "--classes-of" in line
+    assert not differing(("a", "b", "c"), ("a", "b", "c"), *by_label)
+    assert not differing(None, ("a", "b"), *by_label) and not differing(("a", "b"), None, *by_label)
+    assert not differing(("a", "b", "c"), ("a", "c", "b")), "the model is not conditioned on them"
 
 
 def test_weights_that_do_not_say_what_they_know_are_taken_and_it_is_said(tmp_path: Path, manifest: Manifest) -> None:

@@ -172,7 +172,7 @@ def test_a_disk_that_fails_is_not_a_broken_video(
             def fail(path: Path, mode: str) -> None:
                 raise OSError(errno.EIO, "Input/output error", str(path))
 
-            patch.setattr("far_scale.data.video.videos.open", fail, raising=False)
+            patch.setattr("far_scale.data.video.containers.open", fail, raising=False)
             with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)") as caught:
                 read_video(tmp_path / name)
             assert not isinstance(caught.value, BadVideo)

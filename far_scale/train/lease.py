@@ -54,6 +54,7 @@ class Lease:
     def __init__(self, run: Path, processes: Processes) -> None:
         self._run, self._processes = run, processes
         self._holder = _this_job(str(uuid.uuid4()))
+        self._made: list[Path] = []
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
@@ -71,8 +72,12 @@ class Lease:
             self._thread.join()
             if _read(self._run / NAME).get("token") == self._holder["token"]:
                 (self._run / NAME).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the run was refused before it wrote anything: leave no empty folders
+                for folder in self._made:
+                    folder.rmdir()
 
     def _acquire(self) -> None:
+        self._made = [folder for folder in (self._run, *self._run.parents) if not folder.exists()]
         self._run.mkdir(parents=True, exist_ok=True)
         self._holder["directory"] = place_of(self._run)
         lease = self._run / NAME

@@ -6,6 +6,7 @@ from far_scale.convert.model_dir import ModelCard, TrainingCard, read_any_config
 from far_scale.data.packs.mixture import MixtureManifest
 from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.typed import classes_differ
 from far_scale.errors import UserError
 from far_scale.model import FAR
 from far_scale.recipe import Recipe
@@ -70,6 +71,11 @@ def other_latents(
         lines.append(
             f"its frame stride is {card.frame_stride}, the recipe's {recipe.data.frame_stride}: set "
             f"data.frame_stride={card.frame_stride}"
+        )
+    if recipe.model.condition == "label" and (difference := classes_differ(manifest.classes, card.classes)) is not None:
+        lines.append(
+            f"its classes are not the shard set's: {difference}: encode the videos with --classes-of the set that it "
+            "was trained on"
         )
     if (words := card.scaling.differences(scaling)) is not None:
         kinds = ("factor", "channel")

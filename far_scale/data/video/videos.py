@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,26 +17,16 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from far_scale.data.video.containers import BadVideo, check_readable
+from far_scale.data.video.decode import DEFAULT_FPS, Kept, Shrink, as_file, decode
 from far_scale.data.video.find import SUFFIXES as SUFFIXES
 from far_scale.data.video.find import find_videos as find_videos
 from far_scale.errors import UserError
 from far_scale.files import atomic_write
 
-DEFAULT_FPS = 25.0  # of a file that does not say
 _FRAMES = ("frames", "video")  # in an .npz file: ours, TECO's
-_BLOCK = 32  # frames that are shrunk together
-_MAY_BE_MISSING = 2  # frames: some encoders count one too many, or one that repeats the last
-
-
-Shrink = Callable[[NDArray[np.uint8]], NDArray[Any]]
-"""Makes frames uint8 [n, H, W, 3] into [n, h, w, 3], as soon as they are decoded: whole videos may be too large."""
-
-
-class BadVideo(UserError):
-    """A file whose content cannot be used; that the disk or the network cannot be read is not one of these."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +89,12 @@ def read_video(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such video")
-    kept = _Kept(path, stride, shrink)
-    video = _read_npz(path, kept, actions and actions_file is None) if _is_npz(path) else _decode(path, kept)
+    kept = Kept(path, stride, shrink)
+    if _is_npz(path):
+        video = _read_npz(path, kept, actions and actions_file is None)
+    else:
+        fps = decode(path, kept)
+        video = Video(path.stem, kept.frames(), None, None, fps, path.name)
     own = video.actions if actions_file is None or not actions else read_actions(actions_file, kept.seen)
     return replace(video, actions=None if own is None else own[::stride], fps=video.fps / stride)
 
@@ -125,7 +119,7 @@ def write_mp4(path: str | Path, frames: Iterable[NDArray[np.uint8]], fps: float)
     height, width = first.shape[:2]
     if height % 2 or width % 2:
         raise UserError(f"{path}: frames are {height}x{width}; H.264 needs an even height and width, so pad or crop")
-    with atomic_write(path) as beside, av.open(str(beside), "w", format="mp4") as container:
+    with atomic_write(path) as beside, av.open(as_file(beside), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # without mbtree: with AVX-512, libx264 wrote other bytes of the same frames from run to run
@@ -162,111 +156,11 @@ def read_actions(path: Path, frames: int) -> NDArray[np.int64]:
     return _actions(path, actions, frames)
 
 
-class _Kept:
-    """The frames of a video that are kept: every n-th one, shrunk a block at a time.
-
-    Attributes:
-        seen: all frames so far, with those that are not kept.
-    """
-
-    def __init__(self, path: Path, stride: int, shrink: Shrink | None) -> None:
-        self.seen = 0
-        self._path, self._stride, self._shrink = path, stride, shrink
-        self._shape: tuple[int, ...] | None = None
-        self._waiting: list[NDArray[np.uint8]] = []
-        self._done: list[NDArray[Any]] = []
-
-    def wants_next(self) -> bool:
-        """Whether the next frame is one to keep; it counts as seen."""
-        self.seen += 1
-        return (self.seen - 1) % self._stride == 0
-
-    def add(self, frame: NDArray[np.uint8]) -> None:
-        """Keep a frame [H, W, 3].
-
-        Raises:
-            BadVideo: it has another size than those before.
-        """
-        if self._shape not in (None, frame.shape):
-            raise BadVideo(f"{self._path}: its frames change their size midway; convert it to one size")
-        self._shape = frame.shape
-        self._waiting.append(frame)
-        if len(self._waiting) == _BLOCK:
-            self._flush()
-
-    def frames(self) -> NDArray[Any]:
-        """All frames that were kept; there must be one at least."""
-        self._flush()
-        return np.concatenate(self._done)
-
-    def _flush(self) -> None:
-        if self._waiting:
-            block = np.stack(self._waiting)
-            self._done.append(block if self._shrink is None else self._shrink(block))
-            self._waiting.clear()
-
-
 def _is_npz(path: Path) -> bool:
     return path.suffix.lower() == ".npz"
 
 
-def _decode(path: Path, kept: _Kept) -> Video:
-    to_rgb = VideoReformatter()  # one for all frames: making its tables costs more than converting a small frame
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise BadVideo(f"{path}: no video stream in this file")
-            stream = container.streams.video[0]
-            end = 0.0
-            for packet in container.demux(stream):
-                damaged = packet.is_corrupt  # before it is decoded, which may end it
-                for frame in packet.decode():
-                    if kept.wants_next():
-                        picture: Any = to_rgb.reformat(frame, format="rgb24").to_ndarray()
-                        kept.add(picture)
-                    end = max(end, frame.time or 0.0)
-                    damaged = damaged or frame.is_corrupt
-                if damaged:
-                    raise BadVideo(f"{path}: cut off or damaged at frame {kept.seen}; copy it again, or leave it out")
-            rate = stream.average_rate or stream.guessed_rate
-            missing = _missing_frames(container, stream, kept.seen, end, float(rate or DEFAULT_FPS))
-    except av.error.FFmpegError as error:
-        check_readable(path)
-        raise BadVideo(f"{path}: does not decode ({error.strerror}); convert it, or leave it out") from None
-    if not kept.seen:
-        raise BadVideo(f"{path}: no frames in this video; leave it out")
-    if missing > _MAY_BE_MISSING:
-        raise BadVideo(f"{path}: cut off: the last {missing:.0f} frames are missing; copy it again, or leave it out")
-    return Video(path.stem, kept.frames(), None, None, float(rate or DEFAULT_FPS), path.name)
-
-
-def _missing_frames(container: Any, stream: Any, frames: int, end: float, rate: float) -> float:
-    """How many frames fewer there are than the file says, of containers that a decoder takes cut off without a word.
-
-    An AVI tells the count, a Matroska or WebM file how long its longest stream is: so with sound nothing is known.
-    """
-    if container.format.name == "avi":
-        return float(stream.frames - frames)
-    if "matroska" in container.format.name and container.duration and len(container.streams) == 1:
-        return float(container.duration / av.time_base - end) * rate - 1
-    return 0.0
-
-
-def check_readable(path: Path) -> None:
-    """Tell a broken disk or network from a broken file: what cannot be read now may be whole.
-
-    Raises:
-        UserError: the file's bytes cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            while file.read(1 << 24):
-                pass
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend that and run again") from None
-
-
-def _read_npz(path: Path, kept: _Kept, actions: bool) -> Video:
+def _read_npz(path: Path, kept: Kept, actions: bool) -> Video:
     arrays = _arrays(path, (*_FRAMES, "label", "fps", *(["actions"] if actions else [])))
     named = [key for key in _FRAMES if key in arrays]
     if len(named) != 1:
