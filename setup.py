@@ -12,6 +12,8 @@ setup(
     name="far_scale",
     version=VERSION,
     description="Training of frame-autoregressive video models (FAR), from one laptop to a SLURM cluster",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10",
     packages=find_packages(include=["far_scale", "far_scale.*"]),
     package_data={"far_scale.autoencoder": ["weights/*"]},

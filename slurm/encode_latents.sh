@@ -23,6 +23,7 @@ main() {
     # shellcheck source=slurm/python.sh
     source "$checkout/slurm/python.sh"
     python=$(find_python "$checkout")
+    PYTHONPATH=$checkout "$python" -m far_scale.launch check
 
     local options=(--workers "${SLURM_CPUS_PER_TASK:-1}")
     [ -z "${SLURM_JOB_GPUS:-}" ] || options+=(--device cuda)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from launch import ROOT, environment, small_recipe
 
 from far_scale.errors import UserError
 from far_scale.launch.after import after, decide
-from far_scale.launch.job import Job, JobState
+from far_scale.launch.job import Job, JobState, check_warning, clock
 from far_scale.launch.progress import starts_from
 from far_scale.launch.snapshot import REFUSED_HERE, make_snapshot, read_submission
 from far_scale.launch.submit import JobSize, draft, parse_minutes, submit, train_here
@@ -134,10 +135,137 @@ def test_a_refusal_counts_although_srun_tells_a_higher_status(tmp_path: Path, mo
 
 
 def test_times_as_sbatch_takes_them() -> None:
-    times = {"90": 90, "90:30": 91, "12:00:00": 720, "2-00": 2880, "1-02:30": 1590, "1-00:00:01": 1441}
+    times = {"90": 90, "90:30": 91, "12:00:00": 720, "2-00": 2880, "1-02:30": 1590, "1-00:00:01": 1441, "0": 0}
     assert {text: parse_minutes(text) for text in times} == times
     with pytest.raises(UserError, match="--time soon"):
         parse_minutes("soon")
+    assert [clock(seconds) for seconds in (0, 61, 7200, 2 * 86400 + 3)] == [
+        "0:00:00",
+        "0:01:01",
+        "2:00:00",
+        "2-0:00:03",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("time", "refused"),
+    [
+        ("4", "0:04:00"), ("0:04:00", "0:04:00"), ("4:00", "0:04:00"), ("3:01", "0:04:00"), ("0-0:4", "0:04:00"),
+        ("5", "0:05:00"), ("6:00", "0:06:00"), ("6:01", None), ("0-1", None), ("2-00:00:00", None), ("0", None),
+    ],
+)  # fmt: skip
+def test_a_time_limit_that_the_warning_swallows_is_refused(time: str, refused: str | None, tmp_path: Path) -> None:
+    """The warning comes 300 seconds ahead, give or take a minute; a limit of 0 is none."""
+    recipe = load_recipe("demo_cpu", [f"run_dir={tmp_path / 'run'}"])
+    size = JobSize(nodes=1, gpus_per_node=0, cpus_per_task=1, minutes=parse_minutes(time), partition=None)
+    if refused is None:
+        size.check(recipe)
+        return
+    for action in (size.check, lambda _: draft(recipe, size, None), lambda _: train_here(recipe, [], size)):
+        with pytest.raises(UserError) as error:
+            action(recipe)
+        assert str(error.value) == (
+            f"--time {refused}: the warning comes 300 seconds ahead of the time limit, and SLURM may send it "
+            "60 seconds earlier, so it would stop each start at once; ask for more than 0:06:00"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_slurm_a_time_limit_is_needed(tmp_path: Path) -> None:
+    size = JobSize(nodes=1, gpus_per_node=0, cpus_per_task=1, minutes=0, partition=None)
+    with pytest.raises(UserError, match="--time 0: means no limit to SLURM alone"):
+        train_here(load_recipe("demo_cpu", [f"run_dir={tmp_path / 'run'}"]), [], size)
+
+
+@pytest.fixture
+def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """`controller(limit, script)`: what a stand-in for scontrol says from now on of the job around this process."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\n[ -e {tmp_path}/$1 ] || exit 1\ncat {tmp_path}/$1\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SBATCH_SIGNAL", raising=False)
+
+    def says(limit: str, script: str) -> None:
+        shown = f"JobId=7 RunTime=00:00:01 TimeLimit={limit} TimeMin=N/A EndTime=2026-11-25T17:56:16\n"
+        (tmp_path / "show").write_text(shown)
+        (tmp_path / "write").write_text(script)
+
+    return says
+
+
+SCRIPTS = {
+    path.stem: path.read_text() for path in sorted((ROOT / "slurm").glob("*.sh")) if "#SBATCH" in path.read_text()
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_job_scripts_warnings_are_read(name: str, controller: Callable[[str, str], None]) -> None:
+    lead = 120 if name == "encode_latents" else 300
+    controller(f"00:{lead // 60 + 1:02}:00", SCRIPTS[name])
+    with pytest.raises(UserError, match=rf"job 7: --signal=\S*USR1@{lead} and a time limit of"):
+        check_warning("7")
+    controller(f"00:{lead // 60 + 1:02}:01", SCRIPTS[name])
+    check_warning("7")
+    assert "launch.sh" in SCRIPTS[name] or "far_scale.launch check" in SCRIPTS[name]
+
+
+@pytest.mark.parametrize(
+    ("limit", "line", "refused"),
+    [
+        ("00:04:00", "--signal=USR1@300", True),
+        ("00:04:00", "--time=4 --signal=B:USR1@300  # early", True),
+        ("00:04:00", "--signal RB:10@240", True),
+        ("00:02:00", "--signal=USR1", True),  # then it is a minute
+        ("00:03:00", "--signal=USR1", False),
+        ("00:04:00", "--signal=USR1@60", False),
+        ("00:04:00", "--time=4", False),
+        ("1-00:05:00", "--signal=USR1@86650", True),
+        ("1-00:05:00", "--signal=USR1@300", False),
+        ("UNLIMITED", "--signal=USR1@300", False),
+        ("Partition_Limit", "--signal=USR1@300", False),
+    ],
+)
+def test_a_running_job_is_checked(
+    limit: str, line: str, refused: bool, controller: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    controller(limit, f"#!/bin/bash\n# a job\n#SBATCH {line}\n\necho\n#SBATCH --signal=USR1@9000000\n")
+    command = [sys.executable, "-m", "far_scale.launch", "check"]
+    if refused:
+        with pytest.raises(UserError, match="so it would stop each start at once; ask for more than"):
+            check_warning("7")
+    else:
+        check_warning("7")
+    if line == "--signal=USR1@300":  # the command that the scripts call, too
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        assert done.returncode == (2 if refused else 0) and done.stderr.count("\n") == refused, done.stderr
+        prepare = [*command[:-1], "prepare", "link", "demo_cpu", f"run_dir={tmp_path / 'run'}"]
+        if refused:
+            done = subprocess.run(prepare, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (
+                2,
+                "error: job 7: --signal=USR1@300 and a time limit of 0:04:00: the warning comes 300 seconds ahead of "
+                "the time limit, and SLURM may send it 60 seconds earlier, so it would stop each start at once; ask "
+                "for more than 0:06:00 by --time, or for a later warning submit by SBATCH_SIGNAL=USR1@SECONDS sbatch\n",
+            )
+            assert not (tmp_path / "run").exists() and not (tmp_path / "link").exists()
+
+
+def test_the_warning_of_the_environment_counts_and_no_answer_stops_nobody(
+    controller: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    controller("00:04:00", "#SBATCH --signal=USR1@300\n")
+    monkeypatch.setenv("SBATCH_SIGNAL", "USR1@30")
+    check_warning("7")
+    monkeypatch.setenv("SBATCH_SIGNAL", "USR1@1000")
+    with pytest.raises(UserError, match="--signal=USR1@1000"):
+        check_warning("7")
+    (tmp_path / "write").unlink()
+    check_warning("7")
+    (tmp_path / "scontrol").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check_warning("7")
 
 
 def test_a_draft_needs_no_slurm_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

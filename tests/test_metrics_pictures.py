@@ -225,7 +225,7 @@ def test_the_loss_curve_is_drawn_from_the_log(tmp_path: Path) -> None:
     picture = np.array(Image.open(curve).convert("RGB")).astype(int)
     assert picture.shape == (600, 960, 3)
     blue = (picture[..., 2] - picture[..., 0] > 80).any(axis=0)
-    assert blue.sum() > 0.8 * 960  # a line across the picture
+    assert blue.sum() > 0.7 * 960  # across the axes, whose width depends on fonts and versions of matplotlib
 
 
 def test_a_log_that_cannot_be_drawn_is_refused(tmp_path: Path) -> None:

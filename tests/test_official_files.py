@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from latent_sets import FACTS, write_set
+from official_cases import CASES, official_weights, recorded_shapes
 from safetensors.torch import save_file
-from test_official import CASES, official_weights, recorded_shapes, same_bits
+from test_official import same_bits
 
 from far_scale.convert import official
 from far_scale.convert.model_dir import ModelCard, load_model, load_model_dir, read_any_config, read_config

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
+from email import message_from_string
 from pathlib import Path
 
+import pytest
+
 import far_scale
+from far_scale.files import sha256
 
 PACKAGE = Path(far_scale.__file__).parent
 SETUP = (PACKAGE.parent / "setup.py").read_text()
@@ -34,6 +39,26 @@ def test_every_import_is_a_declared_requirement() -> None:
     assert {"torch", "numpy", "yaml"} <= set(foreign)
     missing = {n: f for n, f in foreign.items() if DISTRIBUTIONS.get(n, n).lower() not in declared | BROUGHT_ALONG}
     assert missing == {}
+
+
+def test_the_metadata_names_the_licence(tmp_path: Path) -> None:
+    """What a wheel and an sdist say of themselves, and the two files that go into them."""
+    pytest.importorskip("setuptools", minversion="77")  # as pyproject.toml asks for; installed packages may be older
+    command = [sys.executable, "setup.py", "-q", "dist_info", "--output-dir", str(tmp_path)]
+    subprocess.run(command, cwd=PACKAGE.parent, check=True, capture_output=True, text=True)
+    (info,) = tmp_path.iterdir()
+    metadata = message_from_string((info / "METADATA").read_text())
+    assert metadata["License-Expression"] == "Apache-2.0" and metadata.get_all("License-File") == ["LICENSE", "NOTICE"]
+    for name in ("LICENSE", "NOTICE"):
+        assert (info / "licenses" / name).read_bytes() == (PACKAGE.parent / name).read_bytes()
+
+
+def test_the_licence_is_the_standard_text_and_the_notice_names_what_is_of_others() -> None:
+    assert sha256(PACKAGE.parent / "LICENSE") == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+    notice = (PACKAGE.parent / "NOTICE").read_text()
+    for name in ("Freedoom", "ViZDoom", "official FAR", "DC-AE", "VGG16", "LPIPS"):
+        assert name in notice
+    assert all((PACKAGE.parent / path).is_file() for path in re.findall(r"(?:docs|far_scale)/[\w/.-]+\.\w+", notice))
 
 
 def test_shipped_weights_are_installed() -> None:

@@ -139,7 +139,12 @@ def test_a_crash_loop_stops_and_a_bad_recipe_never_starts(
     lanes = cluster.sbatch(
         SCRIPT, options.replace("--ntasks-per-node=1", "--ntasks-per-node=3"), tiny(recorded_shards, run, 9)
     )
-    for job, said in ((bad, "train.stepps"), (lanes, "4 lanes cannot be shared evenly by 3 ranks")):
+    short = cluster.sbatch(SCRIPT, options.replace("--time=10", "--time=4"), tiny(recorded_shards, run, 9))
+    for job, said in (
+        (bad, "train.stepps"),
+        (lanes, "4 lanes cannot be shared evenly by 3 ranks"),
+        (short, "--signal=USR1@300 and a time limit of 0:04:00"),
+    ):
         shown = cluster.wait(job)
         assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "2:0", "0")
         assert cluster.output(job).startswith("error: ") and said in cluster.output(job)

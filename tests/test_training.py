@@ -44,7 +44,8 @@ def runs(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Every recipe of RUNS, 20 steps on 2 ranks, in one start of the processes."""
     out = tmp_path_factory.mktemp("runs")
     arguments = ",".join(f"{name} {overrides}" for name, overrides in RUNS.items())
-    finished = launch(2, ROOT / "tests/training_worker.py", recorded_shards, out, arguments)
+    worker = ROOT / "tests/training_worker.py"
+    finished = launch(2, worker, recorded_shards, out, arguments, timeout=600)  # minutes on a machine that is busy
     assert finished.returncode == 0, finished.stderr[-3000:]
     return out
 

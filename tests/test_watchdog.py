@@ -25,9 +25,10 @@ def run_ranks(count: int, run: Path, seconds: float, case: str) -> list[tuple[in
         return [rank.end(60) for rank in ranks]
 
 
-def wait_for(path: Path, ranks: list[Rank], seconds: float = 120) -> None:
+def wait_for(path: Path, ranks: list[Rank], seconds: float = 120, lines: int = 0) -> None:
+    """Until `path` is there, and has so many lines."""
     deadline = time.monotonic() + seconds
-    while not path.exists():
+    while not path.exists() or path.read_text().count("\n") < lines:
         assert time.monotonic() < deadline, ranks[0].output.read_text()
         assert all(rank.process.poll() is None for rank in ranks), ranks[0].output.read_text()
         time.sleep(0.02)
@@ -139,7 +140,8 @@ def test_a_training_with_a_stopped_rank_ends_in_the_set_time(recorded_shards: Pa
         recorded_shards, run, "faults.watchdog_seconds=5", "train.steps=100000", "checkpoint.every=100000"
     )
     with started(2, tmp_path / "out", "-m", "far_scale.train", *recipe) as ranks:
-        wait_for(run / "log.jsonl", ranks)
+        # A step is logged before the watchdog hears of it, and until it hears of the first it waits for half an hour.
+        wait_for(run / "log.jsonl", ranks, lines=3)
         ranks[1].stop()
         status, output = ranks[0].end(60)
     assert status == REQUEUE and "Python stacks in" in output

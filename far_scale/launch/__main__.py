@@ -5,9 +5,10 @@
     start SNAPSHOT                        note a further start on that snapshot
     train SNAPSHOT                        train; one process of the job
     after SNAPSHOT [STATUS]               say and do what follows when training ended so, or while SLURM ends the job
+    check                                 refuse a job whose warning would stop each start at once; so do the first two
 
-slurm/launch.sh and the jobs of tools/submit.py call these. `prepare` and `start` exit with status 3 where all steps
-are done, so that there is nothing to train.
+slurm/launch.sh and the jobs of tools/submit.py call these, slurm/encode_latents.sh calls `check`. `prepare` and `start`
+exit with status 3 where all steps are done, so that there is nothing to train.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 from far_scale.errors import UserError, command_line
+from far_scale.launch.job import Job, check_warning
 
 
 @command_line
@@ -28,15 +30,19 @@ def main() -> None:
     elif command == "prepare" and len(arguments) >= 2:
         from far_scale.launch.start import prepare
 
+        check_warning(Job.this().number)
         sys.exit(prepare(Path(arguments[0]), arguments[1], arguments[2:]))
     elif command == "start" and len(arguments) == 1:
         from far_scale.launch.start import start
 
+        check_warning(Job.this().number)  # here again: the limit may be changed between starts
         sys.exit(start(Path(arguments[0])))
     elif command == "after" and len(arguments) in (1, 2):
         from far_scale.launch.after import after
 
         sys.exit(after(Path(arguments[0]), int(arguments[1]) if len(arguments) == 2 else None))
+    elif command == "check" and not arguments:
+        check_warning(Job.this().number)
     else:
         raise UserError(f"{' '.join(sys.argv[1:]) or 'no command'}: is not one of\n{__doc__}")
 

@@ -13,6 +13,12 @@ from far_scale.errors import UserError
 _PATIENCE = 20
 """Tries, 15 seconds apart, while the controller does not answer."""
 
+_SENT_EARLY = 60
+"""Seconds by which SLURM may send the warning ahead of its time, as sbatch's manual says."""
+
+_DEFAULT_LEAD = 60
+"""Seconds of a `--signal` that names none."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -82,9 +88,79 @@ def requeue(number: str) -> None:
     _scontrol("requeue", number)
 
 
-def _scontrol(*arguments: str) -> str:
+def refuse_early_warning(limit: int, lead: int, subject: str, fix: str) -> None:
+    """Refuse a time limit that the warning comes ahead of by all of it, or nearly so.
+
+    Such a job is warned as soon as it runs: it saves after a step and starts again, for ever.
+
+    Args:
+        limit: seconds.
+        lead: seconds between warning and limit.
+        subject: what the message begins with, up to the limit.
+        fix: what to do besides asking for more time; may be empty.
+
+    Raises:
+        UserError: the time limit is one.
+    """
+    if limit <= lead + _SENT_EARLY:
+        raise UserError(
+            f"{subject} {clock(limit)}: the warning comes {lead} seconds ahead of the time limit, and SLURM may send "
+            f"it {_SENT_EARLY} seconds earlier, so it would stop each start at once; "
+            f"ask for more than {clock(lead + _SENT_EARLY)}{fix}"
+        )
+
+
+def check_warning(number: str) -> None:
+    """Refuse a job whose warning stops each start at once, as far as can be seen from inside it.
+
+    The controller does not say when it warns. It keeps the batch script, whose `#SBATCH --signal` counts, and the
+    environment has SBATCH_SIGNAL, which takes its place; a `--signal` on sbatch's command line is seen nowhere.
+
+    Raises:
+        UserError: it is such a job.
+    """
+    try:
+        text = _scontrol("show", "job", "--oneliner", number, tries=1)
+        script = _scontrol("write", "batch_script", number, "-", tries=1)
+    except (UserError, OSError):  # a check that cannot be made stops nobody
+        return
+    limit, warning = _time_limit(text), os.environ.get("SBATCH_SIGNAL") or _asked_signal(script)
+    if limit and warning:
+        signal, _, lead = warning.partition("@")
+        subject = f"job {number}: --signal={warning} and a time limit of"
+        fix = f" by --time, or for a later warning submit by SBATCH_SIGNAL={signal}@SECONDS sbatch"
+        refuse_early_warning(limit, int(lead or _DEFAULT_LEAD), subject, fix)
+
+
+def clock(seconds: int) -> str:
+    """Seconds as sbatch takes and SLURM shows them: `0:04:00`, `2-00:00:00`."""
+    days, rest = divmod(seconds, 86400)
+    return f"{f'{days}-' if days else ''}{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
+
+
+def _time_limit(shown: str) -> int | None:
+    """Seconds of TimeLimit in what `scontrol show job` prints; None where there is no limit."""
+    match = re.search(r"(?:^| )TimeLimit=(?:(\d+)-)?(\d+):(\d+):(\d+)(?: |$)", shown)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _asked_signal(script: str) -> str | None:
+    """The value of `--signal` in a batch script's `#SBATCH` lines; None without one."""
+    value = None
+    for line in script.splitlines():
+        if line.strip() and not line.startswith("#"):
+            break  # sbatch reads no further
+        if line.startswith("#SBATCH") and (match := re.search(r"\s--signal(?:=|\s+)([\w:]+(?:@\d+)?)", line)):
+            value = match[1]
+    return value
+
+
+def _scontrol(*arguments: str, tries: int = _PATIENCE) -> str:
     """Run scontrol; a controller that is just being restarted is waited for, since nobody else may be there to."""
-    for tries_left in reversed(range(_PATIENCE)):
+    for tries_left in reversed(range(tries)):
         done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False)
         if done.returncode == 0 or "pending execution" in done.stdout + done.stderr:  # that is, requeued already
             return done.stdout

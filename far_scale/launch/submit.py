@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from far_scale.errors import UserError
 from far_scale.launch import submitted
+from far_scale.launch.job import refuse_early_warning
 from far_scale.launch.snapshot import make_snapshot
 from far_scale.launch.start import NOTHING_LEFT
 from far_scale.recipe import Recipe, check_ranks
@@ -32,7 +33,7 @@ class JobSize:
         nodes: how many.
         gpus_per_node: GPUs of each, with one process a GPU; 0 for one process on the CPU.
         cpus_per_task: cores of a process.
-        minutes: time limit of one start.
+        minutes: time limit of one start; 0 for none, as sbatch takes it.
         partition: where; None for the cluster's default.
     """
 
@@ -46,6 +47,17 @@ class JobSize:
     def tasks_per_node(self) -> int:
         """Processes on a node."""
         return max(1, self.gpus_per_node)
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what cannot train `recipe`.
+
+        Raises:
+            UserError: the processes cannot share its lanes, or the time limit is so short that a start is warned of it
+                as soon as it runs.
+        """
+        check_ranks(recipe, self.nodes * self.tasks_per_node)
+        if self.minutes:
+            refuse_early_warning(60 * self.minutes, _WARNING, "--time", fix="")
 
 
 def parse_minutes(text: str) -> int:
@@ -71,11 +83,11 @@ def submit(recipe: Recipe, command: Sequence[str], size: JobSize, chain: int | N
         chain: so many jobs in place of one that is started again, each after the end of the one before.
 
     Raises:
-        UserError: the processes cannot share the recipe's lanes, there is no SLURM here, or it refuses the job.
+        UserError: as `JobSize.check`, or there is no SLURM here, or it refuses the job.
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    check_ranks(recipe, size.nodes * size.tasks_per_node)
+    size.check(recipe)
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here: submit on a login node of the cluster, or train here with --local")
     snapshot = make_snapshot(recipe, command, new_name())
@@ -93,9 +105,9 @@ def draft(recipe: Recipe, size: JobSize, chain: int | None) -> str:
     """The sbatch file that `submit` would hand to SLURM; nothing is written, and no SLURM is needed.
 
     Raises:
-        UserError: the processes cannot share the recipe's lanes.
+        UserError: as `JobSize.check`.
     """
-    check_ranks(recipe, size.nodes * size.tasks_per_node)
+    size.check(recipe)
     snapshot = Path(recipe.run_dir).absolute() / "snapshots" / new_name()
     executor = _executor(recipe, snapshot, size, chain is not None, after=None)
     return executor._make_submission_file_text(executor._submitit_command_str, "draft")
@@ -105,14 +117,16 @@ def train_here(recipe: Recipe, command: Sequence[str], size: JobSize) -> int:
     """Train on this machine, with one process a GPU, through submitit's local executor; returns the exit status.
 
     Raises:
-        UserError: more than one node is asked for, or the processes cannot share the recipe's lanes.
+        UserError: more than one node is asked for, or no time limit, or as `JobSize.check`.
     """
     from submitit import LocalExecutor
     from submitit.core.utils import UncompletedJobError
 
     if size.nodes != 1:
         raise UserError(f"--nodes {size.nodes}: this machine is one; leave it out with --local")
-    check_ranks(recipe, size.tasks_per_node)
+    if not size.minutes:
+        raise UserError("--time 0: means no limit to SLURM alone; with --local give one that is long enough")
+    size.check(recipe)
     snapshot = make_snapshot(recipe, command, new_name())
     executor = LocalExecutor(folder=_folder(recipe))
     executor.update_parameters(
