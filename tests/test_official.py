@@ -110,7 +110,7 @@ def test_the_velocity_in_float32_too() -> None:
 
     What it may differ by is set by the sinusoids of the timestep, which both codes compute in float32: an angle is up
     to 1000 radians, and the roundings of its exponent, power and product are worth up to 2e-4 radians. A velocity moves
-    by about as much as a sinusoid. Seen on AMD and Intel CPUs, with and without vector instructions: 5e-5 of the std.
+    by about as much as a sinusoid. Seen of either code on two machines, with and without vector instructions: 5e-5.
     """
     for name, frames in RUNS:
         expected = recorded(name, frames)
