@@ -66,6 +66,14 @@ def test_what_can_be_printed_is(tmp_path: Path) -> None:
     assert finished.stdout == finished.stderr == 3 * line + b"yz"
 
 
+def test_a_process_that_is_killed_leaves_what_it_printed(tmp_path: Path) -> None:
+    program = "from far_scale.utils.streams import never_fail_to_print as n; n(); print('a line'); "
+    program += "import os; os.kill(os.getpid(), 9)"
+    with (tmp_path / "out").open("wb") as out:
+        subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, stdout=out, timeout=60)
+    assert (tmp_path / "out").read_text() == "a line\n"
+
+
 WAITS = """
 import signal, sys, time
 if sys.argv[1] == "nohup":

@@ -23,7 +23,7 @@ def never_fail_to_print() -> None:
     """Make standard output and error drop what they cannot write, instead of raising.
 
     A full disk, a reader that is gone, a terminal that was closed, or a character that the locale does not have then
-    costs lines of output and no more. Call it first of all, for loggers and progress bars keep the streams that they
+    costs lines of output and no more. Lines are written at once, also into a file. Call it first of all, for loggers and progress bars keep the streams that they
     find. Streams that something else has replaced, such as a test's capture, are left alone.
     """
     for number in (0, 1, 2):
@@ -43,7 +43,7 @@ def never_fail_to_print() -> None:
             io.BufferedWriter(file),
             encoding=None if stream is None else stream.encoding,
             errors="backslashreplace",
-            line_buffering=name == "stderr" or file.isatty(),
+            line_buffering=True,  # so that a process that is killed leaves what it printed
         )
         setattr(sys, name, lossy)
         setattr(sys, f"__{name}__", lossy)  # so that it is flushed once, and a second call finds its own
