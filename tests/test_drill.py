@@ -266,8 +266,8 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(
             while True:  # to the last byte: logs do not fit either
                 file.write(bytes(1 << 16))
         assert wait_until(lambda: "no checkpoint: " in (tmp_path / "out").read_text())
+        filler.unlink()  # at once: the next save is not far
         assert saved(run) == 20 and checkpoint.damage(checkpoint.step_folder(run, 20)) is None
-        filler.unlink()
         assert launch.wait() == [0, 0], (tmp_path / "out").read_text()[-2000:]
         assert all("no space left on this disk" in event["text"] for event in events(run, "save-failed"))
         assert 1 <= len(events(run, "save-failed")) <= 2

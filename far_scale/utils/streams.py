@@ -23,8 +23,9 @@ def never_fail_to_print() -> None:
     """Make standard output and error drop what they cannot write, instead of raising.
 
     A full disk, a reader that is gone, a terminal that was closed, or a character that the locale does not have then
-    costs lines of output and no more. Lines are written at once, also into a file. Call it first of all, for loggers and progress bars keep the streams that they
-    find. Streams that something else has replaced, such as a test's capture, are left alone.
+    costs lines of output and no more. Lines are written at once, also into a file. Call it first of all, for loggers
+    and progress bars keep the streams that they find. Streams that something else has replaced, such as a test's
+    capture, are left alone.
     """
     for number in (0, 1, 2):
         try:
