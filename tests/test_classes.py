@@ -234,7 +234,7 @@ def test_an_empty_label_is_refused_where_others_are_given(clip: Path, tmp_path: 
 
 
 def test_lists_as_other_programs_write_them(clip: Path, tmp_path: Path) -> None:
-    for name in ("a.mp4", "b\u2028\u0085.mp4"):
+    for name in ("a.mp4", "b\u2028\u0085.mp4", "c\n,\n.mp4"):
         shutil.copy(clip, tmp_path / name)
     np.save(tmp_path / "turns.npy", np.zeros(2, np.int64))
     texts = {
@@ -242,6 +242,7 @@ def test_lists_as_other_programs_write_them(clip: Path, tmp_path: Path) -> None:
         "quoted.csv": '\ufeff"video","label"\r\n"a.mp4","1"\r\n',
         "pandas.csv": "video,label\na.mp4,1.0\n",
         "spaces.csv": "video, label, actions\na.mp4 , 1, turns.npy\n",
+        "lines.csv": 'video,label\n"c\n,\n.mp4",1\na.mp4,1\n',
         "old-mac.csv": "video,label\ra.mp4,1\r",
         "marked.jsonl": '\ufeff{"video": "a.mp4", "label": 1.0}\r\n',
         "text.jsonl": '{"video": "a.mp4", "label": " 1"}',
@@ -254,13 +255,16 @@ def test_lists_as_other_programs_write_them(clip: Path, tmp_path: Path) -> None:
         sources = find_labelled(tmp_path / name, labels=2).sources
         assert {source.label for source in sources} == {1} and all(source.path.is_file() for source in sources), name
     assert find_sources(tmp_path / "spaces.csv")[0].actions == tmp_path / "turns.npy"
-    assert len(find_sources(tmp_path / "joined.jsonl")) == 2
+    assert len(find_sources(tmp_path / "joined.jsonl")) == len(find_sources(tmp_path / "lines.csv")) == 2
     for name, text, *words in [
         ("1.csv", "video,label\na.mp4,1.5\n", "1.csv:2: `label` is '1.5'"),
         ("2.csv", "video,label\n,1\n", "2.csv:2: `video` is empty"),
         ("3.jsonl", '{"video": null, "label": 1}\n', "3.jsonl:1: `video` is empty"),
         ("4.jsonl", '{"video": "a.mp4", "label": true}\n', "4.jsonl:1: `label` is True"),
         ("5.csv", "video,label\na.mp4,-1\n", "5.csv:2: `label` is '-1'"),
+        ("6.csv", 'video,label\na.mp4,1\n"b.mp4,0\nc.mp4,1\n', "6.csv:3: no CSV", "quote that is not closed"),
+        ("7.csv", 'video,label\n"a.mp4,1\n"b.mp4",0\nc.mp4,1\n', "7.csv:2: no CSV", "quote that is not closed"),
+        ("8.csv", "video,label,video\na.mp4,1,b.mp4\n", "8.csv: has the column `video` twice"),
         ("list.txt", "a.mp4\n", "list.txt: is a text file, no video", ".csv file with the header video,label"),
         ("list.tsv", "video\tlabel\na.mp4\t1\n", "list.tsv: is a text file"),
     ]:
