@@ -84,7 +84,7 @@ def labels_of(videos: Path, labels: int, *classes: str) -> dict[str, int | None]
 
 def test_a_linked_class_folder_is_a_class(clip: Path, tmp_path: Path, encode: Encode) -> None:
     folders(tmp_path / "store", clip, "b")
-    videos = folders(tmp_path / "videos", clip, "a", "c", ".Trash-1000")
+    videos = folders(tmp_path / "videos", clip, "a", "c", ".Trash-1000", "$RECYCLE.BIN", "__MACOSX")
     (videos / "b").symlink_to("../store/b")
     assert encode(videos, "--labels", 3) == [("a/1.mp4", 0), ("b/1.mp4", 1), ("c/1.mp4", 2)]
     assert Manifest.read(tmp_path / "set").classes == ("a", "b", "c")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,15 +216,14 @@ class _Seen:
         )
 
     def _gaps_at_end(self) -> int:
-        """Ticks at the end in which nothing is shown, as by frames that would stand behind the last one of a trimmed file.
+        """Ticks at the end in which nothing is shown, since a copy was cut between frames that change their order.
 
-        A copy is cut where packets lie, and frames that are shown earlier may come later. Where packets are hidden that
-        do not belong to the beginning, the file goes on, and there are none.
+        Where packets are hidden that do not belong to the beginning, the file goes on, and there are none.
         """
         if self._hidden_late or self._start is None or self._hidden_until > self._start:
             return 0
         last = sorted(self._times)[-MOST_BEHIND:]
-        return sum(max(0, later - pts - length) for (pts, length), (later, _) in zip(last, last[1:], strict=False))
+        return sum(max(0, later - pts - length) for (pts, length), (later, _) in itertools.pairwise(last))
 
     def rate(self) -> float:
         """Frames a second: as the file says, if its frames' times agree with that, or else by these times."""
