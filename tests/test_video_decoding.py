@@ -155,6 +155,23 @@ def test_hevc_that_loses_frames_is_refused(frames: NDArray[np.uint8], tmp_path: 
     refused(lambda: read_video(path), str(path), "leave it out")
 
 
+def test_an_empty_packet_shows_the_frame_before_again(frames: NDArray[np.uint8], tmp_path: Path) -> None:
+    """As Theora has it while nothing moves."""
+    path, out = tmp_path / "walk.mkv", tmp_path / "still.nut"
+    write_video(path, frames, "mjpeg")
+
+    def empty(number: int, packet: Any) -> Any:
+        if number not in (3, 4, 20):
+            return packet
+        still = av.Packet()
+        still.pts, still.dts, still.time_base = packet.pts, packet.dts, packet.time_base
+        return still
+
+    remux(path, out, empty)
+    kept = [number for number in range(24) if number not in (3, 4, 20)]
+    assert np.array_equal(read_video(out).frames, read_video(path).frames[kept])
+
+
 def test_packets_without_a_frame_are_no_loss(frames: NDArray[np.uint8], tmp_path: Path) -> None:
     plain, path = tmp_path / "plain.webm", tmp_path / "walk.webm"
     write_video(plain, frames, "libvpx")

@@ -244,6 +244,8 @@ def _decode(path: Path, container: Any, stream: Any, kept: Kept) -> _Seen:
         damaged = packet.is_corrupt  # before it is decoded, which may end it
         if packet.size:
             seen.add_packet(packet)
+        elif packet.dts is not None:
+            continue  # Theora's way to show the frame before again; the last packet of all, which ends it, has no time
         for frame in packet.decode():
             seen.add_frame(frame)
             if kept.wants_next():
