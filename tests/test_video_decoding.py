@@ -119,10 +119,12 @@ def test_sound_may_be_longer_or_shorter(frames: NDArray[np.uint8], tmp_path: Pat
     refused(lambda: read_video(path), "cut off")
 
 
-@pytest.mark.parametrize("suffix", [".flv", ".ts", ".wmv", ".ogv"])
+@pytest.mark.parametrize("suffix", [".flv", ".ts", ".wmv", ".ogv", ".nut", ".ivf"])
 def test_cut_files_of_rarer_containers(frames: NDArray[np.uint8], tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"walk{suffix}"
-    codec = {".flv": "libx264", ".ts": "libx264", ".wmv": "mpeg4", ".ogv": "libvpx"}[suffix]
+    codec = {".flv": "libx264", ".ts": "libx264", ".wmv": "mpeg4", ".ogv": "libvpx", ".nut": "mpeg4", ".ivf": "libvpx"}[
+        suffix
+    ]
     write_video(path, frames, codec)
     whole = path.read_bytes()
     assert len(read_video(path).frames) == 24

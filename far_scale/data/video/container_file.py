@@ -68,7 +68,7 @@ class File:
         Raises:
             Cut: the file ends before.
         """
-        if place + count > self.size:
+        if place < 0 or place + count > self.size:
             raise Cut
         self._file.seek(place)
         return self._file.read(count)
