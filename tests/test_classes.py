@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -282,6 +283,7 @@ def test_one_bad_video_is_a_reject(clip: Path, tmp_path: Path, encode: Encode) -
     videos, frames = tmp_path / "videos", np.zeros((2, 64, 64, 3), np.uint8)
     videos.mkdir()
     (videos / "gone.npz").symlink_to("nowhere.npz")
+    os.mkfifo(videos / "pipe.mp4")
     for name, arrays in {
         "actionless": {"label": 1},
         "good": {"label": 1, "actions": [0, 1]},
@@ -295,7 +297,8 @@ def test_one_bad_video_is_a_reject(clip: Path, tmp_path: Path, encode: Encode) -
     assert rejects["gone.npz"].startswith("there is no such file")
     assert rejects["actionless.npz"].startswith("it has no action for each frame")
     assert rejects["label.npz"].startswith("its label is 2, but the set has the labels 0 to 1")
-    assert rejects["turns.npz"].startswith("its actions go from 0 to 9") and len(rejects) == 4
+    assert rejects["turns.npz"].startswith("its actions go from 0 to 9") and len(rejects) == 5
+    assert rejects["pipe.mp4"].startswith("is no plain file")
     np.savez(videos / "nowhere.npz", frames=frames, label=0, actions=[0, 1])
     (videos / "nowhere.npz").rename(tmp_path / "there.npz")
     (videos / "gone.npz").unlink()
