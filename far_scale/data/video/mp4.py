@@ -142,7 +142,9 @@ def _edits(file: File, boxes: dict[bytes, _Box]) -> Edits:
         edits = _rows(file, boxes[b"elst"], ">QqI" if wide else ">IiI")
         track -= sum(duration for duration, first, _ in edits if first < 0)  # before the first picture
         shown = sum(duration for duration, first, _ in edits if first >= 0) / film_scale
-    offsets = _rows(file, boxes[b"ctts"], ">Ii") if b"ctts" in boxes else [(count, 0) for count, _ in times]
+    offsets: list[tuple[int, ...]] = [(count, 0) for count, _ in times]
+    if b"ctts" in boxes:
+        offsets = _rows(file, boxes[b"ctts"], ">Ii")
     agree = sum(count for count, _ in offsets) == sum(count for count, _ in times)
     return Edits(
         media / media_scale,
