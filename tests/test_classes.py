@@ -234,6 +234,18 @@ def test_an_empty_label_is_refused_where_others_are_given(clip: Path, tmp_path: 
     refused(lambda: find_labelled(tmp_path / "list.csv", labels=4), "list.csv:3: c.npz has no label", "`label` is -3")
 
 
+def test_labels_beside_the_videos_of_a_list_without_labels(clip: Path, tmp_path: Path) -> None:
+    videos = folders(tmp_path, clip, "a", "b")
+    listed = tmp_path / "list.csv"
+    listed.write_text("video\na/1.mp4\nb/1.mp4\n")
+    assert [source.folder_label for source in find_labelled(listed, labels=2).sources] == [0, 1]
+    np.savez(videos / "a/1.npz", label=1)
+    refused(lambda: find_labelled(listed, labels=2), "list.csv:3: 1.mp4 has no label")
+    np.savez(videos / "b/1.npz", label=0)
+    found = find_labelled(listed, labels=2)
+    assert [source.label for source in found.sources] == [1, 0] and found.classes is None
+
+
 def test_lists_as_other_programs_write_them(clip: Path, tmp_path: Path) -> None:
     for name in ("a.mp4", "b\u2028\u0085.mp4", "c\n,\n.mp4"):
         shutil.copy(clip, tmp_path / name)

@@ -336,6 +336,13 @@ class _Row(NamedTuple):
 
 def _of_rows(path: Path, rows: Sequence[_Row], labels: int, classes: Sequence[str] | None) -> Found:
     """The videos of a list in the order of their names."""
+    if labels and all(row.label is None for row in rows):  # those in files beside videos go before the folders
+        rows = [
+            row._replace(label=read_label(row.beside))
+            if row.beside not in (None, row.path) and row.beside.is_file()
+            else row
+            for row in rows
+        ]
     labelled = any(row.label is not None for row in rows)
     if labels and labelled:
         rows = [row if row.label is not None else row._replace(label=_label_beside(row)) for row in rows]
