@@ -93,6 +93,17 @@ def text_lines(path: str | Path, what: str) -> Iterator[tuple[int, str]]:
     Lines end at line feeds and carriage returns alone: U+2028 and others may stand in a string.
 
     Raises:
+        UserError: as by `read_text`.
+    """
+    for number, line in enumerate(read_text(path, what).split("\n"), 1):
+        if stripped := line.strip(" \t\ufeff"):  # files that were joined have byte order marks inside
+            yield number, stripped
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """A text file in UTF-8, with a line feed at the end of each line, and no byte order mark.
+
+    Raises:
         UserError: the file, which is `what`, is not there, or is no text in UTF-8.
     """
     try:
@@ -104,12 +115,10 @@ def text_lines(path: str | Path, what: str) -> Iterator[tuple[int, str]]:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{path}: is in UTF-16, as Excel's Unicode text; save it in UTF-8")
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: no text in UTF-8 ({error.reason}); write it anew") from None
-    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
-        if stripped := line.strip(" \t\ufeff"):  # files that were joined have byte order marks inside
-            yield number, stripped
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -84,7 +85,7 @@ def labels_of(videos: Path, labels: int, *classes: str) -> dict[str, int | None]
 
 def test_a_linked_class_folder_is_a_class(clip: Path, tmp_path: Path, encode: Encode) -> None:
     folders(tmp_path / "store", clip, "b")
-    videos = folders(tmp_path / "videos", clip, "a", "c", ".Trash-1000")
+    videos = folders(tmp_path / "videos", clip, "a", "c", ".Trash-1000", "$RECYCLE.BIN", "__MACOSX")
     (videos / "b").symlink_to("../store/b")
     assert encode(videos, "--labels", 3) == [("a/1.mp4", 0), ("b/1.mp4", 1), ("c/1.mp4", 2)]
     assert Manifest.read(tmp_path / "set").classes == ("a", "b", "c")
@@ -233,8 +234,20 @@ def test_an_empty_label_is_refused_where_others_are_given(clip: Path, tmp_path: 
     refused(lambda: find_labelled(tmp_path / "list.csv", labels=4), "list.csv:3: c.npz has no label", "`label` is -3")
 
 
+def test_labels_beside_the_videos_of_a_list_without_labels(clip: Path, tmp_path: Path) -> None:
+    videos = folders(tmp_path, clip, "a", "b")
+    listed = tmp_path / "list.csv"
+    listed.write_text("video\na/1.mp4\nb/1.mp4\n")
+    assert [source.folder_label for source in find_labelled(listed, labels=2).sources] == [0, 1]
+    np.savez(videos / "a/1.npz", label=1)
+    refused(lambda: find_labelled(listed, labels=2), "list.csv:3: 1.mp4 has no label")
+    np.savez(videos / "b/1.npz", label=0)
+    found = find_labelled(listed, labels=2)
+    assert [source.label for source in found.sources] == [1, 0] and found.classes is None
+
+
 def test_lists_as_other_programs_write_them(clip: Path, tmp_path: Path) -> None:
-    for name in ("a.mp4", "b\u2028\u0085.mp4"):
+    for name in ("a.mp4", "b\u2028\u0085.mp4", "c\n,\n.mp4"):
         shutil.copy(clip, tmp_path / name)
     np.save(tmp_path / "turns.npy", np.zeros(2, np.int64))
     texts = {
@@ -242,6 +255,7 @@ def test_lists_as_other_programs_write_them(clip: Path, tmp_path: Path) -> None:
         "quoted.csv": '\ufeff"video","label"\r\n"a.mp4","1"\r\n',
         "pandas.csv": "video,label\na.mp4,1.0\n",
         "spaces.csv": "video, label, actions\na.mp4 , 1, turns.npy\n",
+        "lines.csv": 'video,label\n"c\n,\n.mp4",1\na.mp4,1\n',
         "old-mac.csv": "video,label\ra.mp4,1\r",
         "marked.jsonl": '\ufeff{"video": "a.mp4", "label": 1.0}\r\n',
         "text.jsonl": '{"video": "a.mp4", "label": " 1"}',
@@ -254,13 +268,16 @@ def test_lists_as_other_programs_write_them(clip: Path, tmp_path: Path) -> None:
         sources = find_labelled(tmp_path / name, labels=2).sources
         assert {source.label for source in sources} == {1} and all(source.path.is_file() for source in sources), name
     assert find_sources(tmp_path / "spaces.csv")[0].actions == tmp_path / "turns.npy"
-    assert len(find_sources(tmp_path / "joined.jsonl")) == 2
+    assert len(find_sources(tmp_path / "joined.jsonl")) == len(find_sources(tmp_path / "lines.csv")) == 2
     for name, text, *words in [
         ("1.csv", "video,label\na.mp4,1.5\n", "1.csv:2: `label` is '1.5'"),
         ("2.csv", "video,label\n,1\n", "2.csv:2: `video` is empty"),
         ("3.jsonl", '{"video": null, "label": 1}\n', "3.jsonl:1: `video` is empty"),
         ("4.jsonl", '{"video": "a.mp4", "label": true}\n', "4.jsonl:1: `label` is True"),
         ("5.csv", "video,label\na.mp4,-1\n", "5.csv:2: `label` is '-1'"),
+        ("6.csv", 'video,label\na.mp4,1\n"b.mp4,0\nc.mp4,1\n', "6.csv:3: no CSV", "quote that is not closed"),
+        ("7.csv", 'video,label\n"a.mp4,1\n"b.mp4",0\nc.mp4,1\n', "7.csv:2: no CSV", "quote that is not closed"),
+        ("8.csv", "video,label,video\na.mp4,1,b.mp4\n", "8.csv: has the column `video` twice"),
         ("list.txt", "a.mp4\n", "list.txt: is a text file, no video", ".csv file with the header video,label"),
         ("list.tsv", "video\tlabel\na.mp4\t1\n", "list.tsv: is a text file"),
     ]:
@@ -278,6 +295,7 @@ def test_one_bad_video_is_a_reject(clip: Path, tmp_path: Path, encode: Encode) -
     videos, frames = tmp_path / "videos", np.zeros((2, 64, 64, 3), np.uint8)
     videos.mkdir()
     (videos / "gone.npz").symlink_to("nowhere.npz")
+    os.mkfifo(videos / "pipe.mp4")
     for name, arrays in {
         "actionless": {"label": 1},
         "good": {"label": 1, "actions": [0, 1]},
@@ -291,7 +309,8 @@ def test_one_bad_video_is_a_reject(clip: Path, tmp_path: Path, encode: Encode) -
     assert rejects["gone.npz"].startswith("there is no such file")
     assert rejects["actionless.npz"].startswith("it has no action for each frame")
     assert rejects["label.npz"].startswith("its label is 2, but the set has the labels 0 to 1")
-    assert rejects["turns.npz"].startswith("its actions go from 0 to 9") and len(rejects) == 4
+    assert rejects["turns.npz"].startswith("its actions go from 0 to 9") and len(rejects) == 5
+    assert rejects["pipe.mp4"].startswith("is no plain file")
     np.savez(videos / "nowhere.npz", frames=frames, label=0, actions=[0, 1])
     (videos / "nowhere.npz").rename(tmp_path / "there.npz")
     (videos / "gone.npz").unlink()

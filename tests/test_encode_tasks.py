@@ -92,7 +92,7 @@ def test_rejects_are_listed_and_the_rest_is_the_same(mixed: Path, alone: Path, r
     assert [reject["source"] for reject in rejected] == ["00-cut.npz", "03-cut.npz", "03-short.npz", "07-cut.mp4"]
     for reject, reason in zip(
         rejected,
-        ["not a whole .npz", "not a whole .npz", "9 frames, fewer than the 16", "does not decode"],
+        ["not a whole .npz", "not a whole .npz", "9 frames, fewer than the 16", "cut off"],
         strict=True,
     ):
         assert reject["reason"].startswith(reason) and str(mixed) not in reject["reason"]

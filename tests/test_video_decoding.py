@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import random
 import struct
 import sys
@@ -117,10 +119,12 @@ def test_sound_may_be_longer_or_shorter(frames: NDArray[np.uint8], tmp_path: Pat
     refused(lambda: read_video(path), "cut off")
 
 
-@pytest.mark.parametrize("suffix", [".flv", ".ts", ".wmv", ".ogv"])
+@pytest.mark.parametrize("suffix", [".flv", ".ts", ".wmv", ".ogv", ".nut", ".ivf"])
 def test_cut_files_of_rarer_containers(frames: NDArray[np.uint8], tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"walk{suffix}"
-    codec = {".flv": "libx264", ".ts": "libx264", ".wmv": "mpeg4", ".ogv": "libvpx"}[suffix]
+    codec = {".flv": "libx264", ".ts": "libx264", ".wmv": "mpeg4", ".ogv": "libvpx", ".nut": "mpeg4", ".ivf": "libvpx"}[
+        suffix
+    ]
     write_video(path, frames, codec)
     whole = path.read_bytes()
     assert len(read_video(path).frames) == 24
@@ -153,6 +157,23 @@ def test_hevc_that_loses_frames_is_refused(frames: NDArray[np.uint8], tmp_path: 
     refused(lambda: read_video(path), str(path), "leave it out")
 
 
+def test_an_empty_packet_shows_the_frame_before_again(frames: NDArray[np.uint8], tmp_path: Path) -> None:
+    """As Theora has it while nothing moves."""
+    path, out = tmp_path / "walk.mkv", tmp_path / "still.nut"
+    write_video(path, frames, "mjpeg")
+
+    def empty(number: int, packet: Any) -> Any:
+        if number not in (3, 4, 20):
+            return packet
+        still = av.Packet()
+        still.pts, still.dts, still.time_base = packet.pts, packet.dts, packet.time_base
+        return still
+
+    remux(path, out, empty)
+    kept = [number for number in range(24) if number not in (3, 4, 20)]
+    assert np.array_equal(read_video(out).frames, read_video(path).frames[kept])
+
+
 def test_packets_without_a_frame_are_no_loss(frames: NDArray[np.uint8], tmp_path: Path) -> None:
     plain, path = tmp_path / "plain.webm", tmp_path / "walk.webm"
     write_video(plain, frames, "libvpx")
@@ -180,6 +201,26 @@ def test_packets_without_a_frame_are_no_loss(frames: NDArray[np.uint8], tmp_path
     at = whole.index(data)
     plain.write_bytes(whole[:at] + bytes([data[0] ^ 0x10]) + whole[at + 1 :])
     refused(lambda: read_video(plain), "1 of its 24 frames do not decode")
+
+
+@pytest.mark.parametrize("hidden, packets", [(11, 29), (3, 18), (4, 30), (0, 22)])
+@pytest.mark.parametrize("suffix", [".mp4", ".mov"])
+def test_a_trimmed_copy_is_read_wherever_it_is_cut(tmp_path: Path, suffix: str, hidden: int, packets: int) -> None:
+    """What lies before the cut is hidden by an edit list; at the end frames are missing among those behind the cut."""
+    path, cut = tmp_path / "whole.mp4", tmp_path / f"cut{suffix}"
+    write_video(path, moving_picture(32), "libx264", encoding={"x264-params": "bframes=3:b-pyramid=normal:b-adapt=0"})
+    with av.open(str(path)) as container:
+        packet = next(container.demux(video=0))
+        frame = round(1 / FPS / float(packet.time_base))
+        pts = [one.pts for one in itertools.chain([packet], container.demux(video=0)) if one.size]
+
+    def trim(number: int, packet: Any) -> Any:
+        packet.pts, packet.dts = packet.pts - hidden * frame, packet.dts - hidden * frame
+        return packet if number < packets else None
+
+    remux(path, cut, trim)
+    kept = [number for number in sorted(round(one / frame) for one in pts[:packets]) if number >= hidden]
+    assert np.array_equal(read_video(cut).frames, read_video(path).frames[kept])
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
@@ -224,6 +265,31 @@ def test_damaged_mjpeg_is_refused_where_the_decoder_sees_it(
     assert seen >= 12
     path.write_bytes(whole)
     assert len(read_video(path).frames) == 24
+
+
+def test_files_that_were_written_to_a_pipe_are_read(frames: NDArray[np.uint8], tmp_path: Path) -> None:
+    """The sizes in such an AVI are not known, and the first fragment of such an MP4 may have its tables in the head."""
+
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+    path = tmp_path / "walk.mp4"
+    write_video(path, frames, "mpeg4")
+    for name, options in (("avi", {}), ("mp4", {"movflags": "frag_keyframe"}), ("matroska", {})):
+        pipe, out = Pipe(), tmp_path / f"piped.{name}"
+        with av.open(str(path)) as source, av.open(pipe, "w", format=name, options=options) as copy:
+            stream = copy.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    copy.mux(packet)
+            copy.close()
+            whole = pipe.getvalue()
+        out.write_bytes(whole)
+        assert len(read_video(out).frames) == 24, name
+        out.write_bytes(whole[: int(0.6 * len(whole))])
+        refused(lambda out=out: read_video(out), f"{out}: ")
 
 
 def test_avi_with_empty_chunks_is_whole(frames: NDArray[np.uint8], tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def _parse(line: str) -> SourcePrint:
 
 
 def _of_file(path: Path) -> FilePrint:
-    if not path.exists():
+    if not path.is_file():  # a pipe would be waited on for ever
         return _MISSING
     status = _status(path)
     return FilePrint(status.st_size, status.st_mtime_ns, _ends(path))
@@ -115,7 +115,7 @@ def _of_file(path: Path) -> FilePrint:
 
 def _differs(path: Path, before: FilePrint) -> bool:
     if before == _MISSING:
-        return path.exists()
+        return path.is_file()
     status = _status(path)
     if status.st_size != before.bytes:
         return True

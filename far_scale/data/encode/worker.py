@@ -106,7 +106,12 @@ class Worker:
                 try:
                     for path in (source.path, source.actions):
                         if path is not None and not path.is_file():
-                            raise BadVideo(f"{path}: there is no such file; put it back, or leave the video out")
+                            what = (
+                                "is no plain file; put one there"
+                                if path.exists()
+                                else "there is no such file; put it back"
+                            )
+                            raise BadVideo(f"{path}: {what}, or leave the video out")
                     one = self._read_latents(source) if source.path.suffix == LATENTS_SUFFIX else self._read(source)
                     if self._job.named_by_folder and one.label not in (None, source.folder_label):
                         prints[-1] = prints[-1]._replace(relabelled=True)

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import BinaryIO
 
+MOST_BEHIND = 17  # frames that may be predicted from one that is stored before them but shown after them
+
 
 @dataclass(frozen=True)
 class Edits:
@@ -14,6 +16,7 @@ class Edits:
     Attributes:
         media: of all samples, by the media's header.
         samples: the same, summed over the samples.
+        end: when the last sample ends that is shown.
         track: of what is shown, by the track's header.
         shown: the same, summed over the edits; None without an edit list.
         offsets_agree: as many samples have a time to be shown at as there are.
@@ -21,6 +24,7 @@ class Edits:
 
     media: float
     samples: float
+    end: float
     track: float
     shown: float | None
     offsets_agree: bool
@@ -64,7 +68,7 @@ class File:
         Raises:
             Cut: the file ends before.
         """
-        if place + count > self.size:
+        if place < 0 or place + count > self.size:
             raise Cut
         self._file.seek(place)
         return self._file.read(count)

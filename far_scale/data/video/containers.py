@@ -17,6 +17,8 @@ from far_scale.errors import UserError
 _MAY_BE_MISSING = 2  # frames: some programs that write AVI count one too many, or one that repeats the last
 _DEEPEST = 8  # lists in lists of an AVI; there are 3
 _AFTER_END = 64  # bytes of anything that may follow the end of a GIF
+_NUT_INDEX = b"NX\xdd\x67\x2f\x23\xe6\x4e"
+_UNKNOWN = 0xFFFFFFFF  # size of an AVI that was written to a pipe, and of its list of frames
 
 
 class BadVideo(UserError):
@@ -82,6 +84,7 @@ def _avi(file: File, stream: int) -> Said:
     lengths: list[int] = []
     prefix = b"%02d" % stream
     riffs = found = empty = indexed = 0
+    piped, stop = file.at(4, 4) == _UNKNOWN.to_bytes(4, "little"), 0
     for name, start, stop in _riffs(file):
         if name == b"RIFF":
             riffs += 1
@@ -97,8 +100,12 @@ def _avi(file: File, stream: int) -> Said:
             empty += start == stop  # the frame before is repeated
     if stream < 0 or not riffs:
         return Said()
+    if piped and stop + stop % 2 < file.size:  # the last chunk ends; a part of a name and a size is left
+        raise Cut
     if stream >= len(lengths):
         raise Damaged("a stream without its header")
+    if piped:  # its length is none, either
+        lengths[stream] = 0
     if indexed > found or lengths[stream] > found + _MAY_BE_MISSING:
         raise Damaged(f"{max(indexed, lengths[stream]) - found} of its frames are missing")
     if indexed and indexed < found and riffs == 1:  # the parts of a large file have other indexes
@@ -113,6 +120,8 @@ def _riffs(file: File) -> Iterator[tuple[bytes, int, int]]:
         name, size = struct.unpack("<4sI", file.at(place, 8))
         if name != b"RIFF" or not size:
             return  # something else, put behind the film; or a recording that was not ended, which says nothing
+        if size == _UNKNOWN:
+            size = file.size - place - 8
         if place + size > file.size:  # without the header of 8 bytes: some programs count it
             raise Cut
         end = min(place + 8 + size, file.size)
@@ -129,7 +138,11 @@ def _chunks(file: File, place: int, end: int, depth: int = 0) -> Iterator[tuple[
         if not name.isascii() or not name.decode().isprintable():
             raise Damaged("something else where a chunk must be")
         start, stop = place + 8, place + 8 + size
+        if size == _UNKNOWN and name == b"LIST" and end == file.size:
+            stop = end
         if stop > end:
+            if end == file.size:
+                raise Cut
             raise Damaged("a chunk longer than the list that holds it")
         if name == b"LIST":
             if file.at(start, 4) in (b"hdrl", b"strl", b"movi", b"rec "):
@@ -253,6 +266,23 @@ def _ogg(file: File, stream: int) -> Said:
     return Said()
 
 
+def _ivf(file: File, stream: int) -> Said:
+    """A header that says its size, and frames: 4 bytes of size, 8 of time, content."""
+    place = int.from_bytes(file.at(6, 2), "little")
+    while place < file.size:
+        place += 12 + int.from_bytes(file.at(place, 12)[:4], "little")
+    if place > file.size:
+        raise Cut
+    return Said()
+
+
+def _nut(file: File, stream: int) -> Said:
+    """An index is the last packet; it ends with how long it is, and a checksum."""
+    if file.at(file.size - file.number(file.size - 12, 8), 8) != _NUT_INDEX:
+        raise Cut
+    return Said()
+
+
 _MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
 _READERS: dict[str, Callable[[File, int], Said]] = {
     _MP4: mp4.read,
@@ -263,4 +293,6 @@ _READERS: dict[str, Callable[[File, int], Said]] = {
     "asf": _asf,
     "mpegts": _ts,
     "ogg": _ogg,
+    "ivf": _ivf,
+    "nut": _nut,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from far_scale.data.video.container_file import Said
+from far_scale.data.video.container_file import MOST_BEHIND, Said
 from far_scale.data.video.containers import BadVideo, check_container, check_mp4, check_readable
 
 DEFAULT_FPS = 25.0  # of a file that does not say
@@ -128,6 +129,8 @@ class _Seen:
         self._end: int | None = None
         self._hidden_until = 0
         self._hidden_group = False  # behind packets that are shown
+        self._hidden_late = False  # one behind so many of them that it cannot belong to the hidden beginning
+        self._times: list[tuple[int, int]] = []  # of packets that are shown: time and length
         self._unseen: int | None = None  # the time of a packet that shows nothing
         self._first: int | None = None  # of frames
         self._last: int | None = None
@@ -139,6 +142,7 @@ class _Seen:
         self.packets += 1
         if packet.is_discard:
             self._hidden_until = max(self._hidden_until, packet.pts or 0)
+            self._hidden_late = self._hidden_late or self.shown >= MOST_BEHIND
             self._hidden_group = self._hidden_group or (packet.is_keyframe and self.shown > 0)
             return
         self.shown += 1
@@ -146,6 +150,7 @@ class _Seen:
         self._length += length
         self._longest = max(self._longest, length)
         if pts is not None:
+            self._times.append((pts, length))
             self._start = pts if self._start is None else min(self._start, pts)
             self._end = pts + length if self._end is None else max(self._end, pts + length)
         if not self._has_key:
@@ -201,10 +206,24 @@ class _Seen:
             and edits.shown >= frame
             and edits.offsets_agree
             # a group that was cut open has frames that count in one of the two only
-            and abs(edits.media - edits.samples) <= max(4 * frame, 0.01 * edits.media)
+            and (
+                abs(edits.media - edits.samples) <= max(4 * frame, 0.01 * edits.media)
+                or abs(edits.media - edits.end) <= frame
+            )
             and abs(edits.track - edits.shown) <= frame
-            and edits.shown - self._length * self._tick < 0.99 * frame  # it may begin within a frame
+            # it may begin within a frame
+            and edits.shown - (self._length + self._gaps_at_end()) * self._tick < 0.99 * frame
         )
+
+    def _gaps_at_end(self) -> int:
+        """Ticks at the end in which nothing is shown, since a copy was cut between frames that change their order.
+
+        Where packets are hidden that do not belong to the beginning, the file goes on, and there are none.
+        """
+        if self._hidden_late or self._start is None or self._hidden_until > self._start:
+            return 0
+        last = sorted(self._times)[-MOST_BEHIND:]
+        return sum(max(0, later - pts - length) for (pts, length), (later, _) in itertools.pairwise(last))
 
     def rate(self) -> float:
         """Frames a second: as the file says, if its frames' times agree with that, or else by these times."""
@@ -225,6 +244,8 @@ def _decode(path: Path, container: Any, stream: Any, kept: Kept) -> _Seen:
         damaged = packet.is_corrupt  # before it is decoded, which may end it
         if packet.size:
             seen.add_packet(packet)
+        elif packet.dts is not None:
+            continue  # Theora's way to show the frame before again; the last packet of all, which ends it, has no time
         for frame in packet.decode():
             seen.add_frame(frame)
             if kept.wants_next():

@@ -17,6 +17,19 @@ _MOVIES = (
 )
 SUFFIXES = frozenset(f".{name}" for name in [*_MOVIES.split(), "npz"])
 BESIDE = frozenset((".npy", ".csv", ".json", ".jsonl", ".txt"))  # actions and lists, which may lie beside videos
+# of systems: what was deleted, previews, what a check of the disk found
+_OF_SYSTEMS = frozenset(
+    (
+        "$RECYCLE.BIN",
+        "RECYCLER",
+        "#recycle",
+        "@Recycle",
+        "System Volume Information",
+        "lost+found",
+        "__MACOSX",
+        "@eaDir",
+    )
+)
 _KINDS = 10  # of files that are passed over are named
 
 
@@ -24,8 +37,8 @@ def find_videos(path: str | Path) -> list[Path]:
     """The videos at `path`: itself, if it is a file, or those in the folder and its folders, sorted by path.
 
     Links to files and folders are followed, but for a link back to a folder that it lies in. Hidden files and folders
-    are not looked at, unless `path` itself is one. Files that are neither videos nor lists nor actions are counted by
-    suffix in one warning.
+    are not looked at, unless `path` itself is one, nor folders of the system, such as that of deleted files. Files that
+    are neither videos nor lists nor actions are counted by suffix in one warning.
 
     Raises:
         UserError: there is nothing at `path`, a folder without videos, or one that cannot be read; a link that leads
@@ -64,7 +77,7 @@ def _files_below(root: Path) -> Iterator[Path]:
             _refuse(error)
         for entry in seen:
             # a name that begins with a dot is a file in the making (files.atomic_write), or hidden on purpose
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or entry.name in _OF_SYSTEMS:
                 continue
             path = folder / entry.name
             if not entry.is_symlink():  # the system is asked about links alone: there may be millions of files

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections import Counter
 from collections.abc import Iterator
 
-from far_scale.data.video.container_file import Cut, Damaged, Edits, File, Said
+from far_scale.data.video.container_file import MOST_BEHIND, Cut, Damaged, Edits, File, Said
 
 _HOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf")
 _OUTER = frozenset(
@@ -29,13 +30,14 @@ def read(file: File, track: int) -> Said:
     outer = list(_outer_boxes(file))
     inner = (box for name, start, stop in outer if name in _HOLDERS for box in _tree(file, start, stop))
     names = Counter(name for name, _, _ in outer)
-    current, fragments = 0, 0
+    current, fragments, begun = 0, 0, False
     for name, start, stop in inner:
         names[name] += 1
         if name == b"tkhd":
             current = file.number(start + (20 if file.at(start, 1)[0] else 12), 4)
         elif name == b"tfhd":
             current = file.number(start + 4, 4)
+        begun = begun or (name in (b"stsz", b"stz2") and file.number(start + 8, 4) > 0)
         if name == b"trun" and current == track:
             fragments += file.number(start + 4, 4)
         elif name == b"mvhd" or current == track:
@@ -43,7 +45,7 @@ def read(file: File, track: int) -> Said:
     if not track or not names[b"moov"] or names[b"cmov"]:
         return Said()  # the last two: pictures without a film, and QuickTime's compressed tables
     if names[b"moof"]:
-        _check_fragments(names, {name for name, _, _ in outer})
+        _check_fragments(names, {name for name, _, _ in outer}, begun)
     if not {b"tkhd", b"mvhd", b"mdhd", b"stts", b"stsc"} <= boxes.keys() or not {b"stsz", b"stz2"} & boxes.keys():
         raise Damaged("a track without its tables")
     samples = _samples(file, boxes)
@@ -92,13 +94,19 @@ def _tree(file: File, place: int, end: int, depth: int = 0) -> Iterator[tuple[by
         place = stop
 
 
-def _check_fragments(names: Counter[bytes], outer: set[bytes]) -> None:
+def _check_fragments(names: Counter[bytes], outer: set[bytes], begun: bool) -> None:
     """A box whose name is damaged is passed over: see that all parts of fragments are there.
+
+    Args:
+        begun: the tables of the whole film have samples, whose data stand before the fragments.
 
     Raises:
         Damaged: a fragment has no samples, data have no fragment, or there is an unknown box beside them.
     """
-    whole = names[b"moof"] >= names[b"mdat"] and names[b"moof"] <= names[b"traf"] == names[b"tfhd"] <= names[b"trun"]
+    whole = (
+        names[b"moof"] >= names[b"mdat"] - begun
+        and names[b"moof"] <= names[b"traf"] == names[b"tfhd"] <= names[b"trun"]
+    )
     if not whole or not outer <= _OUTER:
         raise Damaged("something else where a box must be")
 
@@ -134,9 +142,31 @@ def _edits(file: File, boxes: dict[bytes, _Box]) -> Edits:
         edits = _rows(file, boxes[b"elst"], ">QqI" if wide else ">IiI")
         track -= sum(duration for duration, first, _ in edits if first < 0)  # before the first picture
         shown = sum(duration for duration, first, _ in edits if first >= 0) / film_scale
-    offsets = _rows(file, boxes[b"ctts"], ">II") if b"ctts" in boxes else times
+    offsets: list[tuple[int, ...]] = [(count, 0) for count, _ in times]
+    if b"ctts" in boxes:
+        offsets = _rows(file, boxes[b"ctts"], ">Ii")
     agree = sum(count for count, _ in offsets) == sum(count for count, _ in times)
-    return Edits(media / media_scale, samples / media_scale, track / film_scale, shown, agree)
+    return Edits(
+        media / media_scale,
+        samples / media_scale,
+        _last_end(samples, times, offsets) / media_scale,
+        track / film_scale,
+        shown,
+        agree,
+    )
+
+
+def _last_end(samples: int, times: list[tuple[int, ...]], offsets: list[tuple[int, ...]]) -> int:
+    """When the sample that is shown last ends: it may be stored before the last one."""
+
+    def backwards(runs: list[tuple[int, ...]]) -> Iterator[int]:
+        for count, value in reversed(runs):
+            yield from itertools.repeat(value, count)
+
+    latest, end = samples, samples
+    for duration, offset in itertools.islice(zip(backwards(times), backwards(offsets), strict=False), MOST_BEHIND):
+        latest, end = max(latest, end + offset), end - duration
+    return latest
 
 
 def _times(file: File, start: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from far_scale.data.video.find import SUFFIXES, find_videos
 from far_scale.data.video.official_lists import is_path, label_number, read_official_list
 from far_scale.data.video.videos import read_label
 from far_scale.errors import UserError, say_warning
-from far_scale.files import text_lines
+from far_scale.files import read_text, text_lines
 
 OFFICIAL_LIST = ".json"
 LISTS = frozenset((".jsonl", ".csv", OFFICIAL_LIST))
@@ -336,6 +336,13 @@ class _Row(NamedTuple):
 
 def _of_rows(path: Path, rows: Sequence[_Row], labels: int, classes: Sequence[str] | None) -> Found:
     """The videos of a list in the order of their names."""
+    if labels and all(row.label is None for row in rows):  # those in files beside videos go before the folders
+        rows = [
+            row._replace(label=read_label(row.beside))
+            if row.beside not in (None, row.path) and row.beside.is_file()
+            else row
+            for row in rows
+        ]
     labelled = any(row.label is not None for row in rows)
     if labels and labelled:
         rows = [row if row.label is not None else row._replace(label=_label_beside(row)) for row in rows]
@@ -374,11 +381,10 @@ def _in_order(sources: Iterable[Source]) -> list[Source]:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The lines of a list with their numbers, checked."""
-    lines = text_lines(path, "list")
     if path.suffix.lower() == ".csv":
-        parsed: Iterable[tuple[int, Any]] = _csv(path, list(lines))
+        parsed: Iterable[tuple[int, Any]] = _csv(path)
     else:
-        parsed = ((number, _json(path, number, line)) for number, line in lines)
+        parsed = ((number, _json(path, number, line)) for number, line in text_lines(path, "list"))
     for number, row in parsed:
         if not isinstance(row, dict) or not set(row) <= _COLUMNS or not is_path(row.get("video")):
             if isinstance(row, dict) and set(row) <= _COLUMNS and row.get("video", 0) in ("", None):
@@ -392,14 +398,19 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _csv(path: Path, lines: list[tuple[int, str]]) -> Iterator[tuple[int, Any]]:
-    table = csv.DictReader((line for _, line in lines), skipinitialspace=True)
+def _csv(path: Path) -> Iterator[tuple[int, Any]]:
+    lines = (line.strip(" \t\ufeff") + "\n" for line in read_text(path, "list").split("\n"))
+    # strictly: a quote that is not closed would take the rows behind it into its own
+    table = csv.DictReader(lines, skipinitialspace=True, strict=True)
     try:
+        columns = [column.strip() for column in table.fieldnames or ()]
+        if twice := {column for column in columns if columns.count(column) > 1}:
+            raise UserError(f"{path}: has the column `{twice.pop()}` twice; take one out")
         for row in table:
             cells = {key and key.strip(): cell.strip() if isinstance(cell, str) else cell for key, cell in row.items()}
-            yield lines[table.line_num - 1][0], cells
+            yield table.line_num, cells
     except csv.Error as error:
-        raise UserError(f"{path}: no CSV ({error}, at its line {table.line_num}); write it anew") from None
+        raise UserError(f"{path}:{table.line_num + 1}: no CSV ({error}); look for a quote that is not closed") from None
 
 
 def _json(path: Path, number: int, line: str) -> Any:
