@@ -117,7 +117,7 @@ class Lease:
         if same_machine and _process_start(holder.get("pid")) != holder.get("pid_start"):
             return "that process is dead"
         later_start = "this is a later start of the same job"
-        restarts = holder.get("restarts")
+        restarts = holder.get("restarts") or []
         if own["job"] is None or holder.get("job") != own["job"] or not _are_counts(restarts):
             return None
         if own["restarts"][0] != restarts[0]:
