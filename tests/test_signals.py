@@ -1,4 +1,4 @@
-"""Signals that ask for a stop arrive whatever a library does to the signal mask."""
+"""Signals that ask for a stop arrive whatever a library does to the signal mask; PYTHONUNBUFFERED keeps its meaning."""
 
 from __future__ import annotations
 
@@ -39,3 +39,9 @@ def test_a_library_that_unblocks_signals_does_not_make_them_end_the_process() ->
     )
     assert done.stdout == "-15 None\nSIGTERM True\n" and done.returncode == 75
     assert "SIGINT again: ending at once" in done.stderr
+
+
+def test_lines_come_at_once_where_python_is_asked_not_to_buffer() -> None:
+    code = "from far_scale.utils.streams import never_fail_to_print as n; n(); print(1); import os; os._exit(0)"
+    done = subprocess.run([sys.executable, "-u", "-c", code], cwd=ROOT, env=environment(), capture_output=True)
+    assert done.stdout == b"1\n"

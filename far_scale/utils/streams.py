@@ -38,12 +38,14 @@ def never_fail_to_print() -> None:
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.flush()
+        # By python -u or PYTHONUNBUFFERED. Line by line is enough; a second call finds it in the first one's stream.
+        unbuffered = stream is not None and (stream.write_through or stream.line_buffering)
         file = _LossyFile(number, "wb", closefd=False)
         lossy = io.TextIOWrapper(
             io.BufferedWriter(file),
             encoding=None if stream is None else stream.encoding,
             errors="backslashreplace",
-            line_buffering=name == "stderr" or file.isatty(),
+            line_buffering=name == "stderr" or file.isatty() or unbuffered,
         )
         setattr(sys, name, lossy)
         setattr(sys, f"__{name}__", lossy)  # so that it is flushed once, and a second call finds its own
