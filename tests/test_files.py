@@ -9,8 +9,7 @@ from pathlib import Path
 from refusal import refused
 
 from far_scale.data.demo import episodes
-from far_scale.data.video import sources
-from far_scale.files import LineFile, check_writable, read_json_lines, write_json
+from far_scale.files import LineFile, check_writable, read_json_lines, text_lines, write_json
 from far_scale.sampling.curve import loss_curve
 from far_scale.train.faults.events import read_events
 from far_scale.train.monitor import lines_up_to
@@ -71,7 +70,7 @@ def test_events_with_lines_that_are_none(tmp_path: Path) -> None:
 
 def test_lists_of_videos_end_their_lines_at_line_feeds_alone(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a\u2028b.mp4\r\n\nc\x85d.mp4", encoding="utf-8", newline="")
-    assert list(sources._lines(tmp_path / "list.txt")) == [(1, "a\u2028b.mp4"), (3, "c\x85d.mp4")]
+    assert list(text_lines(tmp_path / "list.txt", "list")) == [(1, "a\u2028b.mp4"), (3, "c\x85d.mp4")]
 
 
 def test_where_nothing_can_be_written_is_refused_without_a_trace(tmp_path: Path) -> None:
