@@ -16,6 +16,11 @@ class UserError(Exception):
     """An input (a recipe, shard, checkpoint, video or disk) cannot be used; the message says where and the mend."""
 
 
+def file_problem(error: OSError) -> str | None:
+    """One line for an error that the operating system gave of a file; None where it is of none."""
+    return None if error.errno is None or error.filename is None else f"{error.filename}: {error.strerror}"
+
+
 def say_error(error: BaseException) -> None:
     """Print `error: ...` on standard error in one piece, with rank and host where there are several ranks."""
     print(f"{speaker()}error: {error}", file=sys.stderr, flush=True)
@@ -49,9 +54,9 @@ def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
             say_error(error)
             sys.exit(2)
         except OSError as error:
-            if error.errno is None or error.filename is None:
+            if (problem := file_problem(error)) is None:
                 raise
-            say_error(UserError(f"{error.filename}: {error.strerror}"))
+            say_error(UserError(problem))
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)

@@ -154,10 +154,22 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any] | None]:
 
 def _json_object(line: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = parse_json(line)
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def check_writable(path: str | Path) -> None:
@@ -186,13 +198,15 @@ def read_json(path: str | Path, what: str) -> Any:
     """Read a JSON file that is `what` (for the error).
 
     Raises:
-        UserError: the file is not there or is no JSON.
+        UserError: the file is not there, cannot be read, or is no JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no {what} here") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: this {what} cannot be read ({error.strerror}); put the file back") from None
+    except ValueError as error:
         raise UserError(f"{path}: this {what} is not readable JSON ({error}); write it again") from None
 
 

@@ -177,8 +177,10 @@ def _parse_override(override: str) -> tuple[KeyPath, Any, list[KeyPath]]:
     """The key, its value, and every key that the override writes (several where the value is a section)."""
     name, equals, text = override.partition("=")
     key = tuple(name.strip().split("."))
+    if "\ufffd" in override.encode(errors="surrogateescape").decode(errors="replace"):
+        raise UserError(f"command line: {override!r:.200} is no text in UTF-8; write it in UTF-8")
     if not equals or not all(key):
-        raise UserError(f"command line: {override!r} is no override; write key=value, such as train.steps=100")
+        raise UserError(f"command line: {override!r:.200} is no override; write key=value, such as train.steps=100")
     if key == ("extends",):
         raise UserError("command line: extends cannot be overridden; name the other recipe instead")
     value, places = _parse(text, f"command line: {name}")

@@ -298,7 +298,7 @@ def test_a_run_is_reported_once_and_long_clips_by_fewer_episodes(
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 1.0, "learning_rate": 0.1}\n')
     first = reported()
     assert (first["given"], first["frames"], first["truth_frames"], len(first["episodes"])) == (2, 3, 3, EPISODES)
-    assert all((tmp_path / "out" / name).stat().st_size for name in reports.PICTURES)
+    assert all((tmp_path / "out" / name).stat().st_size for name in reports.FILES)
     assert reported() == first and len(sampled) == 1
     assert sampled[0]["episodes"] == reports.EPISODES
 

@@ -118,6 +118,23 @@ def test_a_later_start_of_the_same_slurm_job_takes_over(tmp_path: Path, monkeypa
     refused_by(tmp_path, "SLURM job 12")
 
 
+def test_restarts_of_a_second_torchrun_within_a_slurm_job_do_not_take_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun starts workers that were refused again, with a higher count than that of the first one's workers."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    for first, second, facts in (("a", "b", {}), ("a", "a", {"machine": lease._machine()}), ("none", "none", {})):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", first)
+        held_by(tmp_path, **facts)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", second)
+        if first != second or first == "none":
+            refused_by(tmp_path, "SLURM job 12")
+        else:  # those wait for it to end, see the test after the next
+            assert Lease(tmp_path, ALONE)._may_take_over(json.loads((tmp_path / lease.NAME).read_text()), 1.0) is None
+
+
 def test_a_restart_by_torchrun_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # of all jobs that were not given one
     held_by(tmp_path)
@@ -153,11 +170,37 @@ def test_a_lease_that_was_copied_with_its_directory_holds_nothing(tmp_path: Path
 
 
 def test_an_unreadable_lease_holds_as_long_as_it_could(tmp_path: Path) -> None:
-    for content in ("", "{half", "[]"):
+    for content in ("", "{half", "[]", "[" * 10**5, '{"pid": ' + "9" * 5000 + "}"):
         (tmp_path / lease.NAME).write_text(content)
         refused_by(tmp_path, "host unknown")
         os.utime(tmp_path / lease.NAME, (0, time.time() - 310))
         assert taken(tmp_path)
+
+
+def test_a_lease_with_values_that_are_none_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    for restarts in (5, [1], ["a", None], {}, None):
+        held_by(tmp_path, restarts=restarts, pid=[1], directory=3)
+        refused_by(tmp_path, "SLURM job 12")
+
+
+def test_a_lease_whose_time_lies_ahead_counts_from_when_it_is_found(tmp_path: Path) -> None:
+    """As in a copy, or after the file server's clock was set back: else nobody could train here until then."""
+    held_by(tmp_path)
+    os.utime(tmp_path / lease.NAME, (0, time.time() + 10**6))
+    refused_by(tmp_path, "host n7", "renewed 0 s ago")
+    assert abs((tmp_path / lease.NAME).stat().st_mtime - time.time()) < 100
+
+
+def test_the_holder_writes_a_lease_anew_that_was_overwritten(tmp_path: Path) -> None:
+    with Lease(tmp_path, ALONE) as held:
+        for content in ("", "{}", "[" * 10**5):
+            (tmp_path / lease.NAME).write_text(content)
+            held._renew()
+            refused_by(tmp_path, f"pid {os.getpid()}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

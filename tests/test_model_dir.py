@@ -116,7 +116,7 @@ def test_the_old_model_stays_where_the_new_one_cannot_be_written(folder: Path, m
     replace = os.replace
 
     def full_disk(source: Path, target: Path) -> None:
-        if Path(target) == folder and Path(source).name.endswith(f"{os.getpid()}.part"):
+        if Path(target) == folder and not Path(source).name.endswith(".old.part"):
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(source, target)
 

@@ -11,7 +11,8 @@ import torch
 from refusal import refused
 
 from far_scale.launch.progress import checkpoint_step
-from far_scale.train.checkpoint import FlatPiece, local, point_at, step_folder
+from far_scale.train.checkpoint import FlatPiece, local, point_at, set_aside, step_folder
+from far_scale.train.checkpoint.folders import publish
 from far_scale.train.run_dir import latest_stamp, latest_step, run_identity, steps_to_try
 
 
@@ -54,6 +55,29 @@ def test_a_latest_that_names_nothing_is_refused(run: Path) -> None:
     refused(lambda: steps_to_try(run), "names step 30", "there is no checkpoint")
 
 
+def test_a_run_that_was_sent_back_to_a_damaged_checkpoint_never_goes_on_from_a_later_one(run: Path) -> None:
+    point_at(step_folder(run, 20))
+    set_aside(step_folder(run, 20))
+    assert steps_to_try(run) == [10]
+    step_folder(run, 10).rmdir()
+    refused(lambda: steps_to_try(run), "latest", "step 20, is damaged", "go on from there: step-00000030")
+
+
+def test_a_link_to_a_checkpoint_on_another_disk_counts_and_goes_as_a_checkpoint_does(run: Path, tmp_path: Path) -> None:
+    elsewhere = [tmp_path / f"elsewhere-{step}" for step in (10, 20)]
+    for step, place in zip((10, 20), elsewhere, strict=True):
+        (step_folder(run, step) / "state.json").touch()
+        step_folder(run, step).rename(place)
+        step_folder(run, step).symlink_to(place)
+    assert steps_to_try(run) == [30, 20, 10]
+    assert set_aside(step_folder(run, 10)).is_symlink()
+    beside = run / "checkpoints" / "step-00000035.part"
+    beside.mkdir()
+    publish(beside, step_folder(run, 35), keep=1)
+    assert steps_to_try(run) == [35] and not list((run / "checkpoints").glob("*.old.part"))
+    assert all((place / "state.json").exists() for place in elsewhere)
+
+
 def test_a_copy_of_a_run_is_another_run(tmp_path: Path) -> None:
     run, copy, moved = tmp_path / "run", tmp_path / "copy", tmp_path / "moved"
     run.mkdir()
@@ -67,6 +91,11 @@ def test_a_copy_of_a_run_is_another_run(tmp_path: Path) -> None:
     assert run_identity(moved) == (own, None), "moved, it is the same run"
     (tmp_path / "link").symlink_to(moved)
     assert run_identity(tmp_path / "link") == (own, None), "and by another path"
+    # Moved, it leaves its old place: a copy that is put there is another run.
+    (tmp_path / "link").unlink()
+    shutil.copytree(moved, run)
+    assert run_identity(moved) == (own, None)
+    assert run_identity(run)[0] not in (own, other)
     # As the line says: to go on as the other, write its identity into the file.
     (copy / "identity").write_text(own + "\n")
     assert run_identity(copy) == run_identity(copy) == (own, None)
@@ -101,6 +130,13 @@ def test_after_going_back_no_node_local_checkpoint_of_the_old_history_is_taken(r
     assert taken() is None, "the run was sent back"
     written(25)
     assert taken() == 25, "of the new history"
+    # There and back again: files of the histories that were left do not push out those of this one.
+    for step in (22, 24, 26, 28, 21, 23):
+        if step in (22, 21):
+            latest.write_text("step-00000020\n")
+            os.utime(latest, (0, 10**9 + step))
+        written(step)
+        assert taken() == step
     latest.unlink()
     assert taken() is None
     shutil.rmtree(run / "checkpoints")

@@ -17,6 +17,12 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def at_least_zero(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return int(text)
+
+
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -26,7 +32,9 @@ def main() -> None:
     parser.add_argument("recipe", help="a YAML file, or the name of one in recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     parser.add_argument("--nodes", type=at_least_one, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="with a process for each; 0: one process, no GPU")
+    parser.add_argument(
+        "--gpus-per-node", type=at_least_zero, default=8, help="with a process for each; 0: one process, no GPU"
+    )
     parser.add_argument("--cpus-per-task", type=at_least_one, default=8, help="cores of a process")
     parser.add_argument("--time", default="2-00:00:00", help="time limit, as sbatch takes it")
     parser.add_argument("--partition", help="the cluster's default where not given")

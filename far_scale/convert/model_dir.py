@@ -7,10 +7,13 @@ laid out as Hugging Face libraries do.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +29,7 @@ from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.typed import Digest, Positive, Typed, WithClasses, first_problem
 from far_scale.errors import UserError
-from far_scale.files import read_json, sha256, sync_folder
+from far_scale.files import parse_json, read_json, sha256, sync_folder
 from far_scale.model import FAR, FARConfig
 from far_scale.tensor_files import save_tensors
 
@@ -108,7 +111,7 @@ def is_model_dir(folder: str | Path) -> bool:
     except OSError:
         return False
     try:
-        config = json.loads(text)
+        config = parse_json(text)
     except ValueError:  # cut off, but it begins as ours do
         return own and re.match(rf'{{\s*"format": "{FORMAT}"', text) is not None
     return own and isinstance(config, dict) and config.get("format") == FORMAT
@@ -140,13 +143,14 @@ def save_model_dir(
     Raises:
         UserError: tensors that are not those of `config`, or something at `folder` that is no model directory.
     """
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder))  # a link stays, and goes on to name the model
     _check_tensors(folder, empty_model(config), state)
     if os.path.lexists(folder) and not is_model_dir(folder) and not (folder.is_dir() and not os.listdir(folder)):
         raise UserError(f"{folder}: is there already and is no mere model directory; name a folder that is not there")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old.part")
+    own_name = uuid.uuid4().hex[:12]
+    beside = folder.with_name(f".{folder.name}.{own_name}.part")
+    replaced = folder.with_name(f".{folder.name}.{own_name}.old.part")
     try:
         beside.mkdir()
         _write_weights(beside, state, max_file_bytes)
@@ -154,9 +158,7 @@ def save_model_dir(
         values = {"format": FORMAT, "model": config.to_dict(), **card.model_dump(mode="json"), "files": files}
         (beside / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
         _sync_files(beside)
-        if folder.exists():  # a folder cannot be renamed over a full one, so there is a moment without either
-            os.replace(folder, replaced)
-        os.replace(beside, folder)
+        _swap_in(beside, folder, replaced)
         sync_folder(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except (SafetensorError, OSError) as error:
@@ -165,6 +167,22 @@ def save_model_dir(
         raise UserError(f"{folder}: could not be written ({error}); free some space, or write elsewhere") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _swap_in(beside: Path, folder: Path, replaced: Path) -> None:
+    """Give `beside` the name `folder`, and what has it the name `replaced`, also while others do the same."""
+    while True:
+        # A folder cannot be renamed over a full one, so there is a moment without either.
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(folder, replaced)
+        try:
+            os.replace(beside, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)  # another export was faster: replace its model
+        else:
+            return
 
 
 def load_model_dir(

@@ -17,7 +17,7 @@ from far_scale.model import FAR
 from far_scale.randomness import MAX_SEED
 from far_scale.sampling.episodes import Wanted, find_episodes
 from far_scale.sampling.rollout import RollOut
-from far_scale.sampling.sampler import check_guidance
+from far_scale.sampling.sampler import check_guidance, check_steps
 
 
 def load_for_sampling(folder: str | Path) -> tuple[FAR, ModelCard]:
@@ -73,6 +73,7 @@ def prepare(
     """
     if (given is not None and given < 0) or frames < 1 or episodes < 1:
         raise UserError(f"given={given}, frames={frames}, episodes={episodes}: at least 0, 1 and 1 are needed")
+    check_steps(steps)
     check_guidance(model.config, guidance)
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"seed: {seed} is not from 0 to 2^64 - 1; give one that is")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from far_scale.convert.model_dir import ModelCard, TrainingCard
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.video.videos import find_videos
 from far_scale.errors import say_warning
-from far_scale.files import check_writable, sha256, write_json
+from far_scale.files import check_writable, parse_json, sha256, write_json
 from far_scale.model import FAR
 from far_scale.recipe import Recipe, load_recipe
 from far_scale.sampling.curve import loss_curve
@@ -20,7 +19,7 @@ from far_scale.train.checkpoint.folders import CHECKSUMS, fingerprint, step_fold
 
 EPISODES = 32
 FRAMES_IN_ALL = 1280  # predicted at most, so that long clips take minutes on two cores, too: of these, fewer episodes
-PICTURES = ("samples.mp4", "samples.png", "loss.png")
+FILES = ("samples.mp4", "samples.png", "samples.safetensors", "loss.png")
 
 
 def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: str | Path) -> dict[str, Any]:
@@ -36,8 +35,8 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
         out: folder for samples.mp4, samples.png, samples.safetensors, loss.png and metrics.json.
 
     Returns:
-        What metrics.json holds: see `evaluate`, and `made_from`, what the report was made from, and `pictures`, their
-        SHA-256.
+        What metrics.json holds: see `evaluate`, and `made_from`, what the report was made from, and `files`, the
+        SHA-256 of those beside it.
 
     Raises:
         UserError: a file that is missing or does not fit the model.
@@ -64,7 +63,7 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
     if (report := _made_before(metrics)) is not None and report["made_from"] == made_from:
         return report
 
-    for name in (*PICTURES, metrics.name):
+    for name in (*FILES, metrics.name):
         check_writable(out / name)
     loss_curve(out / "loss.png", run / "log.jsonl")
     model, card = load_for_sampling(model_dir)
@@ -72,17 +71,17 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
         say_warning(f"{model_dir}: not exported from {run} as it is now: {difference}")
     report = evaluate(model, card, videos, **settings, out=out)
     report["made_from"] = made_from
-    report["pictures"] = {name: sha256(out / name) for name in PICTURES}
+    report["files"] = {name: sha256(out / name) for name in FILES}
     write_json(metrics, report)
     return report
 
 
 def _made_before(metrics: Path) -> dict[str, Any] | None:
-    """The report of metrics.json, if its pictures are still those that were drawn with it."""
+    """The report of metrics.json, if the files beside it are still those that were written with it."""
     try:
-        report = json.loads(metrics.read_text())
-        pictures = {name: _digest(metrics.with_name(name)) for name in PICTURES}
-        return report if report["pictures"] == pictures and "made_from" in report else None
+        report = parse_json(metrics.read_text())
+        files = {name: _digest(metrics.with_name(name)) for name in FILES}
+        return report if report["files"] == files and "made_from" in report else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

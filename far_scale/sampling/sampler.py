@@ -32,6 +32,16 @@ def euler_sigmas(steps: int) -> Tensor:
     return torch.from_numpy(np.append(evenly, 0.0)).float()
 
 
+def check_steps(steps: int) -> None:
+    """Refuse numbers of Euler steps that make no difference to each other.
+
+    Raises:
+        UserError: it is not from 1 to the number of timesteps that the model was trained on.
+    """
+    if not 1 <= steps <= TRAIN_TIMESTEPS:
+        raise UserError(f"steps={steps}: 1 to {TRAIN_TIMESTEPS} Euler steps a frame can be taken")
+
+
 def frame_noise(seed: int, clip_id: int, frame: int, shape: Sequence[int]) -> Tensor:
     """The starting noise of one frame of one clip, float32 of `shape`, on the CPU; `frame` counts from 0.
 

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from far_scale.errors import UserError, say_error, say_warning
+from far_scale.files import parse_json
 from far_scale.hosts import host_name
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.exits import REFUSED
@@ -89,6 +90,9 @@ class Lease:
                 holder, renewed = _read_with_time(lease)
                 if renewed is None:
                     continue  # released just now
+                if renewed > now + VALID_FOR:  # copied, or the clock was set back: its age counts from now
+                    os.utime(lease)
+                    renewed = now
                 why = self._may_take_over(holder, now - renewed)
                 if why is not None:
                     if self._take_over(candidate, holder, now):
@@ -98,8 +102,7 @@ class Lease:
                     continue
             first_renewal = renewed if first_renewal is None else first_renewal
             # The same torchrun job on another node, whose restart count is its own: is the old holder still alive?
-            same_torchrun = holder.get("torchrun") is not None and holder["torchrun"] == self._holder["torchrun"]
-            if not same_torchrun or renewed > first_renewal:
+            if not _same_torchrun(self._holder, holder) or renewed > first_renewal:
                 raise _refusal(lease, holder, now - renewed)
             time.sleep(1.0)
 
@@ -110,11 +113,19 @@ class Lease:
         if age > VALID_FOR:
             return f"it was not renewed for {age:.0f} s"
         own = self._holder
-        if holder.get("machine") == own["machine"] and _process_start(holder.get("pid")) != holder.get("pid_start"):
+        same_machine = holder.get("machine") == own["machine"]
+        if same_machine and not _is_alive(holder.get("pid"), holder.get("pid_start")):
             return "that process is dead"
-        same_job = own["job"] is not None and holder.get("job") == own["job"]
-        if same_job and own["restarts"] > (holder.get("restarts") or []):
-            return "this is a later start of the same job"
+        later_start = "this is a later start of the same job"
+        restarts = holder.get("restarts") or []
+        if own["job"] is None or holder.get("job") != own["job"] or not _are_counts(restarts):
+            return None
+        if own["restarts"][0] != restarts[0]:
+            return later_start if own["restarts"][0] > restarts[0] else None
+        # torchrun's count says something of its own workers alone. Those of this machine are dead before others
+        # start, so who lives here is of another torchrun of the same job.
+        if _same_torchrun(own, holder) and not same_machine and own["restarts"][1] > restarts[1]:
+            return later_start
         return None
 
     def _take_over(self, candidate: Path, holder: dict[str, Any], now: float) -> bool:
@@ -169,6 +180,10 @@ class Lease:
                 if _link(candidate, lease):
                     return
             holder = _read(lease)
+        elif "token" not in holder:  # overwritten, but by no other job: those replace the file as a whole
+            with self._candidate() as (candidate, _):
+                os.replace(candidate, lease)
+                return
         if holder.get("token") != self._holder["token"]:
             self._lost(holder)
         os.utime(lease)  # to now, by the file server's clock
@@ -205,6 +220,14 @@ def _machine() -> str:
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
+def _same_torchrun(own: dict[str, Any], holder: dict[str, Any]) -> bool:
+    return own["torchrun"] is not None and holder.get("torchrun") == own["torchrun"]
+
+
+def _are_counts(restarts: Any) -> bool:
+    return isinstance(restarts, list) and len(restarts) == 2 and all(type(count) is int for count in restarts)
+
+
 def _process_start(pid: Any) -> str | None:
     """When the process `pid` of this machine started, in clock ticks since boot; None where it is dead."""
     try:
@@ -212,6 +235,19 @@ def _process_start(pid: Any) -> str | None:
     except (OSError, ValueError, TypeError):
         return None
     return None if fields[0] in "ZX" else fields[19]
+
+
+def _is_alive(pid: Any, start: Any) -> bool:
+    """Whether the process `pid` of this machine that started at `start` still lives."""
+    found = _process_start(pid)
+    if found is None:
+        try:
+            os.kill(int(pid), 0)
+        except PermissionError:
+            return True  # another user's, whose /proc entry a mount option hides
+        except (OSError, ValueError, TypeError, OverflowError):
+            return False
+    return found == start
 
 
 def _link(candidate: Path, name: Path) -> bool:
@@ -237,7 +273,7 @@ def _read_with_time(path: Path) -> tuple[dict[str, Any], float | None]:
     try:
         with open(path, "rb") as file:  # opened, so that NFS asks the server anew
             renewed = os.fstat(file.fileno()).st_mtime
-            content = json.loads(file.read())
+            content = parse_json(file.read())
     except FileNotFoundError:
         return {}, None
     except ValueError:

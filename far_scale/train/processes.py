@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from far_scale.errors import UserError
+from far_scale.errors import UserError, file_problem
 from far_scale.hosts import host_name
 from far_scale.train.rendezvous import meet
 
@@ -127,13 +127,19 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 
 def all_ranks_or_raise(work: Callable[[], T], processes: Processes) -> T:
-    """What `work` returns; where it raises a UserError on some rank, all ranks raise the first one."""
+    """What `work` returns; where it raises a UserError on some rank, all ranks raise the first one.
+
+    So they do where a file cannot be read or written: the others would wait for this rank, and crash when it ends.
+    """
     result: T | None = None
     problem: str | None = None
     try:
         result = work()
     except UserError as error:
         problem = str(error)
+    except OSError as error:
+        if (problem := file_problem(error)) is None:
+            raise
     problems = gather(problem, processes.host_group)
     if (first := next((each for each in problems if each is not None), None)) is not None:
         raise UserError(first)

@@ -28,7 +28,7 @@ from far_scale.train.engine import fragments, set_adam_step, use_loaded_weights
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.guard import Guard
 from far_scale.train.processes import Processes, from_main, gather
-from far_scale.train.run_dir import latest_stamp, named_step, run_identity
+from far_scale.train.run_dir import latest_stamp, named_step, no_step_up_to, run_identity, steps_there
 
 _ALL_DAMAGED = (
     "{}/checkpoints: every checkpoint is damaged; repair one and take .damaged off its name, or remove this folder to "
@@ -164,7 +164,7 @@ class Resume:
         The ranks share the work of checking it. Damaged ones are told, and set aside.
 
         Raises:
-            UserError: all there are are damaged.
+            UserError: all there are are damaged, or all up to the one that `latest` names.
         """
         group = self._processes.host_group
         steps, named = from_main(self._steps_to_try, self._processes)
@@ -187,7 +187,8 @@ class Resume:
                 aside = checkpoint.set_aside(folder)
                 self._events.tell("damaged", step, f"damaged checkpoint: {problem}; now {aside.name}; {before}")
         if steps:
-            raise UserError(_ALL_DAMAGED.format(self._run))
+            later = from_main(lambda: steps_there(self._run), self._processes)
+            raise UserError(no_step_up_to(self._run, steps[0], later) if later else _ALL_DAMAGED.format(self._run))
         return 0
 
     def _steps_to_try(self) -> tuple[list[int], int | None]:

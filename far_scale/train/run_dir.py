@@ -28,6 +28,11 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def damaged_folder(folder: Path) -> Path:
+    """Where a checkpoint that is found damaged is set aside."""
+    return folder.with_name(folder.name + ".damaged")
+
+
 def steps_there(run: Path) -> list[int]:
     """The steps of the checkpoints of a run, newest first, whole or not."""
     found = [_STEP.fullmatch(path.name) for path in (run / "checkpoints").glob("step-*") if path.is_dir()]
@@ -55,10 +60,11 @@ def steps_to_try(run: Path) -> list[int]:
     """The steps that a run can go on from, newest first.
 
     They begin with the one that `latest` names, so that a run can be sent back to an earlier checkpoint. Where there
-    is no `latest`, or the checkpoint that it names is gone, they begin with the newest.
+    is no `latest`, or the checkpoint that it names is gone, they begin with the newest. One that is damaged is not
+    gone: a run that was sent back to it goes on from an earlier one, never from a later.
 
     Raises:
-        UserError: `latest` is not readable, or it names a checkpoint and there is none.
+        UserError: `latest` is not readable; or there is no checkpoint, or only later ones, where it names one.
     """
     there, named = steps_there(run), named_step(run)
     if named is not None and not there:
@@ -66,7 +72,21 @@ def steps_to_try(run: Path) -> list[int]:
             f"{run}/checkpoints/latest: names step {named}, and there is no checkpoint; put it back, or remove "
             "`latest` to train from the start"
         )
-    return [step for step in there if step <= named] if named in there else there
+    if named is None or not (named in there or damaged_folder(step_folder(run, named)).exists()):
+        return there
+    up_to_named = [step for step in there if step <= named]
+    if there and not up_to_named:
+        raise UserError(no_step_up_to(run, named, there))
+    return up_to_named
+
+
+def no_step_up_to(run: Path, named: int, there: list[int]) -> str:
+    """What to say where the checkpoint that `latest` names is damaged and all others are later."""
+    later = ", ".join(step_folder(run, step).name for step in reversed(there))
+    return (
+        f"{run}/checkpoints/latest: the checkpoint that it names, step {named}, is damaged, and there is none before; "
+        f"write the name of a later one into it to go on from there: {later}"
+    )
 
 
 def latest_step(run: Path) -> int | None:
@@ -122,6 +142,8 @@ def run_identity(run: Path) -> tuple[str, str | None]:
     copied = None
     if isinstance(place, dict) and place.get("identity") == own:
         if not is_copy(run, place):
+            if place != (now := {"identity": own, **place_of(run)}):
+                write_json(place_path, now)  # renamed or restored: a later copy is found by where this lies now
             return own, None
         old, own = own, secrets.token_hex(8)
         copied = (

@@ -44,7 +44,7 @@ def record_episode(seed: int, frames: int) -> Video:
     A longer episode of a seed begins as the shorter one does.
 
     Raises:
-        UserError: the package vizdoom is missing, or `frames` is below 1.
+        UserError: the package vizdoom is missing, or `frames` is below 1, or more than memory holds.
     """
     if frames < 1:
         raise UserError(f"episode {seed}: {frames} frames asked for; it takes at least 1")
@@ -53,7 +53,10 @@ def record_episode(seed: int, frames: int) -> Video:
     start = (int(random.integers(_SIDE)), int(random.integers(_SIDE)))
     text = map_text(maze, random, start, angle=90 * int(random.integers(4)))
     explorer = Explorer(maze, generator(seed, "explorer"))
-    pixels = np.empty((frames, SIZE, SIZE, 3), np.uint8)
+    try:
+        pixels = np.empty((frames, SIZE, SIZE, 3), np.uint8)
+    except (ValueError, MemoryError):
+        raise UserError(f"episode {seed}: {frames} frames do not fit into memory; ask for fewer") from None
     actions = np.zeros(frames, np.int64)
     with _game(text) as game:
         for frame in range(frames):

@@ -10,7 +10,7 @@ from typing import Any
 
 from far_scale.errors import UserError
 from far_scale.files import atomic_write, read_json, sha256, sync_folder, write_json
-from far_scale.train.run_dir import step_folder, steps_there
+from far_scale.train.run_dir import damaged_folder, step_folder, steps_there
 
 FORMAT = "far_scale.checkpoint/2"
 _UNSEALED = "far_scale.checkpoint/1"  # before there were checksums
@@ -117,9 +117,9 @@ def point_at(folder: Path) -> None:
 
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint so that nothing takes it for a whole one; returns where it is now."""
-    aside = folder.with_name(folder.name + ".damaged")
+    aside = damaged_folder(folder)
     if folder.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+        _clear(aside)
         folder.rename(aside)
     return aside
 
@@ -127,7 +127,7 @@ def set_aside(folder: Path) -> Path:
 def clear_parts(checkpoints: Path) -> None:
     """Remove what runs that died have left half-written or half-removed."""
     for part in checkpoints.glob("step-*.part"):
-        shutil.rmtree(part, ignore_errors=True)
+        _clear(part)
     for part in checkpoints.glob(".latest.*.part"):
         part.unlink(missing_ok=True)
 
@@ -135,6 +135,14 @@ def clear_parts(checkpoints: Path) -> None:
 def _remove(folder: Path) -> None:
     # Under another name first: killed in the middle of it, no half of a checkpoint is left under this one.
     part = folder.with_name(folder.name + ".old.part")
-    shutil.rmtree(part, ignore_errors=True)
+    _clear(part)
     folder.rename(part)
-    shutil.rmtree(part)
+    _clear(part)
+
+
+def _clear(path: Path) -> None:
+    """Remove a folder; of a link, as to a checkpoint that was moved to another disk, only the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)

@@ -7,7 +7,6 @@ same places, as after a crash. Every rank writes and reads its own file; none wa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from far_scale.files import atomic_write, read_json, write_json
+from far_scale.files import atomic_write, parse_json, read_json, write_json
 from far_scale.recipe_sections import CheckpointSection
 from far_scale.tensor_files import save_tensors
 from far_scale.train.checkpoint.folders import checksums
@@ -44,7 +43,7 @@ def save(
     state: dict[str, Any],
     latest: str | None,
 ) -> None:
-    """Write this rank's file, then remove its older ones but `KEEP`.
+    """Write this rank's file, then remove its other ones but the `KEEP` newest up to it.
 
     Args:
         folder: of this run on this node.
@@ -67,7 +66,10 @@ def save(
         "state": {"step": step, **state},
     }
     write_json(path.with_suffix(".json"), described)
-    for old in sorted(folder.glob(f"step-{8 * '[0-9]'}/{path.stem}.json"))[:-KEEP]:
+    own = sorted(folder.glob(f"step-{8 * '[0-9]'}/{path.stem}.json"), reverse=True)
+    # Later ones are of a history that the run left; kept, they would push out those of this one.
+    later = [old for old in own if old.parent.name > path.parent.name]
+    for old in [*later, *own[len(later) + KEEP :]]:
         old.with_suffix(".safetensors").unlink(missing_ok=True)
         old.unlink()
         if not any(old.parent.iterdir()):
@@ -125,7 +127,7 @@ def _places(pieces: Mapping[str, FlatPiece]) -> dict[str, list[int]]:
 
 def _is_whole(sidecar: Path, pieces: Mapping[str, FlatPiece], latest: str | None) -> bool:
     try:
-        described = json.loads(sidecar.read_text())
+        described = parse_json(sidecar.read_text())
         if described["places"] != _places(pieces) or described["latest"] != latest:
             return False
         return described["file"] == checksums([sidecar.with_suffix(".safetensors")])

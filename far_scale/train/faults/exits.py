@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from far_scale.errors import UserError, say_error, speaker
+from far_scale.errors import UserError, file_problem, say_error, speaker
 
 DONE = 0
 """All steps are done."""
@@ -29,9 +29,9 @@ def status_of(work: Callable[[], int]) -> int:
         say_error(error)
         return REFUSED
     except OSError as error:
-        if error.errno is None or error.filename is None:
+        if (problem := file_problem(error)) is None:
             return _crash()
-        say_error(UserError(f"{error.filename}: {error.strerror}"))
+        say_error(UserError(problem))
         return REFUSED
     except KeyboardInterrupt:
         return 130

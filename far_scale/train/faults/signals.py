@@ -25,6 +25,9 @@ class StopSignals:
     for SIGTERM). A thread of its own waits for them, so that
     the second signal works even while the main thread is stuck in a collective.
 
+    A library may unblock some of them again in the thread that calls it: Python's own multiprocessing does so with
+    SIGINT and SIGTERM when it starts its first process. A handler then blocks them again and passes the signal on.
+
     SIGHUP is left alone where it is ignored: nohup asks for that.
     """
 
@@ -32,8 +35,18 @@ class StopSignals:
         self.wanted: str | None = None
         ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         self._signals = [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
+        self._process = os.getpid()
         signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        for number in self._signals:
+            signal.signal(number, self._pass_on)
         threading.Thread(target=self._take, name="signals", daemon=True).start()
+
+    def _pass_on(self, number: int, _: object) -> None:
+        if os.getpid() == self._process:
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        else:  # a process forked from this one has no thread that takes it
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     def _take(self) -> None:
         number = signal.sigwait(self._signals)
