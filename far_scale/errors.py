@@ -16,6 +16,10 @@ class UserError(Exception):
     """An input (a recipe, shard, checkpoint, video or disk) cannot be used; the message says where and the mend."""
 
 
+class SaidByMain(UserError):
+    """The same on another rank, whose main process says it: this one ends with the same status and is silent."""
+
+
 def file_problem(error: OSError) -> str | None:
     """One line for an error that the operating system gave of a file; None where it is of none."""
     return None if error.errno is None or error.filename is None else f"{error.filename}: {error.strerror}"

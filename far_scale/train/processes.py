@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from far_scale.errors import UserError, file_problem
+from far_scale.errors import SaidByMain, UserError, file_problem
 from far_scale.hosts import host_name
 from far_scale.train.rendezvous import meet
 
@@ -147,8 +147,14 @@ def all_ranks_or_raise(work: Callable[[], T], processes: Processes) -> T:
 
 
 def from_main(work: Callable[[], T], processes: Processes) -> T:
-    """What `work` returns on the main process, on all of them; where it raises a UserError there, all raise it."""
-    value = all_ranks_or_raise(lambda: work() if processes.main else None, processes)
+    """What `work` returns on the main process, on all of them; where it raises a UserError there, all raise it.
+
+    The main process alone says it: one line, however many ranks there are.
+    """
+    try:
+        value = all_ranks_or_raise(lambda: work() if processes.main else None, processes)
+    except UserError as error:
+        raise error if processes.main else SaidByMain(str(error)) from None
     result: T = gather(value, processes.host_group)[0]
     return result
 

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from far_scale.errors import UserError, file_problem, say_error, speaker
+from far_scale.errors import SaidByMain, UserError, file_problem, say_error, speaker
 
 DONE = 0
 """All steps are done."""
@@ -26,7 +26,8 @@ def status_of(work: Callable[[], int]) -> int:
     try:
         return work()
     except UserError as error:
-        say_error(error)
+        if not isinstance(error, SaidByMain):
+            say_error(error)
         return REFUSED
     except OSError as error:
         if (problem := file_problem(error)) is None:
