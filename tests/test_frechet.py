@@ -66,6 +66,15 @@ def test_equal_sets_are_at_distance_0_also_with_fewer_clips_than_features() -> N
         assert 0 <= frechet_distance(statistics, again) < 1e-8 * statistics.covariance().trace().item()
 
 
+def test_sets_of_equal_clips_are_as_far_apart_as_their_means() -> None:
+    constant, other = FeatureStatistics.of(torch.zeros(5, 30)), FeatureStatistics.of(torch.full((3, 30), 2.0))
+    assert frechet_distance(constant, other) == 120
+    spread = FeatureStatistics.of(normal(40, 30, 12))
+    expected = spread.mean.square().sum().item() + spread.covariance().trace().item()
+    assert frechet_distance(constant, spread) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(spread, constant) == pytest.approx(expected, rel=1e-12)
+
+
 def test_batches_and_merged_parts_give_what_all_at_once_gives() -> None:
     for offset in (0.0, 1e6):  # beside which the spread is small: plain sums of squares would lose 12 digits
         features = normal(101, 8, 12) + offset

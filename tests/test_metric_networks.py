@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 import runpy
+import shutil
 import sys
 import tarfile
 import warnings
@@ -417,6 +418,10 @@ def test_another_network_is_refused_unless_named(cache: Path, tmp_path: Path, mo
     network = weights.load_lpips("alex", label="own")
     assert torch.equal(torch.get_rng_state(), before)
     assert weights.zeros_ones(network) == pytest.approx(imported.zeros_ones, rel=1e-5)
+
+    shutil.copy(imported.path, cache / "lpips-alex.safetensors")
+    refused(lambda: weights.load_lpips("alex"), "is not the metric's own lpips-alex", "own.pth")
+    assert weights.in_cache("lpips-alex") is None
 
     # The file of the cache is the true one where its value is; its bytes are checked each time.
     reference = weights.REFERENCES["lpips-alex"]._replace(zeros_ones=imported.zeros_ones)

@@ -272,7 +272,8 @@ def _script_tensor(record: Record, archive: zipfile.ZipFile, root: str) -> Tenso
     data = bytearray(_stored(archive, f"{root}data/{key}"))
     values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
     last = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
-    if len(values) != numbers or min((offset, *size, *stride)) < 0 or (math.prod(size) and last >= numbers):
+    fits = len(values) == numbers >= math.prod(size) and (last < numbers or 0 in size)
+    if not fits or min((offset, *size, *stride)) < 0:
         raise ValueError("a tensor that is larger than its data")
     return values.as_strided(size, stride, offset).clone()
 

@@ -134,5 +134,6 @@ def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     would add up.
     """
     values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
-    kept = values > len(values) * torch.finfo(values.dtype).eps * values.max().clamp(min=0)
+    largest = values[-1:].clamp(min=0)  # empty where the set's clips are all equal
+    kept = values > len(values) * torch.finfo(values.dtype).eps * largest
     return values[kept], vectors[:, kept]

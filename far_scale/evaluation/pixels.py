@@ -31,12 +31,14 @@ def unit_range(pixels: Tensor, what: str) -> Tensor:
 
 @contextlib.contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast, and no TF32 in convolutions: scores must not depend on a training's settings."""
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    precision = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
+    """No gradients, autocast, or TF32 or bfloat16 in convolutions: scores do not depend on the settings of a training."""
+    backends = (torch.backends.cudnn.conv, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        convolutions.fp32_precision = precision
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

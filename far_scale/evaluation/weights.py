@@ -186,7 +186,7 @@ def in_cache(network: Name) -> Imported | None:
     if not path.is_file():
         return None
     try:
-        weights, notes = _read_whole(path)
+        weights, notes = _read_whole(path, network, None)
     except UserError:
         return None
     return Imported(path, float(notes["zeros_ones"]), _hash(weights), notes["source"])
@@ -196,8 +196,7 @@ def _store(network: Name, weights: Mapping[str, Tensor], source: str, what: str,
     module = _fresh(network)
     module.load_state_dict(weights)
     value, reference = zeros_ones(module), REFERENCES[network]
-    is_own = abs(value - reference.zeros_ones) <= reference.tolerance
-    if label is None and not is_own:
+    if label is None and not _is_own(network, value):
         raise UserError(
             f"{what}: not the {network} of the metric: zeros against ones ({reference.of}) give {value:.5g} and should "
             f"give {reference.zeros_ones}; get the right file, or keep it under a name of its own by --name NAME"
@@ -214,7 +213,7 @@ def _network(network: Name, label: str | None) -> I3D | LPIPS:
     if not path.is_file():
         option = "" if label is None else f" --{network} FILE --name {label}"
         raise UserError(f"{path}: this network of a metric is not there; get it by `{COMMAND}{option}`")
-    weights, _ = _read_whole(path)
+    weights, _ = _read_whole(path, network, label)
     module = _fresh(network)
     try:
         module.load_state_dict(weights)
@@ -223,21 +222,30 @@ def _network(network: Name, label: str | None) -> I3D | LPIPS:
     return module
 
 
+def _is_own(network: Name, value: float) -> bool:
+    """Whether `value`, of black against white, is that of the metric's own network."""
+    return abs(value - REFERENCES[network].zeros_ones) <= REFERENCES[network].tolerance
+
+
 def _fresh(network: Name) -> I3D | LPIPS:
     """With weights of no meaning; a training's random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         return I3D() if network == "i3d" else LPIPS(_NETS[network])
 
 
-def _read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_whole(path: Path, network: Name, label: str | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file of the cache folder, and the notes about them."""
     try:
         with safe_open(path, "pt") as file:
             weights, notes = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove it and run `{COMMAND}`") from None
-    if notes.get("weights_sha256") != _hash(weights) or "zeros_ones" not in notes:
+    if notes.get("weights_sha256") != _hash(weights):
         raise UserError(f"{path}: damaged, or not written by far_scale; remove it and run `{COMMAND}`")
+    if notes["network"] != network or (label is None and not _is_own(network, float(notes["zeros_ones"]))):
+        raise UserError(
+            f"{path}: is not the metric's own {network}, but {notes['source']}; remove it and run `{COMMAND}`"
+        )
     return weights, notes
 
 
