@@ -1,13 +1,11 @@
 """torch.distributed.checkpoint's `.metadata`, which says where a checkpoint's tensors lie, read without running it.
 
-The file is a pickle, and a pickle may name any function to be called. Here its classes are never looked up: each name
-becomes an empty class of its own, names that have no place in such a file are refused, and the numbers and texts that
-are needed are checked and copied into new objects.
+The file is a pickle, which `RecordUnpickler` reads without looking its classes up; the numbers and texts that are
+needed are checked and copied into new objects.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from far_scale.errors import UserError
+from far_scale.pickles import Record, RecordUnpickler
 
 METADATA_FILE = ".metadata"
 # Of PyTorch 2.9 and later, on Python 3.10 and later; some Pythons pickle an enum's member as getattr(class, name).
@@ -33,32 +32,12 @@ _NAMES = re.compile(
     r"torch\.distributed\.checkpoint(\.\w+)+|torch\.(Size|\w*int\d+|b?float\d+\w*|strided)|torch\.serialization\._get_layout"
     r"|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path|collections\.OrderedDict|builtins\.getattr"
 )
+_DTYPES = {
+    full: value
+    for name, value in vars(torch).items()
+    if isinstance(value, torch.dtype) and _NAMES.fullmatch(full := f"torch.{name}")
+}
 _TENSOR_FILE = re.compile(r"__\d+_\d+\.distcp")
-
-
-class _Record:
-    """Stands for an object of a class that the pickle names; what it was made from and its attributes are kept."""
-
-    name = ""
-    values: tuple[Any, ...] = ()
-
-    def __init__(self, *values: Any) -> None:
-        self.values = values
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds lists, dicts, numbers, texts and `_Record`s, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if _NAMES.fullmatch(full) is None:
-            raise pickle.UnpicklingError(f"it names {full[:80]!r}, which no checkpoint needs")
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        return type("_Record", (_Record,), {"name": name})
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -70,7 +49,7 @@ def read_metadata(folder: Path) -> Metadata:
     path = folder / METADATA_FILE
     try:
         with open(path, "rb") as file:
-            return _metadata(_Unpickler(file).load())
+            return _metadata(RecordUnpickler(file, _NAMES, _DTYPES).load())
     except Exception as error:  # of whatever kind: any bytes may stand there
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
@@ -126,7 +105,7 @@ def _place(place: Any) -> _StorageInfo:
 
 
 def _size(size: Any) -> torch.Size:
-    if not isinstance(size, _Record) or size.name != "Size":
+    if not isinstance(size, Record) or size.name != "Size":
         raise TypeError(f"{type(size).__name__} where a size should be")
     (numbers,) = size.values
     return torch.Size([_typed(number, int) for number in _typed(numbers, tuple)])
@@ -134,7 +113,7 @@ def _size(size: Any) -> torch.Size:
 
 def _object(found: Any, name: str) -> dict[str, Any]:
     """The attributes of an object of the class of that name."""
-    if not isinstance(found, _Record) or found.name != name:
+    if not isinstance(found, Record) or found.name != name:
         raise TypeError(f"{getattr(found, 'name', type(found).__name__)} where {name} should be")
     return found.__dict__
 

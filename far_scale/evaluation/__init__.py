@@ -1,0 +1,1 @@
+"""Scores of generated videos: FVD and LPIPS with their true networks, and how sure they are."""

