@@ -31,7 +31,7 @@ def unit_range(pixels: Tensor, what: str) -> Tensor:
 
 @contextlib.contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """No gradients, autocast, or TF32 or bfloat16 in convolutions: scores do not depend on the settings of a training."""
+    """No gradients, autocast, TF32 or bfloat16 in convolutions: scores do not depend on the settings of a training."""
     backends = (torch.backends.cudnn.conv, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
