@@ -92,6 +92,19 @@ def test_the_lease_of_a_dead_process_of_this_machine_is_taken_over(tmp_path: Pat
     assert event["event"] == "lease" and f"host n3, pid {dead.pid}: that process is dead" in event["text"]
 
 
+def test_where_the_system_does_not_name_the_machine_only_time_ends_a_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "readlink", unreadable)
+    held_by(tmp_path, machine=lease._machine(), pid_start="1")
+    refused_by(tmp_path, "host n7")
+    os.utime(tmp_path / lease.NAME, (0, time.time() - 310))
+    assert taken(tmp_path)
+
+
 def test_the_lease_of_another_machine_holds_for_five_minutes(tmp_path: Path) -> None:
     held_by(tmp_path, job="SLURM job 12")
     refused_by(tmp_path, "host n7", "SLURM job 12")

@@ -216,8 +216,14 @@ def _this_job(token: str) -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Where process ids mean the same: this boot of this machine, and in a container this one's process namespace."""
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    """Where process ids mean the same: this boot of this machine, and in a container this one's process namespace.
+
+    Where the system does not say, a text that no other process has: then only time ends a lease.
+    """
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return uuid.uuid4().hex
 
 
 def _same_torchrun(own: dict[str, Any], holder: dict[str, Any]) -> bool:
