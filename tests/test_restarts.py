@@ -64,8 +64,8 @@ def worker_of(agent: subprocess.Popen[bytes]) -> int | None:
 @pytest.mark.parametrize(
     "kind, signals",
     [
-        ("standalone", (signal.SIGKILL,)),
-        ("one agent", (signal.SIGSEGV,)),
+        ("standalone", (signal.SIGKILL, signal.SIGSEGV)),
+        ("one agent", (signal.SIGSEGV, signal.SIGKILL)),
         ("two agents", (signal.SIGKILL, signal.SIGSEGV)),
     ],
 )
