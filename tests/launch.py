@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,10 @@ def launch(ranks: int, *arguments: object, timeout: float = 240) -> subprocess.C
 def small_recipe(shards: Path, run: Path, *more: str) -> list[str]:
     """`demo_cpu` in small, as arguments of `far_scale.train`."""
     return ["demo_cpu", f"data.shards={shards}", f"run_dir={run}", *SMALL, *more]
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

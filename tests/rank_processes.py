@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import ROOT, environment
+from launch import ROOT, environment, free_port
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,7 @@ class Rank:
 @contextlib.contextmanager
 def started(count: int, folder: Path, *arguments: object) -> Iterator[list[Rank]]:
     """`count` ranks of `python ARGUMENTS`, on nodes n0, n1, ... by name; what is left of them at the end is killed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     ranks = []
     try:

@@ -29,7 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bias(model: Path) -> float:
-    """A weight, by which the exports are told apart."""
+    """A weight, by which the exports differ."""
     return load_model(model).state_dict()["output.out.bias"].abs().max().item()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch import ROOT, environment, small_recipe
+from launch import ROOT, environment, free_port, small_recipe
 from zygote import Zygote
 
 from far_scale.train.faults.events import read_events
@@ -34,12 +33,6 @@ def losses(run: Path) -> list[float]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), "every step stands there once"
     return [line["loss"] for line in lines]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def agents(kind: str) -> Iterator[list[str]]:

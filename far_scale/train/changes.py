@@ -51,10 +51,10 @@ def changes(state: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Chang
         what = "the mixture's shard sets or weights" if mixed else "the shard set's manifest"
         of_result.append(f"{what} {was[:12]} -> {is_[:12]}")
     of_result += _of_latents(state, now)
-    told = {line.split(" ", 1)[0] for line in of_result}
+    listed = {line.split(" ", 1)[0] for line in of_result}
     if new.get("train.start_from") is not None:
-        told.add("train.start_from")  # see Resume.check_start_from
-    harmless = [line for line in _differences(old, new) if line.split(" ", 1)[0] not in told]
+        listed.add("train.start_from")  # see Resume.check_start_from
+    harmless = [line for line in _differences(old, new) if line.split(" ", 1)[0] not in listed]
     harmless += _differences(state["versions"], now["versions"])
     if state.get("ranks") not in (None, now["ranks"]):
         harmless.append(f"ranks {state['ranks']} -> {now['ranks']}")
