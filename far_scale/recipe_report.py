@@ -32,7 +32,7 @@ def _line(detail: ErrorDetails, document: Document, recipe: type[BaseModel]) -> 
         place = place if place.startswith(document.file) else document.file
     where = f"{place}: {'.'.join(key)}"
     if detail["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {_nearest(key, recipe)}"
+        return f"{where}: unknown key; {_nearest(key, recipe, document.kind.name)}"
     if detail["type"] == "missing" and isinstance(detail["loc"][-1], int):
         return f"{where}: its list is too short; see `python -m far_scale.recipe`"
     if detail["type"] == "missing":
@@ -56,7 +56,7 @@ def _typed(key: KeyPath) -> KeyPath:
     return tuple(name for name in key if not name.isdecimal())
 
 
-def _nearest(key: KeyPath, recipe: type[BaseModel]) -> str:
+def _nearest(key: KeyPath, recipe: type[BaseModel], kind: str) -> str:
     """The valid key that an unknown one probably means: a near name in its section, or such a name in another one."""
     every = [path for path, _ in fields(recipe)]
     beside = [path for path in every if path[:-1] == _typed(key[:-1])]
@@ -70,7 +70,7 @@ def _nearest(key: KeyPath, recipe: type[BaseModel]) -> str:
         found = leaves[near[0]]
     else:
         found = names[difflib.get_close_matches(key[-1], names, n=1, cutoff=0.0)[0]]
-    section = ".".join(key[:-1]) or "a recipe"
+    section = ".".join(key[:-1]) or f"a {kind}"
     return f"nearest valid key is {'.'.join(found)} (valid keys of {section}: {', '.join(names)})"
 
 

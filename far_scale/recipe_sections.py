@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from far_scale.model import FARConfig
 
 
-def _guidance(value: float) -> float:
+def valid_guidance(value: float) -> float:
+    """A guidance scale that has a meaning."""
     if value < 1 and value != -1:
         raise PydanticCustomError("guidance", "must be at least 1, or -1 for the null class alone")
     return value
@@ -323,7 +324,7 @@ class SampleSection(Section):
 
     steps: Count
     """Euler steps a frame."""
-    guidance: Annotated[float, AfterValidator(_guidance)]
+    guidance: Annotated[float, AfterValidator(valid_guidance)]
     """Classifier-free guidance scale; 1 is without, -1 takes the null class alone."""
     given: Annotated[int, Field(ge=0)]
     """True frames that are given; those after are predicted. 0 generates from nothing."""

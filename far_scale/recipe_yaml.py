@@ -16,8 +16,21 @@ from far_scale.errors import UserError
 
 KeyPath = tuple[str, ...]
 
-SHIPPED_RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-"""The recipes/ folder beside the package (a checkout's; an editable install points there)."""
+CHECKOUT = Path(__file__).resolve().parent.parent
+"""The folder that the package lies in (a checkout; an editable install points there)."""
+SHIPPED_RECIPES = CHECKOUT / "recipes"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a file describes, and the folder in which bare names are looked up."""
+
+    name: str
+    folder: Path
+
+
+RECIPE = Kind("recipe", Path("recipes"))
+PROTOCOL = Kind("protocol", Path("recipes", "protocols"))
 
 
 @dataclass
@@ -29,6 +42,7 @@ class Document:
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, str] = field(default_factory=dict)
     """Where each key was last written: `file:line` or `command line`; the n-th item of a list is `n`, from 1."""
+    kind: Kind = RECIPE
 
     def place(self, key: KeyPath) -> str:
         """Where `key` was written, or else the nearest section around it, or else the file."""
@@ -48,7 +62,7 @@ class Document:
         self.places.update(places)
 
 
-def read_document(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Document:
+def read_document(path_or_name: str | Path, overrides: Sequence[str] = (), kind: Kind = RECIPE) -> Document:
     """Read a recipe file with all it extends, then lay the overrides `key.sub=value` over it.
 
     `name` is not inherited: a file without one is named after the file, so that two recipes never share a run folder.
@@ -57,8 +71,8 @@ def read_document(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Do
         UserError: a file is not there or is no YAML, a key is written twice, the chain of `extends:` is a circle, or
             an override is not `key=value`.
     """
-    path = find_recipe(str(path_or_name))
-    document = _read_chain(path, [])
+    path = find_recipe(str(path_or_name), kind=kind)
+    document = _read_chain(path, [], kind)
     for override in overrides:
         key, value, written = _parse_override(override)
         # A section around an overridden key keeps the place where it was written.
@@ -67,8 +81,10 @@ def read_document(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Do
     return document
 
 
-def find_recipe(path_or_name: str, folder: Path | None = None) -> Path:
+def find_recipe(path_or_name: str, folder: Path | None = None, kind: Kind = RECIPE) -> Path:
     """The file of a recipe: a path, or a bare name looked up in `folder`, ./recipes and the shipped recipes.
+
+    Files of another kind are looked up in their own folder, such as recipes/protocols.
 
     A path is relative to `folder`, which is the folder of the file that says `extends:` (default: the working folder).
 
@@ -78,7 +94,9 @@ def find_recipe(path_or_name: str, folder: Path | None = None) -> Path:
     direct = (folder or Path()) / path_or_name
     if direct.is_file():
         return direct
-    folders = [Path("recipes"), SHIPPED_RECIPES] if folder is None else [folder, Path("recipes"), SHIPPED_RECIPES]
+    folders = [kind.folder, CHECKOUT / kind.folder]
+    if folder is not None:
+        folders.insert(0, folder)
     if os.sep not in path_or_name:
         for candidate in folders:
             for name in (path_or_name, f"{path_or_name}.yaml"):
@@ -87,10 +105,10 @@ def find_recipe(path_or_name: str, folder: Path | None = None) -> Path:
     known = sorted({file.stem for candidate in folders for file in candidate.glob("*.yaml")})
     near = difflib.get_close_matches(Path(path_or_name).stem, known, n=1, cutoff=0.0)
     hint = f"; nearest is {near[0]} (there are: {', '.join(known)})" if near else ""
-    raise UserError(f"{path_or_name}: there is no such recipe, neither a file nor a name in {folders[-1]}{hint}")
+    raise UserError(f"{path_or_name}: there is no such {kind.name}, neither a file nor a name in {folders[-1]}{hint}")
 
 
-def _read_chain(path: Path, above: list[Path]) -> Document:
+def _read_chain(path: Path, above: list[Path], kind: Kind) -> Document:
     """`path` laid over what it extends; `above` are the files that led here."""
     shown = _shown(path)
     if path.resolve() in above:
@@ -98,16 +116,16 @@ def _read_chain(path: Path, above: list[Path]) -> Document:
         raise UserError(f"{shown}: extends: goes round in a circle ({circle}); take one extends: out")
     values, places = _read_file(path, shown)
     parent = values.pop("extends", None)
-    document = Document(shown)
+    document = Document(shown, kind=kind)
     if parent is not None:
         place = places[("extends",)]
         if not isinstance(parent, str):
-            raise UserError(f"{place}: extends: must be one recipe's path or name, got {parent!r}")
+            raise UserError(f"{place}: extends: must be one {kind.name}'s path or name, got {parent!r}")
         try:
-            parent_path = find_recipe(parent, path.parent)
+            parent_path = find_recipe(parent, path.parent, kind)
         except UserError as error:
             raise UserError(f"{place}: extends: {error}") from None
-        document = _read_chain(parent_path, [*above, path.resolve()])
+        document = _read_chain(parent_path, [*above, path.resolve()], kind)
         document.file = shown
     document.values["name"] = path.stem
     document.lay(values, places)

@@ -1,0 +1,240 @@
+"""A protocol: everything that fixes an evaluation's scores, as a typed YAML file in recipes/protocols/.
+
+Two scores can be compared where the hashes of their protocols are equal. The hash is that of every field that changes a
+score, with the fingerprint of the clips that were found; texts and names are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from far_scale.errors import UserError
+from far_scale.evaluation.i3d import MIN_FRAMES
+from far_scale.recipe_report import explain
+from far_scale.recipe_sections import Count, Fraction, Section, valid_guidance
+from far_scale.recipe_yaml import PROTOCOL, read_document
+
+Metric = Literal["lpips", "psnr", "ssim", "fvd"]
+METRICS: tuple[Metric, ...] = ("lpips", "psnr", "ssim", "fvd")
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class ClipsSection(Section):
+    """Which clips are evaluated."""
+
+    source: str
+    """Which videos these are, for people."""
+    count: Count
+    """How many clips; a set that has fewer is refused."""
+    every: Count = 1
+    """Take every n-th video of the set, from the first."""
+    per_class: Count | None = None
+    """Draw as many videos of each class, in an order drawn by clips.seed, and of these clips.count; null: in the order
+    of the set."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """Seed of clips.per_class."""
+    start: Annotated[int, Field(ge=0)] = 0
+    """Frame of the video that a clip starts with."""
+    stride: Count = 1
+    """Take every n-th frame from there; this is the frame rate of the evaluation."""
+    short: Literal["refuse", "stride-1"] = "refuse"
+    """A video that is too short: an error, or, as officially, its frames without stride (and an error if that does not
+    help)."""
+    size: Count
+    """Height and width of a clip in pixels: the shorter side is scaled to it, and the centre is cropped."""
+    resize: Literal["pillow", "torch"] = "pillow"
+    """How frames are scaled: in 8 bits, or in float32 with antialiasing, as officially."""
+    pixels: Literal["recorded", "decoded"] = "recorded"
+    """The truth: recorded pixels, or for a shard set its decoded latents (set by --shards)."""
+    fingerprint: Sha256 | None = None
+    """SHA-256 of the clips (`clips.fingerprint`); others are refused. Null takes any, and the hash has theirs."""
+
+
+class SamplingSection(Section):
+    """How the model generates."""
+
+    given: Annotated[int, Field(ge=0)]
+    """True frames that are given."""
+    predicted: Count
+    """Frames that follow."""
+    trajectories: Count = 1
+    """Samples of each clip: of LPIPS, PSNR and SSIM the best one counts, of FVD the mean over their numbers."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**64)], ...], Field(strict=False, min_length=1)] = (0,)
+    """Seeds of the noise; scores are means over them."""
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    """Euler steps a frame."""
+    guidance: Annotated[float, AfterValidator(valid_guidance)] = 1.0
+    """Classifier-free guidance of a model with labels or actions (see sample.guidance); others sample at 1."""
+    context_noise: Fraction = 0.0
+    """Noise level of clean frames (see sample.context_noise)."""
+    weights: Literal["ema", "model"] = "ema"
+    """Which weights of a run."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the model computes in."""
+    autoencoder_precision: Literal["fp32", "bf16"] = "fp32"
+    """What the autoencoder computes in."""
+    batch: Count
+    """Clips that are sampled together; the last batch is filled up, so that no result depends on what is beside it."""
+
+
+class FramesSection(Section):
+    """How samples become the frames that are compared."""
+
+    given: Literal["true", "decoded"] = "true"
+    """The given frames of a sample: the true pixels, or, as officially, the autoencoder's reconstruction."""
+    rounding: Literal["nearest", "down"] = "nearest"
+    """How pixels become 8 bits; officially they are cut off."""
+    border: bool = False
+    """Draw a red border of one pixel on given frames of sample and truth, as officially unless `anno_context` is off."""
+    codec: Literal["none", "h264"] = "none"
+    """none: lossless. h264: sample and truth side by side through an MP4 (crf 25, yuv420p, 8 frames/s), as officially."""
+
+
+class FVDSection(Section):
+    """Frechet Video Distance: 400 logits of I3D in float32, frames resized to 224 between half-pixel centres, without
+    antialiasing; covariances with N - 1."""
+
+    frames: Literal["all", "predicted"] = "all"
+    """Which frames the network sees."""
+    batch: Count = 4
+    """Videos that go through the network together; the last batch is filled up."""
+    network: Sha256
+    """SHA-256 of the network's tensors."""
+    name: str | None = None
+    """The name that a network of your own was imported under; null is FVD's own."""
+
+
+class LPIPSSection(Section):
+    """LPIPS v0.1: the mean over the predicted frames of a clip."""
+
+    net: Literal["alex", "vgg"] = "alex"
+    """The backbone."""
+    range: Literal["[-1, 1]", "[0, 1]"] = "[-1, 1]"
+    """Of the pixels that the network gets. [-1, 1] is right; officially it is [0, 1], and distances are too low."""
+    network: Sha256
+    """SHA-256 of the network's tensors."""
+    name: str | None = None
+    """The name that a network of your own was imported under; null is LPIPS' own."""
+
+
+class PSNRSection(Section):
+    """PSNR with range 1."""
+
+    mean_of: Literal["frames", "clips", "set"] = "frames"
+    """frames: the mean of each frame's PSNR, as officially. clips: of each clip's PSNR. set: the PSNR of the mean squared
+    error over all clips, which frames that are repeated exactly do not dominate."""
+
+
+class SSIMSection(Section):
+    """SSIM as torchmetrics has it: a Gaussian window of std 1.5, range 1."""
+
+    mean_of: Literal["frames"] = "frames"
+    """The mean over the predicted frames of a clip, on RGB."""
+
+
+class Published(Section):
+    """Scores that were published for a protocol."""
+
+    model: str
+    """Whose they are."""
+    lpips: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    fvd: float | None = None
+
+
+class Protocol(Section):
+    """Everything that fixes a score."""
+
+    name: str
+    """The protocol's name; without it, the file's name."""
+    about: str = ""
+    """What it is, for people."""
+    clips: ClipsSection
+    sampling: SamplingSection
+    frames: FramesSection = FramesSection()
+    metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)]
+    """Which metrics are computed; others can be asked for where they have a section."""
+    fvd: FVDSection | None = None
+    lpips: LPIPSSection | None = None
+    psnr: PSNRSection | None = None
+    ssim: SSIMSection | None = None
+    published: Annotated[tuple[Published, ...], Field(strict=False)] = ()
+    """Scores to print beside ours; only in a protocol that makes the choices they were made with."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Protocol:
+        for key, problem in self._impossible():
+            raise PydanticCustomError("impossible", "{problem}", {"key": key, "problem": problem})
+        return self
+
+    def _impossible(self) -> Iterator[tuple[str, str]]:
+        sampling = self.sampling
+        for metric in self.metrics:
+            if getattr(self, metric) is None:
+                yield "metrics", f"{metric} has no section; write `{metric}:` with what fixes it"
+        if not sampling.given and set(self.metrics) != {"fvd"}:
+            yield "metrics", "without given frames nothing has to follow, so only fvd can be computed; set it to [fvd]"
+        if len(set(sampling.seeds)) < len(sampling.seeds):
+            yield "sampling.seeds", "names a seed twice; take one out"
+        if self.fvd is not None and self.fvd_frames < MIN_FRAMES:
+            yield "fvd.frames", f"{self.fvd_frames} frames, and I3D needs {MIN_FRAMES}; take fvd out, or predict more"
+
+    @property
+    def total_frames(self) -> int:
+        """F: given and predicted frames of a clip."""
+        return self.sampling.given + self.sampling.predicted
+
+    @property
+    def fvd_frames(self) -> int:
+        """How many frames FVD's network sees."""
+        return self.total_frames if self.fvd is None or self.fvd.frames == "all" else self.sampling.predicted
+
+    def hashed_values(self) -> dict[str, Any]:
+        """All fields that change a score."""
+        texts: dict[str, Any] = dict.fromkeys(("name", "about", "metrics", "published"), True)
+        texts |= {"clips": {"source"}, "fvd": {"name"}, "lpips": {"name"}}
+        return self.model_dump(mode="json", exclude=texts)
+
+    def hash(self) -> str:
+        """SHA-256 of `hashed_values`."""
+        text = json.dumps(self.hashed_values(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def with_clips(self, **changes: Any) -> Protocol:
+        """This protocol with other fields of `clips`: another protocol, with another hash."""
+        return self.model_copy(update={"clips": self.clips.model_copy(update=changes)})
+
+    def of_metrics(self, metrics: tuple[Metric, ...]) -> Protocol:
+        """This protocol, computing some of its metrics; the hash stays, since the scores are the same.
+
+        Raises:
+            UserError: the protocol does not say how one of them is computed.
+        """
+        for metric in metrics:
+            if getattr(self, metric) is None:
+                known = ", ".join(each for each in METRICS if getattr(self, each) is not None)
+                raise UserError(f"--metrics {metric}: protocol {self.name} does not have it; it has {known}")
+        if not self.sampling.given and set(metrics) != {"fvd"}:
+            raise UserError(f"--metrics: protocol {self.name} gives no frames, so it has fvd only")
+        return self.model_copy(update={"metrics": tuple(each for each in METRICS if each in metrics)})
+
+
+def load_protocol(path_or_name: str | Path) -> Protocol:
+    """Read and check a protocol: a file, or a name in recipes/protocols, such as `vizdoom-8to8`.
+
+    Raises:
+        UserError: one line with file, line, key and fix for all that is wrong.
+    """
+    document = read_document(path_or_name, kind=PROTOCOL)
+    try:
+        return Protocol.model_validate(document.values)
+    except ValidationError as error:
+        raise explain(error, document, Protocol) from None
