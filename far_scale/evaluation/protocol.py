@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from far_scale.errors import UserError
+from far_scale.evaluation.codec import H264_BLOCK
 from far_scale.evaluation.i3d import MIN_FRAMES
 from far_scale.recipe_report import explain
 from far_scale.recipe_sections import Count, Fraction, Section, valid_guidance
@@ -94,7 +95,8 @@ class FramesSection(Section):
     border: bool = False
     """Draw a red border of one pixel on given frames of sample and truth, as officially unless `anno_context` is off."""
     codec: Literal["none", "h264"] = "none"
-    """none: lossless. h264: sample and truth side by side through an MP4 (crf 25, yuv420p, 8 frames/s), as officially."""
+    """none: lossless. h264: sample and truth side by side through an MP4 (crf 23, yuv420p, 8 frames/s), as officially;
+    sides are multiples of 16."""
 
 
 class FVDSection(Section):
@@ -184,6 +186,11 @@ class Protocol(Section):
             yield "metrics", "without given frames nothing has to follow, so only fvd can be computed; set it to [fvd]"
         if len(set(sampling.seeds)) < len(sampling.seeds):
             yield "sampling.seeds", "names a seed twice; take one out"
+        if self.frames.codec == "h264" and self.clips.size % H264_BLOCK:
+            yield (
+                "clips.size",
+                f"{self.clips.size}, and h264 needs a multiple of {H264_BLOCK}; set frames.codec to none",
+            )
         if self.fvd is not None and self.fvd_frames < MIN_FRAMES:
             yield "fvd.frames", f"{self.fvd_frames} frames, and I3D needs {MIN_FRAMES}; take fvd out, or predict more"
 
