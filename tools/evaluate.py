@@ -13,16 +13,17 @@ every N. A command that was killed goes on where it was.
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import get_args
 
-import torch
+from far_scale.evaluation.compare import compare
 
 from far_scale.errors import UserError, command_line
-from far_scale.evaluation.compare import compare
+from far_scale.evaluation.merge import SCORES
 from far_scale.evaluation.protocol import Metric, Protocol, load_protocol
-from far_scale.evaluation.report import table
-from far_scale.evaluation.run import Share, compute, finish, finished, open_evaluation, processes, wait_for_all
+from far_scale.evaluation.report import FILES, table
+from far_scale.evaluation.run import Share, evaluate, open_evaluation, started_processes
 from far_scale.files import check_writable
 
 
@@ -79,35 +80,25 @@ def main() -> None:
         print(compare(arguments.compare, arguments.out))
         return
     protocol = chosen_protocol(arguments)
-    with processes() as share:
-        if arguments.task is not None:
-            share = Share(arguments.task, arguments.tasks)
-        evaluate(arguments, protocol, share)
-
-
-def evaluate(arguments: argparse.Namespace, protocol: Protocol, share: Share) -> None:
-    """Open, compute and, on the process that acts for all, merge."""
-    device = device_of(arguments.device, share)
-    where = (arguments.videos, arguments.split, arguments.shards)
-    alone = arguments.task is not None or share.tasks == 1
-    for turn in (True, False):
-        if (share.task == 0 or alone) == turn:
-            evaluation = open_evaluation(
-                arguments.source, arguments.step, protocol, arguments.out, *where, device, first=turn
-            )
-        if not alone:
-            wait_for_all()
-    scores = finished(evaluation, arguments.keep_samples)
-    if scores is None:
-        if not arguments.merge:
-            compute(evaluation, share)
-        if not alone:
-            wait_for_all()
-        if arguments.task is not None:
+    with started_processes(arguments.device) as processes:
+        open_it = functools.partial(
+            open_evaluation,
+            arguments.source,
+            arguments.step,
+            protocol,
+            arguments.out,
+            arguments.videos,
+            arguments.split,
+            arguments.shards,
+            processes.device,
+        )
+        share = None if arguments.task is None else Share(arguments.task, arguments.tasks)
+        scores = evaluate(open_it, processes, share, arguments.merge, arguments.keep_samples)
+        if scores is None and share is not None:
             print(f"{arguments.out}: task {share.task} of {share.tasks} has computed its units")
-            return
-        if share.task == 0:
-            scores = finish(evaluation, arguments.keep_samples)
-    if scores is not None and share.task == 0:
-        print(table(scores))
-        print(f"{arguments.out}: scores.json, scores.md, clips.csv, by_frame.png, best_worst.png, samples.mp4")
+        elif scores is not None and processes.main:
+            print(f"{table(scores)}\n{arguments.out}: {SCORES}, per_clip.npz, {', '.join(FILES)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """The clips of an evaluation: which of a set of videos or of a shard set, in which order, and what is in them.
 
-    shape letters   F frames of a clip, given and predicted ones   C/H/W latent channels/height/width   h/w pixels
+shape letters   F frames of a clip, given and predicted ones   C/H/W latent channels/height/width   h/w pixels
 """
 
 from __future__ import annotations
@@ -214,9 +214,7 @@ class _ShardClips:
         if self._labels:
             check_classes(shards, card)
         places = [(shard, sample) for shard, n in enumerate(shards.samples_per_shard) for sample in range(n)]
-        self._places = select(
-            places, lambda place: shards.read(*place, frames=1).label, protocol, str(shards.folder)
-        )
+        self._places = select(places, lambda place: shards.read(*place, frames=1).label, protocol, str(shards.folder))
         self.keys = [_FILE_NAME.sub("_", shards.index(shard).samples[row].key) for shard, row in self._places]
         self.fingerprint = _joined([shards.manifest.fingerprint(), *(f"{shard}/{row}" for shard, row in self._places)])
         self.fps = None if shards.manifest.fps is None else shards.manifest.fps / protocol.clips.stride
@@ -270,13 +268,17 @@ def _balanced(
     for item in items:
         label = label_of(item)
         if label is None:
-            raise UserError(f"{where}: clips.per_class needs the class of each video; give them in folders, or in a list")
+            raise UserError(
+                f"{where}: clips.per_class needs the class of each video; give them in folders, or in a list"
+            )
         by_class.setdefault(label, []).append(item)
     drawn: list[T] = []
     for label in sorted(by_class):
         own = by_class[label]
         if len(own) < per_class:
-            raise UserError(f"{where}: class {label} has {len(own)} videos, and clips.per_class is {per_class}; add some")
+            raise UserError(
+                f"{where}: class {label} has {len(own)} videos, and clips.per_class is {per_class}; add some"
+            )
         order = generator(seed, "clips of a class", step=label).permutation(len(own))
         drawn += [own[index] for index in order[:per_class]]
     return [drawn[index] for index in generator(seed, "order of clips").permutation(len(drawn))]

@@ -1,6 +1,6 @@
 """Clips to samples: what the model predicts, as uint8 frames with the given ones before them.
 
-    shape letters   B clips   S samples (trajectories) of a clip   G/F given frames, and with predicted ones
+shape letters   B clips   S samples (trajectories) of a clip   G/F given frames, and with predicted ones
 """
 
 from __future__ import annotations

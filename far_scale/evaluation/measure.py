@@ -1,6 +1,6 @@
 """Samples and truth to numbers: paired metrics of each predicted frame, and the features that FVD compares.
 
-    shape letters   B clips   S samples of a clip   F frames of a clip   P predicted ones   h/w pixels
+shape letters   B clips   S samples of a clip   F frames of a clip   P predicted ones   h/w pixels
 """
 
 from __future__ import annotations

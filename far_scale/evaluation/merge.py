@@ -1,6 +1,6 @@
 """The units of an evaluation as scores: best samples, means, intervals, Frechet distances.
 
-    shape letters   N clips   S samples (trajectories) of a clip   P predicted frames   seeds stand first
+shape letters   N clips   S samples (trajectories) of a clip   P predicted frames   seeds stand first
 """
 
 from __future__ import annotations

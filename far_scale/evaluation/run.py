@@ -9,10 +9,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,53 +22,85 @@ from far_scale.convert.zero import export_if_needed
 from far_scale.errors import UserError, say_warning
 from far_scale.evaluation.clips import open_clips
 from far_scale.evaluation.merge import SCORES, seconds_by_kind, write_scores
-from far_scale.evaluation.protocol import Metric, Protocol
+from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.report import FILES, write_report
 from far_scale.evaluation.units import PRECISIONS, SETTINGS, Evaluation
 from far_scale.files import read_json, sha256, write_json
 from far_scale.sampling.evaluate import load_autoencoder
 from far_scale.sampling.sampler import check_guidance
-from far_scale.train.processes import take_launcher_variables
+from far_scale.train.processes import Processes, all_ranks_or_raise, from_main, stop_processes, take_launcher_variables
 
 _PATIENCE = datetime.timedelta(days=7)  # for which processes wait for the slowest one
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which part of the units this process computes: unit `task`, `task + tasks`, ..."""
+class Share(NamedTuple):
+    """Which units one process computes: number `task`, `task + tasks`, and so on."""
 
-    task: int = 0
-    tasks: int = 1
+    task: int
+    tasks: int
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[Share]:
-    """The processes that torchrun or srun started, or this one alone; at the end each waits for all others.
+def started_processes(device: str | None) -> Iterator[Processes]:
+    """The processes that torchrun or srun started, or this one alone.
+
+    Args:
+        device: "cpu" or "cuda"; None for cuda where there is a GPU.
 
     Raises:
-        UserError: the launcher's variables are incomplete.
+        UserError: the launcher's variables are incomplete, or there is no GPU.
     """
     rank, count = take_launcher_variables()
-    if count == 1:
-        yield Share()
-        return
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no GPU here that PyTorch can use; take --device cpu")
+    chosen = torch.device("cpu")
+    if device != "cpu" and torch.cuda.is_available():
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    else:
+        torch.set_num_threads(1)  # with more, sums depend on how many
+    if count > 1:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
-        yield Share(rank, count)
-        dist.barrier()  # a launcher that sees one process end may kill the others
+        yield Processes(rank, count, chosen)
     finally:
-        dist.destroy_process_group()
+        stop_processes()
 
 
-def in_turn(share: Share) -> bool:
-    """Whether this process acts for all; the others wait here until it has."""
-    return share.task == 0 or not dist.is_initialized()
+def evaluate(
+    open_it: Callable[[bool], Evaluation],
+    processes: Processes,
+    share: Share | None,
+    merge_only: bool,
+    keep_samples: bool,
+) -> dict[str, Any] | None:
+    """Compute what is missing of an evaluation, and merge it.
 
+    Every process calls this.
 
-def wait_for_all() -> None:
-    """Wait until every process is here; those of a job array know nothing of each other, and do not."""
-    if dist.is_initialized():
-        dist.barrier()
+    Args:
+        open_it: `open_evaluation` with all its arguments but the last.
+        share: of a task that knows nothing of the others, and leaves the merge to a later call; None for the
+            processes' own shares and the merge.
+        merge_only: compute nothing.
+        keep_samples: leave the samples in the folder.
+
+    Returns:
+        What scores.json says; None of a task.
+
+    Raises:
+        UserError: on all processes, what one of them cannot read or write.
+    """
+    opened: list[Evaluation] = []
+    from_main(lambda: opened.append(open_it(True)), processes)
+    evaluation = all_ranks_or_raise(lambda: opened[0] if opened else open_it(False), processes)
+    scores = all_ranks_or_raise(lambda: finished(evaluation, keep_samples), processes)
+    if scores is not None:
+        return scores
+    if not merge_only:
+        own = share or Share(processes.rank, processes.count)
+        all_ranks_or_raise(lambda: compute(evaluation, own), processes)
+    return None if share is not None else from_main(lambda: finish(evaluation, keep_samples), processes)
 
 
 def open_evaluation(
@@ -81,7 +112,7 @@ def open_evaluation(
     split: Path | None,
     shards: Path | None,
     device: torch.device,
-    first: bool = True,
+    first: bool,
 ) -> Evaluation:
     """Say what is evaluated, and claim the folder for it.
 

@@ -211,7 +211,10 @@ class _Worker:
             baselines["repeat_last"] = repeated
         if clips[0].frames is not None:  # of decoded latents the reconstruction is the truth
             baselines["reconstruction"] = np.stack(
-                [self._codec.decode(self._codec.encode(clip, len(true))) for clip, true in zip(clips, truth, strict=True)]
+                [
+                    self._codec.decode(self._codec.encode(clip, len(true)))
+                    for clip, true in zip(clips, truth, strict=True)
+                ]
             )
         for name, frames in baselines.items():
             arrays |= {f"{name}/{key}": values for key, values in self._measure.batch(frames[:, None], truth).items()}
@@ -262,4 +265,3 @@ def _digest(clip: Clip) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-

@@ -28,9 +28,7 @@ def load_for_sampling(folder: str | Path) -> tuple[FAR, ModelCard]:
     return load_model_dir(folder, "cpu", dtype=torch.float32)
 
 
-def load_autoencoder(
-    card: ModelCard, device: torch.device, dtype: torch.dtype = torch.float32
-) -> Autoencoder:
+def load_autoencoder(card: ModelCard, device: torch.device, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """The autoencoder that the model was trained on, which then computes in `dtype`.
 
     Raises:
