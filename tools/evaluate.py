@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 tools/evaluate.py RUN --protocol ... --out DIR        # or under srun
     python tools/evaluate.py --compare DIR1 DIR2 ... --out DIR
 
-To share the work over the N tasks of a job array, run each with `--task 0 --tasks N` to `--task N-1 --tasks N`, anywhere
+To share the work over N tasks of a job array, run each with `--task 0 --tasks N` to `--task N-1 --tasks N`, anywhere
 and at any time, and when all have ended once with `--merge --tasks N`. The scores are the same, to the last bit, for
 every N. A command that was killed goes on where it was.
 """
@@ -17,9 +17,8 @@ import functools
 from pathlib import Path
 from typing import get_args
 
-from far_scale.evaluation.compare import compare
-
 from far_scale.errors import UserError, command_line
+from far_scale.evaluation.compare import compare
 from far_scale.evaluation.merge import SCORES
 from far_scale.evaluation.protocol import Metric, Protocol, load_protocol
 from far_scale.evaluation.report import FILES, table

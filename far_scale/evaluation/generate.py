@@ -63,7 +63,7 @@ class Codec:
 
 
 class Generator:
-    """Samples batches of clips; a batch always has `sampling.batch` rows, so nothing depends on what is beside a clip."""
+    """Samples batches of clips, always of `sampling.batch` rows, so that nothing depends on what is beside a clip."""
 
     def __init__(self, model: FAR, card: ModelCard, codec: Codec, protocol: Protocol) -> None:
         self._model, self._card, self._codec, self._protocol = model, card, codec, protocol
@@ -119,7 +119,7 @@ class Generator:
             if not latents.isfinite().all():
                 keys = ", ".join(clip.key for clip in rows[:3])
                 raise UserError(
-                    f"frame {sampling.given + index} of clips {keys}, ...: the model gives numbers that are not finite; "
+                    f"frame {sampling.given + index} of clips {keys}: the model gives numbers that are not finite; "
                     "evaluate an earlier checkpoint, or lower the guidance"
                 )
             decoded.append(self._codec.decode(scaling.restore(latents)))

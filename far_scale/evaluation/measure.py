@@ -64,8 +64,8 @@ class Measure:
         return arrays
 
     def real_logits(self, truth: Pixels) -> Arrays:
-        """`real_logits` `[B, 1, 400]` of true clips `[B, F, h, w, 3]`; nothing where they go through the codec with each
-        sample, or FVD is not computed."""
+        """`real_logits` `[B, 1, 400]` of true clips `[B, F, h, w, 3]`; nothing where they go through the codec with
+        each sample, or FVD is not computed."""
         if self._i3d is None or self._pairs_truth:
             return {}
         given = self._protocol.sampling.given
@@ -139,6 +139,6 @@ def _i3d_of(section: FVDSection, device: torch.device) -> I3D:
 def _check(key: str, wanted: str, found: str) -> None:
     if found != wanted:
         raise UserError(
-            f"{key}.network: the protocol names {wanted[:12]}, and the network in the cache folder is {found[:12]}; import "
-            "the protocol's own by tools/metric_weights.py, or write a protocol for this one"
+            f"{key}.network: the protocol names {wanted[:12]}, and the network in the cache folder is {found[:12]}; "
+            "import the protocol's own by tools/metric_weights.py, or write a protocol for this one"
         )

@@ -93,7 +93,7 @@ class FramesSection(Section):
     rounding: Literal["nearest", "down"] = "nearest"
     """How pixels become 8 bits; officially they are cut off."""
     border: bool = False
-    """Draw a red border of one pixel on given frames of sample and truth, as officially unless `anno_context` is off."""
+    """Draw a red border of one pixel on given frames of sample and truth; officially that is `anno_context`."""
     codec: Literal["none", "h264"] = "none"
     """none: lossless. h264: sample and truth side by side through an MP4 (crf 23, yuv420p, 8 frames/s), as officially;
     sides are multiples of 16."""
@@ -130,8 +130,8 @@ class PSNRSection(Section):
     """PSNR with range 1."""
 
     mean_of: Literal["frames", "clips", "set"] = "frames"
-    """frames: the mean of each frame's PSNR, as officially. clips: of each clip's PSNR. set: the PSNR of the mean squared
-    error over all clips, which frames that are repeated exactly do not dominate."""
+    """frames: the mean of each frame's PSNR, as officially. clips: of each clip's PSNR. set: the PSNR of the mean
+    squared error over all clips, which frames that are repeated exactly do not dominate."""
 
 
 class SSIMSection(Section):

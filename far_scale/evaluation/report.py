@@ -41,6 +41,9 @@ _PSNR_OF = {
 }
 
 
+FILES = ("scores.md", "clips.csv", "by_frame.png", "best_worst.png", "samples.mp4")
+
+
 def write_report(out: Path) -> None:
     """Write scores.md, clips.csv, by_frame.png, best_worst.png and samples.mp4 into `out`, each atomically.
 

@@ -150,7 +150,7 @@ class Evaluation:
             started = time.perf_counter()
             clips = [self.clips.read(number) for number in self.numbers(unit)]
             arrays = worker.baseline(clips) if unit.seed is None else worker.samples(clips, unit.seed)
-            arrays["seconds"] = np.float64(time.perf_counter() - started)
+            arrays["seconds"] = np.array(time.perf_counter() - started)
             _write(self.unit_file(unit), arrays)
             yield unit
 
