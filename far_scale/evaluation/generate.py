@@ -18,7 +18,7 @@ from far_scale.data.video.pictures import to_pixels
 from far_scale.errors import UserError
 from far_scale.evaluation.clips import Clip
 from far_scale.evaluation.protocol import Protocol
-from far_scale.model import FAR
+from far_scale.model import FAR, FARConfig
 from far_scale.sampling.sampler import predict_frames
 
 Pixels = NDArray[np.uint8]
@@ -108,7 +108,7 @@ class Generator:
             context,
             sampling.predicted,
             sampling.steps,
-            guidance_of(self._protocol, self._model),
+            guidance_of(self._protocol, self._model.config),
             actions=_stacked([clip.actions for clip in rows]),
             labels=_stacked([None if clip.label is None else torch.tensor(clip.label) for clip in rows]),
             seed=seed,
@@ -126,9 +126,9 @@ class Generator:
         return np.stack(decoded, axis=1)
 
 
-def guidance_of(protocol: Protocol, model: FAR) -> float:
-    """The guidance that a model samples with: a model without conditions has none."""
-    return protocol.sampling.guidance if model.config.actions or model.config.labels else 1.0
+def guidance_of(protocol: Protocol, config: FARConfig) -> float:
+    """The guidance that a model samples with: one without conditions has none."""
+    return protocol.sampling.guidance if config.actions or config.labels else 1.0
 
 
 def _stacked(conditions: Sequence[Tensor | None]) -> Tensor | None:
