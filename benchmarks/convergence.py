@@ -32,9 +32,7 @@ from far_scale.recipe import Recipe, load_recipe
 from far_scale.train.flops import train_flops
 
 CURVES, FINAL, BASELINE = "Held-out score against steps and FLOPs", "At the last step", "Without a model"
-
-LONG = ("data.frames=32", "model.context_patch=4")
-"""Clips twice as long as the window, with context."""
+SHORT, LONG_CLIPS = Scoring(given=8, frames=8), Scoring(given=24, frames=8)
 
 
 @dataclass(frozen=True)
@@ -57,24 +55,29 @@ class Variant:
 
 
 def long_variant(window: int, patch: int, seeds: int) -> Variant:
-    overrides = (*LONG, f"model.window={window}", f"model.context_patch={patch}", "sample.given=24")
+    """Clips of 32 frames, those before the window as context."""
+    overrides = ("data.frames=32", f"model.window={window}", f"model.context_patch={patch}", "sample.given=24")
     name = f"long clips, window {window}, context patch {patch}"
-    return Variant(f"window-{window}-patch-{patch}", seeds, "demo_cpu", overrides, {name: Scoring(24, 8)})
+    return Variant(f"window-{window}-patch-{patch}", seeds, "demo_cpu", overrides, {name: LONG_CLIPS})
 
 
-SHORT = Scoring(given=8, frames=8)
-VARIANTS = (
-    Variant("far", 3, "demo_cpu", (), {"FAR": SHORT}),
-    Variant("video-dit", 3, "demo_video_dit", (), {"Video DiT": SHORT}),
-    Variant(
-        "no-clean-frames",
-        3,
-        "demo_diffusion_forcing",
-        (),
-        {"FAR without clean frames": SHORT, "Diffusion Forcing": Scoring(8, 8, context_noise=0.02)},
+GROUPS: tuple[tuple[Variant, ...], ...] = (
+    (
+        Variant("far", 3, "demo_cpu", (), {"FAR": SHORT}),
+        Variant("video-dit", 3, "demo_video_dit", (), {"Video DiT": SHORT}),
     ),
-    *(long_variant(window, patch, 2) for window, patch in ((8, 4), (8, 2), (8, 8), (4, 4), (16, 4))),
+    (
+        Variant(
+            "no-clean-frames",
+            3,
+            "demo_diffusion_forcing",
+            (),
+            {"FAR without clean frames": SHORT, "Diffusion Forcing": Scoring(8, 8, context_noise=0.02)},
+        ),
+    ),
+    tuple(long_variant(window, patch, 2) for window, patch in ((8, 4), (8, 2), (8, 8), (4, 4), (16, 4))),
 )
+"""What is trained, what matters most first."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def main() -> None:
             break
         print(f"{run.folder.name}", flush=True)
         rows += run_rows(run, held, args.scored)
-        tables = {FINAL: final_rows(rows), BASELINE: repeat_last(held, (SHORT, Scoring(24, 8))), CURVES: rows}
+        tables = {FINAL: final_rows(rows), BASELINE: repeat_last(held, (SHORT, LONG_CLIPS)), CURVES: rows}
         path = write_result(args.out, "convergence", facts, tables)
     if not rows:
         raise UserError(f"--minutes {args.minutes:g}: no run was begun; give more")
@@ -130,10 +133,10 @@ def main() -> None:
 
 
 def planned(args: argparse.Namespace) -> Iterator[Run]:
-    """All runs, what matters most first: the variants with the most seeds, seed by seed."""
-    for seeds in sorted({variant.seeds for variant in VARIANTS}, reverse=True):
-        for number, seed in enumerate(args.seeds[:seeds]):
-            for variant in (each for each in VARIANTS if each.seeds == seeds and number < each.seeds):
+    """All runs, group by group, in a group seed by seed."""
+    for group in GROUPS:
+        for number, seed in enumerate(args.seeds):
+            for variant in (each for each in group if number < each.seeds):
                 folder = args.work / f"{variant.name}-seed-{seed}"
                 arguments = (
                     variant.recipe, *variant.overrides, f"run_dir={folder}", f"data.shards={args.shards}",
@@ -266,7 +269,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scored", type=count, default=5, help="checkpoints scored of a run (default: %(default)s)")
     parser.add_argument("--episodes", type=count, default=32, help="held-out episodes (default: %(default)s)")
     parser.add_argument("--sample-steps", type=count, default=8, help="Euler steps of a score (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=[variant.name for variant in VARIANTS], help="default: all")
+    parser.add_argument(
+        "--only", nargs="+", choices=[variant.name for group in GROUPS for variant in group], help="default: all"
+    )
     parser.add_argument("--minutes", type=float, default=180, help="begin no run after these (default: %(default)s)")
     parser.add_argument("--threads", type=count, default=2, help="torch threads (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="PNG to draw the curves into (default: none)")
