@@ -231,11 +231,12 @@ def test_without_given_frames_the_first_clips_are_shown(tmp_path: Path) -> None:
     assert not (sheet == GIVEN_COLOUR).all(axis=-1).any()
 
 
-def test_scores_of_one_hash_share_a_table(tmp_path: Path) -> None:
+def test_scores_of_one_hash_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worse = {**SCORES, "lpips": {"mean": 0.6, "ci95": [0.5, 0.7]}}
     again = {**DECODED, "fvd": {"mean": 60.0 + 1e-9}}  # as another machine has it
     folders = [evaluated(tmp_path / "a"), evaluated(tmp_path / "b", scores=worse, reconstruction=again)]
-    text = compare(folders, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    text = compare([folders[0], Path("b")], tmp_path / "out")
     markdown = (tmp_path / "out" / "comparison.md").read_text()
     title = f"vizdoom-8to8, hash {protocol().hash()[:12]}, 5 clips"
     assert markdown.count("## ") == 1 and f"## {title}\n" in markdown and text.startswith(title)

@@ -27,7 +27,7 @@ APART = "Scores of different protocol hashes cannot be compared, so each hash ha
 
 
 def compare(folders: Sequence[Path], out: Path) -> str:
-    """Write OUT/comparison.md and OUT/comparison.png (where a protocol compares frames) of several evaluations.
+    """Write OUT/comparison.md and OUT/comparison.png (where a protocol scores single frames) of several evaluations.
 
     A model is named by its folder, or by where its weights come from where two folders have one name.
 
@@ -73,7 +73,7 @@ def _names(folders: Sequence[Path], scores: Sequence[Scores]) -> list[str]:
     candidates = [
         [folder.resolve().name, each.weights.source, str(folder)] for folder, each in zip(folders, scores, strict=True)
     ]
-    counts = Counter(name for names in candidates for name in names)
+    counts = Counter(name for names in candidates for name in set(names))  # "a" is the name and the path of a
     return [next((name for name in names if counts[name] == 1), names[-1]) for names in candidates]
 
 
