@@ -93,7 +93,7 @@ def _markdown(scores: Scores) -> str:
         f"- weights: {weights.kind}{step}, SHA-256 {weights.sha256[:12]}",
         *(f"- {line}" for line in _settings(scores)),
         "",
-        *(f"{line}\n" for line in notes(scores)),
+        *(f"{line}\n" for line in notes([scores])),
     ]
     return "\n".join(lines).rstrip("\n") + "\n"
 
