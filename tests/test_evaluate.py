@@ -51,7 +51,7 @@ class Means:
 
 @pytest.fixture(autouse=True)
 def means(monkeypatch: pytest.MonkeyPatch) -> type[Means]:
-    def load(name: str, device: str = "cpu") -> Means:
+    def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Means:
         assert name == "means"
         return Means()
 

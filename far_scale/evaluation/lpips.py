@@ -32,9 +32,12 @@ class LPIPS(LPIPSNetwork):
         if min(frames.shape[2:]) < SMALLEST[self.net]:
             height, width = frames.shape[2:]
             raise UserError(f"LPIPS: frames of {height}x{width}; {self.net} needs at least {SMALLEST[self.net]} pixels")
-        pixels, others = (unit_range(each, "LPIPS") * 2 - 1 for each in (frames, truth))
-        distance = torch.zeros(len(frames), device=frames.device, dtype=torch.float32)
-        with full_float32(frames.device):
+        return self.distances(*(unit_range(each, "LPIPS") * 2 - 1 for each in (frames, truth)))
+
+    def distances(self, pixels: Tensor, others: Tensor) -> Tensor:
+        """Distances `[N]` of float32 pixels `[N, 3, H, W]` that are in the network's range already, without checks."""
+        distance = torch.zeros(len(pixels), device=pixels.device, dtype=torch.float32)
+        with full_float32(pixels.device):
             for unit, other, share in zip(self.units(pixels), self.units(others), self.shares, strict=True):
                 distance = distance + ((unit - other).square() * share).sum(1).mean((1, 2))
         return distance

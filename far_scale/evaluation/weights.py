@@ -129,6 +129,11 @@ def load_lpips(net: Net = "alex", device: str | torch.device = "cpu", label: str
     return network.to(device)
 
 
+def weights_sha256(network: I3D | LPIPS) -> str:
+    """SHA-256 of the network's tensors on the CPU, as a protocol names it."""
+    return _hash(network.state_dict())
+
+
 def zeros_ones(network: I3D | LPIPS) -> float:
     """Black against white: |difference|^2 of I3D's logits of 16 frames, which is their FVD; LPIPS of 64x64 pixels."""
     if isinstance(network, LPIPS):

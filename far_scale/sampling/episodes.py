@@ -122,14 +122,14 @@ def shard_episodes(
         UserError: a set of another autoencoder or latent shape, too few frames, or without the conditions needed.
     """
     actions = config.actions > 0 and wanted.conditioned
-    _check_set(shards, config, card, wanted.conditioned)
+    check_set(shards, config, card, wanted.conditioned)
     counts = enumerate(shards.samples_per_shard)
     places = [(shard, sample) for shard, n in counts for sample in range(n)][: wanted.episodes]
     lengths = [
         (f"{shards.folder}: sample {place[1]} of shard {place[0]}", shards.frames_of(*place)) for place in places
     ]
     if config.labels and wanted.conditioned:
-        _check_classes(shards, card)
+        check_classes(shards, card)
     given, known = _given_and_known(lengths, card.frame_stride, config.window, wanted, actions)
     samples = [shards.read(shard, sample, frames=known, stride=card.frame_stride) for shard, sample in places]
     latents = torch.stack([sample.latents for sample in samples])
@@ -189,7 +189,8 @@ def _given_and_known(
     return given, min(shortest, given + wanted.frames)
 
 
-def _check_set(shards: ShardSet, config: FARConfig, card: ModelCard, conditioned: bool) -> None:
+def check_set(shards: ShardSet, config: FARConfig, card: ModelCard, conditioned: bool) -> None:
+    """Raises UserError where the model cannot take a set's latents, or lacks its actions or labels."""
     actions = config.actions > 0 and conditioned
     manifest = shards.manifest
     if manifest.autoencoder.weight_hash != card.autoencoder.weight_hash:
@@ -216,7 +217,8 @@ def _check_set(shards: ShardSet, config: FARConfig, card: ModelCard, conditioned
             )
 
 
-def _check_classes(shards: ShardSet, card: ModelCard) -> None:
+def check_classes(shards: ShardSet, card: ModelCard) -> None:
+    """Raises UserError where a set's labels are other classes than the model's."""
     if (difference := classes_differ(shards.manifest.classes, card.classes)) is not None:
         raise UserError(
             f"{shards.folder}: its classes are not the model's: {difference}; encode the videos with --classes-of the "

@@ -28,13 +28,13 @@ def load_for_sampling(folder: str | Path) -> tuple[FAR, ModelCard]:
     return load_model_dir(folder, "cpu", dtype=torch.float32)
 
 
-def load_autoencoder(card: ModelCard, device: torch.device) -> Autoencoder:
-    """The autoencoder that the model was trained on.
+def load_autoencoder(card: ModelCard, device: torch.device, dtype: torch.dtype = torch.float32) -> Autoencoder:
+    """The autoencoder that the model was trained on, which then computes in `dtype`.
 
     Raises:
         UserError: there is none of this name, or its weights are others.
     """
-    autoencoder = far_scale.autoencoder.load(card.autoencoder.name, device=str(device))
+    autoencoder = far_scale.autoencoder.load(card.autoencoder.name, device=str(device), dtype=dtype)
     if autoencoder.weight_hash != card.autoencoder.weight_hash:
         raise UserError(
             f"autoencoder {card.autoencoder.name}: its weights ({autoencoder.weight_hash[:12]}) are not those that the "

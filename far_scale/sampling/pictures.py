@@ -6,6 +6,7 @@ Both are drawn frame by frame, as the frames come, so that a clip of thousands o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -63,8 +64,9 @@ class Shown:
 class Sheet:
     """A PNG: for each episode a row of true frames above a row of predicted ones, given frames bordered."""
 
-    def __init__(self, shown: Shown) -> None:
-        self._shown = shown
+    def __init__(self, shown: Shown, captions: Sequence[str] = ()) -> None:
+        """With `captions`, one an episode, each stands above its episode."""
+        self._shown, self._captions = shown, captions
         chosen = np.linspace(0, shown.frames - 1, min(shown.frames, SHEET_COLUMNS)).round().astype(int)
         self._columns = {frame: column for column, frame in enumerate(np.unique(chosen).tolist())}
         self._scale = max(1, SHEET_FRAME_HEIGHT // shown.size[0])
@@ -73,11 +75,11 @@ class Sheet:
         right = max(map(self._left, self._columns)) + self._width
         if self._past is not None:
             right = max(right, self._left(self._past) + PAST_WIDTH)
-        self._canvas = _canvas(self._top(shown.episodes, 0) - GAP + BORDER, right + BORDER)
+        self._canvas = _canvas(self._top(shown.episodes, 0) - self._caption_height - GAP + BORDER, right + BORDER)
         self._label()
 
-    def add(self, index: int, truth: Pixels | None, prediction: Pixels) -> None:
-        """Draw frame `index` of every clip, both uint8 `[B, H, W, 3]`, if it is one of those that the sheet shows.
+    def add(self, index: int, truth: Pixels | None, prediction: Pixels, first: int = 0) -> None:
+        """Draw frame `index` of the clips from `first` on, both uint8 `[B, H, W, 3]`, if the sheet shows that frame.
 
         Where the truth is not known its place stays blank.
         """
@@ -85,7 +87,7 @@ class Sheet:
             return
         rows = [truth, prediction] if self._shown.truth else [prediction]
         for row, frames in enumerate(rows):
-            for episode, frame in enumerate(() if frames is None else frames):
+            for episode, frame in enumerate(() if frames is None else frames, first):
                 place = self._top(episode, row), self._left(index)
                 _put(self._canvas, frame, place, self._scale, index < self._shown.given)
 
@@ -98,8 +100,13 @@ class Sheet:
         gap = GAP if self._past is not None and frame >= self._past else 0
         return CAPTION_WIDTH + self._columns[frame] * self._width + gap
 
+    @property
+    def _caption_height(self) -> int:
+        return LINE_HEIGHT if self._captions else 0
+
     def _top(self, episode: int, row: int) -> int:
-        return SHEET_CAPTION_HEIGHT + episode * (len(self._shown.rows) * self._height + GAP) + row * self._height
+        episode_height = self._caption_height + len(self._shown.rows) * self._height + GAP
+        return SHEET_CAPTION_HEIGHT + episode * episode_height + self._caption_height + row * self._height
 
     def _label(self) -> None:
         shown, middle = self._shown, LINE_HEIGHT // 2
@@ -107,6 +114,8 @@ class Sheet:
         for episode in range(shown.episodes):
             for row, name in enumerate(shown.rows):
                 texts.append(_Text(CAPTION_WIDTH // 2, self._top(episode, row) + self._height // 2, name))
+        for episode, caption in enumerate(self._captions):
+            texts.append(_Text(self._left(0) + BORDER, self._top(episode, 0) - middle, caption, anchor="lm"))
         if shown.given:
             texts.append(_Text(self._left(0) + BORDER, middle, "given", GIVEN_COLOUR, "lm"))
         if self._past is not None:

@@ -64,14 +64,7 @@ def start_processes(timeout: datetime.timedelta | None = None) -> Processes:
     Raises:
         UserError: the launcher's variables are incomplete, or the processes do not find each other.
     """
-    if "RANK" not in os.environ:
-        _take_from_slurm() if "SLURM_STEP_ID" in os.environ else _take_alone()
-    missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(
-            f"RANK is set but not {', '.join(missing)}: start with torchrun, deepspeed or srun, or unset RANK"
-        )
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, count = take_launcher_variables()
 
     # DeepSpeed calls these by their old names, which is not for its users to read at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -100,6 +93,22 @@ def start_processes(timeout: datetime.timedelta | None = None) -> Processes:
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes over the group that is there
     return Processes(rank, count, device, dist.new_group(backend="gloo", timeout=timeout), timeout)
+
+
+def take_launcher_variables() -> tuple[int, int]:
+    """This process's rank and the world size, by what its launcher has set; the environment has torchrun's names then.
+
+    Raises:
+        UserError: the launcher's variables are incomplete.
+    """
+    if "RANK" not in os.environ:
+        _take_from_slurm() if "SLURM_STEP_ID" in os.environ else _take_alone()
+    missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"RANK is set but not {', '.join(missing)}: start with torchrun, deepspeed or srun, or unset RANK"
+        )
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def set_timeouts(processes: Processes) -> None:

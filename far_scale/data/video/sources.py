@@ -84,7 +84,11 @@ def find_sources(path: str | Path, split: str | Path | None = None) -> list[Sour
 
 
 def find_labelled(
-    path: str | Path, split: str | Path | None = None, labels: int = 0, classes: Sequence[str] | None = None
+    path: str | Path,
+    split: str | Path | None = None,
+    labels: int = 0,
+    classes: Sequence[str] | None = None,
+    as_listed: bool = False,
 ) -> Found:
     """The videos of a folder, of one file, or of a list.
 
@@ -97,6 +101,7 @@ def find_labelled(
             taken. The class is that of the classInd.txt beside the list.
         labels: how many classes are wanted; 0 where labels are not.
         classes: their names; folders with these names are these classes.
+        as_listed: keep the order of a list; otherwise its videos come in the order of their names.
 
     Raises:
         UserError: no videos; a list or a split with a line that cannot be used; two videos with one key. With labels:
@@ -109,6 +114,8 @@ def find_labelled(
         if split is not None:
             raise UserError(f"--split {split}: goes with a folder of videos, not with the list {path}; leave it out")
         found = (_official if path.suffix.lower() == OFFICIAL_LIST else _listed)(path, labels, classes)
+        if not as_listed:
+            found = found._replace(sources=_in_order(found.sources))
     else:
         _refuse_text(path)
         videos = find_videos(path)
@@ -335,7 +342,7 @@ class _Row(NamedTuple):
 
 
 def _of_rows(path: Path, rows: Sequence[_Row], labels: int, classes: Sequence[str] | None) -> Found:
-    """The videos of a list in the order of their names."""
+    """The videos of a list, in its order."""
     if labels and all(row.label is None for row in rows):  # those in files beside videos go before the folders
         rows = [
             row._replace(label=read_label(row.beside))
@@ -353,7 +360,7 @@ def _of_rows(path: Path, rows: Sequence[_Row], labels: int, classes: Sequence[st
     ]
     # Labels that are numbers of a list have names only where these are given.
     names = described.classes if classes is not None or not labelled else None
-    return Found(_in_order(sources), names, described.by_folder and not labelled)
+    return Found(sources, names, described.by_folder and not labelled)
 
 
 def _label_beside(row: _Row) -> int:

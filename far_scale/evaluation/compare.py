@@ -1,0 +1,108 @@
+"""Several evaluations beside each other: those of one protocol hash in one table, the others in tables of their own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from far_scale.evaluation.curves import COLOURS, REPEAT_STYLE, Line, draw_curves
+from far_scale.evaluation.protocol import Metric
+from far_scale.evaluation.scores import PerClip, Score, Scores, System, read_per_clip, read_scores
+from far_scale.evaluation.tables import (
+    LEGEND,
+    RECONSTRUCTION,
+    REPEAT_LAST,
+    Row,
+    Table,
+    notes,
+    published_row,
+    scores_table,
+)
+from far_scale.files import atomic_write
+
+APART = "Scores of different protocol hashes cannot be compared, so each hash has a table of its own."
+
+
+def compare(folders: Sequence[Path], out: Path) -> str:
+    """Write OUT/comparison.md and OUT/comparison.png (where a protocol compares frames) of several evaluations.
+
+    A model is named by its folder, or by where its weights come from where two folders have one name.
+
+    Args:
+        folders: of evaluations, each with scores.json and per_clip.npz.
+        out: where the files go.
+
+    Returns:
+        The tables as text for the console.
+
+    Raises:
+        UserError: a folder has no scores, or an evaluation did not write them; nothing is written then.
+    """
+    scores = [read_scores(folder) for folder in folders]
+    clips = [read_per_clip(folder, each.settings) for folder, each in zip(folders, scores, strict=True)]
+    models = [_Model(*each) for each in zip(_names(folders, scores), scores, clips, strict=True)]
+    groups: dict[tuple[str, int], list[_Model]] = {}
+    for model in models:
+        groups.setdefault((model.scores.protocol_hash, model.scores.n), []).append(model)
+    draw_curves(out / "comparison.png", [(_title(group), _lines(group)) for group in groups.values()])
+    apart = [APART] if len(groups) > 1 else []
+    markdown = ["# Comparison", *apart]
+    console = [*apart]
+    for group in groups.values():
+        table = _table(group)
+        remarks = [LEGEND, *notes(group[0].scores)]
+        markdown += [f"## {_title(group)}", table.markdown().rstrip("\n"), *remarks]
+        console += ["\n".join([_title(group), table.plain().rstrip("\n"), *remarks])]
+    with atomic_write(out / "comparison.md") as beside:
+        beside.write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
+    return "\n\n".join(console) + "\n"
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    scores: Scores
+    clips: PerClip
+
+
+def _names(folders: Sequence[Path], scores: Sequence[Scores]) -> list[str]:
+    """A name for each model, as short as they differ."""
+    candidates: list[list[str]] = [
+        [folder.resolve().name, each.weights.source, str(folder)] for folder, each in zip(folders, scores, strict=True)
+    ]
+    counts = Counter(name for names in candidates for name in names)
+    return [next((name for name in names if counts[name] == 1), names[-1]) for names in candidates]
+
+
+def _title(group: Sequence[_Model]) -> str:
+    scores = group[0].scores
+    return f"{scores.protocol}, hash {scores.protocol_hash[:12]}, {scores.n} clips"
+
+
+def _table(group: Sequence[_Model]) -> Table:
+    rows = [Row(model.name, model.scores.scores) for model in group]
+    rows += _once(group, "repeat_last", REPEAT_LAST) + _once(group, "reconstruction", RECONSTRUCTION)
+    published = dict.fromkeys(each for model in group for each in model.scores.settings.published)
+    order: Iterable[Metric] = dict.fromkeys(metric for model in group for metric in model.scores.settings.metrics)
+    return scores_table([*rows, *map(published_row, published)], list(order))
+
+
+def _once(group: Sequence[_Model], system: System, name: str) -> list[Row]:
+    """A row for scores that all models share; a row for each model where they differ, as with other autoencoders."""
+    found: list[tuple[str, dict[Metric, Score]]] = []
+    for model in group:
+        scores = model.scores.of(system)
+        if scores is not None and all(scores != other for _, other in found):
+            found.append((model.name, scores))
+    return [Row(name if len(found) == 1 else f"{name}: {model}", scores) for model, scores in found]
+
+
+def _lines(group: Sequence[_Model]) -> list[Line]:
+    lines = [
+        Line(model.name, model.clips, "prediction", COLOURS[number % len(COLOURS)])
+        for number, model in enumerate(group)
+    ]
+    repeated = next((model.clips for model in group if model.scores.repeat_last is not None), None)
+    return lines if repeated is None else [*lines, Line(REPEAT_LAST, repeated, "repeat_last", *REPEAT_STYLE)]

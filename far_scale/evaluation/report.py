@@ -1,0 +1,181 @@
+"""What people look at after an evaluation: a table, each clip's scores, curves over frames, pictures and a video.
+
+All of it is a function of the files that the evaluation wrote (see scores.py).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from far_scale.data.video.videos import write_mp4
+from far_scale.evaluation.curves import COLOURS, RECONSTRUCTION_STYLE, REPEAT_STYLE, Line, draw_curves
+from far_scale.evaluation.protocol import Protocol
+from far_scale.evaluation.scores import PAIRED, PerClip, Scores, frames_of, parse_scores, read_per_clip, read_scores
+from far_scale.evaluation.tables import (
+    LABELS,
+    LEGEND,
+    RECONSTRUCTION,
+    REPEAT_LAST,
+    Table,
+    in_digits,
+    notes,
+    rows_of,
+    scores_table,
+)
+from far_scale.files import atomic_write
+from far_scale.sampling.pictures import Film, Pixels, Sheet, Shown
+
+FILMED_CLIPS = 8
+RANKED_CLIPS = 3  # the best, and the worst
+FPS = 8.0  # as the official evaluation's videos
+
+_PSNR_OF = {
+    "frames": "mean over the frames' PSNR",
+    "clips": "mean over the clips' PSNR",
+    "set": "of the mean squared error over all clips",
+}
+
+
+def write_report(out: Path) -> None:
+    """Write scores.md, clips.csv, by_frame.png, best_worst.png and samples.mp4 into `out`, each atomically.
+
+    `out` holds scores.json, per_clip.npz and samples/KEY.npz with `frames` and `truth`, uint8 `[F, H, W, 3]`.
+
+    Raises:
+        UserError: one of these is not there, or an evaluation did not write it.
+    """
+    scores = read_scores(out)
+    clips = read_per_clip(out, scores.settings)
+    _write_text(out / "scores.md", _markdown(scores))
+    _write_clips(out / "clips.csv", clips)
+    draw_curves(out / "by_frame.png", [(f"{scores.protocol}, {scores.n} clips, band: 95% interval", _lines(clips))])
+    _draw_clips(out, _best_and_worst(clips), scores.settings)
+    _write_film(out, clips.keys[:FILMED_CLIPS], scores.settings)
+
+
+def table(scores: Mapping[str, Any]) -> str:
+    """The content of a scores.json as aligned text for the console.
+
+    Raises:
+        UserError: it is not that of an evaluation.
+    """
+    return _table(parse_scores(scores, "scores.json")).plain()
+
+
+class _Picked(NamedTuple):
+    """A clip of the sheet."""
+
+    key: str
+    caption: str
+
+
+def _table(scores: Scores) -> Table:
+    return scores_table(rows_of(scores), scores.settings.metrics)
+
+
+def _markdown(scores: Scores) -> str:
+    weights = scores.weights
+    step = "" if weights.step is None else f" of step {weights.step}"
+    lines = [
+        f"# {scores.protocol}: {weights.source}\n",
+        _table(scores).markdown(),
+        f"{LEGEND}\n",
+        f"- N: {scores.n} clips",
+        f"- protocol: {scores.protocol}, hash {scores.protocol_hash[:12]}",
+        f"- weights: {weights.kind}{step}, SHA-256 {weights.sha256[:12]}",
+        *(f"- {line}" for line in _settings(scores)),
+        "",
+        *(f"{line}\n" for line in notes(scores)),
+    ]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _settings(scores: Scores) -> Iterator[str]:
+    """The settings that readers of a score ask for."""
+    protocol, sampling = scores.settings, scores.settings.sampling
+    yield f"frames: {sampling.given} given -> {sampling.predicted} predicted, {protocol.clips.size} px"
+    yield f"sampling: {sampling.steps} steps a frame, guidance {scores.guidance:g}"
+    yield f"seeds: {', '.join(map(str, sampling.seeds))}"
+    if sampling.trajectories > 1:
+        yield f"{sampling.trajectories} samples of each clip: the best one counts (of FVD: the mean)"
+    if protocol.fvd is not None and "fvd" in scores.scores:
+        yield f"FVD sees {protocol.fvd_frames} frames of a clip ({protocol.fvd.frames})"
+    if protocol.psnr is not None and "psnr" in scores.scores:
+        yield f"PSNR: {_PSNR_OF[protocol.psnr.mean_of]}"
+
+
+def _write_clips(path: Path, clips: PerClip) -> None:
+    columns = {f"{system}_{metric}": clips.clip_scores(system, metric) for system, metric in clips.values}
+    with atomic_write(path) as beside, open(beside, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["key", *columns])
+        for number, key in enumerate(clips.keys):
+            writer.writerow([key, *(f"{values[number]:.6g}" for values in columns.values())])
+
+
+def _lines(clips: PerClip) -> list[Line]:
+    return [
+        Line("model", clips, "prediction", COLOURS[0]),
+        Line(REPEAT_LAST, clips, "repeat_last", *REPEAT_STYLE),
+        Line(RECONSTRUCTION, clips, "reconstruction", *RECONSTRUCTION_STYLE),
+    ]
+
+
+def _best_and_worst(clips: PerClip) -> list[_Picked]:
+    """The clips to show, no clip twice; the first ones where no metric compares a clip with its truth."""
+    leading = next((metric for metric in PAIRED if ("prediction", metric) in clips.values), None)
+    if leading is None:
+        return [_Picked(key, f"first clips, not chosen by score: {key}") for key in clips.keys[: 2 * RANKED_CLIPS]]
+    scores = clips.clip_scores("prediction", leading)
+    ranked = np.argsort(scores if leading == "lpips" else -scores, kind="stable").tolist()
+    best = ranked[: min(RANKED_CLIPS, (len(ranked) + 1) // 2)]
+    worst = ranked[len(best) :][::-1][:RANKED_CLIPS]
+    named = [("best", clip) for clip in best] + [("worst", clip) for clip in worst]
+    return [
+        _Picked(clips.keys[clip], f"{word} {LABELS[leading]} {in_digits(leading, scores[clip])}: {clips.keys[clip]}")
+        for word, clip in named
+    ]
+
+
+def _draw_clips(out: Path, picked: list[_Picked], protocol: Protocol) -> None:
+    sheet: Sheet | None = None
+    for number, (key, _) in enumerate(picked):
+        for index, (truth, prediction) in enumerate(_frames(out, key)):
+            if sheet is None:
+                sheet = Sheet(_shown(protocol, len(picked), truth), [each.caption for each in picked])
+            sheet.add(index, truth[None], prediction[None], first=number)
+    if sheet is not None:
+        sheet.write(out / "best_worst.png")
+
+
+def _write_film(out: Path, keys: list[str], protocol: Protocol) -> None:
+    def pictures() -> Iterator[Pixels]:
+        film: Film | None = None
+        for index, pairs in enumerate(zip(*(_frames(out, key) for key in keys), strict=True)):
+            truth, prediction = (np.stack(frames) for frames in zip(*pairs, strict=True))
+            film = film or Film(_shown(protocol, len(keys), truth[0]))
+            yield film.picture(index, truth, prediction)
+
+    write_mp4(out / "samples.mp4", pictures(), FPS)
+
+
+def _frames(out: Path, key: str) -> Iterator[tuple[Pixels, Pixels]]:
+    """The true and the predicted frames of a clip, one at a time."""
+    sample = out / "samples" / f"{key}.npz"
+    return zip(frames_of(sample, "truth"), frames_of(sample, "frames"), strict=True)
+
+
+def _shown(protocol: Protocol, clips: int, frame: Pixels) -> Shown:
+    frames = protocol.total_frames
+    # the model's window is not the evaluation's concern: no frame is marked as past it
+    return Shown(clips, frames, protocol.sampling.given, frames, (frame.shape[0], frame.shape[1]), truth=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as beside:
+        beside.write_text(text, encoding="utf-8")

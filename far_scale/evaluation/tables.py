@@ -1,0 +1,116 @@
+"""Scores as the rows of a table, for Markdown and for the console."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from far_scale.evaluation.protocol import METRICS, Metric, Published
+from far_scale.evaluation.scores import Score, Scores
+
+FEATURES = 400  # logits of FVD's network: N clips give a covariance of rank N - 1 at most
+REPEAT_LAST = "repeat the last given frame"
+RECONSTRUCTION = "autoencoder's reconstruction (the ceiling)"
+LABELS: dict[Metric, str] = {"lpips": "LPIPS", "ssim": "SSIM", "psnr": "PSNR", "fvd": "FVD"}
+LEGEND = "[]: 95% interval over clips. ±: standard deviation over seeds."
+
+_DIGITS: dict[Metric, int] = {"lpips": 3, "ssim": 3, "psnr": 2, "fvd": 1}
+_HEADS: dict[Metric, str] = {"lpips": "LPIPS ↓", "ssim": "SSIM ↑", "psnr": "PSNR (dB) ↑", "fvd": "FVD ↓"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one system scored; `published` where others published it."""
+
+    name: str
+    scores: Mapping[Metric, Score]
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines of equally many cells; the first line is the header, the first cell of a line its name."""
+
+    lines: list[list[str]]
+
+    def markdown(self) -> str:
+        """As a table in Markdown."""
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in self.lines]
+        lines.insert(1, ["---"] * len(lines[0]))
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def plain(self) -> str:
+        """As aligned columns of text."""
+        widths = [max(map(len, column)) for column in zip(*self.lines, strict=True)]
+        rows = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in self.lines)
+        return "".join(f"{row}\n" for row in rows)
+
+
+def scores_table(rows: Sequence[Row], order: Sequence[Metric]) -> Table:
+    """A table with a column for each metric that a row has: LPIPS first, the others in `order`.
+
+    FVD-infinity has a column of its own where a row has it.
+    """
+    metrics = [metric for metric in _order(order) if any(metric in row.scores for row in rows)]
+    extrapolated = any(score.infinity is not None for row in rows for score in row.scores.values())
+    lines = [["", *(_HEADS[metric] for metric in metrics), *(["FVD-infinity ↓"] if extrapolated else [])]]
+    for row in rows:
+        cells = [_cell(row, metric) for metric in metrics]
+        if extrapolated:
+            infinity = row.scores["fvd"].infinity if "fvd" in row.scores else None
+            cells.append("-" if infinity is None else in_digits("fvd", infinity))
+        lines.append([f"{row.name} (published)" if row.published else row.name, *cells])
+    return Table(lines)
+
+
+def in_digits(metric: Metric, value: float) -> str:
+    """A score with as many digits as papers give."""
+    return f"{value:.{_DIGITS[metric]}f}"
+
+
+def rows_of(scores: Scores) -> list[Row]:
+    """The rows of one evaluation: the model, what it stands between, and what was published for the protocol."""
+    rows = [Row("model", scores.scores)]
+    if scores.repeat_last is not None:
+        rows.append(Row(REPEAT_LAST, scores.repeat_last))
+    if scores.reconstruction is not None:
+        rows.append(Row(RECONSTRUCTION, scores.reconstruction))
+    return rows + [published_row(each) for each in scores.settings.published]
+
+
+def published_row(published: Published) -> Row:
+    """Published scores as a row."""
+    values = {metric: getattr(published, metric) for metric in METRICS}
+    scores = {metric: Score(mean=value) for metric, value in values.items() if value is not None}
+    return Row(published.model, scores, published=True)
+
+
+def notes(scores: Scores) -> list[str]:
+    """What has to be known before the scores are compared with others."""
+    lines = ["Compare these scores only with others of the same protocol hash."]
+    if "fvd" in scores.scores:
+        lines.append("FVD of another number of clips or another protocol hash must not be compared with this one.")
+        if scores.n <= FEATURES:
+            lines.append(
+                f"{scores.n} clips: below {FEATURES + 1} the covariance of FVD's {FEATURES} logits is singular, and "
+                "FVD is strongly biased."
+            )
+    return lines
+
+
+def _order(order: Sequence[Metric]) -> list[Metric]:
+    return sorted(order, key=lambda metric: metric != "lpips")  # stable
+
+
+def _cell(row: Row, metric: Metric) -> str:
+    score = row.scores.get(metric)
+    if score is None:
+        return "-"
+    if score.mean is None:
+        return "not finite"
+    if row.published:
+        return f"{score.mean:g}"  # with the digits that were published
+    text = in_digits(metric, score.mean)
+    if score.ci95 is not None:
+        text += f" [{', '.join(in_digits(metric, end) for end in score.ci95)}]"
+    return text if score.std is None else f"{text} ± {in_digits(metric, score.std)}"

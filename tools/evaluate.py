@@ -1,0 +1,104 @@
+#!/usr/bin/env python
+"""Evaluate a model by a protocol: FVD, LPIPS, PSNR and SSIM of its predictions, beside two baselines.
+
+    python tools/evaluate.py MODEL --protocol vizdoom-8to8 --videos VIDEOS --out DIR
+    torchrun --nproc_per_node 8 tools/evaluate.py RUN --protocol ... --out DIR        # or under srun
+    python tools/evaluate.py --compare DIR1 DIR2 ... --out DIR
+
+To share the work over the N tasks of a job array, run each with `--task 0 --tasks N` to `--task N-1 --tasks N`, anywhere
+and at any time, and when all have ended once with `--merge --tasks N`. The scores are the same, to the last bit, for
+every N. A command that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+from typing import get_args
+
+from far_scale.evaluation.compare import compare
+
+from far_scale.errors import UserError, command_line
+from far_scale.evaluation.merge import SCORES
+from far_scale.evaluation.protocol import Metric, Protocol, load_protocol
+from far_scale.evaluation.report import FILES, table
+from far_scale.evaluation.run import Share, evaluate, open_evaluation, started_processes
+from far_scale.files import check_writable
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, nargs="?", help="a model directory, or a run with checkpoints")
+    parser.add_argument("--step", type=int, help="which checkpoint of a run (default: the latest)")
+    parser.add_argument("--protocol", help="a name in recipes/protocols, or a YAML file")
+    parser.add_argument("--out", type=Path, required=True, help="folder for scores, tables and pictures")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--videos", type=Path, help="a folder of videos, a list of them, or one video")
+    where.add_argument("--shards", type=Path, help="a shard set, whose decoded latents are taken for the truth")
+    parser.add_argument("--split", type=Path, help="one of UCF-101's lists: take only these videos of the folder")
+    parser.add_argument("--clips", type=int, metavar="N", help="another number of clips, so another protocol hash")
+    parser.add_argument(
+        "--metrics", nargs="+", choices=get_args(Metric), help="compute these of the protocol's metrics only"
+    )
+    parser.add_argument("--keep-samples", action="store_true", help="leave the samples in DIR/samples")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--task", type=int, help="compute only this task's share, of --tasks, and no scores")
+    part.add_argument("--merge", action="store_true", help="only make the scores of what tasks have computed")
+    parser.add_argument("--tasks", type=int, help="number of tasks that share the work")
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="DIR", help="one table and plot of evaluations")
+    arguments = parser.parse_args()
+    if arguments.compare:
+        if arguments.source is not None or arguments.protocol is not None:
+            parser.error("--compare takes folders of evaluations, and nothing else but --out")
+        return arguments
+    if arguments.source is None or arguments.protocol is None:
+        parser.error("what to evaluate is missing: give MODEL or RUN, and --protocol")
+    if (arguments.tasks is None) != (arguments.task is None and not arguments.merge):
+        parser.error("--tasks N goes with --task or --merge, and they with it")
+    if arguments.task is not None and not 0 <= arguments.task < arguments.tasks:
+        parser.error(f"--task {arguments.task}: tasks count from 0 to {arguments.tasks - 1}")
+    return arguments
+
+
+def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
+    protocol = load_protocol(arguments.protocol)
+    if arguments.clips is not None:
+        if arguments.clips < 1:
+            raise UserError(f"--clips {arguments.clips}: at least 1 is needed")
+        if arguments.clips != protocol.clips.count:
+            protocol = protocol.with_clips(count=arguments.clips, fingerprint=None)
+    return protocol if arguments.metrics is None else protocol.of_metrics(tuple(arguments.metrics))
+
+
+@command_line
+def main() -> None:
+    arguments = parse()
+    check_writable(arguments.out / "scores.json")
+    if arguments.compare:
+        print(compare(arguments.compare, arguments.out))
+        return
+    protocol = chosen_protocol(arguments)
+    with started_processes(arguments.device) as processes:
+        open_it = functools.partial(
+            open_evaluation,
+            arguments.source,
+            arguments.step,
+            protocol,
+            arguments.out,
+            arguments.videos,
+            arguments.split,
+            arguments.shards,
+            processes.device,
+        )
+        share = None if arguments.task is None else Share(arguments.task, arguments.tasks)
+        scores = evaluate(open_it, processes, share, arguments.merge, arguments.keep_samples)
+        if scores is None and share is not None:
+            print(f"{arguments.out}: task {share.task} of {share.tasks} has computed its units")
+        elif scores is not None and processes.main:
+            print(f"{table(scores)}\n{arguments.out}: {SCORES}, per_clip.npz, {', '.join(FILES)}")
+
+
+if __name__ == "__main__":
+    main()
