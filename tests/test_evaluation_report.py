@@ -234,7 +234,9 @@ def test_without_given_frames_the_first_clips_are_shown(tmp_path: Path) -> None:
 def test_scores_of_one_hash_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worse = {**SCORES, "lpips": {"mean": 0.6, "ci95": [0.5, 0.7]}}
     again = {**DECODED, "fvd": {"mean": 60.0 + 1e-9}}  # as another machine has it
-    folders = [evaluated(tmp_path / "a"), evaluated(tmp_path / "b", scores=worse, reconstruction=again)]
+    weights = {"source": "runs/b", "kind": "model", "step": None, "sha256": "cd" * 32}
+    changes: dict[str, Any] = {"scores": worse, "reconstruction": again, "weights": weights}
+    folders = [evaluated(tmp_path / "a"), evaluated(tmp_path / "b", **changes)]
     monkeypatch.chdir(tmp_path)
     text = compare([folders[0], Path("b")], tmp_path / "out")
     markdown = (tmp_path / "out" / "comparison.md").read_text()
