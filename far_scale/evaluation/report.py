@@ -41,7 +41,7 @@ _PSNR_OF = {
 }
 
 
-FILES = ("scores.md", "clips.csv", "by_frame.png", "best_worst.png", "samples.mp4")
+FILES = ("scores.md", "clips.csv", "best_worst.png", "samples.mp4")  # and by_frame.png, with metrics of single frames
 
 
 def write_report(out: Path) -> None:
