@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from far_scale.errors import UserError
+from far_scale.errors import UserError, command_line
 from far_scale.evaluation.codec import H264_BLOCK
 from far_scale.evaluation.i3d import MIN_FRAMES
-from far_scale.recipe_report import explain
+from far_scale.recipe_report import explain, reference
 from far_scale.recipe_sections import Count, Fraction, Section, valid_guidance
 from far_scale.recipe_yaml import PROTOCOL, read_document
 
@@ -245,3 +245,13 @@ def load_protocol(path_or_name: str | Path) -> Protocol:
         return Protocol.model_validate(document.values)
     except ValidationError as error:
         raise explain(error, document, Protocol) from None
+
+
+@command_line
+def main() -> None:
+    """Print the reference of all keys."""
+    print(f"The keys of a protocol:\n{reference(Protocol)}")
+
+
+if __name__ == "__main__":
+    main()
