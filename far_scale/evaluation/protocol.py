@@ -216,8 +216,15 @@ class Protocol(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def with_clips(self, **changes: Any) -> Protocol:
-        """This protocol with other fields of `clips`: another protocol, with another hash."""
-        return self.model_copy(update={"clips": self.clips.model_copy(update=changes)})
+        """This protocol with other fields of `clips`: another protocol, with another hash.
+
+        Published scores are of the protocol's own clips; they are left out where another field than the fingerprint
+        changes.
+        """
+        update: dict[str, Any] = {"clips": self.clips.model_copy(update=changes)}
+        if set(changes) - {"fingerprint"}:
+            update["published"] = ()
+        return self.model_copy(update=update)
 
     def of_metrics(self, metrics: tuple[Metric, ...]) -> Protocol:
         """This protocol, computing some of its metrics; the hash stays, since the scores are the same.
