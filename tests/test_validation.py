@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from launch import ROOT, launch, small_recipe
 from far_scale.convert.model_dir import load_model_dir
 from far_scale.convert.zero import export
 from far_scale.data.packs.loader import Pack
-from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.objective import CLEAN, add_noise
 from far_scale.recipe import load_recipe
@@ -25,12 +23,12 @@ from far_scale.train.held_out import HeldOut
 
 # Seven clips in three packs, so that one of two ranks computes a pack that is not counted; three clips sampled.
 VALIDATION = ["validation.every=2", "validation.clips=7", "validation.clips_per_pack=3"]
-SAMPLES = ["validation.sample_every=6", "validation.sample_clips=3", "sample.steps=2"]
-STEPS = ["train.steps=8", "optimizer.schedule=constant", "checkpoint.every=6"]
+SAMPLES = ["validation.sample_every=4", "validation.sample_clips=3", "sample.steps=2"]
+STEPS = ["train.steps=6", "optimizer.schedule=constant", "checkpoint.every=4"]
 STAGES = {
     "zero3": "train.zero_stage=3",
     "zero1": "train.zero_stage=1",
-    "bf16_zero3": "train.zero_stage=3 train.precision=bf16 train.whole_below=100000 train.activation_checkpointing=full",
+    "bf16_zero3": "train.zero_stage=3 train.precision=bf16 train.whole_below=9999 train.activation_checkpointing=full",
     "bf16_zero2": "train.zero_stage=2 train.precision=bf16",
     "bf16_zero0": "train.zero_stage=0 train.precision=bf16",
 }
@@ -47,14 +45,14 @@ def runs(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     asked = []
     for name, stage in STAGES.items():
         asked += [f"{name}_plain {stage} {' '.join(STEPS)}"]
-        asked += [f"{name}_validated {stage} {' '.join([*STEPS, *held_out, *SAMPLES])}"]
-    asked += [f"unwritable train.steps=1 {' '.join([*held_out, *SAMPLES])}"]
+        asked += [f"{name}_validated {stage} {' '.join([*STEPS, *held_out, *(SAMPLES if name == 'zero3' else [])])}"]
+    asked += [f"unwritable train.steps=1 optimizer.warmup_steps=0 {' '.join([*held_out, *SAMPLES])}"]
     if shutil.which("g++"):
         asked += [f"compiled train.compile=true train.steps=4 {' '.join(held_out)}"]
     (out / "unwritable").mkdir()
     (out / "unwritable" / "validation").write_text("no folder")
     finished = launch(2, ROOT / "tests/training_worker.py", recorded_shards, out, ",".join(asked), timeout=500)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.returncode == 0, finished.stderr[-9000:]
     (out / "console").write_text(finished.stdout)
     return out
 
@@ -82,7 +80,7 @@ def validations(run: Path) -> dict[int, dict[str, Any]]:
 def test_training_is_bit_for_bit_the_one_without(runs: Path, name: str, tmp_path: Path) -> None:
     plain, validated = runs / f"{name}_plain", runs / f"{name}_validated"
     losses = [[line["loss"] for line in lines(run) if "loss" in line] for run in (plain, validated)]
-    assert losses[0] == losses[1] and len(losses[0]) == 8
+    assert losses[0] == losses[1] and len(losses[0]) == 6
     for weights in ("model", "ema"):
         tensors = []
         for run in (plain, validated):
@@ -90,7 +88,7 @@ def test_training_is_bit_for_bit_the_one_without(runs: Path, name: str, tmp_path
             tensors.append(load_model_dir(tmp_path / run.name)[0].state_dict())
         assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
     assert not validations(plain)
-    assert sorted(validations(validated)) == [2, 4, 6, 8]
+    assert sorted(validations(validated)) == [2, 4, 6]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
@@ -146,7 +144,7 @@ def test_the_loss_is_that_of_the_exported_weights(
 ) -> None:
     """To the rounding of a float32 forward pass: means of some hundred errors that are each right to 1e-6 or so."""
     expected = by_hand(runs / "zero3_validated", recorded_shards, weights, tmp_path / "model")
-    found = validations(runs / "zero3_validated")[8][key]
+    found = validations(runs / "zero3_validated")[6][key]
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     for part in ("timesteps", "frames"):
         assert found[part].keys() == expected[part].keys()
@@ -154,33 +152,35 @@ def test_the_loss_is_that_of_the_exported_weights(
 
 
 def test_stages_and_precisions_agree(runs: Path) -> None:
-    reference = validations(runs / "zero3_validated")[8]
+    reference = validations(runs / "zero3_validated")[6]
     for name in STAGES:
-        found = validations(runs / f"{name}_validated")[8]
+        found = validations(runs / f"{name}_validated")[6]
         for key in ("weights", "ema"):
             assert found[key]["loss"] == pytest.approx(reference[key]["loss"], rel=5e-3 if "bf16" in name else 1e-5)
 
 
 def test_resumed_on_another_number_of_ranks(runs: Path, recorded_shards: Path, tmp_path: Path) -> None:
-    """One rank goes on from the checkpoint of step 6, to whose validation a kill did not let the run come."""
+    """One rank goes on from the checkpoint of step 4, to whose validation a kill did not let the run come."""
     before, run = runs / "zero3_validated", tmp_path / "resumed"
     shutil.copytree(before, run)
-    shutil.rmtree(run / "checkpoints/step-00000008")
+    shutil.rmtree(run / "checkpoints/step-00000006")
     (run / "checkpoints/latest").unlink()
-    kept = [line for line in lines(run) if not ("validation" in line and line["step"] == 6)]
+    kept = [line for line in lines(run) if not ("validation" in line and line["step"] == 4)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     overrides = [*STEPS, *VALIDATION, f"validation.shards={recorded_shards}", *SAMPLES, "train.zero_stage=3"]
     finished = launch(1, "-m", "far_scale.train", *small_recipe(recorded_shards, run, *overrides))
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.returncode == 0, finished.stderr[-9000:]
 
-    assert [line["step"] for line in lines(run) if "loss" in line] == list(range(1, 9))
+    assert [line["step"] for line in lines(run) if "loss" in line] == list(range(1, 7))
     two, one = validations(before), validations(run)
-    assert sorted(one) == [2, 4, 6, 8]
+    assert sorted(one) == [2, 4, 6]
     for key in ("weights", "ema"):
         # The same weights in the same packs: only kernels for other numbers of threads could round differently.
-        assert one[6][key]["loss"] == pytest.approx(two[6][key]["loss"], rel=1e-6)
-        assert one[8][key]["loss"] == pytest.approx(two[8][key]["loss"], rel=1e-4)
-    assert one[6]["samples"]["prediction"] == pytest.approx(two[6]["samples"]["prediction"], rel=1e-4)
+        assert one[4][key]["loss"] == pytest.approx(two[4][key]["loss"], rel=1e-6)
+        assert one[6][key]["loss"] == pytest.approx(two[6][key]["loss"], rel=1e-4)
+    for metric in ("psnr", "ssim"):
+        expected = two[4]["samples"]["prediction"][metric]
+        assert one[4]["samples"]["prediction"][metric] == pytest.approx(expected, rel=1e-4)
 
 
 def test_samples_are_those_of_the_exported_ema(runs: Path, recorded_shards: Path, tmp_path: Path) -> None:
@@ -189,12 +189,12 @@ def test_samples_are_those_of_the_exported_ema(runs: Path, recorded_shards: Path
     model, card = load_model_dir(tmp_path / "model")
     expected = evaluate(model, card, ShardSet.open(recorded_shards), 4, 4, 2, 1.0, 0, 3, tmp_path / "out")
 
-    folder = run / "validation/step-00000008"
+    folder = run / "validation/step-00000006"
     assert sorted(path.name for path in folder.iterdir()) == ["samples.mp4", "samples.png", "scores.json"]
     scores = json.loads((folder / "scores.json").read_text())
     assert [clip["key"] for clip in scores["clips"]] == expected["episodes"]
-    logged = validations(run)[8]["samples"]
-    assert logged["video"] == "validation/step-00000008/samples.mp4"
+    logged = validations(run)[6]["samples"]
+    assert logged["video"] == "validation/step-00000006/samples.mp4"
     for source in ("prediction", "repeat_last"):
         assert scores[source] == logged[source]
         for metric in ("psnr", "ssim"):
@@ -202,9 +202,9 @@ def test_samples_are_those_of_the_exported_ema(runs: Path, recorded_shards: Path
         assert scores[source]["lpips"] is None
         each = [clip[source]["ssim"] for clip in scores["clips"]]
         assert sum(each) / 3 == pytest.approx(scores[source]["ssim"])
-    assert sorted(path.name for path in (run / "validation").iterdir()) == ["step-00000006", "step-00000008"]
+    assert sorted(path.name for path in (run / "validation").iterdir()) == ["step-00000004", "step-00000006"]
     console = (runs / "console").read_text()
-    assert console.count("no LPIPS") == len(STAGES) + 1
+    assert console.count("no LPIPS") == 2
     assert "get it by `python tools/metric_weights.py`" in console
 
 
