@@ -1,25 +1,40 @@
-"""Validation while training: what it says, and that training does not notice it."""
+"""Validation while training: what it says, and that training does not notice it.
+
+That it compiles no new graph is tested in test_training.py.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from latent_sets import FACTS, write_set
 from launch import ROOT, launch, small_recipe
 
 from far_scale.convert.model_dir import load_model_dir
 from far_scale.convert.zero import export
 from far_scale.data.packs.loader import Pack
+from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.shard_set import ShardSet
+from far_scale.errors import UserError
+from far_scale.evaluation.lpips import LPIPS
 from far_scale.objective import CLEAN, add_noise
 from far_scale.recipe import load_recipe
 from far_scale.sampling.evaluate import evaluate
-from far_scale.train.faults.events import read_events
-from far_scale.train.held_out import HeldOut
+from far_scale.sampling.metrics import frame_ssim
+from far_scale.train import validation_samples
+from far_scale.train.curriculum import Stage, stages
+from far_scale.train.faults.events import Events, read_events
+from far_scale.train.held_out import HeldOut, open_held_out
+from far_scale.train.processes import Processes
+from far_scale.train.validation import summary
 
 # Seven clips in three packs, so that one of two ranks computes a pack that is not counted; three clips sampled.
 VALIDATION = ["validation.every=2", "validation.clips=7", "validation.clips_per_pack=3"]
@@ -47,8 +62,6 @@ def runs(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         asked += [f"{name}_plain {stage} {' '.join(STEPS)}"]
         asked += [f"{name}_validated {stage} {' '.join([*STEPS, *held_out, *(SAMPLES if name == 'zero3' else [])])}"]
     asked += [f"unwritable train.steps=1 optimizer.warmup_steps=0 {' '.join([*held_out, *SAMPLES])}"]
-    if shutil.which("g++"):
-        asked += [f"compiled train.compile=true train.steps=4 {' '.join(held_out)}"]
     (out / "unwritable").mkdir()
     (out / "unwritable" / "validation").write_text("no folder")
     finished = launch(2, ROOT / "tests/training_worker.py", recorded_shards, out, ",".join(asked), timeout=500)
@@ -89,13 +102,6 @@ def test_training_is_bit_for_bit_the_one_without(runs: Path, name: str, tmp_path
         assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
     assert not validations(plain)
     assert sorted(validations(validated)) == [2, 4, 6]
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
-def test_nothing_new_is_compiled(runs: Path) -> None:
-    graphs = [line["compiled_graphs"] for line in lines(runs / "compiled") if "loss" in line]
-    assert sorted(validations(runs / "compiled")) == [2, 4]
-    assert graphs[0] >= 1 and set(graphs) == {graphs[0]} and len(graphs) == 4
 
 
 def by_hand(run: Path, shards: Path, weights: str, out: Path) -> dict[str, Any]:
@@ -215,3 +221,97 @@ def test_samples_that_cannot_be_written_cost_no_more(runs: Path) -> None:
     events = {event["event"]: event for event in read_events(run)}
     assert events["validation-failed"]["step"] == 1 and "finished" in events
     assert "cannot be written" in events["validation-failed"]["text"]
+
+
+def test_what_is_logged_of_errors_is_counted_by_hand() -> None:
+    """Three clips, of which one is clean throughout; frames 4 to 36 are 33 indices, so three share a bin."""
+    rows = np.array(
+        [
+            # pack, clip, frame index, timestep, error; the packs are not in order
+            [1, 0, 4, 1, 3.0],
+            [0, 0, 5, 200, 1.0],
+            [0, 0, 36, 201, 2.0],
+        ]
+    )
+    found = summary(rows, clips=3)
+    assert found["loss"] == (3.0 + 1.5 + 0.0) / 3
+    assert found["timesteps"] == {"1-200": 2.0, "201-400": 2.0, "401-600": None, "601-800": None, "801-1000": None}
+    assert len(found["frames"]) == 11
+    assert (found["frames"]["4-6"], found["frames"]["7-9"], found["frames"]["34-36"]) == (2.0, None, 2.0)
+    assert summary(np.empty((0, 5)), clips=2)["loss"] == 0.0
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+TINY = [
+    "model.channels=4", "model.patch=1", "data.latent_shape=[4,2,2]", "data.autoencoder=some-autoencoder",
+    "data.frames=[2,6]", "data.frame_stride=2", "data.scaling=factor", "sample.given=2", "validation.every=1",
+    "validation.clips=5", "validation.clips_per_pack=2",
+]  # fmt: skip
+
+
+def opened(folder: Path, trained_on: Path, *more: str) -> tuple[HeldOut, Stage]:
+    recipe = load_recipe("demo_cpu", [*TINY, f"validation.shards={folder}", *more])
+    manifest, plan = Manifest.read(trained_on), stages(recipe)
+    scaling = LatentScaling.of(manifest, recipe.data.scaling)
+    events = Events(folder, main=False)
+    held_out = open_held_out(recipe, plan, manifest, scaling, torch.float32, ALONE, events, 0)
+    assert held_out is not None
+    return held_out, plan[0]
+
+
+def test_packs_are_the_first_clips_on_any_number_of_ranks(tmp_path: Path) -> None:
+    write_set(tmp_path, [30, 3, 10, 11, 12, 30], samples_per_shard=4)
+    held_out, stage = opened(tmp_path, tmp_path)
+    alone = held_out.packs(stage, ALONE)
+    # Every second frame of up to 30, and 6 of those at most.
+    assert [pack.clip_frames for pack in alone] == [(6, 2), (5, 6), (6,)]
+    assert [pack.keys for pack in alone][1:] == [("clip_002@0", "clip_003@0"), ("clip_004@0",)]
+    assert alone[0].latents[:, 1, 1, 1].tolist() == [(f + 1 / 8) / 2 for f in (0, 2, 4, 6, 8, 10, 0, 2)]  # factor 0.5
+    for ranks in (2, 4):
+        counted = {}
+        each = [Processes(rank, ranks, torch.device("cpu")) for rank in range(ranks)]
+        packs = [held_out.packs(stage, processes) for processes in each]
+        assert len({len(own) for own in packs}) == 1, "all ranks run as many forward passes"
+        for processes, own in zip(each, packs, strict=True):
+            counted |= {p.lane: p for at, p in enumerate(own) if held_out.counts(at, processes)}
+        assert sum(held_out.counts(at, p) for p, own in zip(each, packs, strict=True) for at in range(len(own))) == 3
+        assert all(torch.equal(counted[pack.lane].latents, pack.latents) for pack in alone)
+
+
+def test_a_held_out_set_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    write_set(tmp_path / "train", [30] * 4, samples_per_shard=4)
+    other = AutoencoderInfo(name="some-autoencoder", weight_hash="1" * 64, scaling_factor=0.5)
+    write_set(tmp_path / "encoded", [30] * 4, 4, dataclasses.replace(FACTS, autoencoder=other))
+    write_set(tmp_path / "actions", [30] * 4, 4, dataclasses.replace(FACTS, actions=0))
+    write_set(tmp_path / "short", [2] * 4, 4)
+    write_set(tmp_path / "damaged", [30] * 4, 4)
+    (tmp_path / "damaged" / "shard-000000.tar").write_bytes(b"")
+    for name, words in {
+        "encoded": "the latents are by some-autoencoder (111111111111), those of data.shards by some-autoencoder (0",
+        "actions": "model.condition=action does not fit the shard set",
+        "short": "whose shortest sample has 2 frames and 3 are needed",
+        "missing": "there is no shard set's manifest here",
+        "damaged": "truncated (0 bytes",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            opened(tmp_path / name, tmp_path / "train")
+        assert words in str(caught.value) and str(tmp_path / name) in str(caught.value)
+
+
+def test_lpips_is_that_of_its_network(recorded_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = LPIPS("alex")
+    monkeypatch.setattr(validation_samples, "load_lpips", lambda net, device: network)
+    spec, *overrides = small_recipe(recorded_shards, tmp_path, *VALIDATION, f"validation.shards={recorded_shards}")
+    recipe, manifest = load_recipe(spec, [*overrides, *SAMPLES]), Manifest.read(recorded_shards)
+    scaling, events = LatentScaling.of(manifest, "channel"), Events(tmp_path, main=False)
+    held_out = open_held_out(recipe, stages(recipe), manifest, scaling, torch.float32, ALONE, events, 0)
+    assert held_out is not None and held_out.samples is not None and held_out.samples.without_lpips is None
+    frames, truth = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    error, ssim, lpips = held_out.samples._score(frames, truth)
+    torch.testing.assert_close(torch.from_numpy(lpips), network(frames, truth).double())
+    torch.testing.assert_close(torch.from_numpy(ssim), frame_ssim(frames, truth).double())
+    torch.testing.assert_close(torch.from_numpy(error), (frames - truth).double().square().mean((1, 2, 3)))
+    small = ["sample.given=30", "data.frames=16", "validation.sample_every=1"]
+    with pytest.raises(UserError, match="24 frames, but 42 are needed"):
+        wide = load_recipe(spec, [*overrides, *small, "sample.frames=12", "model.window=42"])
+        open_held_out(wide, stages(wide), manifest, scaling, torch.float32, ALONE, events, 0)
