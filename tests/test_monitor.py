@@ -89,8 +89,12 @@ def test_newly_compiled_graphs_are_told(
         monkeypatch.setattr(monitor_module, "compiled_graphs", lambda count=graphs: count)
         monitor.count(clips=1, tokens=1, flops=1)
         monitor.end_step(step, torch.tensor(0.5), 1e-3, torch.tensor(0.1), skipped=0, damaged=0)
+    with monitor.apart():  # validation's own are no matter of training
+        monkeypatch.setattr(monitor_module, "compiled_graphs", lambda: 7)
+    monitor.end_step(4, torch.tensor(0.5), 1e-3, torch.tensor(0.1), skipped=0, damaged=0)
     monitor.__exit__()
     console = capsys.readouterr().out
+    assert "step 4:" not in console
     assert "step 1: 2 graphs compiled so far" in console
     assert "step 2: 2 graphs" not in console
     assert "step 3: 5 graphs compiled so far" in console

@@ -54,7 +54,7 @@ class Monitor:
         self._bar: tqdm[Any] | None = None
         self._wandb: WandbRun | None = None
         self._stage: Stage | None = None
-        self._graphs, self._start = 0, start
+        self._graphs, self._graphs_apart, self._start = 0, 0, start
         self.validated_steps: set[int] = set()
         if processes.main:
             lines = lines_up_to(log, start)
@@ -97,10 +97,11 @@ class Monitor:
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """Around what is no part of training: its time counts in no figure."""
-        start = time.perf_counter()
+        """Around what is no part of training: neither its time nor what it compiles (attention, on a GPU) counts."""
+        start, graphs = time.perf_counter(), compiled_graphs()
         yield
         self._since += time.perf_counter() - start
+        self._graphs_apart += compiled_graphs() - graphs
 
     def count(self, clips: int, tokens: int, flops: int) -> None:
         """A pack was trained on, on this process."""
@@ -123,7 +124,7 @@ class Monitor:
         self._losses.append(loss)
         if self._bar is not None:
             self._bar.update()
-        if self._recipe.train.compile and (graphs := compiled_graphs()) != self._graphs:
+        if self._recipe.train.compile and (graphs := compiled_graphs() - self._graphs_apart) != self._graphs:
             self._graphs = graphs
             self.say(f"step {step}: {graphs} graphs compiled so far")
         last = step == self._recipe.train.steps

@@ -74,7 +74,11 @@ class Validation:
             monitor.say(f"validation: {held_out.samples.without_lpips}")
 
     def after_step(self, step: int) -> None:
-        """Validate where it is due after `step` and not in the log yet; all ranks call it."""
+        """Validate where it is due after `step` and not in the log yet; all ranks call it.
+
+        Raises:
+            UserError: a held-out clip cannot be read any more.
+        """
         if self._held_out is None or step == 0:
             return
         section, last = self._held_out.section, step == self._plan[-1].end
@@ -114,7 +118,10 @@ class Validation:
 
 @contextlib.contextmanager
 def evaluating(engine: Any) -> Iterator[None]:
-    """Meanwhile the engine's model computes without gradients, and its layers uncompiled: they make no new graphs."""
+    """Meanwhile the engine's model computes without gradients, and its layers uncompiled: they make no new graphs.
+
+    Not for what fails inside, which ends the run.
+    """
     blocks = [module for module in engine.module.modules() if isinstance(module, Block)]
     compiled = [block.compiled for block in blocks]
     for block in blocks:

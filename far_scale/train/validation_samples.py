@@ -1,4 +1,7 @@
-"""Sampled videos of the EMA while training, beside the truth, with PSNR, SSIM and LPIPS."""
+"""Sampled videos of the EMA while training, beside the truth, with PSNR, SSIM and LPIPS.
+
+shape letters   b clips of one rank   T frames of a clip, given and new   h/w height and width in pixels
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,6 @@ from far_scale.evaluation.lpips import LPIPS
 from far_scale.evaluation.weights import load_lpips
 from far_scale.files import write_json
 from far_scale.lpips_network import SMALLEST
-from far_scale.model import FAR, FARConfig
 from far_scale.recipe_sections import SampleSection
 from far_scale.sampling.episodes import Episodes
 from far_scale.sampling.metrics import frame_ssim, psnr
@@ -104,9 +106,11 @@ class Samples:
             On rank 0 the mean scores, and `video`, the MP4's path in the run directory (None where it could not be
             written); None on the others, and where the model gives numbers that are not finite.
         """
-        model = whole_ema(engine, ema, stage.config, self._dtype)
+        state = whole_ema(engine, ema, self._dtype, keep=self._opened is not None)
         own: _Sampled | str | None = None
         if self._opened is not None:
+            model = empty_model(stage.config).eval()
+            model.load_state_dict(state, assign=True)
             autoencoder, clips = self._opened
             steps, guidance = self._section.steps, self._section.guidance
             roll_out = RollOut(model, self._card, autoencoder, clips, self._frames, steps, guidance, self._seed)
@@ -136,11 +140,9 @@ class Samples:
                 elif last_given is not None:
                     scores.append([self._score(pixels, frame.truth) for pixels in (frame.pixels, last_given)])
             beat()
-        table = np.array(scores).transpose(1, 2, 3, 0) if scores else np.empty((len(SOURCES), 3, len(prediction[0]), 0))
-        known = (
-            np.stack(truth, axis=1) if truth else np.empty((len(prediction[0]), 0, *prediction[0].shape[1:]), np.uint8)
-        )
-        return _Sampled(np.stack(prediction, axis=1), known, table)
+        frames = np.stack(prediction, axis=1)
+        table = np.array(scores).transpose(1, 2, 3, 0) if scores else np.empty((len(SOURCES), 3, len(frames), 0))
+        return _Sampled(frames, np.stack(truth, axis=1) if truth else frames[:, :0], table)
 
     def _score(self, pixels: Tensor, truth: Tensor) -> NDArray[np.float64]:
         """`[3, b]`: squared error, SSIM and LPIPS of frames `[b, 3, h, w]`; not a number where there is no network."""
@@ -195,10 +197,13 @@ class Samples:
         return None
 
 
-def whole_ema(engine: Any, ema: ShardedEMA, config: FARConfig, dtype: torch.dtype) -> FAR:
-    """The model with the EMA's weights, whole on every rank, in `dtype`; all ranks call it.
+def whole_ema(engine: Any, ema: ShardedEMA, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
+    """The state dict of the model with the EMA's weights, in `dtype`; all ranks call it.
 
-    One parameter after the other is put together, so that no rank holds the whole in float32.
+    One parameter after the other is put together, so that no rank ever holds the whole in float32.
+
+    Args:
+        keep: whether this rank wants it; otherwise it only gives its part, and gets the buffers alone.
     """
     own = {fragment.name: (fragment, part) for fragment, part in zip(fragments(engine), ema.weights, strict=True)}
     state = {name: buffer.detach().to(dtype) for name, buffer in engine.module.named_buffers()}
@@ -209,10 +214,9 @@ def whole_ema(engine: Any, ema: ShardedEMA, config: FARConfig, dtype: torch.dtyp
             whole.view(-1)[fragment.offset : fragment.offset + len(part)] = part.to(dtype)
         if engine.zero_optimization_stage() > 0:
             dist.all_reduce(whole)  # exact: where one rank has a number all others have 0
-        state[name] = whole
-    model = empty_model(config)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+        if keep:
+            state[name] = whole
+    return state
 
 
 def _in_order(parts: Sequence[_Sampled | None]) -> _Sampled:
