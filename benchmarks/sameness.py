@@ -16,8 +16,9 @@ KINDS = {"weight": "weights", "exp_avg": "first moments", "exp_avg_sq": "second 
 
 
 def logged(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's log."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().split("\n") if line]
+    """The lines of a run's log, but for those of validation."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().split("\n") if line]
+    return [line for line in lines if "validation" not in line]
 
 
 def each_step_once(run: Path, steps: int) -> bool:

@@ -133,6 +133,11 @@ def _drop(classes: Tensor | None, null: int, share: float, seed: int, pack: Pack
     return classes.masked_fill(torch.from_numpy(dropped), null)
 
 
+def frame_errors(velocity: Tensor, noisy: NoisyPack) -> Tensor:
+    """Mean squared error of each window frame, clean ones too: `[Fw]` float32; `velocity` is the model's answer."""
+    return (velocity.float() - noisy.target).square().flatten(1).mean(1)
+
+
 def pack_loss(velocity: Tensor, noisy: NoisyPack) -> Tensor:
     """Mean squared error of a frame, mean over the noisy frames of a clip, mean over the clips; float32 scalar.
 
@@ -141,7 +146,7 @@ def pack_loss(velocity: Tensor, noisy: NoisyPack) -> Tensor:
     Args:
         velocity: `[Fw, C, H, W]`, the model's answer.
     """
-    frame_error = (velocity.float() - noisy.target).square().flatten(1).mean(1)  # [Fw]
+    frame_error = frame_errors(velocity, noisy)
     weight = noisy.has_loss.float()
     clips = len(noisy.layout.clip_frames)
     # Sums by clip as a product with the membership matrix: index_add_ adds in no fixed order on a GPU (and one_hot

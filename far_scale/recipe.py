@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from far_scale.errors import UserError, command_line
@@ -34,6 +42,7 @@ from far_scale.recipe_sections import (
     Shards,
     StageSection,
     TrainSection,
+    ValidationSection,
     shares,
 )
 from far_scale.recipe_yaml import read_document
@@ -60,6 +69,7 @@ class Recipe(Section):
     faults: FaultsSection = FaultsSection()
     log: LogSection
     sample: SampleSection
+    validation: ValidationSection | None = None
     curriculum: Annotated[tuple[StageSection, ...], Field(strict=False)] = ()
     """Stages that are trained one after another; without any, the whole run is one."""
 
@@ -86,6 +96,14 @@ class Recipe(Section):
             raise PydanticCustomError("impossible", "{problem}", {"key": key, "problem": problem})
         return self
 
+    @model_serializer(mode="wrap")
+    def _leave_out_no_validation(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without validation is written as before there was any."""
+        values: dict[str, Any] = serialize(self)
+        if self.validation is None:
+            values.pop("validation", None)
+        return values
+
     def far_config(self) -> FARConfig:
         """The model's configuration (a curriculum's stage may have another window)."""
         return self.model.far_config()
@@ -93,6 +111,10 @@ class Recipe(Section):
     def sample_frames(self) -> int:
         """Frames to predict in evaluation, after the given ones."""
         return self.sample.frames or most(self.data.frames) - self.sample.given
+
+    def held_out_shards(self) -> str | None:
+        """Where the held-out shard set of validation lies; None without validation."""
+        return None if self.validation is None else self.validation.shards or self.sample.shards
 
     def resolved_yaml(self) -> str:
         """This recipe as one YAML text that needs no other file; load_recipe reads it back as an equal recipe."""
@@ -111,8 +133,8 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def result_values(self) -> dict[str, Any]:
-        """All keys that change the trained weights (beyond rounding): not names, folders, logs or sampling, nor how
-        it is computed (ZeRO, activation checkpointing, compiler, attention kernel)."""
+        """All keys that change the trained weights (beyond rounding): not names, folders, logs, sampling or
+        validation, nor how it is computed (ZeRO, activation checkpointing, compiler, attention kernel)."""
         values = self.model_dump(
             mode="json",
             exclude={
@@ -122,6 +144,7 @@ class Recipe(Section):
                 "faults": True,
                 "log": True,
                 "sample": True,
+                "validation": True,
                 "model": {"preset"},
                 "data": {"shards", "prefetch", "cache_dir", "cache_gb", "prefetch_gb", "max_damaged_samples"},
                 "curriculum": {"__all__": {"name", "shards"}},

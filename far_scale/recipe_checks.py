@@ -63,6 +63,7 @@ def impossible(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield from _impossible_stage(stage)
         yield from _impossible_source(stage)
     yield from _impossible_sample(recipe)
+    yield from _impossible_validation(recipe)
 
 
 def _impossible_model(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -198,3 +199,19 @@ def _impossible_sample(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "sample.guidance",
             f"{sample.guidance} needs a model trained with a condition and with condition_dropout above 0; set it to 1",
         )
+
+
+def _impossible_validation(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.validation is None:
+        return
+    where, key = recipe.held_out_shards(), "validation.shards"
+    if where is None:
+        yield key, "neither this key nor sample.shards names a held-out shard set; set one of them"
+        return
+    try:
+        remote = is_far(where)
+    except UserError as problem:  # a URL of an unknown kind
+        yield key, str(problem)
+        return
+    if remote and recipe.data.cache_dir is None:
+        yield key, "it is remote and comes through a cache; set data.cache_dir to a folder on the nodes' own disks"

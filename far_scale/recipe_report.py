@@ -83,10 +83,12 @@ def fields(model: type[BaseModel], above: KeyPath = ()) -> Iterator[tuple[KeyPat
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field is, or is a list of; None for a plain value."""
+    """The section that a field is, may be or is a list of; None for a plain value."""
     annotation = field.annotation
     if get_origin(annotation) is tuple:
         annotation = get_args(annotation)[0]
+    elif get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
@@ -106,7 +108,8 @@ def reference(recipe: type[BaseModel]) -> str:
 
 
 def _description(field: FieldInfo) -> str:
-    return " ".join((field.description or field.annotation.__doc__ or "").split())
+    section = _section(field)
+    return " ".join((field.description or (section or field.annotation).__doc__ or "").split())
 
 
 def _short(value: Any) -> str:

@@ -341,4 +341,22 @@ class SampleSection(Section):
     """Share of noise s in the frames of the window that a new frame follows, given as noise level 1000 s; coarse
     context stays clean. For models trained with objective.context_noise, or without clean frames."""
     shards: str | None = None
-    """Folder of the held-out shard set, on this machine; null for no evaluation."""
+    """Folder of the held-out shard set, on this machine; null for none. Validation reads it, too."""
+
+
+class ValidationSection(Section):
+    """Validation while training, on held-out clips; without this section there is none. It changes no weights."""
+
+    every: Count
+    """Steps between losses on the held-out clips, at fixed noise and timesteps, of the weights and of the EMA; the last
+    step always has them."""
+    shards: Annotated[str, Field(min_length=1)] | None = None
+    """Folder or URL of the held-out shard set; null for sample.shards."""
+    clips: Count = 64
+    """Held-out clips: the first ones of the set, each from its first frame."""
+    clips_per_pack: Count = 8
+    """Of these in a pack. No gradients are kept, so that more fit than in training."""
+    sample_every: Count | None = None
+    """Steps between sampled videos of the EMA, with PSNR, SSIM and LPIPS, by the sample section; null for none."""
+    sample_clips: Count = 4
+    """Clips to sample: the first ones of the set, shared out over the ranks."""

@@ -13,7 +13,7 @@ from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from far_scale.errors import UserError
-from far_scale.sampling.curve import loss_curve
+from far_scale.sampling.curve import loss_curve, validation_losses
 from far_scale.sampling.metrics import PSNR_CAP, Judge, Meter, Quality, frame_ssim
 from far_scale.sampling.pictures import (
     BORDER,
@@ -226,6 +226,27 @@ def test_the_loss_curve_is_drawn_from_the_log(tmp_path: Path) -> None:
     assert picture.shape == (600, 960, 3)
     blue = (picture[..., 2] - picture[..., 0] > 80).any(axis=0)
     assert blue.sum() > 0.7 * 960  # across the axes, whose width depends on fonts and versions of matplotlib
+
+
+def test_the_curves_of_validation_are_drawn_where_there_are_any(tmp_path: Path) -> None:
+    log, curve = tmp_path / "log.jsonl", tmp_path / "loss.png"
+    train = [{"step": step, "loss": 0.5, "learning_rate": 1e-3} for step in range(1, 101)]
+    held_out = [
+        {"step": step, "validation": {"weights": {"loss": 0.7}, "ema": {"loss": 0.3 if step < 90 else None}}}
+        for step in range(10, 101, 10)
+    ]
+
+    def coloured(lines: list[dict[str, object]]) -> tuple[bool, bool]:
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        loss_curve(curve, log)
+        red, green, blue = np.moveaxis(np.array(Image.open(curve).convert("RGB")).astype(int), -1, 0)
+        return bool((red - np.maximum(green, blue) > 150).any()), bool((green - np.maximum(red, blue) > 80).any())
+
+    assert coloured(train) == (False, False)
+    assert coloured([*train, *held_out]) == (True, True)
+    losses = validation_losses(log)
+    assert list(losses) == list(range(10, 101, 10))
+    assert losses[80] == {"weights": 0.7, "ema": 0.3} and losses[100] == {"weights": 0.7}
 
 
 def test_a_log_that_cannot_be_drawn_is_refused(tmp_path: Path) -> None:

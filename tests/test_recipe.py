@@ -500,6 +500,7 @@ SAME_RESULT += ["data.shards=elsewhere", "sample.steps=9", "train.zero_stage=0",
 SAME_RESULT += ["train.compile=true", "train.attention=dense", "data.max_damaged_samples=9", "data.cache_gb=9"]
 SAME_RESULT += ["data.cache_dir=cache", "data.prefetch_gb=9", "sample.context_noise=0.1", "model.causal=true"]
 SAME_RESULT += ["objective.context_noise=0"]
+SAME_RESULT += ["validation={every: 5, shards: held-out}"]
 OTHER_RESULT = ["seed=1", "model.layers=3", "data.lanes=4", "data.autoencoder=other", "objective.logit_std=2"]
 OTHER_RESULT += ["data.frames=[2, 4]", "data.tokens_per_pack=512", "curriculum=[{steps: 10, frames: 3}]"]
 OTHER_RESULT += [
@@ -562,3 +563,29 @@ def test_reference_describes_every_key() -> None:
     assert "  data.latent_shape  ([int, int, int]; required)\n" in text
     assert "  data.frames  (int | [int, int] | {int: float}; default 16)\n" in text
     assert "  curriculum.learning_rate_scale  (float > 0; default 1.0)\n" in text
+
+
+def test_validation_is_written_only_where_there_is_any(folder: Path) -> None:
+    whole = load_recipe("whole")
+    assert "validation" not in whole.resolved_yaml() and "validation" not in whole.model_dump(mode="json")
+    assert whole.held_out_shards() is None
+    validated = load_recipe("whole", ["validation.every=5", "sample.shards=held-out"])
+    validated.save("saved.yaml")
+    assert load_recipe("saved.yaml", ["name=whole"]) == validated
+    assert validated.held_out_shards() == "held-out"
+    assert load_recipe("whole", ["validation={every: 5, shards: other}"]).held_out_shards() == "other"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("validation.every=5", "validation.shards: neither this key nor sample.shards names a held-out shard set"),
+        ("validation={shards: held-out}", "validation.every: this required key is missing; set it (Steps between"),
+        ("validation={every: 0, shards: held-out}", "validation.every: must be greater than or equal to 1, got 0"),
+        ("validation={every: 5, clip: 3}", "validation.clip: unknown key; nearest valid key is validation.clips"),
+        ("validation={every: 5, shards: 's3://some/set'}", "validation.shards: it is remote and comes through a cache"),
+        ("validation={every: 5, shards: 'ftp://some/set'}", "validation.shards: ftp://some/set"),
+    ],
+)
+def test_impossible_validation_is_refused(folder: Path, override: str, words: str) -> None:
+    assert words in refusal("whole", override)

@@ -41,9 +41,10 @@ if shutil.which("g++"):
 
 @pytest.fixture(scope="module")
 def runs(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every recipe of RUNS, 20 steps on 2 ranks, in one start of the processes."""
+    """Every recipe of RUNS, 20 steps on 2 ranks, in one start of the processes; the compiled one is also validated."""
     out = tmp_path_factory.mktemp("runs")
-    arguments = ",".join(f"{name} {overrides}" for name, overrides in RUNS.items())
+    more = {"compiled": f"validation.every=5 validation.clips=4 validation.shards={recorded_shards}"}
+    arguments = ",".join(f"{name} {overrides} {more.get(name, '')}" for name, overrides in RUNS.items())
     worker = ROOT / "tests/training_worker.py"
     finished = launch(2, worker, recorded_shards, out, arguments, timeout=600)  # minutes on a machine that is busy
     assert finished.returncode == 0, finished.stderr[-3000:]
@@ -82,7 +83,7 @@ def plain(recorded_shards: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def logged(run: Path, key: str = "loss") -> list[float]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "validation" not in line]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "every step stands there once"
     return [line[key] for line in lines]
 
@@ -106,8 +107,9 @@ def test_every_stage_trains_as_plain_pytorch(runs: Path, plain, name: str, tmp_p
 
 @pytest.mark.skipif("compiled" not in RUNS, reason="there is no C++ compiler")
 def test_layers_compile_once_under_zero3(runs: Path) -> None:
-    """The log counts the graphs: all there will be after the first step, and then no more."""
+    """The log counts the graphs: all there will be after the first step, and then no more, whatever is validated."""
     graphs = logged(runs / "compiled", "compiled_graphs")
+    assert (runs / "compiled" / "log.jsonl").read_text().count('"validation"') == 4
     assert graphs[0] >= 1 and set(graphs) == {graphs[0]}
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from far_scale.errors import command_line
+from far_scale.sampling.curve import validation_losses
 from far_scale.sampling.report import report_run
 
 
@@ -20,6 +21,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for samples, pictures and metrics.json")
     args = parser.parse_args()
     report = report_run(args.run, args.model, args.videos, args.out)
+    if validations := validation_losses(args.run / "log.jsonl"):
+        step, losses = list(validations.items())[-1]
+        names = {"weights": "weights", "ema": "EMA"}
+        values = ", ".join(f"{names[key]} {loss:.4f}" for key, loss in losses.items())
+        print(f"last validation, after step {step}: loss {values}")
     print(f"{len(report['episodes'])} held-out episodes, {report['given']} frames given, {report['frames']} predicted:")
     if report["truth"] is None:
         print("  no figures: they need a given frame, and frames that really followed")

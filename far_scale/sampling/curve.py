@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""The loss curve of a run as a picture, with those of its validation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def loss_curve(path: str | Path, log: str | Path) -> None:
     """Draw the loss (logarithmic axis) and the learning rate over the steps of a JSONL log as a PNG.
 
     A line of the log is an object with `step`, `loss` and `learning_rate`; lines without a loss are left out, and of
-    a step that was logged twice (a resumed run) the last line counts.
+    a step that was logged twice (a resumed run) the last line counts. Where there are lines of validation, the loss on
+    held-out clips is drawn, too.
 
     Raises:
         UserError: the log is not there, has a line that is no object of JSON, or holds no loss.
@@ -31,6 +32,13 @@ def loss_curve(path: str | Path, log: str | Path) -> None:
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     loss_axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="loss")
     loss_axes.plot(steps, _smoothed(losses), color="tab:blue", linewidth=1.8, label="smoothed")
+    held_out = validation_losses(log)
+    for key, name, colour in (("weights", "held-out", "tab:red"), ("ema", "held-out, EMA", "tab:green")):
+        points = [(step, each[key]) for step, each in held_out.items() if key in each]
+        if points:
+            loss_axes.plot(
+                *zip(*points, strict=True), color=colour, linewidth=1.2, marker="o", markersize=3, label=name
+            )
     loss_axes.set_yscale("log")
     loss_axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     loss_axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -45,6 +53,20 @@ def loss_curve(path: str | Path, log: str | Path) -> None:
         axes.grid(alpha=0.3)
     with atomic_write(path) as beside:
         figure.savefig(beside, dpi=120, format="png")
+
+
+def validation_losses(log: str | Path) -> dict[int, dict[str, float]]:
+    """The losses on held-out clips in a log: of the `weights` and the `ema`, as far as they are finite, by step."""
+    found: dict[int, dict[str, float]] = {}
+    for line in read_json_lines(log):
+        values = line.get("validation") if line is not None else None
+        if line is None or not isinstance(values, dict):
+            continue
+        losses = {key: values[key].get("loss") for key in ("weights", "ema") if isinstance(values.get(key), dict)}
+        finite = {key: loss for key, loss in losses.items() if isinstance(loss, float) and math.isfinite(loss)}
+        if finite and type(line.get("step")) is int:
+            found[line["step"]] = finite
+    return dict(sorted(found.items()))
 
 
 def _read_log(log: Path) -> dict[int, tuple[float, float]]:

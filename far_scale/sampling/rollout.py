@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ EPISODES_AT_ONCE = 8  # through the model; the first of them are in the pictures
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """One frame of some clips, given or new."""
 
     index: int
@@ -98,7 +98,10 @@ class RollOut:
             new: list[Tensor] = []
             frames = self._judged(clips, judge, None if latents is None else new)
             if first == 0:
-                self._draw(frames, clips.stop, video, sheet)
+                pictures = (
+                    (f.index, None if f.truth is None else to_uint8(f.truth), to_uint8(f.pixels)) for f in frames
+                )
+                draw(self.shown(clips.stop), pictures, self.data.fps, video, sheet)
             deque(frames, maxlen=0)
             kept.extend([torch.stack(new, dim=1)] if new else [])
         if latents is not None:
@@ -119,8 +122,12 @@ class RollOut:
             report["context_noise"] = self.context_noise
         return report | judge.comparison() if self.truth_frames else report
 
-    def _frames(self, clips: slice) -> Iterator[_Frame]:
-        """Every frame of some clips, the given ones first."""
+    def frames_of(self, clips: slice, progress: bool = True) -> Iterator[Frame]:
+        """Every frame of some clips, the given ones first; what a clip becomes does not depend on the others.
+
+        Raises:
+            UserError: the model gives numbers that are not finite.
+        """
         data = self.data
         predicted = predict_frames(
             self.model,
@@ -131,8 +138,8 @@ class RollOut:
             actions=None if data.actions is None else data.actions[clips],
             labels=None if data.labels is None else data.labels[clips],
             seed=self.seed,
-            clip_ids=range(clips.start, clips.stop),
-            progress=True,
+            clip_ids=range(len(data.keys))[clips],
+            progress=progress,
             context_noise=self.context_noise,
         )
         first = next(predicted)  # what does not fit the model is refused now, before anything is written
@@ -145,12 +152,12 @@ class RollOut:
                 )
             pixels = decode(self.autoencoder, self.card.scaling.restore(latents))
             known = index < self.given + self.truth_frames
-            yield _Frame(index, latents, pixels, data.truth.frame(clips, index) if known else None)
+            yield Frame(index, latents, pixels, data.truth.frame(clips, index) if known else None)
 
-    def _judged(self, clips: slice, judge: Judge, new: list[Tensor] | None) -> Iterator[_Frame]:
+    def _judged(self, clips: slice, judge: Judge, new: list[Tensor] | None) -> Iterator[Frame]:
         """Every frame of some clips, counted by `judge`; the latents of new ones are put into `new`."""
         last_given = self.data.truth.frame(clips, self.given - 1) if self.given else None
-        for frame in self._frames(clips):
+        for frame in self.frames_of(clips):
             if frame.index >= self.given:
                 if frame.truth is not None and last_given is not None:
                     judge.add(frame.index - self.given, frame.pixels, frame.truth, last_given)
@@ -158,9 +165,10 @@ class RollOut:
                     new.append(frame.latents.cpu())
             yield frame
 
-    def _draw(self, frames: Iterator[_Frame], episodes: int, video: Path, sheet: Path) -> None:
+    def shown(self, episodes: int) -> Shown:
+        """What a picture of the first `episodes` clips shows."""
         _, height, width = self.card.latent_shape
-        shown = Shown(
+        return Shown(
             episodes=episodes,
             frames=self.given + self.frames,
             given=self.given,
@@ -168,14 +176,19 @@ class RollOut:
             size=(height * self.autoencoder.downsample, width * self.autoencoder.downsample),
             truth=self.truth_frames > 0,
         )
-        some_frames, film = Sheet(shown), Film(shown)
 
-        def pictures() -> Iterator[Pixels]:
-            for frame in frames:
-                truth = None if frame.truth is None else to_uint8(frame.truth)
-                prediction = to_uint8(frame.pixels)
-                some_frames.add(frame.index, truth, prediction)
-                yield film.picture(frame.index, truth, prediction)
 
-        write_mp4(video, pictures(), self.data.fps)
-        some_frames.write(sheet)
+def draw(
+    shown: Shown, frames: Iterable[tuple[int, Pixels | None, Pixels]], fps: float, video: Path, sheet: Path
+) -> None:
+    """Write the MP4 and the PNG of frames that come one by one: index, truth where it is known, and prediction, both
+    uint8 `[B, H, W, 3]`. Each file is written atomically."""
+    some_frames, film = Sheet(shown), Film(shown)
+
+    def pictures() -> Iterator[Pixels]:
+        for frame in frames:
+            some_frames.add(*frame)
+            yield film.picture(*frame)
+
+    write_mp4(video, pictures(), fps)
+    some_frames.write(sheet)

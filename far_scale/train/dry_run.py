@@ -23,6 +23,7 @@ from far_scale.train.engine import start_engine
 from far_scale.train.faults.events import Events
 from far_scale.train.feed import Batch
 from far_scale.train.flops import peak_flops, train_flops
+from far_scale.train.held_out import open_held_out
 from far_scale.train.loop import build_model, check_computation, compute_dtype, train_step
 from far_scale.train.processes import Processes
 from far_scale.train.sets import open_sets
@@ -80,9 +81,11 @@ def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) 
     """
     check_ranks(recipe, processes.count)
     attention = check_computation(recipe, processes)
-    shard_sets, manifest = open_sets(recipe.data, stages(recipe), processes, Events(Path(recipe.run_dir), False), 0)
+    dtype, events = compute_dtype(recipe), Events(Path(recipe.run_dir), False)
+    shard_sets, manifest = open_sets(recipe.data, stages(recipe), processes, events, 0)
     plan = [(stage, shard_sets[stage.index]) for stage in stages(recipe)]
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
+    held_out = open_held_out(recipe, stages(recipe), manifest, scaling, dtype, processes, events, 0)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())
 
@@ -96,8 +99,10 @@ def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) 
         print(f"ranks       {processes.count} x {recipe.data.lanes // processes.count} packs a step")
         for line in dict.fromkeys(line for _, shard_set in plan for line in summary(shard_set)):
             print(f"shard set   {line}")
+        if held_out is not None:
+            print(f"held-out    {held_out.clips} clips of {held_out.shards.folder}")
         print(f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{train.zero_stage}, {train.precision}")
-        peak = processes.count * peak_flops(processes.device, compute_dtype(recipe))
+        peak = processes.count * peak_flops(processes.device, dtype)
         print(attention)
         for line in stage_table(costs, needs, peak):
             print(line)

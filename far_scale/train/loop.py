@@ -33,6 +33,7 @@ from far_scale.train.faults.vote import Vote
 from far_scale.train.faults.watchdog import Watchdog
 from far_scale.train.feed import Batch, Feed
 from far_scale.train.flops import peak_flops, train_flops
+from far_scale.train.held_out import open_held_out
 from far_scale.train.keeping import Keeper
 from far_scale.train.monitor import Monitor
 from far_scale.train.processes import Processes, set_timeouts
@@ -46,6 +47,7 @@ from far_scale.train.resume import (
 from far_scale.train.schedule import learning_rate
 from far_scale.train.sets import open_sets
 from far_scale.train.start_weights import start_from
+from far_scale.train.validation import Validation
 
 
 class Trained(NamedTuple):
@@ -70,8 +72,8 @@ def train(
 ) -> Trained | None:
     """Train `recipe` to its last step, from its run directory's latest checkpoint where there is one.
 
-    Every process calls this. The run directory gets recipe.yaml, log.jsonl, events.jsonl and checkpoints/, and profile/
-    if there are `steps_to_profile` (counted from 1).
+    Every process calls this. The run directory gets recipe.yaml, log.jsonl, events.jsonl and checkpoints/, profile/ if
+    there are `steps_to_profile` (counted from 1), and validation/ if the recipe asks for sampled videos.
 
     Args:
         recipe: what to train.
@@ -101,6 +103,8 @@ def train(
     to_come = [stage for stage in plan if stage.end > start]
     shard_sets, manifest = open_sets(recipe.data, to_come, processes, events, start)
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
+    not_over = [stage for stage in plan if stage.end >= start]
+    held_out = open_held_out(recipe, not_over, manifest, scaling, compute_dtype(recipe), processes, events, start)
 
     hosts = check_nodes(recipe, processes, compute_dtype(recipe), events, start)
     with Watchdog(run, processes.rank, recipe.faults.watchdog_seconds, events, hosts) as watchdog:
@@ -137,6 +141,8 @@ def train(
         ):
             keeper = Keeper(recipe, engine, ema, guard, saver, resume, card, processes)
             monitor.say(attention)
+            validation = Validation(plan, held_out, engine, ema, monitor, watchdog, processes)
+            validation.after_step(position.step)  # which the last start may not have come to
             for stage in plan:
                 if stage.end <= position.step or stopping:
                     continue
@@ -177,6 +183,7 @@ def train(
                         stopping = outcome.stop
                         if stopping:
                             break
+                        validation.after_step(done)
             saver.finish(required=done == recipe.train.steps)
             if done == recipe.train.steps:
                 events.tell("finished", done, f"all {done} steps are done")

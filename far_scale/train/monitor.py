@@ -34,6 +34,9 @@ class Monitor:
             are dropped, so that no step stands there twice.
         identity: of the run, see `WandbRun`.
         slow: names slow ranks at every line; None where there is but one process without a group.
+
+    Attributes:
+        validated_steps: those that the log had a validation of at the start; on the main process alone.
     """
 
     def __init__(
@@ -51,9 +54,11 @@ class Monitor:
         self._bar: tqdm[Any] | None = None
         self._wandb: WandbRun | None = None
         self._stage: Stage | None = None
-        self._graphs = 0
+        self._graphs, self._graphs_apart, self._start = 0, 0, start
+        self.validated_steps: set[int] = set()
         if processes.main:
             lines = lines_up_to(log, start)
+            self.validated_steps = {line["step"] for line in lines if "validation" in line}
             if log.exists():
                 with atomic_write(log) as beside:
                     beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -90,6 +95,14 @@ class Monitor:
         yield
         self._saved += time.perf_counter() - start
 
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Around what is no part of training: neither its time nor what it compiles (attention, on a GPU) counts."""
+        start, graphs = time.perf_counter(), compiled_graphs()
+        yield
+        self._since += time.perf_counter() - start
+        self._graphs_apart += compiled_graphs() - graphs
+
     def count(self, clips: int, tokens: int, flops: int) -> None:
         """A pack was trained on, on this process."""
         self._clips += clips
@@ -111,7 +124,7 @@ class Monitor:
         self._losses.append(loss)
         if self._bar is not None:
             self._bar.update()
-        if self._recipe.train.compile and (graphs := compiled_graphs()) != self._graphs:
+        if self._recipe.train.compile and (graphs := compiled_graphs() - self._graphs_apart) != self._graphs:
             self._graphs = graphs
             self.say(f"step {step}: {graphs} graphs compiled so far")
         last = step == self._recipe.train.steps
@@ -146,6 +159,28 @@ class Monitor:
         if self._slow is not None:
             self._slow.tell(step, self._waited / self._steps)
         self._begin_interval()
+
+    def validated(self, step: int, values: dict[str, Any]) -> None:
+        """A validation after `step`, which gets a line of its own.
+
+        Args:
+            step: steps done.
+            values: `weights` and `ema` (see `validation.summary`), `samples` (see `Samples.write`), as far as they were
+                due, and `seconds`.
+        """
+        if not self._processes.main:
+            return
+        line = {"step": step, "validation": values}
+        self._file.append(line)
+        if self._wandb is not None:
+            self._wandb.log(line, late=step == self._start)
+        figures = [
+            f"{name} {values[key]['loss']:.4f}" for key, name in (("weights", "loss"), ("ema", "EMA")) if key in values
+        ]
+        scores = (values.get("samples") or {}).get("prediction", {})
+        for key, name, places in (("psnr", "PSNR", 2), ("ssim", "SSIM", 4), ("lpips", "LPIPS", 4)):
+            figures += [f"{name} {scores[key]:.{places}f}"] if scores.get(key) is not None else []
+        self.say(f"validation after step {step}  {'  '.join(figures)}  {values['seconds']:.1f} s")
 
     def say(self, text: str) -> None:
         """A line on the console, from the main process alone."""

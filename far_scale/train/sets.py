@@ -54,12 +54,12 @@ def open_sets(data: DataSection, plan: Sequence[Stage], processes: Processes, ev
     for stage in plan:
         for where in places(stage.data.shards):
             if where not in opened:
-                opened[where] = _open(where, stage.data, processes)
-                _check_shards(opened[where], stage.data.max_damaged_samples, processes, events, step)
+                opened[where] = open_set(where, stage.data, processes)
+                check_shards(opened[where], stage.data.max_damaged_samples, processes, events, step)
         of_stages[stage.index] = all_ranks_or_raise(partial(_fitting, stage, opened), processes)
     for where in places(data.shards):
         if where not in opened:
-            opened[where] = _open(where, data, processes)
+            opened[where] = open_set(where, data, processes)
     own = all_ranks_or_raise(lambda: open_shards(data.shards, opened.__getitem__), processes)
     by_label = [stage for stage in plan if stage.config.labels]
     if by_label:
@@ -76,7 +76,13 @@ def _fitting(stage: Stage, opened: Mapping[str, ShardSet]) -> ShardSet | Mixture
     return source
 
 
-def _open(where: str, data: DataSection, processes: Processes) -> ShardSet:
+def open_set(where: str, data: DataSection, processes: Processes) -> ShardSet:
+    """Open one set, the same on all ranks; its shards are not looked at.
+
+    Raises:
+        UserError: on all ranks alike: there is no manifest, or the ranks find different ones.
+    """
+
     def opened() -> ShardSet:
         node = None
         if is_far(where) and data.cache_dir is not None:
@@ -105,7 +111,7 @@ def _manifest_text(where: str, processes: Processes) -> bytes:
     return text
 
 
-def _check_shards(shard_set: ShardSet, budget: int, processes: Processes, events: Events, step: int) -> None:
+def check_shards(shard_set: ShardSet, budget: int, processes: Processes, events: Events, step: int) -> None:
     """Every rank looks at its share; what is missing is refused, or told where the budget may be enough for it."""
     found = list(shard_set.missing_shards(processes.rank, processes.count))
     samples = sum(shard_set.samples_per_shard[number] for number, _ in found)
