@@ -176,6 +176,12 @@ def test_fewer_clips_make_another_protocol(protocol: Protocol) -> None:
     assert fewer.with_clips(count=4).hash() == protocol.hash()
 
 
+def test_published_scores_are_left_out_of_other_clips() -> None:
+    official = load_protocol("dmlab-144to156@official")
+    assert official.published and official.with_clips(fingerprint="0" * 64).published == official.published
+    assert not official.with_clips(count=2).published and not official.with_clips(pixels="decoded").published
+
+
 def test_fewer_metrics_make_no_other_protocol(protocol: Protocol) -> None:
     fewer = protocol.of_metrics(("fvd", "psnr"))
     assert fewer.metrics == ("psnr", "fvd") and fewer.hash() == protocol.hash()

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 tools/evaluate.py RUN --protocol ... --out DIR        # or under srun
     python tools/evaluate.py --compare DIR1 DIR2 ... --out DIR
 
-To share the work over the N tasks of a job array, run each with `--task 0 --tasks N` to `--task N-1 --tasks N`, anywhere
+To share the work over N tasks of a job array, run each with `--task 0 --tasks N` to `--task N-1 --tasks N`, anywhere
 and at any time, and when all have ended once with `--merge --tasks N`. The scores are the same, to the last bit, for
 every N. A command that was killed goes on where it was.
 """
@@ -17,9 +17,8 @@ import functools
 from pathlib import Path
 from typing import get_args
 
-from far_scale.evaluation.compare import compare
-
 from far_scale.errors import UserError, command_line
+from far_scale.evaluation.compare import compare
 from far_scale.evaluation.merge import SCORES
 from far_scale.evaluation.protocol import Metric, Protocol, load_protocol
 from far_scale.evaluation.report import FILES, table
@@ -72,6 +71,11 @@ def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
     return protocol if arguments.metrics is None else protocol.of_metrics(tuple(arguments.metrics))
 
 
+def made(out: Path) -> list[str]:
+    """The files to look at that an evaluation has left in its folder."""
+    return [name for name in (SCORES, "by_frame.png", *FILES) if (out / name).is_file()]
+
+
 @command_line
 def main() -> None:
     arguments = parse()
@@ -97,7 +101,7 @@ def main() -> None:
         if scores is None and share is not None:
             print(f"{arguments.out}: task {share.task} of {share.tasks} has computed its units")
         elif scores is not None and processes.main:
-            print(f"{table(scores)}\n{arguments.out}: {SCORES}, per_clip.npz, {', '.join(FILES)}")
+            print(f"{table(scores)}\n{arguments.out}: {', '.join(made(arguments.out))}")
 
 
 if __name__ == "__main__":

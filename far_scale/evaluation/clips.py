@@ -187,8 +187,8 @@ class _VideoClips:
         label = source.folder_label if label is None else label
         if label is None or label >= self._labels:
             raise UserError(
-                f"{source.path}: its class is {label}, and the model knows 0 to {self._labels - 1}; give videos with the "
-                "model's classes"
+                f"{source.path}: its class is {label}, and the model knows 0 to {self._labels - 1}; give videos with "
+                "the model's classes"
             )
         return label
 
@@ -268,17 +268,13 @@ def _balanced(
     for item in items:
         label = label_of(item)
         if label is None:
-            raise UserError(
-                f"{where}: clips.per_class needs the class of each video; give them in folders, or in a list"
-            )
+            raise UserError(f"{where}: clips.per_class needs each video's class; give them in folders, or in a list")
         by_class.setdefault(label, []).append(item)
     drawn: list[T] = []
     for label in sorted(by_class):
         own = by_class[label]
         if len(own) < per_class:
-            raise UserError(
-                f"{where}: class {label} has {len(own)} videos, and clips.per_class is {per_class}; add some"
-            )
+            raise UserError(f"{where}: class {label} has {len(own)} videos, and clips.per_class is {per_class}")
         order = generator(seed, "clips of a class", step=label).permutation(len(own))
         drawn += [own[index] for index in order[:per_class]]
     return [drawn[index] for index in generator(seed, "order of clips").permutation(len(drawn))]

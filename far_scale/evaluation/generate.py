@@ -18,7 +18,7 @@ from far_scale.data.video.pictures import to_pixels
 from far_scale.errors import UserError
 from far_scale.evaluation.clips import Clip
 from far_scale.evaluation.protocol import Protocol
-from far_scale.model import FAR
+from far_scale.model import FAR, FARConfig
 from far_scale.sampling.sampler import predict_frames
 
 Pixels = NDArray[np.uint8]
@@ -63,7 +63,7 @@ class Codec:
 
 
 class Generator:
-    """Samples batches of clips; a batch always has `sampling.batch` rows, so nothing depends on what is beside a clip."""
+    """Samples batches of clips, always of `sampling.batch` rows, so that nothing depends on what is beside a clip."""
 
     def __init__(self, model: FAR, card: ModelCard, codec: Codec, protocol: Protocol) -> None:
         self._model, self._card, self._codec, self._protocol = model, card, codec, protocol
@@ -108,27 +108,28 @@ class Generator:
             context,
             sampling.predicted,
             sampling.steps,
-            guidance_of(self._protocol, self._model),
+            guidance_of(self._protocol, self._model.config),
             actions=_stacked([clip.actions for clip in rows]),
             labels=_stacked([None if clip.label is None else torch.tensor(clip.label) for clip in rows]),
             seed=seed,
             clip_ids=[clip.number * sampling.trajectories + trajectory for clip in rows],
+            context_noise=sampling.context_noise,
         )
         decoded = []
         for index, latents in enumerate(frames):
             if not latents.isfinite().all():
                 keys = ", ".join(clip.key for clip in rows[:3])
                 raise UserError(
-                    f"frame {sampling.given + index} of clips {keys}, ...: the model gives numbers that are not finite; "
+                    f"frame {sampling.given + index} of clips {keys}: the model gives numbers that are not finite; "
                     "evaluate an earlier checkpoint, or lower the guidance"
                 )
             decoded.append(self._codec.decode(scaling.restore(latents)))
         return np.stack(decoded, axis=1)
 
 
-def guidance_of(protocol: Protocol, model: FAR) -> float:
-    """The guidance that a model samples with: a model without conditions has none."""
-    return protocol.sampling.guidance if model.config.actions or model.config.labels else 1.0
+def guidance_of(protocol: Protocol, config: FARConfig) -> float:
+    """The guidance that a model samples with: one without conditions has none."""
+    return protocol.sampling.guidance if config.actions or config.labels else 1.0
 
 
 def _stacked(conditions: Sequence[Tensor | None]) -> Tensor | None:

@@ -64,8 +64,8 @@ class Measure:
         return arrays
 
     def real_logits(self, truth: Pixels) -> Arrays:
-        """`real_logits` `[B, 1, 400]` of true clips `[B, F, h, w, 3]`; nothing where they go through the codec with each
-        sample, or FVD is not computed."""
+        """`real_logits` `[B, 1, 400]` of true clips `[B, F, h, w, 3]`; nothing where they go through the codec with
+        each sample, or FVD is not computed."""
         if self._i3d is None or self._pairs_truth:
             return {}
         given = self._protocol.sampling.given
@@ -90,12 +90,12 @@ class Measure:
 
     def _paired(self, samples: Pixels, truth: Pixels) -> dict[str, Tensor]:
         """Paired metrics `[S, P]` float64 of one clip's samples `[S, F, h, w, 3]`."""
-        protocol, found = self._protocol, dict[str, list[Tensor]]()
+        protocol, given, found = self._protocol, self._protocol.sampling.given, dict[str, list[Tensor]]()
         for sample, true in zip(samples, truth, strict=True):
-            pixels, others = (self._tensor(video[protocol.sampling.given :]) for video in (sample, true))
+            pixels, others = (self._tensor(video[given:]) for video in (sample, true))
             if "psnr" in protocol.metrics:
-                squares = (pixels.double() - others.double()).square().mean(dim=(1, 2, 3))
-                found.setdefault("mse", []).append(squares.cpu())
+                difference = torch.from_numpy(sample[given:]).double() - torch.from_numpy(true[given:]).double()
+                found.setdefault("mse", []).append((difference / 255).square().mean(dim=(1, 2, 3)))
             if "ssim" in protocol.metrics:
                 found.setdefault("ssim", []).append(frame_ssim(pixels, others).double().cpu())
             if self._lpips is not None and protocol.lpips is not None:
@@ -139,6 +139,6 @@ def _i3d_of(section: FVDSection, device: torch.device) -> I3D:
 def _check(key: str, wanted: str, found: str) -> None:
     if found != wanted:
         raise UserError(
-            f"{key}.network: the protocol names {wanted[:12]}, and the network in the cache folder is {found[:12]}; import "
-            "the protocol's own by tools/metric_weights.py, or write a protocol for this one"
+            f"{key}.network: the protocol names {wanted[:12]}, and the network in the cache folder is {found[:12]}; "
+            "import the protocol's own by tools/metric_weights.py, or write a protocol for this one"
         )

@@ -141,7 +141,7 @@ def _gather(system: _System, units: list[Arrays], prefix: str, real: torch.Tenso
 
 
 def _scores(system: _System, protocol: Protocol) -> tuple[dict[str, Any], dict[str, Float]]:
-    """The scores of a system, and of its paired metrics the values `[N, P]` by clip and frame (means over the seeds)."""
+    """The scores of a system, and of its paired metrics the values `[N, P]` by clip and frame, means over the seeds."""
     found: dict[str, Any] = {}
     frames: dict[str, Float] = {}
     for metric in protocol.metrics:

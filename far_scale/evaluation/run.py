@@ -21,13 +21,14 @@ from far_scale.convert.model_dir import CONFIG_FILE, ModelCard, TrainingCard, re
 from far_scale.convert.zero import export_if_needed
 from far_scale.errors import UserError, say_warning
 from far_scale.evaluation.clips import open_clips
+from far_scale.evaluation.generate import guidance_of
 from far_scale.evaluation.merge import SCORES, seconds_by_kind, write_scores
 from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.report import FILES, write_report
 from far_scale.evaluation.units import PRECISIONS, SETTINGS, Evaluation
 from far_scale.files import read_json, sha256, write_json
 from far_scale.sampling.evaluate import load_autoencoder
-from far_scale.sampling.sampler import check_guidance
+from far_scale.sampling.sampler import check_context_noise, check_guidance
 from far_scale.train.processes import Processes, all_ranks_or_raise, from_main, stop_processes, take_launcher_variables
 
 _PATIENCE = datetime.timedelta(days=7)  # for which processes wait for the slowest one
@@ -136,7 +137,8 @@ def open_evaluation(
         raise UserError(f"{source}: a model directory holds one set of weights; leave --step out, or name the run")
     config, card = read_config(model_dir)
     _check_model(model_dir, card, protocol)
-    check_guidance(config, protocol.sampling.guidance if config.actions or config.labels else 1.0)
+    check_guidance(config, guidance_of(protocol, config))
+    check_context_noise(config, protocol.sampling.context_noise)
     dtype = PRECISIONS[protocol.sampling.autoencoder_precision]
     autoencoder = load_autoencoder(card, device, dtype)
     clips, protocol = open_clips(protocol, config, card, autoencoder.downsample, videos, split, shards)
@@ -167,7 +169,7 @@ def finish(evaluation: Evaluation, keep_samples: bool) -> dict[str, Any]:
     Raises:
         UserError: units are missing.
     """
-    scores = write_scores(evaluation, guidance_of(evaluation))
+    scores = write_scores(evaluation, guidance_of(evaluation.protocol, read_config(evaluation.model_dir)[0]))
     write_json(evaluation.out / "timing.json", seconds_by_kind(evaluation))
     write_report(evaluation.out)
     if not keep_samples:
@@ -185,13 +187,7 @@ def finished(evaluation: Evaluation, keep_samples: bool) -> dict[str, Any] | Non
     ):
         return None
     scores: dict[str, Any] = read_json(out / SCORES, "scores")
-    return scores if all(scores.get(key) == value for key, value in evaluation.settings().items()) else None
-
-
-def guidance_of(evaluation: Evaluation) -> float:
-    """The guidance that the model samples with: one without conditions has none."""
-    config, _ = read_config(evaluation.model_dir)
-    return evaluation.protocol.sampling.guidance if config.actions or config.labels else 1.0
+    return scores if evaluation.differs(scores) is None else None
 
 
 def weights_of(source: Path, model_dir: Path, card: ModelCard) -> dict[str, Any]:

@@ -119,6 +119,19 @@ class Evaluation:
             "computed_by": computed_by(self.device),
         }
 
+    def differs(self, settings: Any) -> str | None:
+        """The first key of `settings` that is not of this evaluation; the path that the model has may differ."""
+        if not isinstance(settings, dict):
+            return "format"
+        mine = self.settings()
+        for key, value in mine.items():
+            known = settings.get(key)
+            if key == "weights" and isinstance(known, dict):
+                known = known | {"source": value["source"]}
+            if known != value:
+                return key
+        return None
+
     def begin(self) -> None:
         """Claim the folder, or find that it was begun for this very evaluation.
 
@@ -127,14 +140,11 @@ class Evaluation:
         """
         path, mine = self.out / SETTINGS, self.settings()
         if path.exists():
-            before = read_json(path, "evaluation")
-            for key, value in mine.items():
-                known = before.get(key) if isinstance(before, dict) else None
-                if known != value:
-                    raise UserError(
-                        f"{path}: this folder holds an evaluation with another {key} ({_short(known)}, now "
-                        f"{_short(value)}); give another --out, or remove this folder"
-                    )
+            if (key := self.differs(read_json(path, "evaluation"))) is not None:
+                raise UserError(
+                    f"{path}: this folder holds an evaluation with another {key} than {_short(mine[key])}; give "
+                    "another --out, or remove this folder"
+                )
         else:
             write_json(path, mine)
         self._refuse_strangers()
@@ -150,7 +160,7 @@ class Evaluation:
             started = time.perf_counter()
             clips = [self.clips.read(number) for number in self.numbers(unit)]
             arrays = worker.baseline(clips) if unit.seed is None else worker.samples(clips, unit.seed)
-            arrays["seconds"] = np.float64(time.perf_counter() - started)
+            arrays["seconds"] = np.array(time.perf_counter() - started)
             _write(self.unit_file(unit), arrays)
             yield unit
 
