@@ -51,14 +51,16 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         official = OfficialEvaluation(args.official, Path(folder), load_lpips(), load_i3d(), frames)
-        videos = Path(folder) / "videos"
+        lossless = tensors(samples), tensors(spread(truth, samples))
         rows = compare(
-            "lossless", official, tensors(samples), tensors(spread(truth, samples)), samples, truth, args.given
+            "lossless", official, *lossless, our_scores(samples, truth, args.given, through_mp4=False), args.given
         )
-        for number, (sample, true) in enumerate(zip(samples, spread(truth, samples), strict=True)):
-            official.write(videos, f"{number:05d}", tensors(sample), tensors(true), args.given, border=True)
+        videos = Path(folder) / "videos"
+        for number, (sample, true) in enumerate(zip(*lossless, strict=True)):
+            official.write(videos, f"{number:05d}", sample, true, args.given, border=True)
         pair = official.read(videos, samples.shape[1])
-        rows += compare("border and MP4", official, *pair, samples, truth, args.given)
+        ours = our_scores(samples, truth, args.given, through_mp4=True)
+        rows += compare("border and MP4", official, *pair, ours, args.given)
         pixels = [compare_pixels(*pair, samples, spread(truth, samples), args.given)]
 
     tables = {"Scores": rows, "Frames after the MP4": pixels}
@@ -71,11 +73,10 @@ def main() -> None:
 
 
 def compare(
-    way: str, official: OfficialEvaluation, sample: Tensor, true: Tensor, samples: Pixels, truth: Pixels, given: int
+    way: str, official: OfficialEvaluation, sample: Tensor, truth: Tensor, ours: dict[str, float], given: int
 ) -> list[Row]:
-    """A row a metric: the official code's score of `sample` and `true`, ours of `samples` and `truth`."""
-    theirs = official.scores(sample.contiguous(), true.contiguous(), given, METRICS)
-    ours = our_scores(samples, truth, given, through_mp4=way != "lossless")
+    """A row a metric: the official code's score of `[N, S, F, 3, h, w]` from 0 to 1, and ours."""
+    theirs = official.scores(sample.contiguous(), truth.contiguous(), given, METRICS)
     rows: list[Row] = []
     for metric in METRICS:
         difference = abs(ours[metric] / theirs[metric] - 1)
