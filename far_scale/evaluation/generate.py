@@ -26,7 +26,7 @@ Pixels = NDArray[np.uint8]
 _FRAMES_AT_ONCE = 32  # through the autoencoder; fixed, since another batch size may round differently
 
 
-class Codec:
+class FrameCoder:
     """The autoencoder between uint8 frames and latents, by a protocol's rules."""
 
     def __init__(self, autoencoder: Autoencoder, protocol: Protocol) -> None:
@@ -65,19 +65,19 @@ class Codec:
 class Generator:
     """Samples batches of clips, always of `sampling.batch` rows, so that nothing depends on what is beside a clip."""
 
-    def __init__(self, model: FAR, card: ModelCard, codec: Codec, protocol: Protocol) -> None:
-        self._model, self._card, self._codec, self._protocol = model, card, codec, protocol
+    def __init__(self, model: FAR, card: ModelCard, coder: FrameCoder, protocol: Protocol) -> None:
+        self._model, self._card, self._coder, self._protocol = model, card, coder, protocol
         self._device = next(model.parameters()).device
 
-    def samples(self, clips: Sequence[Clip], seed: int) -> Pixels:
-        """`[B, S, F, h, w, 3]` of at most `sampling.batch` clips.
+    def samples(self, clips: Sequence[Clip], truth: Sequence[Pixels], seed: int) -> Pixels:
+        """`[B, S, F, h, w, 3]` of at most `sampling.batch` clips, whose true frames are each `[F, h, w, 3]`.
 
         Raises:
             UserError: the model gives numbers that are not finite.
         """
         sampling = self._protocol.sampling
         rows = [*clips, *[clips[-1]] * (sampling.batch - len(clips))]
-        given = [self._given(clip) for clip in clips]
+        given = [self._given(clip, true) for clip, true in zip(clips, truth, strict=True)]
         return np.stack(
             [
                 np.stack([np.concatenate([before, after]) for before, after in zip(given, predicted, strict=True)])
@@ -88,19 +88,18 @@ class Generator:
             axis=1,
         )
 
-    def _given(self, clip: Clip) -> Pixels:
+    def _given(self, clip: Clip, truth: Pixels) -> Pixels:
         """The given frames as a sample has them, `[G, h, w, 3]`."""
         given = self._protocol.sampling.given
-        truth = self._codec.truth(clip)
         if self._protocol.frames.given == "true" or not given:
             return truth[:given]
-        return self._codec.decode(self._codec.encode(clip, given))
+        return self._coder.decode(self._coder.encode(clip, given))
 
     def _predicted(self, rows: Sequence[Clip], seed: int, trajectory: int) -> Pixels:
         """One sample of the predicted frames of each row, `[rows, F - G, h, w, 3]`."""
         sampling, scaling = self._protocol.sampling, self._card.scaling
         if sampling.given:
-            context = torch.stack([scaling.normalise(self._codec.encode(clip, sampling.given)) for clip in rows])
+            context = torch.stack([scaling.normalise(self._coder.encode(clip, sampling.given)) for clip in rows])
         else:
             context = torch.empty(len(rows), 0, *self._card.latent_shape)
         frames = predict_frames(
@@ -123,7 +122,7 @@ class Generator:
                     f"frame {sampling.given + index} of clips {keys}: the model gives numbers that are not finite; "
                     "evaluate an earlier checkpoint, or lower the guidance"
                 )
-            decoded.append(self._codec.decode(scaling.restore(latents)))
+            decoded.append(self._coder.decode(scaling.restore(latents)))
         return np.stack(decoded, axis=1)
 
 

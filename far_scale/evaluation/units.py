@@ -30,7 +30,7 @@ from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard, load_model_dir
 from far_scale.errors import UserError
 from far_scale.evaluation.clips import Clip, ClipSet
-from far_scale.evaluation.generate import Codec, Generator
+from far_scale.evaluation.generate import FrameCoder, Generator
 from far_scale.evaluation.measure import Arrays, Measure
 from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.weights import cache_folder
@@ -180,7 +180,7 @@ class _Worker:
 
     def __init__(self, evaluation: Evaluation) -> None:
         self._of = evaluation
-        self._protocol, self._codec = evaluation.protocol, Codec(evaluation.autoencoder, evaluation.protocol)
+        self._protocol, self._coder = evaluation.protocol, FrameCoder(evaluation.autoencoder, evaluation.protocol)
 
     @functools.cached_property
     def _measure(self) -> Measure:
@@ -190,12 +190,12 @@ class _Worker:
     def _generator(self) -> Generator:
         dtype = PRECISIONS[self._protocol.sampling.precision]
         model, card = load_model_dir(self._of.model_dir, self._of.device, dtype)
-        return Generator(model, card, self._codec, self._protocol)
+        return Generator(model, card, self._coder, self._protocol)
 
     def samples(self, clips: Sequence[Clip], seed: int) -> Arrays:
         """The measures of the model's samples of some clips; the frames are written."""
-        truth = np.stack([self._codec.truth(clip) for clip in clips])
-        samples = self._generator.samples(clips, seed)
+        truth = np.stack([self._coder.truth(clip) for clip in clips])
+        samples = self._generator.samples(clips, truth, seed)
         for clip, frames, true in zip(clips, samples, truth, strict=True):
             kept = frames[0] if len(frames) == 1 else frames
             _write(self._of.sample_file(clip.number, seed), {"frames": kept, "truth": true})
@@ -212,7 +212,7 @@ class _Worker:
 
     def _compute_baseline(self, clips: Sequence[Clip]) -> Arrays:
         given = self._protocol.sampling.given
-        truth = np.stack([self._codec.truth(clip) for clip in clips])
+        truth = np.stack([self._coder.truth(clip) for clip in clips])
         arrays = self._measure.real_logits(truth)
         baselines: dict[str, NDArray[np.uint8]] = {}
         if given:
@@ -222,7 +222,7 @@ class _Worker:
         if clips[0].frames is not None:  # of decoded latents the reconstruction is the truth
             baselines["reconstruction"] = np.stack(
                 [
-                    self._codec.decode(self._codec.encode(clip, len(true)))
+                    self._coder.decode(self._coder.encode(clip, len(true)))
                     for clip, true in zip(clips, truth, strict=True)
                 ]
             )
