@@ -69,8 +69,8 @@ class Generator:
         self._model, self._card, self._coder, self._protocol = model, card, coder, protocol
         self._device = next(model.parameters()).device
 
-    def samples(self, clips: Sequence[Clip], truth: Sequence[Pixels], seed: int) -> Pixels:
-        """`[B, S, F, h, w, 3]` of at most `sampling.batch` clips, whose true frames are each `[F, h, w, 3]`.
+    def samples(self, clips: Sequence[Clip], truth: Pixels, seed: int) -> Pixels:
+        """`[B, S, F, h, w, 3]` of at most `sampling.batch` clips, whose true frames are `[B, F, h, w, 3]`.
 
         Raises:
             UserError: the model gives numbers that are not finite.
