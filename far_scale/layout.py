@@ -4,7 +4,8 @@ The frames of a pack stand clip after clip. The last frames of a clip are its *w
 earlier ones are its *context*, cut into coarse tokens. Each kind is a `FrameGroup`: its tokens stand clip after clip,
 in a clip frame after frame, in a frame row after row. A query token may see every key token of its own clip whose
 frame is not later than its own ('frame-block causality'), so context tokens see context alone, and window tokens see
-their clip's whole context and their own group.
+their clip's whole context and their own group. In a layout that is not causal (Video DiT) there is no context, and a
+token sees its whole clip.
 
     shape letters   B clips   F frames   T tokens   P/Q tokens of a window/context frame
 """
@@ -96,17 +97,19 @@ class Prefix:
 
 @dataclass(frozen=True)
 class FrameGroup:
-    """Frames of the clips of a pack, frame-block causal among themselves.
+    """Frames of the clips of a pack, and what they see of each other.
 
     Attributes:
         clip_frames: `[B]` frames of each clip in this group; may be zero.
         frame_tokens: `[F]` tokens of each frame, all clips in order, none zero.
         positions: `[T, 3]` int64 rotary position of each token: frame index in its clip, y, x.
+        causal: whether a token sees its own and earlier frames of its clip (frame-block causality), or all of them.
     """
 
     clip_frames: tuple[int, ...]
     frame_tokens: tuple[int, ...]
     positions: Tensor = field(compare=False, repr=False)
+    causal: bool = True
 
     def __post_init__(self) -> None:
         if len(self.frame_tokens) != sum(self.clip_frames) or min(self.frame_tokens, default=1) < 1:
@@ -114,7 +117,11 @@ class FrameGroup:
 
     @staticmethod
     def of(
-        clip_frames: Sequence[int], grid: tuple[int, int], first_frames: Sequence[int] | None = None, spacing: int = 1
+        clip_frames: Sequence[int],
+        grid: tuple[int, int],
+        first_frames: Sequence[int] | None = None,
+        spacing: int = 1,
+        causal: bool = True,
     ) -> FrameGroup:
         """Frames that are all grids of `(rows, columns)` tokens.
 
@@ -123,6 +130,7 @@ class FrameGroup:
             grid: rows and columns of a frame's tokens.
             first_frames: `[B]` index that each clip's first frame has in its clip; all 0 unless given.
             spacing: distance of neighbouring tokens in y and x.
+            causal: see the attribute.
         """
         rows, columns = grid
         firsts = first_frames or (0,) * len(clip_frames)
@@ -133,7 +141,7 @@ class FrameGroup:
         positions[..., 0] = frames[:, None, None]
         positions[..., 1] = spacing * torch.arange(rows)[:, None]
         positions[..., 2] = spacing * torch.arange(columns)
-        return FrameGroup(tuple(clip_frames), (rows * columns,) * len(frames), positions.flatten(0, 2))
+        return FrameGroup(tuple(clip_frames), (rows * columns,) * len(frames), positions.flatten(0, 2), causal)
 
     @property
     def frames(self) -> int:
@@ -158,7 +166,9 @@ class FrameGroup:
 
     @cached_property
     def pairs(self) -> int:
-        """(query, key) pairs that frame-block causality lets through within the group."""
+        """(query, key) pairs that are attended within the group."""
+        if not self.causal:
+            return sum(tokens**2 for tokens in self.tokens_of_clips)
         pairs, frame = 0, 0
         for count in self.clip_frames:
             seen = 0
@@ -181,13 +191,16 @@ class FrameGroup:
         return _once(self._made, "positions", device, lambda: self.positions.to(device))
 
     def upper_triangle(self, device: torch.device) -> UpperTriangle | None:
-        """The part of each frame that token-causal attention leaves out; None where all frames have one token."""
+        """The part of each frame that token-causal attention leaves out.
+
+        None where it leaves out nothing: all frames have one token, or the group is not causal.
+        """
         return _once(self._made, "upper_triangle", device, lambda: self._upper_triangle(device))
 
     def _upper_triangle(self, device: torch.device) -> UpperTriangle | None:
         lengths = torch.tensor(self.frame_tokens) - 1
         rows = int(lengths.sum())
-        if not rows:
+        if not rows or not self.causal:
             return None
         # Row j of a frame that starts at token s and has n + 1 tokens is s + n - 1 - j.
         first_row, first_token = lengths.cumsum(0) - lengths, torch.tensor(Spans(self.frame_tokens).starts[:-1])
@@ -200,11 +213,12 @@ class FrameGroup:
         frame_tokens = torch.tensor(self.frame_tokens, device=device)
         frame = torch.arange(self.frames, device=device).repeat_interleave(frame_tokens)
         clip = self.clip_of_frame(device).repeat_interleave(frame_tokens)
-        return (clip[:, None] == clip[None, :]) & (frame[:, None] >= frame[None, :])
+        same_clip = clip[:, None] == clip[None, :]
+        return same_clip & (frame[:, None] >= frame[None, :]) if self.causal else same_clip
 
 
 class Order:
-    """Which keys the tokens of a group see: frame-block causally those of the group, and those of the prefix.
+    """Which keys the tokens of a group see: those of the group as it says, and those of the prefix.
 
     torch's operators take tensors alone, and a compiled graph that took an order's lengths as constants would be
     compiled anew for every pack. So an operator is handed `key`, a number in a tensor, and finds the order by it.
@@ -259,7 +273,9 @@ class FrameLayout:
     context: FrameGroup
 
     @staticmethod
-    def of(clip_frames: Sequence[int], grid: tuple[int, int], window: int, coarser: int = 0) -> FrameLayout:
+    def of(
+        clip_frames: Sequence[int], grid: tuple[int, int], window: int, coarser: int = 0, causal: bool = True
+    ) -> FrameLayout:
         """The layout of clips of uniform frames. Asked twice for the same, it gives the same object, with all that
         was derived from it.
 
@@ -269,11 +285,13 @@ class FrameLayout:
             window: how many of a clip's last frames are window frames.
             coarser: how many times wider and higher a context token is than a window token; Q = P / coarser^2.
                 0: there is no context, and no clip may be longer than the window.
+            causal: frame-block causal, or every token sees its whole clip; then without a context.
 
         Raises:
-            ValueError: a clip without frames or too long, or a grid that `coarser` does not divide.
+            ValueError: a clip without frames or too long, a grid that `coarser` does not divide, or a context in a
+                layout that is not causal.
         """
-        return _layout(tuple(clip_frames), grid, window, coarser)
+        return _layout(tuple(clip_frames), grid, window, coarser, causal)
 
     @property
     def frames(self) -> int:
@@ -309,7 +327,7 @@ class FrameLayout:
 
     @property
     def attended_pairs(self) -> int:
-        """All (query, key) pairs that frame-block causality lets through: the work attention cannot avoid."""
+        """All (query, key) pairs that are attended: the work attention cannot avoid."""
         return self.window_pairs + self.context.pairs
 
     @cached_property
@@ -337,7 +355,7 @@ class FrameLayout:
         return torch.tensor([row for row, fine in enumerate(in_window) if fine == of_window], dtype=torch.int64)
 
     def window_order(self, device: torch.device) -> Order:
-        """What the window tokens see: their clip's whole context and, frame-block causally, the window."""
+        """What the window tokens see: their clip's whole context, and of the window what `window.causal` says."""
         return _once(self._made, "window_order", device, lambda: Order(self.window, self.prefix(device)))
 
     @cached_property
@@ -363,11 +381,15 @@ class FrameLayout:
 
 
 @functools.lru_cache(maxsize=32)  # packs of drawn lengths hardly ever come twice
-def _layout(clip_frames: tuple[int, ...], grid: tuple[int, int], window: int, coarser: int) -> FrameLayout:
+def _layout(
+    clip_frames: tuple[int, ...], grid: tuple[int, int], window: int, coarser: int, causal: bool
+) -> FrameLayout:
     if not clip_frames or min(clip_frames) < 1:
         raise ValueError(f"every clip needs at least one frame, got clips of {list(clip_frames)} frames")
     if not coarser and max(clip_frames) > window:
         raise ValueError(f"a clip of {max(clip_frames)} frames is longer than the window of {window}")
+    if coarser and not causal:
+        raise ValueError("a layout that is not causal has no context; coarser must be 0")
     if coarser and (grid[0] % coarser or grid[1] % coarser):
         raise ValueError(f"a frame of {grid[0]} x {grid[1]} tokens cannot be cut {coarser} times coarser")
     fine = tuple(min(frames, window) for frames in clip_frames)
@@ -375,7 +397,7 @@ def _layout(clip_frames: tuple[int, ...], grid: tuple[int, int], window: int, co
     coarse_grid = (grid[0] // coarser, grid[1] // coarser) if coarser else grid
     return FrameLayout(
         clip_frames,
-        window=FrameGroup.of(fine, grid, first_frames=coarse),
+        window=FrameGroup.of(fine, grid, first_frames=coarse, causal=causal),
         context=FrameGroup.of(coarse, coarse_grid, spacing=coarser),
     )
 

@@ -7,9 +7,11 @@ Of every frame of a clip, as in the official trainer:
     x_t = s * noise + (1 - s) * x             the model sees x_t and t
     target = noise - x
 
-With probability `clean_frame_ratio` a frame is given clean instead (x itself, timestep -1) and has no loss. All this
-is of window frames: context frames are always clean, with timestep -2. All draws are functions of (seed, step, lane)
-alone, so they do not depend on the rank that makes them.
+With probability `clean_frame_ratio` a frame is given clean instead (x itself, timestep -1) and has no loss. With
+`context_noise` s > 0 such a frame is given as s * noise + (1 - s) * x, with timestep 1000 s, still without loss. All
+this is of window frames: context frames are always clean, with timestep -2. A model that is not causal denoises a clip
+as a whole: all frames take the timestep drawn for the clip's first one. All draws are functions of (seed, step, lane)
+alone, so they depend neither on the rank that makes them nor on the kind of model.
 """
 
 from __future__ import annotations
@@ -38,8 +40,10 @@ class NoisyPack:
 
     Attributes:
         latents: `[F, C, H, W]` float32, noisy or clean frames of all clips.
-        timesteps: `[F]` float32, 1..1000, or -1 for a clean window frame, -2 for a context frame.
+        timesteps: `[F]` float32, 1..1000, or for a clean window frame -1 (1000 s with context noise s), for a context
+            frame -2.
         target: `[Fw, C, H, W]` float32, noise - latent, of the window frames.
+        has_loss: `[Fw]` bool, false for clean frames.
         actions: `[F]` int64 or None, with null classes where they were dropped.
         labels: `[B]` int64 or None, likewise.
         layout: which frame belongs to which clip.
@@ -48,6 +52,7 @@ class NoisyPack:
     latents: Tensor
     timesteps: Tensor
     target: Tensor
+    has_loss: Tensor
     actions: Tensor | None
     labels: Tensor | None
     layout: FrameLayout
@@ -63,7 +68,7 @@ class NoisyPack:
 
     def tensors(self) -> list[Tensor]:
         """All there are, the layout's with them."""
-        own = (self.latents, self.timesteps, self.target, self.actions, self.labels)
+        own = (self.latents, self.timesteps, self.target, self.has_loss, self.actions, self.labels)
         return [tensor for tensor in own if tensor is not None] + self.layout.tensors(self.latents.device)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> NoisyPack:
@@ -71,6 +76,7 @@ class NoisyPack:
             latents=change(self.latents),
             timesteps=change(self.timesteps),
             target=change(self.target),
+            has_loss=change(self.has_loss),
             actions=None if self.actions is None else change(self.actions),
             labels=None if self.labels is None else change(self.labels),
             layout=self.layout,
@@ -92,17 +98,27 @@ def add_noise(pack: Pack, objective: ObjectiveSection, config: FARConfig, seed: 
         u = draw.random(frames)
     # u rounds to 1 only where the normal draw exceeds 36; the official code would index past its table there.
     t = torch.from_numpy(TIMESTEPS - np.minimum(np.floor(u * TIMESTEPS), TIMESTEPS - 1)).float()
+    if not config.causal:
+        firsts = np.cumsum([0, *pack.clip_frames[:-1]])
+        t = t[torch.from_numpy(firsts.repeat(pack.clip_frames))]
 
     clean_draw = generator(seed, "clean frames", pack.step, pack.lane).random(frames)
     clean = torch.from_numpy(clean_draw < objective.clean_frame_ratio)
     noise = torch.from_numpy(generator(seed, "noise", pack.step, pack.lane).standard_normal(x.shape, np.float32))
 
     s = (t / TIMESTEPS).view(-1, 1, 1, 1)
-    noisy = torch.where(clean.view(-1, 1, 1, 1), x, s * noise + (1 - s) * x)
+    given, given_timestep = x, CLEAN
+    if objective.context_noise:
+        given = objective.context_noise * noise + (1 - objective.context_noise) * x
+        given_timestep = TIMESTEPS * objective.context_noise
+    noisy = torch.where(clean.view(-1, 1, 1, 1), given, s * noise + (1 - s) * x)
     return NoisyPack(
         latents=pack.latents.index_copy(0, rows, noisy),
-        timesteps=torch.full((layout.frames,), CLEAN_CONTEXT).index_copy_(0, rows, t.masked_fill(clean, CLEAN)),
+        timesteps=torch.full((layout.frames,), CLEAN_CONTEXT).index_copy_(
+            0, rows, t.masked_fill(clean, given_timestep)
+        ),
         target=noise - x,
+        has_loss=~clean,
         actions=_drop(pack.actions, config.actions, config.condition_dropout, seed, pack),
         labels=_drop(pack.labels, config.labels, config.condition_dropout, seed, pack),
         layout=layout,
@@ -126,7 +142,7 @@ def pack_loss(velocity: Tensor, noisy: NoisyPack) -> Tensor:
         velocity: `[Fw, C, H, W]`, the model's answer.
     """
     frame_error = (velocity.float() - noisy.target).square().flatten(1).mean(1)  # [Fw]
-    weight = (noisy.timesteps[noisy.layout.window_rows(velocity.device)] != CLEAN).float()
+    weight = noisy.has_loss.float()
     clips = len(noisy.layout.clip_frames)
     # Sums by clip as a product with the membership matrix: index_add_ adds in no fixed order on a GPU (and one_hot
     # makes the host wait for it).

@@ -183,8 +183,9 @@ def _drop_later_keys(values: dict[str, Any]) -> None:
     So a recipe that does without them keeps the hash that its checkpoints carry.
     """
     without: dict[str, dict[str, Any]] = {
-        "model": {"context_patch": 0},
+        "model": {"context_patch": 0, "causal": True},
         "data": {"tokens_per_pack": None},
+        "objective": {"context_noise": 0},
         "train": {"start_from": None},
     }
     for section, keys in without.items():

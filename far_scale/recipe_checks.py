@@ -57,6 +57,7 @@ def stage_sections(recipe: Recipe) -> list[StageSections]:
 def impossible(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Every combination of keys that cannot work, as the key to mend and what is wrong."""
     yield from _impossible_model(recipe)
+    yield from _impossible_objective(recipe)
     yield from _impossible_curriculum(recipe)
     for stage in stage_sections(recipe):
         yield from _impossible_stage(stage)
@@ -78,10 +79,32 @@ def _impossible_model(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "model.context_patch",
             f"{model.context_patch} is no multiple of model.patch, {model.patch}; set it to 0, {4 * model.patch} or so",
         )
+    if model.context_patch and not model.causal:
+        yield (
+            "model.context_patch",
+            f"{model.context_patch}, but with model.causal false all frames are denoised together and none is context; "
+            "set it to 0",
+        )
     if optimizer.warmup_steps > train.steps:
         yield (
             "optimizer.warmup_steps",
             f"{optimizer.warmup_steps} is more than train.steps, {train.steps}; lower the one or raise the other",
+        )
+
+
+def _impossible_objective(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    objective = recipe.objective
+    if objective.clean_frame_ratio and not recipe.model.causal:
+        yield (
+            "objective.clean_frame_ratio",
+            f"{objective.clean_frame_ratio:g}, but with model.causal false all frames of a clip have one timestep; "
+            "set it to 0",
+        )
+    elif objective.context_noise and not objective.clean_frame_ratio:
+        yield (
+            "objective.context_noise",
+            f"{objective.context_noise:g}, but objective.clean_frame_ratio is 0, so no frame is given clean; set it "
+            "to 0",
         )
 
 
@@ -164,6 +187,11 @@ def _impossible_sample(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "sample.frames",
             f"{sample.given} given and {sample.frames} predicted frames do not fit model.window, {model.window}, "
             "of a model without context; lower it",
+        )
+    if sample.context_noise and not model.causal:
+        yield (
+            "sample.context_noise",
+            f"{sample.context_noise:g}, but with model.causal false all frames are sampled together; set it to 0",
         )
     if sample.guidance != 1 and not (model.classes and model.condition_dropout):
         yield (

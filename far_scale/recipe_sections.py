@@ -53,6 +53,9 @@ class ModelSection(Section):
     """Channels of a frame latent."""
     window: Count = 16
     """How many of a clip's last frames are window frames; those before are context."""
+    causal: bool = True
+    """Whether a frame sees itself and earlier frames alone. False makes a video diffusion transformer: all frames of a
+    clip see each other, have one timestep and are sampled together; needs objective.clean_frame_ratio 0."""
     condition: Literal["none", "label", "action"] = "none"
     """What the model is told besides the frames: nothing, a label for each clip or an action for each frame."""
     classes: Annotated[int, Field(ge=0)] = 0
@@ -87,6 +90,7 @@ class ModelSection(Section):
             actions=self.classes if self.condition == "action" else 0,
             labels=self.classes if self.condition == "label" else 0,
             condition_dropout=self.condition_dropout,
+            causal=self.causal,
         )
 
 
@@ -224,6 +228,9 @@ class ObjectiveSection(Section):
     """Deviation of that normal draw (logit_normal)."""
     clean_frame_ratio: Fraction = 0.1
     """Probability that a frame is given without noise, and so without loss."""
+    context_noise: Fraction = 0.0
+    """Share of noise s in such a clean frame of the window, which is then given as noise level 1000 s, still without
+    loss, against drift in long roll-outs; coarse context stays clean."""
 
 
 class OptimizerSection(Section):
@@ -330,5 +337,8 @@ class SampleSection(Section):
     """True frames that are given; those after are predicted. 0 generates from nothing."""
     frames: Count | None = None
     """Frames to predict; null for up to the longest clip of data.frames."""
+    context_noise: Fraction = 0.0
+    """Share of noise s in the frames of the window that a new frame follows, given as noise level 1000 s; coarse
+    context stays clean. For models trained with objective.context_noise, or without clean frames."""
     shards: str | None = None
     """Folder of the held-out shard set, on this machine; null for no evaluation."""

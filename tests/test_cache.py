@@ -71,9 +71,19 @@ def test_one_step_is_the_training_layout_s_velocity(frames: int) -> None:
         expected = model(clip, timesteps, actions)[:, -1]
         denoiser = Cached(model, torch.tensor([900.0, timestep]), copies=1, clips=2, frames=frames, size=SIZE)
         for frame in range(frames):
-            denoiser.begin_frame(clip[:, :frame], actions[:, : frame + 1], None)
+            denoiser.begin_frame(clip[:, :frame], clip[:, :frame], actions[:, : frame + 1], None)
             denoiser.velocity(torch.full_like(clip[:, frame], 7.0), 0)  # must leave nothing behind
         torch.testing.assert_close(denoiser.velocity(clip[:, -1], 1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [{}, {"context_patch": 2}])
+def test_context_noise_with_the_cache_and_without_it(shape: dict[str, int]) -> None:
+    """float32, past the window of 4 frames; coarse context stays clean, so it is not the same as noising all."""
+    model = trained_like(**shape)
+    frames = [roll_out(model, given(2), 8, STEPS, cache=cache, context_noise=0.2) for cache in (True, False)]
+    torch.testing.assert_close(*frames, rtol=0, atol=1e-4)
+    clean, again = roll_out(model, given(2), 8, STEPS), roll_out(model, given(2), 8, STEPS, context_noise=0.0)
+    assert torch.equal(clean, again) and not torch.allclose(clean[:, 0], frames[0][:, 0], atol=1e-2)
 
 
 def test_float64_roll_out_is_exact() -> None:

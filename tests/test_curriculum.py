@@ -186,6 +186,7 @@ def clips_of(noisy: NoisyPack, config: FARConfig) -> list[NoisyPack]:
                 latents=noisy.latents[rows],
                 timesteps=noisy.timesteps[rows],
                 target=noisy.target[window_rows],
+                has_loss=noisy.has_loss[window_rows],
                 actions=None if noisy.actions is None else noisy.actions[rows],
                 labels=None if noisy.labels is None else noisy.labels[clip : clip + 1],
                 layout=layout,

@@ -40,8 +40,10 @@ def long_order(clip_frames: tuple[int, ...], side: int, window: int, coarser: in
     return lambda device: FrameLayout.of(clip_frames, (side, side), window, coarser).window_order(device)
 
 
-def uniform_order(clip_frames: tuple[int, ...], grid: tuple[int, int]) -> Callable[[torch.device], Order]:
-    return lambda device: Order(FrameGroup.of(clip_frames, grid))
+def uniform_order(
+    clip_frames: tuple[int, ...], grid: tuple[int, int], causal: bool = True
+) -> Callable[[torch.device], Order]:
+    return lambda device: Order(FrameGroup.of(clip_frames, grid, causal=causal))
 
 
 def cached_order(keys: tuple[int, ...], side: int) -> Callable[[torch.device], Order]:
@@ -66,6 +68,8 @@ ORDERS: dict[str, Callable[[torch.device], Order]] = {
     "long": long_order((7, 2), 4, window=3, coarser=2),
     "long, all clips": long_order((5, 9, 6), 4, window=2, coarser=4),
     "cached": cached_order((30, 12), 3),
+    "not causal": uniform_order((4, 4), (3, 3), causal=False),
+    "not causal, mixed clips": uniform_order((5, 1, 3), (4, 4), causal=False),
 }
 
 

@@ -117,3 +117,22 @@ def test_context_frames_are_clean_and_without_loss() -> None:
     lossy = noisy.timesteps[~context] > 0
     by_clip = [error[rows][lossy[rows]].mean() for rows in (slice(0, 2), slice(2, 6), slice(6, 10))]
     torch.testing.assert_close(pack_loss(velocity, noisy), torch.stack(by_clip).nan_to_num(0).mean())
+
+
+def test_context_noise_is_a_level_of_its_own_without_loss() -> None:
+    """float32: clean frames become s * noise + (1 - s) * x at 1000 s; all else, and at s = 0 everything, stays."""
+    config = FARConfig(layers=1, heads=1, channels=2, window=4, context_patch=2, actions=4)
+    source, s = pack((2, 9, 6)), 0.125
+    plain = add_noise(source, ObjectiveSection(clean_frame_ratio=0.3), config, seed=0)
+    noisy = add_noise(source, ObjectiveSection(clean_frame_ratio=0.3, context_noise=s), config, seed=0)
+    window = torch.tensor([False] * 5 + [True] * 4 + [False] * 2 + [True] * 4)
+    window = torch.cat([torch.tensor([True] * 2), window])
+    clean = plain.timesteps == -1
+    assert clean.any() and torch.equal(clean[window], ~plain.has_loss) and torch.equal(plain.has_loss, noisy.has_loss)
+    assert torch.equal(noisy.timesteps, plain.timesteps.masked_fill(clean, 1000 * s))
+    assert torch.equal(noisy.target, plain.target)
+    assert torch.equal(noisy.latents[~clean], plain.latents[~clean])
+    noise = noisy.target[clean[window]] + source.latents[clean]
+    torch.testing.assert_close(noisy.latents[clean], s * noise + (1 - s) * source.latents[clean])
+    velocity = torch.randn(noisy.target.shape, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(pack_loss(velocity, noisy), pack_loss(velocity, plain))

@@ -19,12 +19,20 @@ from far_scale.recipe_checks import stage_sections
 from far_scale.recipe_report import fields
 from far_scale.recipe_sections import ModelSection
 from far_scale.recipe_yaml import SHIPPED_RECIPES
+from far_scale.train.changes import flat
 
 SHIPPED = sorted(
     path.stem
     for path in SHIPPED_RECIPES.glob("*.yaml")
     if path.stem != "base" and not path.stem.startswith("autoencoder_")
 )
+
+# A recipe that exists to be compared with another: that one, and the keys in which the trained weights differ.
+COMPARED = {
+    "video_dit_l_ucf101_128_uncond": ("far_l_ucf101_128_uncond", {"model.causal", "objective.clean_frame_ratio"}),
+    "demo_video_dit": ("demo_cpu", {"model.causal", "objective.clean_frame_ratio"}),
+    "demo_diffusion_forcing": ("demo_cpu", {"objective.clean_frame_ratio"}),
+}
 
 # The official YAMLs (showlab/FAR, options/train/far): preset, frames and window, frame interval, steps, autoencoder,
 # classes, then sampling's given frames and guidance, and the steps between checkpoints.
@@ -88,7 +96,15 @@ def refusal(path_or_name: str, *overrides: str) -> str:
 
 def test_every_shipped_recipe_is_covered() -> None:
     demos = {"demo_cpu", "demo_gpu", "demo_long", "demo_long_gpu"}
-    assert set(SHIPPED) == {*OFFICIAL, *OFFICIAL_LONG, *demos, *LARGE, "far_xl_long"}
+    assert set(SHIPPED) == {*OFFICIAL, *OFFICIAL_LONG, *demos, *LARGE, *COMPARED, "far_xl_long"}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_what_is_compared_differs_in_nothing_else(name: str) -> None:
+    base, keys = COMPARED[name]
+    ours, theirs = (flat(load_recipe(each).result_values()) for each in (name, base))
+    changed = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
+    assert changed == keys
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -295,6 +311,19 @@ def test_wrong_value(override: str, folder: Path) -> None:
 
 IMPOSSIBLE = {
     ("model.patch=2", "model.context_patch=3"): "model.context_patch: 3 is no multiple of model.patch, 2",
+    ("model.context_patch=4", "model.causal=false", "objective.clean_frame_ratio=0"): (
+        "model.context_patch: 4, but with model.causal false all frames are denoised together"
+    ),
+    ("model.causal=false",): (
+        "objective.clean_frame_ratio: 0.1, but with model.causal false all frames of a clip have one timestep; set it "
+        "to 0"
+    ),
+    ("objective.clean_frame_ratio=0", "objective.context_noise=0.1"): (
+        "objective.context_noise: 0.1, but objective.clean_frame_ratio is 0"
+    ),
+    ("model.causal=false", "objective.clean_frame_ratio=0", "sample.context_noise=0.1"): (
+        "sample.context_noise: 0.1, but with model.causal false all frames are sampled together"
+    ),
     ("model.context_patch=3",): "model.context_patch: 3 does not divide the latent's 8 x 8",
     ("data.frames=[4, 17]",): "data.frames: 17 frames do not fit model.window, 16",
     ("data.frames={4: 1, 17: 1}",): "data.frames: 17 frames do not fit model.window, 16",
@@ -469,7 +498,8 @@ def test_extends_in_a_circle(folder: Path) -> None:
 SAME_RESULT = ["name=n", "run_dir=r", "log.every=9", "log.wandb.mode=offline", "checkpoint.keep=9", "data.prefetch=9"]
 SAME_RESULT += ["data.shards=elsewhere", "sample.steps=9", "train.zero_stage=0", "train.activation_checkpointing=full"]
 SAME_RESULT += ["train.compile=true", "train.attention=dense", "data.max_damaged_samples=9", "data.cache_gb=9"]
-SAME_RESULT += ["data.cache_dir=cache", "data.prefetch_gb=9"]
+SAME_RESULT += ["data.cache_dir=cache", "data.prefetch_gb=9", "sample.context_noise=0.1", "model.causal=true"]
+SAME_RESULT += ["objective.context_noise=0"]
 OTHER_RESULT = ["seed=1", "model.layers=3", "data.lanes=4", "data.autoencoder=other", "objective.logit_std=2"]
 OTHER_RESULT += ["data.frames=[2, 4]", "data.tokens_per_pack=512", "curriculum=[{steps: 10, frames: 3}]"]
 OTHER_RESULT += [
@@ -479,6 +509,7 @@ OTHER_RESULT += [
     "train.steps=11",
     "train.precision=bf16",
     "data.shuffle_window=1",
+    "objective.context_noise=0.1",
 ]
 
 

@@ -174,3 +174,25 @@ def test_what_does_not_fit_is_refused() -> None:
     for case, message in cases:
         with pytest.raises(UserError, match=message):
             case()
+
+
+def test_context_noise_is_put_on_finished_frames() -> None:
+    """float32: one new frame past the window, by the model itself, with noise drawn as the docstring says."""
+    model, s, clip = small_model(), 0.125, 3
+    context = some_context(1, WINDOW + 1)
+    result = roll_out(model, context, frames=2, steps=1, seed=7, clip_ids=[clip], context_noise=s)[0]
+
+    def draw(purpose: str, frame: int) -> Tensor:
+        numbers = generator(7, purpose, step=frame, lane=clip).standard_normal(SHAPE, dtype=np.float32)
+        return torch.from_numpy(numbers)
+
+    frames = list(context[0])
+    for frame in (WINDOW + 1, WINDOW + 2):
+        seen = [s * draw("context noise", i) + (1 - s) * frames[i] for i in range(frame - WINDOW + 1, frame)]
+        timesteps = torch.tensor([[1000 * s] * (WINDOW - 1) + [1000.0]])
+        noise = draw("sample", frame)
+        with torch.no_grad():
+            frames.append(noise - model(torch.stack([*seen, noise])[None], timesteps)[0, -1])
+    torch.testing.assert_close(result, torch.stack(frames[-2:]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="context_noise: 1 is no share of noise"):
+        roll_out(model, context, frames=1, steps=1, context_noise=1.0)

@@ -35,6 +35,13 @@ def main() -> None:
     parser.add_argument(
         "--guidance", type=float, default=1.0, help="1: conditioned; above 1: guided; -1: unconditional (default: 1)"
     )
+    parser.add_argument(
+        "--context-noise",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="share of noise in the frames that a new one sees, for a model trained so (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=4, help="how many episodes at most (default: %(default)s)")
     parser.add_argument(
@@ -45,7 +52,7 @@ def main() -> None:
     for suffix in (".mp4", ".png", ".json"):
         check_writable(args.out.with_suffix(suffix))
     model, card = load_for_sampling(args.model_dir)
-    settings = (args.given, args.frames, args.steps, args.guidance, args.seed, args.episodes)
+    settings = (args.given, args.frames, args.steps, args.guidance, args.seed, args.episodes, args.context_noise)
     roll_out = prepare(model, card, args.context, *settings)
     print(f"{args.model_dir}: {roll_out.summary()}", flush=True)
     report = sample(roll_out, args.out)

@@ -78,8 +78,13 @@ def from_far_scale(config: FARConfig, state_dict: Mapping[str, Tensor]) -> dict[
     `short_term_ctx_winsize=config.window` and its `condition_cfg`; the file holds none of them. The tensors are views.
 
     Raises:
-        UserError: tensors that are not those of `config`, named.
+        UserError: tensors that are not those of `config`, named, or a model that is not causal.
     """
+    if not config.causal:
+        raise UserError(
+            "these weights: model.causal is false, and the official code has causal models alone; export them "
+            "with --format model"
+        )
     shapes = {name: tensor.shape for name, tensor in empty_model(config).state_dict().items()}
     check_fit("these weights: the model", shapes, state_dict, "config and weights do not fit together")
     official: dict[str, Tensor] = {}

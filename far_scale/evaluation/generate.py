@@ -113,6 +113,7 @@ class Generator:
             labels=_stacked([None if clip.label is None else torch.tensor(clip.label) for clip in rows]),
             seed=seed,
             clip_ids=[clip.number * sampling.trajectories + trajectory for clip in rows],
+            context_noise=sampling.context_noise,
         )
         decoded = []
         for index, latents in enumerate(frames):

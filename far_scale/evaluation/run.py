@@ -28,7 +28,7 @@ from far_scale.evaluation.report import FILES, write_report
 from far_scale.evaluation.units import PRECISIONS, SETTINGS, Evaluation
 from far_scale.files import read_json, sha256, write_json
 from far_scale.sampling.evaluate import load_autoencoder
-from far_scale.sampling.sampler import check_guidance
+from far_scale.sampling.sampler import check_context_noise, check_guidance
 from far_scale.train.processes import Processes, all_ranks_or_raise, from_main, stop_processes, take_launcher_variables
 
 _PATIENCE = datetime.timedelta(days=7)  # for which processes wait for the slowest one
@@ -158,6 +158,7 @@ def open_model(
     config, card = read_config(model_dir)
     _check_model(model_dir, card, protocol)
     check_guidance(config, guidance_of(protocol, config))
+    check_context_noise(config, protocol.sampling.context_noise)
     dtype = PRECISIONS[protocol.sampling.autoencoder_precision]
     autoencoder = load_autoencoder(card, device, dtype)
     clips, protocol = open_clips(protocol, config, card, autoencoder.downsample, videos, split, shards)

@@ -120,7 +120,7 @@ class Evaluation:
         }
 
     def differs(self, settings: Any) -> str | None:
-        """The first key of `settings` that is not of this evaluation; the path that the model was given by may differ."""
+        """The first key of `settings` that is not of this evaluation; the path that the model has may differ."""
         if not isinstance(settings, dict):
             return "format"
         mine = self.settings()
@@ -142,8 +142,8 @@ class Evaluation:
         if path.exists():
             if (key := self.differs(read_json(path, "evaluation"))) is not None:
                 raise UserError(
-                    f"{path}: this folder holds an evaluation with another {key} than {_short(mine[key])}; give another "
-                    "--out, or remove this folder"
+                    f"{path}: this folder holds an evaluation with another {key} than {_short(mine[key])}; give "
+                    "another --out, or remove this folder"
                 )
         else:
             write_json(path, mine)

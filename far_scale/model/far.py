@@ -46,6 +46,8 @@ class FARConfig:
         actions: classes of a frame's action, 0 for none; the null class is the index `actions`.
         labels: classes of a clip's label, 0 for none; the null class is the index `labels`.
         condition_dropout: share of conditions replaced by the null class in training.
+        causal: whether a frame sees itself and earlier frames (FAR), or all frames of its clip (a video diffusion
+            transformer, denoised as a whole).
     """
 
     layers: int
@@ -57,6 +59,7 @@ class FARConfig:
     actions: int = 0
     labels: int = 0
     condition_dropout: float = 0.1
+    causal: bool = True
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "patch", "channels", "window"):
@@ -66,6 +69,12 @@ class FARConfig:
             raise ValueError(f"FARConfig.context_patch {self.context_patch} is no multiple of patch {self.patch}")
         if self.actions and self.labels:
             raise ValueError("FARConfig: a model is conditioned on actions or on labels, not on both")
+        if type(self.causal) is not bool:
+            raise ValueError(f"FARConfig.causal must be true or false, got {self.causal!r}")
+        if self.context_patch and not self.causal:
+            raise ValueError(
+                "FARConfig.context_patch must be 0 where causal is false: no frame comes before the others"
+            )
 
     @property
     def width(self) -> int:
@@ -85,10 +94,14 @@ class FARConfig:
                 + (f" and {self.context_patch}" if self.context_patch else "")
             )
         grid = (height // self.patch, width // self.patch)
-        return FrameLayout.of(clip_frames, grid, self.window, self.context_patch // self.patch)
+        return FrameLayout.of(clip_frames, grid, self.window, self.context_patch // self.patch, self.causal)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """What files hold of it. `causal` only where it is false: files of causal models never named it."""
+        values = asdict(self)
+        if self.causal:
+            del values["causal"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FARConfig:

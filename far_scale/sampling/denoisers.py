@@ -27,8 +27,15 @@ from far_scale.sampling.replay import Pool, Replay
 class Denoiser(Protocol):
     """What the sampler asks: begin a frame, then its velocity at each noise level."""
 
-    def begin_frame(self, clean: Tensor, actions: Tensor | None, labels: Tensor | None) -> None:
-        """Turn to the frame after `clean` `[B, f, C, H, W]`; actions `[R, f + 1]` or None, labels `[R]` or None."""
+    def begin_frame(self, clean: Tensor, seen: Tensor, actions: Tensor | None, labels: Tensor | None) -> None:
+        """Turn to the frame after those of `clean`, `[B, f, C, H, W]`.
+
+        Args:
+            clean: what a context is made of.
+            seen: the same frames as the window shows them: clean too, or with context noise.
+            actions: `[R, f + 1]` or None.
+            labels: `[R]` or None.
+        """
         ...
 
     def velocity(self, x: Tensor, step: int) -> Tensor:
@@ -39,25 +46,26 @@ class Denoiser(Protocol):
 class Uncached:
     """All frames that the new one sees go through the model at every step."""
 
-    def __init__(self, model: FAR, timesteps: Tensor, copies: int) -> None:
-        """`timesteps` `[S]` are those of the denoising steps."""
-        self._model, self._timesteps, self._copies = model, timesteps, copies
+    def __init__(self, model: FAR, timesteps: Tensor, copies: int, seen_timestep: float = CLEAN) -> None:
+        """`timesteps` `[S]` are those of the denoising steps, `seen_timestep` is that of the window's other frames."""
+        self._model, self._timesteps, self._copies, self._seen_timestep = model, timesteps, copies, seen_timestep
         self._dtype = model.patch_embedding.weight.dtype
 
-    def begin_frame(self, clean: Tensor, actions: Tensor | None, labels: Tensor | None) -> None:
+    def begin_frame(self, clean: Tensor, seen: Tensor, actions: Tensor | None, labels: Tensor | None) -> None:
         config = self._model.config
+        first = max(0, clean.shape[1] + 1 - config.window)  # the new frame is the window's last
+        self._earlier = torch.cat([clean[:, :first], seen[:, first:]], dim=1)
+        self._actions, self._labels = actions, labels
+        self._frame_timesteps = clean.new_full((self._copies * len(clean), clean.shape[1] + 1), self._seen_timestep)
+        self._frame_timesteps[:, :first] = CLEAN_CONTEXT
         if not config.context_patch:
             # A sliding window: frame indices restart with its oldest frame.
-            first = max(0, clean.shape[1] + 1 - config.window)
-            clean, actions = clean[:, first:], None if actions is None else actions[:, first:]
-        self._clean, self._actions, self._labels = clean, actions, labels
-        frames = clean.shape[1] + 1
-        self._frame_timesteps = clean.new_full((self._copies * len(clean), frames), CLEAN)
-        self._frame_timesteps[:, : max(0, frames - config.window)] = CLEAN_CONTEXT
+            self._earlier, self._frame_timesteps = self._earlier[:, first:], self._frame_timesteps[:, first:]
+            self._actions = None if actions is None else actions[:, first:]
 
     def velocity(self, x: Tensor, step: int) -> Tensor:
         self._frame_timesteps[:, -1] = self._timesteps[step]
-        latents = torch.cat([self._clean, x[:, None]], dim=1).to(self._dtype).repeat(self._copies, 1, 1, 1, 1)
+        latents = torch.cat([self._earlier, x[:, None]], dim=1).to(self._dtype).repeat(self._copies, 1, 1, 1, 1)
         return self._model(latents, self._frame_timesteps, self._actions, self._labels)[:, -1].float()
 
 
@@ -71,11 +79,20 @@ class Cached:
     """
 
     def __init__(
-        self, model: FAR, timesteps: Tensor, copies: int, clips: int, frames: int, size: tuple[int, int]
+        self,
+        model: FAR,
+        timesteps: Tensor,
+        copies: int,
+        clips: int,
+        frames: int,
+        size: tuple[int, int],
+        seen_timestep: float = CLEAN,
     ) -> None:
-        """`timesteps` `[S]` are those of the denoising steps; `clips` B; `frames` of a finished clip; `size` H, W."""
+        """`timesteps` `[S]` are those of the denoising steps, `seen_timestep` is that of the window's other frames;
+        `clips` B; `frames` of a finished clip; `size` H, W."""
         weight = model.patch_embedding.weight
         self._model, self._timesteps, self._copies, self._size = model, timesteps, copies, size
+        self._seen_timestep = seen_timestep
         self._rows, self._dtype = copies * clips, weight.dtype
         self._blocks = [cast(Block, block) for block in model.blocks]
         self._kernel = model.kernel(compiled=False)
@@ -84,7 +101,7 @@ class Cached:
         self._first = 0  # index in the clip of the window's first frame
         self._window_frames, self._context_frames = 0, 0  # clean frames held
 
-    def begin_frame(self, clean: Tensor, actions: Tensor | None, labels: Tensor | None) -> None:
+    def begin_frame(self, clean: Tensor, seen: Tensor, actions: Tensor | None, labels: Tensor | None) -> None:
         config, frame = self._model.config, clean.shape[1]
         first = max(0, frame + 1 - config.window)  # the new frame is the window's last
         if config.context_patch and first > self._context_frames:
@@ -92,15 +109,15 @@ class Cached:
         if first > self._first:
             self._first, self._window_frames = first, 0
         if frame > first + self._window_frames:
-            self._encode_window(*self._frames(clean, actions, labels, first + self._window_frames, frame))
+            self._encode_window(*self._frames(seen, actions, labels, first + self._window_frames, frame))
         classes = actions[:, frame] if actions is not None else labels
         self._prepare_steps(classes, self._group(1, coarse=False, first_frame=self._window_index()))
 
     def _frames(
-        self, clean: Tensor, actions: Tensor | None, labels: Tensor | None, start: int, stop: int
+        self, latents: Tensor, actions: Tensor | None, labels: Tensor | None, start: int, stop: int
     ) -> tuple[Tensor, Tensor | None]:
         """Frames start ... stop - 1 of every row: latents `[R, n, C, H, W]`, classes `[R * n]`."""
-        frames = clean[:, start:stop].to(self._dtype).repeat(self._copies, 1, 1, 1, 1)
+        frames = latents[:, start:stop].to(self._dtype).repeat(self._copies, 1, 1, 1, 1)
         if actions is not None:
             return frames, actions[:, start:stop].flatten()
         return frames, None if labels is None else labels.repeat_interleave(stop - start)
@@ -130,13 +147,13 @@ class Cached:
             x = x if new is None else new
         self._context_frames += frames
 
-    def _encode_window(self, clean: Tensor, classes: Tensor | None) -> None:
+    def _encode_window(self, seen: Tensor, classes: Tensor | None) -> None:
         """Append frames `[R, n, C, H, W]` to level 1. They see the frames held there, or else the context."""
-        model, cache, held, frames = self._model, self._cache, self._window_frames, clean.shape[1]
+        model, cache, held, frames = self._model, self._cache, self._window_frames, seen.shape[1]
         group = self._group(frames, coarse=False, first_frame=self._window_index())
         rotation = model.rotations(group)
-        condition = model.condition(clean.new_full((group.frames,), CLEAN), classes)
-        x = model.patch_embedding(to_patches(clean.flatten(0, 1), model.config.patch))
+        condition = model.condition(seen.new_full((group.frames,), self._seen_timestep), classes)
+        x = model.patch_embedding(to_patches(seen.flatten(0, 1), model.config.patch))
         held_keys = held * cache.fine + self._context_frames * cache.coarse
         order = Order(group, self._all_of(held_keys, frames * cache.fine))
         for layer, block in enumerate(self._blocks):

@@ -17,7 +17,7 @@ from far_scale.model import FAR
 from far_scale.randomness import MAX_SEED
 from far_scale.sampling.episodes import Wanted, find_episodes
 from far_scale.sampling.rollout import RollOut
-from far_scale.sampling.sampler import check_guidance, check_steps
+from far_scale.sampling.sampler import check_context_noise, check_guidance, check_steps
 
 
 def load_for_sampling(folder: str | Path) -> tuple[FAR, ModelCard]:
@@ -54,6 +54,7 @@ def prepare(
     guidance: float,
     seed: int,
     episodes: int,
+    context_noise: float = 0.0,
 ) -> RollOut:
     """Read and encode all that sampling needs.
 
@@ -67,6 +68,7 @@ def prepare(
         guidance: see `predict_frames`; at -1, actions and labels are not read.
         seed: of the noise; episode i is clip i.
         episodes: how many to take from the start of the source, at most.
+        context_noise: see `predict_frames`.
 
     Raises:
         UserError: episodes that do not fit the model, or another autoencoder than the model was trained on.
@@ -75,12 +77,13 @@ def prepare(
         raise UserError(f"given={given}, frames={frames}, episodes={episodes}: at least 0, 1 and 1 are needed")
     check_steps(steps)
     check_guidance(model.config, guidance)
+    check_context_noise(model.config, context_noise)
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"seed: {seed} is not from 0 to 2^64 - 1; give one that is")
     autoencoder = load_autoencoder(card, next(model.parameters()).device)
     wanted = Wanted(given, frames, episodes, conditioned=guidance != -1)
     data = find_episodes(source, model.config, card, autoencoder, wanted)
-    return RollOut(model, card, autoencoder, data, frames, steps, guidance, seed)
+    return RollOut(model, card, autoencoder, data, frames, steps, guidance, seed, context_noise)
 
 
 def evaluate(
@@ -94,6 +97,7 @@ def evaluate(
     seed: int,
     episodes: int,
     out: str | Path,
+    context_noise: float = 0.0,
 ) -> dict[str, Any]:
     """Sample as `prepare` is told to, into a folder.
 
@@ -108,7 +112,7 @@ def evaluate(
         UserError: as `prepare`; nothing is written then.
     """
     out = Path(out)
-    roll_out = prepare(model, card, source, given, frames, steps, guidance, seed, episodes)
+    roll_out = prepare(model, card, source, given, frames, steps, guidance, seed, episodes, context_noise)
     report = roll_out.run(out / "samples.mp4", out / "samples.png", out / "samples.safetensors")
     if report["truth"] is None:
         (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run, it would be taken for this one's

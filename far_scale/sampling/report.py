@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
         "seed": recipe.seed,
         "episodes": max(1, min(EPISODES, FRAMES_IN_ALL // frames)),
     }
+    if recipe.sample.context_noise:
+        settings["context_noise"] = recipe.sample.context_noise
     made_from = {
         **settings,
         "far_scale": far_scale.__version__,
@@ -99,7 +102,7 @@ def _not_of_run(run: Path, model: FAR, card: ModelCard, recipe: Recipe) -> list[
         recipe.data.latent_shape
     ]
     windows = {stage.window for stage in recipe.curriculum if stage.window}
-    theirs, ours = model.config.to_dict(), recipe.far_config().to_dict()
+    theirs, ours = asdict(model.config), asdict(recipe.far_config())
     pairs = [(f"model.{key}", theirs[key], ours[key]) for key in ours if key != "window" or theirs[key] not in windows]
     pairs.append(("data.autoencoder", card.autoencoder.name, recipe.data.autoencoder))
     if card.latent_shape not in shapes:

@@ -55,6 +55,7 @@ class RollOut:
     steps: int
     guidance: float
     seed: int
+    context_noise: float = 0.0
 
     @property
     def given(self) -> int:
@@ -76,7 +77,9 @@ class RollOut:
         return (
             f"{config.layers} layers, {config.heads} heads, window {config.window}, {context}: "
             f"{clips} clips" + (f", {at_once} at once" if at_once < clips else "") + f", {self.given} frames given "
-            f"+ {self.frames} new, {self.steps} steps, guidance {self.guidance:g}, cache {cache / 1e6:.1f} MB"
+            f"+ {self.frames} new, {self.steps} steps, guidance {self.guidance:g}, "
+            + (f"context noise {self.context_noise:g}, " if self.context_noise else "")
+            + f"cache {cache / 1e6:.1f} MB"
         )
 
     def run(self, video: Path, sheet: Path, latents: Path | None = None) -> dict[str, Any]:
@@ -112,6 +115,8 @@ class RollOut:
             "truth": self.data.truth.is_what if self.truth_frames else None,
             "truth_frames": self.truth_frames,
         }
+        if self.context_noise:
+            report["context_noise"] = self.context_noise
         return report | judge.comparison() if self.truth_frames else report
 
     def _frames(self, clips: slice) -> Iterator[_Frame]:
@@ -128,6 +133,7 @@ class RollOut:
             seed=self.seed,
             clip_ids=range(clips.start, clips.stop),
             progress=True,
+            context_noise=self.context_noise,
         )
         first = next(predicted)  # what does not fit the model is refused now, before anything is written
         given = (data.context[clips, index] for index in range(self.given))

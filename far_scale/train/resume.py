@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,10 @@ def load_start_weights(model: FAR, folder: str) -> None:
         UserError: it is no model directory, or one of another shape.
     """
     found = load_model(folder, dtype=torch.float32)
-    own, theirs = model.config.to_dict(), found.config.to_dict()
-    # These two change nothing that is stored.
-    differing = [key for key in own if key not in ("window", "condition_dropout") and own[key] != theirs[key]]
+    own, theirs = asdict(model.config), asdict(found.config)
+    # These change nothing that is stored.
+    free = ("window", "condition_dropout", "causal")
+    differing = [key for key in own if key not in free and own[key] != theirs[key]]
     if differing:
         key = differing[0]
         raise UserError(
@@ -345,7 +346,7 @@ def check_fits(folder: Path, state: dict[str, Any], recipe: Recipe, plan: list[S
             f"{folder}: written in stage {state.get('stage', 0) + 1} of a curriculum, by the recipe step {step} is of "
             f"stage {stage.index + 1}; the stages up to a checkpoint cannot change within a run"
         )
-    config, now = {**FARConfig(1, 1).to_dict(), **state["model"]}, stage.config.to_dict()
+    config, now = {**asdict(FARConfig(1, 1)), **state["model"]}, asdict(stage.config)
     if config != now:
         changed = [key for key in now if config.get(key) != now[key]]
         raise UserError(

@@ -6,6 +6,8 @@ Let a group's tokens stand in frame order. The keys that query t of frame f may 
     + {keys of the same frame that are > t}   one causal call over reversed frames; the sequences are the frames
     + {the clip's earlier keys}               where there are any: a call without a mask; the sequences are the clips
 
+(A group that is not causal takes one call without a mask in place of the first two.)
+
 The sets are disjoint, so their softmaxes merge by the log-sum-exps l1, l2 (the rule of split attention, as in
 FlashDecoding): l = logaddexp(l1, l2), o = o1 exp(l1 - l) + o2 exp(l2 - l). Backward, a flash kernel computes
 P = exp(s - l) and rowsum(dO * O) from the l and O it is given; given the merged ones, each call yields exactly its
@@ -32,7 +34,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """q, k, v `[T, N, D]`, the earlier keys and values `[S, N, D]` -> out `[T, N, D]`, lse `[T, N]` (natural log)."""
     clips, upper, prefix = order.group.clips, order.group.upper_triangle(q.device), order.prefix
-    out, lse = kernel.forward(q, k, v, clips, clips, causal=True)
+    out, lse = kernel.forward(q, k, v, clips, clips, causal=order.group.causal)
     if upper is not None:
         rows, spans = upper.queries, upper.spans
         (upper_q,), (upper_k, upper_v) = _rows(rows, q), _rows(upper.keys, k, v)
@@ -60,7 +62,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of q, k, v `[T, N, D]` and, with a prefix, of the earlier keys and values `[S, N, D]`."""
     clips, upper, prefix = order.group.clips, order.group.upper_triangle(q.device), order.prefix
-    dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, clips, clips, causal=True)
+    dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, clips, clips, causal=order.group.causal)
     if upper is not None:
         rows, keys, spans = upper.queries, upper.keys, upper.spans
         upper_dout, upper_q, upper_out, upper_lse = _rows(rows, dout, q, out, lse)

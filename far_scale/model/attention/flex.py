@@ -86,7 +86,10 @@ def _seen(group: FrameGroup, prefix: Prefix | None, device: torch.device) -> _Se
     earlier = 0 if prefix is None else prefix.keys.starts[-1]
     frame_tokens, clip_tokens = torch.tensor(group.frame_tokens), torch.tensor(group.clips.lengths)
     group_first = earlier + torch.tensor(group.clips.starts[:-1]).repeat_interleave(clip_tokens)
-    group_last = earlier + frame_tokens.cumsum(0).repeat_interleave(frame_tokens)
+    if group.causal:
+        group_last = earlier + frame_tokens.cumsum(0).repeat_interleave(frame_tokens)
+    else:
+        group_last = earlier + torch.tensor(group.clips.starts[1:]).repeat_interleave(clip_tokens)
     first, last = torch.zeros_like(group_first), torch.zeros_like(group_first)
     if prefix is not None:
         rows = slice(None) if prefix.rows is None else prefix.rows.cpu()
