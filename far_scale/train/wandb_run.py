@@ -11,6 +11,7 @@ from typing import Any
 from far_scale.errors import UserError
 from far_scale.recipe import Recipe
 from far_scale.train.wandb_offline import last_step
+from far_scale.train.wandb_scores import STEP_KEY, ScoreRows
 
 
 class WandbRun:
@@ -23,18 +24,20 @@ class WandbRun:
     Args:
         recipe: the training's.
         identity: tells this training from an earlier one in the same run directory.
+        run: the run directory.
+        folder: where wandb's files go, apart from the training's; None for the training, which has them in `run`.
 
     Raises:
         UserError: wandb is not installed.
     """
 
-    def __init__(self, recipe: Recipe, identity: str) -> None:
+    def __init__(self, recipe: Recipe, identity: str, run: Path, folder: Path | None = None) -> None:
         try:
             import wandb
         except ImportError:
             raise UserError("log.wandb.mode: wandb is not installed; pip install 'far_scale[wandb]'") from None
         settings = recipe.log.wandb
-        offline = last_step(Path(recipe.run_dir), identity)
+        offline = max(last_step(where, identity) for where in (run, folder or run))
         self._gone = False
         self._run: Any = wandb.init(
             project=settings.project,
@@ -42,19 +45,34 @@ class WandbRun:
             id=identity,
             resume="allow",
             mode=settings.mode,
-            dir=recipe.run_dir,
+            dir=folder or run,
             config=recipe.model_dump(mode="json"),
         )
         # An online run that is resumed begins with the step after the last one that the server has.
         self._highest = max(offline, self._run.step - 1)
+        self._scores = ScoreRows(run)
+        with self._telling_trouble():
+            self._run.define_metric("evaluation/*", step_metric=STEP_KEY)
+            self._scores.log_again_after(self._highest)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Log a line of log.jsonl, unless the run has its step."""
+        """Log a line of log.jsonl, unless the run has its step; with it goes the first row of scores that waits."""
         step = line["step"]
         if step > self._highest:
             self._highest = step
             with self._telling_trouble():
-                self._run.log({f"train/{key}": value for key, value in line.items() if key != "step"}, step=step)
+                values = {f"train/{key}": value for key, value in line.items() if key != "step"}
+                self._run.log(values | self._scores.take(step), step=step)
+
+    def log_scores(self) -> None:
+        """Log all rows of scores that wait, each in a step of its own after the training's, and end the run."""
+        rows = self._scores.waiting()
+        with self._telling_trouble():
+            for number, row in enumerate(rows, 1):
+                self._run.log(row.values, step=self._highest + number)
+            self._run.finish()
+            for row in rows:
+                self._scores.mark_logged(row, 0)  # from whatever step a longer training goes on, it is logged
 
     def finish(self) -> None:
         """End the run of this start; a later start goes on with it."""
