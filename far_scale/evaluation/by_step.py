@@ -23,8 +23,7 @@ from far_scale.evaluation.protocol import METRICS, Metric, Protocol
 from far_scale.evaluation.report import FILES
 from far_scale.evaluation.scores import Score, Scores, System, read_scores
 from far_scale.evaluation.tables import LABELS, RECONSTRUCTION, REPEAT_LAST
-from far_scale.evaluation.units import SETTINGS
-from far_scale.files import atomic_write, read_json, write_json
+from far_scale.files import atomic_write, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,20 +47,24 @@ def is_evaluated(folder: Path) -> bool:
     return (folder / SCORES).is_file() and (folder / FILES[-1]).is_file()
 
 
-def refuse_other_protocols(out: Path, protocol: Protocol) -> None:
-    """Refuse a folder that holds evaluations by a protocol of another hash.
+def refuse_other_protocols(out: Path, protocol: Protocol, clips_known: bool) -> None:
+    """Refuse a folder that holds scores by another protocol.
+
+    Args:
+        clips_known: whether `protocol` has what `open_clips` adds; without that, all else is compared.
 
     Raises:
         UserError: names the first of them.
     """
+
+    def hash_of(each: Protocol) -> str:
+        return (each if clips_known else each.with_clips(fingerprint=None, pixels="recorded")).hash()
+
     for folder in step_folders(out).values():
-        path = folder / SETTINGS
-        settings = read_json(path, "evaluation") if path.is_file() else {}
-        there = settings.get("protocol_hash") if isinstance(settings, dict) else None
-        if there not in (None, protocol.hash()):
+        if is_evaluated(folder) and hash_of(read_scores(folder).settings) != hash_of(protocol):
             raise UserError(
-                f"{path}: is of a protocol with hash {str(there)[:12]}, and {protocol.name} with these clips "
-                f"has {protocol.hash()[:12]}; their scores cannot stand in one curve: give another --out"
+                f"{folder / SCORES}: is of another protocol or of other clips than {protocol.name} is now; such scores "
+                "cannot stand in one curve: give another --out"
             )
 
 
@@ -81,8 +84,8 @@ def write_scores_by_step(out: Path) -> dict[int, Scores]:
     for step, scores in found.items():
         if scores.protocol_hash != last.protocol_hash:
             raise UserError(
-                f"{out}: step {step} was evaluated by a protocol with hash {scores.protocol_hash[:12]}, the last by "
-                f"{last.protocol_hash[:12]}; move the former to another folder"
+                f"{out}: steps {step} and {max(found)} are of two protocols, {scores.protocol_hash[:12]} and "
+                f"{last.protocol_hash[:12]}; move one of them to another folder"
             )
     write_json(
         out / SCORES_BY_STEP,

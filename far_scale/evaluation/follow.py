@@ -97,10 +97,11 @@ class _Following:
         """Finish what a kill has left between two checkpoints.
 
         Raises:
-            UserError: there is no run, and nobody waits for it.
+            UserError: there is no run, and nobody waits for it; `out` holds scores by another protocol.
         """
         if once and self.recipe() is None:
             raise UserError(f"{self.run}: there is no run here; give a run directory, which has a recipe.yaml")
+        refuse_other_protocols(self.out, self.protocol, clips_known=False)
         self.settle()
 
     def recipe(self) -> Recipe | None:
@@ -125,7 +126,7 @@ class _Following:
         folder = self._folder(step)
         evaluation = open_model(self.run, folder / MODEL, self.protocol, folder, *self.clips, self.device)
         if first:
-            refuse_other_protocols(self.out, evaluation.protocol)
+            refuse_other_protocols(self.out, evaluation.protocol, clips_known=True)
             evaluation.begin()
         return evaluation
 
