@@ -39,6 +39,9 @@ class FakeWandb(types.ModuleType):
         self.started = settings
         return self
 
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.axis = (name, step_metric)
+
     def log(self, values: dict[str, Any], step: int) -> None:
         self.logged.append((step, values))
 
