@@ -105,17 +105,13 @@ class OfficialCode:
             raise UserError(f"the official code needs {' and '.join(missing)}; pip install {' '.join(missing)}")
         self.clone = clone
         importlib.import_module("diffusers").logging.set_verbosity_error()  # it warns at every model that is moved
-        for name, attributes in PACKAGES.items():
-            package = types.ModuleType(name)
-            package.__path__ = [str(clone.joinpath(*name.split(".")))]
-            package.__dict__.update(attributes)
-            sys.modules[name] = package
+        register_packages(clone)
         self._short = importlib.import_module("far.models.far_model")
         self._long = importlib.import_module("far.models.far_long_model")
         self._pipeline = importlib.import_module("far.pipelines.pipeline_far")
         self._scheduler = importlib.import_module("diffusers").FlowMatchEulerDiscreteScheduler
         importlib.import_module("diffusers.training_utils")  # before the stand-ins: it would look at accelerate
-        with _stood_in(STAND_INS):
+        with stood_in(STAND_INS):
             self._trainer = importlib.import_module("far.trainers.trainer_far")
 
     def model(self, config: FARConfig) -> nn.Module:
@@ -213,8 +209,17 @@ class OfficialCode:
         return autoencoder.latents.unflatten(0, (batch, -1))[:, given.shape[1] :]
 
 
+def register_packages(clone: Path) -> None:
+    """Make the packages of a clone importable, without what they would import themselves."""
+    for name, attributes in PACKAGES.items():
+        package = types.ModuleType(name)
+        package.__path__ = [str(clone.joinpath(*name.split(".")))]
+        package.__dict__.update(attributes)
+        sys.modules[name] = package
+
+
 @contextlib.contextmanager
-def _stood_in(names: tuple[str, ...]) -> Iterator[None]:
+def stood_in(names: tuple[str, ...]) -> Iterator[None]:
     """While it lasts, `names` are modules that have every attribute."""
     before = {name: sys.modules.get(name) for name in names}
     sys.modules.update({name: mock.MagicMock() for name in names})

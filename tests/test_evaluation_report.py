@@ -15,21 +15,22 @@ from far_scale.data.video.videos import read_video
 from far_scale.errors import UserError
 from far_scale.evaluation.compare import APART, compare
 from far_scale.evaluation.curves import curve
-from far_scale.evaluation.protocol import Protocol, Published, load_protocol
+from far_scale.evaluation.protocol import Metric, Protocol, Published, load_protocol
 from far_scale.evaluation.report import table, write_report
-from far_scale.evaluation.scores import PAIRED, SYSTEMS, PerClip, read_per_clip
+from far_scale.evaluation.scores import PAIRED, SYSTEMS, PerClip, System, Values, read_per_clip
 from far_scale.evaluation.uncertainty import bootstrap_interval
 from far_scale.sampling.metrics import PSNR_CAP
 from far_scale.sampling.pictures import BORDER, CAPTION_WIDTH, GIVEN_COLOUR, LINE_HEIGHT, SHEET_CAPTION_HEIGHT
 
 CLIPS, GIVEN, PREDICTED, SIDE = 5, 8, 8, 16
+HEIGHT, WIDTH = 486, 1512  # of curves: three panels
 SCORES = {
     "lpips": {"mean": 0.42, "ci95": [0.4, 0.4444]},
     "psnr": {"mean": 15.8, "ci95": [15.0, 16.25]},
     "ssim": {"mean": 0.51, "ci95": [0.5, 0.52]},
     "fvd": {"mean": 812.34, "std": None},
 }
-REPEATED = {"lpips": {"mean": 0.384, "ci95": [0.3, 0.4]}, "psnr": {"mean": None}}
+REPEATED = {"lpips": {"mean": 0.384, "ci95": [0.3, 0.4]}, "psnr": {"mean": None, "ci95": [20.0, None]}}
 DECODED = {"lpips": {"mean": 0.026, "ci95": [0.025, 0.027]}, "fvd": {"mean": 60.0}}
 
 
@@ -66,7 +67,7 @@ def evaluated(folder: Path, used: Protocol | None = None, offset: float = 0.0, *
     used = used or protocol()
     write_scores(folder, used, **changes)
     shape, draw = (CLIPS, used.sampling.predicted), np.random.default_rng(0)
-    arrays: dict[str, np.ndarray] = {"keys": np.array([f"clip-{i}" for i in range(CLIPS)]), "given": np.array(GIVEN)}
+    arrays: dict[str, Any] = {"keys": np.array([f"clip-{i}" for i in range(CLIPS)]), "given": np.array(GIVEN)}
     lpips = np.array([0.4, 0.2, 0.5, 0.1, 0.3])[:, None] + offset
     if used.sampling.given:
         for system in SYSTEMS:
@@ -83,16 +84,24 @@ def evaluated(folder: Path, used: Protocol | None = None, offset: float = 0.0, *
     return folder
 
 
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with its report; not to be changed."""
+    folder = evaluated(tmp_path_factory.mktemp("evaluation") / "a")
+    write_report(folder)
+    return folder
+
+
 def picture(path: Path) -> np.ndarray:
     return np.array(Image.open(path).convert("RGB"))
 
 
-def test_the_table_has_the_scores_and_what_they_were_made_with(tmp_path: Path) -> None:
-    write_report(evaluated(tmp_path / "a"))
-    text, lines = (tmp_path / "a" / "scores.md").read_text(), (tmp_path / "a" / "scores.md").read_text().splitlines()
+def test_the_table_has_the_scores_and_what_they_were_made_with(reported: Path) -> None:
+    text = (reported / "scores.md").read_text()
+    lines = text.splitlines()
     assert lines[2] == "|  | LPIPS ↓ | PSNR (dB) ↑ | SSIM ↑ | FVD ↓ |"
     assert lines[4] == "| model | 0.420 [0.400, 0.444] | 15.80 [15.00, 16.25] | 0.510 [0.500, 0.520] | 812.3 |"
-    assert lines[5] == "| repeat the last given frame | 0.384 [0.300, 0.400] | not finite | - | - |"
+    assert lines[5] == "| repeat the last given frame | 0.384 [0.300, 0.400] | not finite [20.00, not finite] | - | - |"
     assert lines[6] == "| autoencoder's reconstruction (the ceiling) | 0.026 [0.025, 0.027] | - | - | 60.0 |"
     for setting in (
         "N: 5 clips",
@@ -134,7 +143,9 @@ def test_published_scores_seeds_and_extrapolation(tmp_path: Path) -> None:
 
 
 def test_clips_are_scored_as_the_protocol_says() -> None:
-    values = {("prediction", "psnr"): np.array([[10.0, 20.0], [np.inf, 30.0]]).clip(max=PSNR_CAP)}
+    values: dict[tuple[System, Metric], Values] = {
+        ("prediction", "psnr"): np.array([[10.0, 20.0], [np.inf, 30.0]]).clip(max=PSNR_CAP)
+    }
     pooled = PerClip(["a", "b"], 2, values, "clips").clip_scores("prediction", "psnr")
     assert pooled == pytest.approx([-10 * np.log10(0.055), 30 + 10 * np.log10(2)])
     of_frames = PerClip(["a", "b"], 2, values, "frames").clip_scores("prediction", "psnr")
@@ -158,12 +169,10 @@ def test_curves_are_means_over_clips_with_the_bootstrap_band() -> None:
     assert curve(one, "prediction", "lpips").low is None
 
 
-def test_every_clip_has_a_line(tmp_path: Path) -> None:
-    folder = evaluated(tmp_path / "a")
-    write_report(folder)
-    with open(folder / "clips.csv", newline="") as file:
+def test_every_clip_has_a_line(reported: Path) -> None:
+    with open(reported / "clips.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    clips = read_per_clip(folder, protocol())
+    clips = read_per_clip(reported, protocol())
     assert [row["key"] for row in rows] == clips.keys
     assert [float(row["prediction_lpips"]) for row in rows] == pytest.approx([0.4, 0.2, 0.5, 0.1, 0.3])
     for system in SYSTEMS:
@@ -172,10 +181,8 @@ def test_every_clip_has_a_line(tmp_path: Path) -> None:
             assert column == pytest.approx(clips.clip_scores(system, metric).tolist(), rel=1e-5)
 
 
-def test_the_sheet_shows_the_best_and_the_worst_clips(tmp_path: Path) -> None:
-    folder = evaluated(tmp_path / "a")
-    write_report(folder)
-    sheet, cell = picture(folder / "best_worst.png"), 128 + 2 * BORDER
+def test_the_sheet_shows_the_best_and_the_worst_clips(reported: Path) -> None:
+    sheet, cell = picture(reported / "best_worst.png"), 128 + 2 * BORDER
     episode = LINE_HEIGHT + 2 * cell + 4 * BORDER
     assert sheet.shape[0] == pytest.approx(SHEET_CAPTION_HEIGHT + 5 * episode, abs=4 * BORDER)
     for place, clip in enumerate((3, 1, 4, 2, 0)):  # three best ones, and the others from the worst on
@@ -189,10 +196,8 @@ def test_the_sheet_shows_the_best_and_the_worst_clips(tmp_path: Path) -> None:
             assert borders == GIVEN * cell, (place, row)
 
 
-def test_the_film_shows_the_first_clips(tmp_path: Path) -> None:
-    folder = evaluated(tmp_path / "a")
-    write_report(folder)
-    film = read_video(folder / "samples.mp4")
+def test_the_film_shows_the_first_clips(reported: Path) -> None:
+    film = read_video(reported / "samples.mp4")
     cell = 192 + 2 * BORDER
     assert len(film.frames) == GIVEN + PREDICTED and film.fps == 8
     for clip in range(CLIPS):
@@ -202,14 +207,12 @@ def test_the_film_shows_the_first_clips(tmp_path: Path) -> None:
             assert abs(shown - colour).max() <= 6, (clip, row)  # H.264
 
 
-def test_the_curves_follow_the_data(tmp_path: Path) -> None:
-    pictures = []
-    for name, offset in (("a", 0.0), ("b", 0.0), ("c", 0.2)):
-        write_report(evaluated(tmp_path / name, offset=offset))
-        pictures.append(picture(tmp_path / name / "by_frame.png"))
-    assert pictures[0].shape == (492, 1512, 3)
-    assert (pictures[0] == pictures[1]).all()
-    assert (pictures[0] != pictures[2]).any()
+def test_the_pictures_follow_the_data(reported: Path, tmp_path: Path) -> None:
+    write_report(evaluated(tmp_path / "a", offset=0.2))
+    assert picture(reported / "by_frame.png").shape == (HEIGHT, WIDTH, 3)
+    for name in ("by_frame.png", "best_worst.png"):  # the captions of the second one have the scores
+        before, after = picture(reported / name), picture(tmp_path / "a" / name)
+        assert before.shape == after.shape and (before != after).any(), name
 
 
 def test_without_given_frames_the_first_clips_are_shown(tmp_path: Path) -> None:
@@ -228,10 +231,14 @@ def test_without_given_frames_the_first_clips_are_shown(tmp_path: Path) -> None:
     assert not (sheet == GIVEN_COLOUR).all(axis=-1).any()
 
 
-def test_scores_of_one_hash_share_a_table(tmp_path: Path) -> None:
+def test_scores_of_one_hash_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worse = {**SCORES, "lpips": {"mean": 0.6, "ci95": [0.5, 0.7]}}
-    folders = [evaluated(tmp_path / "a"), evaluated(tmp_path / "b", offset=0.2, scores=worse)]
-    text = compare(folders, tmp_path / "out")
+    again = {**DECODED, "fvd": {"mean": 60.0 + 1e-9}}  # as another machine has it
+    weights = {"source": "runs/b", "kind": "model", "step": None, "sha256": "cd" * 32}
+    changes: dict[str, Any] = {"scores": worse, "reconstruction": again, "weights": weights}
+    folders = [evaluated(tmp_path / "a"), evaluated(tmp_path / "b", **changes)]
+    monkeypatch.chdir(tmp_path)
+    text = compare([folders[0], Path("b")], tmp_path / "out")
     markdown = (tmp_path / "out" / "comparison.md").read_text()
     title = f"vizdoom-8to8, hash {protocol().hash()[:12]}, 5 clips"
     assert markdown.count("## ") == 1 and f"## {title}\n" in markdown and text.startswith(title)
@@ -239,7 +246,7 @@ def test_scores_of_one_hash_share_a_table(tmp_path: Path) -> None:
     for both in (markdown, text):
         assert both.count("repeat the last given frame") == both.count("(the ceiling)") == 1
         assert APART not in both
-    assert picture(tmp_path / "out" / "comparison.png").shape == (492, 1512, 3)
+    assert picture(tmp_path / "out" / "comparison.png").shape == (HEIGHT, WIDTH, 3)
 
 
 def test_scores_of_two_hashes_never_share_a_table(tmp_path: Path) -> None:
@@ -253,7 +260,7 @@ def test_scores_of_two_hashes_never_share_a_table(tmp_path: Path) -> None:
     assert protocol().hash()[:12] in first and other.hash()[:12] in second
     assert "| a |" in first and "| b |" in first and "| c |" not in first
     assert "| c |" in second and "| a |" not in second
-    assert picture(tmp_path / "out" / "comparison.png").shape == (2 * 492, 1512, 3)
+    assert picture(tmp_path / "out" / "comparison.png").shape == (2 * HEIGHT, WIDTH, 3)
 
 
 def test_folders_of_one_name_are_named_by_their_weights(tmp_path: Path) -> None:
@@ -262,8 +269,10 @@ def test_folders_of_one_name_are_named_by_their_weights(tmp_path: Path) -> None:
     for run in ("x", "y"):
         (tmp_path / run).mkdir()
         folders.append(evaluated(tmp_path / run / "evaluation", weights={**weights, "source": f"runs/{run}"}))
+    write_scores(folders[1], protocol(), weights={**weights, "source": "runs/y"}, reconstruction=SCORES)
     text = compare(folders, tmp_path / "out")
     assert "\nruns/x " in text and "\nruns/y " in text
+    assert "(the ceiling): runs/x " in text and "(the ceiling): runs/y " in text  # of two autoencoders
 
 
 def test_folders_without_scores_are_refused(tmp_path: Path) -> None:
@@ -285,7 +294,8 @@ def test_folders_without_scores_are_refused(tmp_path: Path) -> None:
     write_scores(foreign, protocol())
     with pytest.raises(UserError, match=r"foreign/per_clip.npz: there are no scores of clips here; run tools/evaluate"):
         compare([good, foreign], out)
-    np.savez(foreign / "per_clip.npz", keys=np.array(["a"]), given=np.array(8), **{"prediction/ssim": np.zeros((2, 8))})
+    arrays: dict[str, Any] = {"keys": np.array(["a"]), "given": np.array(8), "prediction/ssim": np.zeros((2, 8))}
+    np.savez(foreign / "per_clip.npz", **arrays)
     with pytest.raises(
         UserError, match=r"foreign/per_clip.npz: not the scores .*prediction/ssim is \[2, 8\] for 1 keys"
     ):

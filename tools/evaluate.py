@@ -97,6 +97,11 @@ def follow_run(arguments: argparse.Namespace) -> None:
         follow(run, protocol, out, clips, arguments.once, processes)
 
 
+def made(out: Path) -> list[str]:
+    """The files to look at that an evaluation has left in its folder."""
+    return [name for name in (SCORES, "by_frame.png", *FILES) if (out / name).is_file()]
+
+
 @command_line
 def main() -> None:
     arguments = parse()
@@ -125,7 +130,7 @@ def main() -> None:
         if scores is None and share is not None:
             print(f"{arguments.out}: task {share.task} of {share.tasks} has computed its units")
         elif scores is not None and processes.main:
-            print(f"{table(scores)}\n{arguments.out}: {SCORES}, per_clip.npz, {', '.join(FILES)}")
+            print(f"{table(scores)}\n{arguments.out}: {', '.join(made(arguments.out))}")
 
 
 if __name__ == "__main__":

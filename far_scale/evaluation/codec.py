@@ -76,7 +76,7 @@ def _encoded(frames: NDArray[np.uint8]) -> io.BytesIO:
 
 def _decoded(file: io.BytesIO) -> NDArray[np.uint8]:
     to_rgb = VideoReformatter()
-    with av.open(file) as container:
+    with av.open(file, "r") as container:
         decoded = [
             to_rgb.reformat(frame, format="rgb24", interpolation=Interpolation.BILINEAR).to_ndarray()
             for frame in container.decode(video=0)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from far_scale.evaluation.curves import COLOURS, REPEAT_STYLE, Line, draw_curves
-from far_scale.evaluation.protocol import Metric
-from far_scale.evaluation.scores import PerClip, Score, Scores, System, read_per_clip, read_scores
+from far_scale.evaluation.protocol import METRICS
+from far_scale.evaluation.scores import PerClip, Scores, System, read_per_clip, read_scores
 from far_scale.evaluation.tables import (
     LEGEND,
     RECONSTRUCTION,
     REPEAT_LAST,
     Row,
     Table,
+    cell_text,
     notes,
     published_row,
     scores_table,
@@ -26,7 +27,7 @@ APART = "Scores of different protocol hashes cannot be compared, so each hash ha
 
 
 def compare(folders: Sequence[Path], out: Path) -> str:
-    """Write OUT/comparison.md and OUT/comparison.png (where a protocol compares frames) of several evaluations.
+    """Write OUT/comparison.md and OUT/comparison.png (where a protocol scores single frames) of several evaluations.
 
     A model is named by its folder, or by where its weights come from where two folders have one name.
 
@@ -49,12 +50,12 @@ def compare(folders: Sequence[Path], out: Path) -> str:
     draw_curves(out / "comparison.png", [(_title(group), _lines(group)) for group in groups.values()])
     apart = [APART] if len(groups) > 1 else []
     markdown = ["# Comparison", *apart]
-    console = [*apart]
+    console = apart.copy()
     for group in groups.values():
         table = _table(group)
-        remarks = [LEGEND, *notes(group[0].scores)]
+        remarks = [LEGEND, *notes([model.scores for model in group])]
         markdown += [f"## {_title(group)}", table.markdown().rstrip("\n"), *remarks]
-        console += ["\n".join([_title(group), table.plain().rstrip("\n"), *remarks])]
+        console.append("\n".join([_title(group), table.plain().rstrip("\n"), *remarks]))
     with atomic_write(out / "comparison.md") as beside:
         beside.write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
     return "\n\n".join(console) + "\n"
@@ -69,10 +70,10 @@ class _Model:
 
 def _names(folders: Sequence[Path], scores: Sequence[Scores]) -> list[str]:
     """A name for each model, as short as they differ."""
-    candidates: list[list[str]] = [
+    candidates = [
         [folder.resolve().name, each.weights.source, str(folder)] for folder, each in zip(folders, scores, strict=True)
     ]
-    counts = Counter(name for names in candidates for name in names)
+    counts = Counter(name for names in candidates for name in set(names))  # "a" is the name and the path of a
     return [next((name for name in names if counts[name] == 1), names[-1]) for names in candidates]
 
 
@@ -85,18 +86,18 @@ def _table(group: Sequence[_Model]) -> Table:
     rows = [Row(model.name, model.scores.scores) for model in group]
     rows += _once(group, "repeat_last", REPEAT_LAST) + _once(group, "reconstruction", RECONSTRUCTION)
     published = dict.fromkeys(each for model in group for each in model.scores.settings.published)
-    order: Iterable[Metric] = dict.fromkeys(metric for model in group for metric in model.scores.settings.metrics)
+    order = dict.fromkeys(metric for model in group for metric in model.scores.settings.metrics)
     return scores_table([*rows, *map(published_row, published)], list(order))
 
 
 def _once(group: Sequence[_Model], system: System, name: str) -> list[Row]:
-    """A row for scores that all models share; a row for each model where they differ, as with other autoencoders."""
-    found: list[tuple[str, dict[Metric, Score]]] = []
+    """A row for scores that all models share as printed; a row each where they differ, as with other autoencoders."""
+    found: dict[tuple[str, ...], Row] = {}
     for model in group:
-        scores = model.scores.of(system)
-        if scores is not None and all(scores != other for _, other in found):
-            found.append((model.name, scores))
-    return [Row(name if len(found) == 1 else f"{name}: {model}", scores) for model, scores in found]
+        if (scores := model.scores.of(system)) is not None:
+            row = Row(f"{name}: {model.name}", scores)
+            found.setdefault(tuple(cell_text(row, metric) for metric in METRICS), row)
+    return [replace(row, name=name) for row in found.values()] if len(found) == 1 else list(found.values())
 
 
 def _lines(group: Sequence[_Model]) -> list[Line]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ _LABELS: dict[Metric, str] = {
     "psnr": "PSNR in dB (higher is better)",
     "ssim": "SSIM (higher is better)",
 }
-_PANEL = (4.2, 3.5)  # width and height in inches
+_PANEL, _TITLE, _LEGEND_LINE = (4.2, 3.4), 0.4, 0.25  # inches: width and height; heights
 _DOTTED_UP_TO = 16  # frames; the dots of more would run together
 
 
@@ -76,8 +77,10 @@ def draw_curves(path: Path, plots: Sequence[tuple[str, Sequence[Line]]]) -> None
         path.unlink(missing_ok=True)
         return
     columns = max(len(_metrics(lines)) for _, lines in plots)
-    figure = Figure(figsize=(_PANEL[0] * columns, (_PANEL[1] + 0.6) * len(plots)), layout="constrained")
-    for row, (title, lines) in zip(figure.subfigures(len(plots), squeeze=False)[:, 0], plots, strict=True):
+    heights = [_PANEL[1] + _TITLE + _LEGEND_LINE * math.ceil(len(lines) / columns) for _, lines in plots]
+    figure = Figure(figsize=(_PANEL[0] * columns, sum(heights)), layout="constrained")
+    rows = figure.subfigures(len(plots), squeeze=False, height_ratios=heights)[:, 0]
+    for row, (title, lines) in zip(rows, plots, strict=True):
         row.suptitle(title, fontsize=12)
         all_axes = row.subplots(1, columns, squeeze=False)[0]
         for axes, metric in zip(all_axes, _metrics(lines), strict=False):

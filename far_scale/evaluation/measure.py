@@ -90,12 +90,12 @@ class Measure:
 
     def _paired(self, samples: Pixels, truth: Pixels) -> dict[str, Tensor]:
         """Paired metrics `[S, P]` float64 of one clip's samples `[S, F, h, w, 3]`."""
-        protocol, found = self._protocol, dict[str, list[Tensor]]()
+        protocol, given, found = self._protocol, self._protocol.sampling.given, dict[str, list[Tensor]]()
         for sample, true in zip(samples, truth, strict=True):
-            pixels, others = (self._tensor(video[protocol.sampling.given :]) for video in (sample, true))
+            pixels, others = (self._tensor(video[given:]) for video in (sample, true))
             if "psnr" in protocol.metrics:
-                squares = (pixels.double() - others.double()).square().mean(dim=(1, 2, 3))
-                found.setdefault("mse", []).append(squares.cpu())
+                difference = torch.from_numpy(sample[given:]).double() - torch.from_numpy(true[given:]).double()
+                found.setdefault("mse", []).append((difference / 255).square().mean(dim=(1, 2, 3)))
             if "ssim" in protocol.metrics:
                 found.setdefault("ssim", []).append(frame_ssim(pixels, others).double().cpu())
             if self._lpips is not None and protocol.lpips is not None:

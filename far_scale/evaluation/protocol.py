@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from far_scale.errors import UserError
+from far_scale.errors import UserError, command_line
 from far_scale.evaluation.codec import H264_BLOCK
 from far_scale.evaluation.i3d import MIN_FRAMES
-from far_scale.recipe_report import explain
+from far_scale.recipe_report import explain, reference
 from far_scale.recipe_sections import Count, Fraction, Section, valid_guidance
 from far_scale.recipe_yaml import PROTOCOL, read_document
 
@@ -216,8 +216,15 @@ class Protocol(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def with_clips(self, **changes: Any) -> Protocol:
-        """This protocol with other fields of `clips`: another protocol, with another hash."""
-        return self.model_copy(update={"clips": self.clips.model_copy(update=changes)})
+        """This protocol with other fields of `clips`: another protocol, with another hash.
+
+        Published scores are of the protocol's own clips; they are left out where another field than the fingerprint
+        changes.
+        """
+        update: dict[str, Any] = {"clips": self.clips.model_copy(update=changes)}
+        if set(changes) - {"fingerprint"}:
+            update["published"] = ()
+        return self.model_copy(update=update)
 
     def of_metrics(self, metrics: tuple[Metric, ...]) -> Protocol:
         """This protocol, computing some of its metrics; the hash stays, since the scores are the same.
@@ -245,3 +252,13 @@ def load_protocol(path_or_name: str | Path) -> Protocol:
         return Protocol.model_validate(document.values)
     except ValidationError as error:
         raise explain(error, document, Protocol) from None
+
+
+@command_line
+def main() -> None:
+    """Print the reference of all keys."""
+    print(f"The keys of a protocol:\n{reference(Protocol)}")
+
+
+if __name__ == "__main__":
+    main()

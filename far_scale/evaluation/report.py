@@ -41,7 +41,7 @@ _PSNR_OF = {
 }
 
 
-FILES = ("scores.md", "clips.csv", "by_frame.png", "best_worst.png", "samples.mp4")
+FILES = ("scores.md", "clips.csv", "best_worst.png", "samples.mp4")  # and by_frame.png, with metrics of single frames
 
 
 def write_report(out: Path) -> None:
@@ -93,7 +93,7 @@ def _markdown(scores: Scores) -> str:
         f"- weights: {weights.kind}{step}, SHA-256 {weights.sha256[:12]}",
         *(f"- {line}" for line in _settings(scores)),
         "",
-        *(f"{line}\n" for line in notes(scores)),
+        *(f"{line}\n" for line in notes([scores])),
     ]
     return "\n".join(lines).rstrip("\n") + "\n"
 

@@ -33,10 +33,10 @@ class _Part(BaseModel):
 
 
 class Score(_Part):
-    """One metric over all clips; `mean` is None where it was not finite."""
+    """One metric over all clips; a number that was not finite is None."""
 
     mean: float | None
-    ci95: tuple[float, float] | None = None
+    ci95: tuple[float | None, float | None] | None = None
     """95% interval over clips."""
     std: float | None = None
     """Over seeds."""

@@ -55,7 +55,7 @@ def scores_table(rows: Sequence[Row], order: Sequence[Metric]) -> Table:
     extrapolated = any(score.infinity is not None for row in rows for score in row.scores.values())
     lines = [["", *(_HEADS[metric] for metric in metrics), *(["FVD-infinity ↓"] if extrapolated else [])]]
     for row in rows:
-        cells = [_cell(row, metric) for metric in metrics]
+        cells = [cell_text(row, metric) for metric in metrics]
         if extrapolated:
             infinity = row.scores["fvd"].infinity if "fvd" in row.scores else None
             cells.append("-" if infinity is None else in_digits("fvd", infinity))
@@ -63,9 +63,22 @@ def scores_table(rows: Sequence[Row], order: Sequence[Metric]) -> Table:
     return Table(lines)
 
 
-def in_digits(metric: Metric, value: float) -> str:
-    """A score with as many digits as papers give."""
-    return f"{value:.{_DIGITS[metric]}f}"
+def cell_text(row: Row, metric: Metric) -> str:
+    """A score of a row as it is printed; `-` where the row has none."""
+    score = row.scores.get(metric)
+    if score is None:
+        return "-"
+    if row.published:
+        return f"{score.mean:g}"  # with the digits that were published
+    text = in_digits(metric, score.mean)
+    if score.ci95 is not None:
+        text += f" [{', '.join(in_digits(metric, end) for end in score.ci95)}]"
+    return text if score.std is None else f"{text} ± {in_digits(metric, score.std)}"
+
+
+def in_digits(metric: Metric, value: float | None) -> str:
+    """A score with as many digits as papers give; None is one that was not finite."""
+    return "not finite" if value is None else f"{value:.{_DIGITS[metric]}f}"
 
 
 def rows_of(scores: Scores) -> list[Row]:
@@ -85,14 +98,15 @@ def published_row(published: Published) -> Row:
     return Row(published.model, scores, published=True)
 
 
-def notes(scores: Scores) -> list[str]:
-    """What has to be known before the scores are compared with others."""
+def notes(group: Sequence[Scores]) -> list[str]:
+    """What has to be known before scores, of one protocol hash and number of clips, are compared with others."""
     lines = ["Compare these scores only with others of the same protocol hash."]
-    if "fvd" in scores.scores:
+    if any("fvd" in scores.scores for scores in group):
+        clips = group[0].n
         lines.append("FVD of another number of clips or another protocol hash must not be compared with this one.")
-        if scores.n <= FEATURES:
+        if clips <= FEATURES:
             lines.append(
-                f"{scores.n} clips: below {FEATURES + 1} the covariance of FVD's {FEATURES} logits is singular, and "
+                f"{clips} clips: below {FEATURES + 1} the covariance of FVD's {FEATURES} logits is singular, and "
                 "FVD is strongly biased."
             )
     return lines
@@ -100,17 +114,3 @@ def notes(scores: Scores) -> list[str]:
 
 def _order(order: Sequence[Metric]) -> list[Metric]:
     return sorted(order, key=lambda metric: metric != "lpips")  # stable
-
-
-def _cell(row: Row, metric: Metric) -> str:
-    score = row.scores.get(metric)
-    if score is None:
-        return "-"
-    if score.mean is None:
-        return "not finite"
-    if row.published:
-        return f"{score.mean:g}"  # with the digits that were published
-    text = in_digits(metric, score.mean)
-    if score.ci95 is not None:
-        text += f" [{', '.join(in_digits(metric, end) for end in score.ci95)}]"
-    return text if score.std is None else f"{text} ± {in_digits(metric, score.std)}"
