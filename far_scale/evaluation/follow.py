@@ -139,8 +139,9 @@ class _Following:
         found = write_scores_by_step(self.out)
         for folder in step_folders(self.out).values():
             if is_evaluated(folder):
-                shutil.rmtree(folder / MODEL, ignore_errors=True)
-                shutil.rmtree(folder / "samples", ignore_errors=True)
+                # a killed export has left its part
+                for big in (folder / MODEL, folder / "samples", *folder.glob(f".{MODEL}.*.part")):
+                    shutil.rmtree(big, ignore_errors=True)
         if self._asks_for_wandb():
             try:
                 for number, scores in found.items():
