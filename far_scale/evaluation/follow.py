@@ -206,8 +206,8 @@ class _Following:
         source, folder = step_folder(self.run, step), self._folder(step)
         begun = (folder / SETTINGS).is_file() and is_model_dir(folder / MODEL)
         changed = _changed(source)
-        if changed is None and begun:
-            return True  # removed since
+        if changed is None and begun:  # removed since
+            return True
         if (step, changed or 0) in self.skipped:
             return False
         try:
@@ -220,10 +220,12 @@ class _Following:
                 problem = damage(source)
             if problem is None:
                 raise
+            if begun:
+                return True
             say_warning(f"{problem}; step {step} is not evaluated")
             self.skipped.add((step, _changed(source) or 0))
             return False
-        if written and begun:  # for other weights
+        if written and (folder / SETTINGS).is_file():  # begun with other weights
             shutil.rmtree(folder / "units", ignore_errors=True)
             shutil.rmtree(folder / "samples", ignore_errors=True)
             (folder / SETTINGS).unlink()
