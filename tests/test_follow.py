@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,19 @@ def steps_in(out: Path) -> list[int]:
 
 def history(folder: Path, run: Path) -> list[tuple[int, dict[str, Any]]]:
     """Step and values of all lines that the offline files in a folder have for the wandb run of `run`."""
-    identity = (run / "identity").read_text().strip()
+    end = time.monotonic() + 30
+    while True:  # wandb's own process writes the last records after `finish`
+        files = [read_records(file) for file in offline_files(folder, (run / "identity").read_text().strip())]
+        if all(any(record.HasField("exit") for record in records) for records in files):
+            break
+        assert time.monotonic() < end, "a file of wandb is not complete"
+        time.sleep(0.05)
     return [
-        (record.history.step.num, {"/".join(item.nested_key) or item.key: json.loads(item.value_json)
-                                   for item in record.history.item})
-        for file in offline_files(folder, identity)
-        for record in read_records(file)
+        (record.history.step.num, {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
+        for records in files
+        for record in records
         if record.HasField("history")
-    ]  # fmt: skip
+    ]
 
 
 def test_every_checkpoint_once_and_all_of_it_follows(
@@ -243,6 +249,7 @@ def test_a_training_logs_scores_beside_its_lines_and_every_step_once(tmp_path: P
         for step in steps:
             wandb_run.log({"step": step, "loss": 0.5})
         wandb_run.finish()
+        history(run, run)  # waits for its file
 
     def scores(step: int) -> dict[str, Any]:
         return {"evaluation/step": step, "evaluation/p/psnr": float(step)}
