@@ -43,6 +43,9 @@ class FakeWandb(types.ModuleType):
     def Video(self, path: str, format: str) -> str:
         return f"{format} {path}"
 
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.axis = (name, step_metric)
+
     def log(self, values: dict[str, Any], step: int) -> None:
         self.logged.append((step, values))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -196,6 +197,32 @@ def test_a_chain_of_jobs_takes_the_place_of_requeues(cluster: Cluster, recorded_
     assert [start["job"] for start in events(run, "start")] == [first, second]
     assert events(run, "start")[1]["step"] == ends[0]["step"]
     assert steps_logged(run) == list(range(1, 61))
+
+
+def test_the_checkpoints_of_a_run_are_evaluated(
+    cluster: Cluster, recorded: Path, recorded_shards: Path, tmp_path: Path
+) -> None:
+    """By two processes; a job that is warned in the middle is started again and loses nothing."""
+    run, evaluation = tmp_path / "run", tmp_path / "run" / "evaluation"
+    options, more = "--nodes=1 --gpus-per-node=0 --cpus-per-task=1", ["checkpoint.every=2", "log.wandb.mode=offline"]
+    training = cluster.sbatch(SCRIPT, f"{options} --ntasks-per-node=1", tiny(recorded_shards, run, 4, *more))
+    assert cluster.wait(training)["ExitCode"] == "0:0", cluster.output(training)
+
+    (tmp_path / "short.yaml").write_text(
+        "clips: {source: the demo world, count: 2, size: 64}\nsampling: {given: 4, predicted: 4, steps: 1, batch: 1}\n"
+        "metrics: [psnr]\npsnr: {mean_of: set}\n"
+    )
+    arguments = [str(run), "--protocol", str(tmp_path / "short.yaml"), "--videos", str(recorded)]
+    script, cache = SCRIPT.with_name("evaluate.sh"), tmp_path / "cache"
+    job = cluster.sbatch(script, f"{options} --ntasks-per-node=2", arguments, FAR_SCALE_CACHE=cache)
+    cluster.until(job, "the first is begun", lambda: (evaluation / "short" / "step-00000002").exists())
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.until(job, "requeued", lambda: cluster.show(job)["Restarts"] == "1")
+    shown = cluster.wait(job)
+    assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("COMPLETED", "0:0", "1"), cluster.output(job)
+    by_step = json.loads((evaluation / "short" / "scores_by_step.json").read_text())
+    assert [entry["step"] for entry in by_step["steps"]] == [2, 4]
+    assert not list((evaluation / "for_wandb").glob("*.json")), "all scores are in wandb"
 
 
 def test_an_array_encodes_one_set(cluster: Cluster, recorded: Path, recorded_shards: Path, tmp_path: Path) -> None:

@@ -3,11 +3,15 @@
 
     python tools/evaluate.py MODEL --protocol vizdoom-8to8 --videos VIDEOS --out DIR
     torchrun --nproc_per_node 8 tools/evaluate.py RUN --protocol ... --out DIR        # or under srun
+    python tools/evaluate.py RUN --protocol vizdoom-8to8 --videos VIDEOS --follow     # beside a training
     python tools/evaluate.py --compare DIR1 DIR2 ... --out DIR
 
 To share the work over N tasks of a job array, run each with `--task 0 --tasks N` to `--task N-1 --tasks N`, anywhere
 and at any time, and when all have ended once with `--merge --tasks N`. The scores are the same, to the last bit, for
 every N. A command that was killed goes on where it was.
+
+With --follow each checkpoint of a run is evaluated, oldest first, and those that a training still writes, until it is
+over; scores_by_step.json and scores_by_step.png in DIR show how the scores change.
 """
 
 from __future__ import annotations
@@ -17,8 +21,10 @@ import functools
 from pathlib import Path
 from typing import get_args
 
+from far_scale.convert.model_dir import CONFIG_FILE
 from far_scale.errors import UserError, command_line
 from far_scale.evaluation.compare import compare
+from far_scale.evaluation.follow import Clips, follow
 from far_scale.evaluation.merge import SCORES
 from far_scale.evaluation.protocol import Metric, Protocol, load_protocol
 from far_scale.evaluation.report import FILES, table
@@ -31,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("source", type=Path, nargs="?", help="a model directory, or a run with checkpoints")
     parser.add_argument("--step", type=int, help="which checkpoint of a run (default: the latest)")
     parser.add_argument("--protocol", help="a name in recipes/protocols, or a YAML file")
-    parser.add_argument("--out", type=Path, required=True, help="folder for scores, tables and pictures")
+    parser.add_argument("--out", type=Path, help="folder for scores, tables and pictures")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--videos", type=Path, help="a folder of videos, a list of them, or one video")
     where.add_argument("--shards", type=Path, help="a shard set, whose decoded latents are taken for the truth")
@@ -44,10 +50,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--task", type=int, help="compute only this task's share, of --tasks, and no scores")
+    part.add_argument("--follow", action="store_true", help="every checkpoint of a run; DIR is RUN/evaluation/PROTOCOL")
     part.add_argument("--merge", action="store_true", help="only make the scores of what tasks have computed")
     parser.add_argument("--tasks", type=int, help="number of tasks that share the work")
+    parser.add_argument("--once", action="store_true", help="with --follow: end instead of waiting for checkpoints")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="DIR", help="one table and plot of evaluations")
     arguments = parser.parse_args()
+    if arguments.follow and (arguments.step is not None or arguments.keep_samples or arguments.compare):
+        parser.error(
+            "--follow evaluates all steps and keeps no samples: leave --step, --keep-samples and --compare out"
+        )
+    if arguments.once and not arguments.follow:
+        parser.error("--once goes with --follow")
+    if arguments.out is None and not arguments.follow:
+        parser.error("the folder is missing: give --out")
     if arguments.compare:
         if arguments.source is not None or arguments.protocol is not None:
             parser.error("--compare takes folders of evaluations, and nothing else but --out")
@@ -71,6 +87,16 @@ def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
     return protocol if arguments.metrics is None else protocol.of_metrics(tuple(arguments.metrics))
 
 
+def follow_run(arguments: argparse.Namespace) -> None:
+    run, protocol = arguments.source, chosen_protocol(arguments)
+    if (run / CONFIG_FILE).is_file():
+        raise UserError(f"{run}: is a model directory, and --follow takes a run; leave --follow out")
+    out = arguments.out or run / "evaluation" / protocol.name
+    clips = Clips(arguments.videos, arguments.split, arguments.shards)
+    with started_processes(arguments.device) as processes:
+        follow(run, protocol, out, clips, arguments.once, processes)
+
+
 def made(out: Path) -> list[str]:
     """The files to look at that an evaluation has left in its folder."""
     return [name for name in (SCORES, "by_frame.png", *FILES) if (out / name).is_file()]
@@ -79,6 +105,9 @@ def made(out: Path) -> list[str]:
 @command_line
 def main() -> None:
     arguments = parse()
+    if arguments.follow:
+        follow_run(arguments)
+        return
     check_writable(arguments.out / "scores.json")
     if arguments.compare:
         print(compare(arguments.compare, arguments.out))

@@ -126,8 +126,7 @@ def open_evaluation(
     Raises:
         UserError: model, clips, protocol and folder do not fit together.
     """
-    if "fvd" in protocol.metrics and protocol.clips.count < 2:
-        raise UserError(f"protocol {protocol.name}: FVD compares sets of at least 2 clips; take more, or leave fvd out")
+    check_count(protocol)
     model_dir = source
     if not (source / CONFIG_FILE).is_file() and (source / "checkpoints").is_dir():
         model_dir = out / "model"
@@ -135,6 +134,27 @@ def open_evaluation(
             export_if_needed(source, step or _step_before(out), protocol.sampling.weights, model_dir)
     elif step is not None:
         raise UserError(f"{source}: a model directory holds one set of weights; leave --step out, or name the run")
+    evaluation = open_model(source, model_dir, protocol, out, videos, split, shards, device)
+    if first:
+        evaluation.begin()
+    return evaluation
+
+
+def open_model(
+    source: Path,
+    model_dir: Path,
+    protocol: Protocol,
+    out: Path,
+    videos: Path | None,
+    split: Path | None,
+    shards: Path | None,
+    device: torch.device,
+) -> Evaluation:
+    """`open_evaluation` of a model directory that came from `source`; nothing is written yet.
+
+    Raises:
+        UserError: model, clips and protocol do not fit together.
+    """
     config, card = read_config(model_dir)
     _check_model(model_dir, card, protocol)
     check_guidance(config, guidance_of(protocol, config))
@@ -142,12 +162,18 @@ def open_evaluation(
     dtype = PRECISIONS[protocol.sampling.autoencoder_precision]
     autoencoder = load_autoencoder(card, device, dtype)
     clips, protocol = open_clips(protocol, config, card, autoencoder.downsample, videos, split, shards)
-    evaluation = Evaluation(
-        protocol, clips, model_dir, card, weights_of(source, model_dir, card), autoencoder, out, device
-    )
-    if first:
-        evaluation.begin()
-    return evaluation
+    weights = weights_of(source, model_dir, card)
+    return Evaluation(protocol, clips, model_dir, card, weights, autoencoder, out, device)
+
+
+def check_count(protocol: Protocol) -> None:
+    """Refuse a protocol whose scores are not defined for so few clips.
+
+    Raises:
+        UserError: FVD of fewer than 2 clips.
+    """
+    if "fvd" in protocol.metrics and protocol.clips.count < 2:
+        raise UserError(f"protocol {protocol.name}: FVD compares sets of at least 2 clips; take more, or leave fvd out")
 
 
 def compute(evaluation: Evaluation, share: Share) -> None:

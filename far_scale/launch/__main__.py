@@ -7,8 +7,8 @@
     after SNAPSHOT [STATUS]               say and do what follows when training ended so, or while SLURM ends the job
     check                                 refuse a job whose warning would stop each start at once; so do the first two
 
-slurm/launch.sh and the jobs of tools/submit.py call these, slurm/encode_latents.sh calls `check`. `prepare` and `start`
-exit with status 3 where all steps are done, so that there is nothing to train.
+slurm/launch.sh and the jobs of tools/submit.py call these, encode_latents.sh and evaluate.sh beside it call `check`.
+`prepare` and `start` exit with status 3 where all steps are done, so that there is nothing to train.
 """
 
 from __future__ import annotations

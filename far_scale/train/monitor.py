@@ -64,7 +64,7 @@ class Monitor:
                     beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
             self._bar = tqdm(total=recipe.train.steps, initial=start, desc="train", unit="step", disable=None)
             if recipe.log.wandb.mode != "disabled":
-                self._wandb = WandbRun(recipe, identity)
+                self._wandb = WandbRun(recipe, identity, Path(recipe.run_dir))
                 for line in lines:  # what a kill has kept from it
                     self._wandb.log(line)
         self._begin_interval()

@@ -18,7 +18,8 @@ def last_step(run: Path, identity: str) -> int:
 
 def offline_files(run: Path, identity: str) -> list[Path]:
     """The files of one wandb run, one for each start, oldest first."""
-    return sorted((run / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
+    # of two starts within a second, the folder of the later one ends with a number
+    return sorted((run / "wandb").glob(f"offline-run-*-{identity}*/run-{identity}.wandb"))
 
 
 def history_steps(file: Path) -> list[int]:

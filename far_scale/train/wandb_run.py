@@ -12,6 +12,7 @@ from far_scale.errors import UserError
 from far_scale.recipe import Recipe
 from far_scale.train.changes import flat
 from far_scale.train.wandb_offline import last_step
+from far_scale.train.wandb_scores import STEP_KEY, ScoreRows
 
 
 class WandbRun:
@@ -25,34 +26,42 @@ class WandbRun:
     Args:
         recipe: the training's.
         identity: tells this training from an earlier one in the same run directory.
+        run: the run directory.
+        folder: where wandb's files go, apart from the training's; None for the training, which has them in `run`.
 
     Raises:
         UserError: wandb is not installed.
     """
 
-    def __init__(self, recipe: Recipe, identity: str) -> None:
+    def __init__(self, recipe: Recipe, identity: str, run: Path, folder: Path | None = None) -> None:
         try:
             import wandb
         except ImportError:
             raise UserError("log.wandb.mode: wandb is not installed; pip install 'far_scale[wandb]'") from None
         settings = recipe.log.wandb
-        offline = last_step(Path(recipe.run_dir), identity)
+        offline = max(last_step(where, identity) for where in (run, folder or run))
         self._gone = False
-        self._wandb, self._folder = wandb, Path(recipe.run_dir)
+        self._wandb, self._folder = wandb, run
         self._run: Any = wandb.init(
             project=settings.project,
             name=settings.name or recipe.name,
             id=identity,
             resume="allow",
             mode=settings.mode,
-            dir=recipe.run_dir,
+            dir=folder or run,
             config=recipe.model_dump(mode="json"),
         )
         # An online run that is resumed begins with the step after the last one that the server has.
-        self._held = max(offline, self._run.step - 1)
+        self._held = self._highest = max(offline, self._run.step - 1)
+        self._scores = ScoreRows(run)
+        with self._telling_trouble():
+            self._run.define_metric("evaluation/*", step_metric=STEP_KEY)
+            self._scores.log_again_after(self._held)
 
     def log(self, line: dict[str, Any], late: bool = False) -> None:
         """Log a line of log.jsonl, unless the run held its step at the start.
+
+        With a line of training goes the first row of scores that waits.
 
         Args:
             line: of training or of validation.
@@ -61,8 +70,20 @@ class WandbRun:
         """
         step = max(line["step"], self._held + 1) if late else line["step"]
         if step > self._held:
+            self._highest = max(self._highest, step)
             with self._telling_trouble():
-                self._run.log(self._values(line), step=step)
+                scores = {} if "validation" in line else self._scores.take(step)
+                self._run.log(self._values(line) | scores, step=step)
+
+    def log_scores(self) -> None:
+        """Log all rows of scores that wait, each in a step of its own after the training's, and end the run."""
+        rows = self._scores.waiting()
+        with self._telling_trouble():
+            for number, row in enumerate(rows, 1):
+                self._run.log(row.values, step=self._highest + number)
+            self._run.finish()
+            for row in rows:
+                self._scores.mark_logged(row, 0)  # from whatever step a longer training goes on, it is logged
 
     def _values(self, line: dict[str, Any]) -> dict[str, Any]:
         """A line as wandb has it: `train/KEY`, or `validation/KEY/KEY` and the video."""

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Evaluates the checkpoints of a run beside its training, which never waits for it: scores by step, as a file and a plot.
+#
+#     sbatch slurm/evaluate.sh RUN --protocol NAME --videos V
+#     sbatch --ntasks-per-node=8 --gpus-per-node=8 slurm/evaluate.sh RUN ...      # a task for each GPU
+#
+# The options are those of tools/evaluate.py --follow; results are in RUN/evaluation/NAME. The job may be submitted before
+# the training starts, and it ends when all steps are done and evaluated. One that is killed or meets its time limit goes
+# on where it was. Submit from the checkout, or set FAR_SCALE to it.
+#SBATCH --job-name=evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=1-00:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+main() {
+    set -euo pipefail
+    local checkout=${FAR_SCALE:-$SLURM_SUBMIT_DIR} python step warned="" status=0
+    # shellcheck source=slurm/python.sh
+    source "$checkout/slurm/python.sh"
+    python=$(find_python "$checkout")
+    export PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH}
+    "$python" -m far_scale.launch check
+
+    local of_srun=(--kill-on-bad-exit=1) options=(--follow)
+    # Since SLURM 22.05 srun no longer takes this from the job by itself.
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || of_srun+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
+    # Each process sees all GPUs of its node and takes the one of its local rank.
+    [ -z "${SLURM_JOB_GPUS:-}" ] || of_srun+=(--gpu-bind=none) options+=(--device cuda)
+    trap 'warned=1' USR1
+    srun "${of_srun[@]}" "$python" "$checkout/tools/evaluate.py" "$@" "${options[@]}" &
+    step=$!
+    wait "$step" || status=$?
+    if [ -n "$warned" ]; then
+        scontrol requeue "$SLURM_JOB_ID"
+        wait "$step" || status=$?
+    fi
+    exit "$status"
+}
+main "$@"
