@@ -50,7 +50,7 @@ class Validation:
         held_out: what to read, or None.
         engine, ema: what to validate.
         monitor: what logs it.
-        watchdog: which is told that validation goes on.
+        watchdog: notified while validation goes on.
         processes: who runs it.
     """
 

@@ -6,7 +6,7 @@ Let a group's tokens stand in frame order. The keys that query t of frame f may 
     + {keys of the same frame that are > t}   one causal call over reversed frames; the sequences are the frames
     + {the clip's earlier keys}               where there are any: a call without a mask; the sequences are the clips
 
-(A group that is not causal takes one call without a mask in place of the first two.)
+(A group that is not causal takes one call without a mask instead of the first two.)
 
 The sets are disjoint, so their softmaxes merge by the log-sum-exps l1, l2 (the rule of split attention, as in
 FlashDecoding): l = logaddexp(l1, l2), o = o1 exp(l1 - l) + o2 exp(l2 - l). Backward, a flash kernel computes
