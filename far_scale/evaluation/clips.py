@@ -65,12 +65,10 @@ class ClipSet(Interface):
     Attributes:
         keys: their names, in their order.
         fingerprint: SHA-256 of what they are made from, in this order.
-        fps: frames a second of a clip, where it is known before the videos are read.
     """
 
     keys: list[str]
     fingerprint: str
-    fps: float | None
 
     def read(self, number: int) -> Clip:
         """Read clip `number`.
@@ -110,8 +108,8 @@ def open_clips(
         )
     if card.frame_stride != protocol.clips.stride:
         say_warning(
-            f"the model was trained on every {card.frame_stride}. frame, and protocol {protocol.name} takes every "
-            f"{protocol.clips.stride}."
+            f"the model was trained with a frame stride of {card.frame_stride}, and protocol {protocol.name} has "
+            f"{protocol.clips.stride}"
         )
     found: ClipSet
     if shards is not None:
@@ -123,6 +121,9 @@ def open_clips(
         found = _VideoClips(protocol, config, card, videos, split)
     else:
         raise UserError("the clips are missing; name them by --videos or --shards")
+    if len(set(found.keys)) < len(found.keys):
+        twice = next(key for key in found.keys if found.keys.count(key) > 1)
+        raise UserError(f"two clips would have the files of {twice}; give them keys that differ in letters or digits")
     wanted = protocol.clips.fingerprint
     if wanted is not None and wanted != found.fingerprint:
         raise UserError(
@@ -134,8 +135,6 @@ def open_clips(
 
 class _VideoClips:
     """Clips of video files."""
-
-    fps: float | None = None
 
     def __init__(
         self, protocol: Protocol, config: FARConfig, card: ModelCard, videos: Path, split: Path | None
@@ -217,7 +216,6 @@ class _ShardClips:
         self._places = select(places, lambda place: shards.read(*place, frames=1).label, protocol, str(shards.folder))
         self.keys = [_FILE_NAME.sub("_", shards.index(shard).samples[row].key) for shard, row in self._places]
         self.fingerprint = _joined([shards.manifest.fingerprint(), *(f"{shard}/{row}" for shard, row in self._places)])
-        self.fps = None if shards.manifest.fps is None else shards.manifest.fps / protocol.clips.stride
 
     def read(self, number: int) -> Clip:
         place, clips, total = self._places[number], self._protocol.clips, self._protocol.total_frames

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -194,8 +193,3 @@ def _with_interval(clips: Float, metric: str, protocol: Protocol) -> dict[str, A
         mean = psnr(mean)
         interval = None if interval is None else [psnr(interval[1]), psnr(interval[0])]
     return {"mean": mean, "ci95": interval}
-
-
-def samples_of(out: Path) -> list[Path]:
-    """The files of samples that an evaluation has left in its folder."""
-    return sorted((out / "samples").rglob("*.npz"))
