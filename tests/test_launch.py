@@ -202,7 +202,7 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_job_scripts_warnings_are_read(name: str, controller: Callable[[str, str], None]) -> None:
-    lead = 120 if name == "encode_latents" else 300
+    lead = 120 if name in ("encode_latents", "evaluate") else 300
     controller(f"00:{lead // 60 + 1:02}:00", SCRIPTS[name])
     with pytest.raises(UserError, match=rf"job 7: --signal=\S*USR1@{lead} and a time limit of"):
         check_warning("7")
