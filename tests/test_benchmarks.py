@@ -147,7 +147,11 @@ def test_convergence_counts_flops_and_averages_seeds(monkeypatch: pytest.MonkeyP
         values = {"lpips": [0.1 * (n + run.seed) for n in (1, 2, 3)], "mse": [0.01] * 3, "ssim": [0.5] * 3}
         return {name: {"100": values, "200": values} for name in run.variant.scorings}
 
-    monkeypatch.setattr(convergence, "train", lambda run: (run.folder.mkdir(), trained.append(run.folder.name)))
+    def train(run: convergence.Run) -> None:
+        run.folder.mkdir()
+        trained.append(run.folder.name)
+
+    monkeypatch.setattr(convergence, "train", train)
     monkeypatch.setattr(convergence, "scores", scores)
     monkeypatch.setattr(convergence, "logged", lambda run: {"seconds a step": 1.0, "memory GB": 2.0})
     held = Held(tmp_path, 3, 2, lambda a, b: (a - b).abs().mean((1, 2, 3)))
