@@ -29,7 +29,9 @@ def draw(path: Path, rows: Sequence[Row], baseline: Sequence[Row]) -> None:
     _curves(by_steps, rows, "steps", "LPIPS", baseline)
     _curves(by_flops, rows, "train TFLOP", "LPIPS", baseline)
     _curves(of_psnr, rows, "steps", "PSNR", baseline)
-    by_steps.set(xlabel="steps", ylabel="LPIPS (lower is better)", title="8 frames given, 8 predicted; shaded: range over seeds")
+    by_steps.set(
+        xlabel="steps", ylabel="LPIPS (lower is better)", title="8 frames given, 8 predicted; shaded: range over seeds"
+    )
     by_flops.set(xlabel="training arithmetic (TFLOP)", ylabel="LPIPS (lower is better)")
     of_psnr.set(xlabel="steps", ylabel="PSNR (dB, higher is better)")
     by_steps.legend(frameon=False, fontsize=8)
