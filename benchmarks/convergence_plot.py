@@ -29,13 +29,18 @@ def draw(path: Path, rows: Sequence[Row], baseline: Sequence[Row]) -> None:
     _curves(by_steps, rows, "steps", "LPIPS", baseline)
     _curves(by_flops, rows, "train TFLOP", "LPIPS", baseline)
     _curves(of_psnr, rows, "steps", "PSNR", baseline)
-    by_steps.set(xlabel="steps", ylabel="LPIPS (lower is better)", title="8 frames given, 8 predicted")
+    by_steps.set(
+        xlabel="steps", ylabel="LPIPS (lower is better)", title="8 frames given, 8 predicted; shaded: range over seeds"
+    )
     by_flops.set(xlabel="training arithmetic (TFLOP)", ylabel="LPIPS (lower is better)")
     of_psnr.set(xlabel="steps", ylabel="PSNR (dB, higher is better)")
     by_steps.legend(frameon=False, fontsize=8)
-    _long_clips(of_long, rows, baseline)
     for axes in (by_steps, by_flops, of_psnr, of_long):
         axes.grid(alpha=0.3)
+    if long_sides := [side for side in dict.fromkeys(row["side"] for row in rows) if side not in COLOURS]:
+        _long_clips(of_long, long_sides, rows, baseline)
+    else:
+        of_long.remove()
     with atomic_write(path) as beside:
         figure.savefig(beside, dpi=110, format="png")
 
@@ -43,6 +48,8 @@ def draw(path: Path, rows: Sequence[Row], baseline: Sequence[Row]) -> None:
 def _curves(axes: Any, rows: Sequence[Row], x: str, metric: str, baseline: Sequence[Row]) -> None:
     for side, colour in COLOURS.items():
         own = [row for row in rows if row["side"] == side]
+        if not own:
+            continue
         at = sorted({row[x] for row in own})
         values = [[row[metric] for row in own if row[x] == place] for place in at]
         axes.plot(at, [statistics.fmean(each) for each in values], color=colour, marker="o", markersize=3, label=side)
@@ -50,9 +57,8 @@ def _curves(axes: Any, rows: Sequence[Row], x: str, metric: str, baseline: Seque
     axes.axhline(baseline[0][metric], color="grey", linestyle=":", label="last given frame repeated")
 
 
-def _long_clips(axes: Any, rows: Sequence[Row], baseline: Sequence[Row]) -> None:
+def _long_clips(axes: Any, sides: Sequence[str], rows: Sequence[Row], baseline: Sequence[Row]) -> None:
     """Each side's last score, the mean over seeds, with the 95% interval over clips."""
-    sides = [side for side in dict.fromkeys(row["side"] for row in rows) if side not in COLOURS]
     for place, side in enumerate(sides):
         last = max(row["steps"] for row in rows if row["side"] == side)
         own = [row["per clip"]["LPIPS"] for row in rows if row["side"] == side and row["steps"] == last]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,6 +126,54 @@ def test_lanes_at_scale_walks_whole_nodes(tmp_path: Path) -> None:
     for row in walks:
         assert positive(row, "read beyond what a node needs, %", "shards in a step, most", "indexes read, most")
     assert clips["tokens of a step, most / mean"] > 1.1 > budget["tokens of a step, most / mean"] >= 1
+
+
+def test_convergence_counts_flops_and_averages_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Made-up scores: LPIPS of the three clips is seed / 10 more than 0.1, 0.2 and 0.3."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import convergence
+    from convergence_scores import Held, Scoring
+
+    monkeypatch.setattr(sys, "argv", ["convergence.py", "--work", str(tmp_path), "--steps", "200", "--scored", "2"])
+    runs = list(convergence.planned(convergence.arguments()))
+    assert [run.folder.name for run in runs[:4]] == [
+        f"{name}-seed-{n}" for n in (0, 1) for name in ("far", "video-dit")
+    ]
+    assert len(runs) == 3 * 3 + 5 * 2 and runs[-1].recipe.far_config().context_patch
+
+    trained: list[str] = []
+
+    def scores(run: convergence.Run, held: Held, scored: int) -> dict[str, dict[str, dict[str, object]]]:
+        values = {"lpips": [0.1 * (n + run.seed) for n in (1, 2, 3)], "mse": [0.01] * 3, "ssim": [0.5] * 3}
+        return {name: {"100": values, "200": values} for name in run.variant.scorings}
+
+    def train(run: convergence.Run) -> None:
+        run.folder.mkdir()
+        trained.append(run.folder.name)
+
+    monkeypatch.setattr(convergence, "train", train)
+    monkeypatch.setattr(convergence, "scores", scores)
+    monkeypatch.setattr(convergence, "logged", lambda run: {"seconds a step": 1.0, "memory GB": 2.0})
+    held = Held(tmp_path, 3, 2, lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    rows = [row for _ in range(2) for run in runs[:6] for row in convergence.run_rows(run, held, 2)][12:]
+    assert len(trained) == 6  # not again
+    far, dit = convergence.final_rows(rows)
+    assert (far["side"], far["seeds"], far["steps"], far["std over seeds"]) == ("FAR", 3, 200, "0.100")
+    assert far["LPIPS"] == pytest.approx(0.3) and far["PSNR"] == pytest.approx(20)
+    assert far["95% over clips"] == "0.200 to 0.400" and far["less the first's"] == "-"
+    assert (dit["less the first's"], dit["its 95% over clips"]) == ("+0.000", "0.000 to 0.000")
+    # Two lanes of two clips of 16 frames, 16 tokens each: of every pair of frames, FAR attends one in place of two.
+    pairs = 2 * 2 * 16**2 * (16 * 15 // 2)
+    assert dit["train TFLOP"] - far["train TFLOP"] == pytest.approx(200 * 3 * 2 * 4 * 2 * 192 * pairs / 1e12)
+    convergence.draw(tmp_path / "curves.png", rows, [{"LPIPS": 0.4, "PSNR": 15.0}] * 2)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    for number in range(2):
+        frames = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
+        frames[2:] = 51 * (number + 1)
+        np.savez(tmp_path / f"{number}.npz", frames=frames.numpy(), fps=10)
+    repeated = held.repeated(Scoring(given=2, frames=2))
+    assert repeated.lpips == pytest.approx([0.2, 0.4]) and repeated.mse == pytest.approx([0.04, 0.16])
 
 
 def test_encoding_is_timed_on_both_kinds_of_video(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def predict_frames(
 
     if not config.causal:
         every = torch.stack([noise(frame) for frame in range(given + frames)], dim=1)
-        yield from _denoise_together(model, context.to(device), every, sigmas, guidance, action_rows, label_rows)
+        yield from _denoise_together(model, context.to(every), every, sigmas, guidance, action_rows, label_rows)
         return
 
     seen_timestep = TRAIN_TIMESTEPS * context_noise if context_noise else CLEAN
