@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from far_scale.data.remote.fetch import is_far
+from far_scale.data.remote.fetch import is_remote
 from far_scale.errors import UserError
 from far_scale.recipe_frames import clip_tokens, fewest, most
 from far_scale.recipe_sections import DataSection, ModelSection, StageSection, places
@@ -164,7 +164,7 @@ def _impossible_stage(sections: StageSections) -> Iterator[tuple[str, str]]:
 def _impossible_source(sections: StageSections) -> Iterator[tuple[str, str]]:
     data, key = sections.data, sections.key("data", "shards")
     try:
-        far = any([is_far(where) for where in places(data.shards)])
+        far = any([is_remote(where) for where in places(data.shards)])
     except UserError as problem:  # a URL of an unknown kind
         yield key, str(problem)
         return
@@ -209,7 +209,7 @@ def _impossible_validation(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield key, "neither this key nor sample.shards names a held-out shard set; set one of them"
         return
     try:
-        remote = is_far(where)
+        remote = is_remote(where)
     except UserError as problem:  # a URL of an unknown kind
         yield key, str(problem)
         return

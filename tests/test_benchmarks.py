@@ -162,7 +162,7 @@ def test_convergence_counts_flops_and_averages_seeds(monkeypatch: pytest.MonkeyP
     assert far["LPIPS"] == pytest.approx(0.3) and far["PSNR"] == pytest.approx(20)
     assert far["95% over clips"] == "0.200 to 0.400" and far["less the first's"] == "-"
     assert (dit["less the first's"], dit["its 95% over clips"]) == ("+0.000", "0.000 to 0.000")
-    # Two lanes of two clips of 16 frames, 16 tokens each: of every pair of frames, FAR attends one in place of two.
+    # Two lanes of two clips of 16 frames, 16 tokens each: of every pair of frames, FAR attends one, not both.
     pairs = 2 * 2 * 16**2 * (16 * 15 // 2)
     assert dit["train TFLOP"] - far["train TFLOP"] == pytest.approx(200 * 3 * 2 * 4 * 2 * 192 * pairs / 1e12)
     convergence.draw(tmp_path / "curves.png", rows, [{"LPIPS": 0.4, "PSNR": 15.0}] * 2)

@@ -24,7 +24,7 @@ from far_scale.convert.model_dir import ModelCard, TrainingCard, load_model_dir,
 from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.evaluation import measure, units, weights
-from far_scale.evaluation.clips import select
+from far_scale.evaluation.clips import ClipSource, select
 from far_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from far_scale.evaluation.protocol import Protocol, load_protocol
 from far_scale.evaluation.run import Share, evaluate, open_evaluation
@@ -100,7 +100,7 @@ def run(
     model: Path, protocol: Protocol, out: Path, videos: Path, share: Share | None = None, merge: bool = False
 ) -> dict[str, Any] | None:
     """`evaluate` in this process; the samples stay."""
-    open_it = functools.partial(open_evaluation, model, None, protocol, out, videos, None, None, CPU)
+    open_it = functools.partial(open_evaluation, model, None, protocol, out, ClipSource(videos), CPU)
     return evaluate(open_it, ALONE, share, merge, keep_samples=True)
 
 
@@ -219,7 +219,7 @@ def test_clips_that_do_not_fit_are_refused(
 ) -> None:
     def opened(protocol: Path, videos: Path | None = recorded, shards: Path | None = None) -> Any:
         return open_evaluation(
-            model_dir, None, load_protocol(protocol), tmp_path / "o", videos, None, shards, CPU, first=True
+            model_dir, None, load_protocol(protocol), tmp_path / "o", ClipSource(videos, shards), CPU, first=True
         )
 
     refused(lambda: opened(protocol_file(clips={"count": 9})), "has 8 clips", "takes 9", "--clips 8")
@@ -244,7 +244,7 @@ def test_a_shard_sets_decoded_latents_are_another_truth(
 ) -> None:
     protocol = load_protocol(protocol_file())
     open_it = functools.partial(
-        open_evaluation, model_dir, None, protocol, tmp_path / "s", None, None, recorded_shards, CPU
+        open_evaluation, model_dir, None, protocol, tmp_path / "s", ClipSource(shards=recorded_shards), CPU
     )
     scores = evaluate(open_it, ALONE, None, False, keep_samples=True)
     of_videos = run(model_dir, protocol, tmp_path / "v", recorded)

@@ -20,7 +20,8 @@ from PIL import Image
 from refusal import refused
 
 from far_scale.evaluation import follow as following
-from far_scale.evaluation.follow import Clips, follow
+from far_scale.evaluation.clips import ClipSource
+from far_scale.evaluation.follow import follow
 from far_scale.evaluation.protocol import Protocol, load_protocol
 from far_scale.evaluation.run import evaluate, open_evaluation
 from far_scale.evaluation.units import Evaluation
@@ -80,7 +81,7 @@ def followed(recorded: Path, protocol: Protocol) -> Any:
     """`follow` with this module's protocol and clips."""
 
     def go(run: Path, out: Path, once: bool = True, of: Protocol = protocol) -> None:
-        follow(run, of, out, Clips(recorded, None, None), once, ALONE)
+        follow(run, of, out, ClipSource(recorded), once, ALONE)
 
     return go
 
@@ -130,7 +131,7 @@ def test_every_checkpoint_once_and_all_of_it_follows(
     assert width > 2 * height > 400, "two panels"
 
     step_4 = functools.partial(
-        open_evaluation, run, 4, protocol, tmp_path / "alone", recorded, None, None, torch.device("cpu")
+        open_evaluation, run, 4, protocol, tmp_path / "alone", ClipSource(recorded), torch.device("cpu")
     )
     alone = evaluate(step_4, ALONE, None, False, False)
     assert alone is not None and alone["scores"] == by_step["steps"][1]["scores"]

@@ -25,7 +25,7 @@ from far_scale.data.packs.prefetch import Prefetch, shards_ahead
 from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
-from far_scale.data.remote.fetch import Interrupted, fetch_bytes, interruptible, is_far, join, shown
+from far_scale.data.remote.fetch import Interrupted, fetch_bytes, interruptible, is_remote, join, shown
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
@@ -205,10 +205,15 @@ def test_no_process_is_left_of_a_pipe_that_hangs(tmp_path: Path, monkeypatch: py
 def test_urls() -> None:
     assert join("http://h/a/set/?sig=x%2F", "f.tar") == "http://h/a/set/f.tar?sig=x%2F"
     assert shown("https://me:secret@h/a?sig=secret") == "https://h/a"
-    assert is_far("s3://b/c") and is_far("pipe:cat {file}") and not is_far("shards/train") and not is_far("C:x")
+    assert (
+        is_remote("s3://b/c")
+        and is_remote("pipe:cat {file}")
+        and not is_remote("shards/train")
+        and not is_remote("C:x")
+    )
     for url, words in (("ftp://h/a", "ftp://h/a: shard sets are read from"), ("pipe:cat f", r"needs \{file\} where")):
         with pytest.raises(UserError, match=words):
-            is_far(url)
+            is_remote(url)
 
 
 def test_the_recipe_says_what_a_url_needs() -> None:

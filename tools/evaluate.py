@@ -23,8 +23,9 @@ from typing import get_args
 
 from far_scale.convert.model_dir import CONFIG_FILE
 from far_scale.errors import UserError, command_line
+from far_scale.evaluation.clips import ClipSource
 from far_scale.evaluation.compare import compare
-from far_scale.evaluation.follow import Clips, follow
+from far_scale.evaluation.follow import follow
 from far_scale.evaluation.merge import SCORES
 from far_scale.evaluation.protocol import Metric, Protocol, load_protocol
 from far_scale.evaluation.report import FILES, table
@@ -92,7 +93,7 @@ def follow_run(arguments: argparse.Namespace) -> None:
     if (run / CONFIG_FILE).is_file():
         raise UserError(f"{run}: is a model directory, and --follow takes a run; leave --follow out")
     out = arguments.out or run / "evaluation" / protocol.name
-    clips = Clips(arguments.videos, arguments.split, arguments.shards)
+    clips = ClipSource(arguments.videos, arguments.shards, arguments.split)
     with started_processes(arguments.device) as processes:
         follow(run, protocol, out, clips, arguments.once, processes)
 
@@ -120,9 +121,7 @@ def main() -> None:
             arguments.step,
             protocol,
             arguments.out,
-            arguments.videos,
-            arguments.split,
-            arguments.shards,
+            ClipSource(arguments.videos, arguments.shards, arguments.split),
             processes.device,
         )
         share = None if arguments.task is None else Share(arguments.task, arguments.tasks)

@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 from typing import Protocol as Interface
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -59,6 +59,20 @@ class Clip:
     label: int | None
 
 
+class ClipSource(NamedTuple):
+    """Where the clips of an evaluation are.
+
+    Attributes:
+        videos: a folder, a list or a file (`far_scale.data.video.sources`), or
+        shards: a shard set's folder, whose decoded latents are the truth then.
+        split: one of UCF-101's lists, for a folder of videos.
+    """
+
+    videos: Path | None = None
+    shards: Path | None = None
+    split: Path | None = None
+
+
 class ClipSet(Interface):
     """The clips of an evaluation, read one at a time.
 
@@ -80,22 +94,14 @@ class ClipSet(Interface):
 
 
 def open_clips(
-    protocol: Protocol,
-    config: FARConfig,
-    card: ModelCard,
-    downsample: int,
-    videos: Path | None,
-    split: Path | None,
-    shards: Path | None,
+    protocol: Protocol, config: FARConfig, card: ModelCard, downsample: int, source: ClipSource
 ) -> tuple[ClipSet, Protocol]:
     """The clips that a protocol takes of a set, and the protocol with their fingerprint.
 
     Args:
         config, card: the model's.
         downsample: pixels a side of a latent position.
-        videos: a folder, a list or a file (`far_scale.data.video.sources`), or
-        shards: a shard set's folder, whose decoded latents are the truth then.
-        split: one of UCF-101's lists, for a folder of videos.
+        source: where the clips are.
 
     Raises:
         UserError: too few clips, others than those of the protocol's fingerprint, or a set that does not fit the model.
@@ -112,13 +118,13 @@ def open_clips(
             f"{protocol.clips.stride}"
         )
     found: ClipSet
-    if shards is not None:
-        if not (shards / MANIFEST_NAME).is_file():
-            raise UserError(f"--shards {shards}: there is no shard set here; give --videos for videos")
+    if source.shards is not None:
+        if not (source.shards / MANIFEST_NAME).is_file():
+            raise UserError(f"--shards {source.shards}: there is no shard set here; give --videos for videos")
         protocol = protocol.with_clips(pixels="decoded")
-        found = _ShardClips(protocol, config, card, ShardSet.open(shards))
-    elif videos is not None:
-        found = _VideoClips(protocol, config, card, videos, split)
+        found = _ShardClips(protocol, config, card, ShardSet.open(source.shards))
+    elif source.videos is not None:
+        found = _VideoClips(protocol, config, card, source.videos, source.split)
     else:
         raise UserError("the clips are missing; name them by --videos or --shards")
     if len(set(found.keys)) < len(found.keys):

@@ -8,7 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,6 +22,7 @@ from far_scale.evaluation.by_step import (
     step_folders,
     write_scores_by_step,
 )
+from far_scale.evaluation.clips import ClipSource
 from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.run import check_count, evaluate, open_model
 from far_scale.evaluation.scores import Scores
@@ -43,15 +44,7 @@ PATIENCE_HOURS = 12.0
 _SIGNS = ("log.jsonl", LEASE, "checkpoints/latest")  # what a training writes to
 
 
-class Clips(NamedTuple):
-    """Where the clips are, see `open_clips`."""
-
-    videos: Path | None
-    split: Path | None
-    shards: Path | None
-
-
-def follow(run: Path, protocol: Protocol, out: Path, clips: Clips, once: bool, processes: Processes) -> None:
+def follow(run: Path, protocol: Protocol, out: Path, clips: ClipSource, once: bool, processes: Processes) -> None:
     """Evaluate every checkpoint of a run that is not evaluated yet, oldest first, until all its steps are done.
 
     Every process calls this. Each checkpoint gets a folder `out`/step-XXXXXXXX, which keeps neither model nor samples;
@@ -87,7 +80,7 @@ class _Following:
     run: Path
     protocol: Protocol
     out: Path
-    clips: Clips
+    clips: ClipSource
     device: torch.device
     started: float = field(default_factory=time.time)
     skipped: set[tuple[int, int]] = field(default_factory=set)  # step, and when its folder was last changed
@@ -124,7 +117,7 @@ class _Following:
             UserError: `out` holds evaluations by another protocol; and as `open_model`.
         """
         folder = self._folder(step)
-        evaluation = open_model(self.run, folder / MODEL, self.protocol, folder, *self.clips, self.device)
+        evaluation = open_model(self.run, folder / MODEL, self.protocol, folder, self.clips, self.device)
         if first:
             refuse_other_protocols(self.out, evaluation.protocol, clips_known=True)
             evaluation.begin()

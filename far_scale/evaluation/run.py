@@ -20,7 +20,7 @@ from tqdm import tqdm
 from far_scale.convert.model_dir import CONFIG_FILE, ModelCard, TrainingCard, read_config
 from far_scale.convert.zero import export_if_needed
 from far_scale.errors import UserError, say_warning
-from far_scale.evaluation.clips import open_clips
+from far_scale.evaluation.clips import ClipSource, open_clips
 from far_scale.evaluation.generate import guidance_of
 from far_scale.evaluation.merge import SCORES, seconds_by_kind, write_scores
 from far_scale.evaluation.protocol import Protocol
@@ -109,9 +109,7 @@ def open_evaluation(
     step: int | None,
     protocol: Protocol,
     out: Path,
-    videos: Path | None,
-    split: Path | None,
-    shards: Path | None,
+    clip_source: ClipSource,
     device: torch.device,
     first: bool,
 ) -> Evaluation:
@@ -120,7 +118,7 @@ def open_evaluation(
     Args:
         source: a model directory, or a run, whose checkpoint is exported into `out`/model.
         step: which checkpoint of a run; the latest where None, or the one that `out` was begun with.
-        videos, split, shards: where the clips are, see `open_clips`.
+        clip_source: where the clips are.
         first: whether this process exports and claims the folder; others come later.
 
     Raises:
@@ -134,7 +132,7 @@ def open_evaluation(
             export_if_needed(source, step or _step_before(out), protocol.sampling.weights, model_dir)
     elif step is not None:
         raise UserError(f"{source}: a model directory holds one set of weights; leave --step out, or name the run")
-    evaluation = open_model(source, model_dir, protocol, out, videos, split, shards, device)
+    evaluation = open_model(source, model_dir, protocol, out, clip_source, device)
     if first:
         evaluation.begin()
     return evaluation
@@ -145,9 +143,7 @@ def open_model(
     model_dir: Path,
     protocol: Protocol,
     out: Path,
-    videos: Path | None,
-    split: Path | None,
-    shards: Path | None,
+    clip_source: ClipSource,
     device: torch.device,
 ) -> Evaluation:
     """`open_evaluation` of a model directory that came from `source`; nothing is written yet.
@@ -161,7 +157,7 @@ def open_model(
     check_context_noise(config, protocol.sampling.context_noise)
     dtype = PRECISIONS[protocol.sampling.autoencoder_precision]
     autoencoder = load_autoencoder(card, device, dtype)
-    clips, protocol = open_clips(protocol, config, card, autoencoder.downsample, videos, split, shards)
+    clips, protocol = open_clips(protocol, config, card, autoencoder.downsample, clip_source)
     weights = weights_of(source, model_dir, card)
     return Evaluation(protocol, clips, model_dir, card, weights, autoencoder, out, device)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from far_scale.data.packs.mixture import Mixture, MixtureManifest, check_classes, open_shards
 from far_scale.data.remote.cache import NodeCache
-from far_scale.data.remote.fetch import is_far
+from far_scale.data.remote.fetch import is_remote
 from far_scale.data.remote.store import manifest_text
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.manifest import Manifest
@@ -85,7 +85,7 @@ def open_set(where: str, data: DataSection, processes: Processes) -> ShardSet:
 
     def opened() -> ShardSet:
         node = None
-        if is_far(where) and data.cache_dir is not None:
+        if is_remote(where) and data.cache_dir is not None:
             node = NodeCache(data.cache_dir, data.cache_bytes)
         return ShardSet.known(where, text, node)
 
@@ -101,7 +101,7 @@ def open_set(where: str, data: DataSection, processes: Processes) -> ShardSet:
 
 
 def _manifest_text(where: str, processes: Processes) -> bytes:
-    if not is_far(where):
+    if not is_remote(where):
         return all_ranks_or_raise(lambda: manifest_text(where), processes)
     text = all_ranks_or_raise(lambda: manifest_text(where) if processes.main else b"", processes)
     if processes.count > 1:

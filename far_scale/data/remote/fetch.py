@@ -76,7 +76,7 @@ def pause(seconds: float) -> None:
         raise Interrupted
 
 
-def is_far(where: object) -> bool:
+def is_remote(where: object) -> bool:
     """Whether `where` is a URL, and no folder of this machine.
 
     Raises:

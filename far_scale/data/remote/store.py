@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from far_scale.data.remote.cache import NodeCache
-from far_scale.data.remote.fetch import FetchError, fetch_bytes, is_far, join, shown
+from far_scale.data.remote.fetch import FetchError, fetch_bytes, is_remote, join, shown
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.typed import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, read_small
@@ -108,7 +108,7 @@ def manifest_text(where: str | Path) -> bytes:
     Raises:
         UserError: there is none, or it cannot be fetched.
     """
-    if is_far(where):
+    if is_remote(where):
         return fetch_bytes(join(str(where), MANIFEST_NAME), MAX_MANIFEST_BYTES)
     return Manifest.text(where)
 
@@ -119,7 +119,7 @@ def store_of(where: str | Path, node: NodeCache | None) -> Store:
     Raises:
         UserError: it is a URL, and there is no cache.
     """
-    if not is_far(where):
+    if not is_remote(where):
         return Folder(Path(where))
     if node is None:
         raise UserError(

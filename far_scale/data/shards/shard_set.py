@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from far_scale.data.remote.cache import NodeCache, is_evicted, touch
-from far_scale.data.remote.fetch import is_far, shown
+from far_scale.data.remote.fetch import is_remote, shown
 from far_scale.data.remote.store import manifest_text, missing, store_of
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.index import IndexRow, ShardIndex, parse_index
@@ -134,9 +134,9 @@ class ShardSet:
         Raises:
             UserError: it is far away, and there is no cache, or one that does not hold its largest shard.
         """
-        self.folder = shown(str(where)) if is_far(where) else str(where)
+        self.folder = shown(str(where)) if is_remote(where) else str(where)
         self.manifest, self.store = manifest, store_of(where, node)
-        self.far = is_far(where)
+        self.far = is_remote(where)
         largest = int(manifest.shards.bytes.max())
         if self.far and node is not None and node.most_bytes < largest:
             raise UserError(
