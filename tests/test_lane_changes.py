@@ -30,9 +30,12 @@ from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.writer import ShardWriter
+from far_scale.recipe import Recipe, load_recipe
 from far_scale.train import checkpoint
+from far_scale.train.curriculum import Stage, stages
 from far_scale.train.faults.events import read_events
 from far_scale.train.faults.exits import REFUSED
+from far_scale.train.lanes_again import LanesAgain, lanes_again
 
 CHANGES = [8, 64, 16, 3, 64, 1]  # lanes, one number after another
 DEALING = Dealing(8, (2, 4), 1, 8, 5, clips_per_pack=2, max_damaged=10**6)
@@ -238,6 +241,50 @@ def test_states_of_something_else(folder: Path, monkeypatch: pytest.MonkeyPatch)
     refused(lambda: load_beginning({"epoch": 2}, [9, 9], 0), "take an older checkpoint")
 
 
+def state_of(source: ShardSet | Mixture, recipe: Recipe, step: int, dealing: Dealing, steps: int) -> dict[str, Any]:
+    """What a checkpoint of `step` says of lanes that have read so many packs each."""
+    lanes = dealing.clip_lanes(source, range(dealing.lanes))
+    for lane in lanes.values():
+        for _ in range(steps):
+            lane.next_pack()
+    states = {str(number): lane.state_dict() for number, lane in lanes.items()}
+    return again({"step": step, "recipe": recipe.model_dump(mode="json"), "lanes": states})
+
+
+def test_what_the_log_says_and_when_a_rest_is_forgotten(folder: Path) -> None:
+    source = ShardSet.open(folder / "set0")
+
+    def loaded(lanes: int, *more: str) -> tuple[Recipe, list[Stage]]:
+        recipe = load_recipe("demo_cpu", [f"data.lanes={lanes}", "data.frames=2", "sample.given=1", *more])
+        return recipe, stages(recipe)
+
+    def lanes_now(state: dict[str, Any], recipe: Recipe, plan: list[Stage]) -> LanesAgain:
+        return lanes_again(Path("step"), state, recipe, plan, {0: source})
+
+    (four, (stage,)), (nine, (after,)) = loaded(4), loaded(9, "data.clips_per_pack=null", "data.tokens_per_pack=40")
+    state = state_of(source, four, 10, stage.dealing(0), 10)
+    assert lanes_now(state, four, [stage]) == LanesAgain({int(lane): own for lane, own in state["lanes"].items()})
+    changed = lanes_now(state, nine, [after])
+    # Of the 142 samples of two epochs, 4 lanes have read 20 each.
+    assert changed.change == (
+        "data.lanes 4 -> 9 (global batch 8 clips -> 9 packs of at most 40 tokens; "
+        "the rest of epoch 1, 62 of 71 samples, is read first: nothing is trained twice)"
+    )
+    dealing = replace(after.dealing(0), beginnings=changed.beginnings)
+    middle = {**state_of(source, nine, 11, dealing, 1), "beginnings": again(changed.beginnings)}
+    kept = lanes_now(middle, nine, [after])
+    assert kept.change is None and kept.beginnings == changed.beginnings
+    later = {**state_of(source, nine, 30, dealing, 20), "beginnings": again(changed.beginnings)}
+    assert lanes_now(later, nine, [after]).beginnings == ({"epoch": 2, "left": 62 % 9, "number": 20 + 62 // 9},)
+
+    staged = ["train.steps=null", "optimizer.warmup_steps=0", "curriculum=[{steps: 10}, {steps: 3}]"]
+    (before, _), (now, plan) = loaded(4, *staged), loaded(8, *staged)
+    ended = lanes_now({**state, "recipe": before.model_dump(mode="json")}, now, plan)
+    assert ended.change == "data.lanes 4 -> 8 (global batch 8 -> 16 clips; the next stage begins with them)"
+    older = {**state, "recipe": {**state["recipe"], "unknown": 1}}
+    refused(lambda: lanes_now(older, nine, [after]), "step/state.json", "set data.lanes to 4")
+
+
 # In a run.
 
 SAMPLES = 37
@@ -273,17 +320,16 @@ def test_a_run_goes_on_with_other_lanes(tmp_path: Path) -> None:
         assert zygote.start(2, [*recipe(8, 5), "--accept-changes"], log).wait() == [0, 0], log.read_text()
         state = checkpoint.read_state(checkpoint.step_folder(run, 5))
         assert len(state["lanes"]) == 8 and len(state["beginnings"]) == 1
-        assert zygote.start(1, [*recipe(2, 7), "--accept-changes"], log).wait() == [0], log.read_text()
-        assert zygote.start(2, recipe(2, 9), log).wait() == [0, 0], "a change that is accepted is no change any more"
+        assert zygote.start(1, [*recipe(2, 9), "--accept-changes"], log).wait() == [0], log.read_text()
     changes = [event["changes"] for event in read_events(run) if event["event"] == "accepted-changes"]
     assert changes == [
         [
             "data.lanes 4 -> 8 (global batch 8 -> 16 clips; "
-            "what epoch 0 has left is read first, 13 of 37 samples, and nothing twice)"
+            "the rest of epoch 0, 13 of 37 samples, is read first: nothing is trained twice)"
         ],
         [
             "data.lanes 8 -> 2 (global batch 16 -> 4 clips; "
-            "what epoch 1 has left is read first, 18 of 37 samples, and nothing twice)"
+            "the rest of epoch 1, 18 of 37 samples, is read first: nothing is trained twice)"
         ],
     ]
     keys = trained_keys(log)

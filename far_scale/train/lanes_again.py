@@ -105,5 +105,5 @@ def _words(left: Sequence[Left]) -> str:
     if not any(each.rest for each in left):
         return "no epoch begun has anything left"
     counts = [f"{each.rest} of {each.samples}" if each.rest <= each.samples else f"{each.rest}" for each in left]
-    whose = f"epoch {left[0].epoch} has" if len(left) == 1 else "the epochs of the sets have"
-    return f"what {whose} left is read first, {' and '.join(counts)} samples, and nothing twice"
+    whose = f"epoch {left[0].epoch}" if len(left) == 1 else "the sets' epochs"
+    return f"the rest of {whose}, {' and '.join(counts)} samples, is read first: nothing is trained twice"
