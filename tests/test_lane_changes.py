@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -64,23 +65,23 @@ def test_what_was_read_and_the_rest_are_whole_epochs(seed: int) -> None:
     rng = random.Random(seed)
     counts = some_counts(rng)
     read: Counter[Place] = Counter()
-    begin, numbers = FIRST_EPOCH, set()
+    begin, drawn = FIRST_EPOCH, set[tuple[int, int]]()
     for lanes in CHANGES:
         order = LaneOrder(counts, lanes, seed, rng.choice([1, 5, 64]), 0, begin)
         run, apart = order.samples // lanes, rng.choice([0, 2, 3 * order.samples // lanes])
         base = rng.randint(0, 2 * run)
-        standing = Standing([], {})
+        numbers, waiting = list[int](), dict[int, list[int]]()
         for lane in map(Lane, [order] * lanes, range(lanes)):
             got = [(lane.number, next(lane)) for _ in range(base + rng.randint(0, apart))]
             own = {(lane.lane, number) for number, _ in got}
-            assert numbers.isdisjoint(own), "no draw comes twice"
-            numbers |= own
+            assert drawn.isdisjoint(own), "no draw comes twice"
+            drawn |= own
             waits = set(rng.sample(range(len(got)), min(len(got), rng.randint(0, 3))))
             read.update(place for index, (_, place) in enumerate(got) if index not in waits)
-            standing.numbers.append(lane.number)
+            numbers.append(lane.number)
             if waits:
-                standing.waiting[lane.lane] = [got[index][0] for index in sorted(waits)]
-        begin = after_change(order, standing)
+                waiting[lane.lane] = [got[index][0] for index in sorted(waits)]
+        begin = after_change(order, Standing(numbers, waiting))
         begin = load_beginning(again(beginning_state(begin)), counts, 0)
         rest = Counter(begin.rest.place(index) for index in range(begin.left)) if begin.rest else Counter()
         assert read + rest == all_samples(counts, begin.epoch)
@@ -191,7 +192,8 @@ def test_packs_over_several_changes(
     on any number of ranks, and after a resume in between."""
     source, rng = opened(folder, name, monkeypatch), random.Random(seed)
     read_so_far: Counter[str] = Counter()
-    dealing, going, states, skipped, waiting = replace(filling, seed=seed), None, {}, 0, 0
+    dealing, going, skipped, waiting = replace(filling, seed=seed), None, 0, 0
+    states: dict[int, dict[str, Any]] = {}
     for lanes in (8, 64, 16, 3):
         if states:
             going = change_lanes(dealing, replace(filling, seed=seed, lanes=lanes), source, states)
@@ -236,8 +238,9 @@ def test_states_of_something_else(folder: Path, monkeypatch: pytest.MonkeyPatch)
     of_one_set = {lane: {"epoch": 0, "position": 0} for lane in range(8)}
     refused(lambda: change_lanes(DEALING, replace(DEALING, lanes=4), source, of_one_set), "mixture of 2 shard sets")
     refused(lambda: replace(DEALING, beginnings=(begin,)).orders(source), "2 shard sets", "made with 1")
-    for wrong in ({"numbers": [3]}, {"numbers": [3, -1]}, {"waiting": {"2": [1]}}, {"waiting": 3}, {"lanes": "2"}):
-        refused(lambda wrong=wrong: load_beginning({**begin, **wrong}, [9, 9], 0), "take an older checkpoint")
+    wrong: list[dict[str, Any]] = [{"numbers": [3]}, {"numbers": [3, -1]}, {"waiting": {"2": [1]}}, {"waiting": 3}]
+    for values in (*wrong, {"lanes": "2"}):
+        refused(partial(load_beginning, {**begin, **values}, [9, 9], 0), "take an older checkpoint")
     refused(lambda: load_beginning({"epoch": 2}, [9, 9], 0), "take an older checkpoint")
 
 
