@@ -156,7 +156,8 @@ class DataSection(Section):
     frame_stride: Count = 1
     """Take every n-th frame of a video for a clip."""
     lanes: Count = 8
-    """Sample streams; a global batch is one pack from every lane, and the ranks must divide the lanes."""
+    """Sample streams; a global batch is one pack from every lane, and the ranks must divide the lanes. A run that has
+    checkpoints takes another number with --accept-changes."""
     clips_per_pack: Count | None = 4
     """Clips in a pack; lanes x clips_per_pack is the global batch. Null where tokens_per_pack is set."""
     tokens_per_pack: Count | None = None

@@ -10,8 +10,9 @@ from far_scale.train.checkpoint.saver import Saver
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.faults.guard import Guard
 from far_scale.train.faults.vote import Outcome
+from far_scale.train.lanes_again import LaneStates
 from far_scale.train.processes import Processes, gather
-from far_scale.train.resume import LaneStates, Resume, pieces
+from far_scale.train.resume import Resume, pieces
 
 
 class Keeper:

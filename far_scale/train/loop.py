@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +120,7 @@ def train(
         ema = ShardedEMA(fragments(engine), recipe.optimizer.ema_decay)
         name = identity(run, processes, events)
         local_folder = local.folder_of(recipe.checkpoint, run, name)
-        position = resume.restore(start, engine, ema, local_folder, card, stage_cards, accept_changes)
+        position = resume.restore(start, engine, ema, local_folder, card, stage_cards, shard_sets, accept_changes)
         if processes.main:
             recipe.save(run / "recipe.yaml")
         dist.barrier()
@@ -150,10 +151,13 @@ def train(
                 monitor.begin_stage(stage)
                 monitor.say("\n".join(summary(shard_set)))
                 first = max(position.step, stage.first)
-                states = position.lanes if first > stage.first else None  # a stage begins its shard set afresh
-                if first == stage.first:
+                middle = first > stage.first  # or else the stage begins its shard set afresh
+                states, beginnings = (position.lanes, position.beginnings) if middle else (None, ())
+                if first == stage.first or position.lanes_changed:
                     guard.forget_levels()
-                dealing, ahead = stage.dealing(recipe.seed), (stage.data.prefetch, stage.data.prefetch_bytes)
+                dealing = replace(stage.dealing(recipe.seed), beginnings=beginnings)
+                stage_card = stage_cards[stage.index] | ({"beginnings": beginnings} if beginnings else {})
+                ahead = (stage.data.prefetch, stage.data.prefetch_bytes)
                 damaged = DamagedSamples(stage.data.max_damaged_samples, states, processes, events)
                 with (
                     PackLoader(shard_set, scaling, own_lanes, dealing, first, states, *ahead) as packs_of_steps,
@@ -179,7 +183,7 @@ def train(
                         if outcome.damaged:
                             damaged.tell(done, batch.packs)
                         with monitor.waiting_for_save():
-                            keeper.after_step(done, batch.packs, stage_cards[stage.index], outcome)
+                            keeper.after_step(done, batch.packs, stage_card, outcome)
                         stopping = outcome.stop
                         if stopping:
                             break
