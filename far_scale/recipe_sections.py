@@ -169,10 +169,15 @@ class DataSection(Section):
     """Steps whose packs are read ahead of the model."""
     cache_dir: str | None = None
     """Folder on each node's own disk for what comes from far away; its ranks share it. Local sets need none."""
+    stage_local: str | None = None
+    """Folder on each node's own disk to which the shards of local sets (on Lustre or NFS) are copied as they are read,
+    so that later epochs read nothing from the source; may be data.cache_dir. Null reads them where they lie."""
     cache_gb: Annotated[float, Field(gt=0)] = 200.0
-    """The most that data.cache_dir holds, in GB (10^9 bytes); what was read longest ago goes first."""
+    """The most that data.cache_dir holds, in GB (10^9 bytes), what was read longest ago goes first; and the most that
+    data.stage_local holds, what does not fit is read where it lies."""
     prefetch_gb: Annotated[float, Field(ge=0)] = 4.0
-    """GB of far shards that a rank has in data.cache_dir before its lanes come to them; 0 fetches each when needed."""
+    """GB of shards that a rank has in data.cache_dir or data.stage_local before its lanes come to them; 0 fetches each
+    when needed."""
     max_damaged_samples: Annotated[int, Field(ge=0)] = 0
     """Clips of damaged samples that a stage may leave out, each told in events.jsonl; one more ends the run."""
 

@@ -45,7 +45,7 @@ from far_scale.train.resume import (
     identity,
 )
 from far_scale.train.schedule import learning_rate
-from far_scale.train.sets import open_sets
+from far_scale.train.sets import open_sets, say_staged
 from far_scale.train.start_weights import start_from
 from far_scale.train.validation import Validation
 
@@ -184,6 +184,7 @@ def train(
                         if stopping:
                             break
                         validation.after_step(done)
+                say_staged(shard_set, done, processes, events)
             saver.finish(required=done == recipe.train.steps)
             if done == recipe.train.steps:
                 events.tell("finished", done, f"all {done} steps are done")
