@@ -39,11 +39,13 @@ def seal(folder: Path, state: dict[str, Any], sums: dict[str, dict[str, Any]]) -
     """Write state.json and, over it and all other files, checksums.json; then make the folder durable.
 
     Args:
-        sums: `checksums` of the files that hold tensors.
+        sums: `checksums` of the other files.
     """
-    write_json(folder / "state.json", {"format": FORMAT, **state})
-    rest = checksums(folder / name for name in (".metadata", "state.json"))
-    write_json(folder / CHECKSUMS, dict(sorted({**sums, **rest}.items())))
+    text = write_json(folder / "state.json", {"format": FORMAT, **state}).encode()
+    own = {"state.json": {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
+    if ".metadata" not in sums:  # of a PyTorch that writes it in another way
+        own |= checksums([folder / ".metadata"])
+    write_json(folder / CHECKSUMS, dict(sorted({**sums, **own}.items())))
     sync_folder(folder)
 
 
