@@ -170,7 +170,7 @@ def train(
                         with profiler.watching(done):
                             loss = train_step(engine, batch, stage, processes, monitor, guard)
                             ema.update(guard.kept)
-                        vote.begin(saver.busy, any(pack.skipped for pack in batch.packs))
+                        vote.begin(saver.busy, any(pack.skipped for pack in batch.packs), keeper.due)
                         guard.end_step(done, batch.packs)
                         monitor.end_step(done, loss, rate, grad_norm(engine), guard.skipped, damaged.count)
                         watchdog.beat(done)
