@@ -17,6 +17,7 @@ from zygote import Zygote
 from far_scale.evaluation.clips import ClipSource
 from far_scale.evaluation.follow import _Following
 from far_scale.evaluation.protocol import load_protocol
+from far_scale.files import read_json
 from far_scale.recipe import load_recipe
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
@@ -95,6 +96,8 @@ def test_two_ranks_go_on_from_one_bit_for_bit(recorded_shards: Path, tmp_path: P
     events = read_events(run)
     (resumed,) = (event for event in events if event["event"] == "resumed")
     assert resumed["step"] == first
+    found = read_json(run / "environment.json", "environment")
+    assert (found["step"], found["ranks"]) == (first, 2) and not [e for e in events if e["event"] == "environment"]
     saved = {event["step"]: event.get("ephemeral", False) for event in events if event["event"] == "saved"}
     assert saved.pop(20) is False and saved.pop(24) is False and saved and all(saved.values())
     assert steps_there(run) == [24, 20] == steps_there(whole)

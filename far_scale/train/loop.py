@@ -23,6 +23,7 @@ from far_scale.train.compiled import check_compiler
 from far_scale.train.curriculum import Stage, stages
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments, grad_norm, set_learning_rate, start_engine
+from far_scale.train.environment import record_environment
 from far_scale.train.faults.damaged import DamagedSamples
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.guard import Guard
@@ -72,8 +73,9 @@ def train(
 ) -> Trained | None:
     """Train `recipe` to its last step, from its run directory's latest checkpoint where there is one.
 
-    Every process calls this. The run directory gets recipe.yaml, log.jsonl, events.jsonl and checkpoints/, profile/ if
-    there are `steps_to_profile` (counted from 1), and validation/ if the recipe asks for sampled videos.
+    Every process calls this. The run directory gets recipe.yaml, log.jsonl, events.jsonl, environment.json and
+    checkpoints/, profile/ if there are `steps_to_profile` (counted from 1), and validation/ if the recipe asks for
+    sampled videos.
 
     Args:
         recipe: what to train.
@@ -107,6 +109,7 @@ def train(
     held_out = open_held_out(recipe, not_over, manifest, scaling, compute_dtype(recipe), processes, events, start)
 
     hosts = check_nodes(recipe, processes, compute_dtype(recipe), events, start)
+    record_environment(run, processes, events, start)
     with Watchdog(run, processes.rank, recipe.faults.watchdog_seconds, events, hosts) as watchdog:
         model = build_model(recipe)
         if recipe.train.start_from is not None and start == 0:
