@@ -24,6 +24,7 @@ from far_scale.train.compiled import check_compiler
 from far_scale.train.curriculum import Stage, stages
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments, grad_norm, set_learning_rate, start_engine
+from far_scale.train.environment import record_environment
 from far_scale.train.faults.damaged import DamagedSamples
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.guard import Guard
@@ -46,7 +47,7 @@ from far_scale.train.resume import (
     identity,
 )
 from far_scale.train.schedule import learning_rate
-from far_scale.train.sets import open_sets
+from far_scale.train.sets import open_sets, say_staged
 from far_scale.train.start_weights import start_from
 from far_scale.train.validation import Validation
 
@@ -73,8 +74,9 @@ def train(
 ) -> Trained | None:
     """Train `recipe` to its last step, from its run directory's latest checkpoint where there is one.
 
-    Every process calls this. The run directory gets recipe.yaml, log.jsonl, events.jsonl and checkpoints/, profile/ if
-    there are `steps_to_profile` (counted from 1), and validation/ if the recipe asks for sampled videos.
+    Every process calls this. The run directory gets recipe.yaml, log.jsonl, events.jsonl, environment.json and
+    checkpoints/, profile/ if there are `steps_to_profile` (counted from 1), and validation/ if the recipe asks for
+    sampled videos.
 
     Args:
         recipe: what to train.
@@ -108,6 +110,7 @@ def train(
     held_out = open_held_out(recipe, not_over, manifest, scaling, compute_dtype(recipe), processes, events, start)
 
     hosts = check_nodes(recipe, processes, compute_dtype(recipe), events, start)
+    record_environment(run, processes, events, start)
     with Watchdog(run, processes.rank, recipe.faults.watchdog_seconds, events, hosts) as watchdog:
         model = build_model(recipe)
         if recipe.train.start_from is not None and start == 0:
@@ -174,7 +177,7 @@ def train(
                         with profiler.watching(done):
                             loss = train_step(engine, batch, stage, processes, monitor, guard)
                             ema.update(guard.kept)
-                        vote.begin(saver.busy, any(pack.skipped for pack in batch.packs))
+                        vote.begin(saver.busy, any(pack.skipped for pack in batch.packs), keeper.due)
                         guard.end_step(done, batch.packs)
                         monitor.end_step(done, loss, rate, grad_norm(engine), guard.skipped, damaged.count)
                         watchdog.beat(done)
@@ -188,6 +191,7 @@ def train(
                         if stopping:
                             break
                         validation.after_step(done)
+                say_staged(shard_set, done, processes, events)
             saver.finish(required=done == recipe.train.steps)
             if done == recipe.train.steps:
                 events.tell("finished", done, f"all {done} steps are done")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from far_scale.data.packs.lanes import LaneOrder
 from far_scale.data.remote.fetch import Interrupted, interruptible
-from far_scale.data.remote.store import FarAway
+from far_scale.data.remote.store import FarAway, Staged
 from far_scale.data.shards.index import ShardIndex
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
@@ -45,7 +45,7 @@ class Prefetch:
     """Threads that fetch what a rank's lanes come to next. What they cannot fetch is left to who reads it.
 
     Args:
-        shard_set: which is far away.
+        shard_set: which comes through the node's cache.
         order: of the lanes.
         lanes: this rank's.
         ahead_bytes: of the shards that are fetched before they are needed, and kept so far by the node's cache.
@@ -90,7 +90,7 @@ class Prefetch:
         if self._closed.is_set() or shard not in self._wanted:
             return
         store, entry = self._set.store, self._set.manifest.shards[shard]
-        assert isinstance(store, FarAway)
+        assert isinstance(store, FarAway | Staged)
         try:
             with interruptible(self._closed):
                 store.fetch_ahead(ShardIndex.path_of("", entry.file).name, entry.index_sha256, None)

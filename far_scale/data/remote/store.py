@@ -1,18 +1,21 @@
-"""Where the files of a shard set come from: a folder of this machine, or a URL by way of the node's cache."""
+"""Where the files of a shard set come from: a folder of this machine, directly or by way of the node's cache, or a URL
+by way of it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
+import time
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from far_scale.data.remote.cache import NodeCache
+from far_scale.data.remote.cache import CacheError, NodeCache
 from far_scale.data.remote.fetch import FetchError, fetch_bytes, is_remote, join, shown
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.typed import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, read_small
-from far_scale.errors import UserError
+from far_scale.errors import UserError, say_warning
 
 
 def missing(name: str, what: str) -> DamagedError:
@@ -65,6 +68,112 @@ class Folder:
             raise missing(self.name(file), "shard's index") from None
 
 
+class StagedCounts(NamedTuple):
+    """Shards and their indexes: what a staged set has read where.
+
+    Attributes:
+        copied_files, copied_bytes: from the source to the node's disk.
+        opened_on_node: opened on the node's disk.
+        opened_at_source: opened where they lie, since the node's disk had no room.
+    """
+
+    copied_files: int
+    copied_bytes: int
+    opened_on_node: int
+    opened_at_source: int
+
+
+class Staged(Folder):
+    """A folder of this machine, on Lustre or NFS as a rule, whose files come into the node's cache as they are read.
+
+    A copy has the manifest's size and SHA-256. Files that the node's disk has no room for are read where they lie,
+    which is said once.
+    """
+
+    def __init__(self, folder: Path, node: NodeCache) -> None:
+        super().__init__(folder)
+        self._node, self._lock = node, threading.Lock()
+        self._since: int | None = None
+        self._disk_fails = self._said = False
+        self._on_node = self._at_source = 0
+
+    def open(self, file: str, size: int, digest: str) -> int:
+        if (staged := self._stage(file, size, digest)) is not None:
+            return staged
+        descriptor = super().open(file, size, digest)
+        self._count_source()
+        return descriptor
+
+    def read_index(self, file: str, digest: str) -> bytes:
+        if (staged := self._stage(file, None, digest)) is not None:
+            with os.fdopen(staged, "rb") as index:
+                return index.read(MAX_INDEX_BYTES)
+        text = super().read_index(file, digest)
+        self._count_source()
+        return text
+
+    def fetch_ahead(self, file: str, digest: str, size: int | None) -> None:
+        """Have a file on the node's disk before it is asked for, unless there is no room."""
+        if not self._disk_fails and digest not in self._node:
+            try:
+                self._node.fetch_ahead(self.name(file), digest, size, self._first_use())
+            except CacheError as problem:
+                self._give_up(problem)
+            except FetchError:
+                return  # left to whoever asks for it
+
+    def counts(self) -> StagedCounts:
+        """Of this process so far."""
+        return StagedCounts(self._node.fetched_files, self._node.fetched_bytes, self._on_node, self._at_source)
+
+    def _stage(self, file: str, size: int | None, digest: str) -> int | None:
+        """A descriptor of the copy; None where there is none and no room for it, or no source."""
+        name = self.name(file)
+        try:
+            if self._disk_fails:
+                found = self._node.find(digest, size)
+            elif (found := self._node.open_if_room(name, digest, size, self._first_use())) is None:
+                limit = f"data.cache_gb={self._node.most_bytes / 1e9:g} is full"
+                self._say(f"{limit}; raise it to stage the rest of the set as well")
+        except CacheError as problem:
+            self._give_up(problem)
+            return None
+        except FetchError as problem:
+            if not os.path.exists(name):
+                return None
+            raise DamagedError(name, str(problem).removeprefix(f"{name}: ")) from None
+        if found is not None:
+            with self._lock:
+                self._on_node += 1
+        return found
+
+    def _first_use(self) -> int:
+        """When the set's first file was asked for, in ns: what was read after it is kept in the cache.
+
+        A second earlier, since file times are behind the clock by a tick.
+        """
+        with self._lock:
+            if self._since is None:
+                self._since = time.time_ns() - 10**9
+            return self._since
+
+    def _give_up(self, problem: CacheError) -> None:
+        self._disk_fails = True
+        self._say(str(problem))
+
+    def _say(self, problem: str) -> None:
+        with self._lock:
+            said, self._said = self._said, True
+        if not said:
+            say_warning(
+                f"data.stage_local={self._node.folder}: what is not copied yet is read from {self._folder}: {problem}"
+            )
+
+    def _count_source(self) -> None:
+        with self._lock:
+            self._at_source += 1
+
+
 class FarAway:
     """A URL; each file comes into the node's cache whole, and is checked on the way."""
 
@@ -114,13 +223,13 @@ def manifest_text(where: str | Path) -> bytes:
 
 
 def store_of(where: str | Path, node: NodeCache | None) -> Store:
-    """The files of the shard set at `where`.
+    """The files of the shard set at `where`; those of a folder come through the node's cache where there is one.
 
     Raises:
         UserError: it is a URL, and there is no cache.
     """
     if not is_remote(where):
-        return Folder(Path(where))
+        return Folder(Path(where)) if node is None else Staged(Path(where), node)
     if node is None:
         raise UserError(
             f"{shown(str(where))}: a shard set far away is read in training alone, through data.cache_dir; copy it here"

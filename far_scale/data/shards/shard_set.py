@@ -126,17 +126,18 @@ class ShardSet:
         manifest: what the set is.
         store: where its files come from.
         far: whether they come from far away, through the node's cache.
+        cached: whether they come through the node's cache, from wherever.
     """
 
     def __init__(self, where: str | Path, manifest: Manifest, node: NodeCache | None = None) -> None:
-        """`node` is the node's cache, which a set far away is read through.
+        """`node` is the node's cache, which a set far away is read through, and a local one where it is given.
 
         Raises:
             UserError: it is far away, and there is no cache, or one that does not hold its largest shard.
         """
         self.folder = shown(str(where)) if is_remote(where) else str(where)
         self.manifest, self.store = manifest, store_of(where, node)
-        self.far = is_remote(where)
+        self.far, self.cached = is_remote(where), node is not None
         largest = int(manifest.shards.bytes.max())
         if self.far and node is not None and node.most_bytes < largest:
             raise UserError(
@@ -242,6 +243,7 @@ class ShardSet:
         tar = self._tars[shard]
         if self.far:
             touch(tar.descriptor)
+        if self.cached:
             # What has left the cache takes no place on the disk once it is closed; what is read now is read on.
             self._tars.drop(shard, lambda other: is_evicted(other.descriptor))
         return tar
