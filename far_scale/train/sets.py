@@ -12,9 +12,9 @@ import torch.distributed as dist
 from far_scale.data.packs.mixture import Mixture, MixtureManifest, check_classes, open_shards
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.remote.fetch import is_remote
-from far_scale.data.remote.store import manifest_text
+from far_scale.data.remote.store import manifest_text, name_of
 from far_scale.data.shards.damage import DamagedError
-from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 from far_scale.recipe_sections import DataSection, places
@@ -84,10 +84,12 @@ def open_set(where: str, data: DataSection, processes: Processes) -> ShardSet:
     """
 
     def opened() -> ShardSet:
-        node = None
-        if is_remote(where) and data.cache_dir is not None:
-            node = NodeCache(data.cache_dir, data.cache_bytes)
-        return ShardSet.known(where, text, node)
+        manifest = Manifest.parse(text, name_of(where, MANIFEST_NAME))
+        remote = is_remote(where) or bool(manifest.shards.remote)
+        if remote and data.cache_dir is None:
+            raise UserError(f"{where}: its shards are remote and come through a cache; set data.cache_dir to a folder")
+        node = NodeCache(data.cache_dir, data.cache_bytes) if remote and data.cache_dir is not None else None
+        return ShardSet(where, manifest, node)
 
     text = _manifest_text(where, processes)
     shard_set = all_ranks_or_raise(opened, processes)

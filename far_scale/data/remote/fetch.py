@@ -30,6 +30,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between attempts, doubled each
 STALL_SECONDS = 60.0  # without a byte, after which an attempt is given up
 SLOWEST = 200_000  # bytes a second, or an attempt is given up
 _BLOCK = 1 << 20
+_MOST_UNKNOWN = 1 << 42  # bytes of a file whose size nobody knows
 _FAR = re.compile(r"(s3|gs|http|https|pipe):")
 _SOME = re.compile(r"[a-z][a-z0-9+.-]+://")
 
@@ -90,6 +91,11 @@ def is_remote(where: object) -> bool:
     if text.startswith("pipe:") and "{file}" not in text:
         raise UserError(f"{text}: a pipe: needs {{file}} where the file's name goes in, as in pipe:cat /far/{{file}}")
     return True
+
+
+def is_file_url(place: str) -> bool:
+    """Whether `place` is the URL of a single file, by which it can be fetched, and no path."""
+    return _FAR.match(place) is not None
 
 
 def join(url: str, file: str) -> str:
@@ -157,9 +163,7 @@ def fetch_file(url: str, descriptor: int, size: int, digest: str) -> None:
 
         def take(block: bytes) -> None:
             hashed.update(block)
-            rest = memoryview(block)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
+            _write(descriptor, block)
 
         got = _receive(url, size, take)
         if got < size:
@@ -168,6 +172,36 @@ def fetch_file(url: str, descriptor: int, size: int, digest: str) -> None:
 
     check = _check_of(digest)
     _until_it_works(url, attempt)
+
+
+def fetch_unknown(url: str, descriptor: int) -> tuple[int, str]:
+    """Write a file of which nothing is known yet into an open one, from its beginning.
+
+    Returns:
+        Its size and SHA-256.
+
+    Raises:
+        FetchError, Interrupted, OSError: as by `fetch_file`.
+    """
+
+    def attempt() -> tuple[int, str]:
+        hashed = hashlib.sha256()
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.ftruncate(descriptor, 0)
+
+        def take(block: bytes) -> None:
+            hashed.update(block)
+            _write(descriptor, block)
+
+        return _receive(url, _MOST_UNKNOWN, take), hashed.hexdigest()
+
+    return _until_it_works(url, attempt)
+
+
+def _write(descriptor: int, block: bytes) -> None:
+    rest = memoryview(block)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def _check_of(digest: str | None) -> Callable[..., None]:

@@ -1,0 +1,274 @@
+"""Adopting shards: every sample is read once, an index is written for each shard and a manifest for all.
+
+    OUT/adoption.json          what is adopted and how; other settings are refused
+    OUT/sources.jsonl          a line for each shard that is done: its size and time, and its rejects
+    OUT/shard-000000.index.json, rejected.jsonl, manifest.json
+
+The shards themselves are only read. What is done after a kill is not done again, unless its file has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from far_scale import autoencoder as autoencoders
+from far_scale.data.adopt.parts import Chosen, Wishes, choose
+from far_scale.data.encode.rejects import REJECTED_NAME, Reject, write_rejects
+from far_scale.data.remote.fetch import fetch_unknown, is_file_url, shown
+from far_scale.data.shards.adopted import Adoption
+from far_scale.data.shards.foreign_samples import SampleReader
+from far_scale.data.shards.index import AdoptedIndex, parse_index, statistics
+from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
+from far_scale.data.shards.table import ShardTable
+from far_scale.data.shards.writer import shard_entry, shard_name
+from far_scale.errors import UserError
+from far_scale.files import LineFile, read_json, read_json_lines, sha256, write_json
+
+SETTINGS_NAME = "adoption.json"
+PROGRESS_NAME = "sources.jsonl"
+
+
+class _Copy(NamedTuple):
+    """A shard as a file of this machine: its path, size and SHA-256, and its time where it is read where it lies."""
+
+    path: Path
+    bytes: int
+    sha256: str
+    time: int | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the processes that read shards know."""
+
+    out: Path
+    reader: SampleReader
+    rejects_allowed: bool
+
+
+def adopt(
+    shards: Sequence[str],
+    out: Path,
+    autoencoder_name: str,
+    wishes: Wishes,
+    classes: tuple[str, ...] | None = None,
+    max_rejected: float = 0.0,
+    jobs: int = 1,
+) -> Manifest:
+    """Make the shard set `out` of shards that lie elsewhere, or finish it where it was cut off.
+
+    Args:
+        shards: paths and URLs, see `find_shards`.
+        autoencoder_name: what made the latents: a name or path that `far_scale.autoencoder.load` knows.
+        wishes: what is known of the samples.
+        classes: the names of the labels' classes, where they are known.
+        max_rejected: the largest share of samples that may be broken; with 0 the first is an error.
+        jobs: processes that read shards.
+
+    Raises:
+        UserError: a shard that is missing, no tar or cut off; a sample that is broken, or too many; parts that are not
+            found; other settings than the folder was begun with.
+    """
+    autoencoder = autoencoders.load(autoencoder_name)
+    info = AutoencoderInfo(
+        name=autoencoder.name, weight_hash=autoencoder.weight_hash, scaling_factor=autoencoder.scaling_factor
+    )
+    given = _given(shards, info, wishes, classes)
+    if not (out / SETTINGS_NAME).exists():
+        _start(shards, out, given, autoencoder.latent_channels, wishes, max_rejected > 0)
+    chosen = _kept(out, given)
+    done = _done(shards, out)
+    job = _Job(out, SampleReader(*chosen, wishes.actions, wishes.labels), max_rejected > 0)
+    _read_shards(job, shards, done, jobs)
+    indexes = {number: _index(out, number) for number in range(len(shards))}
+    rejects = [Reject(**each) for number in range(len(shards)) for each in done[number]["rejects"]]
+    entries = [shard_entry(out, index, shards[number]) for number, index in indexes.items() if index is not None]
+    whole = [index for index in indexes.values() if index is not None]
+    samples = sum(len(index.samples) for index in whole)
+    write_rejects(out / REJECTED_NAME, rejects)
+    if len(rejects) > max_rejected * (samples + len(rejects)) or not whole:
+        raise UserError(
+            f"{out}: {len(rejects)} of {samples + len(rejects)} samples are broken, more than --max-rejected "
+            f"{max_rejected:g} allows, first {rejects[0].source}: sample {rejects[0].key!r}: {rejects[0].reason}; all "
+            f"are in {out / REJECTED_NAME}"
+        )
+    mean, std = statistics([index.sums for index in whole])
+    rates = {index.fps for index in whole}
+    manifest = Manifest(
+        latent_shape=chosen.latent_shape,
+        latent_dtype=chosen.latent_dtype,
+        mean=mean,
+        std=std,
+        autoencoder=info,
+        actions=wishes.actions,
+        labels=wishes.labels,
+        classes=classes if wishes.labels else None,
+        fps=rates.pop() if len(rates) == 1 else None,
+        adopted=chosen.adoption,
+        shards=ShardTable(entries),
+    )
+    manifest.write(out)
+    return manifest
+
+
+def _given(
+    shards: Sequence[str], info: AutoencoderInfo, wishes: Wishes, classes: tuple[str, ...] | None
+) -> dict[str, Any]:
+    """What an adoption is begun with, for the settings in its folder."""
+    names = hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
+    return {
+        "shards": f"{len(shards)} with fingerprint {names}",
+        "autoencoder": f"{info.name} {info.weight_hash}",
+        "classes": None if classes is None else list(classes),
+        **asdict(wishes),
+    }
+
+
+def _start(
+    shards: Sequence[str], out: Path, given: dict[str, Any], channels: int, wishes: Wishes, rejects_allowed: bool
+) -> None:
+    """Begin the folder: find how samples are read, and read the first shard, which is then at hand."""
+    if out.exists() and not all(file.name.startswith(".") for file in out.iterdir()):
+        raise UserError(f"{out}: there are files here already; adopt into a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with _local(shards[0], out, 0) as copy:
+        chosen = choose(copy.path, shown(shards[0]), channels, wishes)
+        found = [chosen.adoption.model_dump(mode="json"), chosen.latent_shape, chosen.latent_dtype]
+        write_json(out / SETTINGS_NAME, {"given": given, "found": found})
+        job = _Job(out, SampleReader(*chosen, wishes.actions, wishes.labels), rejects_allowed)
+        LineFile(out / PROGRESS_NAME).append(_adopt_copy(job, 0, shards[0], copy))
+
+
+def _kept(out: Path, given: dict[str, Any]) -> Chosen:
+    """How samples are read, as it was found when the folder was begun."""
+    path = out / SETTINGS_NAME
+    kept = read_json(path, "adoption's settings")
+    try:
+        before, (adoption, shape, dtype) = dict(kept["given"]), kept["found"]
+        # As JSON, in which a list stands for a tuple.
+        chosen = Chosen(Adoption.model_validate_json(json.dumps(adoption)), tuple(shape), dtype)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: not the settings of an adoption; adopt into another folder") from None
+    for name, value in given.items():
+        if before.get(name) != value:
+            was = f"was adopted with {name} {before.get(name)}, not {value}"
+            raise UserError(f"{out}: {was}; adopt into another folder, or remove this one")
+    return chosen
+
+
+def _done(shards: Sequence[str], out: Path) -> dict[int, dict[str, Any]]:
+    """The lines of progress of the shards that are done and unchanged, by number."""
+    path, done = out / PROGRESS_NAME, {}
+    for line in read_json_lines(path) if path.exists() else []:
+        if line is not None and line.get("number") in range(len(shards)):
+            done[line["number"]] = line
+    return {number: line for number, line in done.items() if _is_done(out, shards[number], line)}
+
+
+def _is_done(out: Path, source: str, line: dict[str, Any]) -> bool:
+    """Whether a line of progress holds for a shard: it is the same, and so is its index."""
+    if line["source"] != source:
+        return False
+    if line["time"] is not None:
+        facts = os.stat(source)
+        if (facts.st_size, facts.st_mtime_ns) != (line["bytes"], line["time"]):
+            return False
+    index = _index(out, line["number"])
+    return bool(line["rejects"]) if index is None else index.sha256 == line["sha256"]
+
+
+def _index(out: Path, number: int) -> AdoptedIndex | None:
+    """The index of a shard; None where it is missing, as where all samples are rejected, or broken."""
+    path = AdoptedIndex.path_of(out, shard_name(number))
+    try:
+        return parse_index(path.read_bytes(), path, AdoptedIndex)
+    except (FileNotFoundError, UserError):
+        return None
+
+
+def _read_shards(job: _Job, shards: Sequence[str], done: dict[int, dict[str, Any]], jobs: int) -> None:
+    """Read the shards that are not done; each is noted in `done` and on the disk when it is."""
+    progress = LineFile(job.out / PROGRESS_NAME)
+    missing = [number for number in range(len(shards)) if number not in done]
+    with tqdm(total=len(missing), desc="adopt", unit="shard") as bar:
+        for line in _each(job, shards, missing, jobs):
+            progress.append(line)
+            done[line["number"]] = line
+            bar.update()
+
+
+def _each(job: _Job, shards: Sequence[str], missing: list[int], jobs: int) -> Iterator[dict[str, Any]]:
+    if min(jobs, len(missing)) <= 1:
+        for number in missing:
+            yield _adopt_one(job, number, shards[number])
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit threads
+    pool = ProcessPoolExecutor(min(jobs, len(missing)), spawn, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for future in as_completed([pool.submit(_adopt_one, job, number, shards[number]) for number in missing]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise UserError(f"{job.out}: a process died, maybe for want of memory; run again with fewer --jobs") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _adopt_one(job: _Job, number: int, source: str) -> dict[str, Any]:
+    with _local(source, job.out, number) as copy:
+        return _adopt_copy(job, number, source, copy)
+
+
+def _adopt_copy(job: _Job, number: int, source: str, copy: _Copy) -> dict[str, Any]:
+    """Write the index of one shard, and give its line of progress."""
+    found = job.reader.scan(copy.path, shown(source))
+    if found.rejects and not job.rejects_allowed:
+        name, reason = found.rejects[0]
+        more = f" ({len(found.rejects)} of its samples are broken)" if len(found.rejects) > 1 else ""
+        raise UserError(
+            f"{shown(source)}: sample {name!r}: {reason}{more}; write the shard again, or allow a share of broken "
+            "samples by --max-rejected"
+        )
+    if copy.time is not None and os.stat(source).st_mtime_ns != copy.time:
+        raise UserError(f"{source}: changed while it was read; adopt it when it is written")
+    file = shard_name(number)
+    AdoptedIndex.path_of(job.out, file).unlink(missing_ok=True)
+    if found.sums is not None:
+        AdoptedIndex(
+            file=file, bytes=copy.bytes, sha256=copy.sha256, fps=found.fps, sums=found.sums, samples=found.rows
+        ).write(job.out)
+    rejects = [Reject(shown(source), name, reason)._asdict() for name, reason in found.rejects]
+    line = {"number": number, "source": source, "bytes": copy.bytes, "sha256": copy.sha256}
+    return {**line, "time": copy.time, "rejects": rejects}
+
+
+@contextlib.contextmanager
+def _local(source: str, out: Path, number: int) -> Iterator[_Copy]:
+    """The shard as a file of this machine; a remote one is fetched, and removed afterwards.
+
+    Raises:
+        UserError: it is not there, or cannot be fetched.
+    """
+    if not is_file_url(source):
+        facts = os.stat(source)
+        yield _Copy(Path(source), facts.st_size, sha256(source), facts.st_mtime_ns)
+        return
+    path = out / f".fetched-{number:06d}.part"
+    try:
+        with open(path, "wb") as file:
+            size, digest = fetch_unknown(source, file.fileno())
+        yield _Copy(path, size, digest, None)
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,100 @@
+"""WebDataset tars of latents as others write them, with webdataset's own writer, and their adoption."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from latent_sets import FACTS, make_sample
+from safetensors.torch import save
+
+from far_scale import autoencoder as autoencoders
+from far_scale.data.adopt.adopt import adopt
+from far_scale.data.adopt.parts import Wishes
+from far_scale.data.adopt.sources import find_shards
+from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.sample import Sample
+
+BOTH = {"actions": FACTS.actions, "labels": FACTS.labels}
+
+
+def as_npy(sample: Sample) -> dict[str, Any]:
+    """float16 in an .npy, label and actions in members of their own."""
+    assert sample.actions is not None
+    return {
+        "latent.npy": sample.latents.half().numpy(),
+        "actions.npy": sample.actions.numpy().astype(np.int32),
+        "cls": sample.label,
+        "json": {"fps": 8, "caption": "of no use"},
+    }
+
+
+def as_pth(sample: Sample) -> dict[str, Any]:
+    """bfloat16 in a .pth, all else in the JSON."""
+    assert sample.actions is not None
+    return {"pth": sample.latents, "json": {"fps": 8.0, "label": sample.label, "actions": sample.actions.tolist()}}
+
+
+def as_safetensors(sample: Sample) -> dict[str, Any]:
+    """Latents and actions in one .safetensors beside a tensor of no use."""
+    assert sample.actions is not None
+    tensors = {"latents": sample.latents, "action": sample.actions, "mask": sample.actions.bool()}
+    return {"safetensors": save(tensors), "cls": sample.label, "json": {"fps": 8.0}}
+
+
+def write_tars(folder: Path, frames: list[int], per_shard: int, members: Callable[[Sample], dict[str, Any]]) -> None:
+    """`set-000000.tar`, ... of the samples of `latent_sets`."""
+    folder.mkdir(parents=True)
+    with webdataset.ShardWriter(f"{folder}/set-%06d.tar", maxcount=per_shard, verbose=0) as out:
+        for number, count in enumerate(frames):
+            sample = make_sample(number, count)
+            out.write({"__key__": sample.key, **members(sample)})
+
+
+def tar_of(path: Path, members: dict[str, bytes], **options: Any) -> Path:
+    """A tar by Python's tarfile."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def npy(array: np.ndarray) -> bytes:
+    """An array as an .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def json_bytes(**values: Any) -> bytes:
+    """A JSON member."""
+    return json.dumps(values).encode()
+
+
+@pytest.fixture
+def four_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The autoencoder of `latent_sets`, which nobody has, is known by its name."""
+    known = FACTS.autoencoder
+    stand_in = SimpleNamespace(
+        name=known.name,
+        weight_hash=known.weight_hash,
+        scaling_factor=known.scaling_factor,
+        latent_channels=FACTS.latent_shape[0],
+    )
+    monkeypatch.setattr(autoencoders, "load", lambda name: stand_in)
+
+
+def adopted(sources: str | Path | Sequence[str], out: Path, max_rejected: float = 0.0, **wishes: Any) -> Manifest:
+    """Adopt these sources."""
+    places = [str(sources)] if isinstance(sources, (str, Path)) else sources
+    return adopt(find_shards(places), out, "some-autoencoder", Wishes(**wishes), max_rejected=max_rejected)
