@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,10 +91,12 @@ def four_channels(monkeypatch: pytest.MonkeyPatch) -> None:
         scaling_factor=known.scaling_factor,
         latent_channels=FACTS.latent_shape[0],
     )
-    monkeypatch.setattr(autoencoders, "load", lambda name: stand_in)
+    real = autoencoders.load
+    monkeypatch.setattr(autoencoders, "load", lambda name: stand_in if name == known.name else real(name))
 
 
-def adopted(sources: str | Path | Sequence[str], out: Path, max_rejected: float = 0.0, **wishes: Any) -> Manifest:
-    """Adopt these sources."""
-    places = [str(sources)] if isinstance(sources, (str, Path)) else sources
-    return adopt(find_shards(places), out, "some-autoencoder", Wishes(**wishes), max_rejected=max_rejected)
+def adopted(
+    source: str | Path, out: Path, max_rejected: float = 0.0, autoencoder: str = FACTS.autoencoder.name, **wishes: Any
+) -> Manifest:
+    """Adopt a source."""
+    return adopt(find_shards([str(source)]), out, autoencoder, Wishes(**wishes), max_rejected=max_rejected)

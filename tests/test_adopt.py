@@ -36,9 +36,11 @@ from foreign_sets import (
 )
 from hostile import attempt, damage, watched
 from latent_sets import make_sample, read_all, write_set
+from launch import small_recipe
 from refusal import refused
 from safetensors.torch import save
 from strangers import Evil
+from zygote import Zygote
 
 from far_scale.data.adopt.sources import find_shards
 from far_scale.data.packs.filling import Dealing
@@ -54,6 +56,7 @@ from far_scale.data.shards.foreign_samples import SampleReader
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
+from far_scale.train.faults.exits import REFUSED
 
 pytestmark = pytest.mark.usefixtures("four_channels")
 __all__ = ["four_channels"]
@@ -441,6 +444,41 @@ def test_remote_shards_need_a_cache_and_pipes_a_word(tmp_path: Path, monkeypatch
     monkeypatch.setenv("FAR_SCALE_PIPES", "1")
     assert ShardSet.open(out, cache).read(0, 0).key == "clip_000"
     refused(lambda: ShardSet.open(out).read(0, 0), "comes through a cache")
+
+
+@pytest.mark.usefixtures("hasty")
+def test_training_on_remote_shards_of_others_and_resume_on_fewer_ranks(recorded_shards: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    own = ShardSet.open(recorded_shards)
+    for shard, count in enumerate(own.samples_per_shard):
+        with webdataset.TarWriter(str(theirs / f"{shard}.tar")) as out:
+            for sample in (own.read(shard, number) for number in range(count)):
+                assert sample.actions is not None
+                acts = {"actions": sample.actions.tolist(), "fps": sample.fps}
+                out.write({"__key__": sample.key, "safetensors": save({"z": sample.latents}), "json": acts})
+    whole, parts = tmp_path / "whole/run", tmp_path / "parts/run"
+    for run in (whole, parts):
+        run.parent.mkdir()
+    few = ["optimizer.schedule=constant", "optimizer.warmup_steps=2", "train.steps=4"]
+    with served(theirs) as server, Zygote() as zygote:
+        adopted(f"{server.url}/{{0..3}}.tar", tmp_path / "set", autoencoder="compact-vizdoom-f8c32", actions=4)
+        server.asked.clear()
+        local = small_recipe(recorded_shards, whole, *few)
+        assert zygote.start(1, local, whole.parent / "out").wait() == [0]
+        remote = small_recipe(tmp_path / "set", parts, *few)
+        assert zygote.start(1, remote, tmp_path / "refused").wait() == [REFUSED]
+        remote += [f"data.cache_dir={tmp_path / 'cache'}"]
+        assert zygote.start(2, [*remote, "train.steps=2"], parts.parent / "out").wait() == [0, 0]
+        assert zygote.start(1, remote, parts.parent / "out").wait() == [0]
+        assert set(server.asked.values()) == {1}
+    assert "set data.cache_dir to a folder" in (tmp_path / "refused").read_text()
+    read = [sorted((run.parent / "out.keys").read_text().splitlines()) for run in (whole, parts)]
+    assert read[0] == read[1] and len(read[0]) == 4 * LANES
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, parts)
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)  # float32, summed up by other ranks
 
 
 # Manifests and tars of strangers.
