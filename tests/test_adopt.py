@@ -205,14 +205,18 @@ def test_tars_as_programs_write_them(tmp_path: Path) -> None:
     assert [sample.source for sample in read_all(tmp_path / "whole")] == [key.removeprefix("./") for key in seen]
 
 
+def places(sources: list[str]) -> list[str]:
+    return [shard.place for shard in find_shards(sources)]
+
+
 def test_sources(tmp_path: Path) -> None:
     for name in ("b/2.tar", "b/c/1.tar", "a-{0}.tar", "a-00.tar", "a-01.tar"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "list.txt").write_text("b\n\na-{00..01}.tar\n")
     here = [str(tmp_path / name) for name in ("b/2.tar", "b/c/1.tar", "a-00.tar", "a-01.tar")]
-    assert find_shards([str(tmp_path / "list.txt")]) == here
-    assert find_shards(["s3://b/{x,y}.tar", "https://h/z-{08..10}.tar?k=v"]) == [
+    assert places([str(tmp_path / "list.txt")]) == here
+    assert places(["s3://b/{x,y}.tar", "https://h/z-{08..10}.tar?k=v"]) == [
         "s3://b/x.tar",
         "s3://b/y.tar",
         *(f"https://h/z-{n}.tar?k=v" for n in ("08", "09", "10")),
@@ -246,12 +250,12 @@ def test_samples_that_cannot_be_adopted(tmp_path: Path) -> None:
     spoilt[2, 1, 0, 0] = np.nan
     huge = good.replace(b"(6, 4, 3, 2)", b"(9, 4, 3, 2)")
     cases: list[tuple[dict[str, bytes], dict[str, Any], str]] = [
-        ({"a.json": fps}, {}, "none that is .npy, .safetensors, .pth or .pt, but json"),
+        ({"a.json": fps}, {}, "none that is an array or tensor, but json"),
         ({"a.x.npy": good, "a.y.npy": good, "a.json": fps}, {}, "it has x.npy, y.npy; name it by --latents"),
-        ({"a.npy": good}, {}, "it has no fps in json:fps, but the members npy; say where by --fps"),
+        ({"a.npy": good}, {}, "it has no json:fps or fps, but the members npy; say where by --fps"),
         ({"a.npy": good, "a.json": b"["}, {}, "its json is no JSON"),
         ({"a.npy": good, "a.json": json_bytes(fps="fast")}, {}, "its json:fps is 'fast', which is no number"),
-        ({"a.npy": good, "a.json": fps}, {"labels": 3}, "it has no label in cls or json:label"),
+        ({"a.npy": good, "a.json": fps}, {"labels": 3}, "it has no cls or json:label or"),
         ({"a.npy": good, "a.json": fps, "a.cls": b"7"}, {"labels": 3}, "label is 7, and the set has the labels 0 to 2"),
         ({"a.npy": good, "a.json": fps, "a.cls": b"cat"}, {"labels": 3}, "its cls is 'cat', which is no number"),
         ({"a.npy": good, "a.json": json_bytes(fps=5, actions=[0, 1])}, {"actions": 2}, "2 actions for 6 frames"),
@@ -443,7 +447,7 @@ def test_remote_shards_need_a_cache_and_pipes_a_word(tmp_path: Path, monkeypatch
     refused(lambda: ShardSet.open(out, cache).read(0, 0), "pipe:cat", "FAR_SCALE_PIPES=1")
     monkeypatch.setenv("FAR_SCALE_PIPES", "1")
     assert ShardSet.open(out, cache).read(0, 0).key == "clip_000"
-    refused(lambda: ShardSet.open(out).read(0, 0), "comes through a cache")
+    refused(lambda: ShardSet.open(out).read(0, 0), "comes through a cache, as it is remote")
 
 
 @pytest.mark.usefixtures("hasty")
@@ -524,7 +528,7 @@ def test_damaged_foreign_tars(tar: Path, tmp_path: Path) -> None:
     read = refusals = rejected = 0
     for _ in range(400):
         tar.write_bytes(damage(whole, chance))
-        found = attempt(lambda: reader.scan(tar, str(tar)), tar)
+        found = attempt(lambda: reader.scan(tar, str(tar), "shard-000000.tar"), tar)
         refusals += found is None
         if found is not None:
             rejected += bool(found.rejects)

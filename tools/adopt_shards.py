@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make a shard set of latents that others wrote, where and as they lie: WebDataset tars, here or remote.
+"""Make a shard set of latents that others wrote, where and as they lie: WebDataset tars or MDS files.
 
 Indexes and a manifest are written; the shards are only read. Run it again to go on after a kill.
 """
@@ -42,12 +42,13 @@ def rate_or_part(text: str) -> str | float:
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    sources_help = "tars, folders of tars, .txt lists of these, or URLs (s3://, gs://, https://, pipe:); with braces "
-    sources_help += "as in WebDataset, set-{000000..000123}.tar"
+    sources_help = "tars, folders of tars, folders with an index.json of mosaicml-streaming, .txt lists of these, or "
+    sources_help += "URLs (s3://, gs://, https://, pipe:) of tars or of an index.json; with braces as in WebDataset, "
+    sources_help += "set-{000000..000123}.tar"
     parser.add_argument("sources", nargs="+", help=sources_help)
     parser.add_argument("--out", type=Path, required=True, help="a new folder, for manifest and indexes")
     parser.add_argument("--autoencoder", required=True, help="name of the autoencoder that made the latents, or a path")
-    part = "as MEMBER or MEMBER:KEY (a member is what follows the key and its dot in the tar)"
+    part = "as MEMBER or MEMBER:KEY (a tar's member is what follows the key and its dot; of MDS files it is the column)"
     parser.add_argument("--latents", help=f"where the latents are, {part}; unless given, the only member that may be")
     layout_help = "the axes of the latents as stored: frames, channels, height, width"
     parser.add_argument("--layout", choices=get_args(Layout), default="FCHW", help=layout_help)
@@ -58,7 +59,12 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=0, help="number of label classes; 0 reads no labels")
     parser.add_argument("--label-in", help=f"where the label is, {part}; unless given, cls or json:label")
     parser.add_argument("--classes", type=Path, help="a file of the labels' names, one a line")
-    parser.add_argument("--fps", type=rate_or_part, default="json:fps", help="frames a second, or where they stand")
+    fps_help = "frames a second of all, or where they stand; unless given, json:fps or fps"
+    parser.add_argument("--fps", type=rate_or_part, help=fps_help)
+    name_help = (
+        "the column of MDS files that names samples; unless given, __key__, key or id, or else they are numbered"
+    )
+    parser.add_argument("--name-in", help=name_help)
     rejected_help = "the largest share of samples that may be broken; rejected.jsonl lists them"
     parser.add_argument("--max-rejected", type=share, default=0.0, help=rejected_help)
     parser.add_argument("--jobs", type=int, default=1, help="processes that read shards")
@@ -75,6 +81,7 @@ def main() -> None:
             actions_in=arguments.actions_in,
             label_in=arguments.label_in,
             fps=arguments.fps,
+            name_in=arguments.name_in,
             actions=arguments.actions,
             labels=arguments.labels or len(classes or ()),
         ),

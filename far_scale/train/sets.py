@@ -85,9 +85,11 @@ def open_set(where: str, data: DataSection, processes: Processes) -> ShardSet:
 
     def opened() -> ShardSet:
         manifest = Manifest.parse(text, name_of(where, MANIFEST_NAME))
-        remote = is_remote(where) or bool(manifest.shards.remote)
+        remote = is_remote(where) or bool(manifest.shards.cached)
         if remote and data.cache_dir is None:
-            raise UserError(f"{where}: its shards are remote and come through a cache; set data.cache_dir to a folder")
+            raise UserError(
+                f"{where}: its shards are remote or compressed and come through a cache; set data.cache_dir"
+            )
         node = NodeCache(data.cache_dir, data.cache_bytes) if remote and data.cache_dir is not None else None
         return ShardSet(where, manifest, node)
 

@@ -26,13 +26,16 @@ from tqdm import tqdm
 
 from far_scale import autoencoder as autoencoders
 from far_scale.data.adopt.parts import Chosen, Wishes, choose
+from far_scale.data.adopt.sources import FoundShard
 from far_scale.data.encode.rejects import REJECTED_NAME, Reject, write_rejects
-from far_scale.data.remote.fetch import fetch_unknown, is_file_url, shown
+from far_scale.data.remote.fetch import fetch_bytes, fetch_unknown, is_file_url, shown
+from far_scale.data.remote.unpack import PackedError, compression_of, most_packed, unpack
 from far_scale.data.shards.adopted import Adoption
 from far_scale.data.shards.foreign_samples import SampleReader
 from far_scale.data.shards.index import AdoptedIndex, parse_index, statistics
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.table import ShardTable
+from far_scale.data.shards.typed import read_small
 from far_scale.data.shards.writer import shard_entry, shard_name
 from far_scale.errors import UserError
 from far_scale.files import LineFile, read_json, read_json_lines, sha256, write_json
@@ -42,12 +45,16 @@ PROGRESS_NAME = "sources.jsonl"
 
 
 class _Copy(NamedTuple):
-    """A shard as a file of this machine: its path, size and SHA-256, and its time where it is read where it lies."""
+    """A shard as a file of this machine: its path, size and SHA-256, unpacked.
+
+    Attributes:
+        lies: size and time of its file where it lies; None of a remote one.
+    """
 
     path: Path
     bytes: int
     sha256: str
-    time: int | None
+    lies: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class _Job:
 
 
 def adopt(
-    shards: Sequence[str],
+    shards: Sequence[FoundShard],
     out: Path,
     autoencoder_name: str,
     wishes: Wishes,
@@ -71,7 +78,7 @@ def adopt(
     """Make the shard set `out` of shards that lie elsewhere, or finish it where it was cut off.
 
     Args:
-        shards: paths and URLs, see `find_shards`.
+        shards: see `find_shards`.
         autoencoder_name: what made the latents: a name or path that `far_scale.autoencoder.load` knows.
         wishes: what is known of the samples.
         classes: the names of the labels' classes, where they are known.
@@ -93,9 +100,9 @@ def adopt(
     done = _done(shards, out)
     job = _Job(out, SampleReader(*chosen, wishes.actions, wishes.labels), max_rejected > 0)
     _read_shards(job, shards, done, jobs)
-    indexes = {number: _index(out, number) for number in range(len(shards))}
+    indexes = {number: _index(out, _file(number, shard)) for number, shard in enumerate(shards)}
     rejects = [Reject(**each) for number in range(len(shards)) for each in done[number]["rejects"]]
-    entries = [shard_entry(out, index, shards[number]) for number, index in indexes.items() if index is not None]
+    entries = [shard_entry(out, index, shards[number].place) for number, index in indexes.items() if index is not None]
     whole = [index for index in indexes.values() if index is not None]
     samples = sum(len(index.samples) for index in whole)
     write_rejects(out / REJECTED_NAME, rejects)
@@ -125,10 +132,10 @@ def adopt(
 
 
 def _given(
-    shards: Sequence[str], info: AutoencoderInfo, wishes: Wishes, classes: tuple[str, ...] | None
+    shards: Sequence[FoundShard], info: AutoencoderInfo, wishes: Wishes, classes: tuple[str, ...] | None
 ) -> dict[str, Any]:
     """What an adoption is begun with, for the settings in its folder."""
-    names = hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
+    names = hashlib.sha256(json.dumps([shard.place for shard in shards]).encode()).hexdigest()[:16]
     return {
         "shards": f"{len(shards)} with fingerprint {names}",
         "autoencoder": f"{info.name} {info.weight_hash}",
@@ -138,14 +145,14 @@ def _given(
 
 
 def _start(
-    shards: Sequence[str], out: Path, given: dict[str, Any], channels: int, wishes: Wishes, rejects_allowed: bool
+    shards: Sequence[FoundShard], out: Path, given: dict[str, Any], channels: int, wishes: Wishes, rejects_allowed: bool
 ) -> None:
     """Begin the folder: find how samples are read, and read the first shard, which is then at hand."""
     if out.exists() and not all(file.name.startswith(".") for file in out.iterdir()):
         raise UserError(f"{out}: there are files here already; adopt into a new folder")
     out.mkdir(parents=True, exist_ok=True)
     with _local(shards[0], out, 0) as copy:
-        chosen = choose(copy.path, shown(shards[0]), channels, wishes)
+        chosen = choose(copy.path, shown(shards[0].place), _file(0, shards[0]), channels, wishes)
         found = [chosen.adoption.model_dump(mode="json"), chosen.latent_shape, chosen.latent_dtype]
         write_json(out / SETTINGS_NAME, {"given": given, "found": found})
         job = _Job(out, SampleReader(*chosen, wishes.actions, wishes.labels), rejects_allowed)
@@ -169,7 +176,7 @@ def _kept(out: Path, given: dict[str, Any]) -> Chosen:
     return chosen
 
 
-def _done(shards: Sequence[str], out: Path) -> dict[int, dict[str, Any]]:
+def _done(shards: Sequence[FoundShard], out: Path) -> dict[int, dict[str, Any]]:
     """The lines of progress of the shards that are done and unchanged, by number."""
     path, done = out / PROGRESS_NAME, {}
     for line in read_json_lines(path) if path.exists() else []:
@@ -178,28 +185,37 @@ def _done(shards: Sequence[str], out: Path) -> dict[int, dict[str, Any]]:
     return {number: line for number, line in done.items() if _is_done(out, shards[number], line)}
 
 
-def _is_done(out: Path, source: str, line: dict[str, Any]) -> bool:
+def _is_done(out: Path, shard: FoundShard, line: dict[str, Any]) -> bool:
     """Whether a line of progress holds for a shard: it is the same, and so is its index."""
-    if line["source"] != source:
+    if line["source"] != shard.place or line["lies"] != _lies(shard):
         return False
-    if line["time"] is not None:
-        facts = os.stat(source)
-        if (facts.st_size, facts.st_mtime_ns) != (line["bytes"], line["time"]):
-            return False
-    index = _index(out, line["number"])
+    index = _index(out, _file(line["number"], shard))
     return bool(line["rejects"]) if index is None else index.sha256 == line["sha256"]
 
 
-def _index(out: Path, number: int) -> AdoptedIndex | None:
+def _lies(shard: FoundShard) -> list[int] | None:
+    """Size and time of a shard's file; None of a remote one."""
+    if is_file_url(shard.place):
+        return None
+    facts = os.stat(shard.place)
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def _file(number: int, shard: FoundShard) -> str:
+    """What the manifest calls a shard."""
+    return shard_name(number, "mds" if shard.is_mds else "tar")
+
+
+def _index(out: Path, file: str) -> AdoptedIndex | None:
     """The index of a shard; None where it is missing, as where all samples are rejected, or broken."""
-    path = AdoptedIndex.path_of(out, shard_name(number))
+    path = AdoptedIndex.path_of(out, file)
     try:
         return parse_index(path.read_bytes(), path, AdoptedIndex)
     except (FileNotFoundError, UserError):
         return None
 
 
-def _read_shards(job: _Job, shards: Sequence[str], done: dict[int, dict[str, Any]], jobs: int) -> None:
+def _read_shards(job: _Job, shards: Sequence[FoundShard], done: dict[int, dict[str, Any]], jobs: int) -> None:
     """Read the shards that are not done; each is noted in `done` and on the disk when it is."""
     progress = LineFile(job.out / PROGRESS_NAME)
     missing = [number for number in range(len(shards)) if number not in done]
@@ -210,7 +226,7 @@ def _read_shards(job: _Job, shards: Sequence[str], done: dict[int, dict[str, Any
             bar.update()
 
 
-def _each(job: _Job, shards: Sequence[str], missing: list[int], jobs: int) -> Iterator[dict[str, Any]]:
+def _each(job: _Job, shards: Sequence[FoundShard], missing: list[int], jobs: int) -> Iterator[dict[str, Any]]:
     if min(jobs, len(missing)) <= 1:
         for number in missing:
             yield _adopt_one(job, number, shards[number])
@@ -226,49 +242,64 @@ def _each(job: _Job, shards: Sequence[str], missing: list[int], jobs: int) -> It
         pool.shutdown(cancel_futures=True)
 
 
-def _adopt_one(job: _Job, number: int, source: str) -> dict[str, Any]:
-    with _local(source, job.out, number) as copy:
-        return _adopt_copy(job, number, source, copy)
+def _adopt_one(job: _Job, number: int, shard: FoundShard) -> dict[str, Any]:
+    with _local(shard, job.out, number) as copy:
+        return _adopt_copy(job, number, shard, copy)
 
 
-def _adopt_copy(job: _Job, number: int, source: str, copy: _Copy) -> dict[str, Any]:
+def _adopt_copy(job: _Job, number: int, shard: FoundShard, copy: _Copy) -> dict[str, Any]:
     """Write the index of one shard, and give its line of progress."""
-    found = job.reader.scan(copy.path, shown(source))
+    file, name = _file(number, shard), shown(shard.place)
+    found = job.reader.scan(copy.path, name, file)
     if found.rejects and not job.rejects_allowed:
-        name, reason = found.rejects[0]
+        sample, reason = found.rejects[0]
         more = f" ({len(found.rejects)} of its samples are broken)" if len(found.rejects) > 1 else ""
         raise UserError(
-            f"{shown(source)}: sample {name!r}: {reason}{more}; write the shard again, or allow a share of broken "
+            f"{name}: sample {sample!r}: {reason}{more}; write the shard again, or allow a share of broken "
             "samples by --max-rejected"
         )
-    if copy.time is not None and os.stat(source).st_mtime_ns != copy.time:
-        raise UserError(f"{source}: changed while it was read; adopt it when it is written")
-    file = shard_name(number)
+    if copy.lies != _lies(shard):
+        raise UserError(f"{name}: changed while it was read; adopt it when it is written")
     AdoptedIndex.path_of(job.out, file).unlink(missing_ok=True)
     if found.sums is not None:
         AdoptedIndex(
             file=file, bytes=copy.bytes, sha256=copy.sha256, fps=found.fps, sums=found.sums, samples=found.rows
         ).write(job.out)
-    rejects = [Reject(shown(source), name, reason)._asdict() for name, reason in found.rejects]
-    line = {"number": number, "source": source, "bytes": copy.bytes, "sha256": copy.sha256}
-    return {**line, "time": copy.time, "rejects": rejects}
+    rejects = [Reject(name, sample, reason)._asdict() for sample, reason in found.rejects]
+    line = {"number": number, "source": shard.place, "lies": copy.lies, "sha256": copy.sha256}
+    return {**line, "rejects": rejects}
 
 
 @contextlib.contextmanager
-def _local(source: str, out: Path, number: int) -> Iterator[_Copy]:
-    """The shard as a file of this machine; a remote one is fetched, and removed afterwards.
+def _local(shard: FoundShard, out: Path, number: int) -> Iterator[_Copy]:
+    """The shard as a file of this machine; a remote one is fetched, a packed one unpacked, and removed afterwards.
 
     Raises:
-        UserError: it is not there, or cannot be fetched.
+        UserError: it is not there, cannot be fetched or does not unpack.
     """
-    if not is_file_url(source):
-        facts = os.stat(source)
-        yield _Copy(Path(source), facts.st_size, sha256(source), facts.st_mtime_ns)
+    lies, compression = _lies(shard), compression_of(shard.place)
+    if lies is not None and compression is None:
+        yield _Copy(Path(shard.place), lies[0], sha256(shard.place), lies)
         return
     path = out / f".fetched-{number:06d}.part"
     try:
         with open(path, "wb") as file:
-            size, digest = fetch_unknown(source, file.fileno())
-        yield _Copy(path, size, digest, None)
+            if compression is None:
+                size, digest = fetch_unknown(shard.place, file.fileno())
+            else:
+                unpacked = _unpacked(shard, compression)
+                size, digest = file.write(unpacked), hashlib.sha256(unpacked).hexdigest()
+        yield _Copy(path, size, digest, lies)
     finally:
         path.unlink(missing_ok=True)
+
+
+def _unpacked(shard: FoundShard, compression: str) -> bytearray:
+    if shard.bytes is None:
+        raise UserError(f"{shown(shard.place)}: is packed; name its index.json, which says how large it is")
+    most = most_packed(shard.bytes)
+    data = fetch_bytes(shard.place, most) if is_file_url(shard.place) else read_small(Path(shard.place), most)
+    try:
+        return unpack(data, compression, shard.bytes)
+    except PackedError as problem:
+        raise UserError(f"{shown(shard.place)}: {problem}; copy it again") from None

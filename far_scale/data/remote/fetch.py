@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from far_scale.data.remote.unpack import PackedError, most_packed, unpack
 from far_scale.errors import UserError, say_warning
 
 T = TypeVar("T")
@@ -107,8 +108,8 @@ def join(url: str, file: str) -> str:
 
 
 def shown(url: str) -> str:
-    """A URL as it may stand in a log: without the user, password or query that may give access."""
-    if url.startswith("pipe:"):
+    """A URL as it may stand in a log: without the user, password or query that may give access; a path as it is."""
+    if url.startswith(("pipe:", "/")):
         return url
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
@@ -174,6 +175,43 @@ def fetch_file(url: str, descriptor: int, size: int, digest: str) -> None:
     _until_it_works(url, attempt)
 
 
+def fetch_packed(place: str, compression: str, descriptor: int, size: int, digest: str) -> None:
+    """Write what a packed file, at a path or URL, unpacks to into an open one; its size and SHA-256 are known.
+
+    Raises:
+        FetchError: it cannot be fetched, after all attempts, or is damaged.
+        Interrupted: see `interruptible`.
+        OSError: it cannot be written.
+    """
+
+    def attempt() -> None:
+        data, most = bytearray(), most_packed(size)
+        if is_file_url(place):
+            _receive(place, most, data.extend)
+        else:
+            data += _read_packed(place, most)
+        try:
+            unpacked = unpack(bytes(data), compression, size)
+        except PackedError as problem:
+            raise _Failed(str(problem), final=not is_file_url(place)) from None
+        check(hashlib.sha256(unpacked).hexdigest())
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        _write(descriptor, unpacked)
+
+    check = _check_of(digest)
+    _until_it_works(place, attempt)
+
+
+def _read_packed(path: str, most: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > most:
+                raise _Failed(f"it has more than the {most} bytes that it should have", final=True)
+            return file.read()
+    except FileNotFoundError:
+        raise _Failed("it is not there", final=True) from None
+
+
 def fetch_unknown(url: str, descriptor: int) -> tuple[int, str]:
     """Write a file of which nothing is known yet into an open one, from its beginning.
 
@@ -198,7 +236,7 @@ def fetch_unknown(url: str, descriptor: int) -> tuple[int, str]:
     return _until_it_works(url, attempt)
 
 
-def _write(descriptor: int, block: bytes) -> None:
+def _write(descriptor: int, block: bytes | bytearray) -> None:
     rest = memoryview(block)
     while rest:
         rest = rest[os.write(descriptor, rest) :]

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.remote.fetch import FetchError, fetch_bytes, is_file_url, is_remote, join, shown
+from far_scale.data.remote.unpack import compression_of
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.typed import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, read_small
@@ -144,7 +145,7 @@ class _Adopted:
         self._urls = None if node is None else _ByUrl(node)
 
     def name(self, file: str) -> str:
-        return shown(file) if is_file_url(file) else self._of(file).name(file)
+        return shown(file) if file.startswith("/") or is_file_url(file) else self._own.name(file)
 
     def path(self, file: str, size: int, digest: str) -> Path:
         return self._of(file).path(file, size, digest)
@@ -159,9 +160,10 @@ class _Adopted:
         self._of(file).fetch_ahead(file, digest, size)
 
     def _of(self, file: str) -> Store:
-        if file.startswith("/"):
+        packed = compression_of(file) is not None
+        if file.startswith("/") and not packed:
             return self._paths
-        if not is_file_url(file):
+        if not packed and not is_file_url(file):
             return self._own
         if file.startswith("pipe:") and os.environ.get(PIPES_VARIABLE) != "1":
             raise UserError(
@@ -169,7 +171,9 @@ class _Adopted:
                 f"{PIPES_VARIABLE}=1 if that was you"
             )
         if self._urls is None:
-            raise UserError(f"{shown(file)}: this shard is remote and comes through a cache; give a folder for it")
+            raise UserError(
+                f"{shown(file)}: this shard comes through a cache, as it is remote or compressed; name its folder"
+            )
         return self._urls
 
 

@@ -24,7 +24,13 @@ Layout = Literal["FCHW", "CFHW", "FHWC"]
 # The axes of a tensor as it is stored that are frame, channel, height and width.
 AXES: dict[Layout, tuple[int, int, int, int]] = {"FCHW": (0, 1, 2, 3), "CFHW": (1, 0, 2, 3), "FHWC": (0, 3, 1, 2)}
 
-PartKind = Literal["npy", "torch", "safetensors", "json", "text"]
+PartKind = Annotated[
+    str,
+    pydantic.Field(
+        pattern=r"^(npy|torch|safetensors|json|text|number:[a-z0-9]{3,7}|ndarray(:[a-z0-9]{4,7}(:\d{1,9}(,\d{1,9}){0,7})?)?)$"
+    ),
+]
+"""What a part is: a file of that kind, a number in text, or by mosaicml-streaming's encoding a number or an array."""
 Name = Annotated[str, pydantic.Field(min_length=1, max_length=MAX_NAME)]
 PartBytes = Annotated[int, pydantic.Field(ge=0, le=MAX_TENSORS_BYTES)]
 
@@ -33,7 +39,8 @@ class Part(Typed):
     """Where one part of each sample stands.
 
     Attributes:
-        member: the extension of its member of a tar: all after the first dot of the file's name, in lower case.
+        member: the extension of its member of a tar, all after the first dot of the file's name, in lower case; or its
+            column of an MDS file.
         kind: what the member is.
         key: the part's name in it; None where it is all of it.
     """
@@ -56,6 +63,7 @@ class Adoption(Typed):
         actions: F whole numbers; None where the set has none.
         label: a whole number; None where the set has none.
         fps: a number that stands in each sample, or one for all.
+        name: the column of MDS files that names samples; None where they are numbered, and of tars.
     """
 
     layout: Layout
@@ -64,6 +72,14 @@ class Adoption(Typed):
     actions: Part | None
     label: Part | None
     fps: Part | float
+    name: Part | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        """All parts of a sample that are read."""
+        return [
+            each for each in (self.latents, self.actions, self.label, self.fps, self.name) if isinstance(each, Part)
+        ]
 
 
 class AdoptedRow(NamedTuple):

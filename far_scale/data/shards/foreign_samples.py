@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from far_scale.data.shards.adopted import AXES, AdoptedRow, Adoption, Part
+from far_scale.data.shards.adopted import AXES, MAX_NAME, AdoptedRow, Adoption, Part
+from far_scale.data.shards.foreign_mds import NUMBERS, check_encodings, walk_mds
 from far_scale.data.shards.foreign_tar import ForeignTarWalk, refuse_compressed
 from far_scale.data.shards.foreign_tensors import LoadedTensor, Read, StoredTensor, find_tensor
 from far_scale.data.shards.index import ChannelSums, LatentSums
@@ -25,7 +27,7 @@ _MAX_JSON = 1 << 20  # bytes of a sample's JSON or text
 _MAX_LABEL = 1 << 40
 
 Members = Mapping[str, Member]
-"""The members of one sample by their extensions."""
+"""The members of one sample by their extensions, or its columns by their names."""
 
 
 class Scanned(NamedTuple):
@@ -65,20 +67,21 @@ class SampleReader:
         m = manifest
         return SampleReader(manifest.adopted, m.latent_shape, m.latent_dtype, m.actions, m.labels)
 
-    def scan(self, path: Path, name: str) -> Scanned:
+    def scan(self, path: Path, name: str, file: str) -> Scanned:
         """Read every sample of a shard.
 
         Args:
             path: of the shard, or of a copy of it.
             name: of the shard, as messages call it.
+            file: what its manifest calls it, which tells its format and its number.
 
         Raises:
             UserError: it is no shard, or cut off; one broken sample is no error.
         """
         rows, rejects, sums = [], [], LatentSums(self.latent_shape[0])
-        with open(path, "rb") as file:
-            read = reader_of(file.fileno())
-            for sample, members in members_by_sample(path, name).items():
+        with open(path, "rb") as opened:
+            read = reader_of(opened.fileno())
+            for sample, members in samples_of(path, name, file, self.adoption):
                 try:
                     row = self._row(sample, members, read)
                     sums.add(self.read(read, row).latents)
@@ -166,21 +169,21 @@ class SampleReader:
         return actions
 
 
-def members_by_sample(path: Path, name: str) -> dict[str, dict[str, Member]]:
-    """The members of a tar by sample and extension; those of one sample may stand in any order, and apart.
+def samples_of(path: Path, name: str, file: str, adoption: Adoption | None) -> Iterator[tuple[str, Members]]:
+    """The samples of a shard, in the order in which it first names them: name and members, or columns.
+
+    Args:
+        path, name, file: as of `SampleReader.scan`.
+        adoption: what the parts must be; None where that is not known yet.
 
     Raises:
-        UserError: it is no tar, is cut off, or names a member twice.
+        UserError: it is no shard, is cut off, or has something in it twice.
     """
-    samples: dict[str, dict[str, Member]] = {}
     try:
-        with open(path, "rb") as file:
-            refuse_compressed(file)
-            for member in ForeignTarWalk(file):
-                members = samples.setdefault(member.key, {})
-                if member.kind in members:
-                    raise ForeignMemberError(f"member '{member.key}.{member.kind}' is there twice")
-                members[member.kind] = member
+        if file.endswith(".mds"):
+            yield from _mds_samples(path, int(file.split(".")[1]), adoption)
+        else:
+            yield from _tar_samples(path).items()
     except ForeignMemberError as problem:
         raise UserError(
             f"{name}: not a shard that can be adopted ({problem}); leave it out, or write it again"
@@ -189,9 +192,54 @@ def members_by_sample(path: Path, name: str) -> dict[str, dict[str, Member]]:
         raise UserError(
             f"{name}: not {problem.format}, or cut off ({problem}); copy it again, or leave it out"
         ) from None
+
+
+def _tar_samples(path: Path) -> dict[str, dict[str, Member]]:
+    """The members of one sample may stand in any order, and apart."""
+    samples: dict[str, dict[str, Member]] = {}
+    with open(path, "rb") as opened:
+        refuse_compressed(opened)
+        for member in ForeignTarWalk(opened):
+            members = samples.setdefault(member.key, {})
+            if member.kind in members:
+                raise ForeignMemberError(f"member '{member.key}.{member.kind}' is there twice")
+            members[member.kind] = member
     if not samples:
-        raise UserError(f"{name}: there is no sample in it; leave it out")
+        raise ForeignMemberError("there is no sample in it")
     return samples
+
+
+def _mds_samples(path: Path, number: int, adoption: Adoption | None) -> Iterator[tuple[str, Members]]:
+    """Samples have the names of the column that is said to hold them, or else the numbers of shard and sample."""
+    seen = set()
+    with open(path, "rb") as opened:
+        read = reader_of(opened.fileno())
+        columns, samples = walk_mds(read, os.fstat(opened.fileno()).st_size)
+        if adoption is not None:
+            check_encodings(columns.encodings, {part.member: part.kind for part in adoption.parts})
+        for count, members in enumerate(samples):
+            name = f"{number:05d}-{count:06d}"
+            if adoption is not None and adoption.name is not None:
+                name = _name_in(read, members, adoption.name)
+            if name in seen:
+                raise ForeignMemberError(f"sample {name!r} is there twice")
+            seen.add(name)
+            yield name, members
+
+
+def encodings_of(read: Read, path: Path) -> Mapping[str, str]:
+    """The columns of an MDS file that `samples_of` has gone into, and how they are encoded."""
+    return walk_mds(read, path.stat().st_size)[0].encodings
+
+
+def _name_in(read: Read, members: Members, part: Part) -> str:
+    try:
+        name = _text(read, members[part.member].offset, members[part.member].size, part)
+    except Mismatch as problem:
+        raise ForeignMemberError(str(problem)) from None
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise ForeignMemberError(f"the name {name!r:.100} is empty, longer than {MAX_NAME}, or not printable")
+    return name
 
 
 def reader_of(descriptor: int) -> Read:
@@ -248,6 +296,8 @@ def number(read: Read, members: Members, part: Part) -> float:
     member = _member(members, part)
     if part.kind == "json":
         value = _json_value(read, member.offset, member.size, part)
+    elif part.kind.startswith("number:"):
+        value = _stored_number(read, member, part)
     else:
         value = _text(read, member.offset, member.size, part).strip()
     try:
@@ -256,6 +306,13 @@ def number(read: Read, members: Members, part: Part) -> float:
         return float(value)
     except (ValueError, TypeError, OverflowError):
         raise Mismatch(f"its {part} is {value!r:.40}, which is no number") from None
+
+
+def _stored_number(read: Read, member: Member, part: Part) -> float:
+    dtype = np.dtype(NUMBERS[part.kind.removeprefix("number:")])
+    if member.size != dtype.itemsize:
+        raise Mismatch(f"its {part} has {member.size} bytes, not {dtype.itemsize}")
+    return float(np.frombuffer(read(member.offset, member.size), dtype)[0])
 
 
 def json_of(read: Read, offset: int, size: int, part: Part) -> Any:

@@ -1,4 +1,4 @@
-"""Tensors in adopted shards: of npy and safetensors the frames asked for are read, of torch.save all."""
+"""Tensors in adopted shards: of npy, safetensors and ndarray the frames asked for are read, of torch.save all."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from far_scale.data.shards.adopted import Part
+from far_scale.data.shards.foreign_mds import array_place, start_bytes
 from far_scale.data.shards.sample import Mismatch
 from far_scale.data.shards.torch_file import load_torch, plain_tensor
 
@@ -102,6 +103,9 @@ def find_tensor(part: Part, read: Read, offset: int, size: int) -> StoredTensor 
                 raise Mismatch(f"has no tensor {part.key!r}, but {has}")
             found = found[part.key]
         return LoadedTensor(plain_tensor(found, stored_bytes))
+    if part.kind.startswith("ndarray"):
+        dtype, shape, begin = array_place(part.kind, bytes(read(offset, start_bytes(size))), size)
+        return StoredTensor(dtype, shape, offset + begin)
     raise Mismatch("is no array or tensor; name a member that is .npy, .safetensors, .pth or .pt")
 
 

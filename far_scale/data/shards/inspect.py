@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from far_scale import autoencoder as autoencoders
+from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards.index import ChannelSums, statistics
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.mds import STREAMING_INDEX_NAME, has_streaming_index, write_streaming_index
@@ -107,10 +108,14 @@ def verify(shard_set: ShardSet) -> None:
         )
 
 
-def fix(folder: Path) -> str:
+def fix(folder: Path, node: NodeCache | None = None) -> str:
     """Drop the shards that are broken or missing from the manifest, and compute its statistics anew.
 
     The shards themselves are left where they are. The manifest as it was is kept beside it.
+
+    Args:
+        folder: of the set.
+        node: the cache in which remote and compressed shards of an adopted set are read.
 
     Returns:
         What was dropped and why, and what is left, a line each.
@@ -119,7 +124,7 @@ def fix(folder: Path) -> str:
         UserError: there is no valid manifest, or no whole shard; nothing is changed.
     """
     manifest = Manifest.read(folder)
-    found = examine(ShardSet(folder, manifest))
+    found = examine(ShardSet(folder, manifest, node))
     if not found.sums:
         first = next(iter(found.broken.values()))
         raise UserError(

@@ -108,8 +108,8 @@ class Manifest(WithClasses):
             raise ValueError("a shard file is named twice")
         if self.shards.has_both_formats:
             raise ValueError("some shards are tars and some are MDS files")
-        if self.shards.adopted is not (self.adopted is not None) or self.shards.remote is None:
-            raise ValueError("all shards must lie here, or with `adopted` all at paths or all at URLs of their own")
+        if self.shards.adopted is not (self.adopted is not None) or self.shards.cached is None:
+            raise ValueError("all shards must lie here, or with `adopted` all at paths, all at URLs or all compressed")
         if self.classes is not None and not len(set(self.classes)) == len(self.classes) <= self.labels:
             raise ValueError(f"classes must be different names, {self.labels} at most")
         return self

@@ -134,7 +134,7 @@ class ShardSet:
         folder: where they lie, folder or URL, as messages call it.
         manifest: what the set is.
         store: where its files come from.
-        far: whether its shards come from far away, through the node's cache.
+        far: whether its shards are read in the node's cache: they are remote, or compressed.
     """
 
     def __init__(self, where: str | Path, manifest: Manifest, node: NodeCache | None = None) -> None:
@@ -149,7 +149,7 @@ class ShardSet:
         self._adopted: SampleReader | None = None
         self._again = "encode the set again"
         if manifest.adopted is not None:
-            self.store, self.far = adopted_store(self.store, node), bool(manifest.shards.remote)
+            self.store, self.far = adopted_store(self.store, node), bool(manifest.shards.cached)
             self._adopted, self._again = SampleReader.of(manifest), "adopt the shards again"
         largest = int(manifest.shards.bytes.max())
         if self.far and node is not None and node.most_bytes < largest:
@@ -317,7 +317,7 @@ class ShardSet:
         if self._adopted is None:
             rows: list[IndexRow] | list[AdoptedRow] = index_shard(path, entry.file)
         else:
-            rows = self._adopted.scan(path, self.name_of(number)).rows
+            rows = self._adopted.scan(path, self.name_of(number), entry.file).rows
         if rows != index.samples:
             raise UserError(f"{path}: its samples are not those of its index; {self._again}")
         sums = LatentSums(len(index.sums.total))

@@ -11,6 +11,7 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
+from far_scale.data.remote.unpack import compression_of
 from far_scale.data.shards.typed import Digest, Place, Positive, ShardName, Typed, first_problem
 
 _LIST_END, _COMMA = re.compile(r"\}\s*\]"), re.compile(r"\s*,")
@@ -102,9 +103,10 @@ class ShardTable(Sequence[ShardEntry]):
         return _all_or_none(self._sources != b"")
 
     @property
-    def remote(self) -> bool | None:
-        """Whether the shards have URLs of their own; None where some have and some do not."""
-        return _all_or_none((self._sources != b"") & ~np.char.startswith(self._sources, b"/"))
+    def cached(self) -> bool | None:
+        """Whether the shards lie at URLs, or are compressed, so that they are read in a cache; None where some do."""
+        each = [bool(s) and (not s.startswith(b"/") or compression_of(s.decode()) is not None) for s in self._sources]
+        return _all_or_none(np.array(each))
 
 
 def _all_or_none(each: NDArray[np.bool_]) -> bool | None:
