@@ -6,12 +6,14 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 from latent_sets import FACTS, make_sample
 from safetensors.torch import save
@@ -20,9 +22,16 @@ from far_scale import autoencoder as autoencoders
 from far_scale.data.adopt.adopt import adopt
 from far_scale.data.adopt.parts import Wishes
 from far_scale.data.adopt.sources import find_shards
+from far_scale.data.packs.filling import Dealing
+from far_scale.data.packs.loader import Pack, PackLoader
+from far_scale.data.packs.mixture import Mixture
+from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample
+from far_scale.data.shards.shard_set import ShardSet
 
+LANES = 4
+DEALING = Dealing(lanes=LANES, frames=(4, 9), frame_stride=2, shuffle_window=4, seed=7, clips_per_pack=2)
 BOTH = {"actions": FACTS.actions, "labels": FACTS.labels}
 
 
@@ -76,6 +85,13 @@ def npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def torch_file(stored: object) -> bytes:
+    """What torch.save makes."""
+    file = io.BytesIO()
+    torch.save(stored, file)
+    return file.getvalue()
+
+
 def json_bytes(**values: Any) -> bytes:
     """A JSON member."""
     return json.dumps(values).encode()
@@ -96,7 +112,31 @@ def four_channels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def adopted(
-    source: str | Path, out: Path, max_rejected: float = 0.0, autoencoder: str = FACTS.autoencoder.name, **wishes: Any
+    source: str | Path,
+    out: Path,
+    max_rejected: float = 0.0,
+    autoencoder: str = FACTS.autoencoder.name,
+    classes: tuple[str, ...] | None = None,
+    **wishes: Any,
 ) -> Manifest:
     """Adopt a source."""
-    return adopt(find_shards([str(source)]), out, autoencoder, Wishes(**wishes), max_rejected=max_rejected)
+    return adopt(find_shards([str(source)]), out, autoencoder, Wishes(**wishes), classes, max_rejected)
+
+
+def packs_of(
+    source: ShardSet | Mixture, steps: int, lanes: range | list[int] = range(LANES), **more: Any
+) -> list[Pack]:
+    """The packs of a rank with these lanes."""
+    scaling, dealing = LatentScaling.of(source.manifest, "channel"), more.pop("dealing", DEALING)
+    with PackLoader(source, scaling, list(lanes), dealing, **more) as packs:
+        return [pack for step in islice(packs, steps) for pack in step]
+
+
+def same(first: list[Pack], second: list[Pack]) -> bool:
+    """Whether packs are the same, to the last bit."""
+
+    def facts(pack: Pack) -> tuple[Any, ...]:
+        tensors = [pack.latents, pack.actions, pack.labels]
+        return pack.keys, pack.lane, pack.step, pack.lane_state, [None if t is None else t.tolist() for t in tensors]
+
+    return [facts(pack) for pack in first] == [facts(pack) for pack in second]

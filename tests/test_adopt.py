@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import random
@@ -13,7 +12,6 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,8 @@ import webdataset
 from far_sets import served
 from foreign_sets import (
     BOTH,
+    DEALING,
+    LANES,
     adopted,
     as_npy,
     as_pth,
@@ -31,7 +31,10 @@ from foreign_sets import (
     four_channels,
     json_bytes,
     npy,
+    packs_of,
+    same,
     tar_of,
+    torch_file,
     write_tars,
 )
 from hostile import attempt, damage, watched
@@ -43,10 +46,7 @@ from strangers import Evil
 from zygote import Zygote
 
 from far_scale.data.adopt.sources import find_shards
-from far_scale.data.packs.filling import Dealing
-from far_scale.data.packs.loader import Pack, PackLoader
 from far_scale.data.packs.mixture import Mixture
-from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards import inspect
@@ -62,31 +62,7 @@ pytestmark = pytest.mark.usefixtures("four_channels")
 __all__ = ["four_channels"]
 
 FRAMES = [20 + number % 5 for number in range(22)]
-LANES = 4
-DEALING = Dealing(lanes=LANES, frames=(4, 9), frame_stride=2, shuffle_window=4, seed=7, clips_per_pack=2)
 GB = 10**9
-
-
-def loader(source: ShardSet | Mixture, lanes: range | list[int] = range(LANES), **more: Any) -> PackLoader:
-    dealing = more.pop("dealing", DEALING)
-    return PackLoader(source, LatentScaling.of(source.manifest, "channel"), list(lanes), dealing, **more)
-
-
-def packs_of(
-    source: ShardSet | Mixture, steps: int, lanes: range | list[int] = range(LANES), **more: Any
-) -> list[Pack]:
-    with loader(source, lanes, **more) as packs:
-        return [pack for step in islice(packs, steps) for pack in step]
-
-
-def same(first: list[Pack], second: list[Pack]) -> bool:
-    """Whether packs are the same, to the last bit."""
-
-    def facts(pack: Pack) -> tuple[Any, ...]:
-        tensors = [pack.latents, pack.actions, pack.labels]
-        return pack.keys, pack.lane, pack.step, pack.lane_state, [None if t is None else t.tolist() for t in tensors]
-
-    return [facts(pack) for pack in first] == [facts(pack) for pack in second]
 
 
 @pytest.mark.parametrize("members", [as_npy, as_pth, as_safetensors])
@@ -209,7 +185,8 @@ def places(sources: list[str]) -> list[str]:
     return [shard.place for shard in find_shards(sources)]
 
 
-def test_sources(tmp_path: Path) -> None:
+def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("far_scale.data.adopt.sources._MAX_SHARDS", 900)
     for name in ("b/2.tar", "b/c/1.tar", "a-{0}.tar", "a-00.tar", "a-01.tar"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -227,7 +204,7 @@ def test_sources(tmp_path: Path) -> None:
         ([str(tmp_path / "a-{0}.tar")], "without braces"),
         ([str(tmp_path / "a-{0..3.tar")], "do not close"),
         ([str(tmp_path / "a-{00..02}.tar")], "a-02.tar: there is no such shard"),
-        (["s3://b/{0..999999}.tar"], "more than 300000 shards"),
+        (["s3://b/{0..999}.tar"], "more than 900 shards"),
     ]:
         refused(lambda sources=sources: find_shards(sources), word)
     (tmp_path / "empty").mkdir()
@@ -235,12 +212,6 @@ def test_sources(tmp_path: Path) -> None:
 
 
 # What is refused.
-
-
-def torch_file(stored: object) -> bytes:
-    file = io.BytesIO()
-    torch.save(stored, file)
-    return file.getvalue()
 
 
 def test_samples_that_cannot_be_adopted(tmp_path: Path) -> None:
@@ -321,6 +292,17 @@ def test_broken_samples_are_listed_up_to_a_share(tmp_path: Path) -> None:
     inspect.verify(ShardSet.open(out))
 
 
+def test_a_mistake_is_corrected_in_the_same_folder(tmp_path: Path) -> None:
+    members = {"README.md": b"no sample", "a.npy": npy(latents().transpose(1, 0, 2, 3)), "a.cls": b"2"}
+    tar, out = tar_of(tmp_path / "a.tar", {**members, "b.npy": npy(latents())}), tmp_path / "set"
+    refused(lambda: adopted(tar, out, fps=5.0), str(tar), "'README': it has no member npy, but md (2 of its")
+    refused(lambda: adopted(tar, out, fps=5.0, layout="CFHW", labels=1), "'README': it has no member npy")
+    refused(lambda: adopted(tar, out, fps=5.0, name_in="cls"), "--name-in cls: a tar's samples have the names")
+    refused(lambda: adopted(tar, out, classes=("x", "y"), labels=1), "--classes: names 2 classes, and --labels is 1")
+    manifest = adopted(tar, out, 0.7, fps=5.0, layout="CFHW", labels=3)
+    assert manifest.samples == 1 and len((out / "rejected.jsonl").read_text().splitlines()) == 2
+
+
 # Going on, and what has changed.
 
 
@@ -336,12 +318,12 @@ def test_adoption_goes_on_after_a_kill_and_sees_what_changed(tmp_path: Path) -> 
         from far_scale.data.adopt import adopt as module
         known = foreign_sets.FACTS.autoencoder
         module.autoencoders.load = lambda name: SimpleNamespace(**known.model_dump(), latent_channels=4)
-        honest = module._adopt_copy
-        def adopt_or_die(job, number, *rest):
+        honest = module._write
+        def write_or_die(job, number, *rest):
             if number == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             return honest(job, number, *rest)
-        module._adopt_copy = adopt_or_die
+        module._write = write_or_die
         foreign_sets.adopted({str(tmp_path / "theirs")!r}, module.Path({str(out)!r}), actions=4, labels=3)
     """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

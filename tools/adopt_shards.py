@@ -7,6 +7,7 @@ Indexes and a manifest are written; the shards are only read. Run it again to go
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -29,6 +30,15 @@ def above_zero(text: str) -> float:
     if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return float(text)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
+        return int(text)
+
+    return number
 
 
 def rate_or_part(text: str) -> str | float:
@@ -54,9 +64,9 @@ def main() -> None:
     parser.add_argument("--layout", choices=get_args(Layout), default="FCHW", help=layout_help)
     scale_help = "what the latents were multiplied by before they were stored; they are divided by it"
     parser.add_argument("--scale-factor", type=above_zero, default=1.0, help=scale_help)
-    parser.add_argument("--actions", type=int, default=0, help="number of action classes; 0 reads no actions")
+    parser.add_argument("--actions", type=at_least(0), default=0, help="number of action classes; 0 reads no actions")
     parser.add_argument("--actions-in", help=f"where the actions are, {part}: a whole number a frame")
-    parser.add_argument("--labels", type=int, default=0, help="number of label classes; 0 reads no labels")
+    parser.add_argument("--labels", type=at_least(0), default=0, help="number of label classes; 0 reads no labels")
     parser.add_argument("--label-in", help=f"where the label is, {part}; unless given, cls or json:label")
     parser.add_argument("--classes", type=Path, help="a file of the labels' names, one a line")
     fps_help = "frames a second of all, or where they stand; unless given, json:fps or fps"
@@ -67,7 +77,7 @@ def main() -> None:
     parser.add_argument("--name-in", help=name_help)
     rejected_help = "the largest share of samples that may be broken; rejected.jsonl lists them"
     parser.add_argument("--max-rejected", type=share, default=0.0, help=rejected_help)
-    parser.add_argument("--jobs", type=int, default=1, help="processes that read shards")
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="processes that read shards")
     arguments = parser.parse_args()
     classes = None if arguments.classes is None else read_class_names(arguments.classes)
     manifest = adopt(

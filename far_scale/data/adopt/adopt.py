@@ -31,7 +31,7 @@ from far_scale.data.encode.rejects import REJECTED_NAME, Reject, write_rejects
 from far_scale.data.remote.fetch import fetch_bytes, fetch_unknown, is_file_url, shown
 from far_scale.data.remote.unpack import PackedError, compression_of, most_packed, unpack
 from far_scale.data.shards.adopted import Adoption
-from far_scale.data.shards.foreign_samples import SampleReader
+from far_scale.data.shards.foreign_samples import SampleReader, Scanned
 from far_scale.data.shards.index import AdoptedIndex, parse_index, statistics
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.table import ShardTable
@@ -89,6 +89,10 @@ def adopt(
         UserError: a shard that is missing, no tar or cut off; a sample that is broken, or too many; parts that are not
             found; other settings than the folder was begun with.
     """
+    if classes is not None and len(classes) > wishes.labels:
+        raise UserError(f"--classes: names {len(classes)} classes, and --labels is {wishes.labels}; make them the same")
+    if wishes.name_in is not None and not shards[0].is_mds:
+        raise UserError(f"--name-in {wishes.name_in}: a tar's samples have the names of their members; leave it out")
     autoencoder = autoencoders.load(autoencoder_name)
     info = AutoencoderInfo(
         name=autoencoder.name, weight_hash=autoencoder.weight_hash, scaling_factor=autoencoder.scaling_factor
@@ -100,20 +104,22 @@ def adopt(
     done = _done(shards, out)
     job = _Job(out, SampleReader(*chosen, wishes.actions, wishes.labels), max_rejected > 0)
     _read_shards(job, shards, done, jobs)
-    indexes = {number: _index(out, _file(number, shard)) for number, shard in enumerate(shards)}
     rejects = [Reject(**each) for number in range(len(shards)) for each in done[number]["rejects"]]
-    entries = [shard_entry(out, index, shards[number].place) for number, index in indexes.items() if index is not None]
-    whole = [index for index in indexes.values() if index is not None]
-    samples = sum(len(index.samples) for index in whole)
+    entries, sums, rates = [], [], set()
+    for number, shard in enumerate(shards):
+        if (index := _index(out, _file(number, shard))) is not None:
+            entries.append(shard_entry(out, index, shard.place))
+            sums.append(index.sums)
+            rates.add(index.fps)
+    samples = sum(entry.samples for entry in entries)
     write_rejects(out / REJECTED_NAME, rejects)
-    if len(rejects) > max_rejected * (samples + len(rejects)) or not whole:
+    if len(rejects) > max_rejected * (samples + len(rejects)) or not entries:
         raise UserError(
             f"{out}: {len(rejects)} of {samples + len(rejects)} samples are broken, more than --max-rejected "
             f"{max_rejected:g} allows, first {rejects[0].source}: sample {rejects[0].key!r}: {rejects[0].reason}; all "
             f"are in {out / REJECTED_NAME}"
         )
-    mean, std = statistics([index.sums for index in whole])
-    rates = {index.fps for index in whole}
+    mean, std = statistics(sums)
     manifest = Manifest(
         latent_shape=chosen.latent_shape,
         latent_dtype=chosen.latent_dtype,
@@ -153,10 +159,12 @@ def _start(
     out.mkdir(parents=True, exist_ok=True)
     with _local(shards[0], out, 0) as copy:
         chosen = choose(copy.path, shown(shards[0].place), _file(0, shards[0]), channels, wishes)
+        job = _Job(out, SampleReader(*chosen, wishes.actions, wishes.labels), rejects_allowed)
+        scanned = _scan(job, 0, shards[0], copy)
+        # Nothing is kept before: who is told of a mistake may run again with other options.
         found = [chosen.adoption.model_dump(mode="json"), chosen.latent_shape, chosen.latent_dtype]
         write_json(out / SETTINGS_NAME, {"given": given, "found": found})
-        job = _Job(out, SampleReader(*chosen, wishes.actions, wishes.labels), rejects_allowed)
-        LineFile(out / PROGRESS_NAME).append(_adopt_copy(job, 0, shards[0], copy))
+        LineFile(out / PROGRESS_NAME).append(_write(job, 0, shards[0], copy, scanned))
 
 
 def _kept(out: Path, given: dict[str, Any]) -> Chosen:
@@ -244,13 +252,17 @@ def _each(job: _Job, shards: Sequence[FoundShard], missing: list[int], jobs: int
 
 def _adopt_one(job: _Job, number: int, shard: FoundShard) -> dict[str, Any]:
     with _local(shard, job.out, number) as copy:
-        return _adopt_copy(job, number, shard, copy)
+        return _write(job, number, shard, copy, _scan(job, number, shard, copy))
 
 
-def _adopt_copy(job: _Job, number: int, shard: FoundShard, copy: _Copy) -> dict[str, Any]:
-    """Write the index of one shard, and give its line of progress."""
-    file, name = _file(number, shard), shown(shard.place)
-    found = job.reader.scan(copy.path, name, file)
+def _scan(job: _Job, number: int, shard: FoundShard, copy: _Copy) -> Scanned:
+    """Read all samples of one shard.
+
+    Raises:
+        UserError: a sample is broken where none may be, or the shard changes meanwhile.
+    """
+    name = shown(shard.place)
+    found = job.reader.scan(copy.path, name, _file(number, shard))
     if found.rejects and not job.rejects_allowed:
         sample, reason = found.rejects[0]
         more = f" ({len(found.rejects)} of its samples are broken)" if len(found.rejects) > 1 else ""
@@ -260,12 +272,18 @@ def _adopt_copy(job: _Job, number: int, shard: FoundShard, copy: _Copy) -> dict[
         )
     if copy.lies != _lies(shard):
         raise UserError(f"{name}: changed while it was read; adopt it when it is written")
+    return found
+
+
+def _write(job: _Job, number: int, shard: FoundShard, copy: _Copy, found: Scanned) -> dict[str, Any]:
+    """Write the index of one shard, and give its line of progress."""
+    file = _file(number, shard)
     AdoptedIndex.path_of(job.out, file).unlink(missing_ok=True)
     if found.sums is not None:
         AdoptedIndex(
             file=file, bytes=copy.bytes, sha256=copy.sha256, fps=found.fps, sums=found.sums, samples=found.rows
         ).write(job.out)
-    rejects = [Reject(name, sample, reason)._asdict() for sample, reason in found.rejects]
+    rejects = [Reject(shown(shard.place), sample, reason)._asdict() for sample, reason in found.rejects]
     line = {"number": number, "source": shard.place, "lies": copy.lies, "sha256": copy.sha256}
     return {**line, "rejects": rejects}
 

@@ -1,7 +1,8 @@
-"""Which member of a sample holds what: as the user says, or as the first sample of the first shard shows."""
+"""Which member of a sample holds what: as the user says, or as one of the first samples of the first shard shows."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ _ACTIONS = ("json:actions", "json:action", "actions.npy", "action.npy", "actions
 _LABEL = ("cls", "json:label", "json:class", "label", "class")
 _FPS = ("json:fps", "fps")
 _NAMES = ("__key__", "key", "id")
+_TRIED = 10  # samples, of which the first may be broken
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Chosen(NamedTuple):
 
 
 def choose(path: Path, name: str, file: str, channels: int, wishes: Wishes) -> Chosen:
-    """Look at the first sample of a shard.
+    """Look at the first sample of a shard, or if it has no such parts at one of those after it.
 
     Args:
         path: of the shard.
@@ -73,19 +75,24 @@ def choose(path: Path, name: str, file: str, channels: int, wishes: Wishes) -> C
     Raises:
         UserError: a part that is not there, several that might be meant, or latents of another shape.
     """
-    sample, members = next(samples_of(path, name, file, None))
-    try:
-        with open(path, "rb") as opened:
-            read = reader_of(opened.fileno())
-            is_mds = file.endswith(".mds")
-            if is_mds:
-                starts = {each: bytes(read(m.offset, min(m.size, 16))) for each, m in members.items()}
-                kinds = {each: kind_of(code, starts[each]) for each, code in encodings_of(read, path).items()}
-            else:
-                kinds = {each: _KINDS.get(each.rpartition(".")[2], "text") for each in members}
-            return _First(read, members, kinds, is_mds).choose(channels, wishes)
-    except Mismatch as problem:
-        raise UserError(f"{name}: the first sample, {sample!r}: {problem}") from None
+    problems = []
+    for sample, members in itertools.islice(samples_of(path, name, file, None), _TRIED):
+        try:
+            return _choose(path, file, members, channels, wishes)
+        except Mismatch as problem:
+            problems.append(f"{name}: the first sample, {sample!r}: {problem}")
+    raise UserError(problems[0])
+
+
+def _choose(path: Path, file: str, members: Members, channels: int, wishes: Wishes) -> Chosen:
+    with open(path, "rb") as opened:
+        read, is_mds = reader_of(opened.fileno()), file.endswith(".mds")
+        if is_mds:
+            starts = {each: bytes(read(m.offset, min(m.size, 16))) for each, m in members.items()}
+            kinds = {each: kind_of(code, starts[each]) for each, code in encodings_of(read, path).items()}
+        else:
+            kinds = {each: _KINDS.get(each.rpartition(".")[2], "text") for each in members}
+        return _First(read, members, kinds, is_mds).choose(channels, wishes)
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ class _First:
             actions=self._one_of(wishes.actions_in, _near(latents), "--actions-in") if wishes.actions else None,
             label=self._one_of(wishes.label_in, _LABEL, "--label-in") if wishes.labels else None,
             fps=wishes.fps if isinstance(wishes.fps, float) else self._one_of(wishes.fps, _FPS, "--fps"),
-            name=self._name(wishes.name_in) if self.is_mds else None,
+            name=self._name(wishes.name_in),
         )
         member = self.members[latents.member]
         try:
@@ -175,6 +182,8 @@ class _First:
 
     def _name(self, wish: str | None) -> Part | None:
         """The column that names samples, where there is one."""
+        if not self.is_mds:
+            return None
         texts = [each for each in _NAMES if self.kinds.get(each) == "text"]
         return self._one_of(wish, texts, "--name-in") if wish is not None or texts else None
 

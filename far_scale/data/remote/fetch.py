@@ -31,6 +31,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between attempts, doubled each
 STALL_SECONDS = 60.0  # without a byte, after which an attempt is given up
 SLOWEST = 200_000  # bytes a second, or an attempt is given up
 _BLOCK = 1 << 20
+_MOST_UNPACKED = (1 << 32) - 1  # bytes of an MDS file, whose offsets have 32 bits
 _MOST_UNKNOWN = 1 << 42  # bytes of a file whose size nobody knows
 _FAR = re.compile(r"(s3|gs|http|https|pipe):")
 _SOME = re.compile(r"[a-z][a-z0-9+.-]+://")
@@ -185,6 +186,8 @@ def fetch_packed(place: str, compression: str, descriptor: int, size: int, diges
     """
 
     def attempt() -> None:
+        if size > _MOST_UNPACKED:
+            raise _Failed(f"it should have {size} bytes, and an MDS file has {_MOST_UNPACKED} at most", final=True)
         data, most = bytearray(), most_packed(size)
         if is_file_url(place):
             _receive(place, most, data.extend)

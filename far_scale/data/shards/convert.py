@@ -91,7 +91,8 @@ def _convert_shard(source: ShardSet, shard: int, out: Path, name: str) -> ShardI
     entry, before = source.manifest.shards[shard], source.index(shard)
     path = source.store.path(entry.place, entry.bytes, entry.sha256)
     if sha256(path) != entry.sha256:
-        raise UserError(f"{path}: its SHA-256 is not the manifest's; copy it again, or encode the set again")
+        where = source.name_of(shard)
+        raise UserError(f"{where}: its SHA-256 is not the manifest's; copy it again, or encode the set again")
     if isinstance(before, ShardIndex):
         if index_shard(path) != before.samples:
             raise UserError(f"{path}: its samples are not those of its index; encode the set again")

@@ -21,6 +21,7 @@ from far_scale.data.shards.index import ChannelSums, LatentSums
 from far_scale.data.shards.manifest import DTYPES, LatentDtype, Manifest
 from far_scale.data.shards.members import BadShardError, ForeignMemberError, Member
 from far_scale.data.shards.sample import Mismatch, Sample
+from far_scale.data.shards.typed import MAX_TENSORS_BYTES
 from far_scale.errors import UserError
 
 _MAX_JSON = 1 << 20  # bytes of a sample's JSON or text
@@ -84,7 +85,10 @@ class SampleReader:
             for sample, members in samples_of(path, name, file, self.adoption):
                 try:
                     row = self._row(sample, members, read)
-                    sums.add(self.read(read, row).latents)
+                    latents = self.read(read, row).latents
+                    if not torch.isfinite(latents).all():
+                        raise Mismatch(f"its {self.adoption.latents} is not finite")
+                    sums.add(latents)
                     rows.append(row)
                 except Mismatch as problem:
                     rejects.append((sample, str(problem)))
@@ -108,14 +112,14 @@ class SampleReader:
         """The row of the index of a sample with these members."""
         adoption = self.adoption
         latents = _member(members, adoption.latents)
-        shape = [self._found(read, latents.offset, latents.size).shape[axis] for axis in AXES[adoption.layout]]
+        frames = self._found(read, latents.offset, latents.size).shape[AXES[adoption.layout][0]]
         label = None if adoption.label is None else whole_number(read, members, adoption.label)
         rate = number(read, members, adoption.fps) if isinstance(adoption.fps, Part) else adoption.fps
         if rate <= 0:
             raise Mismatch(f"its {adoption.fps} is {rate}, and a frame rate is above 0")
         acts = None if adoption.actions is None else _member(members, adoption.actions)
         at, size = (acts.offset, acts.size) if acts is not None else (0, 0)
-        return AdoptedRow(name, shape[0], label, rate, latents.offset, latents.size, at, size)
+        return AdoptedRow(name, frames, label, rate, latents.offset, latents.size, at, size)
 
     def _found(self, read: Read, offset: int, size: int) -> StoredTensor | LoadedTensor:
         """The latents as stored, whose shape and type have been checked."""
@@ -138,8 +142,6 @@ class SampleReader:
         latents = found.read(read, axes[0], start, stop).permute(axes).to(DTYPES[self.latent_dtype])
         if self.adoption.scale_factor != 1:
             latents = latents / self.adoption.scale_factor
-        if not torch.isfinite(latents).all():
-            raise Mismatch(f"its {self.adoption.latents} is not finite")
         return latents
 
     def _actions(self, read: Read, row: AdoptedRow) -> torch.Tensor | None:
@@ -157,12 +159,12 @@ class SampleReader:
                 found = find_tensor(part, read, row.actions_offset, row.actions_bytes)
             except Mismatch as problem:
                 raise Mismatch(f"its {part} {problem}") from None
-            if len(found.shape) != 1 or found.dtype.is_floating_point or found.shape[0] != row.frames:
+            if len(found.shape) != 1 or found.dtype.is_floating_point:
                 raise Mismatch(f"its {part} is {list(found.shape)} {found.dtype}, not one whole number a frame")
             actions = found.read(read, 0, 0, found.shape[0]).to(torch.int64)
         if len(actions) != row.frames:
             raise Mismatch(
-                f"its {part} has {len(actions)} actions for {row.frames} frames; each frame has one, that led to it"
+                f"its {part} has {len(actions)} actions for {row.frames} frames; each has one, that led to it"
             )
         if not 0 <= int(actions.min()) <= int(actions.max()) < self.actions:
             raise Mismatch(f"its {part} has actions beyond 0 to {self.actions - 1}")
@@ -348,4 +350,6 @@ def _text(read: Read, offset: int, size: int, part: Part) -> str:
 def _member(members: Members, part: Part) -> Member:
     if part.member not in members:
         raise Mismatch(f"it has no member {part.member}, but {', '.join(sorted(members))[:100]}")
+    if members[part.member].size > MAX_TENSORS_BYTES:
+        raise Mismatch(f"its {part.member} has more than {MAX_TENSORS_BYTES} bytes; cut the sample into shorter ones")
     return members[part.member]

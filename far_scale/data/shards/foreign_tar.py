@@ -14,9 +14,9 @@ from typing import BinaryIO
 from far_scale.data.shards.adopted import MAX_NAME
 from far_scale.data.shards.members import ForeignMemberError, Member
 from far_scale.data.shards.tar import BadTarError, TarWalk
-from far_scale.data.shards.typed import MAX_TENSORS_BYTES
 
 _MAX_EXTENDED = 1 << 20  # bytes of an extended header
+_MAX_DATA = 1 << 50  # bytes of a member, most of which are passed over
 _MAX_MEMBERS = 1 << 22  # of a tar
 # As webdataset.tariterators: the key is all before the first dot of the file's name, folders and all.
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
@@ -45,10 +45,8 @@ class ForeignTarWalk(TarWalk):
                 continue
             own_name = _text(_name(header)) if name is None else name
             data_bytes = 0 if kind in b"123456" else stated if size is None else size
-            if kind == b"S" or data_bytes > MAX_TENSORS_BYTES:
-                raise ForeignMemberError(
-                    f"member {own_name!r:.100} is sparse, or larger than {MAX_TENSORS_BYTES} bytes"
-                )
+            if kind == b"S" or data_bytes > _MAX_DATA:
+                raise ForeignMemberError(f"member {own_name!r:.100} is sparse, or its size is {data_bytes}")
             plain = kind in (b"0", b"\0", b"7") and not _META.match(own_name)
             found = _KEY_AND_EXTENSION.fullmatch(own_name.removeprefix("./")) if plain else None
             if found is None:
