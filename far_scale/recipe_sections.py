@@ -168,7 +168,8 @@ class DataSection(Section):
     prefetch: Count = 2
     """Steps whose packs are read ahead of the model."""
     cache_dir: str | None = None
-    """Folder on each node's own disk for what comes from far away; its ranks share it. Local sets need none."""
+    """Folder on each node's own disk for what is remote, or compressed as MDS shards may be; its ranks share it. Other
+    sets need none."""
     cache_gb: Annotated[float, Field(gt=0)] = 200.0
     """The most that data.cache_dir holds, in GB (10^9 bytes); what was read longest ago goes first."""
     prefetch_gb: Annotated[float, Field(ge=0)] = 4.0

@@ -32,7 +32,7 @@ from far_scale.data.shards.shard_set import ShardSet
 
 LANES = 4
 DEALING = Dealing(lanes=LANES, frames=(4, 9), frame_stride=2, shuffle_window=4, seed=7, clips_per_pack=2)
-BOTH = {"actions": FACTS.actions, "labels": FACTS.labels}
+BOTH: dict[str, Any] = {"actions": FACTS.actions, "labels": FACTS.labels}
 
 
 def as_npy(sample: Sample) -> dict[str, Any]:

@@ -132,13 +132,26 @@ def counting(read: Callable[..., bytearray], sizes: list[int]) -> Callable[..., 
     return counted
 
 
-def test_scaled_latents_are_scaled_back(tmp_path: Path) -> None:
+def test_a_shape_that_allows_several_layouts_must_be_explained(tmp_path: Path) -> None:
+    square = tar_of(tmp_path / "a.tar", {"a.npy": npy(latents(4))})
+    refused(lambda: adopted(square, tmp_path / "set", fps=5.0), "[4, 4, 3, 2], which may be FCHW or CFHW; say which")
+    adopted(square, tmp_path / "set", fps=5.0, layout="CFHW")
+    assert np.array_equal(read_all(tmp_path / "set")[0].latents.numpy(), latents(4).transpose(1, 0, 2, 3))
+
+
+def test_scaled_latents_are_scaled_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tar = tar_of(tmp_path / "a.tar", {"a.npy": npy(latents() * 0.25), "a.json": json_bytes(rate=12)})
     manifest = adopted(tar, tmp_path / "set", scale_factor=0.25, fps="json:rate")
     assert torch.equal(ShardSet.open(tmp_path / "set").read(0, 0).latents, torch.from_numpy(latents()))
     np.testing.assert_allclose(manifest.mean, latents().mean((0, 2, 3)), rtol=1e-12)
     half = tar_of(tmp_path / "b.tar", {"a.npy": npy((latents() * 0.25).astype(np.float16))})
     assert adopted(half, tmp_path / "half", scale_factor=0.25, fps=12.0).latent_dtype == "float32"
+    # That autoencoder's latents have a std of 2.
+    capfd.readouterr()
+    for std, warned in [(2.3, False), (0.5, True), (9.0, True)]:
+        noise = np.random.default_rng(0).normal(0.1, std, (50, 4, 3, 2))
+        adopted(tar_of(tmp_path / f"{std}.tar", {"a.npy": npy(noise)}), tmp_path / f"{std}", fps=5.0)
+        assert ("and 2 is usual of some-autoencoder; if they were scaled" in capfd.readouterr().err) == warned
 
 
 # Tars of every kind.
@@ -334,7 +347,11 @@ def test_adoption_goes_on_after_a_kill_and_sees_what_changed(tmp_path: Path) -> 
     manifest = adopted(tmp_path / "theirs", out, **BOTH)
     assert manifest == Manifest.read(tmp_path / "whole")
     assert times == {path: path.stat().st_mtime_ns for path in times}
-    refused(lambda: adopted(tmp_path / "theirs", out, layout="CFHW", **BOTH), str(out), "was adopted with layout FCHW")
+    refused(
+        lambda: adopted(tmp_path / "theirs", out, layout="CFHW", **BOTH),
+        str(out),
+        "was adopted with layout none, not CFHW",
+    )
 
     shard = tmp_path / "theirs" / "set-000001.tar"
     write_tars(tmp_path / "others", [9, 9, 200, 200], 2, as_npy)
@@ -458,7 +475,7 @@ def test_training_on_remote_shards_of_others_and_resume_on_fewer_ranks(recorded_
         assert zygote.start(2, [*remote, "train.steps=2"], parts.parent / "out").wait() == [0, 0]
         assert zygote.start(1, remote, parts.parent / "out").wait() == [0]
         assert set(server.asked.values()) == {1}
-    assert "set data.cache_dir to a folder" in (tmp_path / "refused").read_text()
+    assert "come through a cache; set data.cache_dir" in (tmp_path / "refused").read_text()
     read = [sorted((run.parent / "out.keys").read_text().splitlines()) for run in (whole, parts)]
     assert read[0] == read[1] and len(read[0]) == 4 * LANES
     losses = [

@@ -60,8 +60,11 @@ def main() -> None:
     parser.add_argument("--autoencoder", required=True, help="name of the autoencoder that made the latents, or a path")
     part = "as MEMBER or MEMBER:KEY (a tar's member is what follows the key and its dot; of MDS files it is the column)"
     parser.add_argument("--latents", help=f"where the latents are, {part}; unless given, the only member that may be")
-    layout_help = "the axes of the latents as stored: frames, channels, height, width"
-    parser.add_argument("--layout", choices=get_args(Layout), default="FCHW", help=layout_help)
+    layout_help = (
+        "the axes of the latents as stored: frames, channels, height, width; unless given, FCHW, if the first "
+    )
+    layout_help += "sample's shape can be no other"
+    parser.add_argument("--layout", choices=get_args(Layout), help=layout_help)
     scale_help = "what the latents were multiplied by before they were stored; they are divided by it"
     parser.add_argument("--scale-factor", type=above_zero, default=1.0, help=scale_help)
     parser.add_argument("--actions", type=at_least(0), default=0, help="number of action classes; 0 reads no actions")

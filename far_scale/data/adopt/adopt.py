@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -37,11 +39,12 @@ from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.table import ShardTable
 from far_scale.data.shards.typed import read_small
 from far_scale.data.shards.writer import shard_entry, shard_name
-from far_scale.errors import UserError
+from far_scale.errors import UserError, say_warning
 from far_scale.files import LineFile, read_json, read_json_lines, sha256, write_json
 
 SETTINGS_NAME = "adoption.json"
 PROGRESS_NAME = "sources.jsonl"
+_UNUSUAL = 2.0  # times the usual std, or a part of it
 
 
 class _Copy(NamedTuple):
@@ -134,7 +137,20 @@ def adopt(
         shards=ShardTable(entries),
     )
     manifest.write(out)
+    _warn_of_scale(out, manifest)
     return manifest
+
+
+def _warn_of_scale(out: Path, manifest: Manifest) -> None:
+    """Say where the latents are far from the scale at which their autoencoder gives them."""
+    mean, std = np.array(manifest.mean), np.array(manifest.std)
+    over_all = math.sqrt(max(0.0, float((std**2 + mean**2).mean() - mean.mean() ** 2)))
+    usual = 1 / manifest.autoencoder.scaling_factor
+    if not usual / _UNUSUAL < over_all < usual * _UNUSUAL:
+        say_warning(
+            f"{out}: the latents' std is {over_all:.3g}, and {usual:.3g} is usual of {manifest.autoencoder.name}; if "
+            "they were scaled before they were stored, adopt them with that --scale-factor"
+        )
 
 
 def _given(
@@ -179,8 +195,10 @@ def _kept(out: Path, given: dict[str, Any]) -> Chosen:
         raise UserError(f"{path}: not the settings of an adoption; adopt into another folder") from None
     for name, value in given.items():
         if before.get(name) != value:
-            was = f"was adopted with {name} {before.get(name)}, not {value}"
-            raise UserError(f"{out}: {was}; adopt into another folder, or remove this one")
+            was, now = ("none" if each is None else each for each in (before.get(name), value))
+            raise UserError(
+                f"{out}: was adopted with {name} {was}, not {now}; adopt into another folder, or remove this"
+            )
     return chosen
 
 

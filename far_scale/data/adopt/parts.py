@@ -37,14 +37,15 @@ class Wishes:
     """What the user says of the samples; a part is `MEMBER` or `MEMBER:KEY`, None where it is to be found.
 
     Attributes:
-        layout, scale_factor: as in Adoption.
+        layout: as in Adoption; None for FCHW where the latents' shape allows no other.
+        scale_factor: as in Adoption.
         latents, actions_in, label_in: the parts.
         fps: the part, or a number for all samples.
         name_in: the column of MDS files that names samples.
         actions, labels: numbers of classes, 0 for none.
     """
 
-    layout: Layout = "FCHW"
+    layout: Layout | None = None
     scale_factor: float = 1.0
     latents: str | None = None
     actions_in: str | None = None
@@ -106,8 +107,14 @@ class _First:
 
     def choose(self, channels: int, wishes: Wishes) -> Chosen:
         latents = self._latents(wishes)
+        member = self.members[latents.member]
+        try:
+            found = find_tensor(latents, self.read, member.offset, member.size)
+        except Mismatch as problem:
+            raise Mismatch(f"its {latents} {problem}") from None
+        layout = _layout(latents, found.shape, channels, wishes.layout)
         adoption = Adoption(
-            layout=wishes.layout,
+            layout=layout,
             scale_factor=wishes.scale_factor,
             latents=latents,
             actions=self._one_of(wishes.actions_in, _near(latents), "--actions-in") if wishes.actions else None,
@@ -115,25 +122,11 @@ class _First:
             fps=wishes.fps if isinstance(wishes.fps, float) else self._one_of(wishes.fps, _FPS, "--fps"),
             name=self._name(wishes.name_in),
         )
-        member = self.members[latents.member]
-        try:
-            found = find_tensor(latents, self.read, member.offset, member.size)
-        except Mismatch as problem:
-            raise Mismatch(f"its {latents} {problem}") from None
-        if len(found.shape) != 4:
-            raise Mismatch(f"its {latents} is {list(found.shape)}, and latents have the axes F, C, H and W")
-        _, c, height, width = (found.shape[axis] for axis in AXES[wishes.layout])
-        if c != channels:
-            fitting = [layout for layout in get_args(Layout) if found.shape[AXES[layout][1]] == channels]
-            fix = f"--layout {' or '.join(fitting)} fits" if fitting else "name the autoencoder that made them"
-            raise Mismatch(
-                f"its {latents} is {list(found.shape)}, as {wishes.layout} of {c} channels, and the autoencoder's "
-                f"latents have {channels}; {fix}"
-            )
         dtype = read_as(found.dtype, wishes.scale_factor)
         if dtype is None:
             raise Mismatch(f"its {latents} is {found.dtype}, and latents are float16, bfloat16, float32 or float64")
-        return Chosen(adoption, (c, height, width), dtype)
+        _, height, width = (found.shape[axis] for axis in AXES[layout][1:])
+        return Chosen(adoption, (channels, height, width), dtype)
 
     def _latents(self, wishes: Wishes) -> Part:
         """The part that is the latents, with its key where the member has several tensors."""
@@ -202,6 +195,23 @@ class _First:
         kind = self.kinds[member]
         assert kind is not None
         return kind
+
+
+def _layout(latents: Part, shape: tuple[int, ...], channels: int, wish: Layout | None) -> Layout:
+    """The layout that is wished, or FCHW, if that gives latents of so many channels and is not one of several."""
+    if len(shape) != 4:
+        raise Mismatch(f"its {latents} is {list(shape)}, and latents have the axes F, C, H and W")
+    fitting = [layout for layout in get_args(Layout) if shape[AXES[layout][1]] == channels]
+    layout: Layout = wish or "FCHW"
+    if layout not in fitting:
+        fix = f"--layout {' or '.join(fitting)} fits" if fitting else "name the autoencoder that made them"
+        raise Mismatch(
+            f"its {latents} is {list(shape)}, as {layout} of {shape[AXES[layout][1]]} channels, and the autoencoder's "
+            f"latents have {channels}; {fix}"
+        )
+    if wish is None and len(fitting) > 1:
+        raise Mismatch(f"its {latents} is {list(shape)}, which may be {' or '.join(fitting)}; say which by --layout")
+    return layout
 
 
 def _near(latents: Part) -> tuple[str, ...]:
