@@ -169,7 +169,8 @@ class DataSection(Section):
     prefetch: Count = 2
     """Steps whose packs are read ahead of the model."""
     cache_dir: str | None = None
-    """Folder on each node's own disk for what comes from far away; its ranks share it. Local sets need none."""
+    """Folder on each node's own disk for what is remote, or compressed as MDS shards may be; its ranks share it. Other
+    sets need none."""
     stage_local: str | None = None
     """Folder on each node's own disk to which the shards of local sets (on Lustre or NFS) are copied as they are read,
     so that later epochs read nothing from the source; may be data.cache_dir. Null reads them where they lie."""

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from far_scale.data.packs.mixture import Mixture, MixtureManifest, check_classes, open_shards, sets_of
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.remote.fetch import is_remote
-from far_scale.data.remote.store import Staged, StagedCounts, manifest_text
+from far_scale.data.remote.store import StagedCounts, manifest_text, name_of
 from far_scale.data.shards.damage import DamagedError
-from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 from far_scale.recipe_sections import DataSection, places
@@ -90,12 +90,17 @@ def open_set(where: str, data: DataSection, processes: Processes, staged: bool =
     """
 
     def opened() -> ShardSet:
+        manifest = Manifest.parse(text, name_of(where, MANIFEST_NAME))
         node = None
-        if is_remote(where) and data.cache_dir is not None:
+        if is_remote(where) or manifest.shards.cached:
+            if data.cache_dir is None:
+                raise UserError(
+                    f"{where}: its shards are remote or compressed and come through a cache; set data.cache_dir"
+                )
             node = NodeCache(data.cache_dir, data.cache_bytes)
-        if staged and data.stage_local is not None and not is_remote(where):
+        elif staged and data.stage_local is not None:
             node = NodeCache(data.stage_local, data.cache_bytes, "data.stage_local")
-        return ShardSet.known(where, text, node)
+        return ShardSet(where, manifest, node)
 
     text = _manifest_text(where, processes)
     shard_set = all_ranks_or_raise(opened, processes)
@@ -121,7 +126,7 @@ def _manifest_text(where: str, processes: Processes) -> bytes:
 
 def say_staged(source: ShardSet | Mixture, step: int, processes: Processes, events: Events) -> None:
     """Log what the staged sets of a stage have read where so far, all ranks together; nothing where none is staged."""
-    stores = [each.store for each, _ in sets_of(source) if isinstance(each.store, Staged)]
+    stores = [each.staged for each, _ in sets_of(source) if each.staged is not None]
     if not stores:
         return
     of_ranks = gather([store.counts() for store in stores], processes.host_group)

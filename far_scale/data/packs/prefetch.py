@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 from far_scale.data.packs.lanes import LaneOrder
 from far_scale.data.remote.fetch import Interrupted, interruptible
-from far_scale.data.remote.store import FarAway, Staged
-from far_scale.data.shards.index import ShardIndex
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 
@@ -89,11 +87,8 @@ class Prefetch:
     def _fetch(self, shard: int) -> None:
         if self._closed.is_set() or shard not in self._wanted:
             return
-        store, entry = self._set.store, self._set.manifest.shards[shard]
-        assert isinstance(store, FarAway | Staged)
         try:
             with interruptible(self._closed):
-                store.fetch_ahead(ShardIndex.path_of("", entry.file).name, entry.index_sha256, None)
-                store.fetch_ahead(entry.file, entry.sha256, entry.bytes)
+                self._set.fetch_ahead(shard)
         except (Interrupted, UserError):
             return  # who reads it meets the same, and tells

@@ -19,10 +19,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from far_scale.data.remote.fetch import fetch_bytes, fetch_file, pause
+from far_scale.data.remote.fetch import fetch_bytes, fetch_file, fetch_packed, pause
+from far_scale.data.remote.unpack import compression_of
 from far_scale.data.shards.typed import MAX_INDEX_BYTES
 from far_scale.errors import UserError
 
+CACHE_BYTES = 200 * 10**9  # the limit where no recipe says another
 _NAME = re.compile(r"[0-9a-f]{64}(\.part)?")
 _ASK_AGAIN = 0.1  # seconds, while another process fetches the same file
 
@@ -59,7 +61,7 @@ class NodeCache:
             raise UserError(f"{key}={folder}: {error.strerror}; give a folder on the node's disk") from None
 
     def open(self, url: str, digest: str, size: int | None) -> int:
-        """A descriptor of the file with this SHA-256, fetched from `url` where it is not there yet.
+        """A descriptor of the file with this SHA-256, fetched from `url` where it is not there yet, and unpacked.
 
         Args:
             size: in bytes; None of a small file, whose size nobody has told.
@@ -139,7 +141,10 @@ class NodeCache:
         if size is not None:
             if not self._reserve(own, part, size, evict, since):
                 return False
-            fetch_file(url, own, size, digest)
+            if (compression := compression_of(url)) is not None:
+                fetch_packed(url, compression, own, size, digest)
+            else:
+                fetch_file(url, own, size, digest)
             return True
         data = fetch_bytes(url, MAX_INDEX_BYTES, digest)
         if not self._reserve(own, part, len(data), evict, since):

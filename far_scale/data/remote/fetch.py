@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from far_scale.data.remote.unpack import PackedError, most_packed, unpack
 from far_scale.errors import UserError, say_warning
 
 T = TypeVar("T")
@@ -33,6 +34,8 @@ STALL_SECONDS = 60.0  # without a byte, after which an attempt is given up
 SLOWEST = 200_000  # bytes a second, or an attempt is given up; a copy from a file system may take its time
 _BLOCK = 1 << 20
 _LOCAL_BLOCK = 1 << 22
+_MOST_UNPACKED = (1 << 32) - 1  # bytes of an MDS file, whose offsets have 32 bits
+_MOST_UNKNOWN = 1 << 42  # bytes of a file whose size nobody knows
 _FAR = re.compile(r"(s3|gs|http|https|pipe):")
 _SOME = re.compile(r"[a-z][a-z0-9+.-]+://")
 
@@ -93,6 +96,11 @@ def is_remote(where: object) -> bool:
     if text.startswith("pipe:") and "{file}" not in text:
         raise UserError(f"{text}: a pipe: needs {{file}} where the file's name goes in, as in pipe:cat /far/{{file}}")
     return True
+
+
+def is_file_url(place: str) -> bool:
+    """Whether `place` is the URL of a single file, by which it can be fetched, and no path."""
+    return _FAR.match(place) is not None
 
 
 def join(url: str, file: str) -> str:
@@ -166,9 +174,7 @@ def fetch_file(url: str, descriptor: int, size: int, digest: str) -> None:
 
         def take(block: bytes) -> None:
             hashed.update(block)
-            rest = memoryview(block)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
+            _write(descriptor, block)
 
         got = _receive(url, size, take)
         if got < size:
@@ -177,6 +183,62 @@ def fetch_file(url: str, descriptor: int, size: int, digest: str) -> None:
 
     check = _check_of(digest)
     _until_it_works(url, attempt)
+
+
+def fetch_packed(place: str, compression: str, descriptor: int, size: int, digest: str) -> None:
+    """Write what a packed file, at a path or URL, unpacks to into an open one; its size and SHA-256 are known.
+
+    Raises:
+        FetchError: it cannot be fetched, after all attempts, or is damaged.
+        Interrupted: see `interruptible`.
+        OSError: it cannot be written.
+    """
+
+    def attempt() -> None:
+        if size > _MOST_UNPACKED:
+            raise _Failed(f"it should have {size} bytes, and an MDS file has {_MOST_UNPACKED} at most", final=True)
+        data, most = bytearray(), most_packed(size)
+        _receive(place, most, data.extend)
+        try:
+            unpacked = unpack(bytes(data), compression, size)
+        except PackedError as problem:
+            raise _Failed(str(problem), final=not is_file_url(place)) from None
+        check(hashlib.sha256(unpacked).hexdigest())
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        _write(descriptor, unpacked)
+
+    check = _check_of(digest)
+    _until_it_works(place, attempt)
+
+
+def fetch_unknown(url: str, descriptor: int) -> tuple[int, str]:
+    """Write a file of which nothing is known yet into an open one, from its beginning.
+
+    Returns:
+        Its size and SHA-256.
+
+    Raises:
+        FetchError, Interrupted, OSError: as by `fetch_file`.
+    """
+
+    def attempt() -> tuple[int, str]:
+        hashed = hashlib.sha256()
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.ftruncate(descriptor, 0)
+
+        def take(block: bytes) -> None:
+            hashed.update(block)
+            _write(descriptor, block)
+
+        return _receive(url, _MOST_UNKNOWN, take), hashed.hexdigest()
+
+    return _until_it_works(url, attempt)
+
+
+def _write(descriptor: int, block: bytes | bytearray) -> None:
+    rest = memoryview(block)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def _check_of(digest: str | None) -> Callable[..., None]:
@@ -202,7 +264,7 @@ def _until_it_works(url: str, attempt: Callable[[], T]) -> T:
             seconds = min(FIRST_PAUSE * 2 ** (number - 1), LONGEST_PAUSE) * dice.uniform(0.5, 1.5)
             taken = time.monotonic() - begun
             if number == ATTEMPTS or problem.final or taken + seconds > TOTAL_SECONDS:
-                look = "URL and whether it is in reach" if _FAR.match(url) else "file system"
+                look = "URL and whether it is in reach" if is_file_url(url) else "file system"
                 raise FetchError(
                     f"{shown(url)}: cannot be fetched ({problem}; attempt {number}, {taken:.0f} s in all); look at the "
                     f"{look}, or copy the file there again"
@@ -214,7 +276,7 @@ def _until_it_works(url: str, attempt: Callable[[], T]) -> T:
 
 def _receive(url: str, most: int, take: Callable[[bytes], Any]) -> int:
     """Give all that comes, block by block, to `take`; returns how many bytes came."""
-    if not _FAR.match(url):
+    if not is_file_url(url):
         return _receive_local(url, most, take)
     command = command_of(url)
     with tempfile.TemporaryFile() as told:

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from far_scale.data.remote.cache import CacheError, NodeCache
-from far_scale.data.remote.fetch import FetchError, fetch_bytes, is_remote, join, shown
+from far_scale.data.remote.fetch import FetchError, fetch_bytes, is_file_url, is_remote, join, shown
+from far_scale.data.remote.unpack import compression_of
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.typed import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, read_small
 from far_scale.errors import UserError, say_warning
 
+PIPES_VARIABLE = "FAR_SCALE_PIPES"  # with 1 a manifest's pipe: commands are run
 
-def missing(name: str, what: str) -> DamagedError:
-    """The error of a shard, or of its index, that is not there."""
-    return DamagedError(name, f"this {what} is missing; copy it again, or encode the set again")
+
+def missing(name: str, what: str, again: str) -> DamagedError:
+    """The error of a shard, or of its index, that is not there; `again` is what to do if it is nowhere else."""
+    return DamagedError(name, f"this {what} is missing; copy it again, or {again}")
 
 
 class Store(Protocol):
@@ -42,12 +45,24 @@ class Store(Protocol):
         """A shard's index; where it comes from far away, it has this SHA-256."""
         ...
 
+    def fetch_ahead(self, file: str, digest: str, size: int | None) -> None:
+        """Have a file that comes from far away in the node's cache before it is asked for, unless there is no room.
+
+        What cannot be fetched is left to whoever asks for it.
+        """
+        ...
+
 
 class Folder:
-    """A folder of this machine; what lies there is read as it is."""
+    """A folder of this machine; what lies there, or at an absolute path, is read as it is.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        folder: where.
+        again: what to do about a missing file that is nowhere else, for messages.
+    """
+
+    def __init__(self, folder: Path, again: str) -> None:
+        self._folder, self._again = folder, again
 
     def name(self, file: str) -> str:
         return str(self._folder / file)
@@ -59,13 +74,16 @@ class Folder:
         try:
             return os.open(self._folder / file, os.O_RDONLY)
         except FileNotFoundError:
-            raise missing(self.name(file), "shard") from None
+            raise missing(self.name(file), "shard", self._again) from None
 
     def read_index(self, file: str, digest: str) -> bytes:
         try:
             return read_small(self._folder / file, MAX_INDEX_BYTES)
         except FileNotFoundError:
-            raise missing(self.name(file), "shard's index") from None
+            raise missing(self.name(file), "shard's index", self._again) from None
+
+    def fetch_ahead(self, file: str, digest: str, size: int | None) -> None:
+        pass
 
 
 class StagedCounts(NamedTuple):
@@ -90,8 +108,8 @@ class Staged(Folder):
     which is said once.
     """
 
-    def __init__(self, folder: Path, node: NodeCache) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, node: NodeCache, again: str) -> None:
+        super().__init__(folder, again)
         self._node, self._lock = node, threading.Lock()
         self._since: int | None = None
         self._disk_fails = self._said = False
@@ -181,7 +199,7 @@ class FarAway:
         self._url, self._node = url, node
 
     def name(self, file: str) -> str:
-        return shown(join(self._url, file))
+        return shown(self._url_of(file))
 
     def path(self, file: str, size: int, digest: str) -> Path:
         os.close(self.open(file, size, digest))
@@ -195,20 +213,75 @@ class FarAway:
             return index.read(MAX_INDEX_BYTES)
 
     def fetch_ahead(self, file: str, digest: str, size: int | None) -> None:
-        """Have a file in the cache before it is asked for, unless there is no room.
-
-        What cannot be fetched is left to whoever asks for it.
-        """
         if digest not in self._node:
             with contextlib.suppress(FetchError):
-                self._node.fetch_ahead(join(self._url, file), digest, size)
+                self._node.fetch_ahead(self._url_of(file), digest, size)
+
+    def _url_of(self, file: str) -> str:
+        return join(self._url, file)
 
     def _open(self, file: str, digest: str, size: int | None) -> int:
         try:
-            return self._node.open(join(self._url, file), digest, size)
+            return self._node.open(self._url_of(file), digest, size)
         except FetchError as problem:
             name = self.name(file)
             raise DamagedError(name, str(problem).removeprefix(f"{name}: ")) from None
+
+
+class _ByUrl(FarAway):
+    """Files at URLs of their own."""
+
+    def __init__(self, node: NodeCache) -> None:
+        super().__init__("", node)
+
+    def _url_of(self, file: str) -> str:
+        return file
+
+
+class _Adopted:
+    """An adopted set: its shards lie at paths or URLs of their own, their indexes where the manifest does."""
+
+    def __init__(self, own: Store, node: NodeCache | None, again: str) -> None:
+        self._own = own
+        self._paths = own if isinstance(own, Folder) else Folder(Path("/"), again)
+        self._urls = None if node is None else _ByUrl(node)
+
+    def name(self, file: str) -> str:
+        return shown(file) if file.startswith("/") or is_file_url(file) else self._own.name(file)
+
+    def path(self, file: str, size: int, digest: str) -> Path:
+        return self._of(file).path(file, size, digest)
+
+    def open(self, file: str, size: int, digest: str) -> int:
+        return self._of(file).open(file, size, digest)
+
+    def read_index(self, file: str, digest: str) -> bytes:
+        return self._own.read_index(file, digest)
+
+    def fetch_ahead(self, file: str, digest: str, size: int | None) -> None:
+        self._of(file).fetch_ahead(file, digest, size)
+
+    def _of(self, file: str) -> Store:
+        packed = compression_of(file) is not None
+        if file.startswith("/") and not packed:
+            return self._paths
+        if not packed and not is_file_url(file):
+            return self._own
+        if file.startswith("pipe:") and os.environ.get(PIPES_VARIABLE) != "1":
+            raise UserError(
+                f"{file}: a manifest names this command, and whoever wrote the manifest could have it do anything; set "
+                f"{PIPES_VARIABLE}=1 if that was you"
+            )
+        if self._urls is None:
+            raise UserError(
+                f"{shown(file)}: this shard comes through a cache, as it is remote or compressed; name its folder"
+            )
+        return self._urls
+
+
+def adopted_store(own: Store, node: NodeCache | None, again: str) -> Store:
+    """The files of an adopted set, whose indexes come from `own`; without `node` remote shards cannot be read."""
+    return _Adopted(own, node, again)
 
 
 def manifest_text(where: str | Path) -> bytes:
@@ -222,14 +295,24 @@ def manifest_text(where: str | Path) -> bytes:
     return Manifest.text(where)
 
 
-def store_of(where: str | Path, node: NodeCache | None) -> Store:
+def name_of(where: str | Path, file: str) -> str:
+    """A file of the shard set at `where`, as messages call it."""
+    return shown(join(str(where), file)) if is_remote(where) else str(Path(where) / file)
+
+
+def store_of(where: str | Path, node: NodeCache | None, again: str = "encode the set again") -> Store:
     """The files of the shard set at `where`; those of a folder come through the node's cache where there is one.
+
+    Args:
+        where: folder or URL.
+        node: the cache.
+        again: what to do about a missing file that is nowhere else, for messages.
 
     Raises:
         UserError: it is a URL, and there is no cache.
     """
     if not is_remote(where):
-        return Folder(Path(where)) if node is None else Staged(Path(where), node)
+        return Folder(Path(where), again) if node is None else Staged(Path(where), node, again)
     if node is None:
         raise UserError(
             f"{shown(str(where))}: a shard set far away is read in training alone, through data.cache_dir; copy it here"
