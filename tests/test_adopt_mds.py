@@ -117,7 +117,7 @@ def test_compressed_shards_are_unpacked_once_a_node(tmp_path: Path, monkeypatch:
     refused(lambda: broken.read(1, 0), str(file), "cannot be fetched")
     file.unlink()
     gone = ShardSet.open(tmp_path / "packed", NodeCache(tmp_path / "new", GB))
-    refused(lambda: gone.read(1, 0), str(file), "it is not there")
+    refused(lambda: gone.read(1, 0), str(file), "it is missing")
 
 
 def test_remote_and_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
