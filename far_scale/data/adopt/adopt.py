@@ -9,55 +9,39 @@ The shards themselves are only read. What is done after a kill is not done again
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from far_scale import autoencoder as autoencoders
+from far_scale.data.adopt.local_copy import LocalCopy, lies_as, local_copy
 from far_scale.data.adopt.parts import Chosen, Wishes, choose
 from far_scale.data.adopt.sources import FoundShard
 from far_scale.data.encode.rejects import REJECTED_NAME, Reject, write_rejects
-from far_scale.data.remote.fetch import fetch_bytes, fetch_unknown, is_file_url, shown
-from far_scale.data.remote.unpack import PackedError, compression_of, most_packed, unpack
+from far_scale.data.remote.fetch import shown
 from far_scale.data.shards.adopted import Adoption
 from far_scale.data.shards.foreign_samples import SampleReader, Scanned
 from far_scale.data.shards.index import AdoptedIndex, parse_index, statistics
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.table import ShardTable
-from far_scale.data.shards.typed import read_small
 from far_scale.data.shards.writer import shard_entry, shard_name
 from far_scale.errors import UserError, say_warning
-from far_scale.files import LineFile, read_json, read_json_lines, sha256, write_json
+from far_scale.files import LineFile, read_json, read_json_lines, write_json
 
 SETTINGS_NAME = "adoption.json"
 PROGRESS_NAME = "sources.jsonl"
 _UNUSUAL = 2.0  # times the usual std, or a part of it
-
-
-class _Copy(NamedTuple):
-    """A shard as a file of this machine: its path, size and SHA-256, unpacked.
-
-    Attributes:
-        lies: size and time of its file where it lies; None of a remote one.
-    """
-
-    path: Path
-    bytes: int
-    sha256: str
-    lies: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -173,7 +157,7 @@ def _start(
     if out.exists() and not all(file.name.startswith(".") for file in out.iterdir()):
         raise UserError(f"{out}: there are files here already; adopt into a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    with _local(shards[0], out, 0) as copy:
+    with local_copy(shards[0], out, 0) as copy:
         chosen = choose(copy.path, shown(shards[0].place), _file(0, shards[0]), channels, wishes)
         job = _Job(out, SampleReader(*chosen, wishes.actions, wishes.labels), rejects_allowed)
         scanned = _scan(job, 0, shards[0], copy)
@@ -213,18 +197,10 @@ def _done(shards: Sequence[FoundShard], out: Path) -> dict[int, dict[str, Any]]:
 
 def _is_done(out: Path, shard: FoundShard, line: dict[str, Any]) -> bool:
     """Whether a line of progress holds for a shard: it is the same, and so is its index."""
-    if line["source"] != shard.place or line["lies"] != _lies(shard):
+    if line["source"] != shard.place or line["lies"] != lies_as(shard):
         return False
     index = _index(out, _file(line["number"], shard))
     return bool(line["rejects"]) if index is None else index.sha256 == line["sha256"]
-
-
-def _lies(shard: FoundShard) -> list[int] | None:
-    """Size and time of a shard's file; None of a remote one."""
-    if is_file_url(shard.place):
-        return None
-    facts = os.stat(shard.place)
-    return [facts.st_size, facts.st_mtime_ns]
 
 
 def _file(number: int, shard: FoundShard) -> str:
@@ -269,11 +245,11 @@ def _each(job: _Job, shards: Sequence[FoundShard], missing: list[int], jobs: int
 
 
 def _adopt_one(job: _Job, number: int, shard: FoundShard) -> dict[str, Any]:
-    with _local(shard, job.out, number) as copy:
+    with local_copy(shard, job.out, number) as copy:
         return _write(job, number, shard, copy, _scan(job, number, shard, copy))
 
 
-def _scan(job: _Job, number: int, shard: FoundShard, copy: _Copy) -> Scanned:
+def _scan(job: _Job, number: int, shard: FoundShard, copy: LocalCopy) -> Scanned:
     """Read all samples of one shard.
 
     Raises:
@@ -288,12 +264,12 @@ def _scan(job: _Job, number: int, shard: FoundShard, copy: _Copy) -> Scanned:
             f"{name}: sample {sample!r}: {reason}{more}; write the shard again, or allow a share of broken "
             "samples by --max-rejected"
         )
-    if copy.lies != _lies(shard):
+    if copy.lies != lies_as(shard):
         raise UserError(f"{name}: changed while it was read; adopt it when it is written")
     return found
 
 
-def _write(job: _Job, number: int, shard: FoundShard, copy: _Copy, found: Scanned) -> dict[str, Any]:
+def _write(job: _Job, number: int, shard: FoundShard, copy: LocalCopy, found: Scanned) -> dict[str, Any]:
     """Write the index of one shard, and give its line of progress."""
     file = _file(number, shard)
     AdoptedIndex.path_of(job.out, file).unlink(missing_ok=True)
@@ -304,38 +280,3 @@ def _write(job: _Job, number: int, shard: FoundShard, copy: _Copy, found: Scanne
     rejects = [Reject(shown(shard.place), sample, reason)._asdict() for sample, reason in found.rejects]
     line = {"number": number, "source": shard.place, "lies": copy.lies, "sha256": copy.sha256}
     return {**line, "rejects": rejects}
-
-
-@contextlib.contextmanager
-def _local(shard: FoundShard, out: Path, number: int) -> Iterator[_Copy]:
-    """The shard as a file of this machine; a remote one is fetched, a packed one unpacked, and removed afterwards.
-
-    Raises:
-        UserError: it is not there, cannot be fetched or does not unpack.
-    """
-    lies, compression = _lies(shard), compression_of(shard.place)
-    if lies is not None and compression is None:
-        yield _Copy(Path(shard.place), lies[0], sha256(shard.place), lies)
-        return
-    path = out / f".fetched-{number:06d}.part"
-    try:
-        with open(path, "wb") as file:
-            if compression is None:
-                size, digest = fetch_unknown(shard.place, file.fileno())
-            else:
-                unpacked = _unpacked(shard, compression)
-                size, digest = file.write(unpacked), hashlib.sha256(unpacked).hexdigest()
-        yield _Copy(path, size, digest, lies)
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _unpacked(shard: FoundShard, compression: str) -> bytearray:
-    if shard.bytes is None:
-        raise UserError(f"{shown(shard.place)}: is packed; name its index.json, which says how large it is")
-    most = most_packed(shard.bytes)
-    data = fetch_bytes(shard.place, most) if is_file_url(shard.place) else read_small(Path(shard.place), most)
-    try:
-        return unpack(data, compression, shard.bytes)
-    except PackedError as problem:
-        raise UserError(f"{shown(shard.place)}: {problem}; copy it again") from None

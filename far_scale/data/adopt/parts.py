@@ -10,8 +10,9 @@ from typing import NamedTuple, get_args
 
 from far_scale.data.shards.adopted import AXES, Adoption, Layout, Part, PartKind
 from far_scale.data.shards.foreign_mds import kind_of
-from far_scale.data.shards.foreign_samples import Members, encodings_of, json_of, read_as, reader_of, samples_of
+from far_scale.data.shards.foreign_samples import encodings_of, read_as, reader_of, samples_of
 from far_scale.data.shards.foreign_tensors import Read, find_tensor, safetensors_entries, torch_keys
+from far_scale.data.shards.foreign_values import Members, json_of
 from far_scale.data.shards.manifest import LatentDtype
 from far_scale.data.shards.sample import Mismatch
 from far_scale.errors import UserError

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-from typing import Any
 from urllib.parse import urlsplit
 
 from far_scale.errors import UserError
@@ -44,7 +42,7 @@ def unpack(data: bytes, compression: str, size: int) -> bytearray:
         UserError: the package that unpacks is not installed.
     """
     try:
-        cramjam: Any = importlib.import_module("cramjam")
+        import cramjam
     except ImportError:
         raise UserError(f"unpacking .{compression} needs the package cramjam: pip install '.[mds]'") from None
     module, function = _CODECS[compression]

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from far_scale.data.shards.adopted import AXES, MAX_NAME, AdoptedRow, Adoption, Part
-from far_scale.data.shards.foreign_mds import NUMBERS, check_encodings, walk_mds
+from far_scale.data.shards.foreign_mds import check_encodings, walk_mds
 from far_scale.data.shards.foreign_tar import ForeignTarWalk, refuse_compressed
 from far_scale.data.shards.foreign_tensors import LoadedTensor, Read, StoredTensor, find_tensor
+from far_scale.data.shards.foreign_values import Members, json_value, member_of, number, text_of, whole_number
 from far_scale.data.shards.index import ChannelSums, LatentSums
 from far_scale.data.shards.manifest import DTYPES, LatentDtype, Manifest
 from far_scale.data.shards.members import BadShardError, ForeignMemberError, Member
 from far_scale.data.shards.sample import Mismatch, Sample
-from far_scale.data.shards.typed import MAX_TENSORS_BYTES
 from far_scale.errors import UserError
-
-_MAX_JSON = 1 << 20  # bytes of a sample's JSON or text
-_MAX_LABEL = 1 << 40
-
-Members = Mapping[str, Member]
-"""The members of one sample by their extensions, or its columns by their names."""
 
 
 class Scanned(NamedTuple):
@@ -111,13 +102,13 @@ class SampleReader:
     def _row(self, name: str, members: Members, read: Read) -> AdoptedRow:
         """The row of the index of a sample with these members."""
         adoption = self.adoption
-        latents = _member(members, adoption.latents)
+        latents = member_of(members, adoption.latents)
         frames = self._found(read, latents.offset, latents.size).shape[AXES[adoption.layout][0]]
         label = None if adoption.label is None else whole_number(read, members, adoption.label)
         rate = number(read, members, adoption.fps) if isinstance(adoption.fps, Part) else adoption.fps
         if rate <= 0:
             raise Mismatch(f"its {adoption.fps} is {rate}, and a frame rate is above 0")
-        acts = None if adoption.actions is None else _member(members, adoption.actions)
+        acts = None if adoption.actions is None else member_of(members, adoption.actions)
         at, size = (acts.offset, acts.size) if acts is not None else (0, 0)
         return AdoptedRow(name, frames, label, rate, latents.offset, latents.size, at, size)
 
@@ -150,7 +141,7 @@ class SampleReader:
         if part is None:
             return None
         if part.kind == "json":
-            values = _json_value(read, row.actions_offset, row.actions_bytes, part)
+            values = json_value(read, row.actions_offset, row.actions_bytes, part)
             if not isinstance(values, list) or not all(type(v) is int and 0 <= v < self.actions for v in values):
                 raise Mismatch(f"its {part} is no list of whole numbers from 0 to {self.actions - 1}")
             actions = torch.tensor(values, dtype=torch.int64)
@@ -236,7 +227,7 @@ def encodings_of(read: Read, path: Path) -> Mapping[str, str]:
 
 def _name_in(read: Read, members: Members, part: Part) -> str:
     try:
-        name = _text(read, members[part.member].offset, members[part.member].size, part)
+        name = text_of(read, members[part.member].offset, members[part.member].size, part)
     except Mismatch as problem:
         raise ForeignMemberError(str(problem)) from None
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
@@ -275,81 +266,3 @@ def read_as(stored: torch.dtype, scale_factor: float) -> LatentDtype | None:
         torch.float32: "float32",
     }
     return types.get(stored)
-
-
-def whole_number(read: Read, members: Members, part: Part) -> int:
-    """A label.
-
-    Raises:
-        Mismatch: there is none, or it is no whole number from 0.
-    """
-    value = number(read, members, part)
-    if value != int(value) or not 0 <= value < _MAX_LABEL:
-        raise Mismatch(f"its {part} is {value}, and a label is a whole number from 0")
-    return int(value)
-
-
-def number(read: Read, members: Members, part: Part) -> float:
-    """A finite number that stands in a member.
-
-    Raises:
-        Mismatch: there is none.
-    """
-    member = _member(members, part)
-    if part.kind == "json":
-        value = _json_value(read, member.offset, member.size, part)
-    elif part.kind.startswith("number:"):
-        value = _stored_number(read, member, part)
-    else:
-        value = _text(read, member.offset, member.size, part).strip()
-    try:
-        if isinstance(value, bool) or not math.isfinite(float(value)):
-            raise ValueError
-        return float(value)
-    except (ValueError, TypeError, OverflowError):
-        raise Mismatch(f"its {part} is {value!r:.40}, which is no number") from None
-
-
-def _stored_number(read: Read, member: Member, part: Part) -> float:
-    dtype = np.dtype(NUMBERS[part.kind.removeprefix("number:")])
-    if member.size != dtype.itemsize:
-        raise Mismatch(f"its {part} has {member.size} bytes, not {dtype.itemsize}")
-    return float(np.frombuffer(read(member.offset, member.size), dtype)[0])
-
-
-def json_of(read: Read, offset: int, size: int, part: Part) -> Any:
-    """What a JSON member says.
-
-    Raises:
-        Mismatch: it is no JSON.
-    """
-    try:
-        return json.loads(_text(read, offset, size, part))
-    except (ValueError, RecursionError):
-        raise Mismatch(f"its {part.member} is no JSON") from None
-
-
-def _json_value(read: Read, offset: int, size: int, part: Part) -> Any:
-    found = json_of(read, offset, size, part)
-    if part.key is None:
-        return found
-    if not isinstance(found, dict) or part.key not in found:
-        raise Mismatch(f"its {part.member} has no {part.key!r}")
-    return found[part.key]
-
-
-def _text(read: Read, offset: int, size: int, part: Part) -> str:
-    if size > _MAX_JSON:
-        raise Mismatch(f"its {part.member} has {size} bytes, {_MAX_JSON} at most")
-    try:
-        return read(offset, size).decode()
-    except UnicodeDecodeError:
-        raise Mismatch(f"its {part.member} is not in UTF-8") from None
-
-
-def _member(members: Members, part: Part) -> Member:
-    if part.member not in members:
-        raise Mismatch(f"it has no member {part.member}, but {', '.join(sorted(members))[:100]}")
-    if members[part.member].size > MAX_TENSORS_BYTES:
-        raise Mismatch(f"its {part.member} has more than {MAX_TENSORS_BYTES} bytes; cut the sample into shorter ones")
-    return members[part.member]

@@ -17,7 +17,7 @@ import torch
 from far_scale.data.shards.adopted import Part
 from far_scale.data.shards.foreign_mds import array_place, start_bytes
 from far_scale.data.shards.sample import Mismatch
-from far_scale.data.shards.torch_file import load_torch, plain_tensor
+from far_scale.data.shards.torch_file import BrokenFileError, load_torch, plain_tensor
 
 Read = Callable[[int, int], bytearray]
 """Bytes of a shard, by offset and size; raises Mismatch where they are not there."""
@@ -85,7 +85,7 @@ def find_tensor(part: Part, read: Read, offset: int, size: int) -> StoredTensor 
     """The tensor that is `part` of a sample; its member lies at `offset` with `size` bytes.
 
     Raises:
-        Mismatch: there is none, or it does not fill the member as it says.
+        Mismatch: there is none, or it does not fill the member as it says; what is wrong with the part, as a predicate.
     """
     if part.kind == "npy":
         return _find_npy(read, offset, size)
@@ -96,7 +96,7 @@ def find_tensor(part: Part, read: Read, offset: int, size: int) -> StoredTensor 
         data = offset + 8 + struct.unpack("<Q", read(offset, 8))[0]
         return _safetensors_place(entries[part.key], data, size - (data - offset))
     if part.kind == "torch":
-        found, stored_bytes = load_torch(io.BytesIO(read(offset, size)))
+        found, stored_bytes = _load_torch(read, offset, size)
         if part.key is not None:
             if not isinstance(found, dict) or part.key not in found:
                 has = _few(found) if isinstance(found, dict) else type(found).__name__
@@ -113,12 +113,19 @@ def torch_keys(read: Read, offset: int, size: int) -> list[str] | None:
     """The names of the tensors in a dict of torch.save; None where the file is no dict.
 
     Raises:
-        Mismatch: as by `load_torch`.
+        Mismatch: it is no file of torch.save.
     """
-    found, _ = load_torch(io.BytesIO(read(offset, size)))
+    found, _ = _load_torch(read, offset, size)
     if not isinstance(found, dict):
         return None
     return [key for key, value in found.items() if isinstance(key, str) and isinstance(value, torch.Tensor)]
+
+
+def _load_torch(read: Read, offset: int, size: int) -> tuple[Any, int]:
+    try:
+        return load_torch(io.BytesIO(read(offset, size)))
+    except BrokenFileError as error:
+        raise Mismatch(f"is no file of torch.save as a zip archive ({error})") from None
 
 
 def safetensors_entries(read: Read, offset: int, size: int) -> dict[str, Any]:
@@ -138,7 +145,7 @@ def _safetensors_header(header: bytes) -> dict[str, Any]:
     try:
         entries = dict(json.loads(header.decode()))
     except (TypeError, ValueError, RecursionError):
-        raise Mismatch("its safetensors header is not readable") from None
+        raise Mismatch("has a safetensors header that is not readable") from None
     entries.pop("__metadata__", None)
     return entries
 
@@ -148,10 +155,10 @@ def _safetensors_place(entry: Any, data: int, data_bytes: int) -> StoredTensor:
     try:
         dtype, shape, (begin, end) = _SAFETENSORS_TYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise Mismatch(f"its tensor is none that we read ({', '.join(_SAFETENSORS_TYPES)})") from None
+        raise Mismatch(f"has a tensor of a type that we do not read ({', '.join(_SAFETENSORS_TYPES)})") from None
     known = type(begin) is type(end) is int and 0 <= begin <= end <= data_bytes
     if not known or _byte_count(dtype, shape, data_bytes) != end - begin:
-        raise Mismatch("its safetensors header does not fit its data")
+        raise Mismatch("has a safetensors header that does not fit its data")
     return StoredTensor(dtype, shape, data + begin)
 
 
@@ -182,7 +189,7 @@ def _npy_header(header: bytes) -> tuple[str, tuple[int, ...], bool]:
         parse = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = parse(file)
     except Exception:  # at damaged bytes numpy raises what its tokenizer and its evaluator of literals raise
-        raise Mismatch("its .npy header is not readable") from None
+        raise Mismatch("has a .npy header that is not readable") from None
     return dtype.str, tuple(shape), bool(fortran) and len(shape) > 1
 
 
