@@ -99,7 +99,7 @@ SYMBOLS = (
 _ATTRIBUTES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "AdamW": ((), ()),
     "FP16_UnfusedOptimizer": (("step",), ()),
-    "BF16_Optimizer": (("_global_grad_norm", "fp32_groups_gradient_flat_partition"), ("_hp_mapping",)),
+    "BF16_Optimizer": (("fp32_groups_gradient_flat_partition",), ("_hp_mapping",)),
     "DeepSpeedZeroOptimizer": (("_global_grad_norm", "check_grad_overflow"), ("_hp_mapping",)),
     "DeepSpeedZeroOptimizer_Stage3": (
         ("_global_grad_norm", "fp32_partitioned_groups_flat", "grad_position"),
