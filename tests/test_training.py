@@ -23,6 +23,12 @@ RUNS = {
     "zero2": "train.zero_stage=2",
     "zero1": "train.zero_stage=1",
     "zero0": "train.zero_stage=0",
+    **{
+        # As on GPUs, but for their streams: gradients are reduced during backward, in several buckets.
+        f"overlap_zero{stage}": f"train.zero_stage={stage} train.deepspeed.overlap_comm=true "
+        "train.deepspeed.reduce_bucket_size=30_000"
+        for stage in (1, 2, 3)
+    },
     "checkpointing": "train.zero_stage=3 train.activation_checkpointing=full",
     "bf16_zero3": "train.zero_stage=3 train.precision=bf16",
     "bf16_zero1": "train.zero_stage=1 train.precision=bf16",
