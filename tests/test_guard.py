@@ -25,6 +25,7 @@ RUNS = {
     # Each group has its own step of Adam, as billions of parameters have.
     "many_groups": "train.zero_stage=3 train.deepspeed.sub_group_size=50_000",
 }
+OFFLOADED = {"offloaded": "train.zero_stage=3 train.precision=bf16 train.deepspeed.offload_optimizer.device=cpu"}
 SPIKES = {
     "spikes_skip": "train.zero_stage=3 faults.spikes=skip",
     "spikes_warn": "train.zero_stage=1 faults.spikes=warn",
@@ -47,7 +48,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(recorded_shards: Path, out: Path) -> list[dict[str, Any]]:
     """Every run of RUNS and SPIKES on 2 ranks, in one start of the processes."""
-    return run_worker(2, recorded_shards, out, {**RUNS, **SPIKES})
+    return run_worker(2, recorded_shards, out, {**RUNS, **OFFLOADED, **SPIKES})
 
 
 def assert_bad_steps_left_no_trace(found: dict[str, Any]) -> None:
@@ -65,7 +66,7 @@ def assert_bad_steps_left_no_trace(found: dict[str, Any]) -> None:
     assert finite == [True, True, False, True, False, True, True], "the log shows the true norm"
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, *OFFLOADED])
 def test_a_step_that_is_not_finite_leaves_no_trace(ranks: list[dict[str, Any]], name: str) -> None:
     for found in ranks:
         assert_bad_steps_left_no_trace(found[name])

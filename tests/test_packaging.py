@@ -72,7 +72,7 @@ def test_the_range_of_deepspeed_is_that_of_its_adapter_and_the_lock_is_in_it() -
     from far_scale.train.deepspeed_adapter import FIRST_TESTED, LAST_TESTED
 
     major, minor, _ = LAST_TESTED
-    assert FIRST_TESTED == (major, minor, 0)
+    assert (major, minor, 0) == FIRST_TESTED
     assert f'"deepspeed>={major}.{minor},<{major}.{minor + 1}"' in SETUP
     for name in ("cpu", "cuda"):
         lock = (PACKAGE.parent / "requirements" / f"{name}.txt").read_text()

@@ -29,6 +29,9 @@ RUNS = {
         "train.deepspeed.reduce_bucket_size=30_000"
         for stage in (1, 2, 3)
     },
+    "offloaded": "train.zero_stage=3 train.deepspeed.offload_optimizer.device=cpu "
+    "train.deepspeed.offload_param.device=cpu train.deepspeed.sub_group_size=50_000",
+    "bf16_offloaded": "train.zero_stage=3 train.precision=bf16 train.deepspeed.offload_optimizer.device=cpu",
     "checkpointing": "train.zero_stage=3 train.activation_checkpointing=full",
     "bf16_zero3": "train.zero_stage=3 train.precision=bf16",
     "bf16_zero1": "train.zero_stage=1 train.precision=bf16",
@@ -88,7 +91,7 @@ def test_layers_compile_once_under_zero3(runs: Path) -> None:
 
 
 def test_bfloat16_follows_float32_at_every_stage(runs: Path, plain) -> None:
-    for name in ("bf16_zero3", "bf16_zero1", "bf16_zero0"):
+    for name in ("bf16_zero3", "bf16_zero1", "bf16_zero0", "bf16_offloaded"):
         torch.testing.assert_close(torch.tensor(logged(runs / name)), torch.tensor(plain[0]), rtol=5e-3, atol=0)
 
 

@@ -89,6 +89,11 @@ SYMBOLS = (
     Symbol(f"{_ENGINE}._flush_coalesced_reduction_zero12", ("self", "optimizer"), since=_REDUCES_ONCE, replaced=True),
     Symbol(f"{_ENGINE}._flush_coalesced_reduction_zero3", ("self", "optimizer"), since=_REDUCES_ONCE, replaced=True),
     Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct", _NORM, replaced=True),
+    Symbol(
+        f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.complete_grad_norm_calculation_for_cpu_offload",
+        ("self", "params"),
+        replaced=True,
+    ),
     Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.get_param_id", ("self", "param")),
     Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.invalidate_secondary_tensor", ("self",)),
     Symbol(f"{_STAGE_3}:is_invalid_grad_norm", ("norm",), since=(0, 19, 8), replaced=True),
@@ -316,6 +321,8 @@ def leave_steps_to_us(engine: Any, clip_norm: float) -> None:
     wrapper.get_grad_norm_direct = _zero_norm
     if stage < 3:
         wrapper.check_grad_overflow = False
+    else:
+        wrapper.complete_grad_norm_calculation_for_cpu_offload = lambda params: _offloaded_norm(engine, params)
     module = importlib.import_module(_STAGE_3 if stage == 3 else _STAGE_1_2)
     if installed_version() >= (0, 19, 8):
         module.is_invalid_grad_norm = lambda norm: False  # type: ignore[attr-defined]
@@ -323,7 +330,7 @@ def leave_steps_to_us(engine: Any, clip_norm: float) -> None:
 
 def grad_norm(engine: Any) -> Tensor:
     """The global norm of this step's gradient before clipping, on the device: a scalar, the same on all ranks."""
-    return engine.optimizer._global_grad_norm.detach().reshape(())
+    return engine.optimizer._global_grad_norm.detach().to(engine.device).reshape(())
 
 
 def _clip(engine: Any, clip_norm: float) -> None:
@@ -347,6 +354,14 @@ def _zero_norm(gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type:
         squares = torch.zeros((), device=params[0].device)
     dist.all_reduce(squares)
     return squares.sqrt()
+
+
+def _offloaded_norm(engine: Any, params: Sequence[nn.Parameter]) -> Tensor:
+    """The norm of all ranks' gradients of a group of parameters, which lie in main memory, as the result does."""
+    group, *_ = engine.optimizer.grad_position[engine.optimizer.get_param_id(params[0])]
+    squares = torch.linalg.vector_norm(masters(engine)[group].grad).square().to(engine.device)
+    dist.all_reduce(squares)
+    return squares.sqrt().cpu()
 
 
 def _step_bf16_whole(engine: Any) -> None:

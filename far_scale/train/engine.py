@@ -103,6 +103,8 @@ def deepspeed_config(recipe: Recipe, processes: Processes, sharding: Sharding) -
         if "communication_data_type" in given:
             config["communication_data_type"] = given.pop("communication_data_type")
         config["zero_optimization"] |= given
+        if "offload_optimizer" in given:
+            config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, whose steps the guard can skip
     if sharding.hpz > 1:
         config["zero_optimization"]["zero_hpz_partition_size"] = sharding.hpz
     return config
