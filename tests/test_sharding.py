@@ -15,18 +15,21 @@ from rank_processes import started
 
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.writer import ShardWriter
+from far_scale.train.deepspeed_adapter import can_reduce_once
 
 LAYOUTS = {
     "zero1": "train.zero_stage=1",
     "zero3": "train.zero_stage=3 train.deepspeed.zero_hpz_partition_size=1",
     "hpz": "train.zero_stage=3",
 }
-PACKS = {  # four a rank and step
+# Four packs a rank and step.
+PACKS = {
     "packs_each": "train.zero_stage=3 train.reduce_once=false",
     "packs_auto": "train.zero_stage=3",
-    "packs_once2": "train.zero_stage=2 train.reduce_once=true",
-    "packs_once_bf16": "train.zero_stage=3 train.reduce_once=true train.precision=bf16",
 }
+if can_reduce_once():
+    PACKS["packs_once2"] = "train.zero_stage=2 train.reduce_once=true"
+    PACKS["packs_once_bf16"] = "train.zero_stage=3 train.reduce_once=true train.precision=bf16"
 RESUMED = ["zero1-zero3", "zero3-hpz", "hpz-zero1"]
 
 
@@ -72,6 +75,7 @@ def test_every_layout_trains_as_plain_pytorch(runs: Path, plain: torch.Tensor, n
     torch.testing.assert_close(logged(runs / name), plain, rtol=1e-6, atol=0)
 
 
+@pytest.mark.skipif(not can_reduce_once(), reason="this DeepSpeed reduces each pack")
 def test_four_packs_are_reduced_once_where_there_are_several_nodes(runs: Path) -> None:
     counts = {name: json.loads((runs / f"{name}.json").read_text()) for name in PACKS}
     assert counts == {
@@ -80,7 +84,8 @@ def test_four_packs_are_reduced_once_where_there_are_several_nodes(runs: Path) -
 
 
 def test_reducing_once_trains_alike(runs: Path) -> None:
-    for name, tolerance in (("packs_auto", 1e-6), ("packs_once2", 1e-6), ("packs_once_bf16", 5e-3)):
+    for name in PACKS:
+        tolerance = 5e-3 if name.endswith("bf16") else 1e-6
         for key in ("loss", "grad_norm"):
             expected = logged(runs / "packs_each", key)
             torch.testing.assert_close(logged(runs / name, key), expected, rtol=tolerance, atol=0)

@@ -144,8 +144,9 @@ def test_another_rank_count_and_stage_go_on_from_the_same_checkpoint(
     run = tmp_path / "elastic"
     shutil.copytree(runs / "zero3", run)
     (run / "checkpoints" / "latest").write_text("step-00000010\n")
-    finished = launch(1, "-m", "far_scale.train", *small_recipe(recorded_shards, run, "train.zero_stage=1"))
+    finished = launch(1, "-m", "far_scale.train", *small_recipe(recorded_shards, run, "train.zero_stage=auto"))
     assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "sharding: ZeRO-1 (auto: the lowest that fits, a rank needs about " in finished.stdout + finished.stderr
     torch.testing.assert_close(torch.tensor(logged(run)), torch.tensor(logged(runs / "zero3")), rtol=1e-5, atol=0)
 
 
