@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,9 @@ def runs(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("sharding")
     more = f"data.lanes=16 train.steps=4 data.shards={write_twice(recorded_shards, out / 'shards')}"
     packs = {name: f"{overrides} {more}" for name, overrides in PACKS.items()}
-    layouts = ",".join(f"{name} {overrides}" for name, overrides in {**LAYOUTS, **packs}.items())
+    validated = f"validation.every=20 validation.clips=4 validation.shards={recorded_shards}"
+    asked = {**{name: f"{overrides} {validated}" for name, overrides in LAYOUTS.items()}, **packs}
+    layouts = ",".join(f"{name} {overrides}" for name, overrides in asked.items())
     worker = ROOT / "tests/sharding_worker.py"
     with started(4, out / "output", worker, recorded_shards, out, layouts, ranks_a_node=2) as ranks:
         ends = [rank.end(400) for rank in ranks]
@@ -65,14 +68,27 @@ def plain(recorded_shards: Path) -> torch.Tensor:
     return torch.tensor(train_plainly(recorded_shards)[0], dtype=torch.float64)
 
 
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
 def logged(run: Path, key: str = "loss") -> torch.Tensor:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return torch.tensor([line[key] for line in lines], dtype=torch.float64)
+    return torch.tensor([line[key] for line in lines(run) if "validation" not in line], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, *RESUMED])
 def test_every_layout_trains_as_plain_pytorch(runs: Path, plain: torch.Tensor, name: str) -> None:
     torch.testing.assert_close(logged(runs / name), plain, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["zero3", "hpz", *RESUMED])
+def test_every_layout_validates_with_the_ema(runs: Path, name: str) -> None:
+    """Not with what hpZ keeps of the weights that were there before."""
+    (expected,) = (line["validation"] for line in lines(runs / "zero1") if "validation" in line)
+    (found,) = (line["validation"] for line in lines(runs / name) if "validation" in line)
+    assert abs(expected["ema"]["loss"] / expected["weights"]["loss"] - 1) > 1e-4
+    for weights in ("weights", "ema"):
+        assert found[weights]["loss"] == pytest.approx(expected[weights]["loss"], rel=1e-6)
 
 
 @pytest.mark.skipif(not can_reduce_once(), reason="this DeepSpeed reduces each pack")
