@@ -68,7 +68,7 @@ SET_ELSEWHERE = {
 """Keys of DeepSpeed that `train.deepspeed` refuses, with what to do about it."""
 
 _ZERO_1_2, _ZERO_2_3, _ZERO_3, _SHARDED = (1, 2), (2, 3), (3,), (1, 2, 3)
-STAGES = {
+KEY_STAGES = {
     "zero_hpz_partition_size": _ZERO_3,
     "zero_quantized_weights": _ZERO_3,
     "zero_quantized_gradients": _ZERO_3,
@@ -104,8 +104,8 @@ def deepspeed_conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         return
     given = section.given()
     for name, value in given.items():
-        if stage != "auto" and stage not in STAGES[name]:
-            stages = " or ".join(map(str, STAGES[name]))
+        if stage != "auto" and stage not in KEY_STAGES[name]:
+            stages = " or ".join(map(str, KEY_STAGES[name]))
             yield (
                 f"train.deepspeed.{name}",
                 f"{value}, but it has no effect with train.zero_stage {stage}; leave it out, or set train.zero_stage "

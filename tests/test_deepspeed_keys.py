@@ -10,7 +10,7 @@ import torch
 
 from far_scale.errors import UserError
 from far_scale.recipe import load_recipe
-from far_scale.recipe_deepspeed import SET_ELSEWHERE, STAGES
+from far_scale.recipe_deepspeed import SET_ELSEWHERE, KEY_STAGES
 from far_scale.recipe_sections import DeepSpeedSection
 from far_scale.train.engine import deepspeed_config
 from far_scale.train.processes import Processes
@@ -58,7 +58,7 @@ def test_every_key_of_the_installed_deepspeed_is_taken_or_refused_by_name() -> N
     ours = set(DeepSpeedSection.model_fields)
     assert theirs <= ours | set(SET_ELSEWHERE)
     assert not ours & set(SET_ELSEWHERE)
-    assert ours == set(STAGES) == set(VALUES), "each key has a value in this test, and stages where it counts"
+    assert ours == set(KEY_STAGES) == set(VALUES), "each key has a value in this test, and stages where it counts"
     assert ours - theirs == {"communication_data_type"}, "which stands beside zero_optimization"
 
 
@@ -66,7 +66,7 @@ def test_every_key_of_the_installed_deepspeed_is_taken_or_refused_by_name() -> N
 def test_deepspeed_reads_what_it_is_handed(stage: int) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    keys = {name: value for name, value in VALUES.items() if stage in STAGES[name]}
+    keys = {name: value for name, value in VALUES.items() if stage in KEY_STAGES[name]}
     overrides = [f"{SECTION}.{name}={value}" for name, value in keys.items()]
     recipe = load_recipe("demo_cpu", [f"train.zero_stage={stage}", *overrides])
     config = deepspeed_config(recipe, Processes(0, 4, torch.device("cpu")), Sharding(stage, 2))
@@ -127,7 +127,7 @@ def test_sizes_may_be_written_as_deepspeed_writes_them() -> None:
 def test_only_what_changes_the_result_is_in_the_hash(tmp_path: Path) -> None:
     plain = load_recipe("demo_cpu", ["train.zero_stage=3"])
     for name, value in VALUES.items():
-        stage = STAGES[name][-1]
+        stage = KEY_STAGES[name][-1]
         recipe = load_recipe("demo_cpu", [f"train.zero_stage={stage}", f"{SECTION}.{name}={value}"])
         assert (recipe.hash() == plain.hash()) == (name not in OF_RESULT), name
         recipe.save(tmp_path / f"{name}.yaml")

@@ -11,7 +11,7 @@ Its class for a run depends on stage and precision; the float32 weights that Ada
     stage 1, 2  DeepSpeedZeroOptimizer, likewise
     stage 3     DeepSpeedZeroOptimizer_Stage3, groups of this rank's pieces of each parameter
 
-Every symbol used here stands in `symbols` or `_ATTRIBUTES`, with the versions that have it, and is checked at start.
+Every symbol used here stands in `SYMBOLS` or `_ATTRIBUTES`, with the versions that have it, and is checked at start.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import contextlib
 import importlib
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -153,8 +154,8 @@ def check_symbols() -> None:
 
 
 def installed_version() -> tuple[int, ...]:
-    """The installed DeepSpeed's, without what follows its three numbers."""
-    return tuple(int(part) for part in version("deepspeed").split("+")[0].split(".")[:3])
+    """The installed DeepSpeed's first three numbers."""
+    return tuple(int(number) for number in re.findall(r"\d+", version("deepspeed"))[:3])
 
 
 def use_process_group(backend: str) -> None:
@@ -175,8 +176,8 @@ def make_engine(model: nn.Module, adam: torch.optim.AdamW, config: dict[str, Any
 
     Args:
         config: DeepSpeed's.
-        whole: modules of this type have their weights gathered in one go by ZeRO-3, with an eighth of the messages and
-            hooks of gathering each of their layers by itself.
+        whole: ZeRO-3 gathers the weights of a module of this type in one go, which takes an eighth of the messages and
+            hooks of gathering those of each layer in it.
     """
     import deepspeed
 
