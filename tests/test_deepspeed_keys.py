@@ -10,7 +10,7 @@ import torch
 
 from far_scale.errors import UserError
 from far_scale.recipe import load_recipe
-from far_scale.recipe_deepspeed import SET_ELSEWHERE, KEY_STAGES
+from far_scale.recipe_deepspeed import KEY_STAGES, SET_ELSEWHERE
 from far_scale.recipe_sections import DeepSpeedSection
 from far_scale.train.engine import deepspeed_config
 from far_scale.train.processes import Processes
