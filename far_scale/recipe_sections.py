@@ -310,14 +310,12 @@ class DeepSpeedSection(Section):
     """Copy gradients to one buffer as they come."""
     reduce_scatter: bool | None = None
     """ZeRO-2 and -3: reduce to the rank that owns a part, not to all."""
-    allgather_bucket_size: PositiveSize | None = None
-    """ZeRO-1 and -2: numbers that are gathered at a time after a step; DeepSpeed's default is 5e8."""
+    allgather_bucket_size: Annotated[PositiveSize, Field(multiple_of=2)] | None = None
+    """ZeRO-1 and -2: numbers that are gathered at a time after a step, an even number; DeepSpeed's default is 5e8."""
     allgather_partitions: bool | None = None
     """ZeRO-1 and -2: gather the updated weights by all-gather, not by broadcasts."""
     use_multi_rank_bucket_allreduce: bool | None = None
     """ZeRO-1 and -2: reduce buckets of several ranks in one all-reduce."""
-    round_robin_gradients: bool | None = None
-    """ZeRO-1 and -2: spread the parameters over the ranks in turn."""
     sub_group_size: PositiveSize | None = None
     """ZeRO-3: parameters that the optimizer steps at a time; DeepSpeed's default is 1e9."""
     stage3_prefetch_bucket_size: Size | None = None
