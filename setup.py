@@ -21,6 +21,7 @@ setup(
         "torch>=2.9",
         "deepspeed>=0.19",
         "webdataset>=0.2",
+        "braceexpand>=0.1.7",
         "safetensors>=0.4.5",
         "pydantic>=2.8",
         "pyyaml>=6.0",
