@@ -25,6 +25,7 @@ setup(
         "torch>=2.9,<2.16",
         "deepspeed>=0.19,<0.20",
         "webdataset>=0.2,<2",
+        "braceexpand>=0.1.7,<1",
         "safetensors>=0.4.5,<1",
         "pydantic>=2.8,<3",
         "pyyaml>=6.0,<7",
