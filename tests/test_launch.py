@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -312,6 +313,29 @@ def test_a_draft_needs_no_slurm_and_writes_nothing(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match="--nodes 2"):
         train_here(recipe, arguments, size)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_follows_two_dashes_goes_to_sbatch(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    recipe = load_recipe("demo_cpu", [f"run_dir={tmp_path / 'run'}"])
+    size = JobSize(nodes=1, gpus_per_node=0, cpus_per_task=1, minutes=60, partition=None)
+    options = ["--account=x", "-A", "x", "--exclude", "n[3-4]", "--exclusive", "--time-min=30", "--comment=a b"]
+    text = draft(recipe, size, None, ROOT, options)
+    assert text.endswith("\n# submitted by: sbatch " + shlex.join(options) + " FILE")
+    for refused, said in {
+        "--nodes=4": "use --nodes before the --",
+        "-N4": "use --nodes before the --",
+        "--gpus=4": "use --gpus-per-node before the --",
+        "--sig=USR1@60": "jobs of this tool have their own; leave it out",
+        "--parsable": "jobs of this tool have their own; leave it out",
+        "account=x": "is no option of sbatch; write it with its dashes, such as --account=x",
+    }.items():
+        with pytest.raises(UserError) as error:
+            draft(recipe, size, None, ROOT, ["--qos=high", refused])
+        assert str(error.value) == f"-- {refused}: {said}"
+    draft(recipe, size, None, ROOT, ["--dependency=after:7"])
+    with pytest.raises(UserError, match="-- --dependency=after:7: the jobs of a --chain depend on each other"):
+        draft(recipe, size, 2, ROOT, ["--dependency=after:7"])
 
 
 def test_training_here_goes_the_same_way(recorded_shards: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -92,6 +93,22 @@ def test_beside_a_container_a_node_needs_the_standard_library_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code, ROOT], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_the_images_are_made_of_what_is_there() -> None:
+    """Both definitions copy the same files of the checkout, and install the same."""
+    folder = ROOT / "slurm" / "container"
+    docker, apptainer = (folder / name for name in ("Dockerfile", "far_scale.def"))
+    copied = {
+        word for line in docker.read_text().splitlines() if line.startswith("COPY ") for word in line.split()[1:-1]
+    }
+    files = apptainer.read_text().partition("%files\n")[2].partition("\n\n")[0]
+    assert copied == {line.split()[0] for line in files.splitlines()} and "setup.py" in copied
+    install = {line.split(" pip install ")[-1].split("/pip install ")[-1] for path in (docker, apptainer)
+               for line in path.read_text().splitlines() if "pip install" in line}  # fmt: skip
+    assert len(install) == 1
+    named = [*copied, *re.findall(r"--constraint (\S+)", install.pop())]
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 @pytest.fixture(scope="module")
