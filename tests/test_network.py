@@ -7,16 +7,20 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from launch import ROOT, environment
 from namespaces import joined_hosts
 from rank_processes import Rank
 
-from far_scale.distributed import addresses
+from far_scale.distributed import addresses, network
 from far_scale.distributed.addresses import Endpoint, endpoints, network_stack
+from far_scale.distributed.network import checked_network
 
 SHARED = "in slurm/site.sh to an interface that all hosts share"
 HERE = {"lo": "127.0.0.1", "eth0": "10.0.0.5", "ib1": None, "ib2": "fd00::5", "docker0": "172.17.0.1"}
@@ -86,6 +90,41 @@ def test_this_machine_is_one_network() -> None:
     code = "from far_scale.distributed.addresses import *; print(network_stack(), *endpoints(False, False))"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"{network_stack()} Endpoint(")
+
+
+@pytest.fixture
+def first_of_two(monkeypatch: pytest.MonkeyPatch) -> dist.HashStore:
+    """The store of two hosts, n7 and n8, that take loopback's address for one that others reach."""
+    monkeypatch.setattr(
+        network, "endpoints", lambda *_, **__: [Endpoint("127.0.0.1", "interface eth0", addresses.GLOO)]
+    )
+    monkeypatch.setattr(Endpoint, "problem", lambda *_: None)
+    monkeypatch.setattr(network, "_PUBLISHING", timedelta(seconds=0.1))
+    monkeypatch.setattr(network, "_ALL", 0.2)
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    return dist.HashStore()
+
+
+def test_a_host_that_falls_silent_is_named(first_of_two: dist.HashStore) -> None:
+    with checked_network(first_of_two, 0, [(0, "n7"), (8, "n8")], cuda=False) as problem:
+        assert problem == "n8: rank 8 has not said where it listens; look at what it printed (also: n8)"
+
+
+def test_whoever_else_answers_is_not_the_host(first_of_two: dist.HashStore) -> None:
+    """As where each host has a bridge of the same address, such as docker0."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        listens = {"address": "127.0.0.1", "origin": "interface eth0", "variable": addresses.GLOO}
+        said = {"listening": [{**listens, "port": other.getsockname()[1]}], "token": "x", "interfaces": "eth0 10.0.0.6"}
+        first_of_two.set("network/at/8", json.dumps(said))
+        first_of_two.set("network/result/8", "")
+        answer = threading.Thread(target=lambda: other.accept()[0].close())
+        answer.start()
+        with checked_network(first_of_two, 0, [(0, "n7"), (8, "n8")], cuda=False) as problem:
+            assert problem == (
+                "n7 does not reach n8 at 127.0.0.1 (interface eth0): another host answers at this address; "
+                f"set GLOO_SOCKET_IFNAME {SHARED}; n8 has eth0 10.0.0.6"
+            )
+        answer.join()
 
 
 @contextlib.contextmanager

@@ -41,38 +41,46 @@ def wait_for_route(rank: int, address: str, port: int) -> None:
     """Wait until the host of rank 0 answers, be it by refusing: then it is there, and its rank 0 may come late.
 
     Raises:
-        UserError: for 35 seconds its name does not resolve, there is no route to it, or nothing answers; or its name
-            leads back to this host.
+        UserError: for 35 seconds its name does not resolve, or leads back to this host, or there is no route to it, or
+            nothing answers.
     """
     end = time.monotonic() + _ALL
-    while True:
-        try:
-            addresses = {str(info[4][0]) for info in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)}
-            if _leads_back(address, addresses):
-                reason = f"{address} resolves to {min(addresses)}, which is this host itself"
-                break
-            socket.create_connection((address, port), timeout=_CONNECTING).close()
-            return
-        except ConnectionRefusedError:
-            return
-        except OSError as error:
-            reason = _reason(error)
+    while reason := _no_answer(address, port):
         if time.monotonic() > end:
-            break
+            raise UserError(
+                f"rank {rank} on {host_name()} cannot reach rank 0 at {address}:{port}: {reason}; set MASTER_ADDR in "
+                "slurm/site.sh to an address of the first host that all others reach"
+            )
         time.sleep(1)
-    raise UserError(
-        f"rank {rank} on {host_name()} cannot reach rank 0 at {address}:{port}: {reason}; set MASTER_ADDR in "
-        "slurm/site.sh to an address of the first host that all others reach"
-    )
 
 
-def _leads_back(name: str, addresses: set[str]) -> bool:
-    """Whether the name of SLURM's first host is this host's loopback address on another host."""
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(name)
-        return False  # somebody wrote an address, which one may do where all run on one machine
-    elsewhere = os.environ.get("SLURM_NODEID", "0") != "0"
-    return elsewhere and all(ipaddress.ip_address(each.partition("%")[0]).is_loopback for each in addresses)
+def _no_answer(name: str, port: int) -> str:
+    """Why nothing answers there; empty where something does at any address of `name`, be it by refusing."""
+    try:
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        return _reason(error)
+    addresses = [str(where[0]) for *_, where in found]
+    # Where somebody wrote an address, and not a name, all may run on one machine.
+    if os.environ.get("SLURM_NODEID", "0") != "0" and name not in addresses and all(map(_is_loopback, addresses)):
+        return f"{name} resolves to {addresses[0]}, which is this host itself"
+    reason = ""
+    for family, kind, protocol, _, where in found:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.settimeout(_CONNECTING)
+            try:
+                probe.connect(where)
+            except ConnectionRefusedError:
+                return ""
+            except OSError as error:
+                reason = _reason(error)
+            else:
+                return ""
+    return reason
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 @contextlib.contextmanager
