@@ -83,6 +83,29 @@ def test_what_a_site_may_say(site: str, said: str, refused: str | None, tmp_path
         assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {refused}"), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("container", "status", "last"),
+    [
+        ("/no/such/apptainer exec", 127, "error: the job's start failed (status 127, see above); is the container in"),
+        (
+            "env",
+            2,
+            "error: {bare}: this Python has no DeepSpeed, so it cannot train; set PYTHON, or the environment or",
+        ),
+    ],
+)
+def test_a_container_that_does_not_do(container: str, status: int, last: str, tmp_path: Path) -> None:
+    bare = program(tmp_path / "bare", f'exec {shlex.quote(os.path.realpath(sys.executable))} -S "$@"')
+    site = f"SITE_CONTAINER=({container})\nHOST_PYTHON={bare} PYTHON={bare}\n"
+    launcher = checkout_with(tmp_path, site) / "slurm" / "launch.sh"
+    own = {"SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}
+    command = ["bash", launcher, "demo_cpu"]
+    done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True)
+    last = last.format(bare=os.path.realpath(sys.executable))
+    assert done.returncode == status and done.stderr.splitlines()[-1].startswith(last), done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_beside_a_container_a_node_needs_the_standard_library_alone() -> None:
     """Nothing but Python's own modules and far_scale's is loaded by what calls SLURM's commands."""
     code = (
