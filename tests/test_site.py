@@ -71,7 +71,7 @@ def test_what_a_site_may_say(site: str, said: str, refused: str | None, tmp_path
     path.write_text(site)
     shutil.copy(ROOT / "slurm" / "environment.sh", path.parent)
     environment = {"PATH": os.environ["PATH"], "PYTHON": str(has_deepspeed)}
-    command = ["bash", "-c", SOURCED, "bash", path.parent.parent]
+    command = ["bash", "-c", SOURCED, "bash", str(path.parent.parent)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     output = done.stdout.replace(str(tmp_path), "HERE")
     if refused is None:
@@ -99,7 +99,7 @@ def test_a_container_that_does_not_do(container: str, status: int, last: str, tm
     site = f"SITE_CONTAINER=({container})\nHOST_PYTHON={bare} PYTHON={bare}\n"
     launcher = checkout_with(tmp_path, site) / "slurm" / "launch.sh"
     own = {"SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}
-    command = ["bash", launcher, "demo_cpu"]
+    command = ["bash", str(launcher), "demo_cpu"]
     done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True)
     last = last.format(bare=os.path.realpath(sys.executable))
     assert done.returncode == status and done.stderr.splitlines()[-1].startswith(last), done.stderr
@@ -170,15 +170,15 @@ def test_all_of_a_training_runs_in_the_container(
     site = f"export SEEN=yes\nSITE_SRUN_OPTIONS=(--label)\nSITE_CONTAINER=({container} --nv)\n"
     checkout = checkout_with(tmp_path, site)
     options = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1 --time=10"
-    script, overrides = checkout / "slurm" / "far_xl.sh", tiny(recorded_shards, run, 20)
+    script, overrides = checkout / "slurm" / "far_xl.sh", tiny(recorded_shards, run, 60)
     job = cluster.sbatch(script, options, overrides, FAR_SCALE=checkout, **bare)
     cluster.until(job, "step 3", lambda: len(steps_logged(run)) >= 3)
     cluster.run("scancel", "--signal=USR1", job)
     shown = cluster.wait(job)
     assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("COMPLETED", "0:0", "1"), cluster.output(job)
-    assert steps_logged(run) == list(range(1, 21))
+    assert steps_logged(run) == list(range(1, 61))
     stop, end = (event for event in read_events(run) if event["event"] == "end")
-    assert stop["status"] == 75 and stop["requeue"] and 0 < stop["step"] < 20 and end["status"] == 0
+    assert stop["status"] == 75 and stop["requeue"] and 0 < stop["step"] < 60 and end["status"] == 0
     assert any(line.startswith("0: ") for line in cluster.output(job).splitlines()), "srun's --label"
     prepared, *trained = (line.split() for line in seen.read_text().splitlines())
     assert prepared[:6] == ["yes", "0", "--nv", "env", f"PYTHONPATH={checkout}", "python"]
