@@ -33,9 +33,9 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.7"],
-        "flash4": ["flash-attn-4"],
+        "flash4": ["flash-attn-4>=4.0.0b10"],  # pre-releases alone, which pip takes where they are named
         "xformers": ["xformers>=0.0.33"],
-        "mds": ["mosaicml-streaming>=0.9"],
+        "mds": ["cramjam>=2.8"],
         "slurm": ["submitit>=1.5"],
         "wandb": ["wandb>=0.18"],
         "dcae": ["diffusers>=0.33"],

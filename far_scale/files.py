@@ -121,10 +121,12 @@ def read_text(path: str | Path, what: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as JSON, atomically; a number that is not finite as null."""
+def write_json(path: str | Path, value: Any) -> str:
+    """Write `value` as JSON, atomically; a number that is not finite as null. Returns the text."""
+    text = _json(value, indent=2) + "\n"
     with atomic_write(path) as beside:
-        beside.write_text(_json(value, indent=2) + "\n")
+        beside.write_text(text)
+    return text
 
 
 def _json(value: Any, indent: int | None = None) -> str:

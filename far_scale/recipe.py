@@ -146,7 +146,15 @@ class Recipe(Section):
                 "sample": True,
                 "validation": True,
                 "model": {"preset"},
-                "data": {"shards", "prefetch", "cache_dir", "cache_gb", "prefetch_gb", "max_damaged_samples"},
+                "data": {
+                    "shards",
+                    "prefetch",
+                    "cache_dir",
+                    "stage_local",
+                    "cache_gb",
+                    "prefetch_gb",
+                    "max_damaged_samples",
+                },
                 "curriculum": {"__all__": {"name", "shards"}},
                 "train": {"zero_stage", "whole_below", "activation_checkpointing", "compile", "attention"},
             },
@@ -189,14 +197,16 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
     """Refuse a number of ranks (processes) that does not divide the lanes.
 
     Raises:
-        UserError: lists the numbers that do.
+        UserError: lists the numbers that do, and numbers of lanes that these ranks could share.
     """
     lanes = recipe.data.lanes
     if lanes % ranks:
         divisors = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+        near = " or ".join(str(n) for n in (lanes // ranks * ranks, (lanes // ranks + 1) * ranks) if n)
         raise UserError(
             f"{recipe.name}: data.lanes: {lanes} lanes cannot be shared evenly by {ranks} ranks; "
-            f"start one of {divisors} ranks, or set data.lanes to a multiple of {ranks}"
+            f"start one of {divisors} ranks, or set data.lanes to a multiple of {ranks}, such as {near} (a run "
+            "that has checkpoints takes another number of lanes with --accept-changes)"
         )
 
 

@@ -170,7 +170,7 @@ def _impossible_source(sections: StageSections) -> Iterator[tuple[str, str]]:
         return
     if far and data.cache_dir is None:
         yield key, "it is far away and comes through a cache; set data.cache_dir to a folder on the nodes' own disks"
-    if far and data.prefetch_gb > data.cache_gb:
+    if (far or data.stage_local is not None) and data.prefetch_gb > data.cache_gb:
         yield "data.prefetch_gb", f"{data.prefetch_gb:g} is more than data.cache_gb, {data.cache_gb:g}; lower it"
 
 

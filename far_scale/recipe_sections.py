@@ -156,7 +156,8 @@ class DataSection(Section):
     frame_stride: Count = 1
     """Take every n-th frame of a video for a clip."""
     lanes: Count = 8
-    """Sample streams; a global batch is one pack from every lane, and the ranks must divide the lanes."""
+    """Sample streams; a global batch is one pack from every lane, and the ranks must divide the lanes. A run that has
+    checkpoints takes another number with --accept-changes."""
     clips_per_pack: Count | None = 4
     """Clips in a pack; lanes x clips_per_pack is the global batch. Null where tokens_per_pack is set."""
     tokens_per_pack: Count | None = None
@@ -168,11 +169,17 @@ class DataSection(Section):
     prefetch: Count = 2
     """Steps whose packs are read ahead of the model."""
     cache_dir: str | None = None
-    """Folder on each node's own disk for what comes from far away; its ranks share it. Local sets need none."""
+    """Folder on each node's own disk for what is remote, or compressed as MDS shards may be; its ranks share it. Other
+    sets need none."""
+    stage_local: str | None = None
+    """Folder on each node's own disk to which the shards of local sets (on Lustre or NFS) are copied as they are read,
+    so that later epochs read nothing from the source; may be data.cache_dir. Null reads them where they lie."""
     cache_gb: Annotated[float, Field(gt=0)] = 200.0
-    """The most that data.cache_dir holds, in GB (10^9 bytes); what was read longest ago goes first."""
+    """The most that data.cache_dir holds, in GB (10^9 bytes), what was read longest ago goes first; and the most that
+    data.stage_local holds, what does not fit is read where it lies."""
     prefetch_gb: Annotated[float, Field(ge=0)] = 4.0
-    """GB of far shards that a rank has in data.cache_dir before its lanes come to them; 0 fetches each when needed."""
+    """GB of shards that a rank has in data.cache_dir or data.stage_local before its lanes come to them; 0 fetches each
+    when needed."""
     max_damaged_samples: Annotated[int, Field(ge=0)] = 0
     """Clips of damaged samples that a stage may leave out, each told in events.jsonl; one more ends the run."""
 
@@ -285,6 +292,9 @@ class CheckpointSection(Section):
     """Steps between checkpoints; the last step always writes one."""
     keep: Count
     """How many of the newest checkpoints stay."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
+    """Minutes after the last checkpoint at which another is written, so that a crash costs no more however long the
+    steps take. It stays until the next one alone, and is not among those of keep. Null for none."""
     local_dir: str | None = None
     """Folder on each node's own disk for checkpoints beside these, cheaper and more frequent, that a restart with the
     same ranks on the same nodes goes on from where they are newer; null for none."""

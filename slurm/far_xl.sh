@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # FAR-XL, UCF-101 at 256 px by class: one node of 8 GPUs, a rank for each of the recipe's 8 lanes.
 #
-#     sbatch slurm/far_xl.sh
-#     sbatch --nodes=4 slurm/far_xl.sh data.lanes=32 data.clips_per_pack=1     # four nodes, the same batch
+#     sbatch slurm/far_xl.sh                                                   # 8 lanes x 4 clips a batch
+#     sbatch --nodes=4 slurm/far_xl.sh data.lanes=32 data.clips_per_pack=1     # four nodes: 32 lanes x 1 clip, as many
 #
-# Ranks must divide the lanes. Submit from the checkout, or set FAR_SCALE to it.
+# far_xl_8_nodes.sh has a recipe of its own for 8 nodes.
+# Ranks must divide the lanes. A run that has checkpoints takes another number of lanes with --accept-changes.
+# Submit from the checkout, or set FAR_SCALE to it.
 #SBATCH --job-name=far_xl
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

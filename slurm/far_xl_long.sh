@@ -4,7 +4,8 @@
 #     sbatch slurm/far_xl_long.sh
 #     sbatch --nodes=4 slurm/far_xl_long.sh data.lanes=32     # four nodes, four times the batch
 #
-# Ranks must divide the lanes. Submit from the checkout, or set FAR_SCALE to it.
+# Ranks must divide the lanes. A run that has checkpoints takes another number of lanes with --accept-changes.
+# Submit from the checkout, or set FAR_SCALE to it.
 #SBATCH --job-name=far_xl_long
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

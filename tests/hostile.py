@@ -10,13 +10,14 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from far_scale.data.shards.sample import Sample
 from far_scale.errors import UserError
 
+Found = TypeVar("Found")
 ALLOWED_BYTES = 256 << 20  # of address space beyond what is there already; the files have 20 KB, or some MB
 HUGE = [2**31, 2**40, 2**63 - 1, 2**63, 2**64, 10**30, 10**4000]
 
@@ -58,8 +59,8 @@ def watched(folder: Path) -> Iterator[None]:
     assert WATCH.pickles == 0
 
 
-def attempt(read: Callable[[], list[Sample]], told: Path) -> list[Sample] | None:
-    """The samples, or None where they were refused as they should be: in one line that names `told`."""
+def attempt(read: Callable[[], Found], told: Path) -> Found | None:
+    """What is read, or None where they were refused as they should be: in one line that names `told`."""
     try:
         return read()
     except UserError as error:

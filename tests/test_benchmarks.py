@@ -65,6 +65,18 @@ def test_attention_is_timed_against_its_rivals(tmp_path: Path) -> None:
         assert 0.95 < limit["pairs"] / own["pairs"] <= 1 and row["FlexAttention"] is None
 
 
+def test_saves_are_timed_with_each_kind_of_checksum(tmp_path: Path) -> None:
+    finished = run("checkpoint_save", "--megabytes", 2, "--tensors", 2, "--repeats", 1, "--out", tmp_path)
+    (rows,) = tables_of(tmp_path, finished).values()
+    assert [row["checksums"] for row in rows] == [
+        "while writing",
+        "read again",
+        "read again from the disk",
+        "no checksums",
+    ]
+    assert all(positive(row, "seconds", "quickest", "CPU seconds", "MB/s") for row in rows)
+
+
 def test_a_kernel_that_is_not_usable_is_refused(tmp_path: Path) -> None:
     finished = run("attention", "--kernels", "flash-attn-2", "--out", tmp_path)
     assert finished.returncode == 2 and "--kernels flash-attn-2: runs on NVIDIA GPUs alone" in finished.stderr

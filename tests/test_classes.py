@@ -385,7 +385,9 @@ curriculum:
         patch.setattr(resume, "check_fits", lambda *_: None)
         patch.setattr(resume.checkpoint, "read_state", lambda _: {"stage": 1, "classes": ["x", "y", "z"]})
         going_on = resume.Resume(recipe, stages(recipe), alone, Events(tmp_path, False))
-        refused(lambda: going_on.restore(2, None, None, None, {}, {1: now}, True), "step-00000002", "class 0 is 'y'")
+        refused(
+            lambda: going_on.restore(2, None, None, None, {}, {1: now}, {}, True), "step-00000002", "class 0 is 'y'"
+        )
 
     config = FARConfig(layers=1, heads=1, channels=4, window=4, labels=3)
     manifest = Manifest.read(tmp_path / "one")

@@ -51,6 +51,7 @@ OFFICIAL_LONG = {
     "far_b_long_dmlab_64": ("B", "dcae-dmlab-64-f8c32"),
     "far_m_long_minecraft_128": ("M", "dcae-minecraft-128-f16c32"),
 }
+EIGHT_NODES = "far_xl_ucf101_256_cond_8_nodes"
 LARGE = {"far_1b3_ucf101_256": "1.3B", "far_3b_ucf101_256": "3B", "far_7b_ucf101_256": "7B"}
 SIZES = {"B": (12, 12), "M": (12, 16), "L": (24, 16), "XL": (28, 18)}
 
@@ -96,7 +97,7 @@ def refusal(path_or_name: str, *overrides: str) -> str:
 
 def test_every_shipped_recipe_is_covered() -> None:
     demos = {"demo_cpu", "demo_gpu", "demo_long", "demo_long_gpu"}
-    assert set(SHIPPED) == {*OFFICIAL, *OFFICIAL_LONG, *demos, *LARGE, *COMPARED, "far_xl_long"}
+    assert set(SHIPPED) == {*OFFICIAL, *OFFICIAL_LONG, *demos, *LARGE, *COMPARED, "far_xl_long", EIGHT_NODES}
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -161,6 +162,18 @@ def test_official_hyper_parameters_of_long_videos(name: str) -> None:
     assert (optimizer.ema_decay, optimizer.clip_norm, recipe.train.steps) == (0.9999, 1, 1_000_000)
     assert (sample.given, recipe.sample_frames(), sample.guidance, sample.steps) == (144, 156, 1.5, 50)
     assert recipe.checkpoint.every == 50_000
+
+
+def test_eight_nodes_train_on_as_many_clips_as_one() -> None:
+    one, eight = load_recipe("far_xl_ucf101_256_cond"), load_recipe(EIGHT_NODES)
+    changed = {"data.lanes", "train.steps", "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.ema_decay"}
+    ours, theirs = flat(eight.result_values()), flat(one.result_values())
+    assert {key for key in ours if ours[key] != theirs[key]} == changed and ours.keys() == theirs.keys()
+    batch = eight.data.lanes * eight.data.clips_per_pack
+    assert batch == 256 and eight.train.steps * batch == one.train.steps * 32
+    assert eight.checkpoint.every * batch == one.checkpoint.every * 32
+    assert eight.optimizer.learning_rate == pytest.approx(one.optimizer.learning_rate * 8**0.5, rel=0.02)
+    assert eight.optimizer.ema_decay == pytest.approx(one.optimizer.ema_decay**8, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -544,6 +557,10 @@ def test_ranks_must_divide_the_lanes(folder: Path) -> None:
     for ranks in (5, 8, 24):
         with pytest.raises(UserError, match=r"data\.lanes: 12 lanes .* start one of 1, 2, 3, 4, 6, 12 ranks"):
             check_ranks(recipe, ranks)
+    with pytest.raises(UserError, match=r"multiple of 5, such as 10 or 15 \(a run .* with --accept-changes\)"):
+        check_ranks(recipe, 5)
+    with pytest.raises(UserError, match=r"multiple of 64, such as 64 \("):
+        check_ranks(recipe, 64)
 
 
 def test_a_recipe_does_not_change_after_its_check(folder: Path) -> None:

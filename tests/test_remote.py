@@ -259,7 +259,7 @@ def test_shards_ahead_are_those_that_the_lane_reads() -> None:
                 walk = Lane(order, lane)
                 walk.go_to(begin)
                 reads = [next(walk).shard for _ in range(40)]
-                ahead = list(islice(shards_ahead(order, counts, lane, begin), 60))
+                ahead = list(islice(shards_ahead(order, lane, begin), 60))
                 for distance, shard in enumerate(reads):
                     # It stands there, and no later than where the shuffled lane may come to it.
                     assert any(shard == other and before < distance + 2 * window for before, other in ahead)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from far_scale.data.remote.cache import CACHE_BYTES, NodeCache
 from far_scale.data.shards import inspect
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import command_line
@@ -20,10 +21,13 @@ def main() -> None:
     parser.add_argument(
         "--fix", action="store_true", help="verify, and drop the shards that are broken or missing from the manifest"
     )
+    cache_help = "a folder for remote and compressed shards of an adopted set, such as data.cache_dir"
+    parser.add_argument("--cache-dir", type=Path, help=cache_help)
     arguments = parser.parse_args()
+    node = None if arguments.cache_dir is None else NodeCache(arguments.cache_dir, CACHE_BYTES)
     if arguments.fix:
-        print(inspect.fix(arguments.folder))
-    shard_set = ShardSet.open(arguments.folder)
+        print(inspect.fix(arguments.folder, node))
+    shard_set = ShardSet.open(arguments.folder, node)
     print(inspect.describe(shard_set))
     if arguments.verify:
         inspect.verify(shard_set)

@@ -29,7 +29,7 @@ from far_scale.evaluation.scores import Scores
 from far_scale.evaluation.tables import LABELS, in_digits
 from far_scale.evaluation.units import SETTINGS, Evaluation
 from far_scale.recipe import Recipe, load_recipe
-from far_scale.train.checkpoint.folders import damage
+from far_scale.train.checkpoint.folders import damage, is_ephemeral
 from far_scale.train.lease import NAME as LEASE
 from far_scale.train.lease import Lease
 from far_scale.train.processes import Processes, from_main
@@ -49,7 +49,7 @@ def follow(run: Path, protocol: Protocol, out: Path, clips: ClipSource, once: bo
 
     Every process calls this. Each checkpoint gets a folder `out`/step-XXXXXXXX, which keeps neither model nor samples;
     after each, scores_by_step.json and .png are written anew. A checkpoint that is removed or damaged is skipped with
-    one line.
+    one line, those that stay until the next one alone (checkpoint.every_minutes) without.
 
     Args:
         run: the run directory, which may not be there yet.
@@ -105,7 +105,8 @@ class _Following:
     def next_step(self) -> int | None:
         """The first checkpoint that is not evaluated and can be, with its model in `out`; None where there is none."""
         begun = step_folders(self.out)
-        for step in sorted({*steps_there(self.run), *begun}):
+        lasting = [step for step in steps_there(self.run) if not is_ephemeral(step_folder(self.run, step))]
+        for step in sorted({*lasting, *begun}):
             if not (step in begun and is_evaluated(begun[step])) and self._export(step):
                 return step
         return None

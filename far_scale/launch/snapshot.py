@@ -4,6 +4,7 @@
       __main__.py       so that `python run_dir/snapshots/NAME ...` runs the code beside it and no other
       far_scale/        the code
       recipe.yaml       the resolved recipe
+      code_version.json the commit of the code, and what differs from it
       submission.json   the command line, and what the launcher must know of the recipe without loading torch
 
 So edits of the checkout never change a run that is under way, at none of its restarts.
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import far_scale
 from far_scale.files import read_json, sync_folder, write_json
+from far_scale.train import code_version
 
 if TYPE_CHECKING:
     from far_scale.recipe import Recipe  # needs more than the standard library, which is all that a job's host may have
@@ -67,6 +69,7 @@ def make_snapshot(recipe: Recipe, command: Sequence[str], name: str) -> Path:
     code = Path(far_scale.__file__).parent
     shutil.copytree(code, beside / "far_scale", ignore=shutil.ignore_patterns("__pycache__"))
     (beside / "__main__.py").write_text(_MAIN)
+    code_version.record(code_version.running_code(), beside)
     recipe.save(beside / "recipe.yaml")
     steps, limit = recipe.train.steps, recipe.faults.starts_without_progress
     write_json(beside / "submission.json", asdict(Submission(list(command), str(run), steps, limit)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from far_scale.data.packs.loader import Pack
@@ -10,8 +11,9 @@ from far_scale.train.checkpoint.saver import Saver
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.faults.guard import Guard
 from far_scale.train.faults.vote import Outcome
+from far_scale.train.lanes_again import LaneStates
 from far_scale.train.processes import Processes, gather
-from far_scale.train.resume import LaneStates, Resume, pieces
+from far_scale.train.resume import Resume, pieces
 
 
 class Keeper:
@@ -40,7 +42,13 @@ class Keeper:
     ) -> None:
         self._recipe, self._engine, self._ema, self._guard = recipe, engine, ema, guard
         self._saver, self._resume, self._card, self._processes = saver, resume, card, processes
-        self._owed = False
+        self._owed, self._saved = False, time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether checkpoint.every_minutes have passed since the last save, by this rank's clock."""
+        minutes = self._recipe.checkpoint.every_minutes
+        return minutes is not None and time.monotonic() - self._saved >= 60 * minutes
 
     def after_step(self, done: int, packs: list[Pack], stage_card: dict[str, Any], outcome: Outcome) -> None:
         """Do what is due; all ranks do the same, by what they agree on.
@@ -62,17 +70,18 @@ class Keeper:
             self._saver.finish(required=False)
             self._resume.roll_back(done, self._engine, self._ema, self._guard)
         self._owed = self._owed or went_back or outcome.stop or last or done % section.every == 0
+        timed = outcome.save_due and not outcome.saving
         locally = section.local_dir is not None and done % section.local_every == 0 and not outcome.saving
-        if not (self._owed or locally):
+        if not (self._owed or timed or locally):
             return
         self._guard.settle()  # a checkpoint says how its own step went
         if self._guard.in_row and not last:
             return  # it may be the weights that are bad, and must not push out good ones: after the next good step
         state = {**self._card, **stage_card, "guard": self._guard.state(), "went_back": went_back}
         state["lanes"] = gather_lane_states(packs, self._processes)
-        if self._owed:
-            self._saver.save(done, pieces(self._engine, self._ema), state)
-            self._owed = False
+        if self._owed or timed:
+            self._saver.save(done, pieces(self._engine, self._ema), state, ephemeral=not self._owed)
+            self._owed, self._saved = False, time.monotonic()
         else:
             self._saver.save_locally(done, pieces(self._engine, self._ema), state)
 

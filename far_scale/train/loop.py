@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from far_scale.train.compiled import check_compiler
 from far_scale.train.curriculum import Stage, stages
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments, grad_norm, set_learning_rate, start_engine
+from far_scale.train.environment import record_environment
 from far_scale.train.faults.damaged import DamagedSamples
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.guard import Guard
@@ -45,7 +47,7 @@ from far_scale.train.resume import (
     identity,
 )
 from far_scale.train.schedule import learning_rate
-from far_scale.train.sets import open_sets
+from far_scale.train.sets import open_sets, say_staged
 from far_scale.train.start_weights import start_from
 from far_scale.train.validation import Validation
 
@@ -72,8 +74,9 @@ def train(
 ) -> Trained | None:
     """Train `recipe` to its last step, from its run directory's latest checkpoint where there is one.
 
-    Every process calls this. The run directory gets recipe.yaml, log.jsonl, events.jsonl and checkpoints/, profile/ if
-    there are `steps_to_profile` (counted from 1), and validation/ if the recipe asks for sampled videos.
+    Every process calls this. The run directory gets recipe.yaml, log.jsonl, events.jsonl, environment.json and
+    checkpoints/, profile/ if there are `steps_to_profile` (counted from 1), and validation/ if the recipe asks for
+    sampled videos.
 
     Args:
         recipe: what to train.
@@ -107,6 +110,7 @@ def train(
     held_out = open_held_out(recipe, not_over, manifest, scaling, compute_dtype(recipe), processes, events, start)
 
     hosts = check_nodes(recipe, processes, compute_dtype(recipe), events, start)
+    record_environment(run, processes, events, start)
     with Watchdog(run, processes.rank, recipe.faults.watchdog_seconds, events, hosts) as watchdog:
         model = build_model(recipe)
         if recipe.train.start_from is not None and start == 0:
@@ -119,7 +123,7 @@ def train(
         ema = ShardedEMA(fragments(engine), recipe.optimizer.ema_decay)
         name = identity(run, processes, events)
         local_folder = local.folder_of(recipe.checkpoint, run, name)
-        position = resume.restore(start, engine, ema, local_folder, card, stage_cards, accept_changes)
+        position = resume.restore(start, engine, ema, local_folder, card, stage_cards, shard_sets, accept_changes)
         if processes.main:
             recipe.save(run / "recipe.yaml")
         dist.barrier()
@@ -150,10 +154,13 @@ def train(
                 monitor.begin_stage(stage)
                 monitor.say("\n".join(summary(shard_set)))
                 first = max(position.step, stage.first)
-                states = position.lanes if first > stage.first else None  # a stage begins its shard set afresh
-                if first == stage.first:
+                middle = first > stage.first  # or else the stage begins its shard set afresh
+                states, beginnings = (position.lanes, position.beginnings) if middle else (None, ())
+                if first == stage.first or position.lanes_changed:
                     guard.forget_levels()
-                dealing, ahead = stage.dealing(recipe.seed), (stage.data.prefetch, stage.data.prefetch_bytes)
+                dealing = replace(stage.dealing(recipe.seed), beginnings=beginnings)
+                stage_card = stage_cards[stage.index] | ({"beginnings": beginnings} if beginnings else {})
+                ahead = (stage.data.prefetch, stage.data.prefetch_bytes)
                 damaged = DamagedSamples(stage.data.max_damaged_samples, states, processes, events)
                 with (
                     PackLoader(shard_set, scaling, own_lanes, dealing, first, states, *ahead) as packs_of_steps,
@@ -170,7 +177,7 @@ def train(
                         with profiler.watching(done):
                             loss = train_step(engine, batch, stage, processes, monitor, guard)
                             ema.update(guard.kept)
-                        vote.begin(saver.busy, any(pack.skipped for pack in batch.packs))
+                        vote.begin(saver.busy, any(pack.skipped for pack in batch.packs), keeper.due)
                         guard.end_step(done, batch.packs)
                         monitor.end_step(done, loss, rate, grad_norm(engine), guard.skipped, damaged.count)
                         watchdog.beat(done)
@@ -179,11 +186,12 @@ def train(
                         if outcome.damaged:
                             damaged.tell(done, batch.packs)
                         with monitor.waiting_for_save():
-                            keeper.after_step(done, batch.packs, stage_cards[stage.index], outcome)
+                            keeper.after_step(done, batch.packs, stage_card, outcome)
                         stopping = outcome.stop
                         if stopping:
                             break
                         validation.after_step(done)
+                say_staged(shard_set, done, processes, events)
             saver.finish(required=done == recipe.train.steps)
             if done == recipe.train.steps:
                 events.tell("finished", done, f"all {done} steps are done")

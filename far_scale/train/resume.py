@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 
 import far_scale
 from far_scale.convert.model_dir import load_model
-from far_scale.data.packs.mixture import MixtureManifest
+from far_scale.data.packs.mixture import Mixture, MixtureManifest
 from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.typed import classes_differ
 from far_scale.errors import UserError
 from far_scale.model import FAR, FARConfig
@@ -27,6 +29,7 @@ from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments, set_adam_step, use_loaded_weights
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.guard import Guard
+from far_scale.train.lanes_again import LaneStates, lanes_again
 from far_scale.train.processes import Processes, from_main, gather
 from far_scale.train.run_dir import latest_stamp, named_step, no_step_up_to, run_identity, steps_there
 
@@ -34,9 +37,6 @@ _ALL_DAMAGED = (
     "{}/checkpoints: every checkpoint is damaged; repair one and take .damaged off its name, or remove this folder to "
     "train from the start"
 )
-
-LaneStates = dict[int, dict[str, Any]]
-"""Where each lane stands, by its number."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,15 @@ class Position:
         step: steps done.
         lanes: the lanes' states after them; None where each lane begins.
         guard: the guard's state after them, or None.
+        beginnings: how the lanes began after their number had changed in this stage, as in `Dealing`.
+        lanes_changed: whether it changes now.
     """
 
     step: int = 0
     lanes: LaneStates | None = None
     guard: dict[str, Any] | None = None
+    beginnings: tuple[Mapping[str, Any], ...] = ()
+    lanes_changed: bool = False
 
 
 def describe(
@@ -235,6 +239,7 @@ class Resume:
         local_folder: Path | None,
         card: dict[str, Any],
         stage_cards: dict[int, dict[str, Any]],
+        sources: Mapping[int, ShardSet | Mixture],
         accept_changes: bool,
     ) -> Position:
         """Load a checkpoint into engine and EMA: that of `step` in the run directory, or a later node-local one.
@@ -245,6 +250,7 @@ class Resume:
             local_folder: this run's on the node's own disk, or None.
             card, stage_cards: what this run would write into its own checkpoints, by `describe` and, for the stages
                 that are not over, `describe_stage`.
+            sources: what the stages read that are to come.
             accept_changes: go on even where something has changed that makes another result.
 
         Raises:
@@ -264,7 +270,8 @@ class Resume:
         check_fits(where, state, self._recipe, self._plan)
         if self._recipe.model.condition == "label":
             check_same_classes(where, state, {**card, **stage_cards.get(state["stage"], {})})
-        self._compare(where, state, {**card, **stage_cards.get(state["stage"], {})}, accept_changes)
+        lanes = lanes_again(where, state, self._recipe, self._plan, sources)
+        self._compare(where, state, {**card, **stage_cards.get(state["stage"], {})}, lanes.change, accept_changes)
         if later is not None:
             local.load(where, later, *who, own)
         else:
@@ -273,7 +280,7 @@ class Resume:
         set_adam_step(engine, state["step"] if guard is None else guard["updates"])
         use_loaded_weights(engine)
         self._events.tell("resumed", state["step"], f"going on from step {state['step']} of {where}")
-        return Position(state["step"], {int(lane): place for lane, place in state["lanes"].items()}, guard)
+        return Position(state["step"], lanes.states, guard, lanes.beginnings, lanes.change is not None)
 
     def roll_back(self, done: int, engine: Any, ema: ShardedEMA, guard: Guard) -> None:
         """After too many skipped steps: go back to the weights, moments and EMA of the newest checkpoint.
@@ -305,15 +312,18 @@ class Resume:
         use_loaded_weights(engine)
         self._events.tell("rolled-back", done, f"{row}; going on with the weights of step {step}", weights_of=step)
 
-    def _compare(self, where: Path, state: dict[str, Any], now: dict[str, Any], accept: bool) -> None:
+    def _compare(
+        self, where: Path, state: dict[str, Any], now: dict[str, Any], of_lanes: str | None, accept: bool
+    ) -> None:
         found = changes(state, now, self._recipe)
-        if found.of_result and not accept:
+        of_result = [of_lanes if of_lanes and line.startswith("data.lanes ") else line for line in found.of_result]
+        if of_result and not accept:
             raise UserError(
                 f"{where}: since this checkpoint has changed, and would change the result: "
-                f"{'; '.join(found.of_result)}; start with --accept-changes to go on all the same, or use another "
+                f"{'; '.join(of_result)}; start with --accept-changes to go on all the same, or use another "
                 "run_dir"
             )
-        for event, lines in (("accepted-changes", found.of_result), ("harmless-changes", found.harmless)):
+        for event, lines in (("accepted-changes", of_result), ("harmless-changes", found.harmless)):
             if lines:
                 what = "other results accepted" if event == "accepted-changes" else "the same result but for rounding"
                 text = f"changed since the checkpoint ({what}): {'; '.join(lines)}"
@@ -338,7 +348,7 @@ def check_same_classes(where: Path, state: dict[str, Any], now: dict[str, Any]) 
 
 
 def check_fits(folder: Path, state: dict[str, Any], recipe: Recipe, plan: list[Stage]) -> None:
-    """Raises UserError where a checkpoint is of another model, stage or number of lanes than the recipe has."""
+    """Raises UserError where a checkpoint is of another model or stage than the recipe has."""
     step = state["step"]
     stage = stage_of(plan, step - 1)
     if state.get("stage", 0) != stage.index:
@@ -352,9 +362,4 @@ def check_fits(folder: Path, state: dict[str, Any], recipe: Recipe, plan: list[S
         raise UserError(
             f"{folder}: this is another model's checkpoint (model.{changed[0]} was {config.get(changed[0])}, "
             f"the recipe has {now[changed[0]]}); use the recipe it was trained with, or another run_dir"
-        )
-    if state["recipe"]["data"]["lanes"] != recipe.data.lanes:
-        raise UserError(
-            f"{folder}: written with data.lanes {state['recipe']['data']['lanes']}, the recipe has "
-            f"{recipe.data.lanes}; lanes cannot change within a run"
         )

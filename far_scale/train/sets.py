@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from far_scale.data.packs.mixture import Mixture, MixtureManifest, check_classes, open_shards
+from far_scale.data.packs.mixture import Mixture, MixtureManifest, check_classes, open_shards, sets_of
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.remote.fetch import is_remote
-from far_scale.data.remote.store import manifest_text
+from far_scale.data.remote.store import StagedCounts, manifest_text, name_of
 from far_scale.data.shards.damage import DamagedError
-from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 from far_scale.recipe_sections import DataSection, places
@@ -54,12 +54,12 @@ def open_sets(data: DataSection, plan: Sequence[Stage], processes: Processes, ev
     for stage in plan:
         for where in places(stage.data.shards):
             if where not in opened:
-                opened[where] = open_set(where, stage.data, processes)
+                opened[where] = open_set(where, stage.data, processes, staged=True)
                 check_shards(opened[where], stage.data.max_damaged_samples, processes, events, step)
         of_stages[stage.index] = all_ranks_or_raise(partial(_fitting, stage, opened), processes)
     for where in places(data.shards):
         if where not in opened:
-            opened[where] = open_set(where, data, processes)
+            opened[where] = open_set(where, data, processes, staged=True)
     own = all_ranks_or_raise(lambda: open_shards(data.shards, opened.__getitem__), processes)
     by_label = [stage for stage in plan if stage.config.labels]
     if by_label:
@@ -76,18 +76,31 @@ def _fitting(stage: Stage, opened: Mapping[str, ShardSet]) -> ShardSet | Mixture
     return source
 
 
-def open_set(where: str, data: DataSection, processes: Processes) -> ShardSet:
+def open_set(where: str, data: DataSection, processes: Processes, staged: bool = False) -> ShardSet:
     """Open one set, the same on all ranks; its shards are not looked at.
+
+    Args:
+        where: folder or URL.
+        data: the recipe's section.
+        processes: who opens it.
+        staged: read a local set by way of data.stage_local, where the recipe has one.
 
     Raises:
         UserError: on all ranks alike: there is no manifest, or the ranks find different ones.
     """
 
     def opened() -> ShardSet:
+        manifest = Manifest.parse(text, name_of(where, MANIFEST_NAME))
         node = None
-        if is_remote(where) and data.cache_dir is not None:
+        if is_remote(where) or manifest.shards.cached:
+            if data.cache_dir is None:
+                raise UserError(
+                    f"{where}: its shards are remote or compressed and come through a cache; set data.cache_dir"
+                )
             node = NodeCache(data.cache_dir, data.cache_bytes)
-        return ShardSet.known(where, text, node)
+        elif staged and data.stage_local is not None:
+            node = NodeCache(data.stage_local, data.cache_bytes, "data.stage_local")
+        return ShardSet(where, manifest, node)
 
     text = _manifest_text(where, processes)
     shard_set = all_ranks_or_raise(opened, processes)
@@ -109,6 +122,22 @@ def _manifest_text(where: str, processes: Processes) -> bytes:
         dist.broadcast_object_list(box, src=0, group=processes.host_group)
         text = box[0]
     return text
+
+
+def say_staged(source: ShardSet | Mixture, step: int, processes: Processes, events: Events) -> None:
+    """Log what the staged sets of a stage have read where so far, all ranks together; nothing where none is staged."""
+    stores = [each.staged for each, _ in sets_of(source) if each.staged is not None]
+    if not stores:
+        return
+    of_ranks = gather([store.counts() for store in stores], processes.host_group)
+    total = StagedCounts(*map(sum, zip(*(counts for own in of_ranks for counts in own), strict=True)))
+    events.tell(
+        "staged",
+        step,
+        f"data.stage_local: {total.copied_files} files ({total.copied_bytes / 1e9:.3g} GB) copied to the nodes' disks "
+        f"and {total.opened_on_node} opened there, {total.opened_at_source} opened at the source",
+        **total._asdict(),
+    )
 
 
 def check_shards(shard_set: ShardSet, budget: int, processes: Processes, events: Events, step: int) -> None:

@@ -7,16 +7,17 @@ them, so that none waits for ever, and of the others those that together leave t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from far_scale.data.packs.lanes import Lane, LaneOrder, Place, in_stage
+from far_scale.data.packs.lanes import FIRST_EPOCH, Lane, LaneOrder, Place, in_stage
 from far_scale.data.packs.mixed_lane import MixedLane
 from far_scale.data.packs.mixture import Mixture
+from far_scale.data.packs.rest import load_beginning
 from far_scale.data.shards.damage import DamagedError, Skipped, over_budget
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
@@ -41,6 +42,8 @@ class Dealing:
         tokens_of: tokens of a clip of so many frames; by default one a frame.
         stage: of a curriculum, from 0; each has an order and draws of its own.
         max_damaged: clips of damaged samples that may be left out; with 0 the first is an error.
+        beginnings: how the lanes of each shard set began after their number had changed, by `beginning_state`; empty
+            where it never has.
     """
 
     lanes: int
@@ -53,26 +56,54 @@ class Dealing:
     tokens_of: Callable[[int], int] = int
     stage: int = 0
     max_damaged: int = 0
+    beginnings: tuple[Mapping[str, Any], ...] = ()
 
-    def clip_lanes(self, source: ShardSet | Mixture, lanes: Iterable[int]) -> dict[int, ClipLane]:
+    def clip_lanes(
+        self, source: ShardSet | Mixture, lanes: Iterable[int], weights: Sequence[float] | None = None
+    ) -> dict[int, ClipLane]:
         """Those of the lanes, each at its beginning.
+
+        Args:
+            source: what they read.
+            lanes: their numbers.
+            weights: of a mixture's sets, where they are others than its own.
 
         Raises:
             UserError: there are more lanes than samples.
         """
+        orders = self.orders(source)
         if not isinstance(source, Mixture):
-            order = self._order(source.samples_per_shard)
-            return {lane: ClipLane(Lane(order, lane), source, self) for lane in sorted(lanes)}
-        orders = []
-        for shard_set in source.sets:
-            try:
-                orders.append(self._order(shard_set.samples_per_shard))
-            except UserError as problem:
-                raise UserError(f"{shard_set.folder}: {problem}") from None
-        return {lane: ClipLane(MixedLane(orders, source.parts, lane), source, self) for lane in sorted(lanes)}
+            return {lane: ClipLane(Lane(orders[0], lane), source, self) for lane in sorted(lanes)}
+        parts = weights or source.parts
+        return {lane: ClipLane(MixedLane(orders, parts, lane), source, self) for lane in sorted(lanes)}
 
-    def _order(self, samples_per_shard: list[int]) -> LaneOrder:
-        return LaneOrder(samples_per_shard, self.lanes, self.seed, self.shuffle_window, self.stage)
+    def orders(self, source: ShardSet | Mixture) -> list[LaneOrder]:
+        """The order of each shard set.
+
+        Raises:
+            UserError: there are more lanes than samples.
+        """
+        sets = source.sets if isinstance(source, Mixture) else [source]
+        if len(self.beginnings) not in (0, len(sets)):
+            raise UserError(
+                f"data.shards: {len(sets)} shard sets, but the checkpoint was made with {len(self.beginnings)}; resume "
+                "with those"
+            )
+        orders = []
+        for number, shard_set in enumerate(sets):
+            try:
+                orders.append(self._order(shard_set.samples_per_shard, number))
+            except UserError as problem:
+                if not isinstance(source, Mixture):
+                    raise
+                raise UserError(f"{shard_set.folder}: {problem}") from None
+        return orders
+
+    def _order(self, samples_per_shard: list[int], number: int) -> LaneOrder:
+        begin = FIRST_EPOCH
+        if self.beginnings:
+            begin = load_beginning(self.beginnings[number], samples_per_shard, self.stage)
+        return LaneOrder(samples_per_shard, self.lanes, self.seed, self.shuffle_window, self.stage, begin)
 
 
 @dataclass(frozen=True)
@@ -165,6 +196,20 @@ class ClipLane:
         Raises:
             UserError: it is no state of such a lane.
         """
+        pending, here, drawn = self.load_place(state), self.lane.state_dict(), []
+        for number in pending:
+            self.lane.go_to(number)
+            if (clip := self._try_to_draw()) is not None:  # its index may have been damaged since
+                drawn.append(clip)
+        self.lane.load_state_dict(here)
+        self._pending = drawn
+
+    def load_place(self, state: dict[str, Any]) -> list[int]:
+        """Go to a state, but draw nothing; returns the numbers of the clips that wait.
+
+        Raises:
+            UserError: it is no state of such a lane.
+        """
         place = {key: value for key, value in state.items() if key not in ("pending", "damaged")}
         self.lane.load_state_dict(place)
         pending, damaged = state.get("pending"), state.get("damaged", 0)
@@ -178,16 +223,11 @@ class ClipLane:
                 f"lane {self.lane.lane}: {pending} are no clips that wait at {place}; resume with the shard set and "
                 "the data section that the checkpoint was made with"
             )
-        drawn = []
-        for number in pending or []:
-            self.lane.go_to(number)
-            if (clip := self._try_to_draw()) is not None:  # its index may have been damaged since
-                drawn.append(clip)
-        self.lane.load_state_dict(place)
-        self._pending = drawn
+        return pending or []
 
     def _possible(self, pending: Any) -> bool:
-        numbers = isinstance(pending, list) and all(type(number) is int and number >= 0 for number in pending)
+        first = self.lane.first
+        numbers = isinstance(pending, list) and all(type(number) is int and number >= first for number in pending)
         rising = numbers and sorted(set(pending)) == pending and len(pending) < POOL
         return rising and (not pending or pending[-1] < self.lane.number)
 

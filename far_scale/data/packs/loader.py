@@ -65,7 +65,7 @@ class PackLoader:
         prefetch: int = 2,
         ahead_bytes: int = 0,
     ) -> None:
-        """`lanes` are this rank's; `prefetch` is in steps, `ahead_bytes` of shards that come from far away.
+        """`lanes` are this rank's; `prefetch` is in steps, `ahead_bytes` of shards that come through the node's cache.
 
         `lane_states` are the states after the step before `step` (None: each lane's beginning).
 
@@ -82,7 +82,7 @@ class PackLoader:
         self._room = threading.Semaphore(max(1, prefetch))
         self._prefetches: dict[int, Prefetch] = {}  # by the number of the set
         for number, (each, share) in enumerate(sets_of(shard_set)):
-            if each.far and ahead_bytes and self._lanes:
+            if each.cached and ahead_bytes and self._lanes:
                 order = next(iter(self._lanes.values())).lane.parts[number].order
                 self._prefetches[number] = Prefetch(each, order, list(self._lanes), int(share * ahead_bytes))
         self._closed = threading.Event()

@@ -34,8 +34,13 @@ class MixedLane:
         return self
 
     @property
+    def first(self) -> int:
+        """The number of this lane's first sample."""
+        return sum(lane.first for lane in self.parts)
+
+    @property
     def number(self) -> int:
-        """How many samples this lane has read so far, which is the number of the next one."""
+        """The number of this lane's next sample: without a change of lanes, how many it has read so far."""
         return sum(lane.number for lane in self.parts)
 
     def __next__(self) -> Place:
@@ -44,7 +49,7 @@ class MixedLane:
         return Place(self._first_shards[chosen] + place.shard, place.sample)
 
     def state_dict(self) -> dict[str, list[int]]:
-        """How many samples of each set were read."""
+        """The number of the next sample of each set: without a change of lanes, how many were read."""
         return {"read": [lane.number for lane in self.parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -55,7 +60,8 @@ class MixedLane:
         """
         read = state.get("read")
         known = set(state) == {"read"} and isinstance(read, list) and len(read) == len(self.parts)
-        if not (known and all(type(count) is int and count >= 0 for count in read or [])):
+        firsts = [lane.first for lane in self.parts]
+        if not (known and all(type(n) is int and n >= first for n, first in zip(read or [], firsts, strict=True))):
             raise UserError(
                 f"lane {self.lane}: {state} is no place in a mixture of {len(self.parts)} shard sets; resume with the "
                 "data.shards that the checkpoint was made with"
@@ -74,12 +80,26 @@ class MixedLane:
             read[self._set_of(before)] -= 1
         for after in range(now, number):
             read[self._set_of(after)] += 1
-        if min(read) < 0:
+        if any(count < lane.first for count, lane in zip(read, self.parts, strict=True)):
             raise UserError(
                 f"lane {self.lane}: sample {number} of the mixture is not to be found by these weights; resume with "
                 "the data.shards that the checkpoint was made with"
             )
         self._go_to(read)
+
+    def parts_of(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Which of `parts` gives the samples of these numbers, and their numbers there; draws as `go_to`.
+
+        Raises:
+            UserError: as `go_to`.
+        """
+        here, found = [lane.number for lane in self.parts], []
+        for number in numbers:
+            self.go_to(number)
+            chosen = self._set_of(number)
+            found.append((chosen, self.parts[chosen].number))
+        self._go_to(here)
+        return found
 
     def _go_to(self, read: Sequence[int]) -> None:
         for lane, count in zip(self.parts, read, strict=True):

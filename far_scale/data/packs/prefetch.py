@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 from far_scale.data.packs.lanes import LaneOrder
 from far_scale.data.remote.fetch import Interrupted, interruptible
-from far_scale.data.remote.store import FarAway
-from far_scale.data.shards.index import ShardIndex
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError
 
@@ -17,12 +15,11 @@ _AT_ONCE = 4  # fetches of a rank
 _MOST = 256  # shards ahead, where they are small: each time all are asked for
 
 
-def shards_ahead(order: LaneOrder, counts: Sequence[int], lane: int, number: int) -> Iterator[tuple[int, int]]:
+def shards_ahead(order: LaneOrder, lane: int, number: int) -> Iterator[tuple[int, int]]:
     """The shards that a lane comes to, without end.
 
     Args:
         order: of the lanes.
-        counts: samples of each shard.
         lane: which.
         number: of the lane's next sample.
 
@@ -31,12 +28,13 @@ def shards_ahead(order: LaneOrder, counts: Sequence[int], lane: int, number: int
         in: that begins up to `order.shuffle_window` samples earlier.
     """
     epoch, position = order.run_position(number)
-    position = position // order.shuffle_window * order.shuffle_window
+    position, _ = order.window(epoch, position)
     begun = order.read_before(epoch) + position
     while True:
-        place = order.place(epoch, lane, position)
-        yield max(0, order.read_before(epoch) + position - begun), place.shard
-        position += counts[place.shard] - place.sample
+        shards, samples = order.shards_from(epoch, lane, position)
+        for shard in shards:
+            yield max(0, order.read_before(epoch) + position - begun), shard
+        position += samples
         if position >= order.run_length(epoch):
             epoch, position = epoch + 1, 0
 
@@ -45,7 +43,7 @@ class Prefetch:
     """Threads that fetch what a rank's lanes come to next. What they cannot fetch is left to who reads it.
 
     Args:
-        shard_set: which is far away.
+        shard_set: which comes through the node's cache.
         order: of the lanes.
         lanes: this rank's.
         ahead_bytes: of the shards that are fetched before they are needed, and kept so far by the node's cache.
@@ -53,7 +51,6 @@ class Prefetch:
 
     def __init__(self, shard_set: ShardSet, order: LaneOrder, lanes: Sequence[int], ahead_bytes: int) -> None:
         self._set, self._order, self._lanes, self._ahead = shard_set, order, list(lanes), ahead_bytes
-        self._counts = shard_set.samples_per_shard
         self._closed = threading.Event()
         self._wanted: set[int] = set()  # shards that were asked for and are still ahead
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="prefetch")
@@ -68,7 +65,7 @@ class Prefetch:
 
     def plan(self, numbers: dict[int, int]) -> list[int]:
         """The shards that come next, those that are needed first before others, up to the bytes ahead."""
-        walks = {lane: shards_ahead(self._order, self._counts, lane, numbers[lane]) for lane in self._lanes}
+        walks = {lane: shards_ahead(self._order, lane, numbers[lane]) for lane in self._lanes}
         heads = {lane: next(walk) for lane, walk in walks.items()}
         entries, taken, room = self._set.manifest.shards, dict[int, None](), self._ahead
         while len(taken) < min(_MOST, len(entries)):
@@ -90,11 +87,8 @@ class Prefetch:
     def _fetch(self, shard: int) -> None:
         if self._closed.is_set() or shard not in self._wanted:
             return
-        store, entry = self._set.store, self._set.manifest.shards[shard]
-        assert isinstance(store, FarAway)
         try:
             with interruptible(self._closed):
-                store.fetch_ahead(ShardIndex.path_of("", entry.file).name, entry.index_sha256, None)
-                store.fetch_ahead(entry.file, entry.sha256, entry.bytes)
+                self._set.fetch_ahead(shard)
         except (Interrupted, UserError):
             return  # who reads it meets the same, and tells

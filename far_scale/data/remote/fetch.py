@@ -1,4 +1,5 @@
 """Fetching one file from far away: by the programs that WebDataset's `gopen` uses, tried again until a limit.
+A file of this machine (on Lustre or NFS, say) is copied in the same way, by reading it.
 
 `gopen` itself will not do: its curl tries 30 times over without a word, it waits for ever for a transfer that hangs,
 and it has no `s3://`. So the programs are started here; what they send is watched and checked.
@@ -13,6 +14,7 @@ import random
 import re
 import select
 import signal
+import stat
 import subprocess
 import tempfile
 import threading
@@ -21,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from far_scale.data.remote.unpack import PackedError, most_packed, unpack
 from far_scale.errors import UserError, say_warning
 
 T = TypeVar("T")
@@ -28,8 +31,11 @@ ATTEMPTS = 6
 TOTAL_SECONDS = 900.0  # after which no further attempt begins
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between attempts, doubled each time
 STALL_SECONDS = 60.0  # without a byte, after which an attempt is given up
-SLOWEST = 200_000  # bytes a second, or an attempt is given up
+SLOWEST = 200_000  # bytes a second, or an attempt is given up; a copy from a file system may take its time
 _BLOCK = 1 << 20
+_LOCAL_BLOCK = 1 << 22
+_MOST_UNPACKED = (1 << 32) - 1  # bytes of an MDS file, whose offsets have 32 bits
+_MOST_UNKNOWN = 1 << 42  # bytes of a file whose size nobody knows
 _FAR = re.compile(r"(s3|gs|http|https|pipe):")
 _SOME = re.compile(r"[a-z][a-z0-9+.-]+://")
 
@@ -92,6 +98,11 @@ def is_remote(where: object) -> bool:
     return True
 
 
+def is_file_url(place: str) -> bool:
+    """Whether `place` is the URL of a single file, by which it can be fetched, and no path."""
+    return _FAR.match(place) is not None
+
+
 def join(url: str, file: str) -> str:
     """The URL of a file of the shard set at `url`: before its query, or in place of a pipe's {file}."""
     if url.startswith("pipe:"):
@@ -101,8 +112,8 @@ def join(url: str, file: str) -> str:
 
 
 def shown(url: str) -> str:
-    """A URL as it may stand in a log: without the user, password or query that may give access."""
-    if url.startswith("pipe:"):
+    """A URL as it may stand in a log: without the user, password or query that may give access; a path as it is."""
+    if not _SOME.match(url):  # a path, or a pipe:
         return url
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
@@ -123,6 +134,7 @@ def fetch_bytes(url: str, most: int, digest: str | None = None) -> bytes:
     """A small file.
 
     Args:
+        url: of the file, or its path.
         most: bytes that it may have.
         digest: its SHA-256, where that is known.
 
@@ -145,6 +157,11 @@ def fetch_bytes(url: str, most: int, digest: str | None = None) -> bytes:
 def fetch_file(url: str, descriptor: int, size: int, digest: str) -> None:
     """Write a file of known size and SHA-256 into an open one, from its beginning.
 
+    Args:
+        url: of the file, or its path.
+        descriptor: of the open one.
+        size, digest: that it has.
+
     Raises:
         FetchError: it cannot be fetched, after all attempts.
         Interrupted: see `interruptible`.
@@ -157,9 +174,7 @@ def fetch_file(url: str, descriptor: int, size: int, digest: str) -> None:
 
         def take(block: bytes) -> None:
             hashed.update(block)
-            rest = memoryview(block)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
+            _write(descriptor, block)
 
         got = _receive(url, size, take)
         if got < size:
@@ -168,6 +183,62 @@ def fetch_file(url: str, descriptor: int, size: int, digest: str) -> None:
 
     check = _check_of(digest)
     _until_it_works(url, attempt)
+
+
+def fetch_packed(place: str, compression: str, descriptor: int, size: int, digest: str) -> None:
+    """Write what a packed file, at a path or URL, unpacks to into an open one; its size and SHA-256 are known.
+
+    Raises:
+        FetchError: it cannot be fetched, after all attempts, or is damaged.
+        Interrupted: see `interruptible`.
+        OSError: it cannot be written.
+    """
+
+    def attempt() -> None:
+        if size > _MOST_UNPACKED:
+            raise _Failed(f"it should have {size} bytes, and an MDS file has {_MOST_UNPACKED} at most", final=True)
+        data, most = bytearray(), most_packed(size)
+        _receive(place, most, data.extend)
+        try:
+            unpacked = unpack(bytes(data), compression, size)
+        except PackedError as problem:
+            raise _Failed(str(problem), final=not is_file_url(place)) from None
+        check(hashlib.sha256(unpacked).hexdigest())
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        _write(descriptor, unpacked)
+
+    check = _check_of(digest)
+    _until_it_works(place, attempt)
+
+
+def fetch_unknown(url: str, descriptor: int) -> tuple[int, str]:
+    """Write a file of which nothing is known yet into an open one, from its beginning.
+
+    Returns:
+        Its size and SHA-256.
+
+    Raises:
+        FetchError, Interrupted, OSError: as by `fetch_file`.
+    """
+
+    def attempt() -> tuple[int, str]:
+        hashed = hashlib.sha256()
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.ftruncate(descriptor, 0)
+
+        def take(block: bytes) -> None:
+            hashed.update(block)
+            _write(descriptor, block)
+
+        return _receive(url, _MOST_UNKNOWN, take), hashed.hexdigest()
+
+    return _until_it_works(url, attempt)
+
+
+def _write(descriptor: int, block: bytes | bytearray) -> None:
+    rest = memoryview(block)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def _check_of(digest: str | None) -> Callable[..., None]:
@@ -193,9 +264,10 @@ def _until_it_works(url: str, attempt: Callable[[], T]) -> T:
             seconds = min(FIRST_PAUSE * 2 ** (number - 1), LONGEST_PAUSE) * dice.uniform(0.5, 1.5)
             taken = time.monotonic() - begun
             if number == ATTEMPTS or problem.final or taken + seconds > TOTAL_SECONDS:
+                look = "URL and whether it is in reach" if is_file_url(url) else "file system"
                 raise FetchError(
                     f"{shown(url)}: cannot be fetched ({problem}; attempt {number}, {taken:.0f} s in all); look at the "
-                    "URL and whether it is in reach, or copy the file there again"
+                    f"{look}, or copy the file there again"
                 ) from None
             say_warning(f"{shown(url)}: attempt {number} of {ATTEMPTS}: {problem}; the next in {seconds:.1f} s")
         pause(seconds)
@@ -204,6 +276,8 @@ def _until_it_works(url: str, attempt: Callable[[], T]) -> T:
 
 def _receive(url: str, most: int, take: Callable[[bytes], Any]) -> int:
     """Give all that comes, block by block, to `take`; returns how many bytes came."""
+    if not is_file_url(url):
+        return _receive_local(url, most, take)
     command = command_of(url)
     with tempfile.TemporaryFile() as told:
         try:
@@ -229,6 +303,31 @@ def _receive(url: str, most: int, take: Callable[[bytes], Any]) -> int:
             last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
             raise _Failed(f"{command[0]} ended with status {status}: {last[:200]}")
     return got
+
+
+def _receive_local(path: str, most: int, take: Callable[[bytes], Any]) -> int:
+    """As `_receive`, from a file. A read that a file server lets hang cannot be given up: the watchdog sees to that."""
+    got = 0
+    for block in _blocks(path):
+        pause(0)
+        got += len(block)
+        if got > most:
+            raise _Failed(f"it has more than the {most} bytes that it should have")
+        take(block)
+    return got
+
+
+def _blocks(path: str) -> Iterator[bytes]:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited on for ever
+            raise _Failed("not a plain file", final=True)
+        with open(path, "rb", buffering=0) as file:
+            while block := file.read(_LOCAL_BLOCK):
+                yield block
+    except FileNotFoundError:
+        raise _Failed("it is missing", final=True) from None
+    except OSError as error:
+        raise _Failed(f"reading fails: {error.strerror}") from None
 
 
 def _pour(descriptor: int, most: int, take: Callable[[bytes], Any]) -> int:

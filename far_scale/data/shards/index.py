@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import pydantic
+import torch
 
+from far_scale.data.shards.adopted import AdoptedRow
 from far_scale.data.shards.typed import (
     MAX_HEADER_BYTES,
     MAX_INDEX_BYTES,
@@ -49,6 +52,25 @@ class ChannelSums(Typed):
     squares: tuple[float, ...]
 
 
+class LatentSums:
+    """ChannelSums in the making."""
+
+    def __init__(self, channels: int) -> None:
+        self._total, self._squares, self._values = np.zeros(channels), np.zeros(channels), 0
+
+    def add(self, latents: torch.Tensor) -> None:
+        """Count in latents `[F, C, H, W]`."""
+        stored = latents.double().contiguous()  # sums of one order, however the latents lie in memory
+        self._total += stored.sum(dim=(0, 2, 3)).numpy()
+        self._squares += stored.square().sum(dim=(0, 2, 3)).numpy()
+        self._values += stored[:, 0].numel()
+
+    def result(self) -> ChannelSums:
+        """The sums so far."""
+        total, squares = tuple(self._total.tolist()), tuple(self._squares.tolist())
+        return ChannelSums(values=self._values, total=total, squares=squares)
+
+
 def statistics(sums: Sequence[ChannelSums]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and population deviation per channel of the latents that all these sums are of; their order is no matter."""
     values = sum(each.values for each in sums)
@@ -57,16 +79,16 @@ def statistics(sums: Sequence[ChannelSums]) -> tuple[tuple[float, ...], tuple[fl
     return tuple(mean), tuple(math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean, square, strict=True))
 
 
-class ShardIndex(Typed):
-    """What stands in a shard's `.index.json`: the samples' places, and the facts the manifest is made from."""
+class IndexFacts(Typed):
+    """What stands in a shard's `.index.json`: the samples' places, and the facts that the manifest is made from."""
 
-    format: Literal["far_scale.index/1"] = "far_scale.index/1"
+    format: str
     file: ShardName
     bytes: Positive
     sha256: Digest
     fps: float | None
     sums: ChannelSums
-    samples: Annotated[list[IndexRow], pydantic.Field(min_length=1), pydantic.FailFast()]
+    samples: list[Any]
 
     @staticmethod
     def path_of(folder: str | Path, file: str) -> Path:
@@ -81,16 +103,34 @@ class ShardIndex(Typed):
         """
         path, text = self.path_of(folder, self.file), self.model_dump_json() + "\n"
         excess = f"{len(self.samples)} samples are more than the index of a shard may name"
-        write_small(path, text, MAX_INDEX_BYTES, excess, "lower --samples-per-shard")
+        write_small(path, text, MAX_INDEX_BYTES, excess, "lower --samples-per-shard, or write smaller shards")
 
 
-def parse_index(text: bytes, path: str | Path) -> ShardIndex:
+class ShardIndex(IndexFacts):
+    """The index of a shard of our own."""
+
+    format: Literal["far_scale.index/1"] = "far_scale.index/1"
+    samples: Annotated[list[IndexRow], pydantic.Field(min_length=1), pydantic.FailFast()]
+
+
+class AdoptedIndex(IndexFacts):
+    """The index of a shard that others wrote."""
+
+    format: Literal["far_scale.adopted-index/1"] = "far_scale.adopted-index/1"
+    samples: Annotated[list[AdoptedRow], pydantic.Field(min_length=1), pydantic.FailFast()]
+
+
+AnyIndex = TypeVar("AnyIndex", ShardIndex, AdoptedIndex)
+
+
+def parse_index(text: bytes, path: str | Path, kind: type[AnyIndex]) -> AnyIndex:
     """The index in `text`, which was read from `path`.
 
     Raises:
         UserError: it is not an index of this format.
     """
     try:
-        return ShardIndex.model_validate_json(text)
+        return kind.model_validate_json(text)
     except pydantic.ValidationError as error:
-        raise UserError(f"{path}: not a valid shard index ({first_problem(error)}); encode the set again") from None
+        again = "encode the set again" if kind is ShardIndex else "adopt the shards again"
+        raise UserError(f"{path}: not a valid shard index ({first_problem(error)}); {again}") from None

@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from far_scale import autoencoder as autoencoders
+from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards.index import ChannelSums, statistics
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.mds import STREAMING_INDEX_NAME, has_streaming_index, write_streaming_index
@@ -28,6 +29,11 @@ def describe(shard_set: ShardSet) -> str:
     shards, frames, size = len(manifest.shards), manifest.frames, sum(shard.bytes for shard in manifest.shards)
     info, shape = manifest.autoencoder, " x ".join(map(str, manifest.latent_shape))
     files = {"tar": "tars, for WebDataset", "mds": "MDS, for mosaicml-streaming"}[manifest.shard_format]
+    if manifest.adopted is not None:
+        first = shard_set.name_of(0)
+        files += (
+            f", adopted where they lie (the first: {first}), {manifest.adopted.latents} as {manifest.adopted.layout}"
+        )
     rate = "of several frame rates" if manifest.fps is None else f"at {manifest.fps:g} frames/s"
     return "\n".join(
         [
@@ -95,17 +101,21 @@ def verify(shard_set: ShardSet) -> None:
             f"{shard_set.folder}: the manifest's mean and std are not those of its latents; "
             f"`tools/inspect_shards.py {shard_set.folder} --fix` computes them anew"
         )
-    if manifest.shard_format == "mds" and not has_streaming_index(Path(shard_set.folder), manifest):
+    if _has_index_of_streaming(manifest) and not has_streaming_index(Path(shard_set.folder), manifest):
         raise UserError(
             f"{shard_set.folder}/{STREAMING_INDEX_NAME}: not what the manifest says of the MDS files; "
             f"`tools/inspect_shards.py {shard_set.folder} --fix` writes it anew"
         )
 
 
-def fix(folder: Path) -> str:
+def fix(folder: Path, node: NodeCache | None = None) -> str:
     """Drop the shards that are broken or missing from the manifest, and compute its statistics anew.
 
     The shards themselves are left where they are. The manifest as it was is kept beside it.
+
+    Args:
+        folder: of the set.
+        node: the cache in which remote and compressed shards of an adopted set are read.
 
     Returns:
         What was dropped and why, and what is left, a line each.
@@ -114,7 +124,7 @@ def fix(folder: Path) -> str:
         UserError: there is no valid manifest, or no whole shard; nothing is changed.
     """
     manifest = Manifest.read(folder)
-    found = examine(ShardSet(folder, manifest))
+    found = examine(ShardSet(folder, manifest, node))
     if not found.sums:
         first = next(iter(found.broken.values()))
         raise UserError(
@@ -125,7 +135,7 @@ def fix(folder: Path) -> str:
     fps = next(iter(found.rates)) if len(found.rates) == 1 else None
     fixed = manifest.model_copy(update={"shards": whole, "mean": mean, "std": std, "fps": fps})
     index = []
-    if fixed.shard_format == "mds" and not has_streaming_index(folder, fixed):
+    if _has_index_of_streaming(fixed) and not has_streaming_index(folder, fixed):
         write_streaming_index(folder, fixed)
         index = [f"written anew: {folder / STREAMING_INDEX_NAME}"]
     if fixed == manifest:
@@ -137,6 +147,11 @@ def fix(folder: Path) -> str:
     lines.append(f"left:        {fixed.samples} samples in {len(whole)} shards; {dropped} samples are dropped")
     lines.append("statistics:  computed anew from the shards that are left")
     return "\n".join([*lines, *index, f"before:      {kept}"])
+
+
+def _has_index_of_streaming(manifest: Manifest) -> bool:
+    """Whether the library's own index is part of the set."""
+    return manifest.shard_format == "mds" and manifest.adopted is None
 
 
 def _keep(path: Path) -> Path:

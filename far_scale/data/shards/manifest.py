@@ -10,6 +10,10 @@ or, with the same members in the columns of MDS files, for mosaicml-streaming's 
     FOLDER/shard.00000.index.json
     FOLDER/index.json                  that library's own; we do not read it
 
+or, with shards of others, which lie elsewhere and stay as they are (see adopted.py),
+
+    FOLDER/shard-000000.index.json     the manifest says where the shard itself lies
+
 The offsets stand in the indexes and not in the manifest, which would be unreadable with 100,000 shards in it.
 """
 
@@ -25,6 +29,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import torch
 
+from far_scale.data.shards.adopted import Adoption
 from far_scale.data.shards.table import ENTRIES, ShardEntry, ShardTable, read_shards
 from far_scale.data.shards.typed import (
     MAX_MANIFEST_BYTES,
@@ -40,7 +45,8 @@ from far_scale.data.shards.typed import (
 from far_scale.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
-DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+LatentDtype = Literal["bfloat16", "float16", "float32"]  # float32 of adopted sets alone: encoding rounds
+DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # Within a JSON string a quote has a backslash before it, so this is a key.
 _SHARDS = re.compile(r'(?<!\\)"shards"\s*:\s*\[(?!\s*\])')
@@ -56,7 +62,7 @@ def _table(shards: Any, info: pydantic.ValidationInfo) -> ShardTable:
 
 
 def _dump_table(shards: Sequence[ShardEntry]) -> list[dict[str, Any]]:
-    return [shard.model_dump() for shard in shards]
+    return [shard.model_dump(exclude_none=True) for shard in shards]
 
 
 class AutoencoderInfo(Typed):
@@ -72,23 +78,26 @@ class Manifest(WithClasses):
 
     Attributes:
         latent_shape: (C, H, W) of a frame latent.
-        latent_dtype: "bfloat16" or "float16", as stored.
+        latent_dtype: "bfloat16", "float16" or "float32", as read.
         mean, std: per channel, over all stored latents (population deviation).
         actions: number of action classes, 0 where frames have no action.
         labels: number of label classes, 0 where clips have no label.
         classes: the names of the first of them or of all, or None where they are not known.
         fps: frames a second, or None where the videos differ.
+        adopted: how the samples of shards that others wrote are read, which lie elsewhere; None in a set of our own.
     """
 
+    OMITTED = ("classes", "adopted")
     format: Literal["far_scale.shards/1"] = "far_scale.shards/1"
     latent_shape: tuple[Positive, Positive, Positive]
-    latent_dtype: Literal["bfloat16", "float16"]
+    latent_dtype: LatentDtype
     mean: tuple[float, ...]
     std: tuple[float, ...]
     autoencoder: AutoencoderInfo
     actions: Count
     labels: Count
     fps: float | None
+    adopted: Adoption | None = None
     shards: Annotated[ShardTable, pydantic.PlainValidator(_table), pydantic.PlainSerializer(_dump_table)]
 
     @pydantic.model_validator(mode="after")
@@ -99,6 +108,8 @@ class Manifest(WithClasses):
             raise ValueError("a shard file is named twice")
         if self.shards.has_both_formats:
             raise ValueError("some shards are tars and some are MDS files")
+        if self.shards.adopted is not (self.adopted is not None) or self.shards.cached is None:
+            raise ValueError("all shards must lie here, or with `adopted` all at paths, all at URLs or all compressed")
         if self.classes is not None and not len(set(self.classes)) == len(self.classes) <= self.labels:
             raise ValueError(f"classes must be different names, {self.labels} at most")
         return self
@@ -121,11 +132,11 @@ class Manifest(WithClasses):
         return int(self.shards.min_frames.min())
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that this manifest says: the same for the same latents in the same shards."""
+        """SHA-256 of all that this manifest says, but for where shards lie: the same for the same latents in them."""
         # The text of `model_dump_json`, shard by shard: as a whole it is as large as the file.
         digest = hashlib.sha256(self.model_dump_json(exclude={"shards"}).encode()[:-1] + b',"shards":[')
         for number in range(0, len(self.shards), 1000):
-            piece = ENTRIES.dump_json(self.shards[number : number + 1000])
+            piece = ENTRIES.dump_json(self.shards[number : number + 1000], exclude={"__all__": {"source"}})
             digest.update(b"," * (number > 0) + piece[1:-1])
         digest.update(b"]}")
         return digest.hexdigest()

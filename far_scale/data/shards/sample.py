@@ -22,7 +22,7 @@ from far_scale.data.shards.tar import TarWalk
 from far_scale.data.shards.typed import MAX_HEADER_BYTES, MAX_JSON_BYTES, MAX_TENSORS_BYTES
 from far_scale.errors import UserError
 
-_TENSOR_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
+_TENSOR_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
 
 
 class Mismatch(Exception):
@@ -35,7 +35,7 @@ class Sample:
 
     Attributes:
         key: the sample's name, one of a kind in its set.
-        latents: [F, C, H, W] as stored (bfloat16 or float16, unscaled).
+        latents: [F, C, H, W] as stored (bfloat16, float16, or float32 where it was adopted; unscaled).
         actions: [F] int64, the action that led to each frame, or None.
         label: the clip's class, or None.
         fps: frames a second of the video as it was encoded.
@@ -114,7 +114,7 @@ def parse_header(header: bytes, member_bytes: int) -> dict[str, TensorPlace]:
         raise Mismatch("its safetensors header is not readable") from None
     latent, action = places["latent"], places.get("action")
     if len(latent.shape) != 4 or latent.dtype == torch.int64 or latent.shape[0] < 1:
-        raise Mismatch(f"its `latent` is {list(latent.shape)}, not [F, C, H, W] in bfloat16 or float16")
+        raise Mismatch(f"its `latent` is {list(latent.shape)}, not [F, C, H, W] in bfloat16, float16 or float32")
     if action is not None and (action.dtype != torch.int64 or action.shape != latent.shape[:1]):
         raise Mismatch("its `action` is not one int64 a frame")
     return places

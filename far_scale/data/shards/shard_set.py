@@ -16,9 +16,11 @@ import torch
 
 from far_scale.data.remote.cache import NodeCache, is_evicted, touch
 from far_scale.data.remote.fetch import is_remote, shown
-from far_scale.data.remote.store import manifest_text, missing, store_of
+from far_scale.data.remote.store import Staged, adopted_store, manifest_text, missing, name_of, store_of
+from far_scale.data.shards.adopted import AdoptedRow
 from far_scale.data.shards.damage import DamagedError
-from far_scale.data.shards.index import IndexRow, ShardIndex, parse_index
+from far_scale.data.shards.foreign_samples import SampleReader
+from far_scale.data.shards.index import AdoptedIndex, ChannelSums, IndexRow, LatentSums, ShardIndex, parse_index
 from far_scale.data.shards.manifest import DTYPES, MANIFEST_NAME, Manifest
 from far_scale.data.shards.sample import (
     Mismatch,
@@ -79,10 +81,10 @@ class _Recent(Generic[T]):
 class _Tar:
     """An open shard. It closes when nothing refers to it, so a reader in another thread never loses its descriptor."""
 
-    def __init__(self, name: str, descriptor: int, size: int) -> None:
-        """`name` is what messages call it; the descriptor is closed with this."""
-        self.descriptor, self.name, self.size = descriptor, name, size
-        check_size(name, os.fstat(descriptor).st_size, size)
+    def __init__(self, name: str, descriptor: int, size: int, again: str) -> None:
+        """`name` is what messages call it, `again` how it is made again; the descriptor is closed with this."""
+        self.descriptor, self.name, self.size, self._again = descriptor, name, size, again
+        check_size(name, os.fstat(descriptor).st_size, size, again)
 
     def read(self, offset: int, size: int) -> bytearray:
         """`size` bytes from `offset`; what does not lie in the file is refused before anything is allocated."""
@@ -96,7 +98,7 @@ class _Tar:
             except OSError as error:  # of a disk, or a file server
                 raise Mismatch(f"reading fails: {error.strerror}") from None
             if count == 0:  # it was cut off after it was opened
-                check_size(self.name, os.fstat(self.descriptor).st_size, self.size)
+                check_size(self.name, os.fstat(self.descriptor).st_size, self.size, self._again)
                 raise Mismatch("the file ends early")
             filled += count
         return data
@@ -109,13 +111,20 @@ class _WrongKind(Mismatch):
     """A sound sample that does not belong into this set."""
 
 
-def check_size(name: str, size: int, expected: int) -> None:
+def check_size(name: str, size: int, expected: int, again: str) -> None:
     """Refuse a shard whose size is not the manifest's."""
     if size != expected:
         state = "truncated" if size < expected else "not the shard that the manifest describes"
-        raise DamagedError(
-            name, f"{state} ({size} bytes, the manifest says {expected}); copy it again, or encode the set again"
-        )
+        raise DamagedError(name, f"{state} ({size} bytes, the manifest says {expected}); copy it again, or {again}")
+
+
+def _close(first: ChannelSums, second: ChannelSums) -> bool:
+    """Whether sums of the same latents, added up in another order, would differ so little."""
+    # They differ by rounding alone, which is far below a millionth of the absolute values' sum.
+    total, squares = (np.abs(np.subtract(getattr(first, name), getattr(second, name))) for name in ("total", "squares"))
+    known = np.asarray(second.squares)
+    rounding = 1e-6 * np.sqrt(second.values * known) + 1e-12
+    return first.values == second.values and bool((total <= rounding).all() and (squares <= 1e-6 * known).all())
 
 
 class ShardSet:
@@ -125,18 +134,27 @@ class ShardSet:
         folder: where they lie, folder or URL, as messages call it.
         manifest: what the set is.
         store: where its files come from.
-        far: whether they come from far away, through the node's cache.
+        far: whether its shards are read in the node's cache alone: they are remote, or compressed.
+        cached: whether its shards come through the node's cache, from wherever.
+        staged: a local set that does, with its counters; None otherwise.
     """
 
     def __init__(self, where: str | Path, manifest: Manifest, node: NodeCache | None = None) -> None:
-        """`node` is the node's cache, which a set far away is read through.
+        """`node` is the node's cache, which a set far away is read through, and a local one where it is given.
 
         Raises:
             UserError: it is far away, and there is no cache, or one that does not hold its largest shard.
         """
         self.folder = shown(str(where)) if is_remote(where) else str(where)
-        self.manifest, self.store = manifest, store_of(where, node)
-        self.far = is_remote(where)
+        self.manifest, self.cached = manifest, node is not None
+        adopted = manifest.adopted is not None
+        self._again = "adopt the shards again" if adopted else "encode the set again"
+        self.far = bool(manifest.shards.cached) if adopted else is_remote(where)
+        # Of a local set whose shards are remote or compressed, the indexes are read where they lie.
+        own = store_of(where, None if self.far and not is_remote(where) else node, self._again)
+        self.staged = own if isinstance(own, Staged) else None
+        self.store = adopted_store(own, node, self._again) if adopted else own
+        self._adopted = SampleReader.of(manifest) if adopted else None
         largest = int(manifest.shards.bytes.max())
         if self.far and node is not None and node.most_bytes < largest:
             raise UserError(
@@ -166,8 +184,7 @@ class ShardSet:
         Raises:
             UserError: it is not a valid manifest.
         """
-        name = store_of(where, node).name(MANIFEST_NAME)
-        return ShardSet(where, Manifest.parse(text, name), node)
+        return ShardSet(where, Manifest.parse(text, name_of(where, MANIFEST_NAME)), node)
 
     def missing_shards(self, part: int = 0, parts: int = 1) -> Iterator[tuple[int, DamagedError]]:
         """Of every `parts`-th shard, from `part` on, those that are not there in their full size: number and problem.
@@ -178,11 +195,11 @@ class ShardSet:
             return
         for number in range(part, len(self.manifest.shards), parts):
             entry = self.manifest.shards[number]
-            name = self.store.name(entry.file)
+            name = self.store.name(entry.place)
             try:
-                check_size(name, os.stat(name).st_size, entry.bytes)
+                check_size(name, os.stat(name).st_size, entry.bytes, self._again)
             except FileNotFoundError:
-                yield number, missing(name, "shard")
+                yield number, missing(name, "shard", self._again)
             except DamagedError as problem:
                 yield number, problem
 
@@ -191,7 +208,7 @@ class ShardSet:
         counts: list[int] = self.manifest.shards.samples.tolist()
         return counts
 
-    def index(self, shard: int) -> ShardIndex:
+    def index(self, shard: int) -> ShardIndex | AdoptedIndex:
         """Where the samples of a shard lie.
 
         Raises:
@@ -201,7 +218,17 @@ class ShardSet:
 
     def name_of(self, shard: int) -> str:
         """A shard as messages call it."""
-        return self.store.name(self.manifest.shards[shard].file)
+        return self.store.name(self.manifest.shards[shard].place)
+
+    def fetch_ahead(self, shard: int) -> None:
+        """Have the index and the shard in the node's cache before they are asked for, unless there is no room.
+
+        Raises:
+            UserError: the cache cannot keep them; what cannot be fetched is left to whoever asks for it.
+        """
+        entry = self.manifest.shards[shard]
+        self.store.fetch_ahead(ShardIndex.path_of("", entry.file).name, entry.index_sha256, None)
+        self.store.fetch_ahead(entry.place, entry.sha256, entry.bytes)
 
     def frames_of(self, shard: int, sample: int) -> int:
         """Frame count of a sample.
@@ -230,7 +257,7 @@ class ShardSet:
             return self._read(self._tar(shard), row, start, last + 1, stride)
         except Mismatch as problem:
             name = self.name_of(shard)
-            text = f"sample {row.key!r} is not what the index describes ({problem}); encode the set again"
+            text = f"sample {row.key!r} is not what the index describes ({problem}); {self._again}"
             if isinstance(problem, _WrongKind):
                 raise UserError(f"{name}: {text}") from None
             raise DamagedError(name, text, row.key) from None
@@ -242,12 +269,16 @@ class ShardSet:
         tar = self._tars[shard]
         if self.far:
             touch(tar.descriptor)
+        if self.cached:
             # What has left the cache takes no place on the disk once it is closed; what is read now is read on.
             self._tars.drop(shard, lambda other: is_evicted(other.descriptor))
         return tar
 
-    def _read(self, tar: _Tar, row: IndexRow, start: int, stop: int, stride: int) -> Sample:
+    def _read(self, tar: _Tar, row: IndexRow | AdoptedRow, start: int, stop: int, stride: int) -> Sample:
         manifest = self.manifest
+        if isinstance(row, AdoptedRow):
+            assert self._adopted is not None
+            return self._adopted.read(tar.read, row, start, stop, stride)
         places = parse_header(bytes(tar.read(row.tensors_offset, row.header_bytes)), row.tensors_bytes)
         latent, action = places["latent"], places.get("action")
         if latent.shape != (row.frames, *manifest.latent_shape) or latent.dtype != DTYPES[manifest.latent_dtype]:
@@ -273,7 +304,7 @@ class ShardSet:
             source=facts["source"],
         )
 
-    def verify_shard(self, number: int) -> ShardIndex:
+    def verify_shard(self, number: int) -> ShardIndex | AdoptedIndex:
         """Read every byte of a shard: checksums, members against the index, each sample, the sums of its latents.
 
         Returns:
@@ -285,25 +316,20 @@ class ShardSet:
         entry = self.manifest.shards[number]
         index = self.index(number)
         self._open_tar(number)  # missing, or of another size
-        path = self.store.path(entry.file, entry.bytes, entry.sha256)
+        path = self.store.path(entry.place, entry.bytes, entry.sha256)
         if sha256(path) != entry.sha256:
-            raise UserError(f"{path}: its SHA-256 is not the manifest's; copy it again, or encode the set again")
-        if index_shard(path, entry.file) != index.samples:
-            raise UserError(f"{path}: its samples are not those of its index; encode the set again")
-        sums = index.sums
-        total, squares, values = np.zeros(len(sums.total)), np.zeros(len(sums.total)), 0
+            raise UserError(f"{path}: its SHA-256 is not the manifest's; copy it again, or {self._again}")
+        if self._adopted is None:
+            rows: list[IndexRow] | list[AdoptedRow] = index_shard(path, entry.file)
+        else:
+            rows = self._adopted.scan(path, self.name_of(number), entry.file).rows
+        if rows != index.samples:
+            raise UserError(f"{path}: its samples are not those of its index; {self._again}")
+        sums = LatentSums(len(index.sums.total))
         for sample in range(len(index.samples)):
-            latents = self.read(number, sample).latents.double()
-            total += latents.sum(dim=(0, 2, 3)).numpy()
-            squares += latents.square().sum(dim=(0, 2, 3)).numpy()
-            values += latents[:, 0].numel()
-        # Sums in another order differ by rounding alone, which is far below a millionth of the absolute values' sum.
-        rounding = 1e-6 * np.sqrt(values * squares) + 1e-12
-        same = (np.abs(total - sums.total) <= rounding).all() and (
-            np.abs(squares - sums.squares) <= 1e-6 * squares
-        ).all()
-        if values != sums.values or not same:
-            raise UserError(f"{path}: the sums in its index are not those of its latents; encode the set again")
+            sums.add(self.read(number, sample).latents)
+        if not _close(index.sums, sums.result()):
+            raise UserError(f"{path}: the sums in its index are not those of its latents; {self._again}")
         return index
 
     def check(self, recipe: Any) -> None:
@@ -341,26 +367,25 @@ class ShardSet:
 
     def _open_tar(self, shard: int) -> _Tar:
         entry = self.manifest.shards[shard]
-        descriptor = self.store.open(entry.file, entry.bytes, entry.sha256)
-        return _Tar(self.name_of(shard), descriptor, entry.bytes)
+        descriptor = self.store.open(entry.place, entry.bytes, entry.sha256)
+        return _Tar(self.name_of(shard), descriptor, entry.bytes, self._again)
 
-    def _load_index(self, shard: int) -> ShardIndex:
+    def _load_index(self, shard: int) -> ShardIndex | AdoptedIndex:
         entry = self.manifest.shards[shard]
         file = ShardIndex.path_of("", entry.file).name
         path, text = self.store.name(file), self.store.read_index(file, entry.index_sha256)
         if hashlib.sha256(text).hexdigest() != entry.index_sha256:
-            raise DamagedError(path, "its SHA-256 is not the manifest's; copy it again, or encode the set again")
-        index = parse_index(text, path)
+            raise DamagedError(path, f"its SHA-256 is not the manifest's; copy it again, or {self._again}")
+        own = self._adopted is None
+        index = parse_index(text, path, ShardIndex) if own else parse_index(text, path, AdoptedIndex)
         frames = [row.frames for row in index.samples]
         if (index.file, index.bytes, index.sha256) != (entry.file, entry.bytes, entry.sha256):
-            raise UserError(f"{path}: it belongs to another shard than the manifest says; encode the set again")
+            raise UserError(f"{path}: it belongs to another shard than the manifest says; {self._again}")
         channels = self.manifest.latent_shape[0]
         if not len(index.sums.total) == len(index.sums.squares) == channels:
-            raise UserError(f"{path}: its sums are not those of {channels} channels; encode the set again")
+            raise UserError(f"{path}: its sums are not those of {channels} channels; {self._again}")
         if (len(frames), sum(frames), min(frames)) != (entry.samples, entry.frames, entry.min_frames):
-            raise UserError(
-                f"{path}: the manifest counts other samples or frames in {entry.file}; encode the set again"
-            )
+            raise UserError(f"{path}: the manifest counts other samples or frames in {entry.file}; {self._again}")
         return index
 
 

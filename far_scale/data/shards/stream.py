@@ -22,7 +22,10 @@ def stream(source: str | Path | Sequence[str]) -> Iterator[Sample]:
     """
     if isinstance(source, (str, Path)):
         folder = Path(source)
-        source = [str(folder / shard.file) for shard in Manifest.read(folder).shards]
+        manifest = Manifest.read(folder)
+        if manifest.adopted is not None:
+            raise UserError(f"{folder}: is adopted; read it by its indexes, or convert it (tools/convert_shards.py)")
+        source = [str(folder / shard.file) for shard in manifest.shards]
     for url in source:
         try:
             yield from _stream_one(url)

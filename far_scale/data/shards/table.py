@@ -9,15 +9,21 @@ from typing import Annotated, overload
 
 import numpy as np
 import pydantic
+from numpy.typing import NDArray
 
-from far_scale.data.shards.typed import Digest, Positive, ShardName, Typed, first_problem
+from far_scale.data.remote.unpack import compression_of
+from far_scale.data.shards.typed import Digest, Place, Positive, ShardName, Typed, first_problem
 
 _LIST_END, _COMMA = re.compile(r"\}\s*\]"), re.compile(r"\s*,")
 _PIECE = 1 << 20  # characters
 
 
 class ShardEntry(Typed):
-    """One shard: its file, samples, frames in all, the fewest frames of a sample, its size and checksums."""
+    """One shard: its file, samples, frames in all, the fewest frames of a sample, its size and checksums.
+
+    Attributes:
+        source: of an adopted set, where the shard lies; its `file` is then no file but the name of its index.
+    """
 
     file: ShardName
     samples: Positive
@@ -26,6 +32,12 @@ class ShardEntry(Typed):
     bytes: Positive
     sha256: Digest
     index_sha256: Digest
+    source: Place | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the shard lies, for the set's store: its file's name, or the source of an adopted one."""
+        return self.file if self.source is None else self.source
 
 
 class ShardTable(Sequence[ShardEntry]):
@@ -36,12 +48,14 @@ class ShardTable(Sequence[ShardEntry]):
     """
 
     def __init__(self, entries: Iterable[ShardEntry]) -> None:
-        names, digests, numbers = [], bytearray(), array.array("q")
+        names, sources, digests, numbers = [], [], bytearray(), array.array("q")
         for entry in entries:  # one at a time: all at once is what must not lie in memory
             names.append(entry.file.encode())
+            sources.append((entry.source or "").encode())
             digests += bytes.fromhex(entry.sha256) + bytes.fromhex(entry.index_sha256)
             numbers.extend((entry.samples, entry.frames, entry.min_frames, entry.bytes))
         self._names = np.array(names, dtype=np.bytes_)
+        self._sources = np.array(sources, dtype=np.bytes_)
         self._digests = bytes(digests)
         self.samples, self.frames, self.min_frames, self.bytes = np.array(numbers, np.int64).reshape(-1, 4).T.copy()
 
@@ -65,6 +79,7 @@ class ShardTable(Sequence[ShardEntry]):
             bytes=int(self.bytes[number]),
             sha256=digests[:32].hex(),
             index_sha256=digests[32:].hex(),
+            source=self._sources[number].decode() or None,
         )
 
     def __eq__(self, other: object) -> bool:
@@ -81,6 +96,21 @@ class ShardTable(Sequence[ShardEntry]):
     def has_both_formats(self) -> bool:
         """Whether there are tars as well as MDS files."""
         return len(np.unique(np.char.endswith(self._names, b".mds"))) > 1
+
+    @property
+    def adopted(self) -> bool | None:
+        """Whether the shards lie elsewhere; None where some do and some do not."""
+        return _all_or_none(self._sources != b"")
+
+    @property
+    def cached(self) -> bool | None:
+        """Whether the shards lie at URLs, or are compressed, so that they are read in a cache; None where some do."""
+        each = [bool(s) and (not s.startswith(b"/") or compression_of(s.decode()) is not None) for s in self._sources]
+        return _all_or_none(np.array(each))
+
+
+def _all_or_none(each: NDArray[np.bool_]) -> bool | None:
+    return bool(each.all()) if each.all() or not each.any() else None
 
 
 ENTRIES = pydantic.TypeAdapter(Annotated[list[ShardEntry], pydantic.FailFast()])

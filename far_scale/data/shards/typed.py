@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
@@ -29,6 +29,8 @@ Digest = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 # The name is joined to the folder, so nothing but our own pattern may pass: no slashes, no "..".
 ShardName = Annotated[str, pydantic.Field(pattern=r"^(shard-[0-9]{6,12}\.tar|shard\.[0-9]{5,12}\.mds)$")]
 ShardFormat = Literal["tar", "mds"]
+# Where a shard of an adopted set lies: a path or a URL. Without braces, by which a manifest is read in pieces.
+Place = Annotated[str, pydantic.Field(pattern=r"^(/|s3://|gs://|https?://|pipe:)[^{}\x00-\x1f\x7f]+$", max_length=4000)]
 Key = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_-]{1,80}$")]
 
 
@@ -45,13 +47,16 @@ class WithClasses(Typed):
         classes: the names of classes 0, 1, ..., or None where they are not known.
     """
 
+    OMITTED: ClassVar[tuple[str, ...]] = ("classes",)
+    """Fields that are left out of the file where they are None."""
     classes: tuple[Annotated[str, pydantic.Field(min_length=1)], ...] | None = None
 
     @pydantic.model_serializer(mode="wrap")
-    def _without_unknown_classes(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_unknown(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = dump(self)
-        if self.classes is None:
-            values.pop("classes", None)
+        for name in self.OMITTED:
+            if getattr(self, name) is None:
+                values.pop(name, None)
         return values
 
 

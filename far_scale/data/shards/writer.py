@@ -6,13 +6,11 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 
-from far_scale.data.shards.index import ChannelSums, ShardIndex, parse_index, statistics
-from far_scale.data.shards.manifest import DTYPES, AutoencoderInfo, Manifest
+from far_scale.data.shards.index import AdoptedIndex, LatentSums, ShardIndex, parse_index, statistics
+from far_scale.data.shards.manifest import DTYPES, AutoencoderInfo, LatentDtype, Manifest
 from far_scale.data.shards.members import KEY_PATTERN
 from far_scale.data.shards.sample import Sample, index_shard, to_members
 from far_scale.data.shards.table import ShardEntry, ShardTable
@@ -31,7 +29,7 @@ class SetFacts:
     """What all samples of a shard set have in common; the names are the manifest's."""
 
     latent_shape: tuple[int, int, int]
-    latent_dtype: Literal["bfloat16", "float16"]
+    latent_dtype: LatentDtype
     autoencoder: AutoencoderInfo
     actions: int
     labels: int
@@ -98,20 +96,15 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample], facts: Set
     if (first := next(rest, None)) is None:
         return
     path = folder / shard_name(number)
-    channels = facts.latent_shape[0]
-    total, squares, values, rates = np.zeros(channels), np.zeros(channels), 0, set()
+    sums, rates = LatentSums(facts.latent_shape[0]), set()
 
     def members() -> Iterator[tuple[str, bytes, bytes]]:
-        nonlocal values
         for sample in itertools.chain([first], rest):
             facts.check(sample)
             member = to_members(sample)
             facts.check_members(sample, member["json"], member["safetensors"])
             yield sample.key, member["json"], member["safetensors"]
-            stored = sample.latents.double()
-            total[:] += stored.sum(dim=(0, 2, 3)).numpy()
-            squares[:] += stored.square().sum(dim=(0, 2, 3)).numpy()
-            values += stored[:, 0].numel()
+            sums.add(sample.latents)
             rates.add(sample.fps)
 
     with atomic_write(path) as beside:
@@ -123,7 +116,7 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample], facts: Set
         bytes=size,
         sha256=digest,
         fps=rates.pop() if len(rates) == 1 else None,
-        sums=ChannelSums(values=values, total=tuple(total.tolist()), squares=tuple(squares.tolist())),
+        sums=sums.result(),
         samples=rows,
     ).write(folder)
 
@@ -142,7 +135,7 @@ def finished_index(folder: Path, number: int, shard_format: ShardFormat = "tar")
     """The index of a shard that is whole by its file's size, or None where either file is missing or not whole."""
     path = ShardIndex.path_of(folder, shard_name(number, shard_format))
     try:
-        index = parse_index(path.read_bytes(), path)
+        index = parse_index(path.read_bytes(), path, ShardIndex)
         return index if (folder / index.file).stat().st_size == index.bytes else None
     except (FileNotFoundError, UserError):
         return None
@@ -166,8 +159,8 @@ def build_manifest(folder: Path, indexes: list[ShardIndex], facts: SetFacts) -> 
     )
 
 
-def shard_entry(folder: Path, index: ShardIndex) -> ShardEntry:
-    """The manifest's line about a shard whose index is written."""
+def shard_entry(folder: Path, index: ShardIndex | AdoptedIndex, source: str | None = None) -> ShardEntry:
+    """The manifest's line about a shard whose index is written; `source` is where one of others lies."""
     return ShardEntry(
         file=index.file,
         samples=len(index.samples),
@@ -176,6 +169,7 @@ def shard_entry(folder: Path, index: ShardIndex) -> ShardEntry:
         bytes=index.bytes,
         sha256=index.sha256,
         index_sha256=sha256(ShardIndex.path_of(folder, index.file)),
+        source=source,
     )
 
 

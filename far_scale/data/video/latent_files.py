@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from far_scale.data.shards.manifest import DTYPES
-from far_scale.data.shards.typed import MAX_TENSORS_BYTES
+from far_scale.data.shards.sample import Mismatch
+from far_scale.data.shards.torch_file import BrokenFileError, load_torch, plain_tensor
 from far_scale.data.video.videos import BadVideo, check_readable
 from far_scale.errors import UserError
 
 LATENTS_SUFFIX = ".pt"
-# what the readers of zip archives, of torch.save's records and of its restricted pickles raise at damaged bytes
-_BROKEN: tuple[type[Exception], ...] = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError, RuntimeError)
-_BROKEN += (ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
 def read_latents(path: Path, shape: tuple[int, int, int], dtype: str) -> Tensor:
@@ -33,26 +29,17 @@ def read_latents(path: Path, shape: tuple[int, int, int], dtype: str) -> Tensor:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file of latents")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch's reader would unpack a packed entry, however large
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > MAX_TENSORS_BYTES:
-            raise BadVideo(f"{path}: holds {size} bytes, more than the {MAX_TENSORS_BYTES} that a sample may have")
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except _BROKEN as error:
+        found = plain_tensor(*load_torch(path))
+    except BrokenFileError as error:
         check_readable(path)
-        reason = str(error).strip().partition("\n")[0][:100]
-        if isinstance(error, pickle.UnpicklingError):  # PyTorch's own text says how to load it all the same
-            reason = "the file is broken or holds more than a tensor"
-        raise BadVideo(f"{path}: no latents ({reason}); extract them again with torch.save") from None
-    if not isinstance(found, Tensor) or found.layout != torch.strided or found.device.type != "cpu":
-        raise BadVideo(f"{path}: holds {type(found).__name__} in place of one tensor [F, C, H, W]; store that alone")
+        raise BadVideo(f"{path}: no latents ({error}); extract them again with torch.save") from None
+    except Mismatch as problem:
+        raise BadVideo(f"{path}: {problem}; store one tensor [F, C, H, W] alone") from None
     if found.ndim != 4 or tuple(found.shape[1:]) != shape or not len(found):
         raise BadVideo(
             f"{path}: latents {list(found.shape)}, not [F, {', '.join(map(str, shape))}] as by --autoencoder and "
             "--size; give those that they were extracted with"
         )
-    if found.nbytes > size:
-        raise BadVideo(f"{path}: holds a view of fewer numbers than its shape says; store the tensor itself")
     if found.dtype not in (DTYPES[dtype], torch.float32):
         raise BadVideo(f"{path}: latents in {str(found.dtype).removeprefix('torch.')}; give the --dtype that they have")
-    return found.detach().to(DTYPES[dtype]).contiguous()
+    return found.to(DTYPES[dtype]).contiguous()

@@ -1,5 +1,5 @@
 """`python -m far_scale.model.attention [--device D] [--dtype T]`: which attention kernels are usable here, their errors
-against the dense mask in float64, and their milliseconds."""
+against the dense mask in float64, their milliseconds, and which libraries are worth installing, with the commands."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 
 from far_scale.errors import UserError, command_line
 from far_scale.model.attention import choose
+from far_scale.model.attention.choice import kernel
+from far_scale.model.attention.install import LIBRARIES, Machine, advice
+from far_scale.model.attention.kernel import installed_version
 from far_scale.model.attention.table import HEAD_DIM, rows
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -29,6 +32,10 @@ def main() -> None:
     for line in rows(device, dtypes, *((1, 8, 4) if on_cpu else (4, 16, 12))):
         print(line, flush=True)
     print(choose("auto", device, dtypes[0], HEAD_DIM).why)
+    capability = None if on_cpu or torch.version.hip else torch.cuda.get_device_capability(device)
+    machine = Machine(torch.__version__, torch.version.cuda, capability)
+    for line in advice(machine, [name for name in LIBRARIES if installed_version(kernel(name).PACKAGE)]):
+        print(line)
 
 
 if __name__ == "__main__":

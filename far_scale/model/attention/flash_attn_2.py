@@ -20,9 +20,10 @@ from torch import Tensor
 
 from far_scale.layout import Spans
 from far_scale.model.attention import padded_lse
+from far_scale.model.attention.install import FLASH_ATTN_2_COMMAND
 from far_scale.model.attention.kernel import GpuNeeds, why_not_importable
 
-NAME, PACKAGE, INSTALL = "flash-attn-2", "flash-attn", "pip install flash-attn --no-build-isolation"
+NAME, PACKAGE, INSTALL = "flash-attn-2", "flash-attn", FLASH_ATTN_2_COMMAND
 DTYPES = (torch.bfloat16, torch.float16)
 
 _NEEDS = GpuNeeds(DTYPES, lowest=(8, 0))

@@ -18,13 +18,10 @@ import torch
 from torch import Tensor
 
 from far_scale.layout import Spans
+from far_scale.model.attention.install import FLASH_ATTN_3_COMMAND
 from far_scale.model.attention.kernel import GpuNeeds, why_not_importable
 
-NAME, PACKAGE = "flash-attn-3", "flash-attn-3"
-INSTALL = (
-    "pip install --no-build-isolation "
-    '"flash-attn-3 @ git+https://github.com/Dao-AILab/flash-attention.git#subdirectory=hopper"'
-)
+NAME, PACKAGE, INSTALL = "flash-attn-3", "flash-attn-3", FLASH_ATTN_3_COMMAND
 DTYPES = (torch.bfloat16, torch.float16)
 
 _NEEDS = GpuNeeds(DTYPES, lowest=(9, 0), highest=(9, 0), largest_head=192)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from far_scale.layout import Spans
+from far_scale.model.attention.install import flash_attn_4_command
 from far_scale.model.attention.kernel import GpuNeeds, compute_capability, why_not_importable
 
-NAME, PACKAGE, INSTALL = "flash-attn-4", "flash-attn-4", "pip install flash-attn-4"
+NAME, PACKAGE, INSTALL = "flash-attn-4", "flash-attn-4", flash_attn_4_command(torch.version.cuda)
 DTYPES = (torch.bfloat16, torch.float16)
 
 _HOPPER = GpuNeeds(DTYPES, lowest=(9, 0), highest=(11, 9))

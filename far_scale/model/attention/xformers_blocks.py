@@ -19,9 +19,10 @@ from torch import Tensor
 
 from far_scale.layout import Spans
 from far_scale.model.attention import padded_lse
+from far_scale.model.attention.install import xformers_command
 from far_scale.model.attention.kernel import GpuNeeds, compute_capability, dotted, why_not_importable
 
-NAME, PACKAGE, INSTALL = "xformers", "xformers", "pip install xformers"
+NAME, PACKAGE, INSTALL = "xformers", "xformers", xformers_command(torch.__version__)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _FLASH = GpuNeeds(DTYPES, lowest=(7, 5))

@@ -15,6 +15,8 @@ from far_scale.train.run_dir import damaged_folder, step_folder, steps_there
 FORMAT = "far_scale.checkpoint/2"
 _UNSEALED = "far_scale.checkpoint/1"  # before there were checksums
 CHECKSUMS = "checksums.json"
+EPHEMERAL = "ephemeral"
+"""The key in state.json of a checkpoint that stays until the next one alone."""
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -39,11 +41,13 @@ def seal(folder: Path, state: dict[str, Any], sums: dict[str, dict[str, Any]]) -
     """Write state.json and, over it and all other files, checksums.json; then make the folder durable.
 
     Args:
-        sums: `checksums` of the files that hold tensors.
+        sums: `checksums` of the other files.
     """
-    write_json(folder / "state.json", {"format": FORMAT, **state})
-    rest = checksums(folder / name for name in (".metadata", "state.json"))
-    write_json(folder / CHECKSUMS, dict(sorted({**sums, **rest}.items())))
+    text = write_json(folder / "state.json", {"format": FORMAT, **state}).encode()
+    own = {"state.json": {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
+    if ".metadata" not in sums:  # of a PyTorch that writes it in another way
+        own |= checksums([folder / ".metadata"])
+    write_json(folder / CHECKSUMS, dict(sorted({**sums, **own}.items())))
     sync_folder(folder)
 
 
@@ -93,10 +97,20 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
+def is_ephemeral(folder: Path) -> bool:
+    """Whether a checkpoint stays until the next one alone; False where that cannot be read."""
+    try:
+        state = read_json(folder / "state.json", "checkpoint state")
+    except UserError:
+        return False
+    return isinstance(state, dict) and state.get(EPHEMERAL) is True
+
+
 def publish(beside: Path, folder: Path, keep: int) -> None:
     """Give a written checkpoint its name, point `latest` at it, then remove all but the newest `keep` up to it.
 
-    Later ones, of a run that went back to an earlier checkpoint, are left where they are until they are overwritten.
+    Ephemeral ones are not counted, and all up to it are removed but this one. Later ones, of a run that went back to an
+    earlier checkpoint, are left where they are until they are overwritten.
     """
     if folder.exists():  # of a run that died between this rename and `latest`, or went back
         _remove(folder)
@@ -105,8 +119,11 @@ def publish(beside: Path, folder: Path, keep: int) -> None:
     point_at(folder)
     run = folder.parent.parent
     up_to_this = [old for step in steps_there(run) if (old := step_folder(run, step)).name <= folder.name]
-    for old in up_to_this[keep:]:
-        _remove(old)
+    ephemeral = [old for old in up_to_this if is_ephemeral(old)]
+    lasting = [old for old in up_to_this if old not in ephemeral]
+    for old in [*lasting[keep:], *ephemeral]:
+        if old != folder:
+            _remove(old)
 
 
 def point_at(folder: Path) -> None:

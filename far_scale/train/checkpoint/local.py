@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from far_scale.files import atomic_write, parse_json, read_json, write_json
 from far_scale.recipe_sections import CheckpointSection
-from far_scale.tensor_files import save_tensors
 from far_scale.train.checkpoint.folders import checksums
+from far_scale.train.checkpoint.hashed import save_tensors
 from far_scale.train.checkpoint.pieces import FlatPiece
 from far_scale.train.processes import gather
 
@@ -58,10 +58,10 @@ def save(
     """
     path = _file(folder, step, rank, count)
     with atomic_write(path) as beside:
-        save_tensors({name: piece.data for name, piece in pieces.items()}, beside)
+        written = save_tensors({name: piece.data for name, piece in pieces.items()}, beside)
     described = {
         "places": _places(pieces),
-        "file": checksums([path]),
+        "file": {path.name: written},
         "latest": latest,
         "state": {"step": step, **state},
     }

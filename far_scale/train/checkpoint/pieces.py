@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from far_scale.errors import UserError
+from far_scale.train.checkpoint.hashed import HashingFileSystem, Sum
 from far_scale.train.checkpoint.metadata import Reader, read_metadata
 
 
@@ -99,21 +101,27 @@ class HostCopy:
         return copies
 
 
-def write(folder: Path, pieces: Mapping[str, FlatPiece], group: dist.ProcessGroup | None) -> None:
+def write(folder: Path, pieces: Mapping[str, FlatPiece], group: dist.ProcessGroup | None) -> dict[str, Sum]:
     """Write the pieces of all ranks of `group` into `folder`; of this process alone without process groups.
+
+    Returns:
+        The checksums of the files that this process wrote in order, by name.
 
     Raises:
         CheckpointException: on every rank, whichever it happened on.
     """
+    writer = FileSystemWriter(str(folder))
+    writer.fs = files = HashingFileSystem()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # alone is meant
         dcp.save(
             dict(pieces),
-            checkpoint_id=str(folder),
+            storage_writer=writer,
             planner=_SavePlanner(),
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
+    return files.sums
 
 
 def load(folder: Path, pieces: Mapping[str, FlatPiece], alone: bool = False) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from far_scale.errors import UserError, say_error
 from far_scale.recipe_sections import CheckpointSection
 from far_scale.train.checkpoint import local
+from far_scale.train.checkpoint.folders import EPHEMERAL
 from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy
 from far_scale.train.checkpoint.write import save
 from far_scale.train.faults.events import Events
@@ -26,7 +27,7 @@ class Saver:
     """Writes the checkpoints of a run, in a thread and with a process group of its own.
 
     A save that fails (a full disk) does not end the run: it is told, and the next one is tried in its time. Only
-    the third in a row, or the one that somebody waits for, raises.
+    the third in a row, or the one that somebody waits for, raises. Ephemeral ones are not counted.
 
     Args:
         run: the run directory.
@@ -54,10 +55,16 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copy = HostCopy()
         self._running: Future[None] | None = None
-        self._failures = 0
+        self._failures, self._ephemeral = 0, False
 
-    def save(self, step: int, pieces: Mapping[str, FlatPiece], state: dict[str, Any]) -> None:
+    def save(self, step: int, pieces: Mapping[str, FlatPiece], state: dict[str, Any], ephemeral: bool = False) -> None:
         """Begin to save; returns when the pieces are copied. All ranks call this at the same step.
+
+        Args:
+            step: steps done.
+            pieces: this rank's, by the tensors' names.
+            state: what goes into state.json.
+            ephemeral: the checkpoint stays until the next one alone.
 
         Raises:
             UserError: this is the third save in a row that failed, on all ranks.
@@ -65,6 +72,9 @@ class Saver:
         start = time.perf_counter()
         self._join(raise_after=FAILURES)
         copies = self._copy.of(pieces)
+        self._ephemeral = ephemeral
+        if ephemeral:
+            state = {**state, EPHEMERAL: True}
         self._running = self._thread.submit(self._write, step, copies, state, time.perf_counter() - start)
 
     @property
@@ -106,7 +116,8 @@ class Saver:
             self._running.result()
             self._failures = 0
         except UserError:
-            self._failures += 1
+            if not self._ephemeral:
+                self._failures += 1
             if self._failures >= raise_after:
                 raise
         finally:
@@ -120,12 +131,16 @@ class Saver:
             self._events.tell("save-failed", step, f"step {step}: no checkpoint: {error}", stall_seconds=stall)
             raise
         seconds = time.perf_counter() - start
+        facts = {EPHEMERAL: True} if EPHEMERAL in state else {}
+        stays = ", until the next one," if facts else ""
         self._events.tell(
             "saved",
             step,
-            f"step {step}: saved {step_folder(self._run, step)} in {seconds:.1f} s; training waited {stall:.2f} s",
+            f"step {step}: saved {step_folder(self._run, step)}{stays} in {seconds:.1f} s; training waited "
+            f"{stall:.2f} s",
             stall_seconds=stall,
             seconds=seconds,
+            **facts,
         )
 
     def _write_locally(self, step: int, copies: Mapping[str, FlatPiece], state: dict[str, Any]) -> None:

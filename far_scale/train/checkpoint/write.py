@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from far_scale.errors import UserError
+from far_scale.errors import UserError, say_warning
 from far_scale.train.checkpoint.folders import checksums, clear_parts, publish, seal
 from far_scale.train.checkpoint.pieces import FlatPiece, explained, write
 from far_scale.train.processes import gather
@@ -56,14 +56,17 @@ def save(
                 beside.mkdir()
         begin.check()
         try:
-            write(beside, pieces, group)
+            written = write(beside, pieces, group)
         except dcp.api.CheckpointException as error:
             # PyTorch's writer tells a full disk as a file position it did not expect, so the disk itself is asked.
             need = sum(piece.data.numel() * piece.data.element_size() for piece in pieces.values())
             full = shutil.disk_usage(beside).free < need
             raise _no_space(folder) if any(gather(full, group)) else explained(error, folder) from error
         with _Together(folder, group) as sums:
-            sums.value = checksums(beside.glob(f"__{rank}_*"))
+            rest = [path for path in beside.glob(f"__{rank}_*") if path.name not in written]
+            for path in rest:
+                say_warning(f"{folder / path.name}: was not written in order, so it is read again for its SHA-256")
+            sums.value = {**written, **checksums(rest)}
         parts = sums.check()
         with _Together(folder, group) as end:
             if rank == 0:

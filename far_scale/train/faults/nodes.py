@@ -150,7 +150,7 @@ def common_values(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(
         mode="json",
         exclude={
-            "data": {"shards", "cache_dir"},
+            "data": {"shards", "cache_dir", "stage_local"},
             "curriculum": {"__all__": {"shards"}},
             "checkpoint": {"local_dir"},
         },

@@ -18,11 +18,13 @@ class Outcome(NamedTuple):
         stop: some rank was asked to stop.
         saving: some rank is still writing a checkpoint.
         damaged: some rank's packs are without clips that were damaged.
+        save_due: by some rank's clock it is time for a checkpoint.
     """
 
     stop: bool
     saving: bool
     damaged: bool
+    save_due: bool
 
 
 class Vote:
@@ -37,15 +39,16 @@ class Vote:
         self._signals, self._group = signals, processes.host_group
         self._running: tuple[torch.Tensor, dist.Work] | None = None
 
-    def begin(self, saving: bool, damaged: bool) -> None:
+    def begin(self, saving: bool, damaged: bool, save_due: bool = False) -> None:
         """Begin to vote.
 
         Args:
             saving: whether this rank still writes a checkpoint.
             damaged: whether this rank's packs of the step are without clips that were damaged.
+            save_due: whether it is time for a checkpoint, by this rank's clock.
         """
         stop = self._signals is not None and self._signals.wanted is not None
-        flags = torch.tensor([int(stop), int(saving), int(damaged)])
+        flags = torch.tensor([int(stop), int(saving), int(damaged), int(save_due)])
         self._running = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def outcome(self) -> Outcome:

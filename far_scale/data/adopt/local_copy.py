@@ -1,0 +1,83 @@
+"""A shard to adopt as a plain file of this machine: where it lies, or fetched and unpacked for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from far_scale.data.adopt.sources import FoundShard
+from far_scale.data.remote.fetch import fetch_bytes, fetch_unknown, is_file_url, shown
+from far_scale.data.remote.unpack import PackedError, compression_of, most_packed, unpack
+from far_scale.data.shards.typed import read_small
+from far_scale.errors import UserError
+from far_scale.files import sha256
+
+
+class LocalCopy(NamedTuple):
+    """A shard as a file of this machine: its path, size and SHA-256, unpacked.
+
+    Attributes:
+        lies: size and time of its file where it lies; None of a remote one.
+    """
+
+    path: Path
+    bytes: int
+    sha256: str
+    lies: list[int] | None
+
+
+def lies_as(shard: FoundShard) -> list[int] | None:
+    """Size and time of a shard's file; None of a remote one."""
+    if is_file_url(shard.place):
+        return None
+    facts = os.stat(shard.place)
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+@contextlib.contextmanager
+def local_copy(shard: FoundShard, out: Path, number: int) -> Iterator[LocalCopy]:
+    """The shard as a file of this machine; a remote one is fetched, a packed one unpacked, and removed afterwards.
+
+    Raises:
+        UserError: it is not there, cannot be fetched or does not unpack.
+    """
+    lies, compression = lies_as(shard), compression_of(shard.place)
+    if lies is not None and compression is None:
+        yield LocalCopy(Path(shard.place), lies[0], sha256(shard.place), lies)
+        return
+    path = out / f".fetched-{number:06d}.part"
+    try:
+        size, digest = _fetch(shard, compression, path)
+        yield LocalCopy(path, size, digest, lies)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _fetch(shard: FoundShard, compression: str | None, path: Path) -> tuple[int, str]:
+    """Write the shard, unpacked, to `path`; returns its size and SHA-256."""
+    try:
+        with open(path, "wb") as file:
+            if compression is None:
+                return fetch_unknown(shard.place, file.fileno())
+            unpacked = _unpacked(shard, compression)
+            return file.write(unpacked), hashlib.sha256(unpacked).hexdigest()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{path.parent}: no space left on this disk for a copy of {shown(shard.place)}") from None
+        raise
+
+
+def _unpacked(shard: FoundShard, compression: str) -> bytearray:
+    if shard.bytes is None:
+        raise UserError(f"{shown(shard.place)}: is packed; name its index.json, which says how large it is")
+    most = most_packed(shard.bytes)
+    data = fetch_bytes(shard.place, most) if is_file_url(shard.place) else read_small(Path(shard.place), most)
+    try:
+        return unpack(data, compression, shard.bytes)
+    except PackedError as problem:
+        raise UserError(f"{shown(shard.place)}: {problem}; copy it again") from None

@@ -1,0 +1,186 @@
+"""`environment.json` of a run: what it was started with last, and what of that has changed since the start before.
+
+environment.json     packages, code, CUDA libraries, drivers and GPUs of the nodes, and variables, of the newest start
+environments.jsonl   those of earlier starts, where they differ from the next one
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import far_scale
+from far_scale.errors import UserError, say_warning
+from far_scale.files import LineFile, read_json, write_json
+from far_scale.hosts import host_name
+from far_scale.train.code_version import CodeVersion, running_code
+from far_scale.train.faults.events import Events
+from far_scale.train.processes import Processes, gather
+
+NAME, HISTORY = "environment.json", "environments.jsonl"
+_VARIABLES = re.compile(r"(NCCL|GLOO|SLURM|CUDA|TORCH|PYTORCH|UCX|FI)_\w+|OMP_NUM_THREADS")
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|JWT|CREDENTIAL|AUTH")
+_OF_THE_JOB = "SLURM_"  # other in each start
+_MOST_LISTED = 12  # changes in the event's text
+
+
+class Node(NamedTuple):
+    """What a rank knows of its node.
+
+    Attributes:
+        host: its name.
+        driver: version of NVIDIA's driver, or None.
+        device: name of the rank's GPU, or `cpu`.
+    """
+
+    host: str
+    driver: str | None
+    device: str
+
+
+def record_environment(run: Path, processes: Processes, events: Events, step: int) -> None:
+    """Write environment.json and say what differs from the last start's; every rank calls it.
+
+    What cannot be found out is left out: nothing of this is worth a run.
+
+    Args:
+        run: the run directory.
+        processes: who runs it.
+        events: of the run.
+        step: steps done before.
+    """
+    nodes = gather(_own_node(processes.device), processes.host_group)
+    if not processes.main:
+        return
+    try:
+        before, now = _last(run), environment(nodes, step)
+        differences = [] if before is None else differences_of(before, now)
+        if differences:
+            LineFile(run / HISTORY).append(before)
+        write_json(run / NAME, now)
+    except Exception as error:  # of whatever kind odd installations give
+        say_warning(f"{run / NAME}: not written ({type(error).__name__}: {error})")
+        return
+    if differences:
+        more = len(differences) - _MOST_LISTED
+        listed = "; ".join(differences[:_MOST_LISTED]) + (f"; and {more} more" if more > 0 else "")
+        events.tell("environment", step, f"changed since the last start: {listed}", changes=differences)
+
+
+def environment(nodes: Sequence[Node], step: int) -> dict[str, Any]:
+    """What stands in environment.json.
+
+    Args:
+        nodes: of all ranks.
+        step: steps done before.
+    """
+    by_host: dict[str, dict[str, Any]] = {}
+    for node in nodes:
+        by_host.setdefault(node.host, {"driver": node.driver, "devices": []})["devices"].append(node.device)
+    code = running_code()
+    return {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "step": step,
+        "ranks": len(nodes),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "cudnn": _cudnn(),
+        "nccl": _nccl(),
+        "nodes": by_host,
+        "code": {"far_scale": far_scale.__version__, **asdict(code)},
+        "variables": variables(os.environ),
+        "packages": packages(),
+    }
+
+
+def packages() -> dict[str, str]:
+    """Versions of all installed distributions by name, as `pip freeze` has them."""
+    found = ((each.name, each.version) for each in importlib.metadata.distributions())
+    return dict(sorted(((name, version) for name, version in found if name), key=lambda item: item[0].lower()))
+
+
+def variables(all_of_them: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables that decide how ranks communicate and compute; none that may be a secret."""
+    return {
+        name: value
+        for name, value in sorted(all_of_them.items())
+        if _VARIABLES.fullmatch(name) and not _SECRET.search(name)
+    }
+
+
+def differences_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What makes two environments different, in lines like `torch 2.12.0 -> 2.13.0`; host names and jobs do not."""
+    old, new = _comparable(before), _comparable(now)
+    names = list(dict.fromkeys([*new, *old]))
+    lines = [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+    old_code, new_code = (
+        CodeVersion(**{k: v for k, v in each["code"].items() if k != "far_scale"}) for each in (before, now)
+    )
+    if old_code != new_code:
+        lines.insert(0, f"code {_described(old_code)} -> {_described(new_code)}")
+    return lines
+
+
+def _comparable(found: Mapping[str, Any]) -> dict[str, str]:
+    """By what a line calls it; without the code."""
+    nodes = found["nodes"].values()
+    devices = Counter(device for node in nodes for device in node["devices"])
+    values: dict[str, Any] = {
+        "Python": found["python"],
+        "far_scale": found["code"]["far_scale"],
+        **{name: version for name, version in found["packages"].items() if name != "far_scale"},
+        "CUDA": found["cuda"],
+        "cuDNN": found["cudnn"],
+        "NCCL": found["nccl"],
+        "driver": ", ".join(sorted({node["driver"] for node in nodes if node["driver"]})) or None,
+        "devices": ", ".join(f"{count} x {name}" for name, count in sorted(devices.items())),
+        **{key: value for key, value in found["variables"].items() if not key.startswith(_OF_THE_JOB)},
+    }
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def _described(code: CodeVersion) -> str:
+    commit = "unknown" if code.commit is None else f"commit {code.commit[:12]}"
+    return commit + (f" (with {code.diff_lines} changed lines{' or more' * code.diff_cut})" if code.diff else "")
+
+
+def _last(run: Path) -> dict[str, Any] | None:
+    try:
+        found = read_json(run / NAME, "environment")
+        _comparable(found)
+    except (UserError, KeyError, TypeError, AttributeError):  # there is none, or one that nobody can compare
+        return None
+    return found  # type: ignore[no-any-return]
+
+
+def _own_node(device: torch.device) -> Node:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return Node(host_name(), _driver(Path("/proc/driver/nvidia/version")), name)
+
+
+def _driver(path: Path) -> str | None:
+    """The version that the kernel's module says: `NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  ...`."""
+    try:
+        match = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", path.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if match is None else match[1]
+
+
+def _cudnn() -> str | None:
+    version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return None if version is None else str(version)
+
+
+def _nccl() -> str | None:
+    return ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None

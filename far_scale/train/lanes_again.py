@@ -1,0 +1,109 @@
+"""Where the lanes go on after a checkpoint, also where the recipe has another number of them by now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from far_scale.data.packs.lane_change import Left, change_lanes, go_on
+from far_scale.data.packs.mixture import Mixture
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.errors import UserError
+from far_scale.recipe import Recipe
+from far_scale.recipe_sections import DataSection, shares
+from far_scale.train.curriculum import Stage, stage_of, stages
+
+LaneStates = dict[int, dict[str, Any]]
+"""Where each lane stands, by its number."""
+
+
+class LanesAgain(NamedTuple):
+    """Where the lanes go on.
+
+    Attributes:
+        states: of all lanes.
+        beginnings: as in `Dealing`.
+        change: a change of their number, in words that begin with its key; None without one.
+    """
+
+    states: LaneStates
+    beginnings: tuple[Mapping[str, Any], ...] = ()
+    change: str | None = None
+
+
+def lanes_again(
+    where: Path,
+    state: Mapping[str, Any],
+    recipe: Recipe,
+    plan: list[Stage],
+    sources: Mapping[int, ShardSet | Mixture],
+) -> LanesAgain:
+    """Where the lanes of the run go on.
+
+    Args:
+        where: the checkpoint, for messages.
+        state: its state.
+        recipe: the run's.
+        plan: its stages.
+        sources: what the stages read that are to come.
+
+    Raises:
+        UserError: the checkpoint's lanes do not fit the recipe or the shard sets.
+    """
+    states: LaneStates = {int(lane): place for lane, place in state["lanes"].items()}
+    lanes_before, beginnings = state["recipe"]["data"]["lanes"], tuple(state.get("beginnings", ()))
+    changed = lanes_before != recipe.data.lanes
+    if not changed and not beginnings:
+        return LanesAgain(states)
+    stage = stage_of(plan, state["step"] - 1)
+    over = state["step"] == stage.end
+    if not changed:
+        if over:
+            return LanesAgain(states)
+        kept = go_on(replace(stage.dealing(recipe.seed), beginnings=beginnings), sources[stage.index], states)
+        return LanesAgain(kept.states, kept.dealing.beginnings)
+    recipe_before = _recipe_of(where, state, recipe.data.lanes)
+    before = stages(recipe_before)[stage.index]
+    key = f"data.lanes {lanes_before} -> {recipe.data.lanes} ({_batches(before.data, stage.data)}; "
+    if over:
+        return LanesAgain(states, change=f"{key}the next stage begins with them)")
+    dealing_before = replace(before.dealing(recipe_before.seed), beginnings=beginnings)
+    weights = None if isinstance(before.data.shards, str) else shares(before.data.shards)
+    going = change_lanes(dealing_before, stage.dealing(recipe.seed), sources[stage.index], states, weights)
+    return LanesAgain(going.states, going.dealing.beginnings, f"{key}{_words(going.left)})")
+
+
+def _recipe_of(where: Path, state: Mapping[str, Any], lanes: int) -> Recipe:
+    try:
+        return Recipe.model_validate(state["recipe"])
+    except ValidationError:
+        raise UserError(
+            f"{where}/state.json: this version cannot read the recipe in it, and data.lanes {lanes} are others than "
+            f"its {state['recipe']['data']['lanes']}; set data.lanes to {state['recipe']['data']['lanes']}, save a "
+            "checkpoint, and then change it"
+        ) from None
+
+
+def _batches(before: DataSection, now: DataSection) -> str:
+    """The global batch before and now."""
+    (count, unit), (new_count, new_unit) = _batch(before), _batch(now)
+    return f"global batch {count}{'' if unit == new_unit else f' {unit}'} -> {new_count} {new_unit}"
+
+
+def _batch(data: DataSection) -> tuple[int, str]:
+    if data.clips_per_pack is not None:
+        return data.lanes * data.clips_per_pack, "clips"
+    return data.lanes, f"packs of at most {data.tokens_per_pack} tokens"
+
+
+def _words(left: Sequence[Left]) -> str:
+    """What is left of the epochs begun, and comes first."""
+    if not any(each.rest for each in left):
+        return "no epoch begun has anything left"
+    counts = [f"{each.rest} of {each.samples}" if each.rest <= each.samples else f"{each.rest}" for each in left]
+    whose = f"epoch {left[0].epoch}" if len(left) == 1 else "the sets' epochs"
+    return f"the rest of {whose}, {' and '.join(counts)} samples, is read first: nothing is trained twice"
