@@ -19,11 +19,10 @@
 #SBATCH --output=%x-%A_%a.out
 main() {
     set -euo pipefail
-    local checkout=${FAR_SCALE:-$SLURM_SUBMIT_DIR} python encoder warned="" status=0
-    # shellcheck source=slurm/python.sh
-    source "$checkout/slurm/python.sh"
-    python=$(find_python "$checkout")
-    PYTHONPATH=$checkout "$python" -m far_scale.launch check
+    local checkout=${FAR_SCALE:-$SLURM_SUBMIT_DIR} host_python python="" encoder warned="" status=0
+    # shellcheck source=slurm/environment.sh
+    source "$checkout/slurm/environment.sh"
+    PYTHONPATH=$checkout "$host_python" -m far_scale.launch check
 
     local options=(--workers "${SLURM_CPUS_PER_TASK:-1}")
     [ -z "${SLURM_JOB_GPUS:-}" ] || options+=(--device cuda)
@@ -32,7 +31,7 @@ main() {
         options+=(--task "$SLURM_ARRAY_TASK_ID" --tasks "$((SLURM_ARRAY_TASK_MAX + 1))")
     fi
     trap 'warned=1' USR1
-    PYTHONPATH=$checkout "$python" "$checkout/tools/encode_latents.py" "${options[@]}" "$@" &
+    inside env "PYTHONPATH=$checkout" "$python" "$checkout/tools/encode_latents.py" "${options[@]}" "$@" &
     encoder=$!
     wait "$encoder" || status=$?
     if [ -n "$warned" ]; then

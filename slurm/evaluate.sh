@@ -19,12 +19,11 @@
 #SBATCH --output=%x-%j.out
 main() {
     set -euo pipefail
-    local checkout=${FAR_SCALE:-$SLURM_SUBMIT_DIR} python step warned="" status=0
-    # shellcheck source=slurm/python.sh
-    source "$checkout/slurm/python.sh"
-    python=$(find_python "$checkout")
-    export PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH}
-    "$python" -m far_scale.launch check
+    local checkout=${FAR_SCALE:-$SLURM_SUBMIT_DIR} host_python python="" step warned="" status=0
+    # shellcheck source=slurm/environment.sh
+    source "$checkout/slurm/environment.sh"
+    local path=$checkout${PYTHONPATH:+:$PYTHONPATH}
+    PYTHONPATH=$path "$host_python" -m far_scale.launch check
 
     local of_srun=(--kill-on-bad-exit=1) options=(--follow)
     # Since SLURM 22.05 srun no longer takes this from the job by itself.
@@ -32,7 +31,7 @@ main() {
     # Each process sees all GPUs of its node and takes the one of its local rank.
     [ -z "${SLURM_JOB_GPUS:-}" ] || of_srun+=(--gpu-bind=none) options+=(--device cuda)
     trap 'warned=1' USR1
-    srun "${of_srun[@]}" "$python" "$checkout/tools/evaluate.py" "$@" "${options[@]}" &
+    srun "${of_srun[@]}" "${in_step[@]}" env "PYTHONPATH=$path" "$python" "$checkout/tools/evaluate.py" "$@" "${options[@]}" &
     step=$!
     wait "$step" || status=$?
     if [ -n "$warned" ]; then

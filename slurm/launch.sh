@@ -3,25 +3,34 @@
 #
 # Checks the recipe, makes a snapshot of code and recipe in the run directory, starts one training process a task by
 # srun, and starts the job again where that helps. Restarts of the job use its snapshot; of the checkout they only read
-# this file and python.sh. docs/slurm.md says what happens on which signal.
+# this file, environment.sh and site.sh. docs/slurm.md says what happens on which signal.
 
 # In a function, so that bash has read all of this file before it runs any of it and nobody can change it underneath.
 main() {
     set -euo pipefail
-    local checkout python snapshot begun=0
+    local checkout host_python python="" snapshot begun=0
     checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-    # shellcheck source=slurm/python.sh
-    source "$checkout/slurm/python.sh"
-    python=$(find_python "$checkout")
+    # shellcheck source=slurm/environment.sh
+    source "$checkout/slurm/environment.sh"
 
     snapshot=$PWD/runs/.jobs/$SLURM_JOB_ID
     if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -e "$snapshot" ]; then
-        "$python" "$snapshot" start "$snapshot" || begun=$?
+        "$host_python" "$snapshot" start "$snapshot" || begun=$?
     else
-        PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH} "$python" -m far_scale.launch prepare "$snapshot" "$@" || begun=$?
+        local path=$checkout${PYTHONPATH:+:$PYTHONPATH}
+        PYTHONPATH=$path "$host_python" -m far_scale.launch check
+        inside env "PYTHONPATH=$path" "$python" -m far_scale.launch prepare "$snapshot" "$@" || begun=$?
     fi
-    [ "$begun" != 3 ] || exit 0 # all steps are done
-    [ "$begun" = 0 ] || exit "$begun"
+    case $begun in
+        0) ;;
+        3) exit 0 ;; # all steps are done
+        2) exit 2 ;; # refused, with a line that says why
+        *)
+            in_container && printf 'error: %s (status %s, see above); is the container in %s right?\n' \
+                "the job's start failed" "$begun" "$checkout/slurm/site.sh" >&2
+            exit "$begun"
+            ;;
+    esac
 
     local options=(--kill-on-bad-exit=1)
     # Since SLURM 22.05 srun no longer takes this from the job by itself.
@@ -33,7 +42,7 @@ main() {
     local step signal="" taken status
     trap 'signal=TERM' TERM
     trap 'signal=USR1' USR1 USR2
-    srun "${options[@]}" "$python" "$snapshot" train "$snapshot" &
+    srun "${options[@]}" "${in_step[@]}" "$python" "$snapshot" train "$snapshot" &
     step=$!
     while :; do
         status=0
@@ -41,14 +50,14 @@ main() {
         [ -n "$signal" ] || break
         taken=$signal signal=""
         if [ "$taken" = TERM ]; then # SLURM ends the job, and told the training processes as well
-            "$python" "$snapshot" after "$snapshot" || true
+            "$host_python" "$snapshot" after "$snapshot" || true
         else # a warning that only this shell got, by --signal=B:USR1@...
             kill -s USR1 "$step" 2>/dev/null || true # srun hands it on
         fi
     done
 
     trap '' TERM USR1 USR2
-    "$python" "$snapshot" after "$snapshot" "$status" || exit $?
+    "$host_python" "$snapshot" after "$snapshot" "$status" || exit $?
     exit 0 # before bash looks for more in this file
 }
 main "$@"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,7 @@ from launch import ROOT, environment, small_recipe
 
 from far_scale.errors import UserError
 from far_scale.launch.after import after, decide
-from far_scale.launch.job import Job, JobState, check_warning, clock
+from far_scale.launch.job import Job, JobState, check_warning, clock, early_warning
 from far_scale.launch.progress import starts_from
 from far_scale.launch.snapshot import REFUSED_HERE, make_snapshot, read_submission
 from far_scale.launch.submit import JobSize, draft, parse_minutes, submit, train_here
@@ -161,7 +163,7 @@ def test_a_time_limit_that_the_warning_swallows_is_refused(time: str, refused: s
     if refused is None:
         size.check(recipe)
         return
-    for action in (size.check, lambda _: draft(recipe, size, None), lambda _: train_here(recipe, [], size)):
+    for action in (size.check, lambda _: draft(recipe, size, None, ROOT, []), lambda _: train_here(recipe, [], size)):
         with pytest.raises(UserError) as error:
             action(recipe)
         assert str(error.value) == (
@@ -204,10 +206,10 @@ SCRIPTS = {
 def test_the_job_scripts_warnings_are_read(name: str, controller: Callable[[str, str], None]) -> None:
     lead = 120 if name in ("encode_latents", "evaluate") else 300
     controller(f"00:{lead // 60 + 1:02}:00", SCRIPTS[name])
-    with pytest.raises(UserError, match=rf"job 7: --signal=\S*USR1@{lead} and a time limit of"):
-        check_warning("7")
+    early = early_warning("7")
+    assert early is not None and re.match(rf"job 7: --signal=\S*USR1@{lead} and a time limit of", early.text)
     controller(f"00:{lead // 60 + 1:02}:01", SCRIPTS[name])
-    check_warning("7")
+    assert early_warning("7") is None
     assert "launch.sh" in SCRIPTS[name] or "far_scale.launch check" in SCRIPTS[name]
 
 
@@ -227,29 +229,54 @@ def test_the_job_scripts_warnings_are_read(name: str, controller: Callable[[str,
         ("Partition_Limit", "--signal=USR1@300", False),
     ],
 )
-def test_a_running_job_is_checked(
-    limit: str, line: str, refused: bool, controller: Callable[[str, str], None], tmp_path: Path
-) -> None:
+def test_a_running_job_is_checked(limit: str, line: str, refused: bool, controller: Callable[[str, str], None]) -> None:
     controller(limit, f"#!/bin/bash\n# a job\n#SBATCH {line}\n\necho\n#SBATCH --signal=USR1@9000000\n")
-    command = [sys.executable, "-m", "far_scale.launch", "check"]
-    if refused:
-        with pytest.raises(UserError, match="so it would stop each start at once; ask for more than"):
-            check_warning("7")
-    else:
-        check_warning("7")
-    if line == "--signal=USR1@300":  # the command that the scripts call, too
+    early = early_warning("7")
+    assert (early is not None) == refused
+    if early is not None:
+        assert "so it would stop each start at once; ask for more than" in early.text and not early.certain
+
+
+def test_only_a_warning_that_is_certain_refuses_a_job(
+    controller: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the command that the scripts call: a --signal on sbatch's command line may take the place of the script's."""
+    controller("00:04:00", "#SBATCH --signal=USR1@300\n")
+    text = (
+        "job 7: --signal=USR1@300 and a time limit of 0:04:00: the warning comes 300 seconds ahead of "
+        "the time limit, and SLURM may send it 60 seconds earlier, so it would stop each start at once; ask "
+        "for more than 0:06:00 by --time, or for a later warning submit by SBATCH_SIGNAL=USR1@SECONDS sbatch"
+    )
+    unseen = " (unless --signal on sbatch's command line asked for a later warning, which cannot be seen here)"
+    for certain, status, line in ((False, 0, f"warning: {text}{unseen}\n"), (True, 2, f"error: {text}\n")):
+        if certain:
+            monkeypatch.setenv("SBATCH_SIGNAL", "USR1@300")
+        command = [sys.executable, "-m", "far_scale.launch", "check"]
         done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-        assert done.returncode == (2 if refused else 0) and done.stderr.count("\n") == refused, done.stderr
-        prepare = [*command[:-1], "prepare", "link", "demo_cpu", f"run_dir={tmp_path / 'run'}"]
-        if refused:
-            done = subprocess.run(prepare, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-            assert (done.returncode, done.stderr) == (
-                2,
-                "error: job 7: --signal=USR1@300 and a time limit of 0:04:00: the warning comes 300 seconds ahead of "
-                "the time limit, and SLURM may send it 60 seconds earlier, so it would stop each start at once; ask "
-                "for more than 0:06:00 by --time, or for a later warning submit by SBATCH_SIGNAL=USR1@SECONDS sbatch\n",
-            )
-            assert not (tmp_path / "run").exists() and not (tmp_path / "link").exists()
+        assert (done.returncode, done.stderr) == (status, line)
+
+
+def test_a_job_that_its_warning_stops_at_once_does_not_start_again(
+    controller: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    """Where the script's line made that likely; one that got further was warned later, by sbatch's command line."""
+    controller("00:04:00 JobState=RUNNING Reason=None Requeue=1", "#SBATCH --signal=USR1@300\n")
+    run = tmp_path / "run"
+    arguments = small_recipe(Path("shards"), run)
+    snapshot = make_snapshot(load_recipe(arguments[0], arguments[1:]), arguments, "7")
+    for step, status in ((3, 75), (4, 2)):
+        Events(run, main=True).tell("start", 3 if step == 4 else 0, "", job="7", restarts=0)
+        (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        (run / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            (tmp_path / "requeue").touch()  # the controller takes a requeue
+            assert after(snapshot, 75) == status
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    first, second = (event for event in read_events(run) if event["event"] == "end")
+    assert first["requeue"] and not second["requeue"]
+    assert "job 7: a signal stopped training after a step at most. job 7: --signal=USR1@300 and" in second["text"]
 
 
 def test_the_warning_of_the_environment_counts_and_no_answer_stops_nobody(
@@ -274,18 +301,41 @@ def test_a_draft_needs_no_slurm_and_writes_nothing(tmp_path: Path, monkeypatch: 
     arguments = small_recipe(Path("shards"), tmp_path / "run")
     recipe = load_recipe(arguments[0], arguments[1:])
     size = JobSize(nodes=2, gpus_per_node=2, cpus_per_task=6, minutes=1440, partition="big")
-    text = draft(recipe, size, chain=None)
+    text = draft(recipe, size, None, ROOT, [])
     for option in ("nodes=2", "ntasks-per-node=2", "gpus-per-node=2", "cpus-per-task=6", "time=1440", "partition=big"):
         assert f"#SBATCH --{option}\n" in text
     assert "#SBATCH --requeue\n" in text
-    assert "#SBATCH --no-requeue\n" in draft(recipe, size, chain=2)
+    assert "#SBATCH --no-requeue\n" in draft(recipe, size, 2, ROOT, [])
     with pytest.raises(UserError, match="4 lanes cannot be shared evenly by 6 ranks"):
-        draft(recipe, replace(size, nodes=3), chain=None)
+        draft(recipe, replace(size, nodes=3), None, ROOT, [])
     with pytest.raises(UserError, match="there is no sbatch here"):
-        submit(recipe, arguments, size, chain=None)
+        submit(recipe, arguments, size, None, ROOT, [])
     with pytest.raises(UserError, match="--nodes 2"):
         train_here(recipe, arguments, size)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_follows_two_dashes_goes_to_sbatch(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    recipe = load_recipe("demo_cpu", [f"run_dir={tmp_path / 'run'}"])
+    size = JobSize(nodes=1, gpus_per_node=0, cpus_per_task=1, minutes=60, partition=None)
+    options = ["--account=x", "-A", "x", "--exclude", "n[3-4]", "--exclusive", "--time-min=30", "--comment=a b"]
+    text = draft(recipe, size, None, ROOT, options)
+    assert text.endswith("\n# submitted by: sbatch " + shlex.join(options) + " FILE")
+    for refused, said in {
+        "--nodes=4": "use --nodes before the --",
+        "-N4": "use --nodes before the --",
+        "--gpus=4": "use --gpus-per-node before the --",
+        "--sig=USR1@60": "jobs of this tool have their own; leave it out",
+        "--parsable": "jobs of this tool have their own; leave it out",
+        "account=x": "is no option of sbatch; write it with its dashes, such as --account=x",
+    }.items():
+        with pytest.raises(UserError) as error:
+            draft(recipe, size, None, ROOT, ["--qos=high", refused])
+        assert str(error.value) == f"-- {refused}: {said}"
+    draft(recipe, size, None, ROOT, ["--dependency=after:7"])
+    with pytest.raises(UserError, match="-- --dependency=after:7: the jobs of a --chain depend on each other"):
+        draft(recipe, size, 2, ROOT, ["--dependency=after:7"])
 
 
 def test_training_here_goes_the_same_way(recorded_shards: Path, tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ def test_a_crash_loop_stops_and_a_bad_recipe_never_starts(
     lanes = cluster.sbatch(
         SCRIPT, options.replace("--ntasks-per-node=1", "--ntasks-per-node=3"), tiny(recorded_shards, run, 9)
     )
-    short = cluster.sbatch(SCRIPT, options.replace("--time=10", "--time=4"), tiny(recorded_shards, run, 9))
+    options_short, warned = options.replace("--time=10", "--time=4"), {"SBATCH_SIGNAL": "USR1@300"}
+    short = cluster.sbatch(SCRIPT, options_short, tiny(recorded_shards, run, 9), **warned)
     for job, said in (
         (bad, "train.stepps"),
         (lanes, "4 lanes cannot be shared evenly by 3 ranks"),

@@ -1,14 +1,20 @@
-"""Submit training to SLURM: tools/submit.py RECIPE [key=value ...] --nodes N --gpus-per-node G --time 2-00:00:00."""
+"""Submit training to SLURM: tools/submit.py RECIPE [key=value ...] --nodes N --gpus-per-node G --time 2-00:00:00.
+
+Options of sbatch may follow after `--`: ... -- --account=mine --qos=high
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from far_scale.errors import UserError, command_line
 from far_scale.launch.snapshot import ACCEPT
 from far_scale.launch.submit import JobSize, draft, parse_minutes, submit, train_here
 from far_scale.recipe import load_recipe
+
+CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def at_least_one(text: str) -> int:
@@ -27,6 +33,7 @@ def at_least_zero(text: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Train by a recipe as a SLURM job, which is started again after preemption and time limit.",
+        epilog="What follows after -- goes to sbatch as it is: ... -- --account=mine --exclude=n3",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("recipe", help="a YAML file, or the name of one in recipes/")
@@ -43,19 +50,22 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="check the recipe and print the sbatch file")
     parser.add_argument("--local", action="store_true", help="train on this machine, without SLURM")
     parser.add_argument("--accept-changes", action="store_true", help="resume although it gives another result")
-    asked = parser.parse_intermixed_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    asked, options = parser.parse_intermixed_args(sys.argv[1:end]), sys.argv[end + 1 :]
     recipe = load_recipe(asked.recipe, asked.overrides)
     minutes = parse_minutes(asked.time)
     size = JobSize(asked.nodes, asked.gpus_per_node, asked.cpus_per_task, minutes, asked.partition)
     command = [asked.recipe, *asked.overrides, *([ACCEPT] if asked.accept_changes else [])]
     if asked.local and (asked.chain or asked.dry_run):
         raise UserError("--local goes with neither --chain nor --dry-run; python -m far_scale.train has a --dry-run")
+    if asked.local and options:
+        raise UserError(f"-- {' '.join(options)}: are options of sbatch; leave them out with --local")
     if asked.dry_run:
-        print(draft(recipe, size, asked.chain))
+        print(draft(recipe, size, asked.chain, CHECKOUT, options))
     elif asked.local:
         sys.exit(train_here(recipe, command, size))
     else:
-        for job in submit(recipe, command, size, asked.chain):
+        for job in submit(recipe, command, size, asked.chain, CHECKOUT, options):
             print(job)
 
 

@@ -5,10 +5,13 @@
     start SNAPSHOT                        note a further start on that snapshot
     train SNAPSHOT                        train; one process of the job
     after SNAPSHOT [STATUS]               say and do what follows when training ended so, or while SLURM ends the job
-    check                                 refuse a job whose warning would stop each start at once; so do the first two
+    check                                 refuse a job whose warning would stop each start at once; so does `start`
 
 slurm/launch.sh and the jobs of tools/submit.py call these, encode_latents.sh and evaluate.sh beside it call `check`.
 `prepare` and `start` exit with status 3 where all steps are done, so that there is nothing to train.
+
+`prepare` and `train` run where far_scale's packages are: in the site's container, where it has one. `start`, `after`
+and `check` call SLURM's commands, so they run on the node itself, with nothing but Python 3.9 and its library.
 """
 
 from __future__ import annotations
@@ -30,7 +33,6 @@ def main() -> None:
     elif command == "prepare" and len(arguments) >= 2:
         from far_scale.launch.start import prepare
 
-        check_warning(Job.this().number)
         sys.exit(prepare(Path(arguments[0]), arguments[1], arguments[2:]))
     elif command == "start" and len(arguments) == 1:
         from far_scale.launch.start import start

@@ -6,8 +6,8 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from far_scale.launch.job import Job, JobState, ask_state, requeue
-from far_scale.launch.progress import checkpoint_step
+from far_scale.launch.job import Job, JobState, ask_state, early_warning, requeue
+from far_scale.launch.progress import began_at, checkpoint_step
 from far_scale.launch.snapshot import REFUSED_HERE, read_submission
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.exits import DONE, REFUSED, REQUEUE
@@ -50,6 +50,9 @@ def after(snapshot: Path, status: int | None) -> int:
     refused = (snapshot / REFUSED_HERE).exists()
     (snapshot / REFUSED_HERE).unlink(missing_ok=True)
     follows = decide(REFUSED if refused else status, step >= submission.steps, state)
+    stopped_at_once = follows.requeue and status == REQUEUE and step <= began_at(run, job) + 1
+    if stopped_at_once and (early := early_warning(job.number)):
+        follows = Next(False, REFUSED, f"a signal stopped training after a step at most. {early.text}")
     facts = {"job": job.number, "restarts": job.restarts, "status": status, "requeue": follows.requeue}
     text = f"job {job.number}: {follows.text} (step {step} of {submission.steps})"
     Events(run, main=True).tell("end", step, text, **facts)

@@ -8,7 +8,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from far_scale.errors import UserError
+from far_scale.errors import UserError, say_warning
 
 _PATIENCE = 20
 """Tries, 15 seconds apart, while the controller does not answer."""
@@ -88,48 +88,81 @@ def requeue(number: str) -> None:
     _scontrol("requeue", number)
 
 
-def refuse_early_warning(limit: int, lead: int, subject: str, fix: str) -> None:
-    """Refuse a time limit that the warning comes ahead of by all of it, or nearly so.
+@dataclass(frozen=True)
+class EarlyWarning:
+    """A warning that stops each start of a job at once: it saves after a step and starts again, for ever.
 
-    Such a job is warned as soon as it runs: it saves after a step and starts again, for ever.
+    Attributes:
+        text: what is wrong and what to ask for, one line.
+        certain: False where a `--signal` on sbatch's command line may have asked for a later one.
+    """
+
+    text: str
+    certain: bool
+
+
+def refuse_early_warning(limit: int, lead: int, subject: str) -> None:
+    """Refuse a time limit that the warning comes ahead of by all of it, or nearly so.
 
     Args:
         limit: seconds.
         lead: seconds between warning and limit.
         subject: what the message begins with, up to the limit.
-        fix: what to do besides asking for more time; may be empty.
 
     Raises:
         UserError: the time limit is one.
     """
-    if limit <= lead + _SENT_EARLY:
-        raise UserError(
-            f"{subject} {clock(limit)}: the warning comes {lead} seconds ahead of the time limit, and SLURM may send "
-            f"it {_SENT_EARLY} seconds earlier, so it would stop each start at once; "
-            f"ask for more than {clock(lead + _SENT_EARLY)}{fix}"
-        )
+    if (text := _early(limit, lead, subject)) is not None:
+        raise UserError(text)
 
 
 def check_warning(number: str) -> None:
-    """Refuse a job whose warning stops each start at once, as far as can be seen from inside it.
-
-    The controller does not say when it warns. It keeps the batch script, whose `#SBATCH --signal` counts, and the
-    environment has SBATCH_SIGNAL, which takes its place; a `--signal` on sbatch's command line is seen nowhere.
+    """Refuse a job whose warning stops each start at once; print a warning where that is not certain.
 
     Raises:
         UserError: it is such a job.
+    """
+    early = early_warning(number)
+    if early is None:
+        return
+    if early.certain:
+        raise UserError(early.text)
+    unseen = "unless --signal on sbatch's command line asked for a later warning, which cannot be seen here"
+    say_warning(f"{early.text} ({unseen})")
+
+
+def early_warning(number: str) -> EarlyWarning | None:
+    """Whether the warning of a job comes too early, as far as can be seen from inside it; None where it does not.
+
+    The controller does not say when it warns (SLURM 22.05). It keeps the batch script, whose `#SBATCH --signal` counts
+    unless sbatch's command line had another, which is seen nowhere. SBATCH_SIGNAL, which takes the script's place, is
+    in the environment.
     """
     try:
         text = _scontrol("show", "job", "--oneliner", number, tries=1)
         script = _scontrol("write", "batch_script", number, "-", tries=1)
     except (UserError, OSError):  # a check that cannot be made stops nobody
-        return
-    limit, warning = _time_limit(text), os.environ.get("SBATCH_SIGNAL") or _asked_signal(script)
-    if limit and warning:
-        signal, _, lead = warning.partition("@")
-        subject = f"job {number}: --signal={warning} and a time limit of"
-        fix = f" by --time, or for a later warning submit by SBATCH_SIGNAL={signal}@SECONDS sbatch"
-        refuse_early_warning(limit, int(lead or _DEFAULT_LEAD), subject, fix)
+        return None
+    from_environment = os.environ.get("SBATCH_SIGNAL")
+    limit, warning = _time_limit(text), from_environment or _asked_signal(script)
+    if not limit or not warning:
+        return None
+    signal, _, lead = warning.partition("@")
+    early = _early(limit, int(lead or _DEFAULT_LEAD), f"job {number}: --signal={warning} and a time limit of")
+    if early is None:
+        return None
+    fix = f" by --time, or for a later warning submit by SBATCH_SIGNAL={signal}@SECONDS sbatch"
+    return EarlyWarning(early + fix, certain=from_environment is not None)
+
+
+def _early(limit: int, lead: int, subject: str) -> str | None:
+    if limit > lead + _SENT_EARLY:
+        return None
+    return (
+        f"{subject} {clock(limit)}: the warning comes {lead} seconds ahead of the time limit, and SLURM may send "
+        f"it {_SENT_EARLY} seconds earlier, so it would stop each start at once; "
+        f"ask for more than {clock(lead + _SENT_EARLY)}"
+    )
 
 
 def clock(seconds: int) -> str:

@@ -24,6 +24,12 @@ def reached_step(run: Path) -> int:
     return max(checkpoint_step(run), *resumed, 0)
 
 
+def began_at(run: Path, job: Job) -> int:
+    """The step that the last start of `job` went on from."""
+    starts = (event for event in reversed(read_events(run)) if event.get("event") == "start")
+    return next((event["step"] for event in starts if event.get("job") == job.number), 0)
+
+
 def starts_from(run: Path, job: Job, step: int) -> int:
     """How many starts of `job` in a row, up to now, found the checkpoint of `step` to be the latest."""
     count = 0

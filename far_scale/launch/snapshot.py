@@ -17,11 +17,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import far_scale
 from far_scale.files import read_json, sync_folder, write_json
-from far_scale.recipe import Recipe
 from far_scale.train import code_version
+
+if TYPE_CHECKING:
+    from far_scale.recipe import Recipe  # needs more than the standard library, which is all that a job's host may have
 
 ACCEPT = "--accept-changes"
 """The flag of `python -m far_scale.train` that may stand among a job's overrides."""

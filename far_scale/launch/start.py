@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +11,6 @@ from far_scale.errors import UserError
 from far_scale.launch.job import Job
 from far_scale.launch.progress import checkpoint_step, reached_step, starts_from
 from far_scale.launch.snapshot import ACCEPT, REFUSED_HERE, make_snapshot, read_submission
-from far_scale.recipe import check_ranks, load_recipe
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.exits import DONE
 
@@ -21,8 +22,15 @@ def prepare(link: Path, recipe_name: str, overrides: Sequence[str]) -> int:
     """Make the snapshot of this job, point `link` at it, and note the first start; returns as `start` does.
 
     Raises:
-        UserError: the recipe is wrong, or the job's processes cannot share its lanes.
+        UserError: the recipe is wrong, the job's processes cannot share its lanes, or this Python cannot train.
     """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"{sys.executable}: this Python has no DeepSpeed, so it cannot train; set PYTHON, or the environment or "
+            "container, in slurm/site.sh"
+        )
+    from far_scale.recipe import check_ranks, load_recipe  # here, for `start` has the standard library alone
+
     job = Job.this()
     recipe = load_recipe(recipe_name, [override for override in overrides if override != ACCEPT])
     check_ranks(recipe, job.ranks)

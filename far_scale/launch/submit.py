@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from far_scale.errors import UserError
 from far_scale.launch import submitted
 from far_scale.launch.job import refuse_early_warning
+from far_scale.launch.sbatch_options import check_options
 from far_scale.launch.snapshot import make_snapshot
 from far_scale.launch.start import NOTHING_LEFT
 from far_scale.recipe import Recipe, check_ranks
@@ -57,7 +58,7 @@ class JobSize:
         """
         check_ranks(recipe, self.nodes * self.tasks_per_node)
         if self.minutes:
-            refuse_early_warning(60 * self.minutes, _WARNING, "--time", fix="")
+            refuse_early_warning(60 * self.minutes, _WARNING, "--time")
 
 
 def parse_minutes(text: str) -> int:
@@ -75,25 +76,31 @@ def parse_minutes(text: str) -> int:
     return days * 1440 + first * 60 + second + (third > 0)
 
 
-def submit(recipe: Recipe, command: Sequence[str], size: JobSize, chain: int | None) -> list[str]:
+def submit(
+    recipe: Recipe, command: Sequence[str], size: JobSize, chain: int | None, checkout: Path, options: Sequence[str]
+) -> list[str]:
     """Submit `recipe` to SLURM; returns the numbers of the jobs.
 
     Args:
         command: the recipe's name and the overrides, as they were asked for.
         chain: so many jobs in place of one that is started again, each after the end of the one before.
+        checkout: where the jobs find slurm/environment.sh and the site's settings.
+        options: further ones for sbatch, see `check_options`.
 
     Raises:
-        UserError: as `JobSize.check`, or there is no SLURM here, or it refuses the job.
+        UserError: as `JobSize.check` and `check_options`, or there is no SLURM here, or it refuses the job.
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     size.check(recipe)
+    check_options(options, chain)
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here: submit on a login node of the cluster, or train here with --local")
     snapshot = make_snapshot(recipe, command, new_name())
     jobs: list[str] = []
     for _ in range(chain or 1):
-        executor = _executor(recipe, snapshot, size, chain is not None, after=jobs[-1] if jobs else None)
+        job = _Batch(checkout, tuple(options), chained=chain is not None, after=jobs[-1] if jobs else None)
+        executor = _executor(recipe, snapshot, size, job)
         try:
             jobs.append(executor.submit(_training(snapshot, requeue=chain is None)).job_id)
         except (FailedJobError, FailedSubmissionError) as error:
@@ -101,16 +108,20 @@ def submit(recipe: Recipe, command: Sequence[str], size: JobSize, chain: int | N
     return jobs
 
 
-def draft(recipe: Recipe, size: JobSize, chain: int | None) -> str:
+def draft(recipe: Recipe, size: JobSize, chain: int | None, checkout: Path, options: Sequence[str]) -> str:
     """The sbatch file that `submit` would hand to SLURM; nothing is written, and no SLURM is needed.
 
+    It ends with the options of sbatch's command line, where there are any.
+
     Raises:
-        UserError: as `JobSize.check`.
+        UserError: as `JobSize.check` and `check_options`.
     """
     size.check(recipe)
+    check_options(options, chain)
     snapshot = Path(recipe.run_dir).absolute() / "snapshots" / new_name()
-    executor = _executor(recipe, snapshot, size, chain is not None, after=None)
-    return executor._make_submission_file_text(executor._submitit_command_str, "draft")
+    executor = _executor(recipe, snapshot, size, _Batch(checkout, tuple(options), chain is not None, after=None))
+    text = executor._make_submission_file_text(executor._submitit_command_str, "draft")
+    return f"{text}\n# submitted by: sbatch {shlex.join(options)} FILE" if options else text
 
 
 def train_here(recipe: Recipe, command: Sequence[str], size: JobSize) -> int:
@@ -163,7 +174,17 @@ def _folder(recipe: Recipe) -> Path:
     return Path(recipe.run_dir).absolute() / "submitit"
 
 
-def _executor(recipe: Recipe, snapshot: Path, size: JobSize, chained: bool, after: str | None) -> SlurmExecutor:
+@dataclass(frozen=True)
+class _Batch:
+    """What a job's sbatch file is made of besides its size; see `submit`."""
+
+    checkout: Path
+    options: tuple[str, ...]
+    chained: bool
+    after: str | None
+
+
+def _executor(recipe: Recipe, snapshot: Path, size: JobSize, batch: _Batch) -> SlurmExecutor:
     from submitit import SlurmExecutor
 
     class Executor(SlurmExecutor):
@@ -171,12 +192,15 @@ def _executor(recipe: Recipe, snapshot: Path, size: JobSize, chained: bool, afte
         def affinity(cls) -> int:
             return 2  # a draft is made without SLURM, too; `submit` looks for sbatch itself
 
-    launcher = f"{shlex.quote(sys.executable)} {shlex.quote(str(snapshot))}"
-    folder = shlex.quote(str(snapshot))
-    more: dict[str, Any] = {"no-requeue" if chained else "requeue": True}
-    if after is not None:
-        more["dependency"] = f"afterany:{after}"
-    executor = Executor(folder=_folder(recipe))
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            return ["sbatch", *batch.options, str(submission_file_path)]
+
+    folder, checkout = shlex.quote(str(snapshot)), shlex.quote(str(batch.checkout))
+    more: dict[str, Any] = {"no-requeue" if batch.chained else "requeue": True}
+    if batch.after is not None:
+        more["dependency"] = f"afterany:{batch.after}"
+    # submitit writes this between srun's options and its own command; the variables are those of environment.sh.
+    executor = Executor(folder=_folder(recipe), python='"${in_step[@]}" "$python"')
     executor.update_parameters(
         job_name=recipe.name,
         nodes=size.nodes,
@@ -186,8 +210,13 @@ def _executor(recipe: Recipe, snapshot: Path, size: JobSize, chained: bool, afte
         signal_delay_s=_WARNING,
         stderr_to_stdout=True,
         # A trap that does nothing: the shell outlives the end of the step, and says what follows.
-        setup=["trap : TERM USR1 USR2", f"{launcher} start {folder} || exit $(($? == {NOTHING_LEFT} ? 0 : $?))"],
-        teardown=[f"{launcher} after {folder} $?"],
+        setup=[
+            "trap : TERM USR1 USR2",
+            f"checkout={checkout} python={shlex.quote(sys.executable)}",
+            'source "$checkout/slurm/environment.sh" || exit 2',
+            f'"$host_python" {folder} start {folder} || exit $(($? == {NOTHING_LEFT} ? 0 : $?))',
+        ],
+        teardown=[f'"$host_python" {folder} after {folder} $?'],
         srun_args=[
             "--kill-on-bad-exit=1",
             f"--cpus-per-task={size.cpus_per_task}",

@@ -22,7 +22,8 @@ def train_for_submitit(snapshot: str) -> int:
 
     job = JobEnvironment()
     port = 20000 + int(job.raw_job_id) % 20000
-    host = "127.0.0.1" if job.num_nodes == 1 else job.hostnames[0]
+    # MASTER_ADDR: the site may have named an address of the first host that others reach
+    host = "127.0.0.1" if job.num_nodes == 1 else os.environ.get("MASTER_ADDR", job.hostnames[0])
     os.environ.update(
         RANK=str(job.global_rank),
         WORLD_SIZE=str(job.num_tasks),

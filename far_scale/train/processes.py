@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from far_scale.errors import SaidByMain, UserError, file_problem
-from far_scale.hosts import host_name
+from far_scale.hosts import first_host, host_name
 from far_scale.train.rendezvous import meet
 
 T = TypeVar("T")
@@ -173,12 +172,7 @@ def stop_processes() -> None:
 
 def _take_from_slurm() -> None:
     """The rendezvous of an srun step: its first host, and a port that follows from the job's number."""
-    hosts = os.environ.get("SLURM_STEP_NODELIST", "")
-    if "MASTER_ADDR" not in os.environ:
-        listed = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=False)
-        if listed.returncode != 0:
-            raise UserError(f"scontrol cannot list the hosts {hosts!r}: set MASTER_ADDR to the first host of the job")
-        os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
+    os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]

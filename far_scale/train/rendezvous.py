@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import time
 import uuid
 
 import torch.distributed as dist
 
+from far_scale.distributed.addresses import network_stack
+from far_scale.distributed.network import checked_network, wait_for_route
 from far_scale.errors import UserError
 from far_scale.hosts import host_name
 from far_scale.train.faults.ranks import rank_list, ranks_on_hosts
@@ -34,7 +37,8 @@ def meet(rank: int, count: int, device: str) -> dist.Store:
         device: the kind that it will compute on, cuda or cpu.
 
     Raises:
-        UserError: on all ranks that came: some did not, or not all have the same kind of device.
+        UserError: on all ranks that came: some did not, or not all have the same kind of device, or the hosts do not
+            reach each other; on a rank alone, rank 0's host cannot be reached.
     """
     store = _store(rank, count)
     own_name = uuid.uuid4().hex
@@ -45,20 +49,30 @@ def meet(rank: int, count: int, device: str) -> dist.Store:
         store.wait([f"group_of/{own_name}"], 2 * PATIENCE)
         group_name = store.get(f"group_of/{own_name}").decode()
     group = dist.PrefixStore(group_name, store)
-    group.set(f"here/{rank}", f"{device} {host_name()}")
+    group.set(f"here/{rank}", json.dumps({"device": device, "host": host_name(), "stack": network_stack()}))
+    verdict = ""
     if rank == 0:
         missing = _admit(store, group, group_name, count)
-        group.set("verdict", _verdict(group, count, missing))
+        verdict, leaders = _verdict(group, count, missing)
+        group.set("leaders", json.dumps(leaders))
+    _raise_on_all(group, rank, count, "verdict", verdict)
+    with checked_network(group, rank, json.loads(group.get("leaders")), device == "cuda") as problem:
+        _raise_on_all(group, rank, count, "network", problem)
+    return group
+
+
+def _raise_on_all(group: dist.Store, rank: int, count: int, key: str, verdict: str) -> None:
+    """Wait for the verdict of rank 0, which is kept under `key`; raise it, where it is not empty, on each rank."""
+    if rank == 0:
+        group.set(key, verdict)
     else:
-        group.wait(["verdict"], 2 * PATIENCE)
-    verdict = group.get("verdict").decode()
-    if verdict:
+        group.wait([key], 2 * PATIENCE)
+    if verdict := group.get(key).decode():
         if rank == 0:
             _wait_for_readers(group, count)
         else:
             group.set(f"read/{rank}", "")
         raise UserError(verdict)
-    return group
 
 
 def _admit(store: dist.Store, group: dist.Store, group_name: str, count: int) -> list[int]:
@@ -87,6 +101,8 @@ def _wait_for_readers(group: dist.Store, count: int) -> None:
 def _store(rank: int, count: int) -> dist.Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun's agent serves one
+    if not serves:
+        wait_for_route(rank, address, port)
     try:
         return dist.TCPStore(address, port, count, serves, PATIENCE, wait_for_workers=False, multi_tenant=True)
     except RuntimeError as error:
@@ -97,11 +113,23 @@ def _store(rank: int, count: int) -> dist.Store:
         ) from error
 
 
-def _verdict(group: dist.Store, count: int, missing: list[int]) -> str:
-    """What is wrong with those who came, or did not, in one line; empty where nothing is."""
-    devices, hosts = {}, {}
+def _verdict(group: dist.Store, count: int, missing: list[int]) -> tuple[str, list[tuple[int, str]]]:
+    """What is wrong with those who came, or did not, in one line; empty where nothing is.
+
+    Also the first rank on each host, and the host's name.
+    """
+    devices: dict[int, str] = {}
+    hosts: dict[int, str] = {}
+    leaders: dict[str, tuple[int, str]] = {}
     for rank in sorted(set(range(count)) - set(missing)):
-        devices[rank], hosts[rank] = group.get(f"here/{rank}").decode().split(" ", 1)
+        here = json.loads(group.get(f"here/{rank}"))
+        devices[rank], hosts[rank] = here["device"], here["host"]
+        leaders.setdefault(here["stack"], (rank, here["host"]))
+    return _problem(count, missing, devices, hosts), list(leaders.values())
+
+
+def _problem(count: int, missing: list[int], devices: dict[int, str], hosts: dict[int, str]) -> str:
+    """The text of `_verdict`, by the device and the host of each rank that came."""
     if missing:
         there = ", ".join(dict.fromkeys(hosts.values()))
         return (

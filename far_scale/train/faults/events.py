@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import sys
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from far_scale.files import LineFile, read_json_lines
 
@@ -33,9 +32,17 @@ class Events:
         """
         if not self._main:
             return
-        tqdm.write(text)
+        _print_line(text)
         time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
         self._file.append({"time": time, "event": event, "step": step, "text": text, **facts})
+
+
+def _print_line(text: str) -> None:
+    """Print `text` above the progress bar; where nothing has loaded tqdm, as on a job's host, there is no bar."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text)
+    else:
+        print(text, flush=True)
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
