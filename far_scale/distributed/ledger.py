@@ -115,6 +115,23 @@ def sent_bytes(operation: str, ranks: int, message_bytes: float) -> float:
     return (2 if operation == "all-reduce" else 1) * (ranks - 1) / ranks * message_bytes
 
 
+def table(entries: Sequence[Entry]) -> list[str]:
+    """The entries as lines of text, with their sum."""
+    rows = [("collectives of a rank", "ranks", "nodes", "calls", "message MB", "MB sent in the node", "to other nodes")]
+    for entry in entries:
+        key, sizes = entry.key, (entry.message_bytes, entry.within, entry.between)
+        name = f"{key.phase}: {key.operation}"
+        rows.append((name, str(key.ranks), str(key.nodes), str(entry.calls), *map(_megabytes, sizes)))
+    sums = (sum(entry.within for entry in entries), sum(entry.between for entry in entries))
+    rows.append(("sum", "", "", str(sum(entry.calls for entry in entries)), "", *map(_megabytes, sums)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f}" if size >= 5e4 or not size else "< 0.1"
+
+
 class Ledger:
     """Collectives of this rank, from `recording` blocks.
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from far_scale.distributed.ledger import phase
 from far_scale.model import FAR
 from far_scale.model.layers import Block
 from far_scale.recipe import Recipe
@@ -147,7 +148,8 @@ def _zero_norm(gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type:
         squares = torch.stack(torch._foreach_norm(own, norm_type, torch.float32)).square().sum()
     else:
         squares = torch.zeros((), device=params[0].device)
-    dist.all_reduce(squares)
+    with phase("norm"):
+        dist.all_reduce(squares)
     return squares.sqrt()
 
 
