@@ -20,7 +20,8 @@ CHANGING = ["adam_step", "ema", "exp_avg", "exp_avg_sq", "model", "weight"]
 RUNS = {
     **{f"fp32_zero{stage}": f"train.zero_stage={stage}" for stage in (0, 1, 2, 3)},
     **{f"bf16_zero{stage}": f"train.zero_stage={stage} train.precision=bf16" for stage in (0, 1, 2, 3)},
-    "many_groups": "train.zero_stage=3",
+    # Each group has its own step of Adam, as billions of parameters have.
+    "many_groups": "train.zero_stage=3 train.deepspeed.sub_group_size=50_000",
 }
 SPIKES = {
     "spikes_skip": "train.zero_stage=3 faults.spikes=skip",

@@ -27,6 +27,7 @@ from far_scale.train.held_out import open_held_out
 from far_scale.train.loop import build_model, check_computation, compute_dtype, train_step
 from far_scale.train.processes import Processes
 from far_scale.train.sets import open_sets
+from far_scale.train.sharding import choose_sharding
 from far_scale.train.start_weights import start_from
 
 # Bytes a parameter of what training holds: (weights, gradients, optimizer with master weights and EMA).
@@ -88,6 +89,7 @@ def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) 
     held_out = open_held_out(recipe, stages(recipe), manifest, scaling, dtype, processes, events, 0)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())
+    sharding = choose_sharding(recipe, parameters, processes)
 
     costs = [StageCosts.of(stage, shard_set, recipe.seed) for stage, shard_set in plan]
     state = state_bytes(recipe, parameters, processes.count)
@@ -104,6 +106,7 @@ def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) 
         print(f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{train.zero_stage}, {train.precision}")
         peak = processes.count * peak_flops(processes.device, dtype)
         print(attention)
+        print(sharding.why)
         for line in stage_table(costs, needs, peak):
             print(line)
         print(f"memory      about {need / 1e9:.2f} GB a rank at most, {have / 1e9:.2f} GB free")
@@ -119,7 +122,7 @@ def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) 
         said = start_from(model, recipe, plan[0][1].manifest, scaling, accept_changes)
         if processes.main:
             print(said)
-    engine = start_engine(model, recipe, processes)
+    engine = start_engine(model, recipe, processes, sharding)
     own_lanes = list(range(processes.rank, recipe.data.lanes, processes.count))
     for stage, shard_set in plan:
         with PackLoader(shard_set, scaling, own_lanes, stage.dealing(recipe.seed), stage.first, prefetch=1) as loader:

@@ -27,7 +27,9 @@ from far_scale.distributed.ledger import phase
 from far_scale.model import FAR
 from far_scale.model.layers import Block
 from far_scale.recipe import Recipe
+from far_scale.recipe_deepspeed import STAGES
 from far_scale.train.processes import Processes
+from far_scale.train.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Fragment:
     exp_avg_sq: Tensor
 
 
-def start_engine(model: FAR, recipe: Recipe, processes: Processes) -> Any:
-    """Shard `model` over the processes as the recipe says; returns the DeepSpeed engine.
+def start_engine(model: FAR, recipe: Recipe, processes: Processes, sharding: Sharding) -> Any:
+    """Shard `model` over the processes as decided; returns the DeepSpeed engine.
 
     One optimizer step follows lanes / ranks backward passes. The optimizer's state exists at once (torch makes it
     at the first step), so that it can be loaded before.
@@ -68,10 +70,11 @@ def start_engine(model: FAR, recipe: Recipe, processes: Processes) -> Any:
         weight_decay=recipe.optimizer.weight_decay,
         fused=True,
     )
-    if recipe.train.zero_stage == 3:
+    if sharding.stage == 3:
         # Gather a block's weights in one go: an eighth of the messages and hooks of gathering each layer's by itself.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(recipe, processes))
+    config = deepspeed_config(recipe, processes, sharding)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     _leave_steps_to_us(engine, recipe.optimizer.clip_norm)
     for master in _masters(engine):
         state = optimizer.state[master]
@@ -80,9 +83,9 @@ def start_engine(model: FAR, recipe: Recipe, processes: Processes) -> Any:
     return engine
 
 
-def deepspeed_config(recipe: Recipe, processes: Processes) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe, processes: Processes, sharding: Sharding) -> dict[str, Any]:
     """The configuration that DeepSpeed is started with."""
-    bf16, stage = recipe.train.precision == "bf16", recipe.train.zero_stage
+    bf16, stage = recipe.train.precision == "bf16", sharding.stage
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": recipe.data.lanes // processes.count,
@@ -98,6 +101,13 @@ def deepspeed_config(recipe: Recipe, processes: Processes) -> dict[str, Any]:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = recipe.train.whole_below
     if bf16 and stage > 0:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if recipe.train.deepspeed is not None:
+        given = {name: value for name, value in recipe.train.deepspeed.given().items() if stage in STAGES[name]}
+        if "communication_data_type" in given:
+            config["communication_data_type"] = given.pop("communication_data_type")
+        config["zero_optimization"] |= given
+    if sharding.hpz > 1:
+        config["zero_optimization"]["zero_hpz_partition_size"] = sharding.hpz
     return config
 
 
@@ -216,6 +226,7 @@ def use_loaded_weights(engine: Any) -> None:
                 if name in by_name:
                     fragment = by_name[name]
                     parameter.ds_tensor[: len(fragment.weight)].copy_(fragment.weight)
+            engine.optimizer.invalidate_secondary_tensor()  # hpZ's copies, which may be of the old weights too
         elif stage > 0:
             engine.optimizer.update_lp_params()
         elif engine.bfloat16_enabled():

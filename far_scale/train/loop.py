@@ -48,6 +48,7 @@ from far_scale.train.resume import (
 )
 from far_scale.train.schedule import learning_rate
 from far_scale.train.sets import open_sets
+from far_scale.train.sharding import choose_sharding
 from far_scale.train.start_weights import start_from
 from far_scale.train.validation import Validation
 
@@ -116,7 +117,8 @@ def train(
             events.tell("started-from", 0, start_from(model, recipe, first_set, scaling, accept_changes))
         card = describe(recipe, model, manifest, scaling, processes)
         stage_cards = {index: describe_stage(plan[index], shards.manifest) for index, shards in shard_sets.items()}
-        engine = start_engine(model, recipe, processes)
+        sharding = choose_sharding(recipe, sum(parameter.numel() for parameter in model.parameters()), processes)
+        engine = start_engine(model, recipe, processes, sharding)
         set_timeouts(processes)  # of DeepSpeed's groups
         ema = ShardedEMA(fragments(engine), recipe.optimizer.ema_decay)
         name = identity(run, processes, events)
@@ -144,6 +146,7 @@ def train(
             keeper = Keeper(recipe, engine, ema, guard, saver, resume, card, processes)
             ledger = StepLedger(hosts, processes, events, monitor.say)
             monitor.say(attention)
+            monitor.say(sharding.why)
             validation = Validation(plan, held_out, engine, ema, monitor, watchdog, processes)
             validation.after_step(position.step)  # which the last start may not have come to
             for stage in plan:
