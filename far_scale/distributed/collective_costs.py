@@ -4,7 +4,7 @@ The entries are those that a ledger has of the same step (far_scale/distributed/
 DeepSpeed knows the order of the modules. P is the sum of the parameters, n the ranks, and p(n) pads to a multiple of n:
 
     stage 0     gradients: all-reduce of P, once a step
-    stage 1, 2  gradients: all-reduce of P, once a step in stage 1, with each pack in stage 2
+    stage 1, 2  gradients: all-reduce of P (stage 1 in bf16: p(2 n) of P), once a step in stage 1, with each pack in 2
                 weights, after the update: all-gather of p(2 n) of P
     stage 3     gradients: reduce-scatter of the sum of each parameter's p(n), with each pack
                 weights: all-gathers in forward and backward, see gathers.py; after the update, one for each parameter
@@ -90,7 +90,8 @@ class Setup:
         hpz: ranks of an hpZ group; 1 for none.
         whole_below: parameters of up to so many numbers are whole on every rank (stage 3).
         reduce_bucket: numbers that are reduced at a time.
-        rules: of stage 3's gathers.
+        sub_group: numbers of a rank's part that the optimizer steps at a time, each with a norm of its own (stage 3).
+        prefetch_bucket, reuse_distance, live: what decides on stage 3's gathers, see `GatherRules`.
         counts_clips: whether packs differ in clips, so that the ranks add them up.
     """
 
@@ -104,7 +105,10 @@ class Setup:
     hpz: int = 1
     whole_below: int = 100_000
     reduce_bucket: int = 500_000_000
-    rules: GatherRules = GatherRules()
+    sub_group: int = 1_000_000_000
+    prefetch_bucket: int = 50_000_000
+    reuse_distance: int = 1_000_000_000
+    live: int = 1_000_000_000
     counts_clips: bool = False
 
 
@@ -128,11 +132,14 @@ def step_collectives(shapes: Shapes, setup: Setup) -> list[Entry]:
             size = setup.number_bytes * sum(padded[number] for number in gather.parameters)
             add(gather.phase, "all-gather", [size], setup.hpz if gather.secondary else ranks)
     operation, gradients = ("reduce-scatter", padded) if setup.stage == 3 else ("all-reduce", shapes.sizes)
-    buckets = _buckets(shapes.sizes, gradients, setup.reduce_bucket)
+    if setup.stage == 1 and setup.number_bytes == 2:
+        buckets = [_pad(total, 2 * ranks)]  # in bf16 DeepSpeed has another optimizer, which reduces all in one
+    else:
+        buckets = _buckets(shapes.sizes, gradients, setup.reduce_bucket)
     once = setup.reduces_once or setup.stage < 2
     add("backward", operation, [setup.gradient_bytes * bucket for bucket in buckets] * (1 if once else setup.packs))
     if setup.stage > 0:
-        add("norm", "all-reduce", [4])
+        add("norm", "all-reduce", [4] * (_sub_groups(padded, setup) if setup.stage == 3 else 1))
     add("guard", "all-reduce", [8])
     if setup.stage == 3:
         add("update", "all-gather", [setup.number_bytes * padded[number] for number in sorted(kept)])
@@ -146,8 +153,9 @@ def step_collectives(shapes: Shapes, setup: Setup) -> list[Entry]:
 
 
 def _step_gathers(shapes: Shapes, setup: Setup, kept: frozenset[int]) -> list[Gather]:
+    rules = GatherRules(setup.prefetch_bucket, setup.reuse_distance, setup.live)
     first, later = (
-        pack_gathers(shapes.root, shapes.sizes, kept, setup.rules, setup.hpz > 1, first) for first in (True, False)
+        pack_gathers(shapes.root, shapes.sizes, kept, rules, setup.hpz > 1, first) for first in (True, False)
     )
     return first + later * (setup.packs - 1)
 
@@ -162,6 +170,16 @@ def _buckets(sizes: Sequence[int], messages: Sequence[int], limit: int) -> list[
         filled += size
         buckets[-1] += message
     return buckets
+
+
+def _sub_groups(padded: Sequence[int], setup: Setup) -> int:
+    """How many groups of parameters stage 3 makes, each closed when it holds `sub_group` numbers of a rank's part."""
+    groups, filled = 1, 0
+    for size in padded:
+        if filled >= setup.sub_group:
+            groups, filled = groups + 1, 0
+        filled += size // setup.ranks
+    return groups
 
 
 def _pad(size: int, multiple: int) -> int:

@@ -56,7 +56,7 @@ class Gather(NamedTuple):
 
 @dataclass(frozen=True)
 class GatherRules:
-    """Keys of DeepSpeed's that decide, all in numbers, at DeepSpeed's defaults.
+    """Keys of DeepSpeed's that decide, all in numbers.
 
     Attributes:
         prefetch_bucket: stage3_prefetch_bucket_size.
@@ -64,9 +64,9 @@ class GatherRules:
         live: stage3_max_live_parameters, which limits what is gathered ahead.
     """
 
-    prefetch_bucket: int = 50_000_000
-    reuse_distance: int = 1_000_000_000
-    live: int = 1_000_000_000
+    prefetch_bucket: int
+    reuse_distance: int
+    live: int
 
 
 def pack_gathers(
@@ -154,7 +154,8 @@ class _Replay:
         for later in self._order[self._step :]:
             if distance >= self._rules.reuse_distance:
                 break
-            walked = later.below if part.whole else later.own
+            # As DeepSpeed walks them: seen from any other module, one that is gathered in one go holds no parameters.
+            walked = later.below if part.whole else () if later.whole else later.own
             dropped -= set(walked)
             distance += sum(self._sizes[number] for number in walked)
         for number in part.own:

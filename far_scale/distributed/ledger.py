@@ -95,9 +95,12 @@ class Entry:
         """Those of `sent` that go to another node, in the mean over the group's ranks.
 
         A ring goes through the ranks node by node, as NCCL lays it, so that of its n links one a node leads to
-        another node, and each link carries the same.
+        another node, and each link carries the same. Of an all-to-all, a rank sends an equal part to each rank.
         """
-        return self.sent * self.key.nodes / self.key.ranks if self.key.nodes > 1 else 0.0
+        ranks, nodes = self.key.ranks, self.key.nodes
+        if self.key.operation == "all-to-all":
+            return self.message_bytes * (1 - 1 / nodes)
+        return self.sent * nodes / ranks if nodes > 1 else 0.0
 
     @property
     def within(self) -> float:
@@ -117,7 +120,9 @@ def sent_bytes(operation: str, ranks: int, message_bytes: float) -> float:
 
 def table(entries: Sequence[Entry]) -> list[str]:
     """The entries as lines of text, with their sum."""
-    rows = [("collectives of a rank", "ranks", "nodes", "calls", "message MB", "MB sent in the node", "to other nodes")]
+    rows: list[tuple[str, ...]] = [
+        ("collectives of a rank", "ranks", "nodes", "calls", "message MB", "MB sent in the node", "to other nodes")
+    ]
     for entry in entries:
         key, sizes = entry.key, (entry.message_bytes, entry.within, entry.between)
         name = f"{key.phase}: {key.operation}"

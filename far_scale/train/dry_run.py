@@ -14,10 +14,12 @@ from far_scale.data.packs.mixture import Mixture, summary
 from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError, say_warning
+from far_scale.hosts import host_name
 from far_scale.layout import FrameLayout
 from far_scale.model import FAR
 from far_scale.objective import add_noise
 from far_scale.recipe import Recipe, check_ranks
+from far_scale.train.collectives import expected_collectives
 from far_scale.train.curriculum import Stage, stages
 from far_scale.train.engine import start_engine
 from far_scale.train.faults.events import Events
@@ -25,7 +27,7 @@ from far_scale.train.feed import Batch
 from far_scale.train.flops import peak_flops, train_flops
 from far_scale.train.held_out import open_held_out
 from far_scale.train.loop import build_model, check_computation, compute_dtype, train_step
-from far_scale.train.processes import Processes
+from far_scale.train.processes import Processes, gather
 from far_scale.train.sets import open_sets
 from far_scale.train.sharding import choose_sharding
 from far_scale.train.start_weights import start_from
@@ -90,6 +92,7 @@ def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) 
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())
     sharding = choose_sharding(recipe, parameters, processes)
+    nodes = len(set(gather(host_name(), processes.host_group)))
 
     costs = [StageCosts.of(stage, shard_set, recipe.seed) for stage, shard_set in plan]
     state = state_bytes(recipe, parameters, processes.count)
@@ -108,6 +111,8 @@ def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) 
         print(attention)
         print(sharding.why)
         for line in stage_table(costs, needs, peak):
+            print(line)
+        for line in expected_collectives(recipe, sharding, processes.count, nodes):
             print(line)
         print(f"memory      about {need / 1e9:.2f} GB a rank at most, {have / 1e9:.2f} GB free")
     if need > have:

@@ -185,6 +185,13 @@ def _step_bf16_runs(engine: Any) -> None:
     wrapper.clear_hp_grads()
 
 
+def communication_backend() -> Any:
+    """The object by whose methods DeepSpeed starts its collectives."""
+    from deepspeed.comm import comm
+
+    return comm.cdb
+
+
 def before_adam(engine: Any, do: Callable[[torch.optim.AdamW], None]) -> None:
     """Call `do` with the optimizer before each of its steps, when `grad_norm` is known and the gradients are clipped.
 
