@@ -12,7 +12,7 @@ import torch.distributed as dist
 from launch import small_recipe
 
 from far_scale.recipe import load_recipe
-from far_scale.train.engine import communication_backend
+from far_scale.train.deepspeed_adapter import communication_backend
 from far_scale.train.loop import train
 from far_scale.train.processes import start_processes, stop_processes
 

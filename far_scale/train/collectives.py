@@ -12,7 +12,7 @@ from far_scale.distributed.ledger import Ledger, table
 from far_scale.model import FAR
 from far_scale.recipe import Recipe
 from far_scale.recipe_checks import stage_sections
-from far_scale.train.engine import communication_backend
+from far_scale.train.deepspeed_adapter import communication_backend
 from far_scale.train.faults.events import Events
 from far_scale.train.processes import Processes
 from far_scale.train.sharding import Sharding

@@ -23,8 +23,9 @@ from far_scale.train.checkpoint.saver import Saver
 from far_scale.train.collectives import StepLedger
 from far_scale.train.compiled import check_compiler
 from far_scale.train.curriculum import Stage, stages
+from far_scale.train.deepspeed_adapter import grad_norm
 from far_scale.train.ema import ShardedEMA
-from far_scale.train.engine import fragments, grad_norm, set_learning_rate, start_engine
+from far_scale.train.engine import fragments, set_learning_rate, start_engine
 from far_scale.train.faults.damaged import DamagedSamples
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.guard import Guard

@@ -20,7 +20,8 @@ from torch import Tensor
 from far_scale.data.packs.loader import Pack
 from far_scale.distributed.ledger import phase
 from far_scale.recipe_sections import FaultsSection
-from far_scale.train.engine import before_adam, grad_norm
+from far_scale.train.deepspeed_adapter import grad_norm
+from far_scale.train.engine import before_adam
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.spikes import RunningLevels
 from far_scale.train.processes import Processes, gather
