@@ -142,10 +142,12 @@ class Ledger:
 
     Args:
         hosts: every rank's node, by rank.
+        backends: objects beside torch.distributed whose methods start collectives and may hold earlier references to
+            torch's functions, such as DeepSpeed's communication backend.
     """
 
-    def __init__(self, hosts: Sequence[str]) -> None:
-        self._hosts = hosts
+    def __init__(self, hosts: Sequence[str], *backends: Any) -> None:
+        self._hosts, self._owners = hosts, (dist, *backends)
         self._entries: dict[Key, Entry] = {}
         self._groups: dict[Any, tuple[int, int]] = {}
         self._inside = threading.local()
@@ -156,16 +158,11 @@ class Ledger:
         return list(self._entries.values())
 
     @contextlib.contextmanager
-    def recording(self, *backends: Any) -> Iterator[None]:
-        """Note what is started inside, and forget what was noted before.
-
-        Args:
-            backends: objects beside torch.distributed whose methods start collectives and may hold earlier references
-                to torch's functions, such as DeepSpeed's communication backend.
-        """
+    def recording(self) -> Iterator[None]:
+        """Note what is started inside, and forget what was noted before."""
         self._entries = {}
         with contextlib.ExitStack() as stack:
-            for owner in (dist, *backends):
+            for owner in self._owners:
                 for name, operation in OPERATIONS.items():
                     if callable(function := getattr(owner, name, None)):
                         stack.callback(_restore, owner, name, vars(owner).get(name))

@@ -85,7 +85,8 @@ class StepLedger:
     """
 
     def __init__(self, hosts: Sequence[str], processes: Processes, events: Events, say: Callable[[str], None]) -> None:
-        self._ledger = Ledger(hosts) if processes.main and processes.count > 1 else None
+        records = processes.main and processes.count > 1
+        self._ledger = Ledger(hosts, communication_backend()) if records else None
         self._events, self._say, self._step = events, say, 0
 
     def begin_stage(self, done: int) -> None:
@@ -98,7 +99,7 @@ class StepLedger:
         if self._ledger is None or step != self._step:
             yield
             return
-        with self._ledger.recording(communication_backend()):
+        with self._ledger.recording():
             yield
         entries = self._ledger.entries()
         calls, within, between = (
