@@ -152,6 +152,7 @@ class Recipe(Section):
                     "zero_stage",
                     "whole_below",
                     "deepspeed",
+                    "reduce_once",
                     "activation_checkpointing",
                     "compile",
                     "attention",

@@ -103,7 +103,7 @@ def deepspeed_conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         return
     given = section.given()
     for name, value in given.items():
-        if stage not in STAGES[name]:
+        if stage != "auto" and stage not in STAGES[name]:
             stages = " or ".join(map(str, STAGES[name]))
             yield (
                 f"train.deepspeed.{name}",

@@ -263,6 +263,12 @@ def _parse_hpz(value: Any) -> Any:
     return value
 
 
+def _parse_reduce_once(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise PydanticCustomError("reduce_once", "must be auto, true or false")
+    return value
+
+
 def _parse_size(value: Any) -> Any:
     """Configurations of DeepSpeed write 5e8."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -348,12 +354,17 @@ class TrainSection(Section):
     """Optimizer steps, each on one global batch; with a curriculum the sum of its stages, unless set."""
     precision: Literal["bf16", "fp32"]
     """Arithmetic of the model; optimizer and EMA are float32 in either."""
-    zero_stage: Literal[0, 1, 2, 3]
-    """DeepSpeed ZeRO stage: shards nothing, the optimizer, also gradients, also weights."""
+    zero_stage: Literal[0, 1, 2, 3, "auto"]
+    """DeepSpeed ZeRO stage: shards nothing, the optimizer, also gradients, also weights; auto: the lowest from 1 that
+    fits the memory by estimate, chosen at each start."""
     whole_below: Annotated[int, Field(ge=0)] = 100_000
     """ZeRO-3 keeps parameters of fewer numbers than this whole on every rank, to spare small gathers; 0 shards all."""
     deepspeed: DeepSpeedSection | None = None
     """DeepSpeed's own keys, for a cluster's network; null for their defaults."""
+    reduce_once: Annotated[bool | Literal["auto"], BeforeValidator(_parse_reduce_once)] = "auto"
+    """ZeRO-2 and -3 where a rank has several packs a step: sum their gradients first and reduce them once, which keeps
+    whole gradients on every rank; false reduces each pack's while the next is computed. Auto: where there are several
+    nodes and the memory is there."""
     activation_checkpointing: Literal["none", "attention-kept", "full"] = "none"
     """What backward computes again in place of keeping it: nothing, all of a layer but attention's output (which is
     what takes longest), or all of a layer, of which then only the input is kept. FlexAttention's output is not kept."""

@@ -91,8 +91,8 @@ class Run:
         self.recipe, self.processes, self.steps = load_recipe(spec, others), processes, 0
         (self.stage,) = stages(self.recipe)
         model = loop.build_model(self.recipe)
-        sharding = choose_sharding(self.recipe, sum(p.numel() for p in model.parameters()), processes)
-        self.engine = engine.start_engine(model, self.recipe, processes, sharding)
+        self.sharding = choose_sharding(self.recipe, sum(p.numel() for p in model.parameters()), processes, lambda: 0)
+        self.engine = engine.start_engine(model, self.recipe, processes, self.sharding)
         self.ema = ShardedEMA(engine.fragments(self.engine), self.recipe.optimizer.ema_decay)
         self.guard = Guard(self.engine, self.recipe.faults, processes, Events(out / name, processes.main))
         self.troubles: list[dict] = []
@@ -110,7 +110,8 @@ class Run:
         step = self.engine.step
         with Waits() as waits:
             with mock.patch.object(self.engine, "step", lambda: step_without_waiting(step, strict)):
-                loop.train_step(self.engine, batch, self.stage, self.processes, guard=self.guard)
+                once = self.sharding.reduce_once
+                loop.train_step(self.engine, batch, self.stage, self.processes, guard=self.guard, reduce_once=once)
             with waiting_raises(strict):
                 self.ema.update(self.guard.kept)
                 trouble = self.guard.end_step(self.steps, batch.packs)

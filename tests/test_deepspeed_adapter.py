@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -92,3 +94,43 @@ def test_an_optimizer_of_another_class_is_refused() -> None:
     engine = types.SimpleNamespace(optimizer=object(), zero_optimization_stage=lambda: 2)
     with pytest.raises(UserError, match=r"it steps ZeRO-2 by a class object; install"):
         deepspeed_adapter._check_attributes(engine)
+
+
+def test_bf16_gradients_are_summed_in_float32() -> None:
+    """256 packs of 1 and one of 1/2: bf16 stops at 256, and would lose the half."""
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    engine, sums = types.SimpleNamespace(module=model), dict[str, torch.Tensor]()
+    for gradient in [1.0] * 256 + [0.5]:
+        (model.weight.sum() * gradient).backward()
+        deepspeed_adapter._add_to_sums(engine, sums)
+    assert sums["weight"].item() == 256.5 and model.weight.grad is not None and model.weight.grad.item() == 0
+
+
+def test_a_step_that_fails_reduces_nothing_on_its_way_out() -> None:
+    """The other ranks may not come to that reduction."""
+    done = []
+
+    class Engine:
+        @contextlib.contextmanager
+        def coalesce_grad_reduction(self) -> Iterator[None]:
+            try:
+                yield
+            finally:
+                self._flush_coalesced_reduction_zero12(None)
+                self._flush_coalesced_reduction_zero3(None)
+
+        def _flush_coalesced_reduction_zero12(self, optimizer: object) -> None:
+            done.append("stage 1 or 2")
+
+        def _flush_coalesced_reduction_zero3(self, optimizer: object) -> None:
+            done.append("stage 3")
+
+        def step(self) -> None:
+            done.append("step")
+
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        deepspeed_adapter.one_step(Engine(), packs=2, reduce_once=True),
+    ):
+        raise RuntimeError("out of memory")
+    assert done == []

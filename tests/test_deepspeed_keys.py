@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 
@@ -13,10 +12,9 @@ from far_scale.errors import UserError
 from far_scale.recipe import load_recipe
 from far_scale.recipe_deepspeed import SET_ELSEWHERE, STAGES
 from far_scale.recipe_sections import DeepSpeedSection
-from far_scale.train import sharding
 from far_scale.train.engine import deepspeed_config
 from far_scale.train.processes import Processes
-from far_scale.train.sharding import Sharding, choose_sharding
+from far_scale.train.sharding import Sharding
 
 SECTION = "train.deepspeed"
 VALUES = {
@@ -69,7 +67,7 @@ def test_deepspeed_reads_what_it_is_handed(stage: int) -> None:
     keys = {name: value for name, value in VALUES.items() if stage in STAGES[name]}
     overrides = [f"{SECTION}.{name}={value}" for name, value in keys.items()]
     recipe = load_recipe("demo_cpu", [f"train.zero_stage={stage}", *overrides])
-    config = deepspeed_config(recipe, Processes(0, 4, torch.device("cpu")), Sharding(stage, 2, ""))
+    config = deepspeed_config(recipe, Processes(0, 4, torch.device("cpu")), Sharding(stage, 2))
     assert config["communication_data_type"] == "fp32"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     read = DeepSpeedZeroConfig(**config["zero_optimization"]).model_dump(by_alias=True)
@@ -127,49 +125,3 @@ def test_only_what_changes_the_result_is_in_the_hash(tmp_path: Path) -> None:
         load_recipe("demo_cpu", ["train.zero_stage=3", f"{SECTION}.zero_quantized_weights=false"]).hash()
         == plain.hash()
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """Every rank's node, and what is asked for on it."""
-
-    nodes: str
-    billions: float
-    asked: int | str = "auto"
-    stage: int = 3
-
-
-HPZ = {
-    Cluster("aaaa", 0.5): (1, "ZeRO-3, no hpZ: one node"),
-    Cluster("aabb", 0.5): (2, "ZeRO-3, hpZ 2: 2 nodes of 2 ranks, 0.5 billion parameters"),
-    Cluster("aaaabbbbcccc", 1.37): (4, "ZeRO-3, hpZ 4: 3 nodes of 4 ranks, 1.4 billion parameters"),
-    Cluster("aabb", 3.03): (1, "ZeRO-3, no hpZ: 2 nodes of 2 ranks, 3 billion parameters, more than 1.4"),
-    Cluster("aabb", 3.03, 2): (2, "ZeRO-3, hpZ 2: as the recipe sets"),
-    Cluster("aabb", 0.5, 1): (1, "ZeRO-3, hpZ 1: as the recipe sets"),
-    Cluster("aaab", 0.5): (1, "ZeRO-3, no hpZ: the 2 nodes do not hold equally many consecutive ranks each"),
-    Cluster("aabbc", 0.5): (1, "ZeRO-3, no hpZ: the 3 nodes do not hold equally many consecutive ranks each"),
-    Cluster("abab", 0.5): (1, "ZeRO-3, no hpZ: the 2 nodes do not hold equally many consecutive ranks each"),
-    Cluster("abcd", 0.5): (1, "ZeRO-3, no hpZ: 4 nodes of one rank"),
-    Cluster("aabb", 0.5, stage=1): (1, "ZeRO-1"),
-}
-
-
-@pytest.mark.parametrize("cluster", HPZ, ids=str)
-def test_hpz_follows_the_nodes_unless_the_recipe_sets_it(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [] if cluster.asked == "auto" else [f"{SECTION}.zero_hpz_partition_size={cluster.asked}"]
-    recipe = load_recipe("demo_cpu", [f"train.zero_stage={cluster.stage}", *keys])
-    monkeypatch.setattr(sharding, "gather", lambda *_: list(cluster.nodes))
-    processes = Processes(0, len(cluster.nodes), torch.device("cpu"))
-    found = choose_sharding(recipe, int(cluster.billions * 1e9), processes)
-    assert (found.hpz, found.why) == (HPZ[cluster][0], f"sharding: {HPZ[cluster][1]}")
-
-
-def test_what_does_not_fit_the_ranks_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharding, "gather", lambda *_: list("aaabbb"))
-    processes = Processes(0, 6, torch.device("cpu"))
-    recipe = load_recipe("demo_cpu", ["train.zero_stage=3", f"{SECTION}.zero_hpz_partition_size=4"])
-    with pytest.raises(UserError, match=r"zero_hpz_partition_size: 4 does not divide the 6 ranks; set it to a divisor"):
-        choose_sharding(recipe, 1000, processes)
-    recipe = load_recipe("demo_cpu", ["train.zero_stage=3", f"{SECTION}.zero_quantized_weights=true"])
-    with pytest.raises(UserError, match=r"zero_quantized_weights: DeepSpeed quantises on GPUs only"):
-        choose_sharding(recipe, 1000, processes)

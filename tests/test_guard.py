@@ -20,6 +20,8 @@ CHANGING = ["adam_step", "ema", "exp_avg", "exp_avg_sq", "model", "weight"]
 RUNS = {
     **{f"fp32_zero{stage}": f"train.zero_stage={stage}" for stage in (0, 1, 2, 3)},
     **{f"bf16_zero{stage}": f"train.zero_stage={stage} train.precision=bf16" for stage in (0, 1, 2, 3)},
+    "once_fp32_zero3": "train.zero_stage=3 train.reduce_once=true",
+    "once_bf16_zero2": "train.zero_stage=2 train.reduce_once=true train.precision=bf16",
     # Each group has its own step of Adam, as billions of parameters have.
     "many_groups": "train.zero_stage=3 train.deepspeed.sub_group_size=50_000",
 }

@@ -20,7 +20,8 @@ from far_scale.train.collectives import expected_collectives, setup
 from far_scale.train.faults.events import read_events
 from far_scale.train.sharding import Sharding
 
-FOUR_PACKS = "data.lanes=16"
+FOUR_PACKS = "data.lanes=16 train.reduce_once=false"
+ONCE = "data.lanes=16 train.reduce_once=true"
 WITHOUT_HPZ = "train.zero_stage=3 train.deepspeed.zero_hpz_partition_size=1"
 # No weights ahead and none kept for backward: what DeepSpeed does with models of more than 1e9 parameters.
 AGAIN = "train.deepspeed.stage3_prefetch_bucket_size=0 train.deepspeed.stage3_max_reuse_distance=0"
@@ -28,13 +29,15 @@ RUNS = {
     "zero1": "train.zero_stage=1",
     "zero1-bf16": f"train.zero_stage=1 train.precision=bf16 {FOUR_PACKS}",
     "zero2": f"train.zero_stage=2 {FOUR_PACKS} train.deepspeed.reduce_bucket_size=200_000",
+    "zero2-once": f"train.zero_stage=2 {ONCE}",
     "zero3": f"{WITHOUT_HPZ} {FOUR_PACKS} train.whole_below=1000",
+    "zero3-once": f"{WITHOUT_HPZ} {ONCE} train.whole_below=1000",
     "zero3-again": f"{WITHOUT_HPZ} {AGAIN} train.activation_checkpointing=full data.clips_per_pack=null "
     "data.tokens_per_pack=64",
     "zero3-between": f"{WITHOUT_HPZ} train.deepspeed.stage3_prefetch_bucket_size=100_000 "
     "train.deepspeed.stage3_max_reuse_distance=700_000 train.deepspeed.reduce_bucket_size=200_000",
     "hpz": f"train.zero_stage=3 {AGAIN}",
-    "hpz-bf16": f"train.zero_stage=3 {FOUR_PACKS} train.precision=bf16 train.whole_below=1000",
+    "hpz-bf16": f"train.zero_stage=3 {ONCE} train.precision=bf16 train.whole_below=1000",
     "long": f"train.zero_stage=3 {AGAIN} model.window=2 model.context_patch=2 train.deepspeed.sub_group_size=100_000",
 }  # fmt: skip
 COMMON = (
@@ -71,7 +74,9 @@ def recorded(run: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_step_sends_what_was_worked_out(runs: Path, name: str) -> None:
     recipe = recipe_of(RUNS[name])
-    sharding = Sharding(recipe.train.zero_stage, 2 if name in ("hpz", "hpz-bf16", "long") else 1, "")
+    assert recipe.train.zero_stage != "auto"
+    hpz = recipe.train.zero_stage == 3 and WITHOUT_HPZ not in RUNS[name]
+    sharding = Sharding(recipe.train.zero_stage, 2 if hpz else 1, ONCE in RUNS[name])
     with torch.device("meta"):
         shapes = Shapes.of(FAR(recipe.far_config()))
     expected = step_collectives(shapes, setup(recipe, sharding, 4, 2))
@@ -94,6 +99,12 @@ def test_with_hpz_no_gather_of_backward_crosses_nodes(runs: Path) -> None:
     (with_hpz,), (without,) = (of_backward(recorded(runs / name), "all-gather") for name in ("hpz", "zero3-again"))
     assert with_hpz["between"] == 0.0 and without["between"] > 0
     assert with_hpz["message_bytes"] == without["message_bytes"] == with_hpz["within"] * 2
+
+
+def test_four_packs_are_reduced_once(runs: Path) -> None:
+    (once,), (four_times,) = (of_backward(recorded(runs / name), "reduce-scatter") for name in ("zero3-once", "zero3"))
+    assert (once["calls"], four_times["calls"]) == (1, 4)
+    assert four_times["message_bytes"] == 4 * once["message_bytes"]
 
 
 def test_the_log_has_a_table(runs: Path) -> None:
@@ -134,10 +145,10 @@ def test_models_of_up_to_a_billion_parameters_gather_nothing_in_backward() -> No
 
 def test_a_dry_run_shows_the_table_of_its_ranks() -> None:
     recipe = recipe_of(RUNS["hpz"])
-    assert expected_collectives(recipe, Sharding(3, 1, ""), 1, 1) == []
-    lines = expected_collectives(recipe, Sharding(3, 2, ""), 4, 2)
+    assert expected_collectives(recipe, Sharding(3), 1, 1) == []
+    lines = expected_collectives(recipe, Sharding(3, 2), 4, 2)
     assert lines[0].startswith("collectives of a rank") and lines[-1].startswith("sum")
     assert lines[1].split() == ["forward:", "all-gather", "4", "2", "10", "2.7", "1.0", "1.0"]
     quantised = recipe_of("train.zero_stage=3 train.deepspeed.zero_quantized_weights=true")
-    (line,) = expected_collectives(quantised, Sharding(3, 1, ""), 4, 2)
+    (line,) = expected_collectives(quantised, Sharding(3), 4, 2)
     assert line == "collectives: not worked out for train.deepspeed.zero_quantized_weights=True"

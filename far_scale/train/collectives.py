@@ -65,6 +65,7 @@ def setup(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> Setup:
         number_bytes=number_bytes[recipe.train.precision],
         gradient_bytes=number_bytes[given.get("communication_data_type", recipe.train.precision)],
         packs=recipe.data.lanes // ranks,
+        reduces_once=sharding.reduce_once,
         hpz=sharding.hpz,
         whole_below=recipe.train.whole_below,
         counts_clips=any(stage.data.tokens_per_pack is not None for stage in stage_sections(recipe)),

@@ -16,10 +16,11 @@ Every symbol used here stands in `symbols` or `_ATTRIBUTES`, with the versions t
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -73,6 +74,7 @@ _STAGE_3 = "deepspeed.runtime.zero.stage3"
 _STAGE_1_2 = "deepspeed.runtime.zero.stage_1_and_2"
 _BF16 = "deepspeed.runtime.bf16_optimizer:BF16_Optimizer"
 _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
+_REDUCES_ONCE = (0, 19, 1)
 _NORM = ("self", "gradients", "params", "norm_type")
 
 SYMBOLS = (
@@ -84,6 +86,9 @@ SYMBOLS = (
     Symbol(f"{_ENGINE}.bfloat16_enabled", ("self",)),
     Symbol(f"{_ENGINE}.zero_optimization_stage", ("self",)),
     Symbol(f"{_ENGINE}.empty_partition_cache", ("self",)),
+    Symbol(f"{_ENGINE}.coalesce_grad_reduction", ("self",), since=_REDUCES_ONCE),
+    Symbol(f"{_ENGINE}._flush_coalesced_reduction_zero12", ("self", "optimizer"), since=_REDUCES_ONCE, replaced=True),
+    Symbol(f"{_ENGINE}._flush_coalesced_reduction_zero3", ("self", "optimizer"), since=_REDUCES_ONCE, replaced=True),
     Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct", _NORM, replaced=True),
     Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.get_param_id", ("self", "param")),
     Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.invalidate_secondary_tensor", ("self",)),
@@ -246,6 +251,62 @@ def use_loaded_weights(engine: Any) -> None:
     elif engine.bfloat16_enabled():
         for parameter, master in zip(engine.module.parameters(), masters(engine), strict=True):
             parameter.copy_(master)
+
+
+def can_reduce_once() -> bool:
+    """Whether the installed DeepSpeed can sum the packs' gradients before it reduces them."""
+    return installed_version() >= _REDUCES_ONCE
+
+
+@contextlib.contextmanager
+def one_step(engine: Any, packs: int, reduce_once: bool) -> Iterator[Callable[[Tensor], None]]:
+    """One optimizer step: gives what does backward, to be called with the loss of each of its `packs`.
+
+    Args:
+        reduce_once: sum the packs' gradients on each rank, and reduce the sum; DeepSpeed's gradient accumulation is 1.
+            Otherwise each pack's are reduced.
+    """
+    if not reduce_once:
+
+        def backward_and_step(loss: Tensor) -> None:
+            with phase("backward"):
+                engine.backward(loss)
+            with phase("update"):
+                engine.step()
+
+        yield backward_and_step
+        return
+    sums: dict[str, Tensor] = {}
+
+    def backward(loss: Tensor) -> None:
+        engine.backward(loss / packs)
+        if engine.bfloat16_enabled():
+            _add_to_sums(engine, sums)
+
+    with phase("backward"), engine.coalesce_grad_reduction():
+        try:
+            yield backward
+        except BaseException:
+            # The run ends; a reduction on the way out would wait for ranks that do not come.
+            engine._flush_coalesced_reduction_zero12 = engine._flush_coalesced_reduction_zero3 = lambda optimizer: None
+            raise
+        for name, parameter in engine.module.named_parameters() if sums else ():
+            if name in sums:
+                parameter.grad.copy_(sums.pop(name))
+    with phase("update"):
+        engine.step()
+
+
+@torch.no_grad()
+def _add_to_sums(engine: Any, sums: dict[str, Tensor]) -> None:
+    """Move a pack's bf16 gradients to their float32 sums over the packs: bf16 would lose what is small beside them."""
+    for name, parameter in engine.module.named_parameters():
+        if parameter.grad is not None:
+            if name in sums:
+                sums[name].add_(parameter.grad)
+            else:
+                sums[name] = parameter.grad.float()
+            parameter.grad.zero_()  # not None: a parameter that ZeRO-3 has cut takes no new gradient
 
 
 def clips_here(stage: int, bf16: bool) -> bool:

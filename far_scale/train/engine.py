@@ -55,9 +55,9 @@ class Fragment:
 
 
 def start_engine(model: FAR, recipe: Recipe, processes: Processes, sharding: Sharding) -> Any:
-    """Shard `model` over the processes as decided; returns the DeepSpeed engine.
+    """Shard `model` over the processes as decided; returns the DeepSpeed engine, which `one_step` steps.
 
-    One optimizer step follows lanes / ranks backward passes. The optimizer's state exists at once (torch makes it
+    The optimizer's state exists at once (torch makes it
     at the first step), so that it can be loaded before.
     """
     model.run_as(recipe.train.compile, recipe.train.activation_checkpointing, recipe.train.attention)
@@ -84,7 +84,8 @@ def deepspeed_config(recipe: Recipe, processes: Processes, sharding: Sharding) -
     bf16, stage = recipe.train.precision == "bf16", sharding.stage
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": recipe.data.lanes // processes.count,
+        # Where the packs' gradients are summed before DeepSpeed sees them, it is to count them as one pass.
+        "gradient_accumulation_steps": 1 if sharding.reduce_once else recipe.data.lanes // processes.count,
         "gradient_clipping": 0.0 if clips_here(stage, bf16) else recipe.optimizer.clip_norm,
         "zero_optimization": {"stage": stage, "overlap_comm": processes.device.type == "cuda"},
         "zero_allow_untested_optimizer": True,  # torch's own AdamW; DeepSpeed's would be compiled on the spot

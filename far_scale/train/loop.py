@@ -22,8 +22,9 @@ from far_scale.train.checkpoint import local
 from far_scale.train.checkpoint.saver import Saver
 from far_scale.train.collectives import StepLedger
 from far_scale.train.compiled import check_compiler
+from far_scale.train.costs import most_activation_bytes
 from far_scale.train.curriculum import Stage, stages
-from far_scale.train.deepspeed_adapter import grad_norm
+from far_scale.train.deepspeed_adapter import grad_norm, one_step
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments, set_learning_rate, start_engine
 from far_scale.train.faults.damaged import DamagedSamples
@@ -118,7 +119,12 @@ def train(
             events.tell("started-from", 0, start_from(model, recipe, first_set, scaling, accept_changes))
         card = describe(recipe, model, manifest, scaling, processes)
         stage_cards = {index: describe_stage(plan[index], shards.manifest) for index, shards in shard_sets.items()}
-        sharding = choose_sharding(recipe, sum(parameter.numel() for parameter in model.parameters()), processes)
+        sharding = choose_sharding(
+            recipe,
+            sum(parameter.numel() for parameter in model.parameters()),
+            processes,
+            lambda: most_activation_bytes(recipe, to_come, shard_sets),
+        )
         engine = start_engine(model, recipe, processes, sharding)
         set_timeouts(processes)  # of DeepSpeed's groups
         ema = ShardedEMA(fragments(engine), recipe.optimizer.ema_decay)
@@ -147,7 +153,8 @@ def train(
             keeper = Keeper(recipe, engine, ema, guard, saver, resume, card, processes)
             ledger = StepLedger(hosts, processes, events, monitor.say)
             monitor.say(attention)
-            monitor.say(sharding.why)
+            for line in sharding.why:
+                monitor.say(line)
             validation = Validation(plan, held_out, engine, ema, monitor, watchdog, processes)
             validation.after_step(position.step)  # which the last start may not have come to
             for stage in plan:
@@ -177,7 +184,7 @@ def train(
                         done = step + 1
                         with ledger.watching(done):
                             with profiler.watching(done):
-                                loss = train_step(engine, batch, stage, processes, monitor, guard)
+                                loss = train_step(engine, batch, stage, processes, monitor, guard, sharding.reduce_once)
                                 ema.update(guard.kept)
                             vote.begin(saver.busy, any(pack.skipped for pack in batch.packs))
                         guard.end_step(done, batch.packs)
@@ -209,10 +216,14 @@ def train_step(
     processes: Processes,
     monitor: Monitor | None = None,
     guard: Guard | None = None,
+    reduce_once: bool = False,
 ) -> torch.Tensor:
     """One optimizer step on this rank's packs of a global batch, unless the guard finds it bad.
 
-    DeepSpeed averages over the packs and the ranks, and steps with the last pack's `engine.step()`.
+    DeepSpeed averages over the packs and the ranks, and steps after the last pack.
+
+    Args:
+        reduce_once: as in `Sharding`.
 
     Returns:
         The mean of the packs' losses, weighted by their clips: a scalar tensor whose mean over the ranks is the loss,
@@ -220,20 +231,18 @@ def train_step(
     """
     weights = pack_weights(batch.packs, stage, processes)
     losses = []
-    for noisy, weight in zip(batch.noisy, weights, strict=True):
-        with phase("forward"):
-            velocity = engine(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
-        loss = pack_loss(velocity, noisy) * weight
-        if guard is not None:
-            guard.watch(loss)
-        with phase("backward"):
-            engine.backward(loss)
-        with phase("update"):
-            engine.step()
-        losses.append(loss.detach())
-        if monitor is not None:
-            layout = noisy.layout
-            monitor.count(len(layout.clip_frames), layout.tokens, train_flops(stage.config, layout))
+    with one_step(engine, len(batch.noisy), reduce_once) as backward:
+        for noisy, weight in zip(batch.noisy, weights, strict=True):
+            with phase("forward"):
+                velocity = engine(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
+            loss = pack_loss(velocity, noisy) * weight
+            if guard is not None:
+                guard.watch(loss)
+            backward(loss)
+            losses.append(loss.detach())
+            if monitor is not None:
+                layout = noisy.layout
+                monitor.count(len(layout.clip_frames), layout.tokens, train_flops(stage.config, layout))
     return torch.stack(losses).mean()
 
 
