@@ -1,6 +1,6 @@
 """What a training step sends: worked out for FAR's sizes on a cluster, and recorded on four CPU ranks as two nodes.
 
-No times: bytes and counts do not depend on the machine. See far_scale/distributed/ledger.py for what is counted as sent.
+No times: bytes and counts do not depend on the machine. far_scale/distributed/ledger.py says what counts as sent.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ from far_scale.train.sharding import Sharding
 
 RANKS, RANKS_A_NODE, CLIPS, SHAPE = 4, 2, 16, (32, 8, 8)
 PATIENCE_SECONDS = 900.0
-# DeepSpeed's defaults, and keeping no weights from forward to backward.
-KEYS = {"": [], ", nothing kept": ["train.deepspeed.stage3_max_reuse_distance=0"]}
+# So that backward gathers all weights again, as it does most of a model of many billion parameters.
+GATHER_AGAIN = ["train.deepspeed.stage3_max_reuse_distance=0", "train.deepspeed.stage3_prefetch_bucket_size=0"]
 RECORDED = {
-    "ZeRO-1": (Sharding(1), ""),
-    "ZeRO-3": (Sharding(3), ""),
-    "ZeRO-3, nothing kept": (Sharding(3), ", nothing kept"),
-    "hpZ, nothing kept": (Sharding(3, 2), ", nothing kept"),
-    "hpZ, 4 packs, reduced once": (Sharding(3, 2, True), ""),
+    "ZeRO-1": Sharding(1),
+    "ZeRO-3": Sharding(3),
+    "ZeRO-3, gathered again": Sharding(3),
+    "hpZ, gathered again": Sharding(3, 2),
+    "hpZ, 4 packs, reduced once": Sharding(3, 2, True),
 }
+"""On two nodes of two ranks."""
 
 
 def shapes_of(size: str) -> Shapes:
@@ -61,14 +62,11 @@ def worked_out(size: str, nodes: int, node: int) -> list[Row]:
             if packs == 1 and "once" in name:
                 continue  # it is anyhow
             entries = step_collectives(shapes, Setup(**common, packs=packs, **given))
-            between = {
-                phase: sum(e.between for e in entries if e.key.phase == phase) for phase in ("forward", "update")
+            total = sum(entry.between for entry in entries) / 1e6
+            weights = {
+                phase: sum(e.between for e in entries if e.key[:2] == (phase, "all-gather")) / 1e6
+                for phase in ("forward", "backward", "update")
             }
-            backward = {
-                operation: sum(e.between for e in entries if e.key[:2] == ("backward", operation))
-                for operation in ("all-gather", "all-reduce", "reduce-scatter")
-            }
-            total = sum(entry.between for entry in entries)
             rows.append(
                 {
                     "model": f"FAR-{size}" if size in ("B", "M", "L", "XL") else size,
@@ -76,12 +74,12 @@ def worked_out(size: str, nodes: int, node: int) -> list[Row]:
                     "packs": packs,
                     "calls": sum(entry.calls for entry in entries),
                     "MB sent in the node": sum(entry.within for entry in entries) / 1e6,
-                    "to other nodes": total / 1e6,
-                    "of it weights, forward": between["forward"] / 1e6,
-                    "weights, backward": backward["all-gather"] / 1e6,
-                    "weights, after the update": between["update"] / 1e6,
-                    "gradients": (backward["all-reduce"] + backward["reduce-scatter"]) / 1e6,
-                    "GB out of a node": node * total / 1e9,
+                    "to other nodes": total,
+                    "of it weights, forward": weights["forward"],
+                    "weights, backward": weights["backward"],
+                    "weights, after the update": weights["update"],
+                    "gradients": total - sum(weights.values()),
+                    "GB out of a node": node * total / 1e3,
                 }
             )
     return rows
@@ -98,13 +96,14 @@ def make_set(folder: Path) -> None:
 
 def recorded(name: str, size: str, folder: Path) -> Row:
     """The third step of FAR of this size on four ranks of this machine as two nodes, beside what was worked out."""
-    sharding, keys = RECORDED[name]
+    sharding = RECORDED[name]
     packs = 4 if "4 packs" in name else 1
     run = folder / name.replace(" ", "-")
     arguments = [
         "far_b_ucf101_64", f"model.preset={size}", f"data.shards={folder / 'set'}", "data.autoencoder=none",
         "data.frames=2", "data.clips_per_pack=1", f"data.lanes={RANKS * packs}", "data.shuffle_window=1",
-        "sample.given=1", "train.compile=false", "train.steps=1000", f"train.zero_stage={sharding.stage}", *KEYS[keys],
+        "sample.given=1", "train.compile=false", "train.steps=1000", f"train.zero_stage={sharding.stage}",
+        *(GATHER_AGAIN if "again" in name else []),
     ]  # fmt: skip
     if sharding.stage == 3:
         arguments += [
