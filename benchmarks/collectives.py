@@ -25,7 +25,7 @@ from far_scale.errors import UserError, command_line
 from far_scale.model import FAR, FARConfig
 from far_scale.model.presets import PRESETS
 from far_scale.recipe import load_recipe
-from far_scale.train.collectives import setup
+from far_scale.train.collectives import setup_of
 from far_scale.train.faults.events import read_events
 from far_scale.train.sharding import Sharding
 
@@ -111,7 +111,7 @@ def recorded(name: str, size: str, folder: Path) -> Row:
             f"train.reduce_once={str(sharding.reduce_once).lower()}",
         ]
     recipe = load_recipe(arguments[0], [*arguments[1:], f"run_dir={run}"])
-    expected = step_collectives(shapes_of(size), setup(recipe, sharding, RANKS, RANKS // RANKS_A_NODE))
+    expected = step_collectives(shapes_of(size), setup_of(recipe, sharding, RANKS, RANKS // RANKS_A_NODE))
     output = folder / f"{run.name}.txt"
     event = None
     began = time.monotonic()

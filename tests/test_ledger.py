@@ -16,7 +16,7 @@ from far_scale.distributed.collective_costs import Setup, Shapes, step_collectiv
 from far_scale.distributed.ledger import Entry, Key, sent_bytes
 from far_scale.model import FAR, FARConfig
 from far_scale.recipe import Recipe, load_recipe
-from far_scale.train.collectives import expected_collectives, setup
+from far_scale.train.collectives import expected_collectives, setup_of
 from far_scale.train.faults.events import read_events
 from far_scale.train.sharding import Sharding
 
@@ -26,16 +26,18 @@ WITHOUT_HPZ = "train.zero_stage=3 train.deepspeed.zero_hpz_partition_size=1"
 # No weights ahead and none kept for backward: what DeepSpeed does with models of more than 1e9 parameters.
 AGAIN = "train.deepspeed.stage3_prefetch_bucket_size=0 train.deepspeed.stage3_max_reuse_distance=0"
 RUNS = {
+    "zero0": "train.zero_stage=0 data.lanes=16",
     "zero1": "train.zero_stage=1",
     "zero1-bf16": f"train.zero_stage=1 train.precision=bf16 {FOUR_PACKS}",
     "zero2": f"train.zero_stage=2 {FOUR_PACKS} train.deepspeed.reduce_bucket_size=200_000",
-    "zero2-once": f"train.zero_stage=2 {ONCE}",
+    "zero2-once": f"train.zero_stage=2 {ONCE} train.deepspeed.overlap_comm=true",
     "zero3": f"{WITHOUT_HPZ} {FOUR_PACKS} train.whole_below=1000",
     "zero3-once": f"{WITHOUT_HPZ} {ONCE} train.whole_below=1000",
     "zero3-again": f"{WITHOUT_HPZ} {AGAIN} train.activation_checkpointing=full data.clips_per_pack=null "
     "data.tokens_per_pack=64",
-    "zero3-between": f"{WITHOUT_HPZ} train.deepspeed.stage3_prefetch_bucket_size=100_000 "
-    "train.deepspeed.stage3_max_reuse_distance=700_000 train.deepspeed.reduce_bucket_size=200_000",
+    "zero3-between": f"{WITHOUT_HPZ} model.layers=5 train.deepspeed.stage3_prefetch_bucket_size=100_000 "
+    "train.deepspeed.stage3_max_reuse_distance=500_000 train.deepspeed.stage3_max_live_parameters=900_000 "
+    "train.deepspeed.reduce_bucket_size=200_000",
     "hpz": f"train.zero_stage=3 {AGAIN}",
     "hpz-bf16": f"train.zero_stage=3 {ONCE} train.precision=bf16 train.whole_below=1000",
     "long": f"train.zero_stage=3 {AGAIN} model.window=2 model.context_patch=2 train.deepspeed.sub_group_size=100_000",
@@ -79,7 +81,7 @@ def test_a_step_sends_what_was_worked_out(runs: Path, name: str) -> None:
     sharding = Sharding(recipe.train.zero_stage, 2 if hpz else 1, ONCE in RUNS[name])
     with torch.device("meta"):
         shapes = Shapes.of(FAR(recipe.far_config()))
-    expected = step_collectives(shapes, setup(recipe, sharding, 4, 2))
+    expected = step_collectives(shapes, setup_of(recipe, sharding, 4, 2))
     event = recorded(runs / name)
     assert event["step"] == 3
     found = [

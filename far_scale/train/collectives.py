@@ -20,7 +20,6 @@ from far_scale.train.sharding import Sharding
 _STEADY = 3
 """The step, of those that are done in one go, from which on ZeRO-3 knows the order of the modules: steps are alike."""
 
-
 # Keys of train.deepspeed that the formula does not cover, with the value that it assumes.
 _ASSUMED = {
     "zero_quantized_weights": False,
@@ -43,10 +42,10 @@ def expected_collectives(recipe: Recipe, sharding: Sharding, ranks: int, nodes: 
             return [f"collectives: not worked out for train.deepspeed.{name}={given[name]}"]
     with torch.device("meta"):
         shapes = Shapes.of(FAR(recipe.far_config()))
-    return table(step_collectives(shapes, setup(recipe, sharding, ranks, nodes)))
+    return table(step_collectives(shapes, setup_of(recipe, sharding, ranks, nodes)))
 
 
-def setup(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> Setup:
+def setup_of(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> Setup:
     """What the formula needs to know of a run."""
     given = {} if recipe.train.deepspeed is None else recipe.train.deepspeed.given()
     number_bytes = {"bf16": 2, "fp32": 4}
@@ -76,7 +75,8 @@ def setup(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> Setup:
 class StepLedger:
     """Notes the collectives of one step of each stage on the main process, prints them and makes them an event.
 
-    Nothing is noted in a stage of fewer than three steps, or where the process is alone.
+    It is the third step, so that nothing is noted in a stage of fewer, and nothing where the process is alone. A
+    validation right before it adds some gathers.
 
     Args:
         hosts: every rank's host, by rank.
