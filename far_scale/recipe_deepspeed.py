@@ -41,8 +41,6 @@ SET_ELSEWHERE = {
     "mics_shard_size": "newer versions of DeepSpeed have no MiCS; use zero_hpz_partition_size",
     "mics_hierarchical_params_gather": "newer versions of DeepSpeed have no MiCS; use zero_hpz_partition_size",
     "zeropp_loco_param": "newer versions of DeepSpeed have no LoCo; leave it out",
-    "offload_optimizer": "far_scale keeps the optimizer on the GPU; leave it out",
-    "offload_param": "far_scale keeps the weights on the GPU; leave it out",
     "cpu_offload": "DeepSpeed calls it offload_optimizer now; set that",
     "cpu_offload_param": "DeepSpeed calls it offload_param now; set that",
     "cpu_offload_use_pin_memory": "DeepSpeed calls it pin_memory of offload_optimizer or offload_param now; set that",
@@ -70,7 +68,7 @@ SET_ELSEWHERE = {
 """Keys of DeepSpeed that `train.deepspeed` refuses, with what to do about it."""
 
 _ZERO_1_2, _ZERO_2_3, _ZERO_3, _SHARDED = (1, 2), (2, 3), (3,), (1, 2, 3)
-STAGES = {
+KEY_STAGES = {
     "zero_hpz_partition_size": _ZERO_3,
     "zero_quantized_weights": _ZERO_3,
     "zero_quantized_gradients": _ZERO_3,
@@ -81,6 +79,9 @@ STAGES = {
     "stage3_model_persistence_threshold": _ZERO_3,
     "stage3_use_all_reduce_for_fetch_params": _ZERO_3,
     "stage3_allgather_sequential": _ZERO_3,
+    # ZeRO-1 and -2 sum the packs' gradients in bf16 when they offload, and keep all of them in main memory.
+    "offload_optimizer": _ZERO_3,
+    "offload_param": _ZERO_3,
     "log_trace_cache_warnings": _ZERO_3,
     "enable_sanity_checks": _ZERO_3,
     "reduce_scatter": _ZERO_2_3,
@@ -103,8 +104,8 @@ def deepspeed_conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         return
     given = section.given()
     for name, value in given.items():
-        if stage != "auto" and stage not in STAGES[name]:
-            stages = " or ".join(map(str, STAGES[name]))
+        if stage != "auto" and stage not in KEY_STAGES[name]:
+            stages = " or ".join(map(str, KEY_STAGES[name]))
             yield (
                 f"train.deepspeed.{name}",
                 f"{value}, but it has no effect with train.zero_stage {stage}; leave it out, or set train.zero_stage "

@@ -279,6 +279,15 @@ Size = Annotated[int, Field(ge=0), BeforeValidator(_parse_size)]
 PositiveSize = Annotated[int, Field(ge=1), BeforeValidator(_parse_size)]
 
 
+class OffloadSection(Section):
+    """Where DeepSpeed keeps something beside the GPU's memory."""
+
+    device: Literal["cpu"]
+    """The node's main memory. Not NVMe: EMA and checkpoints read the tensors where they lie."""
+    pin_memory: bool = True
+    """Lock these pages in memory, for fast copies to the GPU; false where a limit of the node forbids it."""
+
+
 class DeepSpeedSection(Section):
     """Keys of DeepSpeed's zero_optimization, under DeepSpeed's own names: how the ranks communicate. Null leaves a key
     at DeepSpeed's default. Keys that are missing here are set by other keys of the recipe."""
@@ -323,6 +332,11 @@ class DeepSpeedSection(Section):
     """ZeRO-3: gather by all-reduce, which spares copies on the host and sends twice as much."""
     stage3_allgather_sequential: bool | None = None
     """ZeRO-3: gather parameters one by one, without a buffer for several."""
+    offload_optimizer: OffloadSection | None = None
+    """ZeRO-3: keep master weights, moments and EMA in main memory and step there, by torch's AdamW. Each step then
+    waits for the copies."""
+    offload_param: OffloadSection | None = None
+    """ZeRO-3: keep this rank's part of the weights in main memory between uses."""
     log_trace_cache_warnings: bool | None = None
     """ZeRO-3: warn where the order in which layers are used changes, which costs a new trace of it."""
     enable_sanity_checks: bool | None = None
@@ -339,7 +353,7 @@ class DeepSpeedSection(Section):
 
     def given(self) -> dict[str, Any]:
         """The keys that the recipe sets, but for an automatic zero_hpz_partition_size."""
-        return {name: value for name, value in self if value is not None and value != "auto"}
+        return {name: value for name, value in self.model_dump().items() if value is not None and value != "auto"}
 
     def of_result(self) -> dict[str, Any]:
         """Those that change the trained weights beyond rounding."""

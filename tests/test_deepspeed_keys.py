@@ -10,7 +10,7 @@ import torch
 
 from far_scale.errors import UserError
 from far_scale.recipe import load_recipe
-from far_scale.recipe_deepspeed import SET_ELSEWHERE, STAGES
+from far_scale.recipe_deepspeed import KEY_STAGES, SET_ELSEWHERE
 from far_scale.recipe_sections import DeepSpeedSection
 from far_scale.train.engine import deepspeed_config
 from far_scale.train.processes import Processes
@@ -37,6 +37,8 @@ VALUES = {
     "stage3_model_persistence_threshold": 1000,
     "stage3_use_all_reduce_for_fetch_params": True,
     "stage3_allgather_sequential": True,
+    "offload_optimizer": {"device": "cpu", "pin_memory": False},
+    "offload_param": {"device": "cpu", "pin_memory": True},
     "log_trace_cache_warnings": True,
     "enable_sanity_checks": True,
 }
@@ -56,7 +58,7 @@ def test_every_key_of_the_installed_deepspeed_is_taken_or_refused_by_name() -> N
     ours = set(DeepSpeedSection.model_fields)
     assert theirs <= ours | set(SET_ELSEWHERE)
     assert not ours & set(SET_ELSEWHERE)
-    assert ours == set(STAGES) == set(VALUES), "each key has a value in this test, and stages where it counts"
+    assert ours == set(KEY_STAGES) == set(VALUES), "each key has a value in this test, and stages where it counts"
     assert ours - theirs == {"communication_data_type"}, "which stands beside zero_optimization"
 
 
@@ -64,7 +66,7 @@ def test_every_key_of_the_installed_deepspeed_is_taken_or_refused_by_name() -> N
 def test_deepspeed_reads_what_it_is_handed(stage: int) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    keys = {name: value for name, value in VALUES.items() if stage in STAGES[name]}
+    keys = {name: value for name, value in VALUES.items() if stage in KEY_STAGES[name]}
     overrides = [f"{SECTION}.{name}={value}" for name, value in keys.items()]
     recipe = load_recipe("demo_cpu", [f"train.zero_stage={stage}", *overrides])
     config = deepspeed_config(recipe, Processes(0, 4, torch.device("cpu")), Sharding(stage, 2))
@@ -72,7 +74,11 @@ def test_deepspeed_reads_what_it_is_handed(stage: int) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     read = DeepSpeedZeroConfig(**config["zero_optimization"]).model_dump(by_alias=True)
     for name, value in keys.items():
-        assert name == "communication_data_type" or read[name] == value
+        found = read.get(name)
+        if isinstance(value, dict):
+            assert {key: found[key] for key in value} == value
+        else:
+            assert name == "communication_data_type" or found == value
 
 
 @pytest.mark.parametrize("name", SET_ELSEWHERE)
@@ -94,6 +100,11 @@ REFUSED = {
     ("train.zero_stage=2", f"{SECTION}.stage3_max_live_parameters=9"): "stage3_max_live_parameters: 9, but it has no",
     ("train.zero_stage=3", f"{SECTION}.allgather_bucket_size=9"): "allgather_bucket_size: 9, but it has no effect",
     ("train.zero_stage=0", f"{SECTION}.overlap_comm=true"): "overlap_comm: True, but it has no effect",
+    ("train.zero_stage=2", f"{SECTION}.offload_optimizer.device=cpu"): (
+        "offload_optimizer: {'device': 'cpu', 'pin_memory': True}, but it has no effect"
+    ),
+    (f"{SECTION}.offload_optimizer.device=nvme",): "offload_optimizer.device: must be 'cpu', got 'nvme'",
+    (f"{SECTION}.offload_param.nvme_path=x",): "offload_param.nvme_path: unknown key",
     (f"{SECTION}.zero_hpz_partition_size=0",): "zero_hpz_partition_size: must be auto or a number of ranks, at least 1",
     (f"{SECTION}.reduce_bucket_size=0",): "reduce_bucket_size: must be greater than or equal to 1, got 0",
     (f"{SECTION}.overlap_comm=1",): "overlap_comm: must be a valid boolean, got 1",
@@ -116,7 +127,7 @@ def test_sizes_may_be_written_as_deepspeed_writes_them() -> None:
 def test_only_what_changes_the_result_is_in_the_hash(tmp_path: Path) -> None:
     plain = load_recipe("demo_cpu", ["train.zero_stage=3"])
     for name, value in VALUES.items():
-        stage = STAGES[name][-1]
+        stage = KEY_STAGES[name][-1]
         recipe = load_recipe("demo_cpu", [f"train.zero_stage={stage}", f"{SECTION}.{name}={value}"])
         assert (recipe.hash() == plain.hash()) == (name not in OF_RESULT), name
         recipe.save(tmp_path / f"{name}.yaml")

@@ -157,3 +157,11 @@ def test_state_takes_what_each_stage_leaves_whole() -> None:
     found = [state_bytes("bf16", Sharding(stage), 100, 4) / 100 for stage in (0, 1, 2, 3)]
     assert found == [22, 10, 7, 5.5]
     assert state_bytes("bf16", Sharding(3, hpz=2, reduce_once=True), 100, 4) / 100 == 5.5 + 1 + 6
+    assert state_bytes("bf16", Sharding(3, offloaded=frozenset({"optimizer", "param"})), 100, 4) / 100 == 1
+
+
+def test_what_is_offloaded_is_said_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ["train.zero_stage=3", f"{SECTION}.offload_optimizer.device=cpu", f"{SECTION}.offload_param.device=cpu"]
+    found = choose(monkeypatch, "aa", *keys)
+    assert found.offloaded == {"optimizer", "param"}
+    assert found.why[0] == "sharding: ZeRO-3, no hpZ: one node, optimizer in main memory, param in main memory"

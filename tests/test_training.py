@@ -23,6 +23,15 @@ RUNS = {
     "zero2": "train.zero_stage=2",
     "zero1": "train.zero_stage=1",
     "zero0": "train.zero_stage=0",
+    **{
+        # As on GPUs, but for their streams: gradients are reduced during backward, in several buckets.
+        f"overlap_zero{stage}": f"train.zero_stage={stage} train.deepspeed.overlap_comm=true "
+        "train.deepspeed.reduce_bucket_size=30_000"
+        for stage in (1, 2, 3)
+    },
+    "offloaded": "train.zero_stage=3 train.deepspeed.offload_optimizer.device=cpu "
+    "train.deepspeed.offload_param.device=cpu train.deepspeed.sub_group_size=50_000",
+    "bf16_offloaded": "train.zero_stage=3 train.precision=bf16 train.deepspeed.offload_optimizer.device=cpu",
     "checkpointing": "train.zero_stage=3 train.activation_checkpointing=full",
     "bf16_zero3": "train.zero_stage=3 train.precision=bf16",
     "bf16_zero1": "train.zero_stage=1 train.precision=bf16",
@@ -82,7 +91,7 @@ def test_layers_compile_once_under_zero3(runs: Path) -> None:
 
 
 def test_bfloat16_follows_float32_at_every_stage(runs: Path, plain) -> None:
-    for name in ("bf16_zero3", "bf16_zero1", "bf16_zero0"):
+    for name in ("bf16_zero3", "bf16_zero1", "bf16_zero0", "bf16_offloaded"):
         torch.testing.assert_close(torch.tensor(logged(runs / name)), torch.tensor(plain[0]), rtol=5e-3, atol=0)
 
 
@@ -135,8 +144,9 @@ def test_another_rank_count_and_stage_go_on_from_the_same_checkpoint(
     run = tmp_path / "elastic"
     shutil.copytree(runs / "zero3", run)
     (run / "checkpoints" / "latest").write_text("step-00000010\n")
-    finished = launch(1, "-m", "far_scale.train", *small_recipe(recorded_shards, run, "train.zero_stage=1"))
+    finished = launch(1, "-m", "far_scale.train", *small_recipe(recorded_shards, run, "train.zero_stage=auto"))
     assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "sharding: ZeRO-1 (auto: the lowest that fits, a rank needs about " in finished.stdout + finished.stderr
     torch.testing.assert_close(torch.tensor(logged(run)), torch.tensor(logged(runs / "zero3")), rtol=1e-5, atol=0)
 
 

@@ -11,7 +11,7 @@ Its class for a run depends on stage and precision; the float32 weights that Ada
     stage 1, 2  DeepSpeedZeroOptimizer, likewise
     stage 3     DeepSpeedZeroOptimizer_Stage3, groups of this rank's pieces of each parameter
 
-Every symbol used here stands in `symbols` or `_ATTRIBUTES`, with the versions that have it, and is checked at start.
+Every symbol used here stands in `SYMBOLS` or `_ATTRIBUTES`, with the versions that have it, and is checked at start.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import contextlib
 import importlib
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -90,6 +91,11 @@ SYMBOLS = (
     Symbol(f"{_ENGINE}._flush_coalesced_reduction_zero12", ("self", "optimizer"), since=_REDUCES_ONCE, replaced=True),
     Symbol(f"{_ENGINE}._flush_coalesced_reduction_zero3", ("self", "optimizer"), since=_REDUCES_ONCE, replaced=True),
     Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct", _NORM, replaced=True),
+    Symbol(
+        f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.complete_grad_norm_calculation_for_cpu_offload",
+        ("self", "params"),
+        replaced=True,
+    ),
     Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.get_param_id", ("self", "param")),
     Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.invalidate_secondary_tensor", ("self",)),
     Symbol(f"{_STAGE_3}:is_invalid_grad_norm", ("norm",), since=(0, 19, 8), replaced=True),
@@ -149,8 +155,8 @@ def check_symbols() -> None:
 
 
 def installed_version() -> tuple[int, ...]:
-    """The installed DeepSpeed's, without what follows its three numbers."""
-    return tuple(int(part) for part in version("deepspeed").split("+")[0].split(".")[:3])
+    """The installed DeepSpeed's first three numbers."""
+    return tuple(int(number) for number in re.findall(r"\d+", version("deepspeed"))[:3])
 
 
 def use_process_group(backend: str) -> None:
@@ -182,8 +188,8 @@ def make_engine(model: nn.Module, adam: torch.optim.AdamW, config: dict[str, Any
 
     Args:
         config: DeepSpeed's.
-        whole: modules of this type have their weights gathered in one go by ZeRO-3, with an eighth of the messages and
-            hooks of gathering each of their layers by itself.
+        whole: ZeRO-3 gathers the weights of a module of this type in one go, which takes an eighth of the messages and
+            hooks of gathering those of each layer in it.
     """
     import deepspeed
 
@@ -331,6 +337,8 @@ def leave_steps_to_us(engine: Any, clip_norm: float) -> None:
     wrapper.get_grad_norm_direct = _zero_norm
     if stage < 3:
         wrapper.check_grad_overflow = False
+    else:
+        wrapper.complete_grad_norm_calculation_for_cpu_offload = lambda params: _offloaded_norm(engine, params)
     module = importlib.import_module(_STAGE_3 if stage == 3 else _STAGE_1_2)
     if installed_version() >= (0, 19, 8):
         module.is_invalid_grad_norm = lambda norm: False  # type: ignore[attr-defined]
@@ -338,7 +346,7 @@ def leave_steps_to_us(engine: Any, clip_norm: float) -> None:
 
 def grad_norm(engine: Any) -> Tensor:
     """The global norm of this step's gradient before clipping, on the device: a scalar, the same on all ranks."""
-    return engine.optimizer._global_grad_norm.detach().reshape(())
+    return engine.optimizer._global_grad_norm.detach().to(engine.device).reshape(())
 
 
 def _clip(engine: Any, clip_norm: float) -> None:
@@ -363,6 +371,14 @@ def _zero_norm(gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type:
     with phase("norm"):
         dist.all_reduce(squares)
     return squares.sqrt()
+
+
+def _offloaded_norm(engine: Any, params: Sequence[nn.Parameter]) -> Tensor:
+    """The norm of all ranks' gradients of a group of parameters, which lie in main memory, as the result does."""
+    group, *_ = engine.optimizer.grad_position[engine.optimizer.get_param_id(params[0])]
+    squares = torch.linalg.vector_norm(masters(engine)[group].grad).square().to(engine.device)
+    dist.all_reduce(squares)
+    return squares.sqrt().cpu()
 
 
 def _step_bf16_whole(engine: Any) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from far_scale.model import FAR
 from far_scale.model.layers import Block
 from far_scale.recipe import Recipe
-from far_scale.recipe_deepspeed import STAGES
+from far_scale.recipe_deepspeed import KEY_STAGES
 from far_scale.train.deepspeed_adapter import (
     adam_of,
     clips_here,
@@ -99,10 +99,12 @@ def deepspeed_config(recipe: Recipe, processes: Processes, sharding: Sharding) -
     if bf16 and stage > 0:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if recipe.train.deepspeed is not None:
-        given = {name: value for name, value in recipe.train.deepspeed.given().items() if stage in STAGES[name]}
+        given = {name: value for name, value in recipe.train.deepspeed.given().items() if stage in KEY_STAGES[name]}
         if "communication_data_type" in given:
             config["communication_data_type"] = given.pop("communication_data_type")
         config["zero_optimization"] |= given
+        if "offload_optimizer" in given:
+            config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, whose steps the guard can skip
     if sharding.hpz > 1:
         config["zero_optimization"]["zero_hpz_partition_size"] = sharding.hpz
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +37,14 @@ class Sharding:
         stage: of ZeRO.
         hpz: ranks that keep a second copy of the weights among them between forward and backward, so that backward
             gathers within them alone; 1 for none.
+        offloaded: of "optimizer" and "param" what lies in main memory.
         reduce_once: whether ZeRO-2 or -3 reduces a step's gradients once, not after each pack.
         why: the decisions in words, lines for the log.
     """
 
     stage: int
     hpz: int = 1
+    offloaded: frozenset[str] = frozenset()
     reduce_once: bool = False
     why: tuple[str, ...] = ()
 
@@ -64,8 +67,15 @@ class _Situation:
     free: float
     activations: Callable[[], float]
 
+    def sharding(self, stage: int, hpz: int = 1, reduce_once: bool = False) -> Sharding:
+        """With what the recipe offloads at this stage."""
+        section = self.recipe.train.deepspeed or DeepSpeedSection()
+        asked = {"optimizer": section.offload_optimizer, "param": section.offload_param}
+        offloaded = frozenset(name for name, value in asked.items() if value is not None and stage == 3)
+        return Sharding(stage, hpz, offloaded, reduce_once)
+
     def need(self, sharding: Sharding) -> float:
-        """Bytes that a rank needs."""
+        """Bytes that a rank needs on its device."""
         state = state_bytes(self.recipe.train.precision, sharding, self.parameters, len(self.hosts))
         return state + self.activations()
 
@@ -93,12 +103,14 @@ def choose_sharding(
     situation = _Situation(recipe, parameters, hosts, free, activations)
     stage, why_stage = _choose_stage(situation)
     hpz, why_hpz = _choose_hpz(section, stage, parameters, hosts)
-    once, why_once = _choose_reduction(situation, Sharding(stage, hpz))
-    return Sharding(stage, hpz, once, (f"sharding: ZeRO-{stage}{why_stage}{why_hpz}", *why_once))
+    once, why_once = _choose_reduction(situation, stage, hpz)
+    chosen = situation.sharding(stage, hpz, once)
+    on_host = "".join(f", {name} in main memory" for name in sorted(chosen.offloaded))
+    return dataclasses.replace(chosen, why=(f"sharding: ZeRO-{stage}{why_stage}{why_hpz}{on_host}", *why_once))
 
 
 def state_bytes(precision: str, sharding: Sharding, parameters: int, ranks: int) -> float:
-    """Weights, gradients, master weights, Adam's moments and EMA that one rank holds.
+    """Weights, gradients, master weights, Adam's moments and EMA that one rank holds, but for what is offloaded.
 
     Args:
         precision: as in train.precision.
@@ -106,9 +118,9 @@ def state_bytes(precision: str, sharding: Sharding, parameters: int, ranks: int)
     weights, gradients, optimizer = _BYTES[precision]
     stage = sharding.stage
     shares = [
-        weights / (ranks if stage == 3 else 1),
+        0 if "param" in sharding.offloaded else weights / (ranks if stage == 3 else 1),
         gradients / (ranks if stage >= 2 else 1),
-        optimizer / (ranks if stage >= 1 else 1),
+        0 if "optimizer" in sharding.offloaded else optimizer / (ranks if stage >= 1 else 1),
     ]
     if sharding.hpz > 1:
         shares.append(weights / sharding.hpz)
@@ -139,10 +151,10 @@ def _choose_stage(situation: _Situation) -> tuple[int, str]:
     if asked != "auto":
         return asked, ""
     # Not 0: stage 1 sends as many bytes, and each rank updates its part of the weights only.
-    needs = {stage: situation.need(Sharding(stage)) / 1e9 for stage in (1, 2, 3)}
-    stage = next((stage for stage in needs if situation.fits(Sharding(stage))), 3)
+    needs = {stage: situation.need(situation.sharding(stage)) / 1e9 for stage in (1, 2, 3)}
+    stage = next((stage for stage in needs if situation.fits(situation.sharding(stage))), 3)
     free = f"{situation.free / 1e9:.3g} GB free"
-    if not situation.fits(Sharding(stage)):
+    if not situation.fits(situation.sharding(stage)):
         return stage, f" (auto: none fits, a rank needs about {needs[stage]:.3g} of {free})"
     lower = "".join(f", ZeRO-{other} {needs[other]:.3g}" for other in needs if other < stage)
     return stage, f" (auto: the lowest that fits, a rank needs about {needs[stage]:.3g} of {free}{lower})"
@@ -175,11 +187,11 @@ def _choose_hpz(section: DeepSpeedSection, stage: int, parameters: int, hosts: S
     return of_a_node, f", hpZ {of_a_node}: {shape}"
 
 
-def _choose_reduction(situation: _Situation, sharding: Sharding) -> tuple[bool, tuple[str, ...]]:
+def _choose_reduction(situation: _Situation, stage: int, hpz: int) -> tuple[bool, tuple[str, ...]]:
     """Whether gradients are reduced once a step, and why; without words where there is nothing to choose."""
     packs = situation.recipe.data.lanes // len(situation.hosts)
     asked, nodes = situation.recipe.train.reduce_once, len(ranks_by_host(situation.hosts))
-    if sharding.stage < 2 or packs == 1:
+    if stage < 2 or packs == 1:
         return False, ()  # once anyhow
     once, each = "gradients: reduced once a step", f"gradients: reduced after each of {packs} packs"
     if asked != "auto":
@@ -188,7 +200,7 @@ def _choose_reduction(situation: _Situation, sharding: Sharding) -> tuple[bool, 
         return False, (f"{each}: one node",)
     if not can_reduce_once():
         return False, (f"{each}: DeepSpeed 0.19.0 cannot sum them first",)
-    with_whole = Sharding(sharding.stage, sharding.hpz, reduce_once=True)
+    with_whole = situation.sharding(stage, hpz, reduce_once=True)
     need = f"a rank needs about {situation.need(with_whole) / 1e9:.3g} of {situation.free / 1e9:.3g} GB free"
     if situation.fits(with_whole):
         return True, (f"{once}, not after each of {packs} packs: {nodes} nodes, and whole gradients fit: {need}",)

@@ -181,7 +181,8 @@ class Guard:
             self._levels.take(now, ~skipped)
         self._verdict = torch.cat([skipped[None], spikes, now, losses])
         # Adam's fused kernels leave everything as it is where this scalar is 1, and take its step number back.
-        adam.found_inf = self._verdict[0]  # type: ignore[attr-defined]
+        stepped = next(tensor for group in adam.param_groups for tensor in group["params"])
+        adam.found_inf = self._verdict[0].to(stepped.device)  # type: ignore[attr-defined]  # another one if offloaded
 
     def _tell(self, trouble: Trouble, own: list[tuple[int, tuple[str, ...], float]]) -> None:
         """Write the event, with lanes and keys: those whose loss is not finite, or else all of the batch."""
