@@ -38,7 +38,7 @@ RECORDED = {
     "ZeRO-3": Sharding(3),
     "ZeRO-3, gathered again": Sharding(3),
     "hpZ, gathered again": Sharding(3, 2),
-    "hpZ, 4 packs, reduced once": Sharding(3, 2, True),
+    "hpZ, 4 packs, reduced once": Sharding(3, 2, reduce_once=True),
 }
 """On two nodes of two ranks."""
 

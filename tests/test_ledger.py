@@ -40,6 +40,7 @@ RUNS = {
     "train.deepspeed.reduce_bucket_size=200_000",
     "hpz": f"train.zero_stage=3 {AGAIN}",
     "hpz-bf16": f"train.zero_stage=3 {ONCE} train.precision=bf16 train.whole_below=1000",
+    "offload": f"{WITHOUT_HPZ} train.deepspeed.offload_optimizer.device=cpu",
     "long": f"train.zero_stage=3 {AGAIN} model.window=2 model.context_patch=2 train.deepspeed.sub_group_size=100_000",
 }  # fmt: skip
 COMMON = (
@@ -78,7 +79,7 @@ def test_a_step_sends_what_was_worked_out(runs: Path, name: str) -> None:
     recipe = recipe_of(RUNS[name])
     assert recipe.train.zero_stage != "auto"
     hpz = recipe.train.zero_stage == 3 and WITHOUT_HPZ not in RUNS[name]
-    sharding = Sharding(recipe.train.zero_stage, 2 if hpz else 1, ONCE in RUNS[name])
+    sharding = Sharding(recipe.train.zero_stage, 2 if hpz else 1, reduce_once=ONCE in RUNS[name])
     with torch.device("meta"):
         shapes = Shapes.of(FAR(recipe.far_config()))
     expected = step_collectives(shapes, setup_of(recipe, sharding, 4, 2))

@@ -377,7 +377,8 @@ def _offloaded_norm(engine: Any, params: Sequence[nn.Parameter]) -> Tensor:
     """The norm of all ranks' gradients of a group of parameters, which lie in main memory, as the result does."""
     group, *_ = engine.optimizer.grad_position[engine.optimizer.get_param_id(params[0])]
     squares = torch.linalg.vector_norm(masters(engine)[group].grad).square().to(engine.device)
-    dist.all_reduce(squares)
+    with phase("norm"):
+        dist.all_reduce(squares)
     return squares.sqrt().cpu()
 
 
