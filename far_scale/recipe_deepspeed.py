@@ -32,6 +32,8 @@ SET_ELSEWHERE = {
     "override_module_apply": _FIXED,
     "parameter_alignment": _FIXED,
     "pipeline_loading_checkpoint": _FIXED,
+    "round_robin_gradients": "DeepSpeed's map of the parameters, by which EMA and checkpoints are read, is wrong then; "
+    "leave it out",
     "load_from_fp32_weights": _NO_NATIVE_CHECKPOINTS,
     "elastic_checkpoint": _NO_NATIVE_CHECKPOINTS,
     "stage3_gather_16bit_weights_on_model_save": "tools/export_checkpoint.py gathers the weights; leave it out",
@@ -88,7 +90,6 @@ KEY_STAGES = {
     "allgather_bucket_size": _ZERO_1_2,
     "allgather_partitions": _ZERO_1_2,
     "use_multi_rank_bucket_allreduce": _ZERO_1_2,
-    "round_robin_gradients": _ZERO_1_2,
     "reduce_bucket_size": _SHARDED,
     "contiguous_gradients": _SHARDED,
     "overlap_comm": _SHARDED,

@@ -310,14 +310,12 @@ class DeepSpeedSection(Section):
     """Copy gradients to one buffer as they come."""
     reduce_scatter: bool | None = None
     """ZeRO-2 and -3: reduce to the rank that owns a part, not to all."""
-    allgather_bucket_size: PositiveSize | None = None
-    """ZeRO-1 and -2: numbers that are gathered at a time after a step; DeepSpeed's default is 5e8."""
+    allgather_bucket_size: Annotated[PositiveSize, Field(multiple_of=2)] | None = None
+    """ZeRO-1 and -2: numbers that are gathered at a time after a step, an even number; DeepSpeed's default is 5e8."""
     allgather_partitions: bool | None = None
     """ZeRO-1 and -2: gather the updated weights by all-gather, not by broadcasts."""
     use_multi_rank_bucket_allreduce: bool | None = None
     """ZeRO-1 and -2: reduce buckets of several ranks in one all-reduce."""
-    round_robin_gradients: bool | None = None
-    """ZeRO-1 and -2: spread the parameters over the ranks in turn."""
     sub_group_size: PositiveSize | None = None
     """ZeRO-3: parameters that the optimizer steps at a time; DeepSpeed's default is 1e9."""
     stage3_prefetch_bucket_size: Size | None = None
@@ -332,15 +330,15 @@ class DeepSpeedSection(Section):
     """ZeRO-3: gather by all-reduce, which spares copies on the host and sends twice as much."""
     stage3_allgather_sequential: bool | None = None
     """ZeRO-3: gather parameters one by one, without a buffer for several."""
+    log_trace_cache_warnings: bool | None = None
+    """ZeRO-3: warn where the order in which layers are used changes, which costs a new trace of it."""
+    enable_sanity_checks: bool | None = None
+    """ZeRO-3: check DeepSpeed's own bookkeeping at every gather, to look for a bug."""
     offload_optimizer: OffloadSection | None = None
     """ZeRO-3: keep master weights, moments and EMA in main memory and step there, by torch's AdamW. Each step then
     waits for the copies."""
     offload_param: OffloadSection | None = None
     """ZeRO-3: keep this rank's part of the weights in main memory between uses."""
-    log_trace_cache_warnings: bool | None = None
-    """ZeRO-3: warn where the order in which layers are used changes, which costs a new trace of it."""
-    enable_sanity_checks: bool | None = None
-    """ZeRO-3: check DeepSpeed's own bookkeeping at every gather, to look for a bug."""
 
     @model_validator(mode="before")
     @classmethod
@@ -373,8 +371,6 @@ class TrainSection(Section):
     fits the memory by estimate, chosen at each start."""
     whole_below: Annotated[int, Field(ge=0)] = 100_000
     """ZeRO-3 keeps parameters of fewer numbers than this whole on every rank, to spare small gathers; 0 shards all."""
-    deepspeed: DeepSpeedSection | None = None
-    """DeepSpeed's own keys, for a cluster's network; null for their defaults."""
     reduce_once: Annotated[bool | Literal["auto"], BeforeValidator(_parse_reduce_once)] = "auto"
     """ZeRO-2 and -3 where a rank has several packs a step: sum their gradients first and reduce them once, which keeps
     whole gradients on every rank; false reduces each pack's while the next is computed. Auto: where there are several
@@ -388,6 +384,8 @@ class TrainSection(Section):
     """Attention kernel: auto, or a name from `python -m far_scale.model.attention`."""
     start_from: str | None = None
     """Model directory whose weights a new run starts from, such as an imported official model; null for random ones."""
+    deepspeed: DeepSpeedSection | None = None
+    """DeepSpeed's own keys, for a cluster's network; null for their defaults."""
 
 
 class CheckpointSection(Section):

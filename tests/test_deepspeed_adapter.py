@@ -13,7 +13,7 @@ import torch
 
 from far_scale.errors import UserError
 from far_scale.train import deepspeed_adapter
-from far_scale.train.deepspeed_adapter import SYMBOLS, Symbol, check_symbols
+from far_scale.train.deepspeed_adapter import FIRST_TESTED, SYMBOLS, Symbol, check_symbols
 
 
 def owner(symbol: Symbol) -> tuple[Any, str]:
@@ -59,17 +59,17 @@ def test_a_symbol_with_other_parameters_is_refused(symbol: Symbol, monkeypatch: 
     assert f"{symbol.path} takes (self, unheard_of), expected ({', '.join(symbol.parameters)})" in refusal()
 
 
-def test_what_came_with_a_version_is_expected_from_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an earlier one it is unknown: nothing would replace it there."""
-    newest = max(symbol.since for symbol in SYMBOLS)
-    late = next(symbol for symbol in SYMBOLS if symbol.since == newest)
-    monkeypatch.setattr(deepspeed_adapter, "installed_version", lambda: (*newest[:2], newest[2] - 1))
-    where, name = owner(late)
-    if hasattr(where, name):
-        assert f"{late.path} is there, which came with {'.'.join(map(str, newest))}" in refusal()
-    monkeypatch.setattr(deepspeed_adapter, "installed_version", lambda: newest)
-    monkeypatch.delattr(where, name, raising=False)
-    assert f"{late.path} is not there" in refusal()
+@pytest.mark.parametrize("symbol", [symbol for symbol in SYMBOLS if symbol.since > FIRST_TESTED], ids=str)
+def test_what_came_with_a_version_is_expected_from_it_on(symbol: Symbol, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an earlier one it is unknown: nothing is prepared for it there."""
+    before = (*symbol.since[:2], symbol.since[2] - 1)
+    where, name = owner(symbol)
+    monkeypatch.setattr(where, name, eval(f"lambda {', '.join(symbol.parameters)}: None"), raising=False)
+    assert symbol.problem(symbol.since) is None
+    assert symbol.problem(before) == f"{symbol.path} is there, which came with {'.'.join(map(str, symbol.since))}"
+    monkeypatch.delattr(where, name)
+    assert symbol.problem(symbol.since) == f"{symbol.path} is not there"
+    assert symbol.problem(before) is None
 
 
 def test_an_older_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

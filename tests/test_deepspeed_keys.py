@@ -29,7 +29,6 @@ VALUES = {
     "allgather_bucket_size": 1000,
     "allgather_partitions": False,
     "use_multi_rank_bucket_allreduce": False,
-    "round_robin_gradients": True,
     "sub_group_size": 1000,
     "stage3_prefetch_bucket_size": 0,
     "stage3_max_live_parameters": 1000,
@@ -98,7 +97,7 @@ REFUSED = {
         "train.zero_stage to 3"
     ),
     ("train.zero_stage=2", f"{SECTION}.stage3_max_live_parameters=9"): "stage3_max_live_parameters: 9, but it has no",
-    ("train.zero_stage=3", f"{SECTION}.allgather_bucket_size=9"): "allgather_bucket_size: 9, but it has no effect",
+    ("train.zero_stage=3", f"{SECTION}.allgather_bucket_size=8"): "allgather_bucket_size: 8, but it has no effect",
     ("train.zero_stage=0", f"{SECTION}.overlap_comm=true"): "overlap_comm: True, but it has no effect",
     ("train.zero_stage=2", f"{SECTION}.offload_optimizer.device=cpu"): (
         "offload_optimizer: {'device': 'cpu', 'pin_memory': True}, but it has no effect"
@@ -107,6 +106,7 @@ REFUSED = {
     (f"{SECTION}.offload_param.nvme_path=x",): "offload_param.nvme_path: unknown key",
     (f"{SECTION}.zero_hpz_partition_size=0",): "zero_hpz_partition_size: must be auto or a number of ranks, at least 1",
     (f"{SECTION}.reduce_bucket_size=0",): "reduce_bucket_size: must be greater than or equal to 1, got 0",
+    (f"{SECTION}.allgather_bucket_size=9",): "allgather_bucket_size: must be a multiple of 2, got 9",
     (f"{SECTION}.overlap_comm=1",): "overlap_comm: must be a valid boolean, got 1",
     ("train.zero_stage=3", f"{SECTION}.zero_quantized_gradients=true", f"{SECTION}.reduce_scatter=false"): (
         "reduce_scatter: false, but zero_quantized_gradients is a reduce-scatter"

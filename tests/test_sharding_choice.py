@@ -95,7 +95,7 @@ def test_the_lowest_stage_that_fits_is_taken(
 
 
 def test_an_automatic_stage_takes_the_keys_of_any_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [AUTO, f"{SECTION}.zero_hpz_partition_size=2", f"{SECTION}.allgather_bucket_size=9"]
+    keys = [AUTO, f"{SECTION}.zero_hpz_partition_size=2", f"{SECTION}.allgather_bucket_size=8"]
     assert choose(monkeypatch, "aabb", *keys, parameters=1e6).hpz == 1
     assert choose(monkeypatch, "aabb", *keys, parameters=1e9, free=6e9).hpz == 2
 

@@ -18,6 +18,12 @@ from safetensors.torch import load_file
 
 from far_scale.convert.zero import export
 
+
+def keys(stage: int, *of_deepspeed: str) -> str:
+    """The overrides of a ZeRO stage with keys of train.deepspeed."""
+    return " ".join([f"train.zero_stage={stage}", *(f"train.deepspeed.{key}" for key in of_deepspeed)])
+
+
 RUNS = {
     "zero3": "train.zero_stage=3",
     "zero2": "train.zero_stage=2",
@@ -25,13 +31,29 @@ RUNS = {
     "zero0": "train.zero_stage=0",
     **{
         # As on GPUs, but for their streams: gradients are reduced during backward, in several buckets.
-        f"overlap_zero{stage}": f"train.zero_stage={stage} train.deepspeed.overlap_comm=true "
-        "train.deepspeed.reduce_bucket_size=30_000"
+        f"overlap_zero{stage}": keys(stage, "overlap_comm=true", "reduce_bucket_size=30_000")
         for stage in (1, 2, 3)
     },
-    "offloaded": "train.zero_stage=3 train.deepspeed.offload_optimizer.device=cpu "
-    "train.deepspeed.offload_param.device=cpu train.deepspeed.sub_group_size=50_000",
-    "bf16_offloaded": "train.zero_stage=3 train.precision=bf16 train.deepspeed.offload_optimizer.device=cpu",
+    "keys_zero2": keys(
+        2,
+        "contiguous_gradients=false",
+        "allgather_partitions=false",
+        "use_multi_rank_bucket_allreduce=false",
+        "allgather_bucket_size=1000",
+        "reduce_scatter=false",
+    ),
+    "keys_zero3": keys(
+        3,
+        "stage3_prefetch_bucket_size=0",
+        "stage3_max_live_parameters=1000",
+        "stage3_max_reuse_distance=0",
+        "stage3_allgather_sequential=true",
+        "contiguous_gradients=false",
+        "reduce_scatter=false",
+        "enable_sanity_checks=true",
+    ),
+    "offloaded": keys(3, "offload_optimizer.device=cpu", "offload_param.device=cpu", "sub_group_size=50_000"),
+    "bf16_offloaded": f"{keys(3, 'offload_optimizer.device=cpu')} train.precision=bf16",
     "checkpointing": "train.zero_stage=3 train.activation_checkpointing=full",
     "bf16_zero3": "train.zero_stage=3 train.precision=bf16",
     "bf16_zero1": "train.zero_stage=1 train.precision=bf16",
