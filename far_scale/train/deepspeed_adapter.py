@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from far_scale.distributed.ledger import phase
 from far_scale.errors import UserError
 
 FIRST_TESTED, LAST_TESTED = (0, 19, 0), (0, 19, 8)
@@ -171,6 +172,17 @@ def use_process_group(backend: str) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
+def communication_backend() -> Any:
+    """The object whose methods start DeepSpeed's collectives, for a ledger of them."""
+    from deepspeed.comm import comm
+
+    backend = getattr(comm, "cdb", None)
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        if not hasattr(backend, name):
+            raise _unknown(f"deepspeed.comm.comm:cdb.{name} is not there")
+    return backend
+
+
 def make_engine(model: nn.Module, adam: torch.optim.AdamW, config: dict[str, Any], whole: type[nn.Module]) -> Any:
     """DeepSpeed's engine around `model`.
 
@@ -263,8 +275,10 @@ def one_step(engine: Any, packs: int, reduce_once: bool) -> Iterator[Callable[[T
     if not reduce_once:
 
         def backward_and_step(loss: Tensor) -> None:
-            engine.backward(loss)
-            engine.step()
+            with phase("backward"):
+                engine.backward(loss)
+            with phase("update"):
+                engine.step()
 
         yield backward_and_step
         return
@@ -275,7 +289,7 @@ def one_step(engine: Any, packs: int, reduce_once: bool) -> Iterator[Callable[[T
         if engine.bfloat16_enabled():
             _add_to_sums(engine, sums)
 
-    with engine.coalesce_grad_reduction():
+    with phase("backward"), engine.coalesce_grad_reduction():
         try:
             yield backward
         except BaseException:
@@ -285,7 +299,8 @@ def one_step(engine: Any, packs: int, reduce_once: bool) -> Iterator[Callable[[T
         for name, parameter in engine.module.named_parameters() if sums else ():
             if name in sums:
                 parameter.grad.copy_(sums.pop(name))
-    engine.step()
+    with phase("update"):
+        engine.step()
 
 
 @torch.no_grad()
@@ -353,7 +368,8 @@ def _zero_norm(gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type:
         squares = torch.stack(torch._foreach_norm(own, norm_type, torch.float32)).square().sum()
     else:
         squares = torch.zeros((), device=params[0].device)
-    dist.all_reduce(squares)
+    with phase("norm"):
+        dist.all_reduce(squares)
     return squares.sqrt()
 
 
@@ -361,7 +377,8 @@ def _offloaded_norm(engine: Any, params: Sequence[nn.Parameter]) -> Tensor:
     """The norm of all ranks' gradients of a group of parameters, which lie in main memory, as the result does."""
     group, *_ = engine.optimizer.grad_position[engine.optimizer.get_param_id(params[0])]
     squares = torch.linalg.vector_norm(masters(engine)[group].grad).square().to(engine.device)
-    dist.all_reduce(squares)
+    with phase("norm"):
+        dist.all_reduce(squares)
     return squares.sqrt().cpu()
 
 

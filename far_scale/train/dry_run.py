@@ -11,9 +11,11 @@ from far_scale.data.packs.loader import PackLoader
 from far_scale.data.packs.mixture import summary
 from far_scale.data.packs.scaling import LatentScaling
 from far_scale.errors import UserError, say_warning
+from far_scale.hosts import host_name
 from far_scale.model import FAR
 from far_scale.objective import add_noise
 from far_scale.recipe import Recipe, check_ranks
+from far_scale.train.collectives import expected_collectives
 from far_scale.train.costs import StageCosts, activation_bytes
 from far_scale.train.curriculum import stages
 from far_scale.train.engine import start_engine
@@ -22,7 +24,7 @@ from far_scale.train.feed import Batch
 from far_scale.train.flops import peak_flops
 from far_scale.train.held_out import open_held_out
 from far_scale.train.loop import build_model, check_computation, compute_dtype, train_step
-from far_scale.train.processes import Processes
+from far_scale.train.processes import Processes, gather
 from far_scale.train.sets import open_sets
 from far_scale.train.sharding import choose_sharding, free_memory, state_bytes
 from far_scale.train.start_weights import start_from
@@ -48,6 +50,7 @@ def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) 
     costs = [StageCosts.of(stage, shard_set, recipe.seed) for stage, shard_set in plan]
     activations = [activation_bytes(recipe, cost.largest) for cost in costs]
     sharding = choose_sharding(recipe, parameters, processes, lambda: max(activations))
+    nodes = len(set(gather(host_name(), processes.host_group)))
     state = state_bytes(recipe.train.precision, sharding, parameters, processes.count)
     needs = [state + activation for activation in activations]
     need, have = max(needs), free_memory(processes)
@@ -65,6 +68,8 @@ def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) 
         for line in sharding.why:
             print(line)
         for line in stage_table(costs, needs, peak):
+            print(line)
+        for line in expected_collectives(recipe, sharding, processes.count, nodes):
             print(line)
         print(f"memory      about {need / 1e9:.2f} GB a rank at most, {have / 1e9:.2f} GB free")
     if need > have:

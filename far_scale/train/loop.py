@@ -13,6 +13,7 @@ import torch.distributed as dist
 from far_scale.data.packs.loader import Pack, PackLoader
 from far_scale.data.packs.mixture import summary
 from far_scale.data.packs.scaling import LatentScaling
+from far_scale.distributed.ledger import phase
 from far_scale.model import FAR
 from far_scale.model.attention import choose
 from far_scale.model.layers import HEAD_DIM
@@ -20,6 +21,7 @@ from far_scale.objective import pack_loss
 from far_scale.recipe import Recipe, check_ranks
 from far_scale.train.checkpoint import local
 from far_scale.train.checkpoint.saver import Saver
+from far_scale.train.collectives import StepLedger
 from far_scale.train.compiled import check_compiler
 from far_scale.train.costs import most_activation_bytes
 from far_scale.train.curriculum import Stage, stages
@@ -153,6 +155,7 @@ def train(
             Saver(run, recipe.checkpoint, processes, events, local_folder, resume.latest) as saver,
         ):
             keeper = Keeper(recipe, engine, ema, guard, saver, resume, card, processes)
+            ledger = StepLedger(hosts, processes, events, monitor.say)
             monitor.say(attention)
             for line in sharding.why:
                 monitor.say(line)
@@ -163,6 +166,7 @@ def train(
                     continue
                 shard_set = shard_sets[stage.index]
                 monitor.begin_stage(stage)
+                ledger.begin_stage(max(position.step, stage.first))
                 monitor.say("\n".join(summary(shard_set)))
                 first = max(position.step, stage.first)
                 middle = first > stage.first  # or else the stage begins its shard set afresh
@@ -185,10 +189,11 @@ def train(
                         set_learning_rate(engine, rate)
 
                         done = step + 1
-                        with profiler.watching(done):
-                            loss = train_step(engine, batch, stage, processes, monitor, guard, sharding.reduce_once)
-                            ema.update(guard.kept)
-                        vote.begin(saver.busy, any(pack.skipped for pack in batch.packs), keeper.due)
+                        with ledger.watching(done):
+                            with profiler.watching(done):
+                                loss = train_step(engine, batch, stage, processes, monitor, guard, sharding.reduce_once)
+                                ema.update(guard.kept)
+                            vote.begin(saver.busy, any(pack.skipped for pack in batch.packs), keeper.due)
                         guard.end_step(done, batch.packs)
                         monitor.end_step(done, loss, rate, grad_norm(engine), guard.skipped, damaged.count)
                         watchdog.beat(done)
@@ -236,7 +241,8 @@ def train_step(
     losses = []
     with one_step(engine, len(batch.noisy), reduce_once) as backward:
         for noisy, weight in zip(batch.noisy, weights, strict=True):
-            velocity = engine(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
+            with phase("forward"):
+                velocity = engine(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
             loss = pack_loss(velocity, noisy) * weight
             if guard is not None:
                 guard.watch(loss)
@@ -257,7 +263,8 @@ def pack_weights(packs: list[Pack], stage: Stage, processes: Processes) -> torch
         return torch.ones(len(packs), device=processes.device)
     clips = torch.tensor([float(len(pack.clip_frames)) for pack in packs]).to(processes.device, non_blocking=True)
     total = clips.sum()
-    dist.all_reduce(total)
+    with phase("clips"):
+        dist.all_reduce(total)
     return clips * (stage.data.lanes / total)
 
 

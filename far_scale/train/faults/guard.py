@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from far_scale.data.packs.loader import Pack
+from far_scale.distributed.ledger import phase
 from far_scale.recipe_sections import FaultsSection
 from far_scale.train.deepspeed_adapter import grad_norm
 from far_scale.train.engine import before_adam
@@ -168,7 +169,8 @@ class Guard:
         losses = torch.stack(self._losses).float()
         now = torch.stack([losses.mean(), grad_norm(self._engine).float()])
         # The norm is the same on all ranks already, or should be; after this it is to the last bit.
-        dist.all_reduce(now)
+        with phase("guard"):
+            dist.all_reduce(now)
         now /= self._processes.count
         skipped, spikes = ~now.isfinite().all(), torch.zeros_like(now, dtype=torch.bool)
         if self._faults.spikes != "off":
