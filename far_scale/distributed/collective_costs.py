@@ -145,7 +145,7 @@ def step_collectives(shapes: Shapes, setup: Setup) -> list[Entry]:
         add("update", "all-gather", [setup.number_bytes * padded[number] for number in sorted(kept)])
     elif setup.stage > 0:
         add("update", "all-gather", [setup.number_bytes * _pad(total, 2 * ranks)])
-    add("vote", "all-reduce", [24])
+    add("vote", "all-reduce", [32])
     calls, sizes = Counter(key for key, _ in messages), Counter[Key]()
     for key, size in messages:
         sizes[key] += size
