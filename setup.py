@@ -1,4 +1,8 @@
-"""Packaging of far_scale. Ranges are open upwards: torch in particular is whatever fits the machine's GPU."""
+"""Packaging of far_scale.
+
+Ranges end before the next version that may break something: DeepSpeed's at the last series that far_scale's adapter was
+tested with. Torch's is wide, since it must fit the machine's GPU. requirements/ has one tested version of each package.
+"""
 
 import re
 from pathlib import Path
@@ -18,18 +22,19 @@ setup(
     packages=find_packages(include=["far_scale", "far_scale.*"]),
     package_data={"far_scale.autoencoder": ["weights/*"]},
     install_requires=[
-        "torch>=2.9",
-        "deepspeed>=0.19",
-        "webdataset>=0.2",
-        "safetensors>=0.4.5",
-        "pydantic>=2.8",
-        "pyyaml>=6.0",
-        "numpy>=1.26",
-        "tqdm>=4.66",
-        "av>=15.0",
-        "pillow>=10.1",
-        "matplotlib>=3.8",
-        "torchmetrics>=1.4",
+        "torch>=2.9,<2.16",
+        "deepspeed>=0.19,<0.20",
+        "webdataset>=0.2,<2",
+        "braceexpand>=0.1.7,<1",
+        "safetensors>=0.4.5,<1",
+        "pydantic>=2.8,<3",
+        "pyyaml>=6.0,<7",
+        "numpy>=1.26,<3",
+        "tqdm>=4.66,<5",
+        "av>=15.0,<20",
+        "pillow>=10.1,<14",
+        "matplotlib>=3.8,<4",
+        "torchmetrics>=1.4,<2",
     ],
     extras_require={
         "flash": ["flash-attn>=2.7"],

@@ -42,9 +42,10 @@ class Ranks:
         count: how many ranks.
         arguments: of `python -m far_scale.train`.
         output: file that all of them write into.
+        ranks_a_node: so many each on nodes n0, n1, ... by name; None for this machine's own.
     """
 
-    def __init__(self, count: int, arguments: Sequence[str], output: Path) -> None:
+    def __init__(self, count: int, arguments: Sequence[str], output: Path, ranks_a_node: int | None = None) -> None:
         self.output = output
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -53,12 +54,15 @@ class Ranks:
         common = {**os.environ, "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         common.setdefault("OMP_NUM_THREADS", "1")
         common["WORLD_SIZE"] = str(count)
+        nodes = [
+            {} if ranks_a_node is None else {"SLURMD_NODENAME": f"n{rank // ranks_a_node}"} for rank in range(count)
+        ]
         command = [sys.executable, "-m", "far_scale.train", *arguments]
         with output.open("wb") as file:
             self._processes = [
                 subprocess.Popen(
                     command,
-                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    env={**common, **nodes[rank], "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,

@@ -156,7 +156,15 @@ class Recipe(Section):
                     "max_damaged_samples",
                 },
                 "curriculum": {"__all__": {"name", "shards"}},
-                "train": {"zero_stage", "whole_below", "activation_checkpointing", "compile", "attention"},
+                "train": {
+                    "zero_stage",
+                    "whole_below",
+                    "deepspeed",
+                    "reduce_once",
+                    "activation_checkpointing",
+                    "compile",
+                    "attention",
+                },
             },
         )
         # How sets are mixed changes the result, whatever their folders are called.
@@ -166,6 +174,8 @@ class Recipe(Section):
             if isinstance(shards, tuple):
                 section["weights"] = shares(shards)
         _drop_later_keys(values)
+        if self.train.deepspeed is not None and (quantised := self.train.deepspeed.of_result()):
+            values["train"]["deepspeed"] = quantised
         if self.faults.spikes == "skip":
             values["faults"] = {"spike_deviations": self.faults.spike_deviations}
         return values

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from far_scale.data.remote.fetch import is_remote
 from far_scale.errors import UserError
+from far_scale.recipe_deepspeed import deepspeed_conflicts
 from far_scale.recipe_frames import clip_tokens, fewest, most
 from far_scale.recipe_sections import DataSection, ModelSection, StageSection, places
 
@@ -57,6 +58,7 @@ def stage_sections(recipe: Recipe) -> list[StageSections]:
 def impossible(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Every combination of keys that cannot work, as the key to mend and what is wrong."""
     yield from _impossible_model(recipe)
+    yield from deepspeed_conflicts(recipe)
     yield from _impossible_objective(recipe)
     yield from _impossible_curriculum(recipe)
     for stage in stage_sections(recipe):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from far_scale.recipe_deepspeed import SET_ELSEWHERE
 from far_scale.recipe_frames import FrameCounts
 
 if TYPE_CHECKING:
@@ -263,6 +264,106 @@ class OptimizerSection(Section):
     """Decay of the exponential moving average of the weights, each step."""
 
 
+def _parse_hpz(value: Any) -> Any:
+    if value != "auto" and not (type(value) is int and value >= 1):
+        raise PydanticCustomError("hpz", "must be auto or a number of ranks, at least 1")
+    return value
+
+
+def _parse_reduce_once(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise PydanticCustomError("reduce_once", "must be auto, true or false")
+    return value
+
+
+def _parse_size(value: Any) -> Any:
+    """Configurations of DeepSpeed write 5e8."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Size = Annotated[int, Field(ge=0), BeforeValidator(_parse_size)]
+"""How many numbers."""
+PositiveSize = Annotated[int, Field(ge=1), BeforeValidator(_parse_size)]
+
+
+class OffloadSection(Section):
+    """Where DeepSpeed keeps something beside the GPU's memory."""
+
+    device: Literal["cpu"]
+    """The node's main memory. Not NVMe: EMA and checkpoints read the tensors where they lie."""
+    pin_memory: bool = True
+    """Lock these pages in memory, for fast copies to the GPU; false where a limit of the node forbids it."""
+
+
+class DeepSpeedSection(Section):
+    """Keys of DeepSpeed's zero_optimization, under DeepSpeed's own names: how the ranks communicate. Null leaves a key
+    at DeepSpeed's default. Keys that are missing here are set by other keys of the recipe."""
+
+    zero_hpz_partition_size: Annotated[int | Literal["auto"], BeforeValidator(_parse_hpz)] = "auto"
+    """ZeRO-3: ranks, counted from rank 0, that keep one more copy of the weights among them after a forward pass, so
+    that backward gathers within them alone (hpZ). Auto: the ranks of a node where there are several nodes and up to
+    1.4 billion parameters; else 1, which is without."""
+    zero_quantized_weights: bool | None = None
+    """ZeRO-3 on GPUs: gather weights as int8 (ZeRO++). Changes the result."""
+    zero_quantized_gradients: bool | None = None
+    """ZeRO-3 on GPUs: reduce gradients as int4 (ZeRO++). Changes the result."""
+    communication_data_type: Literal["fp32", "bf16"] | None = None
+    """Type that gradients are reduced in; null for that of train.precision. Changes the result."""
+    overlap_comm: bool | None = None
+    """Reduce gradients during backward; null for true on GPUs and false on CPUs."""
+    reduce_bucket_size: PositiveSize | None = None
+    """Numbers that are reduced at a time; DeepSpeed's default is 5e8."""
+    reduce_scatter: bool | None = None
+    """ZeRO-2 and -3: reduce to the rank that owns a part, not to all."""
+    allgather_bucket_size: Annotated[PositiveSize, Field(multiple_of=2)] | None = None
+    """ZeRO-1 and -2: numbers that are gathered at a time after a step, an even number; DeepSpeed's default is 5e8."""
+    allgather_partitions: bool | None = None
+    """ZeRO-1 and -2: gather the updated weights by all-gather, not by broadcasts."""
+    use_multi_rank_bucket_allreduce: bool | None = None
+    """ZeRO-1 and -2: reduce buckets of several ranks in one all-reduce."""
+    sub_group_size: PositiveSize | None = None
+    """ZeRO-3: parameters that the optimizer steps at a time; DeepSpeed's default is 1e9."""
+    stage3_prefetch_bucket_size: Size | None = None
+    """ZeRO-3: numbers that are gathered ahead of use; DeepSpeed's default is 5e7."""
+    stage3_max_live_parameters: Size | None = None
+    """ZeRO-3: the most gathered parameters that a rank holds at a time; DeepSpeed's default is 1e9."""
+    stage3_max_reuse_distance: Size | None = None
+    """ZeRO-3: keep gathered a parameter that is needed again within so many; DeepSpeed's default is 1e9."""
+    stage3_model_persistence_threshold: Size | None = None
+    """ZeRO-3: the most numbers that train.whole_below keeps whole in all."""
+    stage3_use_all_reduce_for_fetch_params: bool | None = None
+    """ZeRO-3: gather by all-reduce, which spares copies on the host and sends twice as much."""
+    stage3_allgather_sequential: bool | None = None
+    """ZeRO-3: gather parameters one by one, without a buffer for several."""
+    log_trace_cache_warnings: bool | None = None
+    """ZeRO-3: warn where the order in which layers are used changes, which costs a new trace of it."""
+    enable_sanity_checks: bool | None = None
+    """ZeRO-3: check DeepSpeed's own bookkeeping at every gather, to look for a bug."""
+    offload_optimizer: OffloadSection | None = None
+    """ZeRO-3: keep master weights, moments and EMA in main memory and step there, by torch's AdamW. Each step then
+    waits for the copies."""
+    offload_param: OffloadSection | None = None
+    """ZeRO-3: keep this rank's part of the weights in main memory between uses."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_keys_set_elsewhere(cls, values: Any) -> Any:
+        for name in values if isinstance(values, dict) else ():
+            if name in SET_ELSEWHERE:
+                context = {"key": f"train.deepspeed.{name}", "problem": SET_ELSEWHERE[name]}
+                raise PydanticCustomError("set_elsewhere", "{problem}", context)
+        return values
+
+    def given(self) -> dict[str, Any]:
+        """The keys that the recipe sets, but for an automatic zero_hpz_partition_size."""
+        return {name: value for name, value in self.model_dump().items() if value is not None and value != "auto"}
+
+    def of_result(self) -> dict[str, Any]:
+        """Those that change the trained weights beyond rounding."""
+        names = ("zero_quantized_weights", "zero_quantized_gradients", "communication_data_type")
+        return {name: value for name, value in self.given().items() if name in names and value is not False}
+
+
 class TrainSection(Section):
     """How long and how to compute."""
 
@@ -270,10 +371,15 @@ class TrainSection(Section):
     """Optimizer steps, each on one global batch; with a curriculum the sum of its stages, unless set."""
     precision: Literal["bf16", "fp32"]
     """Arithmetic of the model; optimizer and EMA are float32 in either."""
-    zero_stage: Literal[0, 1, 2, 3]
-    """DeepSpeed ZeRO stage: shards nothing, the optimizer, also gradients, also weights."""
+    zero_stage: Literal[0, 1, 2, 3, "auto"]
+    """DeepSpeed ZeRO stage: shards nothing, the optimizer, also gradients, also weights; auto: the lowest from 1 that
+    fits the memory by estimate, chosen at each start."""
     whole_below: Annotated[int, Field(ge=0)] = 100_000
     """ZeRO-3 keeps parameters of fewer numbers than this whole on every rank, to spare small gathers; 0 shards all."""
+    reduce_once: Annotated[bool | Literal["auto"], BeforeValidator(_parse_reduce_once)] = "auto"
+    """ZeRO-2 and -3 where a rank has several packs a step: sum their gradients first and reduce them once, which keeps
+    whole gradients on every rank; false reduces each pack's while the next is computed. Auto: where there are several
+    nodes and the memory is there."""
     activation_checkpointing: Literal["none", "attention-kept", "full"] = "none"
     """What backward computes again in place of keeping it: nothing, all of a layer but attention's output (which is
     what takes longest), or all of a layer, of which then only the input is kept. FlexAttention's output is not kept."""
@@ -283,6 +389,8 @@ class TrainSection(Section):
     """Attention kernel: auto, or a name from `python -m far_scale.model.attention`."""
     start_from: str | None = None
     """Model directory whose weights a new run starts from, such as an imported official model; null for random ones."""
+    deepspeed: DeepSpeedSection | None = None
+    """DeepSpeed's own keys, for a cluster's network; null for their defaults."""
 
 
 class CheckpointSection(Section):

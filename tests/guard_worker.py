@@ -28,11 +28,11 @@ from far_scale.recipe import load_recipe
 from far_scale.train import engine, loop
 from far_scale.train.curriculum import stages
 from far_scale.train.ema import ShardedEMA
-from far_scale.train.engine import deepspeed_config
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.guard import Guard
 from far_scale.train.feed import Batch
 from far_scale.train.processes import start_processes, stop_processes
+from far_scale.train.sharding import choose_sharding
 
 GOOD = ""
 
@@ -83,13 +83,6 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def small_groups(recipe, processes) -> dict:
-    """ZeRO-3 in many groups, each with its own step of Adam, as it has them for billions of parameters."""
-    config = deepspeed_config(recipe, processes)
-    config["zero_optimization"]["sub_group_size"] = 50_000
-    return config
-
-
 class Run:
     """One recipe's engine, EMA and guard, stepped by hand."""
 
@@ -97,9 +90,9 @@ class Run:
         spec, *others = small_recipe(shards, out / name, *overrides)
         self.recipe, self.processes, self.steps = load_recipe(spec, others), processes, 0
         (self.stage,) = stages(self.recipe)
-        make_config = small_groups if name == "many_groups" else engine.deepspeed_config
-        with mock.patch.object(engine, "deepspeed_config", make_config):
-            self.engine = engine.start_engine(loop.build_model(self.recipe), self.recipe, processes)
+        model = loop.build_model(self.recipe)
+        self.sharding = choose_sharding(self.recipe, sum(p.numel() for p in model.parameters()), processes, lambda: 0)
+        self.engine = engine.start_engine(model, self.recipe, processes, self.sharding)
         self.ema = ShardedEMA(engine.fragments(self.engine), self.recipe.optimizer.ema_decay)
         self.guard = Guard(self.engine, self.recipe.faults, processes, Events(out / name, processes.main))
         self.troubles: list[dict] = []
@@ -117,7 +110,8 @@ class Run:
         step = self.engine.step
         with Waits() as waits:
             with mock.patch.object(self.engine, "step", lambda: step_without_waiting(step, strict)):
-                loop.train_step(self.engine, batch, self.stage, self.processes, guard=self.guard)
+                once = self.sharding.reduce_once
+                loop.train_step(self.engine, batch, self.stage, self.processes, guard=self.guard, reduce_once=once)
             with waiting_raises(strict):
                 self.ema.update(self.guard.kept)
                 trouble = self.guard.end_step(self.steps, batch.packs)

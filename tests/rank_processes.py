@@ -38,7 +38,7 @@ class Rank:
 
 
 @contextlib.contextmanager
-def started(count: int, folder: Path, *arguments: object) -> Iterator[list[Rank]]:
+def started(count: int, folder: Path, *arguments: object, ranks_a_node: int = 1) -> Iterator[list[Rank]]:
     """`count` ranks of `python ARGUMENTS`, on nodes n0, n1, ... by name; what is left of them at the end is killed."""
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def started(count: int, folder: Path, *arguments: object) -> Iterator[list[Rank]
                 "WORLD_SIZE": str(count),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
-                "SLURMD_NODENAME": f"n{rank}",
+                "SLURMD_NODENAME": f"n{rank // ranks_a_node}",
             }
             output = folder / f"rank-{rank}.out"
             with output.open("wb") as file:

@@ -86,6 +86,21 @@ def test_packs_and_resume_are_those_of_our_own_set(tmp_path: Path, members: Call
     assert {path: path.read_bytes() for path in (tmp_path / "theirs").iterdir()} == before
 
 
+def test_adopted_tars_are_copied_to_the_nodes_disk(tmp_path: Path) -> None:
+    write_tars(tmp_path / "theirs", FRAMES, 5, as_npy)
+    adopted(tmp_path / "theirs", tmp_path / "set", **BOTH)
+    straight = packs_of(ShardSet.open(tmp_path / "set"), 12)
+    node = NodeCache(tmp_path / "disk", GB, "data.stage_local")
+    shard_set = ShardSet.known(tmp_path / "set", Manifest.text(tmp_path / "set"), node)
+    assert same(packs_of(shard_set, 12), straight)
+    for path in [*(tmp_path / "theirs").iterdir(), *(tmp_path / "set").iterdir()]:
+        path.unlink()
+    assert same(packs_of(shard_set, 12), straight)
+    assert shard_set.staged is not None
+    counts = shard_set.staged.counts()
+    assert (counts.copied_files, counts.opened_at_source) == (10, 0)
+
+
 def test_the_fingerprint_does_not_depend_on_where_shards_lie(tmp_path: Path) -> None:
     write_tars(tmp_path / "here", FRAMES[:6], 3, as_npy)
     first = adopted(tmp_path / "here", tmp_path / "a", **BOTH)

@@ -140,6 +140,20 @@ def test_lanes_at_scale_walks_whole_nodes(tmp_path: Path) -> None:
     assert clips["tokens of a step, most / mean"] > 1.1 > budget["tokens of a step, most / mean"] >= 1
 
 
+def test_collectives_are_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import collectives
+
+    rows = collectives.worked_out("B", nodes=2, node=2)
+    assert [(row["shared out by"], row["packs"]) for row in rows[:3]] == [
+        (name, 1) for name in ("ZeRO-1", "ZeRO-3", "ZeRO-3, hpZ 2")
+    ]
+    for row in rows:
+        parts = ("of it weights, forward", "weights, backward", "weights, after the update", "gradients")
+        assert row["to other nodes"] == pytest.approx(sum(row[part] for part in parts))
+        assert row["GB out of a node"] == pytest.approx(2 * row["to other nodes"] / 1e3)
+
+
 def test_convergence_counts_flops_and_averages_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Made-up scores: LPIPS of the three clips is seed / 10 more than 0.1, 0.2 and 0.3."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

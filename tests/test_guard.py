@@ -11,6 +11,7 @@ import pytest
 import torch
 from launch import ROOT, launch
 
+from far_scale.train.deepspeed_adapter import can_reduce_once
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import Fragment
 from far_scale.train.faults.events import read_events
@@ -20,8 +21,13 @@ CHANGING = ["adam_step", "ema", "exp_avg", "exp_avg_sq", "model", "weight"]
 RUNS = {
     **{f"fp32_zero{stage}": f"train.zero_stage={stage}" for stage in (0, 1, 2, 3)},
     **{f"bf16_zero{stage}": f"train.zero_stage={stage} train.precision=bf16" for stage in (0, 1, 2, 3)},
-    "many_groups": "train.zero_stage=3",
+    # Each group has its own step of Adam, as billions of parameters have.
+    "many_groups": "train.zero_stage=3 train.deepspeed.sub_group_size=50_000",
 }
+if can_reduce_once():
+    RUNS["once_fp32_zero3"] = "train.zero_stage=3 train.reduce_once=true"
+    RUNS["once_bf16_zero2"] = "train.zero_stage=2 train.reduce_once=true train.precision=bf16"
+OFFLOADED = {"offloaded": "train.zero_stage=3 train.precision=bf16 train.deepspeed.offload_optimizer.device=cpu"}
 SPIKES = {
     "spikes_skip": "train.zero_stage=3 faults.spikes=skip",
     "spikes_warn": "train.zero_stage=1 faults.spikes=warn",
@@ -44,7 +50,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(recorded_shards: Path, out: Path) -> list[dict[str, Any]]:
     """Every run of RUNS and SPIKES on 2 ranks, in one start of the processes."""
-    return run_worker(2, recorded_shards, out, {**RUNS, **SPIKES})
+    return run_worker(2, recorded_shards, out, {**RUNS, **OFFLOADED, **SPIKES})
 
 
 def assert_bad_steps_left_no_trace(found: dict[str, Any]) -> None:
@@ -62,7 +68,7 @@ def assert_bad_steps_left_no_trace(found: dict[str, Any]) -> None:
     assert finite == [True, True, False, True, False, True, True], "the log shows the true norm"
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, *OFFLOADED])
 def test_a_step_that_is_not_finite_leaves_no_trace(ranks: list[dict[str, Any]], name: str) -> None:
     for found in ranks:
         assert_bad_steps_left_no_trace(found[name])

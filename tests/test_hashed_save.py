@@ -66,7 +66,9 @@ def test_a_save_reads_none_of_its_files_again(tmp_path: Path) -> None:
 
 def test_a_node_local_save_neither(tmp_path: Path) -> None:
     node = tmp_path / "node"
-    _, read = opened_for_reading(lambda: local.save(node, 5, 0, 1, pieces(), {}, None), tmp_path)
+    own = pieces()
+    own["weight/blocks.1000.weight"].data.requires_grad_()  # as the copy of a weight does
+    _, read = opened_for_reading(lambda: local.save(node, 5, 0, 1, own, {}, None), tmp_path)
     file = node / "step-00000005" / "rank-00000-of-00001.safetensors"
     assert file.name not in read
     save_file({name: piece.data for name, piece in pieces().items()}, tmp_path / "plain")

@@ -66,3 +66,19 @@ def test_shipped_weights_are_installed() -> None:
     assert '"far_scale.autoencoder": ["weights/*"]' in SETUP
     assert list(weights.glob("*.safetensors"))
     assert all(path.is_file() for path in weights.iterdir())  # the pattern takes files, no folders
+
+
+def test_the_range_of_deepspeed_is_that_of_its_adapter_and_the_lock_is_in_it() -> None:
+    from far_scale.train.deepspeed_adapter import FIRST_TESTED, LAST_TESTED
+
+    major, minor, _ = LAST_TESTED
+    assert (major, minor, 0) == FIRST_TESTED
+    assert f'"deepspeed>={major}.{minor},<{major}.{minor + 1}"' in SETUP
+    for name in ("cpu", "cuda"):
+        lock = (PACKAGE.parent / "requirements" / f"{name}.txt").read_text()
+        assert f"\ndeepspeed=={'.'.join(map(str, LAST_TESTED))}\n" in lock
+        assert ("nvidia-nccl" in lock) == (name == "cuda")
+        assert (
+            f'"{re.search(r"^torch==.*$", lock, re.MULTILINE)[0]}"'
+            in (PACKAGE.parent / "tools/setup_env.sh").read_text()
+        )

@@ -288,7 +288,7 @@ WRONG_VALUES = {
     "train.steps=0": "train.steps: must be greater than or equal to 1, got 0",
     "name=3": "name: must be a valid string, got 3",
     "train.precision=fp16": "train.precision: must be 'bf16' or 'fp32', got 'fp16'",
-    "train.zero_stage=4": "train.zero_stage: must be 0, 1, 2 or 3, got 4",
+    "train.zero_stage=4": "train.zero_stage: must be 0, 1, 2, 3 or 'auto', got 4",
     "optimizer.ema_decay=1.0": "optimizer.ema_decay: must be less than 1, got 1.0",
     "optimizer.ema_decay=-0.1": "optimizer.ema_decay: must be greater than or equal to 0, got -0.1",
     "seed=18446744073709551616": "seed: must be less than 18446744073709551616, got 18446744073709551616",
@@ -513,6 +513,7 @@ SAME_RESULT += ["data.shards=elsewhere", "sample.steps=9", "train.zero_stage=0",
 SAME_RESULT += ["train.compile=true", "train.attention=dense", "data.max_damaged_samples=9", "data.cache_gb=9"]
 SAME_RESULT += ["data.cache_dir=cache", "data.prefetch_gb=9", "sample.context_noise=0.1", "model.causal=true"]
 SAME_RESULT += ["objective.context_noise=0"]
+SAME_RESULT += ["train.zero_stage=auto", "train.reduce_once=true", "train.deepspeed={reduce_bucket_size: 9}"]
 SAME_RESULT += ["validation={every: 5, shards: held-out}"]
 OTHER_RESULT = ["seed=1", "model.layers=3", "data.lanes=4", "data.autoencoder=other", "objective.logit_std=2"]
 OTHER_RESULT += ["data.frames=[2, 4]", "data.tokens_per_pack=512", "curriculum=[{steps: 10, frames: 3}]"]
@@ -575,7 +576,7 @@ def test_reference_describes_every_key() -> None:
     for key, field in fields(Recipe):
         assert f"{'.'.join(key)}  (" in text or f"\n{'.'.join(key)}: " in text
         assert field.description or "Section" in str(field.annotation)
-    assert "  train.zero_stage  (0 | 1 | 2 | 3; required)\n" in text
+    assert "  train.zero_stage  (0 | 1 | 2 | 3 | auto; required)\n" in text
     assert "  optimizer.final_factor  (float >= 0 and <= 1; default 0.0)\n" in text
     assert "  data.latent_shape  ([int, int, int]; required)\n" in text
     assert "  data.frames  (int | [int, int] | {int: float}; default 16)\n" in text

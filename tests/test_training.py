@@ -13,23 +13,45 @@ from pathlib import Path
 import pytest
 import torch
 from launch import ROOT, command, environment, launch, small_recipe
+from plain_training import train_plainly
 from safetensors.torch import load_file
 
 from far_scale.convert.zero import export
-from far_scale.data.packs.loader import PackLoader
-from far_scale.data.packs.scaling import LatentScaling
-from far_scale.data.shards.shard_set import ShardSet
-from far_scale.objective import add_noise, pack_loss
-from far_scale.recipe import load_recipe
-from far_scale.train.curriculum import stages
-from far_scale.train.loop import build_model
-from far_scale.train.schedule import learning_rate
+
+
+def keys(stage: int, *of_deepspeed: str) -> str:
+    """The overrides of a ZeRO stage with keys of train.deepspeed."""
+    return " ".join([f"train.zero_stage={stage}", *(f"train.deepspeed.{key}" for key in of_deepspeed)])
+
 
 RUNS = {
     "zero3": "train.zero_stage=3",
     "zero2": "train.zero_stage=2",
     "zero1": "train.zero_stage=1",
     "zero0": "train.zero_stage=0",
+    **{
+        # As on GPUs, but for their streams: gradients are reduced during backward, in several buckets.
+        f"overlap_zero{stage}": keys(stage, "overlap_comm=true", "reduce_bucket_size=30_000")
+        for stage in (1, 2, 3)
+    },
+    "keys_zero2": keys(
+        2,
+        "allgather_partitions=false",
+        "use_multi_rank_bucket_allreduce=false",
+        "allgather_bucket_size=1000",
+        "reduce_scatter=false",
+    ),
+    "keys_zero3": keys(
+        3,
+        "stage3_prefetch_bucket_size=0",
+        "stage3_max_live_parameters=1000",
+        "stage3_max_reuse_distance=0",
+        "stage3_allgather_sequential=true",
+        "reduce_scatter=false",
+        "enable_sanity_checks=true",
+    ),
+    "offloaded": keys(3, "offload_optimizer.device=cpu", "offload_param.device=cpu", "sub_group_size=50_000"),
+    "bf16_offloaded": f"{keys(3, 'offload_optimizer.device=cpu')} train.precision=bf16",
     "checkpointing": "train.zero_stage=3 train.activation_checkpointing=full",
     "bf16_zero3": "train.zero_stage=3 train.precision=bf16",
     "bf16_zero1": "train.zero_stage=1 train.precision=bf16",
@@ -54,32 +76,7 @@ def runs(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def plain(recorded_shards: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same 20 steps in plain PyTorch on one process: losses, and the EMA."""
-    spec, *overrides = small_recipe(recorded_shards, Path("unused"))
-    recipe = load_recipe(spec, overrides)
-    shard_set = ShardSet.open(recorded_shards)
-    scaling = LatentScaling.of(shard_set.manifest, recipe.data.scaling)
-    model = build_model(recipe).train()
-    adam = torch.optim.AdamW(model.parameters(), lr=1.0, betas=recipe.optimizer.betas, weight_decay=0.0)
-    ema = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    losses, decay = [], recipe.optimizer.ema_decay
-    (stage,) = stages(recipe)
-    with PackLoader(shard_set, scaling, range(recipe.data.lanes), stage.dealing(recipe.seed)) as loader:
-        for step, packs in zip(range(recipe.train.steps), loader, strict=False):
-            adam.param_groups[0]["lr"] = learning_rate(recipe, step)
-            adam.zero_grad()
-            total = 0.0
-            for pack in packs:
-                noisy = add_noise(pack, recipe.objective, recipe.far_config(), recipe.seed)
-                velocity = model(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
-                loss = pack_loss(velocity, noisy) / recipe.data.lanes
-                loss.backward()
-                total += loss.item()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
-            adam.step()
-            for name, parameter in model.named_parameters():
-                ema[name] = decay * ema[name] + (1 - decay) * parameter.detach()
-            losses.append(total)
-    return losses, ema
+    return train_plainly(recorded_shards)
 
 
 def logged(run: Path, key: str = "loss") -> list[float]:
@@ -114,7 +111,7 @@ def test_layers_compile_once_under_zero3(runs: Path) -> None:
 
 
 def test_bfloat16_follows_float32_at_every_stage(runs: Path, plain) -> None:
-    for name in ("bf16_zero3", "bf16_zero1", "bf16_zero0"):
+    for name in ("bf16_zero3", "bf16_zero1", "bf16_zero0", "bf16_offloaded"):
         torch.testing.assert_close(torch.tensor(logged(runs / name)), torch.tensor(plain[0]), rtol=5e-3, atol=0)
 
 
@@ -167,8 +164,9 @@ def test_another_rank_count_and_stage_go_on_from_the_same_checkpoint(
     run = tmp_path / "elastic"
     shutil.copytree(runs / "zero3", run)
     (run / "checkpoints" / "latest").write_text("step-00000010\n")
-    finished = launch(1, "-m", "far_scale.train", *small_recipe(recorded_shards, run, "train.zero_stage=1"))
+    finished = launch(1, "-m", "far_scale.train", *small_recipe(recorded_shards, run, "train.zero_stage=auto"))
     assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "sharding: ZeRO-1 (auto: the lowest that fits, a rank needs about " in finished.stdout + finished.stderr
     torch.testing.assert_close(torch.tensor(logged(run)), torch.tensor(logged(runs / "zero3")), rtol=1e-5, atol=0)
 
 

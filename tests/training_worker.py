@@ -46,6 +46,7 @@ def main() -> None:
         spec, *others = small_recipe(Path(shards), Path(out) / name, *overrides)
         recipe = load_recipe(spec, others)
         engine, ema, _ = train(recipe, processes)
+        assert engine.zero_overlap_comm() == name.startswith("overlap")
         for group in dist.distributed_c10d._world.pg_map:  # DeepSpeed's among them
             assert group._get_backend(torch.device("cpu")).options._timeout == timeout, group.group_name
         if name == "zero3":

@@ -15,7 +15,7 @@ fail() {
 }
 
 # The stamp changes with what is installed, and with the folder, since an environment cannot be moved.
-checksum() { { pwd -P && cat setup.py pyproject.toml tools/setup_env.sh; } | sha256sum | cut -d ' ' -f 1; }
+checksum() { { pwd -P && cat setup.py pyproject.toml tools/setup_env.sh requirements/cpu.txt; } | sha256sum | cut -d ' ' -f 1; }
 
 # What the system lacks comes from Debian's packages where this user may install them.
 apt_install() {
@@ -78,12 +78,14 @@ fi
 timed "virtual environment in $VENV from $("$PYTHON" --version)" "$PYTHON" -m venv "${VENV_OPTIONS[@]}" "$VENV"
 
 PIP=("$VENV/bin/python" -m pip install -qq --disable-pip-version-check)
+LOCK=()
 if ! has_gpu; then
+    LOCK=(--constraint requirements/cpu.txt) # the versions that the tests are known to pass with
     timed "installing $CPU_TORCH" "${PIP[@]}" "$CPU_TORCH" || fail "pip could not install $CPU_TORCH (see above)"
 elif ! has_cuda_torch "$VENV/bin/python"; then
     timed "installing torch>=2.9 for the GPU" "${PIP[@]}" "torch>=2.9" || fail "pip could not install torch>=2.9 (see above)"
 fi
-timed "installing far_scale and what it needs (one to two minutes)" "${PIP[@]}" --editable '.[demo,dev,slurm,wandb]' ||
+timed "installing far_scale and what it needs (one to two minutes)" "${PIP[@]}" ${LOCK[@]+"${LOCK[@]}"} --editable '.[demo,dev,slurm,wandb]' ||
     fail "pip could not install far_scale (see above); mend that and start again"
 
 # Only tests import it. With all that it requires it would replace numpy, and torchvision need not fit a torch for CPUs.

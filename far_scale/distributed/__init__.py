@@ -1,1 +1,1 @@
-"""How the processes of a run reach each other."""
+"""How the processes of a run reach each other, and what they send."""

@@ -3,74 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from far_scale.data.packs.loader import PackLoader
-from far_scale.data.packs.mixture import Mixture, summary
+from far_scale.data.packs.mixture import summary
 from far_scale.data.packs.scaling import LatentScaling
-from far_scale.data.shards.shard_set import ShardSet
 from far_scale.errors import UserError, say_warning
-from far_scale.layout import FrameLayout
+from far_scale.hosts import host_name
 from far_scale.model import FAR
 from far_scale.objective import add_noise
 from far_scale.recipe import Recipe, check_ranks
-from far_scale.train.curriculum import Stage, stages
+from far_scale.train.collectives import expected_collectives
+from far_scale.train.costs import StageCosts, activation_bytes
+from far_scale.train.curriculum import stages
 from far_scale.train.engine import start_engine
 from far_scale.train.faults.events import Events
 from far_scale.train.feed import Batch
-from far_scale.train.flops import peak_flops, train_flops
+from far_scale.train.flops import peak_flops
 from far_scale.train.held_out import open_held_out
 from far_scale.train.loop import build_model, check_computation, compute_dtype, train_step
-from far_scale.train.processes import Processes
+from far_scale.train.processes import Processes, gather
 from far_scale.train.sets import open_sets
+from far_scale.train.sharding import choose_sharding, free_memory, state_bytes
 from far_scale.train.start_weights import start_from
 
-# Bytes a parameter of what training holds: (weights, gradients, optimizer with master weights and EMA).
-_BYTES = {"bf16": (2, 4, 16), "fp32": (4, 4, 12)}
-_PACKS = 256  # drawn of each stage
 _MFU = 0.4  # of the device's peak, for the estimate of a step's time
-
-
-@dataclass(frozen=True)
-class StageCosts:
-    """What drawn packs of a stage come to.
-
-    Attributes:
-        stage: which.
-        layouts: of the packs.
-    """
-
-    stage: Stage
-    layouts: list[FrameLayout]
-
-    @staticmethod
-    def of(stage: Stage, shard_set: ShardSet | Mixture, seed: int) -> StageCosts:
-        """Draw some hundred packs, as training will, without reading them."""
-        lanes = stage.dealing(seed).clip_lanes(shard_set, range(min(stage.data.lanes, _PACKS)))
-        rounds = -(-_PACKS // len(lanes))
-        drawn = [lane.next_pack() for _ in range(rounds) for lane in lanes.values()]
-        return StageCosts(stage, [stage.layout(tuple(clip.frames for clip in pack)) for pack in drawn])
-
-    @property
-    def step_flops(self) -> float:
-        """Arithmetic of a mean step, all ranks together."""
-        flops = [train_flops(self.stage.config, layout) for layout in self.layouts]
-        return self.stage.data.lanes * sum(flops) / len(flops)
-
-    @property
-    def largest(self) -> FrameLayout:
-        """The pack of most tokens."""
-        return max(self.layouts, key=lambda layout: layout.tokens)
-
-    def mean_and_most(self, number: Callable[[FrameLayout], int]) -> str:
-        """Mean and largest `number` of a pack, as text."""
-        numbers = [number(layout) for layout in self.layouts]
-        mean, most = sum(numbers) / len(numbers), max(numbers)
-        return f"{_short(mean)} / {_short(most)}"
 
 
 def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) -> None:
@@ -88,11 +47,13 @@ def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) 
     held_out = open_held_out(recipe, stages(recipe), manifest, scaling, dtype, processes, events, 0)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())
-
     costs = [StageCosts.of(stage, shard_set, recipe.seed) for stage, shard_set in plan]
-    state = state_bytes(recipe, parameters, processes.count)
-    needs = [state + activation_bytes(recipe, cost.largest) for cost in costs]
-    need, have = max(needs), _free_memory(processes)
+    activations = [activation_bytes(recipe, cost.largest) for cost in costs]
+    sharding = choose_sharding(recipe, parameters, processes, lambda: max(activations))
+    nodes = len(set(gather(host_name(), processes.host_group)))
+    state = state_bytes(recipe.train.precision, sharding, parameters, processes.count)
+    needs = [state + activation for activation in activations]
+    need, have = max(needs), free_memory(processes)
     if processes.main:
         train = recipe.train
         print(f"recipe      {recipe.name} ({recipe.hash()[:12]}), {train.steps} steps")
@@ -101,10 +62,14 @@ def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) 
             print(f"shard set   {line}")
         if held_out is not None:
             print(f"held-out    {held_out.clips} clips of {held_out.shards.folder}")
-        print(f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{train.zero_stage}, {train.precision}")
+        print(f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{sharding.stage}, {train.precision}")
         peak = processes.count * peak_flops(processes.device, dtype)
         print(attention)
+        for line in sharding.why:
+            print(line)
         for line in stage_table(costs, needs, peak):
+            print(line)
+        for line in expected_collectives(recipe, sharding, processes.count, nodes):
             print(line)
         print(f"memory      about {need / 1e9:.2f} GB a rank at most, {have / 1e9:.2f} GB free")
     if need > have:
@@ -119,7 +84,7 @@ def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) 
         said = start_from(model, recipe, plan[0][1].manifest, scaling, accept_changes)
         if processes.main:
             print(said)
-    engine = start_engine(model, recipe, processes)
+    engine = start_engine(model, recipe, processes, sharding)
     own_lanes = list(range(processes.rank, recipe.data.lanes, processes.count))
     for stage, shard_set in plan:
         with PackLoader(shard_set, scaling, own_lanes, stage.dealing(recipe.seed), stage.first, prefetch=1) as loader:
@@ -129,7 +94,7 @@ def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) 
             noisy = [add_noise(pack, recipe.objective, stage.config, recipe.seed) for pack in packs]
             start = time.perf_counter()
             batch = Batch(packs, [pack.to(processes.device) for pack in noisy])
-            loss = processes.mean(train_step(engine, batch, stage, processes)).item()
+            loss = processes.mean(train_step(engine, batch, stage, processes, reduce_once=sharding.reduce_once)).item()
             seconds = time.perf_counter() - start
         if processes.main:
             of = f"of {stage.name}: " if recipe.curriculum else ""
@@ -167,44 +132,3 @@ def stage_table(costs: list[StageCosts], needs: list[float], peak: float) -> lis
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     note = f"(mean / largest of {len(costs[0].layouts)} drawn packs; TFLOP over all ranks; GB a rank;"
     return [*lines, f"{note} s/step at {_MFU:.0%} of {peak / 1e12:.3g} TFLOP/s, the peak of all ranks)"]
-
-
-def state_bytes(recipe: Recipe, parameters: int, ranks: int) -> float:
-    """Weights, gradients, master weights, Adam's moments and EMA that one rank holds, by ZeRO stage."""
-    weights, gradients, optimizer = _BYTES[recipe.train.precision]
-    stage = recipe.train.zero_stage
-    shares = (
-        weights / (ranks if stage == 3 else 1),
-        gradients / (ranks if stage >= 2 else 1),
-        optimizer / (ranks if stage >= 1 else 1),
-    )
-    return parameters * sum(shares)
-
-
-def activation_bytes(recipe: Recipe, layout: FrameLayout) -> float:
-    """Roughly what a forward pass keeps for backward: some 34 numbers a token, layer and channel of width.
-
-    With activation checkpointing one number a layer (with attention kept, two) and one layer's worth in full.
-    """
-    number = 2 if recipe.train.precision == "bf16" else 4
-    config = recipe.far_config()
-    a_layer = 34 * layout.tokens * config.width * number
-    kept = {"none": 0, "attention-kept": 2, "full": 1}[recipe.train.activation_checkpointing]
-    if not kept:
-        return config.layers * a_layer
-    return a_layer + kept * config.layers * layout.tokens * config.width * number
-
-
-def _short(number: float) -> str:
-    """A number with a unit where it is long."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e5, "K")):
-        if number >= size:
-            return f"{number / (1e3 if unit == 'K' else size):.3g}{unit}"
-    return f"{number:.0f}" if number >= 100 or number == int(number) else f"{number:.1f}"
-
-
-def _free_memory(processes: Processes) -> float:
-    if processes.device.type == "cuda":
-        return torch.cuda.mem_get_info(processes.device)[0]
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(meminfo["MemAvailable"].split()[0]) * 1024 / processes.count

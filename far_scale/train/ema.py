@@ -49,7 +49,7 @@ class ShardedEMA:
         """
         weight = kept * (1 - self.decay)
         for average, live in self._runs:
-            average.lerp_(live, weight)
+            average.lerp_(live, weight.to(live.device))  # another device where the optimizer is offloaded
 
 
 def _storage(tensor: Tensor) -> int:

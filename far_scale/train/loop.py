@@ -13,6 +13,7 @@ import torch.distributed as dist
 from far_scale.data.packs.loader import Pack, PackLoader
 from far_scale.data.packs.mixture import summary
 from far_scale.data.packs.scaling import LatentScaling
+from far_scale.distributed.ledger import phase
 from far_scale.model import FAR
 from far_scale.model.attention import choose
 from far_scale.model.layers import HEAD_DIM
@@ -20,10 +21,13 @@ from far_scale.objective import pack_loss
 from far_scale.recipe import Recipe, check_ranks
 from far_scale.train.checkpoint import local
 from far_scale.train.checkpoint.saver import Saver
+from far_scale.train.collectives import StepLedger
 from far_scale.train.compiled import check_compiler
+from far_scale.train.costs import most_activation_bytes
 from far_scale.train.curriculum import Stage, stages
+from far_scale.train.deepspeed_adapter import grad_norm, one_step
 from far_scale.train.ema import ShardedEMA
-from far_scale.train.engine import fragments, grad_norm, set_learning_rate, start_engine
+from far_scale.train.engine import fragments, set_learning_rate, start_engine
 from far_scale.train.environment import record_environment
 from far_scale.train.faults.damaged import DamagedSamples
 from far_scale.train.faults.events import Events
@@ -48,6 +52,7 @@ from far_scale.train.resume import (
 )
 from far_scale.train.schedule import learning_rate
 from far_scale.train.sets import open_sets, say_staged
+from far_scale.train.sharding import choose_sharding
 from far_scale.train.start_weights import start_from
 from far_scale.train.validation import Validation
 
@@ -118,7 +123,13 @@ def train(
             events.tell("started-from", 0, start_from(model, recipe, first_set, scaling, accept_changes))
         card = describe(recipe, model, manifest, scaling, processes)
         stage_cards = {index: describe_stage(plan[index], shards.manifest) for index, shards in shard_sets.items()}
-        engine = start_engine(model, recipe, processes)
+        sharding = choose_sharding(
+            recipe,
+            sum(parameter.numel() for parameter in model.parameters()),
+            processes,
+            lambda: most_activation_bytes(recipe, to_come, shard_sets),
+        )
+        engine = start_engine(model, recipe, processes, sharding)
         set_timeouts(processes)  # of DeepSpeed's groups
         ema = ShardedEMA(fragments(engine), recipe.optimizer.ema_decay)
         name = identity(run, processes, events)
@@ -144,7 +155,10 @@ def train(
             Saver(run, recipe.checkpoint, processes, events, local_folder, resume.latest) as saver,
         ):
             keeper = Keeper(recipe, engine, ema, guard, saver, resume, card, processes)
+            ledger = StepLedger(hosts, processes, events, monitor.say)
             monitor.say(attention)
+            for line in sharding.why:
+                monitor.say(line)
             validation = Validation(plan, held_out, engine, ema, monitor, watchdog, processes)
             validation.after_step(position.step)  # which the last start may not have come to
             for stage in plan:
@@ -152,6 +166,7 @@ def train(
                     continue
                 shard_set = shard_sets[stage.index]
                 monitor.begin_stage(stage)
+                ledger.begin_stage(max(position.step, stage.first))
                 monitor.say("\n".join(summary(shard_set)))
                 first = max(position.step, stage.first)
                 middle = first > stage.first  # or else the stage begins its shard set afresh
@@ -174,10 +189,11 @@ def train(
                         set_learning_rate(engine, rate)
 
                         done = step + 1
-                        with profiler.watching(done):
-                            loss = train_step(engine, batch, stage, processes, monitor, guard)
-                            ema.update(guard.kept)
-                        vote.begin(saver.busy, any(pack.skipped for pack in batch.packs), keeper.due)
+                        with ledger.watching(done):
+                            with profiler.watching(done):
+                                loss = train_step(engine, batch, stage, processes, monitor, guard, sharding.reduce_once)
+                                ema.update(guard.kept)
+                            vote.begin(saver.busy, any(pack.skipped for pack in batch.packs), keeper.due)
                         guard.end_step(done, batch.packs)
                         monitor.end_step(done, loss, rate, grad_norm(engine), guard.skipped, damaged.count)
                         watchdog.beat(done)
@@ -208,10 +224,14 @@ def train_step(
     processes: Processes,
     monitor: Monitor | None = None,
     guard: Guard | None = None,
+    reduce_once: bool = False,
 ) -> torch.Tensor:
     """One optimizer step on this rank's packs of a global batch, unless the guard finds it bad.
 
-    DeepSpeed averages over the packs and the ranks, and steps with the last pack's `engine.step()`.
+    DeepSpeed averages over the packs and the ranks, and steps after the last pack.
+
+    Args:
+        reduce_once: as in `Sharding`.
 
     Returns:
         The mean of the packs' losses, weighted by their clips: a scalar tensor whose mean over the ranks is the loss,
@@ -219,17 +239,18 @@ def train_step(
     """
     weights = pack_weights(batch.packs, stage, processes)
     losses = []
-    for noisy, weight in zip(batch.noisy, weights, strict=True):
-        velocity = engine(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
-        loss = pack_loss(velocity, noisy) * weight
-        if guard is not None:
-            guard.watch(loss)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.detach())
-        if monitor is not None:
-            layout = noisy.layout
-            monitor.count(len(layout.clip_frames), layout.tokens, train_flops(stage.config, layout))
+    with one_step(engine, len(batch.noisy), reduce_once) as backward:
+        for noisy, weight in zip(batch.noisy, weights, strict=True):
+            with phase("forward"):
+                velocity = engine(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
+            loss = pack_loss(velocity, noisy) * weight
+            if guard is not None:
+                guard.watch(loss)
+            backward(loss)
+            losses.append(loss.detach())
+            if monitor is not None:
+                layout = noisy.layout
+                monitor.count(len(layout.clip_frames), layout.tokens, train_flops(stage.config, layout))
     return torch.stack(losses).mean()
 
 
@@ -242,7 +263,8 @@ def pack_weights(packs: list[Pack], stage: Stage, processes: Processes) -> torch
         return torch.ones(len(packs), device=processes.device)
     clips = torch.tensor([float(len(pack.clip_frames)) for pack in packs]).to(processes.device, non_blocking=True)
     total = clips.sum()
-    dist.all_reduce(total)
+    with phase("clips"):
+        dist.all_reduce(total)
     return clips * (stage.data.lanes / total)
 
 

@@ -69,8 +69,9 @@ def start_processes(timeout: datetime.timedelta | None = None) -> Processes:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found none
-    import deepspeed
+    from far_scale.train.deepspeed_adapter import check_symbols, use_process_group
 
+    check_symbols()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     store = meet(rank, count, device.type)
     if device.type == "cuda":
@@ -84,13 +85,9 @@ def start_processes(timeout: datetime.timedelta | None = None) -> Processes:
             ) from error
         backend = "nccl"
     else:
-        # DeepSpeed would compile a shared-memory all-reduce here (a minute, and a compiler must be there).
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes over the group that is there
+    use_process_group(backend)
     return Processes(rank, count, device, dist.new_group(backend="gloo", timeout=timeout), timeout)
 
 

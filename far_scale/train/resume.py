@@ -25,8 +25,9 @@ from far_scale.train import checkpoint
 from far_scale.train.changes import changes
 from far_scale.train.checkpoint import FlatPiece, local
 from far_scale.train.curriculum import Stage, stage_of
+from far_scale.train.deepspeed_adapter import use_loaded_weights, whole_shape
 from far_scale.train.ema import ShardedEMA
-from far_scale.train.engine import fragments, set_adam_step, use_loaded_weights
+from far_scale.train.engine import fragments, set_adam_step
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.guard import Guard
 from far_scale.train.lanes_again import LaneStates, lanes_again
@@ -129,7 +130,7 @@ def load_start_weights(model: FAR, folder: str) -> None:
 
 def parameter_shapes(model: FAR) -> dict[str, torch.Size]:
     """Shapes of the whole parameters by name, before or after ZeRO-3 has cut them."""
-    return {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
 
 
 def pieces(engine: Any, ema: ShardedEMA) -> dict[str, FlatPiece]:

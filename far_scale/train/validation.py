@@ -25,8 +25,9 @@ from far_scale.data.packs.loader import Pack
 from far_scale.model.layers import Block
 from far_scale.objective import TIMESTEPS, add_noise, frame_errors
 from far_scale.train.curriculum import Stage, stage_of
+from far_scale.train.deepspeed_adapter import use_loaded_weights
 from far_scale.train.ema import ShardedEMA
-from far_scale.train.engine import fragments, use_loaded_weights
+from far_scale.train.engine import fragments
 from far_scale.train.faults.watchdog import Watchdog
 from far_scale.train.held_out import HeldOut
 from far_scale.train.monitor import Monitor

@@ -31,6 +31,7 @@ from far_scale.sampling.metrics import frame_ssim, psnr
 from far_scale.sampling.pictures import Pixels, to_uint8
 from far_scale.sampling.rollout import RollOut, draw
 from far_scale.train.curriculum import Stage
+from far_scale.train.deepspeed_adapter import whole_shape
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments
 from far_scale.train.faults.events import Events
@@ -218,7 +219,7 @@ def whole_ema(engine: Any, ema: ShardedEMA, dtype: torch.dtype, keep: bool) -> d
     own = {fragment.name: (fragment, part) for fragment, part in zip(fragments(engine), ema.weights, strict=True)}
     state = {name: buffer.detach().to(dtype) for name, buffer in engine.module.named_buffers()}
     for name, parameter in engine.module.named_parameters():
-        whole = torch.zeros(getattr(parameter, "ds_shape", parameter.shape), dtype=dtype, device=engine.device)
+        whole = torch.zeros(whole_shape(parameter), dtype=dtype, device=engine.device)
         if name in own:
             fragment, part = own[name]
             whole.view(-1)[fragment.offset : fragment.offset + len(part)] = part.to(dtype)

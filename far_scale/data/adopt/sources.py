@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 import pydantic
+from braceexpand import braceexpand
 
 from far_scale.data.remote.fetch import fetch_bytes, is_file_url, shown
 from far_scale.data.remote.unpack import compression_of
@@ -102,8 +103,6 @@ def _expand(sources: Sequence[str], folder: Path) -> Iterator[FoundShard]:
 
 
 def _braces(text: str) -> Iterator[str]:
-    from braceexpand import braceexpand  # webdataset's own
-
     try:
         yield from braceexpand(text, escape=False)
     except ValueError:

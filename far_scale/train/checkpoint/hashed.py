@@ -103,7 +103,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sum:
     with HashedFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered.values():
-            file.write(tensor.numpy())
+            file.write(tensor.detach().numpy())  # a copy of a weight may require gradients
     found = file.sum()
     assert found is not None
     return found

@@ -18,8 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from far_scale.data.packs.loader import Pack
+from far_scale.distributed.ledger import phase
 from far_scale.recipe_sections import FaultsSection
-from far_scale.train.engine import before_adam, grad_norm
+from far_scale.train.deepspeed_adapter import grad_norm
+from far_scale.train.engine import before_adam
 from far_scale.train.faults.events import Events
 from far_scale.train.faults.spikes import RunningLevels
 from far_scale.train.processes import Processes, gather
@@ -167,7 +169,8 @@ class Guard:
         losses = torch.stack(self._losses).float()
         now = torch.stack([losses.mean(), grad_norm(self._engine).float()])
         # The norm is the same on all ranks already, or should be; after this it is to the last bit.
-        dist.all_reduce(now)
+        with phase("guard"):
+            dist.all_reduce(now)
         now /= self._processes.count
         skipped, spikes = ~now.isfinite().all(), torch.zeros_like(now, dtype=torch.bool)
         if self._faults.spikes != "off":
@@ -178,7 +181,8 @@ class Guard:
             self._levels.take(now, ~skipped)
         self._verdict = torch.cat([skipped[None], spikes, now, losses])
         # Adam's fused kernels leave everything as it is where this scalar is 1, and take its step number back.
-        adam.found_inf = self._verdict[0]  # type: ignore[attr-defined]
+        stepped = next(tensor for group in adam.param_groups for tensor in group["params"])
+        adam.found_inf = self._verdict[0].to(stepped.device)  # type: ignore[attr-defined]  # another one if offloaded
 
     def _tell(self, trouble: Trouble, own: list[tuple[int, tuple[str, ...], float]]) -> None:
         """Write the event, with lanes and keys: those whose loss is not finite, or else all of the batch."""

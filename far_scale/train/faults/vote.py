@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from far_scale.distributed.ledger import phase
 from far_scale.train.faults.signals import StopSignals
 from far_scale.train.processes import Processes
 
@@ -49,7 +50,8 @@ class Vote:
         """
         stop = self._signals is not None and self._signals.wanted is not None
         flags = torch.tensor([int(stop), int(saving), int(damaged), int(save_due)])
-        self._running = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        with phase("vote"):
+            self._running = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def outcome(self) -> Outcome:
         """Of the vote that was begun last."""

@@ -1,0 +1,437 @@
+"""All that depends on DeepSpeed's internals, so that a new version is checked and adapted to in one place.
+
+DeepSpeed's own ways to judge a step (is the gradient finite? larger than the clip norm?) make the host wait for the
+device in every step, differ from stage to stage, and hide the norm where it is not finite. `leave_steps_to_us` takes
+them out: here the gradient is only clipped, on the device, and far_scale/train/faults/guard.py decides.
+
+Its class for a run depends on stage and precision; the float32 weights that Adam updates (masters) lie in:
+
+    stage 0     float32: the model's own parameters; bf16: FP16_UnfusedOptimizer, a copy of each parameter
+    stage 1     bf16: BF16_Optimizer, a run of all parameters laid end to end; float32: as stage 2
+    stage 1, 2  DeepSpeedZeroOptimizer, likewise
+    stage 3     DeepSpeedZeroOptimizer_Stage3, groups of this rank's pieces of each parameter
+
+Every symbol used here stands in `SYMBOLS` or `_ATTRIBUTES`, with the versions that have it, and is checked at start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from far_scale.distributed.ledger import phase
+from far_scale.errors import UserError
+
+FIRST_TESTED, LAST_TESTED = (0, 19, 0), (0, 19, 8)
+"""The versions between which the tests of training ran."""
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A function or method of DeepSpeed that is called or replaced here.
+
+    Attributes:
+        path: `module:name`, the name with dots for a method.
+        parameters: its first parameters, as many as are relied on; it may have more that need not be given.
+        since: the first version that has it; an earlier one must not.
+        replaced: whether it is replaced, so that DeepSpeed must call it with no more than `parameters`.
+    """
+
+    path: str
+    parameters: tuple[str, ...]
+    since: tuple[int, ...] = FIRST_TESTED
+    replaced: bool = False
+
+    def problem(self, installed: tuple[int, ...]) -> str | None:
+        """What is unknown about it in the `installed` version; None where it is as expected."""
+        module, _, name = self.path.partition(":")
+        try:
+            found: Any = importlib.import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError):
+            return None if installed < self.since else f"{self.path} is not there"
+        if installed < self.since:
+            return f"{self.path} is there, which came with {_dotted(self.since)}"
+        given, relied = inspect.signature(_undecorated(found)).parameters, len(self.parameters)
+        more = list(given.values())[relied:]
+        if tuple(given)[:relied] != self.parameters or any(self.replaced or one.default is one.empty for one in more):
+            return f"{self.path} takes ({', '.join(given)}), expected ({', '.join(self.parameters)})"
+        return None
+
+
+_STAGE_3 = "deepspeed.runtime.zero.stage3"
+_STAGE_1_2 = "deepspeed.runtime.zero.stage_1_and_2"
+_BF16 = "deepspeed.runtime.bf16_optimizer:BF16_Optimizer"
+_ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
+_REDUCES_ONCE = (0, 19, 1)
+_NORM = ("self", "gradients", "params", "norm_type")
+
+SYMBOLS = (
+    Symbol("deepspeed:initialize", ("args", "model", "optimizer")),
+    Symbol("deepspeed:init_distributed", ("dist_backend",)),
+    Symbol("deepspeed.utils:set_z3_leaf_modules", ("model", "leaf_module_classes")),
+    Symbol(f"{_ENGINE}.backward", ("self", "loss")),
+    Symbol(f"{_ENGINE}.step", ("self",)),
+    Symbol(f"{_ENGINE}.bfloat16_enabled", ("self",)),
+    Symbol(f"{_ENGINE}.zero_optimization_stage", ("self",)),
+    Symbol(f"{_ENGINE}.empty_partition_cache", ("self",)),
+    Symbol(f"{_ENGINE}.coalesce_grad_reduction", ("self",), since=_REDUCES_ONCE),
+    Symbol(f"{_ENGINE}._flush_coalesced_reduction_zero12", ("self", "optimizer"), since=_REDUCES_ONCE, replaced=True),
+    Symbol(f"{_ENGINE}._flush_coalesced_reduction_zero3", ("self", "optimizer"), since=_REDUCES_ONCE, replaced=True),
+    Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct", _NORM, replaced=True),
+    Symbol(
+        f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.complete_grad_norm_calculation_for_cpu_offload",
+        ("self", "params"),
+        replaced=True,
+    ),
+    Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.get_param_id", ("self", "param")),
+    Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.invalidate_secondary_tensor", ("self",)),
+    Symbol(f"{_STAGE_3}:is_invalid_grad_norm", ("norm",), since=(0, 19, 8), replaced=True),
+    Symbol(f"{_STAGE_1_2}:DeepSpeedZeroOptimizer.get_grad_norm_direct", _NORM, replaced=True),
+    Symbol(f"{_STAGE_1_2}:DeepSpeedZeroOptimizer.update_lp_params", ("self",)),
+    Symbol(f"{_STAGE_1_2}:is_invalid_grad_norm", ("norm",), since=(0, 19, 8), replaced=True),
+    Symbol(f"{_BF16}.step", ("self", "closure"), replaced=True),
+    Symbol(f"{_BF16}.update_lp_params", ("self",)),
+    Symbol(f"{_BF16}.clear_hp_grads", ("self",)),
+)
+
+# By the class that DeepSpeed wraps the optimizer in: attributes that it and the model's parameters must have.
+_ATTRIBUTES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "AdamW": ((), ()),
+    "FP16_UnfusedOptimizer": (("step",), ()),
+    "BF16_Optimizer": (("fp32_groups_gradient_flat_partition",), ("_hp_mapping",)),
+    "DeepSpeedZeroOptimizer": (("_global_grad_norm", "check_grad_overflow"), ("_hp_mapping",)),
+    "DeepSpeedZeroOptimizer_Stage3": (
+        ("_global_grad_norm", "fp32_partitioned_groups_flat", "grad_position"),
+        ("ds_tensor", "ds_numel", "ds_shape"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of one parameter, and where it lies in the float32 tensors that the optimizer updates.
+
+    Attributes:
+        name: the parameter's, in the model's state dict.
+        size: numbers in the whole parameter.
+        offset: where this part starts in the flattened parameter.
+        master: the float32 tensor that it lies in.
+        start, length: where in the flattened master.
+    """
+
+    name: str
+    size: int
+    offset: int
+    master: Tensor
+    start: int
+    length: int
+
+
+def check_symbols() -> None:
+    """Hold the installed DeepSpeed against what is used of it.
+
+    Raises:
+        UserError: names the first symbol that is not as expected, the version, and the versions that were tested.
+    """
+    installed = installed_version()
+    if installed < FIRST_TESTED:
+        raise _unknown("it is older")
+    for symbol in SYMBOLS:
+        if (problem := symbol.problem(installed)) is not None:
+            raise _unknown(problem)
+
+
+def installed_version() -> tuple[int, ...]:
+    """The installed DeepSpeed's first three numbers."""
+    return tuple(int(number) for number in re.findall(r"\d+", version("deepspeed"))[:3])
+
+
+def use_process_group(backend: str) -> None:
+    """Let DeepSpeed communicate by the process group that is there."""
+    import deepspeed.ops
+
+    if backend == "gloo":
+        # DeepSpeed would compile a shared-memory all-reduce here (a minute, and a compiler must be there).
+        compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
+        if not isinstance(compatible, dict) or "deepspeed_shm_comm" not in compatible:
+            raise _unknown('deepspeed.ops:__compatible_ops__["deepspeed_shm_comm"] is not there')
+        compatible["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def communication_backend() -> Any:
+    """The object whose methods start DeepSpeed's collectives, for a ledger of them."""
+    from deepspeed.comm import comm
+
+    backend = getattr(comm, "cdb", None)
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        if not hasattr(backend, name):
+            raise _unknown(f"deepspeed.comm.comm:cdb.{name} is not there")
+    return backend
+
+
+def make_engine(model: nn.Module, adam: torch.optim.AdamW, config: dict[str, Any], whole: type[nn.Module]) -> Any:
+    """DeepSpeed's engine around `model`.
+
+    Args:
+        config: DeepSpeed's.
+        whole: ZeRO-3 gathers the weights of a module of this type in one go, which takes an eighth of the messages and
+            hooks of gathering those of each layer in it.
+    """
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if config["zero_optimization"]["stage"] == 3:
+        deepspeed.utils.set_z3_leaf_modules(model, [whole])
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
+    _check_attributes(engine)
+    return engine
+
+
+def adam_of(engine: Any) -> torch.optim.AdamW:
+    """The optimizer given to `make_engine`, whatever DeepSpeed wrapped around it."""
+    return engine.basic_optimizer
+
+
+def masters(engine: Any) -> list[Tensor]:
+    """The float32 tensors that the optimizer steps."""
+    if engine.zero_optimization_stage() == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [master for group in adam_of(engine).param_groups for master in group["params"]]
+
+
+def parts(engine: Any) -> Iterator[Part]:
+    """This rank's part of every parameter, in the model's order; parameters it has no part of are left out."""
+    stage, named = engine.zero_optimization_stage(), list(engine.module.named_parameters())
+    if stage == 0:
+        for (name, parameter), master in zip(named, masters(engine), strict=True):
+            yield Part(name, parameter.numel(), 0, master, 0, parameter.numel())
+    elif stage == 3:
+        wrapper, groups = engine.optimizer, masters(engine)
+        for name, parameter in named:
+            group, start, part = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            offset = dist.get_rank() * part
+            length = min(part, parameter.ds_numel - offset)  # the last ranks' parts end in padding
+            if length > 0:
+                yield Part(name, parameter.ds_numel, offset, groups[group], start, length)
+    else:
+        (master,) = masters(engine)  # one parameter group, so one run
+        for name, parameter in named:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                start, length = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+                yield Part(name, parameter.numel(), mapping.lp_fragment_address.start, master, start, length)
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of a whole parameter, before or after ZeRO-3 has cut it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@torch.no_grad()
+def use_loaded_weights(engine: Any) -> None:
+    """After the masters were written to: bring the weights that the model computes with in line."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        engine.empty_partition_cache()  # gathered copies of the old weights would be used silently
+        parameters = dict(engine.module.named_parameters())
+        for part in parts(engine):
+            weight = part.master.detach()[part.start : part.start + part.length]
+            parameters[part.name].ds_tensor[: part.length].copy_(weight)
+        engine.optimizer.invalidate_secondary_tensor()  # hpZ's copies, which emptying the cache may have made
+    elif stage > 0:
+        engine.optimizer.update_lp_params()
+    elif engine.bfloat16_enabled():
+        for parameter, master in zip(engine.module.parameters(), masters(engine), strict=True):
+            parameter.copy_(master)
+
+
+def can_reduce_once() -> bool:
+    """Whether the installed DeepSpeed can sum the packs' gradients before it reduces them."""
+    return installed_version() >= _REDUCES_ONCE
+
+
+@contextlib.contextmanager
+def one_step(engine: Any, packs: int, reduce_once: bool) -> Iterator[Callable[[Tensor], None]]:
+    """One optimizer step: gives what does backward, to be called with the loss of each of its `packs`.
+
+    Args:
+        reduce_once: sum the packs' gradients on each rank, and reduce the sum; DeepSpeed's gradient accumulation is 1.
+            Otherwise each pack's are reduced.
+    """
+    if not reduce_once:
+
+        def backward_and_step(loss: Tensor) -> None:
+            with phase("backward"):
+                engine.backward(loss)
+            with phase("update"):
+                engine.step()
+
+        yield backward_and_step
+        return
+    sums: dict[str, Tensor] = {}
+
+    def backward(loss: Tensor) -> None:
+        engine.backward(loss / packs)
+        if engine.bfloat16_enabled():
+            _add_to_sums(engine, sums)
+
+    with phase("backward"), engine.coalesce_grad_reduction():
+        try:
+            yield backward
+        except BaseException:
+            # The run ends; a reduction on the way out would wait for ranks that do not come.
+            engine._flush_coalesced_reduction_zero12 = engine._flush_coalesced_reduction_zero3 = lambda optimizer: None
+            raise
+        for name, parameter in engine.module.named_parameters() if sums else ():
+            if name in sums:
+                parameter.grad.copy_(sums.pop(name))
+    with phase("update"):
+        engine.step()
+
+
+@torch.no_grad()
+def _add_to_sums(engine: Any, sums: dict[str, Tensor]) -> None:
+    """Move a pack's bf16 gradients to their float32 sums over the packs: bf16 would lose what is small beside them."""
+    for name, parameter in engine.module.named_parameters():
+        if parameter.grad is not None:
+            if name in sums:
+                sums[name].add_(parameter.grad)
+            else:
+                sums[name] = parameter.grad.float()
+            parameter.grad.zero_()  # not None: a parameter that ZeRO-3 has cut takes no new gradient
+
+
+def clips_here(stage: int, bf16: bool) -> bool:
+    """Whether the gradient is clipped by `_clip`; otherwise by ZeRO, as it goes through its parts."""
+    return stage == 0 or (stage == 1 and bf16)
+
+
+def leave_steps_to_us(engine: Any, clip_norm: float) -> None:
+    """Keep DeepSpeed from judging gradients; `grad_norm` is true afterwards, also where it is not finite.
+
+    DeepSpeed's one setting for this (bf16.check_grad_overflow) leaves most of it, and its versions judge in different
+    places: so these methods are replaced on the instance, and one function in its modules.
+    """
+    wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
+    if clips_here(stage, engine.bfloat16_enabled()):
+        wrapper._global_grad_norm = torch.zeros((), device=engine.device)
+        adam_of(engine).register_step_pre_hook(lambda *_: _clip(engine, clip_norm))
+        if engine.bfloat16_enabled():
+            wrapper.step = (lambda: _step_bf16_whole(engine)) if stage == 0 else (lambda: _step_bf16_runs(engine))
+        return
+    # ZeRO puts -1 for a norm that is not finite, by a copy that the host waits for; and newer versions then ask.
+    wrapper.get_grad_norm_direct = _zero_norm
+    if stage < 3:
+        wrapper.check_grad_overflow = False
+    else:
+        wrapper.complete_grad_norm_calculation_for_cpu_offload = lambda params: _offloaded_norm(engine, params)
+    module = importlib.import_module(_STAGE_3 if stage == 3 else _STAGE_1_2)
+    if installed_version() >= (0, 19, 8):
+        module.is_invalid_grad_norm = lambda norm: False  # type: ignore[attr-defined]
+
+
+def grad_norm(engine: Any) -> Tensor:
+    """The global norm of this step's gradient before clipping, on the device: a scalar, the same on all ranks."""
+    return engine.optimizer._global_grad_norm.detach().to(engine.device).reshape(())
+
+
+def _clip(engine: Any, clip_norm: float) -> None:
+    """Before Adam's step: clip the masters' gradients and keep their norm."""
+    own = masters(engine)
+    gradients = [master.grad for master in own if master.grad is not None]
+    if engine.zero_optimization_stage() == 0:
+        norm = torch.nn.utils.get_total_norm(gradients)  # every rank holds all of it
+    else:
+        norm = _zero_norm(gradients, own)
+    torch.nn.utils.clip_grads_with_norm_(own, clip_norm, norm)
+    engine.optimizer._global_grad_norm = norm
+
+
+def _zero_norm(gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type: float = 2) -> Tensor:
+    """The norm of all ranks' `gradients`, this rank's parts of them; replaces ZeRO's `get_grad_norm_direct`."""
+    own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+    if own:
+        squares = torch.stack(torch._foreach_norm(own, norm_type, torch.float32)).square().sum()
+    else:
+        squares = torch.zeros((), device=params[0].device)
+    with phase("norm"):
+        dist.all_reduce(squares)
+    return squares.sqrt()
+
+
+def _offloaded_norm(engine: Any, params: Sequence[nn.Parameter]) -> Tensor:
+    """The norm of all ranks' gradients of a group of parameters, which lie in main memory, as the result does."""
+    group, *_ = engine.optimizer.grad_position[engine.optimizer.get_param_id(params[0])]
+    squares = torch.linalg.vector_norm(masters(engine)[group].grad).square().to(engine.device)
+    with phase("norm"):
+        dist.all_reduce(squares)
+    return squares.sqrt().cpu()
+
+
+def _step_bf16_whole(engine: Any) -> None:
+    """Stage 0 in bf16; replaces DeepSpeed's step, which asks the device about every gradient."""
+    own = masters(engine)
+    with torch.no_grad():
+        for parameter, master in zip(engine.module.parameters(), own, strict=True):
+            master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
+        adam_of(engine).step()
+        for parameter, master in zip(engine.module.parameters(), own, strict=True):
+            parameter.copy_(master)
+            master.grad = None
+
+
+def _step_bf16_runs(engine: Any) -> None:
+    """Stage 1 in bf16; replaces DeepSpeed's step, which asks whether the norm is finite and whether to clip."""
+    wrapper = engine.optimizer
+    for master, gradient in zip(masters(engine), wrapper.fp32_groups_gradient_flat_partition, strict=True):
+        master.grad = gradient
+    adam_of(engine).step()
+    wrapper.update_lp_params()
+    wrapper.clear_hp_grads()
+
+
+def _check_attributes(engine: Any) -> None:
+    """Hold a new engine against what is used of it; see `check_symbols`."""
+    kind = type(engine.optimizer).__name__
+    if kind not in _ATTRIBUTES:
+        raise _unknown(f"it steps ZeRO-{engine.zero_optimization_stage()} by a class {kind}")
+    of_wrapper, of_parameters = _ATTRIBUTES[kind]
+    parameter = next(engine.module.parameters())
+    missing = [f"{kind}.{name}" for name in of_wrapper if not hasattr(engine.optimizer, name)]
+    missing += [f"{name} of a parameter" for name in of_parameters if not hasattr(parameter, name)]
+    of_engine = ("basic_optimizer", "module", "device")
+    missing += [f"DeepSpeedEngine.{name}" for name in of_engine if not hasattr(engine, name)]
+    if missing:
+        raise _unknown(f"{missing[0]} is not there")
+
+
+def _undecorated(function: Any) -> Any:
+    """The function inside DeepSpeed's decorator for profiles, which does not show its parameters."""
+    if getattr(function, "__qualname__", "") == "instrument_w_nvtx.<locals>.wrapped_fn":
+        return inspect.getclosurevars(function).nonlocals["func"]
+    return function
+
+
+def _unknown(problem: str) -> UserError:
+    return UserError(
+        f"DeepSpeed {version('deepspeed')} is not as far_scale knows it: {problem}; install a version from "
+        f"{_dotted(FIRST_TESTED)} to {_dotted(LAST_TESTED)}, with which it was tested"
+    )
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))

@@ -1,0 +1,167 @@
+"""How a run is shared out: what is chosen for which nodes and memory, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from far_scale.errors import UserError
+from far_scale.recipe import load_recipe
+from far_scale.train import sharding
+from far_scale.train.processes import Processes
+from far_scale.train.sharding import Sharding, choose_sharding, state_bytes
+
+SECTION = "train.deepspeed"
+
+
+def choose(
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: str,
+    *overrides: str,
+    parameters: float = 1e9,
+    free: float | list[float] = 80e9,
+    activations: float = 0.0,
+) -> Sharding:
+    """The choice of ranks on `nodes`, a letter for each rank's."""
+    each = free if isinstance(free, list) else [free] * len(nodes)
+    monkeypatch.setattr(sharding, "gather", lambda *_: list(zip(nodes, each, strict=True)))
+    recipe = load_recipe("demo_cpu", overrides)
+    return choose_sharding(recipe, int(parameters), Processes(0, len(nodes), torch.device("cpu")), lambda: activations)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Every rank's node, and what is asked for on it."""
+
+    nodes: str
+    billions: float
+    asked: int | str = "auto"
+    stage: int = 3
+
+
+HPZ = {
+    Cluster("aaaa", 0.5): (1, "ZeRO-3, no hpZ: one node"),
+    Cluster("aabb", 0.5): (2, "ZeRO-3, hpZ 2: 2 nodes of 2 ranks, 0.5 billion parameters"),
+    Cluster("aaaabbbbcccc", 1.37): (4, "ZeRO-3, hpZ 4: 3 nodes of 4 ranks, 1.4 billion parameters"),
+    Cluster("aabb", 3.03): (1, "ZeRO-3, no hpZ: 2 nodes of 2 ranks, 3 billion parameters, more than 1.4"),
+    Cluster("aabb", 3.03, 2): (2, "ZeRO-3, hpZ 2: as the recipe sets"),
+    Cluster("aabb", 0.5, 1): (1, "ZeRO-3, hpZ 1: as the recipe sets"),
+    Cluster("aaab", 0.5): (1, "ZeRO-3, no hpZ: the 2 nodes do not hold equally many consecutive ranks each"),
+    Cluster("aabbc", 0.5): (1, "ZeRO-3, no hpZ: the 3 nodes do not hold equally many consecutive ranks each"),
+    Cluster("abab", 0.5): (1, "ZeRO-3, no hpZ: the 2 nodes do not hold equally many consecutive ranks each"),
+    Cluster("abcd", 0.5): (1, "ZeRO-3, no hpZ: 4 nodes of one rank"),
+    Cluster("aabb", 0.5, stage=1): (1, "ZeRO-1"),
+}
+
+
+@pytest.mark.parametrize("cluster", HPZ, ids=str)
+def test_hpz_follows_the_nodes_unless_the_recipe_sets_it(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [] if cluster.asked == "auto" else [f"{SECTION}.zero_hpz_partition_size={cluster.asked}"]
+    keys = [f"train.zero_stage={cluster.stage}", *keys]
+    found = choose(monkeypatch, cluster.nodes, *keys, parameters=cluster.billions * 1e9)
+    assert (found.hpz, found.why[0]) == (HPZ[cluster][0], f"sharding: {HPZ[cluster][1]}")
+
+
+def test_what_does_not_fit_the_ranks_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"zero_hpz_partition_size: 4 does not divide the 6 ranks; set it to a divisor"):
+        choose(monkeypatch, "aaabbb", "train.zero_stage=3", f"{SECTION}.zero_hpz_partition_size=4")
+    with pytest.raises(UserError, match=r"zero_quantized_weights: DeepSpeed quantises on GPUs only"):
+        choose(monkeypatch, "aa", "train.zero_stage=3", f"{SECTION}.zero_quantized_weights=true")
+
+
+AUTO = "train.zero_stage=auto"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "stage", "words"),
+    [
+        # bf16 on 4 ranks, bytes a parameter: ZeRO-1 2 + 4 + 16/4 = 10, -2 2 + 4/4 + 16/4 = 7, -3 22/4 = 5.5.
+        (1e9, 1, "ZeRO-1 (auto: the lowest that fits, a rank needs about 11 of 20 GB free)"),
+        (2e9, 2, "ZeRO-2 (auto: the lowest that fits, a rank needs about 15 of 20 GB free, ZeRO-1 21)"),
+        (3e9, 3, "ZeRO-3 (auto: the lowest that fits, a rank needs about 17.5 of 20 GB free, ZeRO-1 31, ZeRO-2 22)"),
+        (4e9, 3, "ZeRO-3 (auto: none fits, a rank needs about 23 of 20 GB free)"),
+    ],
+)
+def test_the_lowest_stage_that_fits_is_taken(
+    parameters: float, stage: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [30e9, 20e9, 30e9, 30e9]  # the rank that has least decides
+    keys = [AUTO, "train.precision=bf16"]
+    found = choose(monkeypatch, "aaaa", *keys, parameters=parameters, free=free, activations=1e9)
+    assert found.stage == stage
+    assert found.why[0] == f"sharding: {words}" + (", no hpZ: one node" if stage == 3 else "")
+
+
+def test_an_automatic_stage_takes_the_keys_of_any_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [AUTO, f"{SECTION}.zero_hpz_partition_size=2", f"{SECTION}.allgather_bucket_size=8"]
+    assert choose(monkeypatch, "aabb", *keys, parameters=1e6).hpz == 1
+    assert choose(monkeypatch, "aabb", *keys, parameters=1e9, free=6e9).hpz == 2
+
+
+ONCE, EACH = "gradients: reduced once a step", "gradients: reduced after each of 2 packs"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "keys", "expected"),
+    [
+        ("aaaa", ["train.zero_stage=3"], (False, (f"{EACH}: one node",))),
+        ("aaaa", ["train.zero_stage=3", "train.reduce_once=true"], (True, (f"{ONCE}, as the recipe sets",))),
+        ("aabb", ["train.zero_stage=3", "train.reduce_once=false"], (False, (f"{EACH}, as the recipe sets",))),
+        ("aabb", ["train.zero_stage=1", "train.reduce_once=true"], (False, ())),
+        ("aabb", ["train.zero_stage=3", "data.lanes=4"], (False, ())),
+        # float32 of 1e9 parameters on 4 ranks: 20/4 bytes each, 4/2 for hpZ, 4 for whole gradients; 1 GB beside.
+        (
+            "aabb",
+            ["train.zero_stage=3"],
+            (
+                True,
+                (
+                    f"{ONCE}, not after each of 2 packs: 2 nodes, and whole gradients fit: a rank needs about 12 of "
+                    "13.4 GB free",
+                ),
+            ),
+        ),
+        # bf16: 22/4, 2/2 and 6: float32 sums beside the model's own gradients.
+        (
+            "aabb",
+            ["train.zero_stage=3", "train.precision=bf16"],
+            (False, (f"{EACH}: whole gradients do not fit: a rank needs about 13.5 of 13.4 GB free",)),
+        ),
+    ],
+)
+def test_gradients_are_reduced_once_over_several_nodes_where_they_fit(
+    nodes: str, keys: list[str], expected: tuple[bool, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = choose(monkeypatch, nodes, "data.lanes=8", *keys, free=13.4e9, activations=1e9)
+    assert (found.reduce_once, found.why[1:]) == expected
+
+
+def test_memory_is_not_estimated_where_nothing_depends_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the packs of long stages takes seconds."""
+    recipe = load_recipe("demo_cpu", ["train.zero_stage=3"])
+    monkeypatch.setattr(sharding, "gather", lambda *_: [("a", 1e9)] * 4)
+    choose_sharding(recipe, 1000, Processes(0, 4, torch.device("cpu")), lambda: pytest.fail("it is not needed"))
+
+
+def test_an_old_deepspeed_reduces_each_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "can_reduce_once", lambda: False)
+    found = choose(monkeypatch, "aabb", "train.zero_stage=3", "data.lanes=8")
+    assert (found.reduce_once, found.why[1:]) == (False, (f"{EACH}: DeepSpeed 0.19.0 cannot sum them first",))
+    with pytest.raises(UserError, match=r"train\.reduce_once: DeepSpeed 0\.19\.0 cannot; install a newer one"):
+        choose(monkeypatch, "aabb", "train.zero_stage=3", "train.reduce_once=true")
+
+
+def test_state_takes_what_each_stage_leaves_whole() -> None:
+    found = [state_bytes("bf16", Sharding(stage), 100, 4) / 100 for stage in (0, 1, 2, 3)]
+    assert found == [22, 10, 7, 5.5]
+    assert state_bytes("bf16", Sharding(3, hpz=2, reduce_once=True), 100, 4) / 100 == 5.5 + 1 + 6
+    assert state_bytes("bf16", Sharding(3, offloaded=frozenset({"optimizer", "param"})), 100, 4) / 100 == 1
+
+
+def test_what_is_offloaded_is_said_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ["train.zero_stage=3", f"{SECTION}.offload_optimizer.device=cpu", f"{SECTION}.offload_param.device=cpu"]
+    found = choose(monkeypatch, "aa", *keys)
+    assert found.offloaded == {"optimizer", "param"}
+    assert found.why[0] == "sharding: ZeRO-3, no hpZ: one node, optimizer in main memory, param in main memory"
