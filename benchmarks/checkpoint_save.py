@@ -35,7 +35,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write it (default: the system's temporary folder)")
     add_measuring(parser, repeats=9, minutes=10, device="cpu")
     args = parser.parse_args()
-    facts = environment(start(args), {"checkpoint": f"{args.megabytes} MB in {args.tensors} tensors, one process"})
+    facts = environment(
+        start(args),
+        {
+            "checkpoint": f"{args.megabytes} MB in {args.tensors} tensors, one process",
+            "load average": f"{os.getloadavg()[0]:.1f} at the beginning",
+        },
+    )
     length = args.megabytes * 10**6 // 4 // args.tensors
     pieces = {f"weight/{number}": FlatPiece(length, 0, torch.randn(length)) for number in range(args.tensors)}
 

@@ -106,10 +106,10 @@ def is_ephemeral(folder: Path) -> bool:
     return isinstance(state, dict) and state.get(EPHEMERAL) is True
 
 
-def publish(beside: Path, folder: Path, keep: int) -> None:
+def publish(beside: Path, folder: Path, keep: int, ephemeral: bool = False) -> None:
     """Give a written checkpoint its name, point `latest` at it, then remove all but the newest `keep` up to it.
 
-    Ephemeral ones are not counted, and all up to it are removed but this one. Later ones, of a run that went back to an
+    Ephemeral ones are not counted, and all before this one are removed. Later ones, of a run that went back to an
     earlier checkpoint, are left where they are until they are overwritten.
     """
     if folder.exists():  # of a run that died between this rename and `latest`, or went back
@@ -118,12 +118,11 @@ def publish(beside: Path, folder: Path, keep: int) -> None:
     sync_folder(folder.parent)
     point_at(folder)
     run = folder.parent.parent
-    up_to_this = [old for step in steps_there(run) if (old := step_folder(run, step)).name <= folder.name]
-    ephemeral = [old for old in up_to_this if is_ephemeral(old)]
-    lasting = [old for old in up_to_this if old not in ephemeral]
-    for old in [*lasting[keep:], *ephemeral]:
-        if old != folder:
-            _remove(old)
+    before = [old for step in steps_there(run) if (old := step_folder(run, step)).name < folder.name]
+    passing = [old for old in before if is_ephemeral(old)]
+    lasting = [old for old in before if old not in passing]
+    for old in [*lasting[keep if ephemeral else keep - 1 :], *passing]:
+        _remove(old)
 
 
 def point_at(folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from far_scale.errors import UserError, say_warning
-from far_scale.train.checkpoint.folders import checksums, clear_parts, publish, seal
+from far_scale.train.checkpoint.folders import EPHEMERAL, checksums, clear_parts, publish, seal
 from far_scale.train.checkpoint.pieces import FlatPiece, explained, write
 from far_scale.train.processes import gather
 from far_scale.train.run_dir import latest_stamp, step_folder
@@ -71,7 +71,7 @@ def save(
         with _Together(folder, group) as end:
             if rank == 0:
                 seal(beside, {"step": step, **state}, {name: sum_ for part in parts for name, sum_ in part.items()})
-                publish(beside, folder, keep)
+                publish(beside, folder, keep, ephemeral=EPHEMERAL in state)
                 end.value = latest_stamp(run)
         stamp: str | None = end.check()[0]
         return stamp
