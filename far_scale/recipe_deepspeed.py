@@ -32,6 +32,7 @@ SET_ELSEWHERE = {
     "override_module_apply": _FIXED,
     "parameter_alignment": _FIXED,
     "pipeline_loading_checkpoint": _FIXED,
+    "contiguous_gradients": "without it ZeRO-2 of DeepSpeed 0.19.0 counts the last pack of a step only; leave it out",
     "round_robin_gradients": "DeepSpeed's map of the parameters, by which EMA and checkpoints are read, is wrong then; "
     "leave it out",
     "load_from_fp32_weights": _NO_NATIVE_CHECKPOINTS,
@@ -91,7 +92,6 @@ KEY_STAGES = {
     "allgather_partitions": _ZERO_1_2,
     "use_multi_rank_bucket_allreduce": _ZERO_1_2,
     "reduce_bucket_size": _SHARDED,
-    "contiguous_gradients": _SHARDED,
     "overlap_comm": _SHARDED,
     "communication_data_type": _SHARDED,
 }

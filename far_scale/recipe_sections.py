@@ -306,8 +306,6 @@ class DeepSpeedSection(Section):
     """Reduce gradients during backward; null for true on GPUs and false on CPUs."""
     reduce_bucket_size: PositiveSize | None = None
     """Numbers that are reduced at a time; DeepSpeed's default is 5e8."""
-    contiguous_gradients: bool | None = None
-    """Copy gradients to one buffer as they come."""
     reduce_scatter: bool | None = None
     """ZeRO-2 and -3: reduce to the rank that owns a part, not to all."""
     allgather_bucket_size: Annotated[PositiveSize, Field(multiple_of=2)] | None = None

@@ -24,7 +24,6 @@ VALUES = {
     "communication_data_type": "fp32",
     "overlap_comm": True,
     "reduce_bucket_size": 1000,
-    "contiguous_gradients": False,
     "reduce_scatter": True,
     "allgather_bucket_size": 1000,
     "allgather_partitions": False,

@@ -36,7 +36,6 @@ RUNS = {
     },
     "keys_zero2": keys(
         2,
-        "contiguous_gradients=false",
         "allgather_partitions=false",
         "use_multi_rank_bucket_allreduce=false",
         "allgather_bucket_size=1000",
@@ -48,7 +47,6 @@ RUNS = {
         "stage3_max_live_parameters=1000",
         "stage3_max_reuse_distance=0",
         "stage3_allgather_sequential=true",
-        "contiguous_gradients=false",
         "reduce_scatter=false",
         "enable_sanity_checks=true",
     ),
