@@ -136,7 +136,9 @@ def start_up(folder: Path, args: argparse.Namespace) -> tuple[list[Row], Manifes
         f"size of one rank's share of {args.ranks} asked for": lambda: list(shard_set.missing_shards(0, args.ranks)),
         "manifest's fingerprint": manifest.fingerprint,
         "order of an epoch": order,
-        f"one index of {entry.samples} samples parsed": lambda: parse_index(text, folder / "shard-000000.index.json"),
+        f"one index of {entry.samples} samples parsed": lambda: parse_index(
+            text, folder / "shard-000000.index.json", ShardIndex
+        ),
     }
     rows: list[Row] = []
     for name, part in parts.items():

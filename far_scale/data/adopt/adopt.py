@@ -161,7 +161,7 @@ def _start(
         chosen = choose(copy.path, shown(shards[0].place), _file(0, shards[0]), channels, wishes)
         job = _Job(out, SampleReader(*chosen, wishes.actions, wishes.labels), rejects_allowed)
         scanned = _scan(job, 0, shards[0], copy)
-        # Nothing is kept before: who is told of a mistake may run again with other options.
+        # Nothing is kept before this: after an error the command may be run again with other options.
         found = [chosen.adoption.model_dump(mode="json"), chosen.latent_shape, chosen.latent_dtype]
         write_json(out / SETTINGS_NAME, {"given": given, "found": found})
         LineFile(out / PROGRESS_NAME).append(_write(job, 0, shards[0], copy, scanned))

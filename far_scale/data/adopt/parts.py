@@ -71,7 +71,7 @@ def choose(path: Path, name: str, file: str, channels: int, wishes: Wishes) -> C
     Args:
         path: of the shard.
         name: as messages call it.
-        file: what its manifest will call it, which tells its format.
+        file: what its manifest will call it; its format follows from it.
         channels: of the autoencoder's latents.
 
     Raises:

@@ -46,7 +46,7 @@ class Store(Protocol):
         ...
 
     def fetch_ahead(self, file: str, digest: str, size: int | None) -> None:
-        """Have a file that comes from far away in the node's cache before it is asked for, unless there is no room.
+        """Have a remote file in the node's cache before it is asked for, unless there is no room.
 
         What cannot be fetched is left to whoever asks for it.
         """

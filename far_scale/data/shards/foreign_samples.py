@@ -65,7 +65,7 @@ class SampleReader:
         Args:
             path: of the shard, or of a copy of it.
             name: of the shard, as messages call it.
-            file: what its manifest calls it, which tells its format and its number.
+            file: what its manifest calls it; its format and number follow from it.
 
         Raises:
             UserError: it is no shard, or cut off; one broken sample is no error.
