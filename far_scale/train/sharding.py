@@ -25,6 +25,9 @@ _BYTES = {"bf16": (2, 4, 16), "fp32": (4, 4, 12)}
 # Bytes a parameter of whole gradients during a step: in bf16 the model's, and their float32 sum over the packs.
 _WHOLE_GRADIENTS = {"bf16": 6, "fp32": 4}
 
+_KEPT_GATHERED = 10**9
+"""DeepSpeed's default of stage3_max_live_parameters and stage3_max_reuse_distance."""
+
 _USABLE = 0.9
 """Of the free memory, for what is chosen by an estimate: the rest is for buffers and fragments."""
 
@@ -39,6 +42,7 @@ class Sharding:
             gathers within them alone; 1 for none.
         offloaded: of "optimizer" and "param" what lies in main memory.
         reduce_once: whether ZeRO-2 or -3 reduces a step's gradients once, not after each pack.
+        gathered: the most numbers of gathered weights that ZeRO-3 holds at a time, beside a rank's part of all.
         why: the decisions in words, lines for the log.
     """
 
@@ -46,6 +50,7 @@ class Sharding:
     hpz: int = 1
     offloaded: frozenset[str] = frozenset()
     reduce_once: bool = False
+    gathered: int = 0
     why: tuple[str, ...] = ()
 
 
@@ -72,7 +77,10 @@ class _Situation:
         section = self.recipe.train.deepspeed or DeepSpeedSection()
         asked = {"optimizer": section.offload_optimizer, "param": section.offload_param}
         offloaded = frozenset(name for name, value in asked.items() if value is not None and stage == 3)
-        return Sharding(stage, hpz, offloaded, reduce_once)
+        # DeepSpeed keeps gathered what backward uses again within this distance, so small models stay whole.
+        limits = (section.stage3_max_live_parameters, section.stage3_max_reuse_distance)
+        kept = min(self.parameters, *(_KEPT_GATHERED if limit is None else limit for limit in limits))
+        return Sharding(stage, hpz, offloaded, reduce_once, kept if stage == 3 else 0)
 
     def need(self, sharding: Sharding) -> float:
         """Bytes that a rank needs on its device."""
@@ -126,7 +134,7 @@ def state_bytes(precision: str, sharding: Sharding, parameters: int, ranks: int)
         shares.append(weights / sharding.hpz)
     if sharding.reduce_once:
         shares.append(_WHOLE_GRADIENTS[precision])
-    return parameters * sum(shares)
+    return parameters * sum(shares) + weights * sharding.gathered
 
 
 def free_memory(processes: Processes) -> float:
