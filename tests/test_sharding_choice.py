@@ -45,6 +45,7 @@ class Cluster:
 
 
 HPZ = {
+    Cluster("a", 0.5, 8): (1, "ZeRO-3, no hpZ: one rank"),
     Cluster("aaaa", 0.5): (1, "ZeRO-3, no hpZ: one node"),
     Cluster("aabb", 0.5): (2, "ZeRO-3, hpZ 2: 2 nodes of 2 ranks, 0.5 billion parameters"),
     Cluster("aaaabbbbcccc", 1.37): (4, "ZeRO-3, hpZ 4: 3 nodes of 4 ranks, 1.4 billion parameters"),

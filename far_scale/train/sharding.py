@@ -191,6 +191,8 @@ def _choose_stage(situation: _Situation) -> tuple[int, str]:
 def _choose_hpz(section: DeepSpeedSection, stage: int, parameters: int, hosts: Sequence[str]) -> tuple[int, str]:
     """The size of hpZ's groups, and why, to go on behind the stage."""
     asked, ranks = section.zero_hpz_partition_size, len(hosts)
+    if stage == 3 and ranks == 1:  # as in a dry run on a login node of a recipe that sets a size for its cluster
+        return 1, ", no hpZ: one rank"
     if asked != "auto" and ranks % asked:
         raise UserError(
             f"train.deepspeed.zero_hpz_partition_size: {asked} does not divide the {ranks} ranks; set it to a "
