@@ -51,6 +51,10 @@ HPZ = {
     Cluster("aaaabbbbcccc", 1.37): (4, "ZeRO-3, hpZ 4: 3 nodes of 4 ranks, 1.4 billion parameters"),
     Cluster("aabb", 3.03): (1, "ZeRO-3, no hpZ: 2 nodes of 2 ranks, 3 billion parameters, more than 1.4"),
     Cluster("aabb", 3.03, 2): (2, "ZeRO-3, hpZ 2: as the recipe sets"),
+    Cluster("abab", 0.5, 2): (
+        2,
+        "ZeRO-3, hpZ 2: as the recipe sets; its groups cross nodes, and so do backward's gathers",
+    ),
     Cluster("aabb", 0.5, 1): (1, "ZeRO-3, hpZ 1: as the recipe sets"),
     Cluster("aaab", 0.5): (1, "ZeRO-3, no hpZ: the 2 nodes do not hold equally many consecutive ranks each"),
     Cluster("aabbc", 0.5): (1, "ZeRO-3, no hpZ: the 3 nodes do not hold equally many consecutive ranks each"),

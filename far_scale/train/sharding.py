@@ -201,7 +201,9 @@ def _choose_hpz(section: DeepSpeedSection, stage: int, parameters: int, hosts: S
     if stage != 3:
         return 1, ""
     if asked != "auto":
-        return asked, f", hpZ {asked}: as the recipe sets"
+        crossing = any(len(set(hosts[first : first + asked])) > 1 for first in range(0, ranks, asked))
+        where = "; its groups cross nodes, and so do backward's gathers" if crossing else ""
+        return asked, f", hpZ {asked}: as the recipe sets{where}"
     nodes = ranks_by_host(hosts)
     of_a_node = ranks // len(nodes)
     shape = f"{len(nodes)} nodes of {of_a_node} ranks, {parameters / 1e9:.2g} billion parameters"
