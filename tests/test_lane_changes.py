@@ -273,6 +273,24 @@ def test_what_the_log_says_and_when_a_rest_is_forgotten(folder: Path) -> None:
         "data.lanes 4 -> 9 (global batch 8 clips -> 9 packs of at most 40 tokens; "
         "the rest of epoch 1, 62 of 71 samples, is read first: nothing is trained twice)"
     )
+    four_by_tokens, (by_tokens,) = loaded(4, "data.clips_per_pack=null", "data.tokens_per_pack=40")
+    filled = lanes_now(state, four_by_tokens, [by_tokens])
+    assert filled.change == (
+        "data.lanes 4, filled otherwise (global batch 8 clips -> 4 packs of at most 40 tokens; "
+        "the rest of epoch 1, 62 of 71 samples, is read first: nothing is trained twice)"
+    )
+    dealing = replace(by_tokens.dealing(0), beginnings=filled.beginnings)
+    of_tokens = {**state_of(source, four_by_tokens, 11, dealing, 2), "beginnings": again(filled.beginnings)}
+    assert any(place["pending"] for place in of_tokens["lanes"].values())
+    back = lanes_now(of_tokens, four, [stage])
+    lanes = replace(stage.dealing(0), beginnings=back.beginnings).clip_lanes(source, range(4))
+    for number, lane in lanes.items():
+        lane.load_state_dict(back.states[number])
+    read_by_tokens = sum(place["position"] - len(place["pending"]) for place in of_tokens["lanes"].values())
+    assert (back.change or "").endswith(
+        f"the rest of epoch 1, {62 - read_by_tokens} of 71 samples, is read first: nothing is trained twice)"
+    )
+
     dealing = replace(after.dealing(0), beginnings=changed.beginnings)
     middle = {**state_of(source, nine, 11, dealing, 1), "beginnings": again(changed.beginnings)}
     kept = lanes_now(middle, nine, [after])

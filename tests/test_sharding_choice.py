@@ -23,12 +23,15 @@ def choose(
     parameters: float = 1e9,
     free: float | list[float] = 80e9,
     activations: float = 0.0,
+    device: str = "cpu",
 ) -> Sharding:
     """The choice of ranks on `nodes`, a letter for each rank's."""
     each = free if isinstance(free, list) else [free] * len(nodes)
     monkeypatch.setattr(sharding, "gather", lambda *_: list(zip(nodes, each, strict=True)))
+    monkeypatch.setattr(sharding, "free_memory", lambda _: each[0])
     recipe = load_recipe("demo_cpu", overrides)
-    return choose_sharding(recipe, int(parameters), Processes(0, len(nodes), torch.device("cpu")), lambda: activations)
+    processes = Processes(0, len(nodes), torch.device(device))
+    return choose_sharding(recipe, int(parameters), processes, lambda: activations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +45,16 @@ class Cluster:
 
 
 HPZ = {
+    Cluster("a", 0.5, 8): (1, "ZeRO-3, no hpZ: one rank"),
     Cluster("aaaa", 0.5): (1, "ZeRO-3, no hpZ: one node"),
     Cluster("aabb", 0.5): (2, "ZeRO-3, hpZ 2: 2 nodes of 2 ranks, 0.5 billion parameters"),
     Cluster("aaaabbbbcccc", 1.37): (4, "ZeRO-3, hpZ 4: 3 nodes of 4 ranks, 1.4 billion parameters"),
     Cluster("aabb", 3.03): (1, "ZeRO-3, no hpZ: 2 nodes of 2 ranks, 3 billion parameters, more than 1.4"),
     Cluster("aabb", 3.03, 2): (2, "ZeRO-3, hpZ 2: as the recipe sets"),
+    Cluster("abab", 0.5, 2): (
+        2,
+        "ZeRO-3, hpZ 2: as the recipe sets; its groups cross nodes, and so do backward's gathers",
+    ),
     Cluster("aabb", 0.5, 1): (1, "ZeRO-3, hpZ 1: as the recipe sets"),
     Cluster("aaab", 0.5): (1, "ZeRO-3, no hpZ: the 2 nodes do not hold equally many consecutive ranks each"),
     Cluster("aabbc", 0.5): (1, "ZeRO-3, no hpZ: the 3 nodes do not hold equally many consecutive ranks each"),
@@ -166,6 +174,39 @@ def test_state_takes_what_each_stage_leaves_whole() -> None:
     assert state_bytes("bf16", Sharding(3, hpz=2, reduce_once=True), 100, 4) / 100 == 5.5 + 1 + 6
     assert state_bytes("bf16", Sharding(3, gathered=30), 100, 4) == 550 + 60
     assert state_bytes("bf16", Sharding(3, offloaded=frozenset({"optimizer", "param"})), 100, 4) / 100 == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "gigabytes"),
+    [
+        # 5e8 numbers a buffer, two of them in ZeRO-1 and -2, whose reduction runs beside backward.
+        (["train.zero_stage=0", "train.precision=bf16"], 0),
+        (["train.zero_stage=1", "train.precision=bf16"], 0),
+        (["train.zero_stage=1"], 4),
+        (["train.zero_stage=2", "train.precision=bf16"], 2),
+        (["train.zero_stage=2", "train.precision=bf16", f"{SECTION}.overlap_comm=false"], 1),
+        (["train.zero_stage=3", "train.precision=bf16"], 1),
+        (["train.zero_stage=3", "train.precision=bf16", f"{SECTION}.communication_data_type=fp32"], 2),
+        (["train.zero_stage=3", f"{SECTION}.reduce_bucket_size=2e9"], 8),
+    ],
+)
+def test_the_buffers_of_gradients_take_a_gpus_memory(
+    keys: list[str], gigabytes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed makes them as large as reduce_bucket_size, also for a small model."""
+    found = choose(monkeypatch, "aa", *keys, parameters=1e6, device="cuda")
+    assert found.buckets == gigabytes * 1e9
+    assert choose(monkeypatch, "aa", *keys, parameters=1e6).buckets == 0
+    assert state_bytes("bf16", found, 0, 2) == gigabytes * 1e9 + 2 * found.gathered
+
+
+def test_an_automatic_stage_counts_these_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 on 2 ranks, bytes a parameter: ZeRO-1 4 + 4 + 12/2 = 14, -2 4 + 4/2 + 12/2 = 12; buffers of 4 GB."""
+    keys = [AUTO, "train.precision=fp32"]
+    assert choose(monkeypatch, "aa", *keys, parameters=4e8, free=10e9).stage == 1
+    on_gpus = choose(monkeypatch, "aa", *keys, parameters=4e8, free=10e9, device="cuda")
+    words = "ZeRO-2 (auto: the lowest that fits, a rank needs about 8.8 of 10 GB free, ZeRO-1 9.6)"
+    assert on_gpus.why[0] == f"sharding: {words}"
 
 
 def test_what_is_offloaded_is_said_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

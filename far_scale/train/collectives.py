@@ -75,8 +75,8 @@ def setup_of(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> Setu
 class StepLedger:
     """Notes the collectives of one step of each stage on the main process, prints them and makes them an event.
 
-    It is the third step, so that nothing is noted in a stage of fewer, and nothing where the process is alone. A
-    validation right before it adds some gathers.
+    This is the third step: nothing is noted in a stage of fewer steps, nor where the process is alone. A validation
+    right before it adds some gathers.
 
     Args:
         hosts: every rank's host, by rank.

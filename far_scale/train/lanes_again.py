@@ -1,4 +1,4 @@
-"""Where the lanes go on after a checkpoint, also where the recipe has another number of them by now."""
+"""Where the lanes go on after a checkpoint, also where the recipe has another number or other packs of them by now."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class LanesAgain(NamedTuple):
     Attributes:
         states: of all lanes.
         beginnings: as in `Dealing`.
-        change: a change of their number, in words that begin with its key; None without one.
+        change: of their number, or from packs of so many clips to packs of so many tokens or back, in words that begin
+            with data.lanes; None without one.
     """
 
     states: LaneStates
@@ -56,19 +57,19 @@ def lanes_again(
     """
     states: LaneStates = {int(lane): place for lane, place in state["lanes"].items()}
     lanes_before, beginnings = state["recipe"]["data"]["lanes"], tuple(state.get("beginnings", ()))
-    changed = lanes_before != recipe.data.lanes
-    if not changed and not beginnings:
-        return LanesAgain(states)
     stage = stage_of(plan, state["step"] - 1)
     over = state["step"] == stage.end
-    if not changed:
-        if over:
+    by_tokens = stage.data.tokens_per_pack is not None
+    filled_otherwise = not over and any(("pending" in place) != by_tokens for place in states.values())
+    if lanes_before == recipe.data.lanes and not filled_otherwise:
+        if over or not beginnings:
             return LanesAgain(states)
         kept = go_on(replace(stage.dealing(recipe.seed), beginnings=beginnings), sources[stage.index], states)
         return LanesAgain(kept.states, kept.dealing.beginnings)
-    recipe_before = _recipe_of(where, state, recipe.data.lanes)
+    recipe_before = _recipe_of(where, state)
     before = stages(recipe_before)[stage.index]
-    key = f"data.lanes {lanes_before} -> {recipe.data.lanes} ({_batches(before.data, stage.data)}; "
+    now = ", filled otherwise" if lanes_before == recipe.data.lanes else f" -> {recipe.data.lanes}"
+    key = f"data.lanes {lanes_before}{now} ({_batches(before.data, stage.data)}; "
     if over:
         return LanesAgain(states, change=f"{key}the next stage begins with them)")
     dealing_before = replace(before.dealing(recipe_before.seed), beginnings=beginnings)
@@ -77,14 +78,14 @@ def lanes_again(
     return LanesAgain(going.states, going.dealing.beginnings, f"{key}{_words(going.left)})")
 
 
-def _recipe_of(where: Path, state: Mapping[str, Any], lanes: int) -> Recipe:
+def _recipe_of(where: Path, state: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(state["recipe"])
     except ValidationError:
         raise UserError(
-            f"{where}/state.json: this version cannot read the recipe in it, and data.lanes {lanes} are others than "
-            f"its {state['recipe']['data']['lanes']}; set data.lanes to {state['recipe']['data']['lanes']}, save a "
-            "checkpoint, and then change it"
+            f"{where}/state.json: this version cannot read the recipe in it, by which it would change data.lanes, or "
+            f"packs of clips to packs of tokens; set data.lanes to {state['recipe']['data']['lanes']} and the packs to "
+            "those of that recipe, save a checkpoint, and then change them"
         ) from None
 
 

@@ -49,7 +49,7 @@ class Position:
         lanes: the lanes' states after them; None where each lane begins.
         guard: the guard's state after them, or None.
         beginnings: how the lanes began after their number had changed in this stage, as in `Dealing`.
-        lanes_changed: whether it changes now.
+        lanes_changed: whether it changes now, or how the lanes' packs are filled.
     """
 
     step: int = 0
@@ -317,7 +317,9 @@ class Resume:
         self, where: Path, state: dict[str, Any], now: dict[str, Any], of_lanes: str | None, accept: bool
     ) -> None:
         found = changes(state, now, self._recipe)
-        of_result = [of_lanes if of_lanes and line.startswith("data.lanes ") else line for line in found.of_result]
+        of_result = found.of_result
+        if of_lanes is not None:
+            of_result = [of_lanes, *(line for line in of_result if not line.startswith("data.lanes "))]
         if of_result and not accept:
             raise UserError(
                 f"{where}: since this checkpoint has changed, and would change the result: "

@@ -28,6 +28,9 @@ _WHOLE_GRADIENTS = {"bf16": 6, "fp32": 4}
 _KEPT_GATHERED = 10**9
 """DeepSpeed's default of stage3_max_live_parameters and stage3_max_reuse_distance."""
 
+_REDUCED_AT_ONCE = 5 * 10**8
+"""DeepSpeed's default of reduce_bucket_size."""
+
 _USABLE = 0.9
 """Of the free memory, for what is chosen by an estimate: the rest is for buffers and fragments."""
 
@@ -43,6 +46,7 @@ class Sharding:
         offloaded: of "optimizer" and "param" what lies in main memory.
         reduce_once: whether ZeRO-2 or -3 reduces a step's gradients once, not after each pack.
         gathered: the most numbers of gathered weights that ZeRO-3 holds at a time, beside a rank's part of all.
+        buckets: bytes of the buffers from which ZeRO reduces gradients; none counted on CPUs.
         why: the decisions in words, lines for the log.
     """
 
@@ -51,6 +55,7 @@ class Sharding:
     offloaded: frozenset[str] = frozenset()
     reduce_once: bool = False
     gathered: int = 0
+    buckets: int = 0
     why: tuple[str, ...] = ()
 
 
@@ -62,6 +67,7 @@ class _Situation:
         recipe: the run's.
         parameters: of the model.
         hosts: of all ranks, by rank.
+        on_gpus: whether the ranks have GPUs.
         free: bytes free on the device of the rank that has least.
         activations: bytes that a rank needs beside its state, when asked.
     """
@@ -69,6 +75,7 @@ class _Situation:
     recipe: Recipe
     parameters: int
     hosts: Sequence[str]
+    on_gpus: bool
     free: float
     activations: Callable[[], float]
 
@@ -80,7 +87,20 @@ class _Situation:
         # DeepSpeed keeps gathered what backward uses again within this distance, so small models stay whole.
         limits = (section.stage3_max_live_parameters, section.stage3_max_reuse_distance)
         kept = min(self.parameters, *(_KEPT_GATHERED if limit is None else limit for limit in limits))
-        return Sharding(stage, hpz, offloaded, reduce_once, kept if stage == 3 else 0)
+        return Sharding(stage, hpz, offloaded, reduce_once, kept if stage == 3 else 0, self._buckets(section, stage))
+
+    def _buckets(self, section: DeepSpeedSection, stage: int) -> int:
+        """Bytes of ZeRO's buffers for gradients, which have reduce_bucket_size numbers however small the model is.
+
+        Main memory takes only the pages that are written to, which are a part of a small model's gradients.
+        """
+        precision = self.recipe.train.precision
+        if not self.on_gpus or stage == 0 or (stage == 1 and precision == "bf16"):
+            return 0  # BF16_Optimizer, of stage 1 in bf16, reduces from where the gradients lie
+        reduced_as = precision if stage < 3 else section.communication_data_type or precision
+        buffers = 2 if stage < 3 and section.overlap_comm is not False else 1
+        numbers = _REDUCED_AT_ONCE if section.reduce_bucket_size is None else section.reduce_bucket_size
+        return buffers * numbers * _BYTES[reduced_as][0]
 
     def need(self, sharding: Sharding) -> float:
         """Bytes that a rank needs on its device."""
@@ -108,7 +128,7 @@ def choose_sharding(
     _check_installation(recipe, section, processes)
     reports = gather((host_name(), free_memory(processes)), processes.host_group)
     hosts, free = [host for host, _ in reports], min(bytes_free for _, bytes_free in reports)
-    situation = _Situation(recipe, parameters, hosts, free, activations)
+    situation = _Situation(recipe, parameters, hosts, processes.device.type == "cuda", free, activations)
     stage, why_stage = _choose_stage(situation)
     hpz, why_hpz = _choose_hpz(section, stage, parameters, hosts)
     once, why_once = _choose_reduction(situation, stage, hpz)
@@ -118,7 +138,7 @@ def choose_sharding(
 
 
 def state_bytes(precision: str, sharding: Sharding, parameters: int, ranks: int) -> float:
-    """Weights, gradients, master weights, Adam's moments and EMA that one rank holds, but for what is offloaded.
+    """Weights, gradients, master weights, Adam's moments, EMA and buffers of one rank, but for what is offloaded.
 
     Args:
         precision: as in train.precision.
@@ -134,7 +154,7 @@ def state_bytes(precision: str, sharding: Sharding, parameters: int, ranks: int)
         shares.append(weights / sharding.hpz)
     if sharding.reduce_once:
         shares.append(_WHOLE_GRADIENTS[precision])
-    return parameters * sum(shares) + weights * sharding.gathered
+    return parameters * sum(shares) + weights * sharding.gathered + sharding.buckets
 
 
 def free_memory(processes: Processes) -> float:
@@ -171,6 +191,8 @@ def _choose_stage(situation: _Situation) -> tuple[int, str]:
 def _choose_hpz(section: DeepSpeedSection, stage: int, parameters: int, hosts: Sequence[str]) -> tuple[int, str]:
     """The size of hpZ's groups, and why, to go on behind the stage."""
     asked, ranks = section.zero_hpz_partition_size, len(hosts)
+    if stage == 3 and ranks == 1:  # as in a dry run on a login node of a recipe that sets a size for its cluster
+        return 1, ", no hpZ: one rank"
     if asked != "auto" and ranks % asked:
         raise UserError(
             f"train.deepspeed.zero_hpz_partition_size: {asked} does not divide the {ranks} ranks; set it to a "
@@ -179,7 +201,9 @@ def _choose_hpz(section: DeepSpeedSection, stage: int, parameters: int, hosts: S
     if stage != 3:
         return 1, ""
     if asked != "auto":
-        return asked, f", hpZ {asked}: as the recipe sets"
+        crossing = any(len(set(hosts[first : first + asked])) > 1 for first in range(0, ranks, asked))
+        where = "; its groups cross nodes, and so do backward's gathers" if crossing else ""
+        return asked, f", hpZ {asked}: as the recipe sets{where}"
     nodes = ranks_by_host(hosts)
     of_a_node = ranks // len(nodes)
     shape = f"{len(nodes)} nodes of {of_a_node} ranks, {parameters / 1e9:.2g} billion parameters"

@@ -39,7 +39,7 @@ class Row(Protocol):
         ...
 
     def shards_from(self, index: int) -> tuple[list[int], int]:
-        """The shards that hold the samples from an index on, and for how many samples this says all of them."""
+        """The shards that hold the samples from an index on, and how many samples that covers."""
         ...
 
 
@@ -150,7 +150,7 @@ class LaneOrder:
         return draw.permutation(length)
 
     def shards_from(self, epoch: int, lane: int, position: int) -> tuple[list[int], int]:
-        """The shards that hold a run's samples from a position on, and for how many samples this says all of them.
+        """The shards that hold a run's samples from a position on, and how many samples that covers.
 
         How the run is shuffled is left aside, but not how the lanes before a change have shuffled theirs.
         """

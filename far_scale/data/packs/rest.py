@@ -75,7 +75,7 @@ class Rest:
         return self.order.place(epoch, lane, shuffled)
 
     def shards_from(self, index: int) -> tuple[list[int], int]:
-        """The shards that hold the samples from an index on, and for how many samples this says all of them."""
+        """The shards that hold the samples from an index on, and how many samples that covers."""
         lane, offset, to_end = self._find(index)
         if lane == self.order.lanes:
             shards, length = self.order.shards_at(self.order.row_end(self.epoch) + offset)
