@@ -17,6 +17,8 @@ main() {
     if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -e "$snapshot" ]; then
         "$host_python" "$snapshot" start "$snapshot" || begun=$?
     else
+        [ ! -e far_scale/__init__.py ] || [ far_scale -ef "$checkout/far_scale" ] ||
+            fail "$PWD: holds a far_scale of its own, which Python would take, not that of $checkout; submit elsewhere"
         local path=$checkout${PYTHONPATH:+:$PYTHONPATH}
         PYTHONPATH=$path "$host_python" -m far_scale.launch check
         inside "PYTHONPATH=$path" "$python" -m far_scale.launch prepare "$snapshot" "$@" || begun=$?

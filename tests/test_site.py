@@ -72,7 +72,7 @@ def checkout_with(folder: Path, site: str) -> Path:
         ("SITE_CONTAINERS=(env)", "", "SITE: there is no setting SITE_CONTAINERS, only SITE_SRUN_OPTIONS"),
         ("export VISIBLE=1\r\n", "", "SITE: has the line ends of Windows; take them out: sed -i"),
         ("exit 0", "", "SITE: ends the job by exit (status 0, see above)"),
-        ("set -u\necho $UNSET", "", "SITE: ends the job by exit (status 1, see above)"),
+        ("set -u\necho $UNSET", "", "SITE: ends the job by exit (status 1"),
         ("false || return", "", "SITE: returns status 1 (see above)"),
         ("PYTHON=/no/such", "", "/no/such: is no Python with DeepSpeed; run tools/setup_env.sh in"),
     ],
@@ -117,6 +117,16 @@ def test_a_container_that_does_not_do(container: str, status: int, last: str, tm
     last = last.format(bare=os.path.realpath(sys.executable))
     assert done.returncode == status and done.stderr.splitlines()[-1].startswith(last), done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_code_is_that_of_the_checkout(tmp_path: Path) -> None:
+    """Python would take it from the folder that the job was submitted from."""
+    program(tmp_path / "far_scale" / "__init__.py", "")
+    own = {"SLURM_JOB_ID": "7", "PATH": os.environ["PATH"], "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "slurm" / "launch.sh"), "demo_cpu"]
+    done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tmp_path}: holds a far_scale of its own, which Python would take, not that")
 
 
 def test_beside_a_container_a_node_needs_the_standard_library_alone() -> None:

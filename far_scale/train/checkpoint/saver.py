@@ -89,6 +89,7 @@ class Saver:
             UserError: the save before was the third in a row that failed, on all ranks.
         """
         self._join(raise_after=FAILURES)
+        self._ephemeral = False
         self._running = self._thread.submit(self._write_locally, step, self._copy.of(pieces), state)
 
     def finish(self, required: bool) -> None:
