@@ -61,6 +61,10 @@ check_settings() {
     for name in "${site_settings[@]}"; do take_array "$name"; done
     [ ${#SITE_CONTAINER[@]} = 0 ] || [ ${#SITE_CONTAINER_OPTIONS[@]} = 0 ] ||
         fail "$site: SITE_CONTAINER and SITE_CONTAINER_OPTIONS are both set; take one"
+    local options=("${SITE_SRUN_OPTIONS[@]}" "${SITE_CONTAINER_OPTIONS[@]}")
+    # Now, for else the job would be started again and again.
+    [ ${#options[@]} = 0 ] || [ -z "${SLURM_JOB_ID:-}" ] || srun "${options[@]}" --help >/dev/null ||
+        fail "$site: srun does not take these options (see above)"
     # Also without the word `export`: else they would look right in the file, and do nothing.
     for name in $(compgen -v NCCL_) $(compgen -v GLOO_) $(compgen -v UCX_) $(compgen -v MASTER_); do
         export "${name?}"

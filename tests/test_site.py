@@ -99,6 +99,11 @@ def test_what_a_site_may_say(site: str, said: str, refused: str | None, tmp_path
 @pytest.mark.parametrize(
     ("container", "status", "last"),
     [
+        (
+            "env -i",
+            2,
+            "error: SLURM_JOB_ID is not set: this is for inside a job; submit one with sbatch",
+        ),
         ("/no/such/apptainer exec", 127, "error: the job's start failed (status 127, see above); is the container in"),
         (
             "env",
@@ -109,7 +114,8 @@ def test_what_a_site_may_say(site: str, said: str, refused: str | None, tmp_path
 )
 def test_a_container_that_does_not_do(container: str, status: int, last: str, tmp_path: Path) -> None:
     bare = program(tmp_path / "bare", f'exec {shlex.quote(os.path.realpath(sys.executable))} -S "$@"')
-    site = f"SITE_CONTAINER=({container})\nHOST_PYTHON={bare} PYTHON={bare}\n"
+    python = sys.executable if "-i" in container else bare
+    site = f"SITE_CONTAINER=({container})\nHOST_PYTHON={bare} PYTHON={python}\n"
     launcher = checkout_with(tmp_path, site) / "slurm" / "launch.sh"
     own = {"SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}
     command = ["bash", str(launcher), "demo_cpu"]
