@@ -64,7 +64,7 @@ class Saver:
             step: steps done.
             pieces: this rank's, by the tensors' names.
             state: what goes into state.json.
-            ephemeral: the checkpoint stays until the next one alone.
+            ephemeral: the checkpoint stays only until the next one.
 
         Raises:
             UserError: this is the third save in a row that failed, on all ranks.
