@@ -402,7 +402,7 @@ class CheckpointSection(Section):
     """How many of the newest checkpoints stay."""
     every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
     """Minutes after the last checkpoint at which another is written, so that a crash costs no more however long the
-    steps take. It stays until the next one alone, and is not among those of keep. Null for none."""
+    steps take. It stays only until the next one, and is not among those of keep. Null for none."""
     local_dir: str | None = None
     """Folder on each node's own disk for checkpoints beside these, cheaper and more frequent, that a restart with the
     same ranks on the same nodes goes on from where they are newer; null for none."""

@@ -19,10 +19,11 @@
 #SBATCH --output=%x-%A_%a.out
 main() {
     set -euo pipefail
-    local checkout=${FAR_SCALE:-$SLURM_SUBMIT_DIR} host_python python="" encoder warned="" status=0
+    local checkout=${FAR_SCALE:-$SLURM_SUBMIT_DIR} host_python python="" encoder
     # shellcheck source=slurm/environment.sh
     source "$checkout/slurm/environment.sh"
-    PYTHONPATH=$checkout "$host_python" -m far_scale.launch check
+    local path=$checkout${PYTHONPATH:+:$PYTHONPATH}
+    PYTHONPATH=$path "$host_python" -m far_scale.launch check
 
     local options=(--workers "${SLURM_CPUS_PER_TASK:-1}")
     [ -z "${SLURM_JOB_GPUS:-}" ] || options+=(--device cuda)
@@ -30,8 +31,9 @@ main() {
         # of an array from 0; a --tasks of the caller comes later and is taken instead
         options+=(--task "$SLURM_ARRAY_TASK_ID" --tasks "$((SLURM_ARRAY_TASK_MAX + 1))")
     fi
+    local warned="" status=0
     trap 'warned=1' USR1
-    inside env "PYTHONPATH=$checkout" "$python" "$checkout/tools/encode_latents.py" "${options[@]}" "$@" &
+    inside "PYTHONPATH=$path" "$python" "$checkout/tools/encode_latents.py" "${options[@]}" "$@" &
     encoder=$!
     wait "$encoder" || status=$?
     if [ -n "$warned" ]; then

@@ -8,37 +8,82 @@
 #     python              for all else; in the container, where the site has one
 #     in_step             array, between srun with its own options and the command of a step: the site's options of srun,
 #                         and the container
-#     inside COMMAND ...  runs a command once on this node; in the container, where the site has one
+#     inside [NAME=VALUE ...] COMMAND ...   runs a command once on this node; in the container, where the site has one
 # shellcheck disable=SC2034,SC2154 # variables of the scripts that source this
 
 fail() {
+    trap - EXIT # which would say another line
     printf 'error: %s\n' "$*" >&2
     exit 2
 }
 
 # The file is read anew at each start, so that a setting that a cluster needs reaches the jobs that are under way.
-read_site() {
-    local site=$checkout/slurm/site.sh flags=$-
-    [ -e "$site" ] || return 0
+site=$checkout/slurm/site.sh
+site_settings=(SITE_SRUN_OPTIONS SITE_CONTAINER SITE_CONTAINER_OPTIONS)
+
+check_site_file() {
+    { [ -f "$site" ] && [ -r "$site" ]; } || fail "$site: is no file that can be read"
+    [[ $(<"$site") != *$'\r'* ]] || fail "$site: has the line ends of Windows; take them out: sed -i 's/\r//' $site"
     bash -n "$site" || fail "$site: is not valid bash (see above)"
-    # Modules and environments cannot be loaded under these. It is the lines of the file itself that must not fail.
-    set +eu
+}
+
+# The traps by which a failure in the file ends the job, and is named. Under `set -eu` modules and environments cannot be
+# loaded, so it is the lines of the file itself that must not fail. The last command says whether the file ended itself by
+# `return`, which is no failure of a line; an `exit` would end the job, even as if all were well.
+watch_site() {
+    set +eu -T
     trap '[ "${BASH_SOURCE[0]}" != "$site" ] || fail "$site: line $LINENO failed (see above)"' ERR
-    # shellcheck source=/dev/null
-    source "$site"
-    trap - ERR
-    case $flags in *e*) set -e ;; esac
-    case $flags in *u*) set -u ;; esac
-    case ${SITE_CONTAINER[*]:0:1} in *' '*) fail "$site: write an array, SITE_CONTAINER=(...), one word an element" ;; esac
+    trap '[ "${FUNCNAME[0]:-}${BASH_SOURCE[0]:-}" != "source$site" ] || site_last=$BASH_COMMAND' DEBUG
+    trap 'site_exits "$?"' EXIT
+}
+site_exits() { fail "$site: ends the job by exit (status $1, see above); it must be read to its end"; }
+
+# What the file may have changed is put back, but for what it is there for.
+site_is_read() { # site_is_read STATUS
+    set +T
+    case $(trap -p EXIT) in *site_exits*) trap - EXIT ;; esac # or it is one of the site's own
+    case $site_last in return*) [ "$1" = 0 ] || fail "$site: returns status $1 (see above)" ;; esac
+    checkout=${site_before[0]} python=${site_before[1]} IFS=${site_before[3]}
+    cd "${site_before[2]}" || exit
+    set +eu
+    case ${site_before[4]} in *e*) set -e ;; esac
+    case ${site_before[4]} in *u*) set -u ;; esac
+}
+
+check_settings() {
+    local name
+    for name in $(compgen -v SITE_SRUN) $(compgen -v SITE_CONTAINER); do
+        case " ${site_settings[*]} " in
+            *" $name "*) ;;
+            *) fail "$site: there is no setting $name, only ${site_settings[*]}; give a variable of your own another name" ;;
+        esac
+    done
+    for name in "${site_settings[@]}"; do take_array "$name"; done
     [ ${#SITE_CONTAINER[@]} = 0 ] || [ ${#SITE_CONTAINER_OPTIONS[@]} = 0 ] ||
         fail "$site: SITE_CONTAINER and SITE_CONTAINER_OPTIONS are both set; take one"
+    local options=("${SITE_SRUN_OPTIONS[@]}" "${SITE_CONTAINER_OPTIONS[@]}")
+    # Now, for else the job would be started again and again.
+    [ ${#options[@]} = 0 ] || [ -z "${SLURM_JOB_ID:-}" ] || srun "${options[@]}" --help >/dev/null ||
+        fail "$site: srun does not take these options (see above)"
+    # Also without the word `export`: else they would look right in the file, and do nothing.
+    for name in $(compgen -v NCCL_) $(compgen -v GLOO_) $(compgen -v UCX_) $(compgen -v MASTER_); do
+        export "${name?}"
+    done
+}
+
+take_array() { # take_array NAME: what is no array becomes one, of one element or none
+    local value=${!1:-}
+    case $(declare -p "$1" 2>/dev/null) in 'declare -a'*) return ;; esac
+    case $value in *[[:space:]]*) fail "$site: write an array, $1=(...), one word an element" ;; esac
+    unset "$1"
+    declare -ga "$1=(${value:+\"\$value\"})"
 }
 
 in_container() { [ $((${#SITE_CONTAINER[@]} + ${#SITE_CONTAINER_OPTIONS[@]})) -gt 0 ]; }
 
 inside() {
     if [ ${#SITE_CONTAINER_OPTIONS[@]} = 0 ]; then
-        "${SITE_CONTAINER[@]}" "$@"
+        "${SITE_CONTAINER[@]}" env -C "$PWD" "$@"
         return
     fi
     local options=(--overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$SLURMD_NODENAME")
@@ -72,12 +117,24 @@ find_host_python() { # beside a container
     printf '%s' "$candidate"
 }
 
-SITE_SRUN_OPTIONS=() SITE_CONTAINER=() SITE_CONTAINER_OPTIONS=()
-read_site
+unset "${site_settings[@]}"
+# Not in a function, where the file's `declare` would make variables of that function.
+if [ -e "$site" ] || [ -L "$site" ]; then
+    check_site_file
+    site_before=("$checkout" "${python:-}" "$PWD" "$IFS" "$-") site_last=""
+    watch_site
+    # shellcheck source=/dev/null
+    source "$site"
+    site_status=$?
+    trap - DEBUG ERR
+    site_is_read "$site_status"
+fi
+check_settings
 # --export: a job that was submitted with --export=NONE would keep the site's settings from its processes.
 in_step=(--export=ALL "${SITE_SRUN_OPTIONS[@]}" "${SITE_CONTAINER_OPTIONS[@]}" "${SITE_CONTAINER[@]}")
-# srun looks for a command on the node, where it may find another Python; env looks for it in the container.
-[ ${#SITE_CONTAINER_OPTIONS[@]} = 0 ] || in_step+=(env)
+# srun looks for a command on the node, where it may find another Python; env looks for it in the container. And a
+# container may start in a folder of its own, where relative paths would lead elsewhere.
+! in_container || in_step+=(env -C "$PWD")
 if in_container; then
     host_python=$(find_host_python) || exit
     python=${PYTHON:-python}

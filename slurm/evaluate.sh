@@ -19,7 +19,7 @@
 #SBATCH --output=%x-%j.out
 main() {
     set -euo pipefail
-    local checkout=${FAR_SCALE:-$SLURM_SUBMIT_DIR} host_python python="" step warned="" status=0
+    local checkout=${FAR_SCALE:-$SLURM_SUBMIT_DIR} host_python python="" step
     # shellcheck source=slurm/environment.sh
     source "$checkout/slurm/environment.sh"
     local path=$checkout${PYTHONPATH:+:$PYTHONPATH}
@@ -30,6 +30,7 @@ main() {
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || of_srun+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
     # Each process sees all GPUs of its node and takes the one of its local rank.
     [ -z "${SLURM_JOB_GPUS:-}" ] || of_srun+=(--gpu-bind=none) options+=(--device cuda)
+    local warned="" status=0
     trap 'warned=1' USR1
     srun "${of_srun[@]}" "${in_step[@]}" env "PYTHONPATH=$path" "$python" "$checkout/tools/evaluate.py" "$@" "${options[@]}" &
     step=$!

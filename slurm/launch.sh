@@ -8,18 +8,20 @@
 # In a function, so that bash has read all of this file before it runs any of it and nobody can change it underneath.
 main() {
     set -euo pipefail
-    local checkout host_python python="" snapshot begun=0
+    local checkout host_python python=""
     checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     # shellcheck source=slurm/environment.sh
     source "$checkout/slurm/environment.sh"
 
-    snapshot=$PWD/runs/.jobs/$SLURM_JOB_ID
+    local snapshot=$PWD/runs/.jobs/$SLURM_JOB_ID begun=0
     if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -e "$snapshot" ]; then
         "$host_python" "$snapshot" start "$snapshot" || begun=$?
     else
+        [ ! -e far_scale/__init__.py ] || [ far_scale -ef "$checkout/far_scale" ] ||
+            fail "$PWD: holds a far_scale of its own, which Python would take, not that of $checkout; submit elsewhere"
         local path=$checkout${PYTHONPATH:+:$PYTHONPATH}
         PYTHONPATH=$path "$host_python" -m far_scale.launch check
-        inside env "PYTHONPATH=$path" "$python" -m far_scale.launch prepare "$snapshot" "$@" || begun=$?
+        inside "PYTHONPATH=$path" "$python" -m far_scale.launch prepare "$snapshot" "$@" || begun=$?
     fi
     case $begun in
         0) ;;

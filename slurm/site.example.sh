@@ -4,7 +4,8 @@
 #
 #     cp slurm/site.example.sh slurm/site.sh
 #
-# It is bash. A line that fails ends the job, with the number of the line. docs/cluster.md says what to set and why.
+# It is bash. A line that fails ends the job, with the number of the line; so does `exit`. docs/cluster.md says what to
+# set and why.
 
 # --- Modules and environment ------------------------------------------------------------------------------------------
 # Without a container: anything that puts a Python with DeepSpeed first on PATH, or its name in PYTHON. Without either

@@ -81,6 +81,8 @@ def test_no_secret_and_no_other_variable_is_kept() -> None:
         "AWS_SECRET_ACCESS_KEY",
     ]
     assert environment.variables({**dict.fromkeys(left, "secret"), **kept}) == dict(sorted(kept.items()))
+    address = {"TORCH_HOME": "https://somebody:secret@host/at@home"}
+    assert environment.variables(address) == {"TORCH_HOME": "https://host/at@home"}
 
 
 @pytest.mark.parametrize(
@@ -150,6 +152,10 @@ def test_each_start_leaves_one_and_lists_what_has_changed(
     assert earlier is not None and earlier["step"] == 3
     (tmp_path / "environment.json").write_text('{"packages": 3}')  # of nobody's making
     assert start(8)["step"] == 8 and len(read_events(tmp_path)) == 1
+    other = read_json(tmp_path / "environment.json", "environment")
+    other["code"]["later"] = 1  # of a version that knows more
+    (tmp_path / "environment.json").write_text(json.dumps(other))
+    assert start(8)["code"].keys() == other["code"].keys() - {"later"} and len(read_events(tmp_path)) == 1
     (tmp_path / "environment.json").unlink()
     (tmp_path / "environment.json").mkdir()
     record_environment(tmp_path, ALONE, Events(tmp_path, main=True), 9)

@@ -326,16 +326,25 @@ def test_what_follows_two_dashes_goes_to_sbatch(tmp_path: Path) -> None:
         "--nodes=4": "use --nodes before the --",
         "-N4": "use --nodes before the --",
         "--gpus=4": "use --gpus-per-node before the --",
-        "--sig=USR1@60": "jobs of this tool have their own; leave it out",
-        "--parsable": "jobs of this tool have their own; leave it out",
+        "--sig=USR1@60": "does not go with this tool; leave it out",
+        "--parsable": "does not go with this tool; leave it out",
+        "--test-only": "use --dry-run before the --",
+        "-Q": "does not go with this tool; leave it out",  # sbatch would submit, and print no number
+        "--wait": "does not go with this tool; leave it out",
+        "-D/tmp": "does not go with this tool; leave it out",
+        "-sN4": "write each option by itself, -s -N4",
         "account=x": "is no option of sbatch; write it with its dashes, such as --account=x",
     }.items():
         with pytest.raises(UserError) as error:
             draft(recipe, size, None, ROOT, ["--qos=high", refused])
         assert str(error.value) == f"-- {refused}: {said}"
+    for before in ("--exclusive", "-H", "-Ax", "--account=x"):  # sbatch would run the word as a script
+        with pytest.raises(UserError, match=r"^-- n3: is no option of sbatch;"):
+            draft(recipe, size, None, ROOT, [before, "n3"])
     draft(recipe, size, None, ROOT, ["--dependency=after:7"])
-    with pytest.raises(UserError, match="-- --dependency=after:7: the jobs of a --chain depend on each other"):
-        draft(recipe, size, 2, ROOT, ["--dependency=after:7"])
+    for dependency in ("--dependency=after:7", "--dep=after:7", "-dafter:7"):
+        with pytest.raises(UserError, match=f"-- {dependency}: the jobs of a --chain depend on each other"):
+            draft(recipe, size, 2, ROOT, [dependency])
 
 
 def test_training_here_goes_the_same_way(recorded_shards: Path, tmp_path: Path) -> None:

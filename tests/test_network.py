@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rank_processes import Rank
 from far_scale.distributed import addresses, network
 from far_scale.distributed.addresses import Endpoint, endpoints, network_stack
 from far_scale.distributed.network import checked_network
+from far_scale.train.processes import take_launcher_variables
 
 SHARED = "in slurm/site.sh to an interface that all hosts share"
 HERE = {"lo": "127.0.0.1", "eth0": "10.0.0.5", "ib1": None, "ib2": "fd00::5", "docker0": "172.17.0.1"}
@@ -74,6 +76,15 @@ def test_interfaces_that_are_named(host: pytest.MonkeyPatch, gloo: str, nccl: st
         host.setenv("NCCL_SOCKET_IFNAME", nccl)
     assert [each.address for each in endpoints(cuda=True, named_alone=True)] == taken
     assert all(each.variable == "GLOO_SOCKET_IFNAME" for each in endpoints(cuda=False, named_alone=True))
+
+
+@pytest.mark.parametrize(("nodes", "address"), [("1", "127.0.0.1"), ("2", "n7")])
+def test_a_step_on_one_node_needs_no_name(nodes: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {"STEP_ID": "0", "STEP_NUM_NODES": nodes, "STEP_NODELIST": "n[7-8]", "JOB_ID": "41234", "PROCID": "3"}
+    kept = {"PATH": "/bin"} | {f"SLURM_{key}": value for key, value in step.items()}
+    monkeypatch.setattr("os.environ", kept | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"})
+    assert take_launcher_variables() == (3, 4)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (address, "21234")
 
 
 def test_interfaces_that_are_not_there(host: pytest.MonkeyPatch) -> None:

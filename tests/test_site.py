@@ -26,8 +26,8 @@ set -euo pipefail
 main() {
     local checkout=$1 host_python python=""
     source "$checkout/slurm/environment.sh"
-    echo "$host_python | $python | ${in_step[*]} | $-"
-    inside printenv VISIBLE
+    echo "$host_python | $python | ${in_step[*]} | $- $(trap)"
+    inside printenv VISIBLE || inside printenv NCCL_X
 }
 main "$@"
 """
@@ -55,12 +55,25 @@ def checkout_with(folder: Path, site: str) -> Path:
     [
         ("export VISIBLE=$UNSET[1\n[ 1 = 2 ] && export VISIBLE=2", "HERE/ds | HERE/ds | --export=ALL", None),
         ("SITE_SRUN_OPTIONS=(--mpi=none)\nexport VISIBLE=1", "HERE/ds | HERE/ds | --export=ALL --mpi=none", None),
-        ("SITE_CONTAINER=(env VISIBLE=2)", "python3 | HERE/ds | --export=ALL env VISIBLE=2", None),
+        ("SITE_CONTAINER=(env VISIBLE=2)", "python3 | HERE/ds | --export=ALL env VISIBLE=2 env -C HERE", None),
+        (
+            "declare -x VISIBLE=1\ndeclare SITE_SRUN_OPTIONS=(--mpi=none)\nset -xu +x\nIFS=, python=a checkout=b\ncd /",
+            "HERE/ds | HERE/ds | --export=ALL --mpi=none",
+            None,
+        ),
+        ("SITE_SRUN_OPTIONS=-mpi\nSITE_CONTAINER=\nNCCL_X=1", "HERE/ds | HERE/ds | --export=ALL -mpi", None),
+        ("SITE_SRUN_OPTIONS=--mpi=none\nexport VISIBLE=1\nreturn", "HERE/ds | HERE/ds | --export=ALL --mpi=none", None),
         ("SITE_CONTAINER=(a)\nHOST_PYTHON=$PYTHON", "", "HERE/ds on HOST: is not Python 3.9 or newer (Python 3.8.1)"),
         ("SITE_CONTAINER='env VISIBLE=2'", "", "SITE: write an array, SITE_CONTAINER=(...), one word an element"),
         ("SITE_CONTAINER=(a)\nSITE_CONTAINER_OPTIONS=(--b)", "", "SITE: SITE_CONTAINER and SITE_CONTAINER_OPTIONS are"),
         ("module() { return 3; }\nmodule load cuda/99", "", "SITE: line 2 failed (see above)"),
         ("if true; then", "", "SITE: is not valid bash (see above)"),
+        ("SITE_SRUN_OPTIONS='--mpi=none --label'", "", "SITE: write an array, SITE_SRUN_OPTIONS=(...), one word"),
+        ("SITE_CONTAINERS=(env)", "", "SITE: there is no setting SITE_CONTAINERS, only SITE_SRUN_OPTIONS"),
+        ("export VISIBLE=1\r\n", "", "SITE: has the line ends of Windows; take them out: sed -i"),
+        ("exit 0", "", "SITE: ends the job by exit (status 0, see above)"),
+        ("set -u\necho $UNSET", "", "SITE: ends the job by exit (status 1"),
+        ("false || return", "", "SITE: returns status 1 (see above)"),
         ("PYTHON=/no/such", "", "/no/such: is no Python with DeepSpeed; run tools/setup_env.sh in"),
     ],
 )  # fmt: skip
@@ -68,15 +81,15 @@ def test_what_a_site_may_say(site: str, said: str, refused: str | None, tmp_path
     has_deepspeed = program(tmp_path / "ds", '[ "$1" != --version ] || exec echo Python 3.8.1; [[ $2 = *deepspeed* ]]')
     path = tmp_path / "checkout" / "slurm" / "site.sh"
     path.parent.mkdir(parents=True)
-    path.write_text(site)
+    path.write_bytes(site.encode())
     shutil.copy(ROOT / "slurm" / "environment.sh", path.parent)
     environment = {"PATH": os.environ["PATH"], "PYTHON": str(has_deepspeed)}
     command = ["bash", "-c", SOURCED, "bash", str(path.parent.parent)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     output = done.stdout.replace(str(tmp_path), "HERE")
     if refused is None:
         visible = "2" if "env VISIBLE=2" in said else "1" if "mpi" in said else "[1"
-        assert (done.returncode, output) == (0, f"{said} | ehuBc\n{visible}\n"), done.stderr
+        assert (done.returncode, output) == (0, f"{said} | ehuBc \n{visible}\n"), done.stderr
     else:
         host = subprocess.run(["hostname"], capture_output=True, text=True, check=True).stdout.strip()
         refused = refused.replace("HERE", str(tmp_path)).replace("SITE:", f"{path}:").replace("HOST", host)
@@ -86,6 +99,11 @@ def test_what_a_site_may_say(site: str, said: str, refused: str | None, tmp_path
 @pytest.mark.parametrize(
     ("container", "status", "last"),
     [
+        (
+            "env -i",
+            2,
+            "error: SLURM_JOB_ID is not set: this is for inside a job; submit one with sbatch",
+        ),
         ("/no/such/apptainer exec", 127, "error: the job's start failed (status 127, see above); is the container in"),
         (
             "env",
@@ -96,7 +114,8 @@ def test_what_a_site_may_say(site: str, said: str, refused: str | None, tmp_path
 )
 def test_a_container_that_does_not_do(container: str, status: int, last: str, tmp_path: Path) -> None:
     bare = program(tmp_path / "bare", f'exec {shlex.quote(os.path.realpath(sys.executable))} -S "$@"')
-    site = f"SITE_CONTAINER=({container})\nHOST_PYTHON={bare} PYTHON={bare}\n"
+    python = sys.executable if "-i" in container else bare
+    site = f"SITE_CONTAINER=({container})\nHOST_PYTHON={bare} PYTHON={python}\n"
     launcher = checkout_with(tmp_path, site) / "slurm" / "launch.sh"
     own = {"SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}
     command = ["bash", str(launcher), "demo_cpu"]
@@ -104,6 +123,16 @@ def test_a_container_that_does_not_do(container: str, status: int, last: str, tm
     last = last.format(bare=os.path.realpath(sys.executable))
     assert done.returncode == status and done.stderr.splitlines()[-1].startswith(last), done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_code_is_that_of_the_checkout(tmp_path: Path) -> None:
+    """Python would take it from the folder that the job was submitted from."""
+    program(tmp_path / "far_scale" / "__init__.py", "")
+    own = {"SLURM_JOB_ID": "7", "PATH": os.environ["PATH"], "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "slurm" / "launch.sh"), "demo_cpu"]
+    done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tmp_path}: holds a far_scale of its own, which Python would take, not that")
 
 
 def test_beside_a_container_a_node_needs_the_standard_library_alone() -> None:
@@ -180,9 +209,10 @@ def test_all_of_a_training_runs_in_the_container(
     stop, end = (event for event in read_events(run) if event["event"] == "end")
     assert stop["status"] == 75 and stop["requeue"] and 0 < stop["step"] < 60 and end["status"] == 0
     assert any(line.startswith("0: ") for line in cluster.output(job).splitlines()), "srun's --label"
+    inside = ["env", "-C", str(cluster.folder)]
     prepared, *trained = (line.split() for line in seen.read_text().splitlines())
-    assert prepared[:6] == ["yes", "0", "--nv", "env", f"PYTHONPATH={checkout}", "python"]
-    assert sorted(words[:4] for words in trained) == [["yes", rank, "--nv", "python"] for rank in "0011"]
+    assert prepared[:7] == ["yes", "0", "--nv", *inside, f"PYTHONPATH={checkout}"]
+    assert sorted(words[:7] for words in trained) == [["yes", rank, "--nv", *inside, "python"] for rank in "0011"]
 
 
 def test_srun_may_start_the_container_and_sbatchs_options_reach_the_jobs(

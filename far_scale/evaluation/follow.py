@@ -49,7 +49,7 @@ def follow(run: Path, protocol: Protocol, out: Path, clips: ClipSource, once: bo
 
     Every process calls this. Each checkpoint gets a folder `out`/step-XXXXXXXX, which keeps neither model nor samples;
     after each, scores_by_step.json and .png are written anew. A checkpoint that is removed or damaged is skipped with
-    one line, those that stay until the next one alone (checkpoint.every_minutes) without.
+    one line, those that stay only until the next one (checkpoint.every_minutes) without.
 
     Args:
         run: the run directory, which may not be there yet.

@@ -44,7 +44,10 @@ class Job:
             UserError: there is none.
         """
         if "SLURM_JOB_ID" not in os.environ:
-            raise UserError("SLURM_JOB_ID is not set: this is for inside a job; submit one with sbatch slurm/NAME.sh")
+            raise UserError(
+                "SLURM_JOB_ID is not set: this is for inside a job; submit one with sbatch slurm/NAME.sh, and have the "
+                "container of slurm/site.sh pass on the environment"
+            )
         variable = os.environ.get
         nodes = int(variable("SLURM_JOB_NUM_NODES", "1"))
         # SLURM_NTASKS is not set where the job does not say how many tasks a node gets; then it is one.

@@ -30,6 +30,7 @@ from far_scale.train.processes import Processes, gather
 NAME, HISTORY = "environment.json", "environments.jsonl"
 _VARIABLES = re.compile(r"(NCCL|GLOO|SLURM|CUDA|TORCH|PYTORCH|UCX|FI)_\w+|OMP_NUM_THREADS")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|JWT|CREDENTIAL|AUTH")
+_LOGIN = re.compile(r"(?<=://)[^/\s@]*@")  # of an address, with the password
 _OF_THE_JOB = "SLURM_"  # other in each start
 _MOST_LISTED = 12  # changes in the event's text
 
@@ -112,7 +113,7 @@ def packages() -> dict[str, str]:
 def variables(all_of_them: Mapping[str, str]) -> dict[str, str]:
     """The environment variables that decide how ranks communicate and compute; none that may be a secret."""
     return {
-        name: value
+        name: _LOGIN.sub("", value)
         for name, value in sorted(all_of_them.items())
         if _VARIABLES.fullmatch(name) and not _SECRET.search(name)
     }
@@ -157,7 +158,7 @@ def _described(code: CodeVersion) -> str:
 def _last(run: Path) -> dict[str, Any] | None:
     try:
         found = read_json(run / NAME, "environment")
-        _comparable(found)
+        differences_of(found, found)
     except (UserError, KeyError, TypeError, AttributeError):  # there is none, or one that nobody can compare
         return None
     return found  # type: ignore[no-any-return]

@@ -171,8 +171,12 @@ def stop_processes() -> None:
 
 
 def _take_from_slurm() -> None:
-    """The rendezvous of an srun step: its first host, and a port that follows from the job's number."""
-    os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
+    """The rendezvous of an srun step: its first host, and a port that follows from the job's number.
+
+    On one node no name need resolve.
+    """
+    alone = os.environ.get("SLURM_STEP_NUM_NODES") == "1"
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1" if alone else first_host(os.environ["SLURM_STEP_NODELIST"]))
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]

@@ -16,7 +16,7 @@ FORMAT = "far_scale.checkpoint/2"
 _UNSEALED = "far_scale.checkpoint/1"  # before there were checksums
 CHECKSUMS = "checksums.json"
 EPHEMERAL = "ephemeral"
-"""The key in state.json of a checkpoint that stays until the next one alone."""
+"""The key in state.json of a checkpoint that stays only until the next one."""
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def is_ephemeral(folder: Path) -> bool:
-    """Whether a checkpoint stays until the next one alone; False where that cannot be read."""
+    """Whether a checkpoint stays only until the next one; False where that cannot be read."""
     try:
         state = read_json(folder / "state.json", "checkpoint state")
     except UserError:

@@ -64,7 +64,7 @@ class Saver:
             step: steps done.
             pieces: this rank's, by the tensors' names.
             state: what goes into state.json.
-            ephemeral: the checkpoint stays until the next one alone.
+            ephemeral: the checkpoint stays only until the next one.
 
         Raises:
             UserError: this is the third save in a row that failed, on all ranks.
@@ -89,6 +89,7 @@ class Saver:
             UserError: the save before was the third in a row that failed, on all ranks.
         """
         self._join(raise_after=FAILURES)
+        self._ephemeral = False
         self._running = self._thread.submit(self._write_locally, step, self._copy.of(pieces), state)
 
     def finish(self, required: bool) -> None:
