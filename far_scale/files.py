@@ -214,12 +214,17 @@ def read_json(path: str | Path, what: str) -> Any:
 
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
+    return file_digest(path, "sha256")
+
+
+def file_digest(path: str | Path, name: str) -> str:
+    """The digest of a file's bytes by the hash of that name, in hexadecimal."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+        return hashlib.file_digest(file, name).hexdigest() if hasattr(hashlib, "file_digest") else _digest(file, name)
 
 
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
+def _digest(file: Any, name: str) -> str:
+    digest = hashlib.new(name)  # Python 3.10 has no hashlib.file_digest
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()

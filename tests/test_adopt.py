@@ -185,12 +185,12 @@ def test_tars_as_programs_write_them(tmp_path: Path) -> None:
     for number, name in enumerate(names):
         members[f"{name}.LATENT.npy"] = npy(latents(number + 3) + number)
         members[f"{name}.json"] = json_bytes(fps=5, label=number)
-    ignored = {"README": b"no sample", "__meta__/x.json": b"{}", "._0003.npy": b"of a mac"}
+    ignored = {"README": b"no sample", "__meta__/x.json": b"{}", "._0003.npy": b"of a mac", "a/._1.npy": b"of a mac"}
     for number, form in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
         tar = tar_of(tmp_path / f"{number}.tar", {**ignored, **shuffled(members)}, format=form)
         with tarfile.open(tar, "a", format=form) as more:
-            for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE):
-                info = tarfile.TarInfo("train.folder")
+            for name, kind in (("train.folder", tarfile.DIRTYPE), ("link", tarfile.SYMTYPE)):
+                info = tarfile.TarInfo(name)
                 info.type, info.linkname = kind, "0003.json"
                 more.addfile(info)
         adopted(tar, tmp_path / str(number), labels=4)
@@ -203,10 +203,27 @@ def test_tars_as_programs_write_them(tmp_path: Path) -> None:
         assert {"0003", "clip_2"} < keys and len(keys) == 4 and all(len(key) <= 80 and "/" not in key for key in keys)
         inspect.verify(ShardSet.open(tmp_path / str(number)))
     # The same samples as WebDataset finds where those of one stand together.
+    del ignored["a/._1.npy"]  # a sample "a/" to WebDataset
     tar = tar_of(tmp_path / "whole.tar", {**ignored, **members}, format=tarfile.PAX_FORMAT)
     adopted(tar, tmp_path / "whole", labels=4)
     seen = [sample["__key__"] for sample in webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False)]
     assert [sample.source for sample in read_all(tmp_path / "whole")] == [key.removeprefix("./") for key in seen]
+
+
+def test_what_webdataset_would_not_read_is_no_silent_loss(tmp_path: Path) -> None:
+    members = {"a.npy": npy(latents()), "b.npy": npy(latents())}
+    linked = tar_of(tmp_path / "linked.tar", members)
+    with tarfile.open(linked, "a") as more:
+        for name, kind in (("c.npy", tarfile.LNKTYPE), ("d.npy", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.npy"
+            more.addfile(info)
+    refused(lambda: adopted(linked, tmp_path / "no", fps=5.0), str(linked), "'c'", "npy is empty, as a link", "(2 of")
+    assert adopted(linked, tmp_path / "yes", 0.5, fps=5.0).samples == 2
+    one = tar_of(tmp_path / "one.tar", {"c.npy": npy(latents())})
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(linked.read_bytes() + one.read_bytes())
+    refused(lambda: adopted(joined, tmp_path / "no", fps=5.0), str(joined), "comes more: tars are joined by `tar -A`")
 
 
 def places(sources: list[str]) -> list[str]:
@@ -237,6 +254,50 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         refused(lambda sources=sources: find_shards(sources), word)
     (tmp_path / "empty").mkdir()
     refused(lambda: find_shards([str(tmp_path / "empty")]), "there is no .tar")
+
+
+def test_folders_are_entered_through_links_and_nothing_is_lost_or_doubled(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, store = tmp_path / "folder", tmp_path / "store"
+    for name in (
+        "folder/a.tar",
+        "folder/._a.tar",
+        "folder/.trash/b.tar",
+        "folder/c.tar.gz",
+        "folder/e.md",
+        "store/d.tar",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (folder / "linked").symlink_to(store)
+    (store / "back").symlink_to(folder)
+    assert places([str(folder)]) == [str(folder / "a.tar"), str(folder / "linked" / "d.tar")]
+    assert f"{folder}: passed over: 1 compressed tars, as {folder / 'c.tar.gz'}" in capfd.readouterr().err
+    (folder / "latest.tar").symlink_to("a.tar")
+    refused(lambda: find_shards([str(folder)]), str(folder / "latest.tar"), f"the same file as {folder / 'a.tar'}")
+    for name, text, word in [("empty", "\n", "names no shard"), ("self", "self.txt\n", "this list names itself")]:
+        (tmp_path / f"{name}.txt").write_text(text)
+        refused(lambda name=name: find_shards([str(tmp_path / f"{name}.txt")]), f"{name}.txt", word)
+    (tmp_path / "shard.00000.mds").write_bytes(b"")
+    refused(lambda: find_shards([str(tmp_path / "shard.00000.mds")]), "is an MDS file; name the index.json")
+
+
+def test_labels_may_be_names(tmp_path: Path) -> None:
+    labels = [b"\xef\xbb\xbf1\n", b"cat", b" 10 "]
+    members = {
+        f"{n}.{kind}": data for n, cls in enumerate(labels) for kind, data in (("npy", npy(latents())), ("cls", cls))
+    }
+    names = ("ant", "bee", "cat", "10")
+    tar = tar_of(tmp_path / "a.tar", members)
+    refused(lambda: adopted(tar, tmp_path / "no", classes=names, labels=4, fps=5.0), "'2'", "the name of class 3 too")
+    names = ("ant", "bee", "cat", *"defghijk")
+    adopted(tar, tmp_path / "set", classes=names, labels=11, fps=5.0)
+    assert [sample.label for sample in read_all(tmp_path / "set")] == [1, 2, 10]
+    inspect.verify(ShardSet.open(tmp_path / "set"))
+    for text in ("dog", "1_0"):
+        tar = tar_of(tmp_path / f"{text}.tar", {"a.npy": npy(latents()), "a.json": json_bytes(fps=5, label=text)})
+        refused(lambda: adopted(tar, tmp_path / text, classes=names, labels=11), repr(text), "is no number")  # noqa: B023
 
 
 # What is refused.

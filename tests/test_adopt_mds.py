@@ -171,8 +171,12 @@ def test_columns_of_every_encoding(
 
 def test_what_is_refused(tmp_path: Path) -> None:
     theirs = write_mds_set(tmp_path / "theirs", COLUMNS, as_columns)
+    index = json.loads((theirs / "index.json").read_bytes())
+    for each in index["shards"]:  # whose digests would refuse all of these
+        each["raw_data"]["hashes"] = {}
+    (theirs / "index.json").write_text(json.dumps(index))
     whole = {path.name: path.read_bytes() for path in theirs.iterdir()}
-    shard, index = whole["shard.00001.mds"], json.loads(whole["index.json"])
+    shard = whole["shard.00001.mds"]
     other = write_mds_set(tmp_path / "other", {**COLUMNS, "latent": "ndarray"}, as_columns) / "shard.00001.mds"
     twice = {**index, "shards": index["shards"][:1] * 2}
     outside = {**index["shards"][0], "raw_data": {"basename": "../x.mds", "bytes": 5, "hashes": {}}}
@@ -204,6 +208,25 @@ def test_what_is_refused(tmp_path: Path) -> None:
     write_tars(tmp_path / "tars", FRAMES[:2], 2, as_npy)
     (tmp_path / "both.txt").write_text("tars\ntheirs\n")
     refused(lambda: adopted(tmp_path / "both.txt", tmp_path / "x"), "some shards are tars and some are MDS files")
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_shard_is_held_against_the_digest_in_its_index(tmp_path: Path, compression: str | None) -> None:
+    theirs = write_mds_set(tmp_path / "theirs", COLUMNS, as_columns, compression)
+    text = json.loads((theirs / "index.json").read_text())
+    raw = text["shards"][1]["raw_data"]
+    raw["hashes"] = {"xxh64": "0", "sha1": raw["hashes"]["sha1"][::-1]}
+    (theirs / "index.json").write_text(json.dumps(text))
+    shard = theirs / (text["shards"][1]["zip_data"] or raw)["basename"]
+    refused(lambda: adopted(theirs, tmp_path / "set", **BOTH), str(shard), "its sha1 is not that in its index.json")
+
+
+def test_numbers_name_no_samples(tmp_path: Path) -> None:
+    columns = {"latent": "ndarray:float16", "n": "int"}
+    theirs = write_mds_set(
+        tmp_path / "theirs", columns, lambda sample: {"latent": sample.latents.half().numpy(), "n": 7}, frames=[5]
+    )
+    refused(lambda: adopted(theirs, tmp_path / "set", name_in="n", fps=8.0), "its n is number:int, and names are texts")
 
 
 def test_the_package_that_unpacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,6 +221,8 @@ class _ShardClips:
         places = [(shard, sample) for shard, n in enumerate(shards.samples_per_shard) for sample in range(n)]
         self._places = select(places, lambda place: shards.read(*place, frames=1).label, protocol, str(shards.folder))
         self.keys = [_FILE_NAME.sub("_", shards.index(shard).samples[row].key) for shard, row in self._places]
+        if len(set(self.keys)) < len(self.keys):  # shards of others may each begin to count anew
+            self.keys = [f"{shard}-{key}" for (shard, _), key in zip(self._places, self.keys, strict=True)]
         self.fingerprint = _joined([shards.manifest.fingerprint(), *(f"{shard}/{row}" for shard, row in self._places)])
 
     def read(self, number: int) -> Clip:

@@ -86,10 +86,10 @@ def adopt(
     )
     given = _given(shards, info, wishes, classes)
     if not (out / SETTINGS_NAME).exists():
-        _start(shards, out, given, autoencoder.latent_channels, wishes, max_rejected > 0)
+        _start(shards, out, given, autoencoder.latent_channels, wishes, classes, max_rejected > 0)
     chosen = _kept(out, given)
     done = _done(shards, out)
-    job = _Job(out, SampleReader(*chosen, wishes.actions, wishes.labels), max_rejected > 0)
+    job = _Job(out, _reader(chosen, wishes, classes), max_rejected > 0)
     _read_shards(job, shards, done, jobs)
     rejects = [Reject(**each) for number in range(len(shards)) for each in done[number]["rejects"]]
     entries, sums, rates = [], [], set()
@@ -125,6 +125,10 @@ def adopt(
     return manifest
 
 
+def _reader(chosen: Chosen, wishes: Wishes, classes: tuple[str, ...] | None) -> SampleReader:
+    return SampleReader(*chosen, wishes.actions, wishes.labels, classes if wishes.labels else None)
+
+
 def _warn_of_scale(out: Path, manifest: Manifest) -> None:
     """Say where the latents are far from the scale at which their autoencoder gives them."""
     mean, std = np.array(manifest.mean), np.array(manifest.std)
@@ -151,7 +155,13 @@ def _given(
 
 
 def _start(
-    shards: Sequence[FoundShard], out: Path, given: dict[str, Any], channels: int, wishes: Wishes, rejects_allowed: bool
+    shards: Sequence[FoundShard],
+    out: Path,
+    given: dict[str, Any],
+    channels: int,
+    wishes: Wishes,
+    classes: tuple[str, ...] | None,
+    rejects_allowed: bool,
 ) -> None:
     """Begin the folder: find how samples are read, and read the first shard, which is then at hand."""
     if out.exists() and not all(file.name.startswith(".") for file in out.iterdir()):
@@ -159,7 +169,7 @@ def _start(
     out.mkdir(parents=True, exist_ok=True)
     with local_copy(shards[0], out, 0) as copy:
         chosen = choose(copy.path, shown(shards[0].place), _file(0, shards[0]), channels, wishes)
-        job = _Job(out, SampleReader(*chosen, wishes.actions, wishes.labels), rejects_allowed)
+        job = _Job(out, _reader(chosen, wishes, classes), rejects_allowed)
         scanned = _scan(job, 0, shards[0], copy)
         # Nothing is kept before this: after an error the command may be run again with other options.
         found = [chosen.adoption.model_dump(mode="json"), chosen.latent_shape, chosen.latent_dtype]

@@ -15,7 +15,7 @@ from far_scale.data.remote.fetch import fetch_bytes, fetch_unknown, is_file_url,
 from far_scale.data.remote.unpack import PackedError, compression_of, most_packed, unpack
 from far_scale.data.shards.typed import read_small
 from far_scale.errors import UserError
-from far_scale.files import sha256
+from far_scale.files import file_digest, sha256
 
 
 class LocalCopy(NamedTuple):
@@ -44,18 +44,28 @@ def local_copy(shard: FoundShard, out: Path, number: int) -> Iterator[LocalCopy]
     """The shard as a file of this machine; a remote one is fetched, a packed one unpacked, and removed afterwards.
 
     Raises:
-        UserError: it is not there, cannot be fetched or does not unpack.
+        UserError: it is not there, cannot be fetched, does not unpack or has another digest than its `index.json` says.
     """
     lies, compression = lies_as(shard), compression_of(shard.place)
     if lies is not None and compression is None:
+        _check_digest(shard, Path(shard.place))
         yield LocalCopy(Path(shard.place), lies[0], sha256(shard.place), lies)
         return
     path = out / f".fetched-{number:06d}.part"
     try:
         size, digest = _fetch(shard, compression, path)
+        _check_digest(shard, path)
         yield LocalCopy(path, size, digest, lies)
     finally:
         path.unlink(missing_ok=True)
+
+
+def _check_digest(shard: FoundShard, path: Path) -> None:
+    if shard.digest is None:
+        return
+    name, digest = shard.digest
+    if file_digest(path, name) != digest:
+        raise UserError(f"{shown(shard.place)}: its {name} is not that in its index.json; copy it again")
 
 
 def _fetch(shard: FoundShard, compression: str | None, path: Path) -> tuple[int, str]:

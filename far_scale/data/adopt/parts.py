@@ -179,7 +179,10 @@ class _First:
         if not self.is_mds:
             return None
         texts = [each for each in _NAMES if self.kinds.get(each) == "text"]
-        return self._one_of(wish, texts, "--name-in") if wish is not None or texts else None
+        part = self._one_of(wish, texts, "--name-in") if wish is not None or texts else None
+        if part is not None and (part.kind != "text" or part.key is not None):
+            raise Mismatch(f"its {part} is {part.kind}, and names are texts; name another column by --name-in, or none")
+        return part
 
     def _names(self, part: Part) -> list[str]:
         member = self.members[part.member]

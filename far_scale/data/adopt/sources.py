@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -17,19 +18,28 @@ from far_scale.data.remote.fetch import fetch_bytes, is_file_url, shown
 from far_scale.data.remote.unpack import compression_of
 from far_scale.data.shards.mds import STREAMING_INDEX_NAME
 from far_scale.data.shards.typed import MAX_MANIFEST_BYTES, Place, read_small
-from far_scale.errors import UserError
+from far_scale.data.video.find import files_below
+from far_scale.errors import UserError, say_warning
 from far_scale.files import text_lines
 
 _MAX_SHARDS = 300_000  # as many as a manifest may name
 _MOST_BYTES = (1 << 32) - 1  # of an MDS file
+_HASHES = {name for name in hashlib.algorithms_guaranteed if not name.startswith("shake")}
+_PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd")
 _PLACE: pydantic.TypeAdapter[str] = pydantic.TypeAdapter(Place)
 
 
 class FoundShard(NamedTuple):
-    """A shard to adopt: its absolute path or URL, and of an MDS file its size, unpacked."""
+    """A shard to adopt: its absolute path or URL.
+
+    Attributes:
+        bytes: of an MDS file its size, unpacked.
+        digest: name of a hash and digest of an MDS file, unpacked, where its `index.json` has one.
+    """
 
     place: str
     bytes: int | None = None
+    digest: tuple[str, str] | None = None
 
     @property
     def is_mds(self) -> bool:
@@ -40,28 +50,31 @@ def find_shards(sources: Sequence[str]) -> list[FoundShard]:
     """The shards in their order.
 
     Args:
-        sources: tars; folders, of which all `.tar` at any depth are taken in the order of their names; folders with an
-            `index.json` of mosaicml-streaming, or such a file; `.txt` files with a source a line; URLs of tars and of
-            `index.json`. `{000..123}` and `{a,b}` are expanded as by WebDataset.
+        sources: tars; folders, of which all `.tar` at any depth, links too, are taken in the order of their names, but
+            not what is hidden; folders with an `index.json` of mosaicml-streaming, or such a file; `.txt` files with a
+            source a line; URLs of tars and of `index.json`. `{000..123}` and `{a,b}` are expanded as by WebDataset.
 
     Raises:
-        UserError: a source that is not there, is named twice or has a name that a manifest cannot hold; shards of
-            several kinds.
+        UserError: a source that is not there, is named twice, also by a link, or has a name that a manifest cannot
+            hold; shards of several kinds.
     """
     found = list(itertools.islice(_expand(sources, Path()), _MAX_SHARDS + 1))
+    if not found:
+        raise UserError(f"{', '.join(sources)}: names no shard; name tars, folders, .txt lists or URLs")
     first = shown(found[0].place)
     if len(found) > _MAX_SHARDS:
         raise UserError(f"{first}, ...: more than {_MAX_SHARDS} shards; adopt them as several sets, and mix these")
-    seen = set()
-    for place, _ in found:
+    seen: dict[str | tuple[int, int], str] = {}
+    for count, (place, *_) in enumerate(found):
         try:
             _PLACE.validate_python(place)
             place.encode()
         except (pydantic.ValidationError, UnicodeEncodeError):
             raise UserError(f"{shown(place)!r}: a shard's name must be UTF-8 without braces; rename it") from None
-        if place in seen:
+        if (other := seen.setdefault(_identity(place), place)) != place:
+            raise UserError(f"{place}: is the same file as {other}; name it once")
+        if len(seen) == count:
             raise UserError(f"{shown(place)}: this shard is named twice; name it once")
-        seen.add(place)
     for one, other, kinds in (
         ("remote", "here", {is_file_url(shard.place) for shard in found}),
         ("tars", "MDS files", {shard.is_mds for shard in found}),
@@ -72,8 +85,16 @@ def find_shards(sources: Sequence[str]) -> list[FoundShard]:
     return found
 
 
-def _expand(sources: Sequence[str], folder: Path) -> Iterator[FoundShard]:
-    """The shards of these sources; relative paths begin at `folder`."""
+def _identity(place: str) -> str | tuple[int, int]:
+    """What is the same for two paths that lead to one file."""
+    if is_file_url(place):
+        return place
+    facts = os.stat(place)
+    return facts.st_dev, facts.st_ino
+
+
+def _expand(sources: Sequence[str], folder: Path, lists: tuple[str, ...] = ()) -> Iterator[FoundShard]:
+    """The shards of these sources; relative paths begin at `folder`, and `lists` are those that they stand in."""
     for source in sources:
         if is_file_url(source):
             for url in _braces(source):
@@ -84,15 +105,16 @@ def _expand(sources: Sequence[str], folder: Path) -> Iterator[FoundShard]:
         if path.is_dir() and (path / STREAMING_INDEX_NAME).is_file():
             yield from _mds_shards(os.path.abspath(path / STREAMING_INDEX_NAME))
         elif path.is_dir():
-            tars = sorted(path.rglob("*.tar"))
-            if not tars:
-                raise UserError(f"{path}: there is no .tar or index.json in this folder; name the shards themselves")
-            yield from (FoundShard(os.path.abspath(tar)) for tar in tars)
+            yield from (FoundShard(os.path.abspath(tar)) for tar in _tars_below(path))
         elif path.name == STREAMING_INDEX_NAME and path.is_file():
             yield from _mds_shards(os.path.abspath(path))
         elif path.suffix == ".txt" and path.is_file():
+            if (own := os.path.realpath(path)) in lists:
+                raise UserError(f"{path}: this list names itself; take that line out")
             for _, line in text_lines(path, "list of shards"):
-                yield from _expand([line], path.parent)
+                yield from _expand([line], path.parent, (*lists, own))
+        elif path.is_file() and path.suffix == ".mds":
+            raise UserError(f"{path}: is an MDS file; name the index.json that lists it, or their folder")
         elif path.is_file():
             yield FoundShard(os.path.abspath(path))
         else:
@@ -100,6 +122,25 @@ def _expand(sources: Sequence[str], folder: Path) -> Iterator[FoundShard]:
                 if not os.path.isfile(each):
                     raise UserError(f"{each}: there is no such shard; name a tar, a folder, a .txt list or a URL")
                 yield FoundShard(os.path.abspath(each))
+
+
+def _tars_below(folder: Path) -> list[Path]:
+    """All tars of a folder; those that are compressed, which cannot be read by offset, are said to be passed over.
+
+    Raises:
+        UserError: there is none.
+    """
+    tars, packed = [], []
+    for file in files_below(folder, (".tar",)):
+        if file.suffix == ".tar":
+            tars.append(file)
+        elif file.name.endswith(_PACKED_TARS):
+            packed.append(file)
+    if not tars:
+        raise UserError(f"{folder}: there is no .tar or index.json in this folder; name the shards themselves")
+    if packed:
+        say_warning(f"{folder}: passed over: {len(packed)} compressed tars, as {min(packed)}; unpack them first")
+    return sorted(tars)
 
 
 def _braces(text: str) -> Iterator[str]:
@@ -120,21 +161,22 @@ def _mds_shards(index: str) -> Iterator[FoundShard]:
     try:
         shards = json.loads(text)["shards"]
         listed = [(_basename(each["raw_data"]), each["zip_data"] and _basename(each["zip_data"])) for each in shards]
+        digests = [_digest(each["raw_data"]) for each in shards]
         sizes = [each["raw_data"]["bytes"] for each in shards if each["format"] == "mds" and each["version"] == 2]
         if not listed or len(sizes) < len(listed) or not all(type(n) is int and 0 < n <= _MOST_BYTES for n in sizes):
             raise ValueError
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise UserError(
             f"{shown(index)}: no index of MDS shards as mosaicml-streaming writes it; name another"
         ) from None
-    for (raw, packed), size in zip(listed, sizes, strict=True):
+    for (raw, packed), size, digest in zip(listed, sizes, digests, strict=True):
         if remote:
-            yield FoundShard(_beside(index, packed or raw), size)
+            yield FoundShard(_beside(index, packed or raw), size, digest)
             continue
         there = [file for file in (raw, packed) if file and os.path.isfile(_beside(index, file))]
         if not there:
             raise UserError(f"{_beside(index, packed or raw)}: this shard is missing; copy it again")
-        yield FoundShard(_beside(index, there[0]), size)
+        yield FoundShard(_beside(index, there[0]), size, digest)
 
 
 def _basename(data: Any) -> str:
@@ -143,6 +185,12 @@ def _basename(data: Any) -> str:
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise ValueError
     return str(path)
+
+
+def _digest(data: Any) -> tuple[str, str] | None:
+    """A digest of a shard's file by a hash that Python has, with its name: not by xxHash."""
+    known = ((name, digest) for name, digest in data["hashes"].items() if name in _HASHES and type(digest) is str)
+    return next(known, None)
 
 
 def _beside(index: str, file: str) -> str:

@@ -14,7 +14,7 @@ from far_scale.data.shards.adopted import AXES, MAX_NAME, AdoptedRow, Adoption, 
 from far_scale.data.shards.foreign_mds import check_encodings, walk_mds
 from far_scale.data.shards.foreign_tar import ForeignTarWalk, refuse_compressed
 from far_scale.data.shards.foreign_tensors import LoadedTensor, Read, StoredTensor, find_tensor
-from far_scale.data.shards.foreign_values import Members, json_value, member_of, number, text_of, whole_number
+from far_scale.data.shards.foreign_values import Members, json_value, label_in, member_of, number, text_of
 from far_scale.data.shards.index import ChannelSums, LatentSums
 from far_scale.data.shards.manifest import DTYPES, LatentDtype, Manifest
 from far_scale.data.shards.members import BadShardError, ForeignMemberError, Member
@@ -51,13 +51,14 @@ class SampleReader:
     latent_dtype: LatentDtype
     actions: int
     labels: int
+    classes: tuple[str, ...] | None = None
 
     @staticmethod
     def of(manifest: Manifest) -> SampleReader:
         """That of a set that was adopted."""
         assert manifest.adopted is not None
         m = manifest
-        return SampleReader(manifest.adopted, m.latent_shape, m.latent_dtype, m.actions, m.labels)
+        return SampleReader(manifest.adopted, m.latent_shape, m.latent_dtype, m.actions, m.labels, m.classes)
 
     def scan(self, path: Path, name: str, file: str) -> Scanned:
         """Read every sample of a shard.
@@ -104,7 +105,7 @@ class SampleReader:
         adoption = self.adoption
         latents = member_of(members, adoption.latents)
         frames = self._found(read, latents.offset, latents.size).shape[AXES[adoption.layout][0]]
-        label = None if adoption.label is None else whole_number(read, members, adoption.label)
+        label = None if adoption.label is None else label_in(read, members, adoption.label, self.classes)
         rate = number(read, members, adoption.fps) if isinstance(adoption.fps, Part) else adoption.fps
         if rate <= 0:
             raise Mismatch(f"its {adoption.fps} is {rate}, and a frame rate is above 0")

@@ -1,7 +1,7 @@
 """Walking tars that others wrote: any member that WebDataset would read, and nothing in them believed, as in tar.py.
 
-Names may be long (GNU's and POSIX's extended headers) and have folders; entries that are no plain files are passed
-over, as by WebDataset.
+Names may be long (GNU's and POSIX's extended headers) and have folders; folders, devices and hidden files (`._name` of
+macOS) are passed over. A link would be passed over by WebDataset; here its sample is found, and is broken.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MAX_DATA = 1 << 50  # bytes of a member, most of which are passed over
 _MAX_MEMBERS = 1 << 22  # of a tar
 # As webdataset.tariterators: the key is all before the first dot of the file's name, folders and all.
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-_META = re.compile(r"__[^/]*__($|/)")
+_HIDDEN = re.compile(r"^__[^/]*__($|/)|(^|/)\.[^/]*$")  # of WebDataset, and of systems
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
@@ -32,7 +32,7 @@ class ForeignTarWalk(TarWalk):
         for _ in range(_MAX_MEMBERS):
             header = self._header()
             if not any(header):
-                return
+                return self._refuse_more()
             stated, kind = _entry(header)
             if kind in b"LxgKXN":  # headers that are entries themselves: of the next entry, or of all (g)
                 if stated > _MAX_EXTENDED:
@@ -40,14 +40,14 @@ class ForeignTarWalk(TarWalk):
                 data = self._take(stated)
                 if kind == b"L":
                     name = _text(data.rstrip(b"\0"))
-                elif kind == b"x":
+                elif kind in b"xX":
                     name, size = _extended(data, name, size)
                 continue
             own_name = _text(_name(header)) if name is None else name
             data_bytes = 0 if kind in b"123456" else stated if size is None else size
             if kind == b"S" or data_bytes > _MAX_DATA:
                 raise ForeignMemberError(f"member {own_name!r:.100} is sparse, or its size is {data_bytes}")
-            plain = kind in (b"0", b"\0", b"7") and not _META.match(own_name)
+            plain = kind in (b"0", b"\0", b"7", b"1", b"2") and not _HIDDEN.search(own_name)
             found = _KEY_AND_EXTENSION.fullmatch(own_name.removeprefix("./")) if plain else None
             if found is None:
                 self._file.seek(data_bytes, os.SEEK_CUR)
@@ -56,6 +56,12 @@ class ForeignTarWalk(TarWalk):
                 yield from self._offer(found[1], found[2].lower(), data_bytes)
             name, size = None, None
         raise BadTarError(f"it has more than {_MAX_MEMBERS} members")
+
+    def _refuse_more(self) -> None:
+        """Refuse what follows the tar's end, as where tars were put together by `cat`: nobody would read it."""
+        while block := self._file.read(1 << 20):
+            if any(block):
+                raise ForeignMemberError("after its end comes more: tars are joined by `tar -A`, not by `cat`")
 
 
 def refuse_compressed(file: BinaryIO) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,19 @@ Members = Mapping[str, Member]
 """The members of one sample by their extensions, or its columns by their names."""
 
 
-def whole_number(read: Read, members: Members, part: Part) -> int:
-    """A label.
+def label_in(read: Read, members: Members, part: Part, classes: Sequence[str] | None) -> int:
+    """A label: a whole number, or the name of one of the classes, where their names are known.
 
     Raises:
-        Mismatch: there is none, or it is no whole number from 0.
+        Mismatch: there is none, it is no whole number from 0, or it may be either.
     """
+    text = _found(read, members, part)
+    name = text.strip() if isinstance(text, str) else None
+    if classes is not None and name in classes:
+        named = classes.index(name)
+        if name.isdecimal() and int(name) != named:
+            raise Mismatch(f"its {part} is {name!r}, which is the name of class {named} too; write numbers, not names")
+        return named
     value = number(read, members, part)
     if value != int(value) or not 0 <= value < _MAX_LABEL:
         raise Mismatch(f"its {part} is {value}, and a label is a whole number from 0")
@@ -41,19 +48,24 @@ def number(read: Read, members: Members, part: Part) -> float:
     Raises:
         Mismatch: there is none.
     """
-    member = member_of(members, part)
-    if part.kind == "json":
-        value = json_value(read, member.offset, member.size, part)
-    elif part.kind.startswith("number:"):
-        value = _stored_number(read, member, part)
-    else:
-        value = text_of(read, member.offset, member.size, part).strip()
+    value = _found(read, members, part)
     try:
-        if isinstance(value, bool) or not math.isfinite(float(value)):
+        # Python takes 1_0 for 10.
+        if isinstance(value, bool) or "_" in str(value) or not math.isfinite(float(value)):
             raise ValueError
         return float(value)
     except (ValueError, TypeError, OverflowError):
         raise Mismatch(f"its {part} is {value!r:.40}, which is no number") from None
+
+
+def _found(read: Read, members: Members, part: Part) -> Any:
+    """A number, a text, or anything that JSON can say."""
+    member = member_of(members, part)
+    if part.kind == "json":
+        return json_value(read, member.offset, member.size, part)
+    if part.kind.startswith("number:"):
+        return _stored_number(read, member, part)
+    return text_of(read, member.offset, member.size, part).strip()
 
 
 def _stored_number(read: Read, member: Member, part: Part) -> float:
@@ -98,7 +110,7 @@ def text_of(read: Read, offset: int, size: int, part: Part) -> str:
     if size > _MAX_JSON:
         raise Mismatch(f"its {part.member} has {size} bytes, {_MAX_JSON} at most")
     try:
-        return read(offset, size).decode()
+        return read(offset, size).decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError:
         raise Mismatch(f"its {part.member} is not in UTF-8") from None
 
@@ -107,10 +119,14 @@ def member_of(members: Members, part: Part) -> Member:
     """The member of a sample in which a part stands.
 
     Raises:
-        Mismatch: the sample has none, or one larger than any that is read.
+        Mismatch: the sample has none, an empty one, or one larger than any that is read.
     """
     if part.member not in members:
         raise Mismatch(f"it has no member {part.member}, but {', '.join(sorted(members))[:100]}")
+    if not members[part.member].size:
+        raise Mismatch(
+            f"its {part.member} is empty, as a link in a tar is (see tar's --dereference, --hard-dereference)"
+        )
     if members[part.member].size > MAX_TENSORS_BYTES:
         raise Mismatch(f"its {part.member} has more than {MAX_TENSORS_BYTES} bytes; cut the sample into shorter ones")
     return members[part.member]

@@ -49,7 +49,12 @@ def plain_tensor(found: Any, size: int) -> torch.Tensor:
     Raises:
         Mismatch: it is none.
     """
-    if not isinstance(found, torch.Tensor) or found.layout != torch.strided or found.device.type != "cpu":
+    if (
+        not isinstance(found, torch.Tensor)
+        or found.layout != torch.strided
+        or found.is_nested
+        or found.device.type != "cpu"
+    ):
         raise Mismatch(f"holds {type(found).__name__} in place of one tensor")
     if found.nbytes > size:
         raise Mismatch("holds a view of fewer numbers than its shape says; store the tensor itself")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,7 +50,7 @@ def find_videos(path: str | Path) -> list[Path]:
     if not path.is_dir():
         raise UserError(f"{path}: there is no such file or folder of videos")
     found, others = [], Counter[str]()
-    for file in _files_below(path):
+    for file in files_below(path):
         suffix = file.suffix.lower()
         if suffix in SUFFIXES:
             found.append(file)
@@ -65,8 +65,12 @@ def find_videos(path: str | Path) -> list[Path]:
     return sorted(found)
 
 
-def _files_below(root: Path) -> Iterator[Path]:
-    """Files below a folder that are not hidden, through links too, each folder once on any way down."""
+def files_below(root: Path, suffixes: Container[str] = SUFFIXES | BESIDE) -> Iterator[Path]:
+    """Files below a folder that are not hidden, through links too, each folder once on any way down.
+
+    Raises:
+        UserError: a folder that cannot be read; a link that leads nowhere and does not end in one of `suffixes`.
+    """
     waiting = [(root, _ways_up(root))]  # folders, each with itself and all folders that lead to it
     while waiting:
         folder, above = waiting.pop()
@@ -88,11 +92,11 @@ def _files_below(root: Path) -> Iterator[Path]:
             elif path.is_dir():
                 if _identity(path) not in above:
                     waiting.append((path, above | _ways_up(path)))
-            elif path.suffix.lower() in SUFFIXES | BESIDE or path.exists():
-                yield path  # a video's link that leads nowhere is found, and refused when it is read
+            elif path.suffix.lower() in suffixes or path.exists():
+                yield path  # a file's link that leads nowhere is found, and refused when it is read
             else:
                 raise UserError(
-                    f"{path}: this link leads nowhere, and may have been to a folder of videos; put back what it "
+                    f"{path}: this link leads nowhere, and may have been to a folder; put back what it "
                     f"leads to ({os.readlink(path)}), or remove it"
                 )
 
