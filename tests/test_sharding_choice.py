@@ -200,6 +200,14 @@ def test_the_buffers_of_gradients_take_a_gpus_memory(
     assert state_bytes("bf16", found, 0, 2) == gigabytes * 1e9 + 2 * found.gathered
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_bucket_beyond_the_memory_is_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = f"{SECTION}.reduce_bucket_size=5e11"
+    with pytest.raises(UserError, match=r"reduce_bucket_size: 5e\+11 numbers take 2e\+03 GB on each rank, .* lower it"):
+        choose(monkeypatch, "aa", "train.zero_stage=3", key, parameters=1e6, device=device)
+    choose(monkeypatch, "aa", "train.zero_stage=1", "train.precision=bf16", key, parameters=1e6, device=device)
+
+
 def test_an_automatic_stage_counts_these_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 on 2 ranks, bytes a parameter: ZeRO-1 4 + 4 + 12/2 = 14, -2 4 + 4/2 + 12/2 = 12; buffers of 4 GB."""
     keys = [AUTO, "train.precision=fp32"]

@@ -87,15 +87,14 @@ class _Situation:
         # DeepSpeed keeps gathered what backward uses again within this distance, so small models stay whole.
         limits = (section.stage3_max_live_parameters, section.stage3_max_reuse_distance)
         kept = min(self.parameters, *(_KEPT_GATHERED if limit is None else limit for limit in limits))
-        return Sharding(stage, hpz, offloaded, reduce_once, kept if stage == 3 else 0, self._buckets(section, stage))
+        # Main memory takes only the pages that are written to, which are a part of a small model's gradients.
+        buckets = self.bucket_bytes(stage) if self.on_gpus else 0
+        return Sharding(stage, hpz, offloaded, reduce_once, kept if stage == 3 else 0, buckets)
 
-    def _buckets(self, section: DeepSpeedSection, stage: int) -> int:
-        """Bytes of ZeRO's buffers for gradients, which have reduce_bucket_size numbers however small the model is.
-
-        Main memory takes only the pages that are written to, which are a part of a small model's gradients.
-        """
-        precision = self.recipe.train.precision
-        if not self.on_gpus or stage == 0 or (stage == 1 and precision == "bf16"):
+    def bucket_bytes(self, stage: int) -> int:
+        """Of ZeRO's buffers for gradients, which have reduce_bucket_size numbers however small the model is."""
+        section, precision = self.recipe.train.deepspeed or DeepSpeedSection(), self.recipe.train.precision
+        if stage == 0 or (stage == 1 and precision == "bf16"):
             return 0  # BF16_Optimizer, of stage 1 in bf16, reduces from where the gradients lie
         reduced_as = precision if stage < 3 else section.communication_data_type or precision
         buffers = 2 if stage < 3 and section.overlap_comm is not False else 1
@@ -130,6 +129,11 @@ def choose_sharding(
     hosts, free = [host for host, _ in reports], min(bytes_free for _, bytes_free in reports)
     situation = _Situation(recipe, parameters, hosts, processes.device.type == "cuda", free, activations)
     stage, why_stage = _choose_stage(situation)
+    if section.reduce_bucket_size is not None and (buffers := situation.bucket_bytes(stage)) > free:
+        raise UserError(
+            f"train.deepspeed.reduce_bucket_size: {section.reduce_bucket_size:.3g} numbers take {buffers / 1e9:.3g} GB "
+            f"on each rank, of which {free / 1e9:.3g} GB are free; lower it"
+        )
     hpz, why_hpz = _choose_hpz(section, stage, parameters, hosts)
     once, why_once = _choose_reduction(situation, stage, hpz)
     chosen = situation.sharding(stage, hpz, once)
