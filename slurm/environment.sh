@@ -18,13 +18,14 @@ fail() {
 }
 
 # The file is read anew at each start, so that a setting that a cluster needs reaches the jobs that are under way.
-site=$checkout/slurm/site.sh
+site_file=$checkout/slurm/site.sh
 site_settings=(SITE_SRUN_OPTIONS SITE_CONTAINER SITE_CONTAINER_OPTIONS)
 
 check_site_file() {
-    { [ -f "$site" ] && [ -r "$site" ]; } || fail "$site: is no file that can be read"
-    [[ $(<"$site") != *$'\r'* ]] || fail "$site: has the line ends of Windows; take them out: sed -i 's/\r//' $site"
-    bash -n "$site" || fail "$site: is not valid bash (see above)"
+    { [ -f "$site_file" ] && [ -r "$site_file" ]; } || fail "$site_file: is no file that can be read"
+    [[ $(<"$site_file") != *$'\r'* ]] ||
+        fail "$site_file: has the line ends of Windows; take them out: sed -i 's/\r//' $site_file"
+    bash -n "$site_file" || fail "$site_file: is not valid bash (see above)"
 }
 
 # The traps by which a failure in the file ends the job, and is named. Under `set -eu` modules and environments cannot be
@@ -32,17 +33,17 @@ check_site_file() {
 # `return`, which is no failure of a line; an `exit` would end the job, even as if all were well.
 watch_site() {
     set +eu -T
-    trap '[ "${BASH_SOURCE[0]}" != "$site" ] || fail "$site: line $LINENO failed (see above)"' ERR
-    trap '[ "${FUNCNAME[0]:-}${BASH_SOURCE[0]:-}" != "source$site" ] || site_last=$BASH_COMMAND' DEBUG
+    trap '[ "${BASH_SOURCE[0]}" != "$site_file" ] || fail "$site_file: line $LINENO failed (see above)"' ERR
+    trap '[ "${FUNCNAME[0]:-}${BASH_SOURCE[0]:-}" != "source$site_file" ] || site_last=$BASH_COMMAND' DEBUG
     trap 'site_exits "$?"' EXIT
 }
-site_exits() { fail "$site: ends the job by exit (status $1, see above); it must be read to its end"; }
+site_exits() { fail "$site_file: ends the job by exit (status $1, see above); it must be read to its end"; }
 
 # What the file may have changed is put back, but for what it is there for.
 site_is_read() { # site_is_read STATUS
     set +T
     case $(trap -p EXIT) in *site_exits*) trap - EXIT ;; esac # or it is one of the site's own
-    case $site_last in return*) [ "$1" = 0 ] || fail "$site: returns status $1 (see above)" ;; esac
+    case $site_last in return*) [ "$1" = 0 ] || fail "$site_file: returns status $1 (see above)" ;; esac
     checkout=${site_before[0]} python=${site_before[1]} IFS=${site_before[3]}
     cd "${site_before[2]}" || exit
     set +eu
@@ -55,16 +56,16 @@ check_settings() {
     for name in $(compgen -v SITE_SRUN) $(compgen -v SITE_CONTAINER); do
         case " ${site_settings[*]} " in
             *" $name "*) ;;
-            *) fail "$site: there is no setting $name, only ${site_settings[*]}; give a variable of your own another name" ;;
+            *) fail "$site_file: there is no setting $name, only ${site_settings[*]}; name your own variables otherwise" ;;
         esac
     done
     for name in "${site_settings[@]}"; do take_array "$name"; done
     [ ${#SITE_CONTAINER[@]} = 0 ] || [ ${#SITE_CONTAINER_OPTIONS[@]} = 0 ] ||
-        fail "$site: SITE_CONTAINER and SITE_CONTAINER_OPTIONS are both set; take one"
+        fail "$site_file: SITE_CONTAINER and SITE_CONTAINER_OPTIONS are both set; take one"
     local options=("${SITE_SRUN_OPTIONS[@]}" "${SITE_CONTAINER_OPTIONS[@]}")
     # Now, for else the job would be started again and again.
     [ ${#options[@]} = 0 ] || [ -z "${SLURM_JOB_ID:-}" ] || srun "${options[@]}" --help >/dev/null ||
-        fail "$site: srun does not take these options (see above)"
+        fail "$site_file: srun does not take these options (see above)"
     # Also without the word `export`: else they would look right in the file, and do nothing.
     for name in $(compgen -v NCCL_) $(compgen -v GLOO_) $(compgen -v UCX_) $(compgen -v MASTER_); do
         export "${name?}"
@@ -74,7 +75,7 @@ check_settings() {
 take_array() { # take_array NAME: what is no array becomes one, of one element or none
     local value=${!1:-}
     case $(declare -p "$1" 2>/dev/null) in 'declare -a'*) return ;; esac
-    case $value in *[[:space:]]*) fail "$site: write an array, $1=(...), one word an element" ;; esac
+    case $value in *[[:space:]]*) fail "$site_file: write an array, $1=(...), one word an element" ;; esac
     unset "$1"
     declare -ga "$1=(${value:+\"\$value\"})"
 }
@@ -119,12 +120,12 @@ find_host_python() { # beside a container
 
 unset "${site_settings[@]}"
 # Not in a function, where the file's `declare` would make variables of that function.
-if [ -e "$site" ] || [ -L "$site" ]; then
+if [ -e "$site_file" ] || [ -L "$site_file" ]; then
     check_site_file
     site_before=("$checkout" "${python:-}" "$PWD" "$IFS" "$-") site_last=""
     watch_site
     # shellcheck source=/dev/null
-    source "$site"
+    source "$site_file"
     site_status=$?
     trap - DEBUG ERR
     site_is_read "$site_status"

@@ -87,6 +87,13 @@ def test_a_step_on_one_node_needs_no_name(nodes: str, address: str, monkeypatch:
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (address, "21234")
 
 
+@pytest.mark.parametrize(("names", "odd"), [("^lo", "^lo"), ("=eth0", "=eth0"), ("eth0,", ""), ("eth0, ib2", " ib2")])
+def test_gloo_takes_names_alone(host: pytest.MonkeyPatch, names: str, odd: str) -> None:
+    host.setenv("GLOO_SOCKET_IFNAME", names)
+    said = f"GLOO_SOCKET_IFNAME holds {odd!r}; it takes whole names with only commas between them"
+    assert endpoints(cuda=False, named_alone=True)[-1].problem(alone=True) == said
+
+
 def test_interfaces_that_are_not_there(host: pytest.MonkeyPatch) -> None:
     host.setenv("GLOO_SOCKET_IFNAME", "ib0")
     host.setenv("NCCL_SOCKET_IFNAME", "ib1")

@@ -57,7 +57,7 @@ def checkout_with(folder: Path, site: str) -> Path:
         ("SITE_SRUN_OPTIONS=(--mpi=none)\nexport VISIBLE=1", "HERE/ds | HERE/ds | --export=ALL --mpi=none", None),
         ("SITE_CONTAINER=(env VISIBLE=2)", "python3 | HERE/ds | --export=ALL env VISIBLE=2 env -C HERE", None),
         (
-            "declare -x VISIBLE=1\ndeclare SITE_SRUN_OPTIONS=(--mpi=none)\nset -xu +x\nIFS=, python=a checkout=b\ncd /",
+            "declare -x VISIBLE=1\ndeclare SITE_SRUN_OPTIONS=(--mpi=none)\nset -u\nIFS=, python=a site=c\ncd /",
             "HERE/ds | HERE/ds | --export=ALL --mpi=none",
             None,
         ),

@@ -87,6 +87,8 @@ def interface_list() -> str:
 
 
 def _of_interface(name: str, variable: str) -> Endpoint:
+    if variable == GLOO and (not name or name[0] in "^=" or name != name.strip()):
+        return Endpoint("", f"{variable} holds {name!r}; it takes whole names with only commas between them", variable)
     if name not in (there for _, there in socket.if_nameindex()):
         return Endpoint("", f"there is no interface {name}, which {variable} names", variable)
     if (address := _interface_address(name)) is None:
