@@ -522,7 +522,10 @@ def test_remote_shards_need_a_cache_and_pipes_a_word(tmp_path: Path, monkeypatch
     refused(lambda: ShardSet.open(out, cache).read(0, 0), "pipe:cat", "FAR_SCALE_PIPES=1")
     monkeypatch.setenv("FAR_SCALE_PIPES", "1")
     assert ShardSet.open(out, cache).read(0, 0).key == "clip_000"
-    refused(lambda: ShardSet.open(out).read(0, 0), "comes through a cache, as it is remote")
+    refused(lambda: ShardSet.open(out).read(0, 0), "is remote or compressed", "--cache-dir")
+    before = (out / "manifest.json").read_bytes()
+    refused(lambda: inspect.fix(out), "--cache-dir")  # and not: no shard is whole
+    assert (out / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.usefixtures("hasty")

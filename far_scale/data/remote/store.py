@@ -21,6 +21,10 @@ from far_scale.errors import UserError, say_warning
 PIPES_VARIABLE = "FAR_SCALE_PIPES"  # with 1 a manifest's pipe: commands are run
 
 
+class NoWayError(UserError):
+    """A shard that cannot be asked for, whatever it is: something is missing on the command line."""
+
+
 def missing(name: str, what: str, again: str) -> DamagedError:
     """The error of a shard, or of its index, that is not there; `again` is what to do if it is nowhere else."""
     return DamagedError(name, f"this {what} is missing; copy it again, or {again}")
@@ -268,13 +272,14 @@ class _Adopted:
         if not packed and not is_file_url(file):
             return self._own
         if file.startswith("pipe:") and os.environ.get(PIPES_VARIABLE) != "1":
-            raise UserError(
+            raise NoWayError(
                 f"{file}: a manifest names this command, and whoever wrote the manifest could have it do anything; set "
                 f"{PIPES_VARIABLE}=1 if that was you"
             )
         if self._urls is None:
-            raise UserError(
-                f"{shown(file)}: this shard comes through a cache, as it is remote or compressed; name its folder"
+            raise NoWayError(
+                f"{shown(file)}: this shard is remote or compressed, and is read through a cache; name a folder for it by "
+                "--cache-dir (of a recipe: data.cache_dir)"
             )
         return self._urls
 

@@ -31,7 +31,7 @@ def label_in(read: Read, members: Members, part: Part, classes: Sequence[str] | 
     """
     text = _found(read, members, part)
     name = text.strip() if isinstance(text, str) else None
-    if classes is not None and name in classes:
+    if classes is not None and name is not None and name in classes:
         named = classes.index(name)
         if name.isdecimal() and int(name) != named:
             raise Mismatch(f"its {part} is {name!r}, which is the name of class {named} too; write numbers, not names")

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from far_scale import autoencoder as autoencoders
 from far_scale.data.remote.cache import NodeCache
+from far_scale.data.remote.store import NoWayError
 from far_scale.data.shards.index import ChannelSums, statistics
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.mds import STREAMING_INDEX_NAME, has_streaming_index, write_streaming_index
@@ -72,11 +73,17 @@ class Findings:
 
 
 def examine(shard_set: ShardSet) -> Findings:
-    """Read every byte of every shard and compare it with its index and the manifest."""
+    """Read every byte of every shard and compare it with its index and the manifest.
+
+    Raises:
+        UserError: the shards cannot be asked for, as without a cache.
+    """
     found = Findings({}, {}, set())
     for number in tqdm(range(len(shard_set.manifest.shards)), desc="verify", unit="shard"):
         try:
             index = shard_set.verify_shard(number)
+        except NoWayError:
+            raise
         except UserError as problem:
             found.broken[number] = str(problem)
         else:
