@@ -6,10 +6,12 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +41,7 @@ from foreign_sets import (
 )
 from hostile import attempt, damage, watched
 from latent_sets import make_sample, read_all, write_set
-from launch import small_recipe
+from launch import ROOT, small_recipe
 from refusal import refused
 from safetensors.torch import save
 from strangers import Evil
@@ -436,6 +438,34 @@ def test_adoption_goes_on_after_a_kill_and_sees_what_changed(tmp_path: Path) -> 
     again = adopted(tmp_path / "theirs", out, **BOTH)
     assert [entry.frames for entry in again.shards] == [41, 400, 44, 43] != [entry.frames for entry in manifest.shards]
     inspect.verify(ShardSet.open(out))
+
+
+def test_processes_end_with_a_killed_adoption(tmp_path: Path, recorded_shards: Path) -> None:
+    for number in range(40):
+        shutil.copy(recorded_shards / "shard-000000.tar", tmp_path / f"{number}.tar")
+    begun = subprocess.Popen(
+        [
+            *(sys.executable, "tools/adopt_shards.py", str(tmp_path), "--out", str(tmp_path / "set"), "--jobs", "2"),
+            *("--autoencoder", Manifest.read(recorded_shards).autoencoder.name, "--layout", "FCHW"),
+        ],
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+    )
+    children = Path(f"/proc/{begun.pid}/task/{begun.pid}/children")
+    try:
+        wait_until(lambda: (tmp_path / "set" / "sources.jsonl").exists() and len(children.read_text().split()) == 3)
+        workers = children.read_text().split()
+    finally:
+        begun.kill()
+        begun.wait()
+    wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+
+
+def wait_until(there: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_damage_is_found_skipped_and_dropped(tmp_path: Path) -> None:

@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from foreign_sets import adopted, tar_of
 from launch import ROOT, command, environment
 from refusal import refused
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from test_metric_networks import random_lpips
 
 import far_scale.autoencoder
 from far_scale.convert.model_dir import ModelCard, TrainingCard, load_model_dir, save_model_dir
 from far_scale.data.packs.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.shard_set import ShardSet
 from far_scale.evaluation import measure, units, weights
 from far_scale.evaluation.clips import ClipSource, select
 from far_scale.evaluation.frechet import FeatureStatistics, frechet_distance
@@ -257,6 +259,25 @@ def test_a_shard_sets_decoded_latents_are_another_truth(
     ):
         difference = np.abs(ours["truth"].astype(int) - theirs["truth"].astype(int))
     assert 0 < difference.mean() < 8  # the autoencoder's error
+
+
+def test_shards_of_others_may_have_the_same_keys(
+    model_dir: Path, recorded_shards: Path, protocol_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    own = ShardSet.open(recorded_shards)
+    (tmp_path / "theirs").mkdir()
+    for shard in range(2):
+        sample = own.read(0, shard)
+        assert sample.actions is not None
+        data = save({"latent": sample.latents, "action": sample.actions})
+        tar_of(tmp_path / "theirs" / f"{shard}.tar", {"0.safetensors": data})
+    m = own.manifest
+    wishes = {"layout": "FCHW", "actions": m.actions, "fps": 8.0}
+    adopted(tmp_path / "theirs", tmp_path / "set", autoencoder=m.autoencoder.name, **wishes)
+    protocol = load_protocol(protocol_file(clips={"count": 2}))
+    source = ClipSource(shards=tmp_path / "set")
+    evaluation = open_evaluation(model_dir, None, protocol, tmp_path / "s", source, CPU, first=True)
+    assert evaluation.clips.keys == ["0-0", "1-0"]
 
 
 def test_the_best_sample_counts_and_fvd_is_a_mean_over_samples(

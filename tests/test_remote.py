@@ -115,6 +115,12 @@ def test_what_fails_for_a_while_is_tried_again(
     assert len(lines) == tries and all(reason in line and "of 6" in line for line in lines)
 
 
+def test_what_a_server_refuses_is_not_asked_for_again(server: WebServer) -> None:
+    with pytest.raises(fetch.FetchError, match=r"none.json: cannot be fetched .*404.*; attempt 1,"):
+        fetch.fetch_bytes(f"{server.url}/none.json", 1000)
+    assert server.asked["none.json"] == 1
+
+
 def test_what_fails_for_good_ends_in_one_error(server: WebServer, folder: Path, tmp_path: Path) -> None:
     shard_set = ShardSet.open(server.url, NodeCache(tmp_path / "cache", GB))
     server.fails["shard-000002.tar"] = (99, "status")

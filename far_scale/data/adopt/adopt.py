@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from far_scale import autoencoder as autoencoders
 from far_scale.data.adopt.local_copy import LocalCopy, lies_as, local_copy
 from far_scale.data.adopt.parts import Chosen, Wishes, choose
 from far_scale.data.adopt.sources import FoundShard
+from far_scale.data.encode.pool import begin_worker
 from far_scale.data.encode.rejects import REJECTED_NAME, Reject, write_rejects
 from far_scale.data.remote.fetch import shown
 from far_scale.data.shards.adopted import Adoption
@@ -244,7 +244,7 @@ def _each(job: _Job, shards: Sequence[FoundShard], missing: list[int], jobs: int
             yield _adopt_one(job, number, shards[number])
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit threads
-    pool = ProcessPoolExecutor(min(jobs, len(missing)), spawn, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(min(jobs, len(missing)), spawn, initializer=begin_worker)
     try:
         for future in as_completed([pool.submit(_adopt_one, job, number, shards[number]) for number in missing]):
             yield future.result()

@@ -109,9 +109,7 @@ _worker: Worker | None = None  # of a worker process
 def _begin(job: Job, started: Any, frames: Any, videos: Any) -> None:
     """Make this process a worker; the counters are shared: of workers, and of frames and videos encoded so far."""
     global _worker
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C goes to all: one of us tells it, without a trace
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
+    begin_worker()
     with started.get_lock():
         number, started.value = started.value, started.value + 1
     device = f"cuda:{number % torch.cuda.device_count()}" if job.device == "cuda" else job.device
@@ -122,6 +120,13 @@ def _begin(job: Job, started: Any, frames: Any, videos: Any) -> None:
                 counter.value += more
 
     _worker = Worker(job, device, progress)
+
+
+def begin_worker() -> None:
+    """Make this process one that computes with one thread, and ends with its parent and at Ctrl-C."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C goes to all: one of us tells it, without a trace
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
 
 
 def _end_with_parent() -> None:

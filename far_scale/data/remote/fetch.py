@@ -37,6 +37,7 @@ _LOCAL_BLOCK = 1 << 22
 _MOST_UNPACKED = (1 << 32) - 1  # bytes of an MDS file, whose offsets have 32 bits
 _MOST_UNKNOWN = 1 << 42  # bytes of a file whose size nobody knows
 _FAR = re.compile(r"(s3|gs|http|https|pipe):")
+_REFUSED = re.compile(r"returned error: (401|403|404|410)\b")  # what a server would say again
 _SOME = re.compile(r"[a-z][a-z0-9+.-]+://")
 
 
@@ -301,7 +302,8 @@ def _receive(url: str, most: int, take: Callable[[bytes], Any]) -> int:
             told.seek(0)
             lines = told.read(1 << 16).decode(errors="replace").split("\n")
             last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
-            raise _Failed(f"{command[0]} ended with status {status}: {last[:200]}")
+            refused = command[0] == "curl" and _REFUSED.search(last) is not None
+            raise _Failed(f"{command[0]} ended with status {status}: {last[:200]}", final=refused)
     return got
 
 

@@ -278,8 +278,8 @@ class _Adopted:
             )
         if self._urls is None:
             raise NoWayError(
-                f"{shown(file)}: this shard is remote or compressed, and is read through a cache; name a folder for it by "
-                "--cache-dir (of a recipe: data.cache_dir)"
+                f"{shown(file)}: this shard is remote or compressed, and is read through a cache; name a folder for it "
+                "by --cache-dir (of a recipe: data.cache_dir)"
             )
         return self._urls
 
