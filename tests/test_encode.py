@@ -124,7 +124,8 @@ def test_killed_and_resumed(episodes: Path, encoded: Path, tmp_path: Path) -> No
         time.sleep(0.01)
     done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.index.json")}
     assert 1 <= len(done) < 5 and not (out / "manifest.json").exists()
-    (out / ".shard-000004.1.part.tar").write_bytes(b"left by a kill in mid-write")
+    for left in (".shard-000004.1.part.tar", ".videos-000004.1.part.jsonl"):
+        (out / left).write_bytes(b"left by a kill in mid-write")
     encode(episodes, out)
     assert bytes_of(out) == bytes_of(encoded)
     assert all((out / name).stat().st_mtime_ns == when for name, when in done.items())  # not made again

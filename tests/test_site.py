@@ -26,7 +26,7 @@ set -euo pipefail
 main() {
     local checkout=$1 host_python python=""
     source "$checkout/slurm/environment.sh"
-    echo "$host_python | $python | ${in_step[*]} | $- $(trap)"
+    echo "$host_python | $python | ${in_step[*]} | $- $(trap -p EXIT ERR DEBUG)"
     inside printenv VISIBLE || inside printenv NCCL_X
 }
 main "$@"

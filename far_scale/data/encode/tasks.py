@@ -68,7 +68,7 @@ def encode_task(job: Job, task: int, tasks: int, workers: int, max_rejected: flo
         for source in job.sources_of(number):
             rejected.pop(source.key, None)
     for number in missing:  # only ours: other tasks are at work in this folder
-        for left_by_a_kill in job.out.glob(f".shard-{number:06d}.*part*"):
+        for left_by_a_kill in job.out.glob(f".*-{number:06d}.*part*"):
             left_by_a_kill.unlink(missing_ok=True)
 
     def add(more: list[Reject]) -> None:
