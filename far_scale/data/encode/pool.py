@@ -124,7 +124,7 @@ def _begin(job: Job, started: Any, frames: Any, videos: Any) -> None:
 
 def begin_worker() -> None:
     """Make this process one that computes with one thread, and ends with its parent and at Ctrl-C."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C goes to all: one of us tells it, without a trace
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C goes to all: the parent says it, without a trace
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 

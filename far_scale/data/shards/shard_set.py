@@ -140,10 +140,10 @@ class ShardSet:
     """
 
     def __init__(self, where: str | Path, manifest: Manifest, node: NodeCache | None = None) -> None:
-        """`node` is the node's cache, which a set far away is read through, and a local one where it is given.
+        """`node` is the node's cache: a remote set is read through it, and a local one where it is given.
 
         Raises:
-            UserError: it is far away, and there is no cache, or one that does not hold its largest shard.
+            UserError: it is remote, and there is no cache, or one that does not hold its largest shard.
         """
         self.folder = shown(str(where)) if is_remote(where) else str(where)
         self.manifest, self.cached = manifest, node is not None
