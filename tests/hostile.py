@@ -59,13 +59,13 @@ def watched(folder: Path) -> Iterator[None]:
     assert WATCH.pickles == 0
 
 
-def attempt(read: Callable[[], Found], told: Path) -> Found | None:
-    """What is read, or None where they were refused as they should be: in one line that names `told`."""
+def attempt(read: Callable[[], Found], named: Path) -> Found | None:
+    """What is read, or None where they were refused as they should be: in one line that says `named`."""
     try:
         return read()
     except UserError as error:
         message = str(error)
-        assert str(told) in message and len(message.splitlines()) == 1 and len(message) < 1000, message
+        assert str(named) in message and len(message.splitlines()) == 1 and len(message) < 1000, message
         message.encode()
         return None
 

@@ -66,7 +66,7 @@ def test_a_finished_run_says_so(trained: Path, recorded_shards: Path) -> None:
 def test_dry_run_checks_and_writes_nothing(recorded_shards: Path, tmp_path: Path) -> None:
     finished = train_alone(*small_recipe(recorded_shards, tmp_path / "run"), "--dry-run")
     assert finished.returncode == 0, finished.stderr[-2000:]
-    for told in (
+    for said in (
         "8 samples",
         "M parameters",
         "sharding: ZeRO-",
@@ -75,7 +75,7 @@ def test_dry_run_checks_and_writes_nothing(recorded_shards: Path, tmp_path: Path
         "one batch   loss",
         "passed",
     ):
-        assert told in finished.stdout
+        assert said in finished.stdout
     assert not (tmp_path / "run").exists()
 
 

@@ -199,11 +199,11 @@ def test_files_that_hold_no_latents(tmp_path: Path) -> None:
     for stored, said in [
         (right.half(), "latents in float16; give the --dtype that they have"),
         (right.double(), "latents in float64"),
-        ({"latent": right}, "holds dict in place of one tensor"),
+        ({"latent": right}, "holds dict, not one dense tensor"),
         (right[:, 0], r"latents \[3, 2, 2\], not \[F, 4, 2, 2\]"),
         (right[:0], r"latents \[0, 4, 2, 2\]"),
         (torch.zeros(1, *shape).expand(10**12, *shape), "a view of fewer numbers than its shape says"),
-        (right.to_sparse(), "in place of one tensor"),
+        (right.to_sparse(), "not one dense tensor"),
         (Harmful(), "no latents"),
     ]:
         torch.save(stored, path)

@@ -7,7 +7,6 @@ Indexes and a manifest are written; the shards are only read. Run it again to go
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -18,27 +17,7 @@ from far_scale.data.encode.rejects import REJECTED_NAME
 from far_scale.data.shards.adopted import Layout
 from far_scale.data.video.sources import read_class_names
 from far_scale.errors import command_line
-
-
-def share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return float(text)
-
-
-def above_zero(text: str) -> float:
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return float(text)
-
-
-def at_least(minimum: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
-        return int(text)
-
-    return number
+from far_scale.utils.arguments import above_zero, at_least, share
 
 
 def rate_or_part(text: str) -> str | float:

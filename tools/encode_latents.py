@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from far_scale.data.encode.plan import MAX_REJECTED, plan
@@ -20,21 +19,7 @@ from far_scale.data.shards.manifest import Manifest
 from far_scale.data.video.pictures import Framing
 from far_scale.data.video.sources import find_labelled, read_class_names, with_flips
 from far_scale.errors import UserError, command_line
-
-
-def share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return float(text)
-
-
-def at_least(minimum: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
-        return int(text)
-
-    return number
+from far_scale.utils.arguments import at_least, share
 
 
 def class_names(file: Path | None, of: str | None) -> tuple[str, ...] | None:

@@ -13,20 +13,9 @@ from far_scale.errors import UserError, command_line
 from far_scale.launch.snapshot import ACCEPT
 from far_scale.launch.submit import JobSize, draft, parse_minutes, submit, train_here
 from far_scale.recipe import load_recipe
+from far_scale.utils.arguments import at_least
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-
-
-def at_least_one(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
-
-
-def at_least_zero(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return int(text)
 
 
 @command_line
@@ -38,15 +27,15 @@ def main() -> None:
     )
     parser.add_argument("recipe", help="a YAML file, or the name of one in recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
-    parser.add_argument("--nodes", type=at_least_one, default=1)
+    parser.add_argument("--nodes", type=at_least(1), default=1)
     parser.add_argument(
-        "--gpus-per-node", type=at_least_zero, default=8, help="with a process for each; 0: one process, no GPU"
+        "--gpus-per-node", type=at_least(0), default=8, help="with a process for each; 0: one process, no GPU"
     )
-    parser.add_argument("--cpus-per-task", type=at_least_one, default=8, help="cores of a process")
+    parser.add_argument("--cpus-per-task", type=at_least(1), default=8, help="cores of a process")
     parser.add_argument("--time", default="2-00:00:00", help="time limit, as sbatch takes it")
     parser.add_argument("--partition", help="the cluster's default where not given")
     chain_help = "K jobs one after the other, where jobs cannot be requeued; each goes on where the one before stopped"
-    parser.add_argument("--chain", type=at_least_one, metavar="K", help=chain_help)
+    parser.add_argument("--chain", type=at_least(1), metavar="K", help=chain_help)
     parser.add_argument("--dry-run", action="store_true", help="check the recipe and print the sbatch file")
     parser.add_argument("--local", action="store_true", help="train on this machine, without SLURM")
     parser.add_argument("--accept-changes", action="store_true", help="resume although it gives another result")

@@ -55,7 +55,7 @@ def plain_tensor(found: Any, size: int) -> torch.Tensor:
         or found.is_nested
         or found.device.type != "cpu"
     ):
-        raise Mismatch(f"holds {type(found).__name__} in place of one tensor")
+        raise Mismatch(f"holds {type(found).__name__}, not one dense tensor")
     if found.nbytes > size:
         raise Mismatch("holds a view of fewer numbers than its shape says; store the tensor itself")
     return found.detach()

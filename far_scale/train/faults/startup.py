@@ -136,7 +136,7 @@ def _end(error: StuckError, hosts: Sequence[str]) -> NoReturn:
     """Say who hangs, and end without Python's own end, which would wait for it."""
     bad = dict.fromkeys(hosts[rank] for rank in error.ranks)
     all_of_them = len(bad) == len(set(hosts))
-    mend = "NCCL_DEBUG=INFO tells more" if all_of_them else f"leave the node out: sbatch --exclude={','.join(bad)}"
+    mend = "NCCL_DEBUG=INFO shows more" if all_of_them else f"leave the node out: sbatch --exclude={','.join(bad)}"
     say_error(UserError(f"start-up check: {ranks_on_hosts(error.ranks, hosts)} {error.what}; {mend}"))
     os._exit(REFUSED)
 
