@@ -47,7 +47,7 @@ from measure import (
 )
 from options import DTYPES, add_measuring, count, start
 
-from far_scale.errors import UserError, command_line
+from far_scale.utils.errors import UserError, command_line
 from far_scale.model.attention import choice, flex
 
 DENSE, FLEX, LOOP, PLAIN = "dense mask", "FlexAttention", "prefix loop", "plain causal"

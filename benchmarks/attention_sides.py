@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from far_scale.layout import FrameLayout, Spans
+from far_scale.model.layout import FrameLayout, Spans
 from far_scale.model.attention import attend
 from far_scale.model.attention.kernel import Kernel
 from far_scale.model.layers import HEAD_DIM

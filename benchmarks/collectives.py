@@ -21,12 +21,12 @@ from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.writer import SetFacts, ShardWriter
 from far_scale.distributed.collective_costs import Setup, Shapes, step_collectives
-from far_scale.errors import UserError, command_line
+from far_scale.utils.errors import UserError, command_line
 from far_scale.model import FAR, FARConfig
 from far_scale.model.presets import PRESETS
-from far_scale.recipe import load_recipe
+from far_scale.config.recipe import load_recipe
 from far_scale.train.collectives import setup_of
-from far_scale.train.faults.events import read_events
+from far_scale.utils.event_log import read_events
 from far_scale.train.sharding import Sharding
 
 RANKS, RANKS_A_NODE, CLIPS, SHAPE = 4, 2, 16, (32, 8, 8)

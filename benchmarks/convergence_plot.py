@@ -10,7 +10,7 @@ from typing import Any
 from measure import Row
 
 from far_scale.evaluation.uncertainty import bootstrap_interval
-from far_scale.files import atomic_write
+from far_scale.utils.io import atomic_write
 
 COLOURS = {
     "FAR": "tab:blue",

@@ -14,10 +14,10 @@ from torch import Tensor
 from far_scale.convert.model_dir import load_model_dir
 from far_scale.data.video.videos import find_videos, read_video
 from far_scale.evaluation.lpips import LPIPS
-from far_scale.sampling.evaluate import prepare
-from far_scale.sampling.metrics import frame_ssim, psnr
+from far_scale.evaluation.rollouts.evaluate import prepare
+from far_scale.evaluation.rollouts.metrics import frame_ssim, psnr
 from far_scale.sampling.sampler import cache_bytes, roll_out
-from far_scale.sampling.truth import decode
+from far_scale.evaluation.rollouts.truth import decode
 
 SAMPLING_SEED = 0
 _CLIPS_AT_ONCE = 16

@@ -16,16 +16,16 @@ import torch
 from measure import Row, environment, interleaved, print_table, timed, write_result
 from options import add_measuring, count, start
 
-from far_scale.data.packs.filling import ClipLane, Dealing
-from far_scale.data.packs.lanes import LaneOrder
-from far_scale.data.packs.mixture import Mixture
+from far_scale.data.loader.filling import ClipLane, Dealing
+from far_scale.data.loader.lanes import LaneOrder
+from far_scale.data.loader.mixture import Mixture
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.stream import stream
 from far_scale.data.shards.writer import SetFacts, ShardWriter
-from far_scale.errors import command_line
+from far_scale.utils.errors import command_line
 
 FRAMES, SHAPE, WINDOW = 300, (32, 8, 8), 256
 FACTS = SetFacts(

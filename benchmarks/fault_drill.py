@@ -28,11 +28,11 @@ from options import count
 from ranks import FailedError, Training, tail
 from sameness import compare, each_step_once, lanes, logged, loss_difference
 
-from far_scale.data.packs.mixture import open_shards
-from far_scale.errors import UserError, command_line
-from far_scale.recipe import Recipe, check_ranks, load_recipe
+from far_scale.data.loader.mixture import open_shards
+from far_scale.utils.errors import UserError, command_line
+from far_scale.config.recipe import Recipe, check_ranks, load_recipe
 from far_scale.train import checkpoint
-from far_scale.train.faults.exits import DONE, REQUEUE
+from far_scale.distributed.exit_codes import DONE, REQUEUE
 
 SMALL = (
     "model.layers=2", "model.heads=2", "data.frames=8", "data.lanes=4", "data.clips_per_pack=2",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 from far_scale.model.attention import choice, dense
 from far_scale.model.layers import HEAD_DIM
 

@@ -23,13 +23,13 @@ import torch
 from measure import Row, environment, peak_beyond, print_table, write_result
 from options import add_measuring, count, start
 
-from far_scale.data.packs.filling import Clip, ClipLane, Dealing
-from far_scale.data.packs.lanes import LaneOrder
+from far_scale.data.loader.filling import Clip, ClipLane, Dealing
+from far_scale.data.loader.lanes import LaneOrder
 from far_scale.data.shards.index import ChannelSums, IndexRow, ShardIndex, parse_index
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.table import ShardEntry, ShardTable
-from far_scale.errors import command_line
+from far_scale.utils.errors import command_line
 
 LATENT_SHAPE = (32, 8, 8)
 FRAME_BYTES = 2 * 32 * 8 * 8

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from far_scale.files import atomic_write, write_json
+from far_scale.utils.io import atomic_write, write_json
 from far_scale.model.attention.kernel import first_line
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 from far_scale.model import FARConfig
 from far_scale.model.layers import HEAD_DIM
 

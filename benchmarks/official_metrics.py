@@ -21,7 +21,7 @@ from official_evaluation import OfficialEvaluation
 from options import count
 from torch import Tensor
 
-from far_scale.errors import UserError, command_line
+from far_scale.utils.errors import UserError, command_line
 from far_scale.evaluation.codec import through_h264, with_border
 from far_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from far_scale.evaluation.measure import Arrays, Measure

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -9,7 +9,7 @@ from official import OfficialCode
 from torch import Tensor, nn
 
 from far_scale.convert import official
-from far_scale.data.packs.loader import Pack
+from far_scale.data.loader.pack_loader import Pack
 from far_scale.model import FAR, FARConfig
 
 SIDE = 8  # of a frame latent, in latent pixels: 64 px through an autoencoder that shrinks eightfold, as on DMLab

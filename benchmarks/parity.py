@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from far_scale.model import FARConfig
-from far_scale.objective import CLEAN, add_noise, pack_loss
-from far_scale.recipe_sections import ObjectiveSection
+from far_scale.train.flow_matching import CLEAN, add_noise, pack_loss
+from far_scale.config.schema import ObjectiveSection
 from far_scale.sampling.sampler import frame_noise, roll_out
 
 FORWARD_TOLERANCE = 1e-5

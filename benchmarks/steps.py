@@ -21,13 +21,13 @@ from official import OfficialCode
 from pairs import SIDE, Clips, random_pair, randomize
 from torch import Tensor, nn
 
-from far_scale.layout import FrameLayout
+from far_scale.model.layout import FrameLayout
 from far_scale.model import FAR, FARConfig
 from far_scale.model.layers import Checkpointing
-from far_scale.objective import pack_loss
-from far_scale.recipe_sections import ObjectiveSection
+from far_scale.train.flow_matching import pack_loss
+from far_scale.config.schema import ObjectiveSection
 from far_scale.train.compiled import compiled_graphs
-from far_scale.train.feed import Feed
+from far_scale.train.device_prefetch import Feed
 from far_scale.train.flops import train_flops
 
 LEARNING_RATE = 1e-4

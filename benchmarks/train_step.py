@@ -20,7 +20,7 @@ from official import OfficialCode
 from options import DTYPES, add_measuring, count, start
 from steps import Case, Mode, measure_case
 
-from far_scale.errors import UserError, command_line
+from far_scale.utils.errors import UserError, command_line
 from far_scale.model import FARConfig
 from far_scale.model.attention import choice
 from far_scale.model.layers import HEAD_DIM

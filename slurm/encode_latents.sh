@@ -23,7 +23,7 @@ main() {
     # shellcheck source=slurm/environment.sh
     source "$checkout/slurm/environment.sh"
     local path=$checkout${PYTHONPATH:+:$PYTHONPATH}
-    PYTHONPATH=$path "$host_python" -m far_scale.launch check
+    PYTHONPATH=$path "$host_python" -m far_scale.slurm check
 
     local options=(--workers "${SLURM_CPUS_PER_TASK:-1}")
     [ -z "${SLURM_JOB_GPUS:-}" ] || options+=(--device cuda)

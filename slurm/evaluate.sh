@@ -23,7 +23,7 @@ main() {
     # shellcheck source=slurm/environment.sh
     source "$checkout/slurm/environment.sh"
     local path=$checkout${PYTHONPATH:+:$PYTHONPATH}
-    PYTHONPATH=$path "$host_python" -m far_scale.launch check
+    PYTHONPATH=$path "$host_python" -m far_scale.slurm check
 
     local of_srun=(--kill-on-bad-exit=1) options=(--follow)
     # Since SLURM 22.05 srun no longer takes this from the job by itself.

@@ -20,8 +20,8 @@ main() {
         [ ! -e far_scale/__init__.py ] || [ far_scale -ef "$checkout/far_scale" ] ||
             fail "$PWD: holds a far_scale of its own, which Python would take, not that of $checkout; submit elsewhere"
         local path=$checkout${PYTHONPATH:+:$PYTHONPATH}
-        PYTHONPATH=$path "$host_python" -m far_scale.launch check
-        inside "PYTHONPATH=$path" "$python" -m far_scale.launch prepare "$snapshot" "$@" || begun=$?
+        PYTHONPATH=$path "$host_python" -m far_scale.slurm check
+        inside "PYTHONPATH=$path" "$python" -m far_scale.slurm prepare "$snapshot" "$@" || begun=$?
     fi
     case $begun in
         0) ;;

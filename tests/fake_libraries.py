@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from far_scale.layout import Spans
+from far_scale.model.layout import Spans
 
 
 def _module(monkeypatch: pytest.MonkeyPatch, name: str, **contents: object) -> None:

@@ -22,10 +22,10 @@ from far_scale import autoencoder as autoencoders
 from far_scale.data.adopt.adopt import adopt
 from far_scale.data.adopt.parts import Wishes
 from far_scale.data.adopt.sources import find_shards
-from far_scale.data.packs.filling import Dealing
-from far_scale.data.packs.loader import Pack, PackLoader
-from far_scale.data.packs.mixture import Mixture
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.mixture import Mixture
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet

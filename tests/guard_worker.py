@@ -20,18 +20,18 @@ from launch import small_recipe
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from far_scale.data.packs.loader import PackLoader
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader.pack_loader import PackLoader
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.objective import add_noise, pack_loss
-from far_scale.recipe import load_recipe
+from far_scale.train.flow_matching import add_noise, pack_loss
+from far_scale.config.recipe import load_recipe
 from far_scale.train import engine, loop
 from far_scale.train.curriculum import stages
 from far_scale.train.ema import ShardedEMA
-from far_scale.train.faults.events import Events
-from far_scale.train.faults.guard import Guard
-from far_scale.train.feed import Batch
-from far_scale.train.processes import start_processes, stop_processes
+from far_scale.utils.event_log import Events
+from far_scale.train.step_guard import Guard
+from far_scale.train.device_prefetch import Batch
+from far_scale.distributed.process_group import start_processes, stop_processes
 from far_scale.train.sharding import choose_sharding
 
 GOOD = ""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from far_scale.data.shards.sample import Sample
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 Found = TypeVar("Found")
 ALLOWED_BYTES = 256 << 20  # of address space beyond what is there already; the files have 20 KB, or some MB

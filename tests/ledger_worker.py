@@ -11,10 +11,10 @@ from pathlib import Path
 import torch.distributed as dist
 from launch import small_recipe
 
-from far_scale.recipe import load_recipe
+from far_scale.config.recipe import load_recipe
 from far_scale.train.deepspeed_adapter import communication_backend
 from far_scale.train.loop import train
-from far_scale.train.processes import start_processes, stop_processes
+from far_scale.distributed.process_group import start_processes, stop_processes
 
 
 def main() -> None:

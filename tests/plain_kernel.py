@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from far_scale.layout import Spans
+from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "plain", "torch", ""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 
 def refused(call: Callable[[], object], *words: str) -> None:

@@ -11,8 +11,8 @@ import sys
 
 import torch.distributed as dist
 
-from far_scale.errors import command_line
-from far_scale.train import rendezvous
+from far_scale.utils.errors import command_line
+from far_scale.distributed import rendezvous
 
 
 @command_line

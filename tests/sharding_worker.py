@@ -17,10 +17,10 @@ from unittest import mock
 import torch.distributed as dist
 from launch import small_recipe
 
-from far_scale.recipe import load_recipe
+from far_scale.config.recipe import load_recipe
 from far_scale.train import loop
 from far_scale.train.loop import train
-from far_scale.train.processes import Processes, start_processes, stop_processes
+from far_scale.distributed.process_group import Processes, start_processes, stop_processes
 
 
 def train_layout(shards: Path, run: Path, overrides: list[str], processes: Processes) -> None:

@@ -15,10 +15,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from far_scale.train.faults.events import Events
-from far_scale.train.faults.product import KnownProduct
-from far_scale.train.faults.slow_ranks import SlowRanks
-from far_scale.train.processes import Processes
+from far_scale.utils.event_log import Events
+from far_scale.health.gemm_probe import KnownProduct
+from far_scale.health.straggler import SlowRanks
+from far_scale.distributed.process_group import Processes
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from far_scale.files import write_json
+from far_scale.utils.io import write_json
 from far_scale.train.checkpoint.folders import checksums
 
 

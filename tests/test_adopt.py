@@ -48,7 +48,7 @@ from strangers import Evil
 from zygote import Zygote
 
 from far_scale.data.adopt.sources import find_shards
-from far_scale.data.packs.mixture import Mixture
+from far_scale.data.loader.mixture import Mixture
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards import inspect
@@ -58,7 +58,7 @@ from far_scale.data.shards.foreign_samples import SampleReader
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.train.faults.exits import REFUSED
+from far_scale.distributed.exit_codes import REFUSED
 
 pytestmark = pytest.mark.usefixtures("four_channels")
 __all__ = ["four_channels"]

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from far_scale.layout import FrameGroup, FrameLayout, Spans
+from far_scale.model.layout import FrameGroup, FrameLayout, Spans
 from far_scale.model.attention import Earlier, cpu, frame_attention
 
 dense_attention = partial(frame_attention, kernel="dense")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 from far_scale.model.attention import choice
 from far_scale.model.attention.choice import KERNELS, choose
 

@@ -18,25 +18,25 @@ from latent_sets import FACTS, read_all, write_set
 from launch import ROOT
 from refusal import refused
 
-from far_scale.convert import zero
+from far_scale.train.checkpoint import export as zero
 from far_scale.convert.model_dir import ModelCard, TrainingCard, read_config, save_model_dir
-from far_scale.data.packs.mixture import open_shards
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader.mixture import open_shards
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.typed import classes_differ
 from far_scale.data.video.sources import find_labelled, find_sources, read_class_names
 from far_scale.data.video.videos import write_mp4
-from far_scale.files import sha256
+from far_scale.utils.io import sha256
 from far_scale.model import FAR, FARConfig
-from far_scale.recipe import load_recipe
-from far_scale.recipe_sections import WeightedShards
-from far_scale.sampling.episodes import Wanted, find_episodes
+from far_scale.config.recipe import load_recipe
+from far_scale.config.schema import WeightedShards
+from far_scale.evaluation.rollouts.episodes import Wanted, find_episodes
 from far_scale.train import resume
 from far_scale.train.curriculum import stages
-from far_scale.train.faults.events import Events
-from far_scale.train.processes import Processes
+from far_scale.utils.event_log import Events
+from far_scale.distributed.process_group import Processes
 from far_scale.train.resume import check_same_classes, describe_stage
 from far_scale.train.sets import open_sets
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 from far_scale.evaluation.codec import _encoded, through_h264, with_border
 
 Pixels = NDArray[np.uint8]

@@ -15,17 +15,17 @@ from latent_sets import write_set
 from launch import small_recipe
 from zygote import Zygote
 
-from far_scale.data.packs.filling import Dealing
-from far_scale.data.packs.loader import Pack, PackLoader
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards.damage import DamagedError, OverBudgetError
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 from far_scale.train import checkpoint
-from far_scale.train.faults.events import read_events
-from far_scale.train.faults.exits import REFUSED
+from far_scale.utils.event_log import read_events
+from far_scale.distributed.exit_codes import REFUSED
 
 FRAMES = [20 + number % 5 for number in range(22)]
 LANES = 4

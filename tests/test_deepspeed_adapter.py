@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 from far_scale.train import deepspeed_adapter
 from far_scale.train.deepspeed_adapter import FIRST_TESTED, SYMBOLS, Symbol, check_symbols
 

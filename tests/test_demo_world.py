@@ -17,8 +17,8 @@ from far_scale.data.demo.episodes import record_episode, record_episodes
 from far_scale.data.demo.explorer import FORWARD, LEFT, NOOP, RIGHT, Explorer
 from far_scale.data.demo.maze import CELL, Maze, cell_centre, map_text, wad_bytes
 from far_scale.data.video.videos import Video, read_video
-from far_scale.errors import UserError
-from far_scale.randomness import generator
+from far_scale.utils.errors import UserError
+from far_scale.utils.rng import generator
 
 ROOT = Path(__file__).parents[1]
 FRAMES = 150

@@ -22,7 +22,7 @@ from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.video.pictures import fit
 from far_scale.data.video.videos import find_videos, read_video, write_mp4
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 AUTOENCODER = "compact-vizdoom-f8c32"

@@ -22,8 +22,8 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.video.pictures import Framing
 from far_scale.data.video.sources import find_sources
 from far_scale.data.video.videos import find_videos, write_mp4
-from far_scale.errors import UserError
-from far_scale.files import sha256
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import sha256
 
 TOOL = Path(__file__).parents[1] / "tools" / "encode_latents.py"
 AUTOENCODER = "compact-vizdoom-f8c32"

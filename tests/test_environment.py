@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from far_scale.files import read_json, read_json_lines
-from far_scale.launch.snapshot import make_snapshot
-from far_scale.recipe import load_recipe
-from far_scale.train import code_version, environment
-from far_scale.train.code_version import CodeVersion, of_checkout
+from far_scale.utils.io import read_json, read_json_lines
+from far_scale.slurm.snapshot import make_snapshot
+from far_scale.config.recipe import load_recipe
+from far_scale.utils import code_version
+from far_scale.train import environment
+from far_scale.utils.code_version import CodeVersion, of_checkout
 from far_scale.train.environment import Node, differences_of, record_environment
-from far_scale.train.faults.events import Events, read_events
-from far_scale.train.processes import Processes
+from far_scale.utils.event_log import Events, read_events
+from far_scale.distributed.process_group import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -63,7 +64,7 @@ def test_a_snapshot_knows_the_code_that_it_is_a_copy_of(tmp_path: Path, monkeypa
     recorded = CodeVersion("a" * 40, "+line\n", True)
     monkeypatch.setattr(code_version, "of_checkout", lambda _: recorded)
     snapshot = make_snapshot(load_recipe("demo_cpu", [f"run_dir={tmp_path / 'run'}"]), ["demo_cpu"], "1")
-    ask = "from far_scale.train.code_version import running_code; print(running_code())"
+    ask = "from far_scale.utils.code_version import running_code; print(running_code())"
     path = {**os.environ, "PYTHONPATH": str(snapshot)}
     done = subprocess.run([sys.executable, "-c", ask], env=path, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == str(recorded), done.stderr

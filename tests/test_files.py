@@ -9,10 +9,10 @@ from pathlib import Path
 from refusal import refused
 
 from far_scale.data.demo import episodes
-from far_scale.files import LineFile, check_writable, read_json_lines, text_lines, write_json
-from far_scale.sampling.curve import loss_curve
-from far_scale.train.faults.events import read_events
-from far_scale.train.monitor import lines_up_to
+from far_scale.utils.io import LineFile, check_writable, read_json_lines, text_lines, write_json
+from far_scale.evaluation.rollouts.curve import loss_curve
+from far_scale.utils.event_log import read_events
+from far_scale.train.metrics import lines_up_to
 
 NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
 

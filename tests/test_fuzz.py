@@ -27,7 +27,7 @@ from far_scale.data.shards.sample import Sample, index_shard
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.stream import stream
 from far_scale.data.shards.typed import MAX_JSON_BYTES
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 FRAMES = [5, 6, 7]
 ODD: list[Any] = [None, True, -1, 0, 1.5, 1e308, "", "1", [], {}, [[]], *HUGE]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from far_scale.files import read_json, sha256
+from far_scale.utils.io import read_json, sha256
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece, local
 from far_scale.train.checkpoint.hashed import HashedFile

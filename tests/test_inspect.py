@@ -16,8 +16,8 @@ from latent_sets import make_sample, write_set
 from far_scale.data.shards import inspect
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.errors import UserError
-from far_scale.files import sha256
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import sha256
 
 ROOT = Path(__file__).parent.parent
 FRAMES = [5, 6, 7, 8, 9, 10, 11]  # one sample a shard

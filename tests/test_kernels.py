@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from far_scale.layout import FrameGroup, FrameLayout, Order, Prefix, Spans
+from far_scale.model.layout import FrameGroup, FrameLayout, Order, Prefix, Spans
 from far_scale.model.attention import (
     causal_pair,
     choice,

@@ -18,24 +18,24 @@ from launch import small_recipe
 from refusal import refused
 from zygote import Zygote
 
-from far_scale.data.packs.filling import Dealing
-from far_scale.data.packs.lane_change import GoingOn, change_lanes, go_on
-from far_scale.data.packs.lanes import FIRST_EPOCH, Beginning, Lane, LaneOrder, Place
-from far_scale.data.packs.loader import Pack, PackLoader
-from far_scale.data.packs.mixture import Mixture
-from far_scale.data.packs.prefetch import shards_ahead
-from far_scale.data.packs.rest import Rest, Standing, after_change, beginning_state, load_beginning
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.lane_change import GoingOn, change_lanes, go_on
+from far_scale.data.loader.lanes import FIRST_EPOCH, Beginning, Lane, LaneOrder, Place
+from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.mixture import Mixture
+from far_scale.data.loader.prefetch import shards_ahead
+from far_scale.data.loader.rest import Rest, Standing, after_change, beginning_state, load_beginning
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.writer import ShardWriter
-from far_scale.recipe import Recipe, load_recipe
+from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.train import checkpoint
 from far_scale.train.curriculum import Stage, stages
-from far_scale.train.faults.events import read_events
-from far_scale.train.faults.exits import REFUSED
+from far_scale.utils.event_log import read_events
+from far_scale.distributed.exit_codes import REFUSED
 from far_scale.train.lanes_again import LanesAgain, lanes_again
 
 CHANGES = [8, 64, 16, 3, 64, 1]  # lanes, one number after another

@@ -9,8 +9,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from far_scale.data.packs.lanes import Lane, LaneOrder, Place
-from far_scale.errors import UserError
+from far_scale.data.loader.lanes import Lane, LaneOrder, Place
+from far_scale.utils.errors import UserError
 
 SETS = {
     "even": ([5, 5, 5, 5], 4),

@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 from launch import ROOT, environment, small_recipe
 
-from far_scale.errors import UserError
-from far_scale.launch.after import after, decide
-from far_scale.launch.job import Job, JobState, check_warning, clock, early_warning
-from far_scale.launch.progress import starts_from
-from far_scale.launch.snapshot import REFUSED_HERE, make_snapshot, read_submission
-from far_scale.launch.submit import JobSize, draft, parse_minutes, submit, train_here
-from far_scale.recipe import load_recipe
-from far_scale.train.faults.events import Events, read_events
+from far_scale.utils.errors import UserError
+from far_scale.slurm.after import after, decide
+from far_scale.slurm.job import Job, JobState, check_warning, clock, early_warning
+from far_scale.slurm.progress import starts_from
+from far_scale.slurm.snapshot import REFUSED_HERE, make_snapshot, read_submission
+from far_scale.slurm.submit import JobSize, draft, parse_minutes, submit, train_here
+from far_scale.config.recipe import load_recipe
+from far_scale.utils.event_log import Events, read_events
 
 RUNNING = JobState("RUNNING", "None", may_requeue=True)
 
@@ -210,7 +210,7 @@ def test_the_job_scripts_warnings_are_read(name: str, controller: Callable[[str,
     assert early is not None and re.match(rf"job 7: --signal=\S*USR1@{lead} and a time limit of", early.text)
     controller(f"00:{lead // 60 + 1:02}:01", SCRIPTS[name])
     assert early_warning("7") is None
-    assert "launch.sh" in SCRIPTS[name] or "far_scale.launch check" in SCRIPTS[name]
+    assert "launch.sh" in SCRIPTS[name] or "far_scale.slurm check" in SCRIPTS[name]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_only_a_warning_that_is_certain_refuses_a_job(
     for certain, status, line in ((False, 0, f"warning: {text}{unseen}\n"), (True, 2, f"error: {text}\n")):
         if certain:
             monkeypatch.setenv("SBATCH_SIGNAL", "USR1@300")
-        command = [sys.executable, "-m", "far_scale.launch", "check"]
+        command = [sys.executable, "-m", "far_scale.slurm", "check"]
         done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (status, line)
 

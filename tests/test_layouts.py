@@ -28,8 +28,8 @@ from far_scale.data.video.latent_files import read_latents
 from far_scale.data.video.pictures import Framing, to_pixels
 from far_scale.data.video.sources import Source, find_sources, with_flips
 from far_scale.data.video.videos import BadVideo, Video, read_actions, read_video, write_mp4
-from far_scale.errors import UserError
-from far_scale.files import sha256
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import sha256
 
 TOOL = Path(__file__).parents[1] / "tools" / "encode_latents.py"
 AUTOENCODER = "compact-vizdoom-f8c32"

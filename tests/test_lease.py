@@ -19,9 +19,9 @@ from launch import ROOT, environment
 from refusal import refused
 
 from far_scale.train import lease
-from far_scale.train.faults.events import read_events
+from far_scale.utils.event_log import read_events
 from far_scale.train.lease import Lease
-from far_scale.train.processes import Processes
+from far_scale.distributed.process_group import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -255,7 +255,7 @@ import sys, time
 from pathlib import Path
 import torch
 from far_scale.train import lease
-from far_scale.train.processes import Processes
+from far_scale.distributed.process_group import Processes
 lease.RENEWED_EVERY = 0.5
 with lease.Lease(Path(sys.argv[1]), Processes(0, 1, torch.device("cpu"))):
     print("held", flush=True)

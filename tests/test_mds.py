@@ -21,9 +21,9 @@ from latent_sets import FACTS, make_sample, read_all, write_set
 from mosaic import import_streaming
 from refusal import refused
 
-from far_scale.data.packs.filling import Dealing
-from far_scale.data.packs.loader import Pack, PackLoader
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards import inspect
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.manifest import Manifest
@@ -32,7 +32,7 @@ from far_scale.data.shards.sample import Sample, index_shard, members_of, walk
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.stream import stream
 from far_scale.data.shards.table import ShardTable
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 FRAMES = [5, 9, 6, 7, 12, 5, 8, 6, 11, 7]
 

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from far_scale.errors import UserError
-from far_scale.sampling.curve import loss_curve, validation_losses
-from far_scale.sampling.metrics import PSNR_CAP, Judge, Meter, Quality, frame_ssim
-from far_scale.sampling.pictures import (
+from far_scale.utils.errors import UserError
+from far_scale.evaluation.rollouts.curve import loss_curve, validation_losses
+from far_scale.evaluation.rollouts.metrics import PSNR_CAP, Judge, Meter, Quality, frame_ssim
+from far_scale.evaluation.rollouts.pictures import (
     BORDER,
     CAPTION_WIDTH,
     GAP,

@@ -18,13 +18,13 @@ from latent_sets import FACTS, make_sample, write_set
 from launch import launch, small_recipe
 from refusal import refused
 
-from far_scale.data.packs import mixed_lane
-from far_scale.data.packs.filling import Dealing
-from far_scale.data.packs.lanes import Lane, LaneOrder, Place
-from far_scale.data.packs.loader import PackLoader
-from far_scale.data.packs.mixed_lane import MixedLane
-from far_scale.data.packs.mixture import Mixture, open_shards, summary
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader import mixed_lane
+from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.lanes import Lane, LaneOrder, Place
+from far_scale.data.loader.pack_loader import PackLoader
+from far_scale.data.loader.mixed_lane import MixedLane
+from far_scale.data.loader.mixture import Mixture, open_shards, summary
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
@@ -32,8 +32,8 @@ from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.table import ShardTable
 from far_scale.data.shards.writer import SetFacts, ShardWriter
-from far_scale.recipe import Recipe, load_recipe
-from far_scale.recipe_sections import WeightedShards
+from far_scale.config.recipe import Recipe, load_recipe
+from far_scale.config.schema import WeightedShards
 from far_scale.train.changes import changes
 
 COUNTS = [[7, 1, 12], [30, 3], [9]]

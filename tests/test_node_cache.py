@@ -22,8 +22,8 @@ from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.table import ShardTable
-from far_scale.errors import UserError
-from far_scale.files import sha256
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import sha256
 
 FRAMES = [20 + number % 5 for number in range(24)]
 READER = ROOT / "tests/far_sets.py"

@@ -13,7 +13,7 @@ import pytest
 from launch import ROOT, environment, small_recipe
 
 from far_scale.train import checkpoint
-from far_scale.train.faults.signals import SAME_KEY
+from far_scale.distributed.signals import SAME_KEY
 
 SHORT = ["train.steps=3", "checkpoint.every=2", "optimizer.warmup_steps=1", "model.layers=1", "model.heads=1"]
 
@@ -78,7 +78,7 @@ WAITS = """
 import signal, sys, time
 if sys.argv[1] == "nohup":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-from far_scale.train.faults.signals import StopSignals
+from far_scale.distributed.signals import StopSignals
 signals = StopSignals()
 print("ready", flush=True)
 while signals.wanted is None:

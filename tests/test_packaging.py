@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import far_scale
-from far_scale.files import sha256
+from far_scale.utils.io import sha256
 
 PACKAGE = Path(far_scale.__file__).parent
 SETUP = (PACKAGE.parent / "setup.py").read_text()

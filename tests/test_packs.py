@@ -12,11 +12,11 @@ import pytest
 import torch
 from latent_sets import FACTS, make_sample, write_set
 
-from far_scale.data.packs.filling import Dealing
-from far_scale.data.packs.loader import Pack, PackLoader
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 FRAMES = [20 + number % 5 for number in range(22)]
 LANES = 4

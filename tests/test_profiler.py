@@ -10,8 +10,8 @@ import pytest
 import torch
 from launch import launch, small_recipe
 
-from far_scale.errors import UserError
-from far_scale.train.processes import Processes
+from far_scale.utils.errors import UserError
+from far_scale.distributed.process_group import Processes
 from far_scale.train.profiler import Profiler, parse_steps
 
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 import yaml
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 from far_scale.model import FAR, FARConfig
 from far_scale.model.presets import PRESETS
-from far_scale.recipe import Recipe, check_ranks, load_recipe
-from far_scale.recipe_checks import stage_sections
-from far_scale.recipe_report import fields
-from far_scale.recipe_sections import ModelSection
-from far_scale.recipe_yaml import SHIPPED_RECIPES
+from far_scale.config.recipe import Recipe, check_ranks, load_recipe
+from far_scale.config.checks import stage_sections
+from far_scale.config.reference import fields
+from far_scale.config.schema import ModelSection
+from far_scale.config.yaml_loader import SHIPPED_RECIPES
 from far_scale.train.changes import flat
 
 SHIPPED = sorted(
@@ -571,7 +571,7 @@ def test_a_recipe_does_not_change_after_its_check(folder: Path) -> None:
 
 
 def test_reference_describes_every_key() -> None:
-    command = [sys.executable, "-m", "far_scale.recipe"]
+    command = [sys.executable, "-m", "far_scale.config.recipe"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for key, field in fields(Recipe):
         assert f"{'.'.join(key)}  (" in text or f"\n{'.'.join(key)}: " in text

@@ -15,7 +15,7 @@ import pytest
 from launch import ROOT, environment, free_port, small_recipe
 from zygote import Zygote
 
-from far_scale.train.faults.events import read_events
+from far_scale.utils.event_log import read_events
 
 STEPS = 40
 MORE = [f"train.steps={STEPS}", "checkpoint.every=5", "model.layers=1", "model.heads=1", "optimizer.warmup_steps=1"]

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from latent_sets import write_set
 
-from far_scale.data.packs.filling import Dealing
-from far_scale.data.packs.loader import Pack, PackLoader
-from far_scale.data.packs.mixture import Mixture, open_shards
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.mixture import Mixture, open_shards
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.recipe_sections import WeightedShards
+from far_scale.config.schema import WeightedShards
 
 LANES, NEXT = 4, 1000  # keys of each lane
 STEP = 41

@@ -15,7 +15,7 @@ from launch import ROOT
 from PIL import Image
 
 from far_scale.convert.model_dir import ModelCard, TrainingCard, save_model_dir
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.model import FAR, FARConfig
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 from far_scale.model import FAR, FARConfig
-from far_scale.randomness import generator
+from far_scale.utils.rng import generator
 from far_scale.sampling.sampler import euler_sigmas, roll_out
 
 SHAPE = (4, 2, 2)

@@ -17,12 +17,12 @@ from zygote import Zygote
 from far_scale.evaluation.clips import ClipSource
 from far_scale.evaluation.follow import _Following
 from far_scale.evaluation.protocol import load_protocol
-from far_scale.files import read_json
-from far_scale.recipe import load_recipe
+from far_scale.utils.io import read_json
+from far_scale.config.recipe import load_recipe
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
 from far_scale.train.checkpoint.folders import is_ephemeral
-from far_scale.train.faults.events import read_events
+from far_scale.utils.event_log import read_events
 from far_scale.train.run_dir import latest_step, steps_there
 
 

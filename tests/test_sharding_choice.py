@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from far_scale.errors import UserError
-from far_scale.recipe import load_recipe
+from far_scale.utils.errors import UserError
+from far_scale.config.recipe import load_recipe
 from far_scale.train import sharding
-from far_scale.train.processes import Processes
+from far_scale.distributed.process_group import Processes
 from far_scale.train.sharding import Sharding, choose_sharding, state_bytes
 
 SECTION = "train.deepspeed"

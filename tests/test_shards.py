@@ -20,7 +20,7 @@ from latent_sets import FACTS, make_sample, write_set
 from refusal import refused
 from safetensors.torch import load, save
 
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards import inspect
 from far_scale.data.shards import shard_set as shards
 from far_scale.data.shards.manifest import Manifest
@@ -28,7 +28,7 @@ from far_scale.data.shards.sample import index_shard
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.stream import stream
 from far_scale.data.shards.writer import ShardWriter
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 FRAMES = [20, 21, 22, 23, 24, 25, 26]
 
@@ -169,7 +169,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     writer = ShardWriter(tmp_path, FACTS, samples_per_shard=1)
-    monkeypatch.setattr("far_scale.files.os.fsync", full)
+    monkeypatch.setattr("far_scale.utils.io.os.fsync", full)
     refused(lambda: writer.write(make_sample(0, 5)), "shard-000000.tar", "no space left")
     assert list(tmp_path.iterdir()) == []
 

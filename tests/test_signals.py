@@ -10,7 +10,7 @@ from launch import ROOT, environment
 UNBLOCKED = """
 import multiprocessing, os, signal, time
 from multiprocessing import resource_tracker
-from far_scale.train.faults.signals import StopSignals
+from far_scale.distributed.signals import StopSignals
 
 signals = StopSignals()
 resource_tracker.ensure_running()  # as by the first pool of processes: it unblocks SIGINT and SIGTERM

@@ -15,8 +15,8 @@ import pytest
 from launch import ROOT
 from slurm_jobs import Cluster, started_cluster, steps_logged, tiny
 
-from far_scale.hosts import first_host
-from far_scale.train.faults.events import read_events
+from far_scale.utils.hosts import first_host
+from far_scale.utils.event_log import read_events
 
 ONE_RANK = "--nodes=1 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --time=10"
 
@@ -139,7 +139,7 @@ def test_beside_a_container_a_node_needs_the_standard_library_alone() -> None:
     """Nothing but Python's own modules and far_scale's is loaded by what calls SLURM's commands."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from far_scale.launch import __main__, after, job, start\n"
+        "from far_scale.slurm import __main__, after, job, start\n"
         "known = {*sys.stdlib_module_names, 'far_scale', '__main__'}\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules} - known))"
     )

@@ -16,7 +16,7 @@ from launch import ROOT
 from slurm_jobs import SCRIPT as CLUSTER_SCRIPT
 from slurm_jobs import Cluster, runs, started_cluster, steps_logged, tiny
 
-from far_scale.train.faults.events import read_events
+from far_scale.utils.event_log import read_events
 
 SCRIPT = ROOT / "slurm" / "far_xl.sh"
 TWO_NODES = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1 --time=10"

@@ -10,13 +10,13 @@ import torch
 from launch import ROOT
 from rank_processes import started
 
-from far_scale.recipe import load_recipe
-from far_scale.train.faults.events import read_events
-from far_scale.train.faults.exits import REFUSED
-from far_scale.train.faults.links import BETWEEN, INSIDE, Links, better_links, rounds
-from far_scale.train.faults.nodes import RankReport, code_hash, examine, refusals
-from far_scale.train.faults.product import KnownProduct
-from far_scale.train.faults.startup import checkpoint_bytes, node_table, slow_nodes
+from far_scale.config.recipe import load_recipe
+from far_scale.utils.event_log import read_events
+from far_scale.distributed.exit_codes import REFUSED
+from far_scale.health.bandwidth import BETWEEN, INSIDE, Links, better_links, rounds
+from far_scale.health.node_check import RankReport, code_hash, examine, refusals
+from far_scale.health.gemm_probe import KnownProduct
+from far_scale.health.preflight import checkpoint_bytes, node_table, slow_nodes
 
 WORKER = ROOT / "tests/startup_worker.py"
 CASES = [

@@ -18,22 +18,22 @@ from latent_sets import FACTS, write_set
 from launch import ROOT, launch, small_recipe
 
 from far_scale.convert.model_dir import load_model_dir
-from far_scale.convert.zero import export
-from far_scale.data.packs.loader import Pack
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.train.checkpoint.export import export
+from far_scale.data.loader.pack_loader import Pack
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 from far_scale.evaluation.lpips import LPIPS
-from far_scale.objective import CLEAN, add_noise
-from far_scale.recipe import load_recipe
-from far_scale.sampling.evaluate import evaluate
-from far_scale.sampling.metrics import frame_ssim
-from far_scale.train import validation_samples
+from far_scale.train.flow_matching import CLEAN, add_noise
+from far_scale.config.recipe import load_recipe
+from far_scale.evaluation.rollouts.evaluate import evaluate
+from far_scale.evaluation.rollouts.metrics import frame_ssim
+from far_scale.evaluation import validation_videos as validation_samples
 from far_scale.train.curriculum import Stage, stages
-from far_scale.train.faults.events import Events, read_events
+from far_scale.utils.event_log import Events, read_events
 from far_scale.train.held_out import HeldOut, open_held_out
-from far_scale.train.processes import Processes
+from far_scale.distributed.process_group import Processes
 from far_scale.train.validation import summary
 
 # Seven clips in three packs, so that one of two ranks computes a pack that is not counted; three clips sampled.

@@ -13,7 +13,7 @@ import pytest
 from far_scale.data.demo.episodes import record_episode
 from far_scale.data.video.find import SUFFIXES, find_videos
 from far_scale.data.video.videos import BadVideo, Video, read_actions, read_video, write_mp4
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

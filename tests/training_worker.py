@@ -14,15 +14,15 @@ import torch.distributed as dist
 from launch import small_recipe
 
 from far_scale.convert.model_dir import read_config
-from far_scale.convert.zero import export
+from far_scale.train.checkpoint.export import export
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.model import FAR
-from far_scale.recipe import load_recipe
-from far_scale.sampling.evaluate import evaluate
+from far_scale.config.recipe import load_recipe
+from far_scale.evaluation.rollouts.evaluate import evaluate
 from far_scale.train.engine import fragments
-from far_scale.train.faults.watchdog import collective_timeout
+from far_scale.health.watchdog import collective_timeout
 from far_scale.train.loop import train
-from far_scale.train.processes import start_processes, stop_processes
+from far_scale.distributed.process_group import start_processes, stop_processes
 
 
 def gathered_ema(engine, ema) -> dict[str, torch.Tensor]:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from far_scale.train.faults import watchdog
-from far_scale.train.faults.events import Events
+from far_scale.health import watchdog
+from far_scale.utils.event_log import Events
 
 
 def spin_forever() -> None:

@@ -16,7 +16,7 @@ from far_scale.data.adopt.sources import find_shards
 from far_scale.data.encode.rejects import REJECTED_NAME
 from far_scale.data.shards.adopted import Layout
 from far_scale.data.video.sources import read_class_names
-from far_scale.errors import command_line
+from far_scale.utils.errors import command_line
 from far_scale.utils.arguments import above_zero, at_least, share
 
 

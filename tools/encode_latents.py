@@ -18,7 +18,7 @@ from far_scale.data.remote.store import manifest_text
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.video.pictures import Framing
 from far_scale.data.video.sources import find_labelled, read_class_names, with_flips
-from far_scale.errors import UserError, command_line
+from far_scale.utils.errors import UserError, command_line
 from far_scale.utils.arguments import at_least, share
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from far_scale.convert.zero import export_if_needed, export_official
-from far_scale.errors import command_line
+from far_scale.train.checkpoint.export import export_if_needed, export_official
+from far_scale.utils.errors import command_line
 
 
 @command_line

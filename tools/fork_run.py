@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from far_scale.errors import command_line
+from far_scale.utils.errors import command_line
 from far_scale.train.checkpoint.fork import fork
 
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from far_scale.errors import UserError, command_line
+from far_scale.utils.errors import UserError, command_line
 from far_scale.evaluation.weights import REFERENCES, Imported, Name, import_file, import_from_index, in_cache
 
 

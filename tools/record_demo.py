@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 from far_scale.data.demo.episodes import record_episodes
-from far_scale.errors import UserError, command_line
-from far_scale.randomness import MAX_SEED
+from far_scale.utils.errors import UserError, command_line
+from far_scale.utils.rng import MAX_SEED
 
 
 @command_line

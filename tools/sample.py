@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from far_scale.errors import UserError, command_line
-from far_scale.files import check_writable
-from far_scale.sampling.evaluate import load_for_sampling, prepare, sample
+from far_scale.utils.errors import UserError, command_line
+from far_scale.utils.io import check_writable
+from far_scale.evaluation.rollouts.evaluate import load_for_sampling, prepare, sample
 
 
 def mp4(text: str) -> Path:

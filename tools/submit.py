@@ -9,10 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from far_scale.errors import UserError, command_line
-from far_scale.launch.snapshot import ACCEPT
-from far_scale.launch.submit import JobSize, draft, parse_minutes, submit, train_here
-from far_scale.recipe import load_recipe
+from far_scale.utils.errors import UserError, command_line
+from far_scale.slurm.snapshot import ACCEPT
+from far_scale.slurm.submit import JobSize, draft, parse_minutes, submit, train_here
+from far_scale.config.recipe import load_recipe
 from far_scale.utils.arguments import at_least
 
 CHECKOUT = Path(__file__).resolve().parent.parent

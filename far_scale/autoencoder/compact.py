@@ -52,7 +52,7 @@ class ResidualBlock(nn.Module):
 
 
 class CompactAutoencoder(AutoencoderNetwork):
-    """The network; weights for it come from `far_scale.train.autoencoder` or a safetensors file."""
+    """The network; weights for it come from `far_scale.autoencoder.training` or a safetensors file."""
 
     def __init__(self, config: CompactConfig) -> None:
         super().__init__()

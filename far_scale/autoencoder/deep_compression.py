@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from far_scale.autoencoder.network import AutoencoderNetwork
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 CLASS_NAME = "AutoencoderDC"  # in `_class_name` of a config, which is also what tells it from a compact one
 SCALING_FACTOR = 0.2889  # officially of all three, whatever they were trained on

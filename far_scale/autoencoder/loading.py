@@ -15,8 +15,8 @@ from far_scale.autoencoder.compact import CompactAutoencoder, CompactConfig
 from far_scale.autoencoder.deep_compression import CLASS_NAME, DeepCompressionAutoencoder
 from far_scale.autoencoder.network import AutoencoderNetwork
 from far_scale.autoencoder.trained import Autoencoder
-from far_scale.errors import UserError
-from far_scale.files import read_json, sha256
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import read_json, sha256
 
 WEIGHTS = Path(__file__).parent / "weights"  # what ships with the package
 FOLDER_VARIABLE = "FAR_SCALE_AUTOENCODERS"  # names the folder of the autoencoders that do not

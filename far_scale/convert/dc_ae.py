@@ -17,9 +17,9 @@ from far_scale.autoencoder import network_of
 from far_scale.autoencoder.deep_compression import CLASS_NAME, PRESETS, SCALING_FACTOR
 from far_scale.convert.fit import check_fit
 from far_scale.convert.official_file import read_official
-from far_scale.errors import UserError
-from far_scale.files import atomic_write, sha256, write_json
-from far_scale.tensor_files import save_tensors
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import atomic_write, sha256, write_json
+from far_scale.utils.tensor_files import save_tensors
 
 
 def is_autoencoder(path: str | Path) -> bool:

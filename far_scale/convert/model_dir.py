@@ -25,13 +25,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from far_scale.convert.fit import check_fit, empty_model
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.typed import Digest, Positive, Typed, WithClasses, first_problem
-from far_scale.errors import UserError
-from far_scale.files import parse_json, read_json, sha256, sync_folder
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import parse_json, read_json, sha256, sync_folder
 from far_scale.model import FAR, FARConfig
-from far_scale.tensor_files import save_tensors
+from far_scale.utils.tensor_files import save_tensors
 
 FORMAT = "far_scale.model/1"
 MAX_FILE_BYTES = 5 * 10**9

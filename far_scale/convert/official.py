@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from far_scale.convert.fit import check_fit, empty_model
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 from far_scale.model import FARConfig
 from far_scale.model.layers import HEAD_DIM
 

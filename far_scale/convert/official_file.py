@@ -15,10 +15,10 @@ from torch import Tensor
 import far_scale
 from far_scale.convert.model_dir import ImportCard, ModelCard, WeightsCard, save_model_dir
 from far_scale.convert.official import to_far_scale
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
-from far_scale.errors import UserError
-from far_scale.files import atomic_write, sha256
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import atomic_write, sha256
 from far_scale.model import FARConfig
 
 

@@ -22,8 +22,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from far_scale.distributed.addresses import Endpoint, endpoints, interface_list
-from far_scale.errors import UserError
-from far_scale.hosts import host_name
+from far_scale.utils.errors import UserError
+from far_scale.utils.hosts import host_name
 
 _CONNECTING = 8.0
 """Seconds for one connection; there are two as a rule, gloo's and NCCL's."""

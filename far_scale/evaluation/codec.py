@@ -14,7 +14,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 H264_BLOCK = 16
 """Sides of frames that go through H.264 are multiples of it; imageio would rescale others."""

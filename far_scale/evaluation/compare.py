@@ -21,7 +21,7 @@ from far_scale.evaluation.tables import (
     published_row,
     scores_table,
 )
-from far_scale.files import atomic_write
+from far_scale.utils.io import atomic_write
 
 APART = "Scores of different protocol hashes cannot be compared, so each hash has a table of its own."
 

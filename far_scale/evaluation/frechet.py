@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from far_scale.errors import UserError
-from far_scale.randomness import generator
+from far_scale.utils.errors import UserError
+from far_scale.utils.rng import generator
 
 MIN_CLIPS_TO_EXTRAPOLATE = 512  # with fewer, subsets are far smaller than the 400 logits, and 1/N is no straight line
 _SUBSETS = 15  # as Chong and Forsyth

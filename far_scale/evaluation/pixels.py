@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 
 def unit_range(pixels: Tensor, what: str) -> Tensor:

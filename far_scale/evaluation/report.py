@@ -27,8 +27,8 @@ from far_scale.evaluation.tables import (
     rows_of,
     scores_table,
 )
-from far_scale.files import atomic_write
-from far_scale.sampling.pictures import Film, Pixels, Sheet, Shown
+from far_scale.utils.io import atomic_write
+from far_scale.evaluation.rollouts.pictures import Film, Pixels, Sheet, Shown
 
 FILMED_CLIPS = 8
 RANKED_CLIPS = 3  # the best, and the worst

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from far_scale.errors import UserError
-from far_scale.randomness import generator
+from far_scale.utils.errors import UserError
+from far_scale.utils.rng import generator
 
 _DRAWS, _BLOCK = 2000, 50  # a block of draws is in memory at a time
 _PERCENTILES = (2.5, 97.5)

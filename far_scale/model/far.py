@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far_scale.layout import FrameGroup, FrameLayout
+from far_scale.model.layout import FrameGroup, FrameLayout
 from far_scale.model.attention import choose
 from far_scale.model.layers import (
     HEAD_DIM,

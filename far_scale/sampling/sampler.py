@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 from far_scale.model import FAR, FARConfig
-from far_scale.objective import CLEAN
-from far_scale.randomness import generator
+from far_scale.train.flow_matching import CLEAN
+from far_scale.utils.rng import generator
 from far_scale.sampling.cache import MultiLevelCache
 from far_scale.sampling.denoisers import Cached, Denoiser, Uncached
 

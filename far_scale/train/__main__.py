@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from far_scale.recipe import load_recipe
-from far_scale.train.faults.exits import DONE, REQUEUE, leave, status_of
-from far_scale.train.faults.signals import StopSignals
+from far_scale.config.recipe import load_recipe
+from far_scale.distributed.exit_codes import DONE, REQUEUE, leave, status_of
+from far_scale.distributed.signals import StopSignals
 from far_scale.utils.streams import never_fail_to_print
 
 
@@ -39,11 +39,11 @@ def _train(asked: argparse.Namespace, signals: StopSignals | None) -> int:
     recipe = load_recipe(asked.recipe, asked.overrides)
 
     # Only now: a wrong recipe is refused before torch and DeepSpeed are loaded.
-    from far_scale.train.dry_run import dry_run
-    from far_scale.train.faults.watchdog import collective_timeout
+    from far_scale.train.plan import dry_run
+    from far_scale.health.watchdog import collective_timeout
     from far_scale.train.lease import Lease
     from far_scale.train.loop import train
-    from far_scale.train.processes import start_processes, stop_processes
+    from far_scale.distributed.process_group import start_processes, stop_processes
     from far_scale.train.profiler import parse_steps
 
     steps_to_profile = parse_steps(asked.profile, recipe.train.steps) if asked.profile else range(0)

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from far_scale.data.packs.scaling import LatentScaling
-from far_scale.recipe import Recipe
+from far_scale.data.loader.scaling import LatentScaling
+from far_scale.config.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from far_scale.distributed.collective_costs import Setup, Shapes, step_collectives
 from far_scale.distributed.ledger import Ledger, table
 from far_scale.model import FAR
-from far_scale.recipe import Recipe
-from far_scale.recipe_checks import stage_sections
+from far_scale.config.recipe import Recipe
+from far_scale.config.checks import stage_sections
 from far_scale.train.deepspeed_adapter import communication_backend
-from far_scale.train.faults.events import Events
-from far_scale.train.processes import Processes
+from far_scale.utils.event_log import Events
+from far_scale.distributed.process_group import Processes
 from far_scale.train.sharding import Sharding
 
 _STEADY = 3

@@ -8,7 +8,7 @@ import shutil
 
 import torch
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 
 def check_compiler(device: torch.device) -> None:

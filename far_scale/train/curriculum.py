@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from far_scale.data.packs.filling import Dealing
-from far_scale.layout import FrameLayout
+from far_scale.data.loader.filling import Dealing
+from far_scale.model.layout import FrameLayout
 from far_scale.model import FARConfig
-from far_scale.recipe import Recipe
-from far_scale.recipe_checks import stage_sections
-from far_scale.recipe_frames import clip_tokens
-from far_scale.recipe_sections import DataSection, ModelSection
+from far_scale.config.recipe import Recipe
+from far_scale.config.checks import stage_sections
+from far_scale.data.frame_counts import clip_tokens
+from far_scale.config.schema import DataSection, ModelSection
 
 
 @dataclass(frozen=True)

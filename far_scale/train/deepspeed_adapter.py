@@ -2,7 +2,7 @@
 
 DeepSpeed's own ways to judge a step (is the gradient finite? larger than the clip norm?) make the host wait for the
 device in every step, differ from stage to stage, and hide the norm where it is not finite. `leave_steps_to_us` takes
-them out: here the gradient is only clipped, on the device, and far_scale/train/faults/guard.py decides.
+them out: here the gradient is only clipped, on the device, and far_scale/train/step_guard.py decides.
 
 Its class for a run depends on stage and precision; the float32 weights that Adam updates (masters) lie in:
 
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from far_scale.distributed.ledger import phase
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 FIRST_TESTED, LAST_TESTED = (0, 19, 0), (0, 19, 8)
 """The versions between which the tests of training ran."""

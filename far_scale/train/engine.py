@@ -21,8 +21,8 @@ from torch import Tensor
 
 from far_scale.model import FAR
 from far_scale.model.layers import Block
-from far_scale.recipe import Recipe
-from far_scale.recipe_deepspeed import KEY_STAGES
+from far_scale.config.recipe import Recipe
+from far_scale.config.deepspeed_keys import KEY_STAGES
 from far_scale.train.deepspeed_adapter import (
     adam_of,
     clips_here,
@@ -31,7 +31,7 @@ from far_scale.train.deepspeed_adapter import (
     masters,
     parts,
 )
-from far_scale.train.processes import Processes
+from far_scale.distributed.process_group import Processes
 from far_scale.train.sharding import Sharding
 
 

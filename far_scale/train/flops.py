@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from far_scale.layout import FrameLayout
+from far_scale.model.layout import FrameLayout
 from far_scale.model import FARConfig
 from far_scale.model.layers import TIMESTEP_SINUSOIDS
 

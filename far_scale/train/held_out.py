@@ -13,22 +13,22 @@ import torch
 import far_scale
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard, TrainingCard
-from far_scale.data.packs.loader import Pack
-from far_scale.data.packs.mixture import MixtureManifest, check_classes
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader.pack_loader import Pack
+from far_scale.data.loader.mixture import MixtureManifest, check_classes
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.errors import UserError
-from far_scale.recipe import Recipe
-from far_scale.recipe_frames import most
-from far_scale.recipe_sections import ObjectiveSection, ValidationSection
-from far_scale.sampling.episodes import Episodes, Wanted, shard_episodes
-from far_scale.sampling.evaluate import load_autoencoder
+from far_scale.utils.errors import UserError
+from far_scale.config.recipe import Recipe
+from far_scale.data.frame_counts import most
+from far_scale.config.schema import ObjectiveSection, ValidationSection
+from far_scale.evaluation.rollouts.episodes import Episodes, Wanted, shard_episodes
+from far_scale.evaluation.rollouts.evaluate import load_autoencoder
 from far_scale.train.curriculum import Stage
-from far_scale.train.faults.events import Events
-from far_scale.train.processes import Processes, all_ranks_or_raise
+from far_scale.utils.event_log import Events
+from far_scale.distributed.process_group import Processes, all_ranks_or_raise
 from far_scale.train.sets import check_shards, open_set
-from far_scale.train.validation_samples import Samples
+from far_scale.evaluation.validation_videos import Samples
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from far_scale.data.packs.lane_change import Left, change_lanes, go_on
-from far_scale.data.packs.mixture import Mixture
+from far_scale.data.loader.lane_change import Left, change_lanes, go_on
+from far_scale.data.loader.mixture import Mixture
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.errors import UserError
-from far_scale.recipe import Recipe
-from far_scale.recipe_sections import DataSection, shares
+from far_scale.utils.errors import UserError
+from far_scale.config.recipe import Recipe
+from far_scale.config.schema import DataSection, shares
 from far_scale.train.curriculum import Stage, stage_of, stages
 
 LaneStates = dict[int, dict[str, Any]]

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from far_scale.data.packs.loader import Pack, PackLoader
-from far_scale.data.packs.mixture import summary
-from far_scale.data.packs.scaling import LatentScaling
+from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.mixture import summary
+from far_scale.data.loader.scaling import LatentScaling
 from far_scale.distributed.ledger import phase
 from far_scale.model import FAR
 from far_scale.model.attention import choose
 from far_scale.model.layers import HEAD_DIM
-from far_scale.objective import pack_loss
-from far_scale.recipe import Recipe, check_ranks
+from far_scale.train.flow_matching import pack_loss
+from far_scale.config.recipe import Recipe, check_ranks
 from far_scale.train.checkpoint import local
 from far_scale.train.checkpoint.saver import Saver
 from far_scale.train.collectives import StepLedger
@@ -29,20 +29,20 @@ from far_scale.train.deepspeed_adapter import grad_norm, one_step
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments, set_learning_rate, start_engine
 from far_scale.train.environment import record_environment
-from far_scale.train.faults.damaged import DamagedSamples
-from far_scale.train.faults.events import Events
-from far_scale.train.faults.guard import Guard
-from far_scale.train.faults.signals import StopSignals
-from far_scale.train.faults.slow_ranks import SlowRanks
-from far_scale.train.faults.startup import check_nodes
-from far_scale.train.faults.vote import Vote
-from far_scale.train.faults.watchdog import Watchdog
-from far_scale.train.feed import Batch, Feed
+from far_scale.train.damaged_samples import DamagedSamples
+from far_scale.utils.event_log import Events
+from far_scale.train.step_guard import Guard
+from far_scale.distributed.signals import StopSignals
+from far_scale.health.straggler import SlowRanks
+from far_scale.health.preflight import check_nodes
+from far_scale.distributed.consensus import Vote
+from far_scale.health.watchdog import Watchdog
+from far_scale.train.device_prefetch import Batch, Feed
 from far_scale.train.flops import peak_flops, train_flops
 from far_scale.train.held_out import open_held_out
-from far_scale.train.keeping import Keeper
-from far_scale.train.monitor import Monitor
-from far_scale.train.processes import Processes, set_timeouts
+from far_scale.train.checkpoint.policy import Keeper
+from far_scale.train.metrics import Monitor
+from far_scale.distributed.process_group import Processes, set_timeouts
 from far_scale.train.profiler import Profiler
 from far_scale.train.resume import (
     Resume,
@@ -50,7 +50,7 @@ from far_scale.train.resume import (
     describe_stage,
     identity,
 )
-from far_scale.train.schedule import learning_rate
+from far_scale.train.lr_schedule import learning_rate
 from far_scale.train.sets import open_sets, say_staged
 from far_scale.train.sharding import choose_sharding
 from far_scale.train.start_weights import start_from

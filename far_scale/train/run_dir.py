@@ -18,8 +18,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from far_scale.errors import UserError
-from far_scale.files import atomic_write, read_json, write_json
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import atomic_write, read_json, write_json
 
 _STEP = re.compile(r"step-(\d{8})")
 

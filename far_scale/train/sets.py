@@ -9,18 +9,18 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from far_scale.data.packs.mixture import Mixture, MixtureManifest, check_classes, open_shards, sets_of
+from far_scale.data.loader.mixture import Mixture, MixtureManifest, check_classes, open_shards, sets_of
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.remote.fetch import is_remote
 from far_scale.data.remote.store import StagedCounts, manifest_text, name_of
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.errors import UserError
-from far_scale.recipe_sections import DataSection, places
+from far_scale.utils.errors import UserError
+from far_scale.config.schema import DataSection, places
 from far_scale.train.curriculum import Stage
-from far_scale.train.faults.events import Events
-from far_scale.train.processes import Processes, all_ranks_or_raise, gather
+from far_scale.utils.event_log import Events
+from far_scale.distributed.process_group import Processes, all_ranks_or_raise, gather
 
 
 class OpenedSets(NamedTuple):

@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from far_scale.data.packs.loader import Pack
+from far_scale.data.loader.pack_loader import Pack
 from far_scale.model.layers import Block
-from far_scale.objective import TIMESTEPS, add_noise, frame_errors
+from far_scale.train.flow_matching import TIMESTEPS, add_noise, frame_errors
 from far_scale.train.curriculum import Stage, stage_of
 from far_scale.train.deepspeed_adapter import use_loaded_weights
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments
-from far_scale.train.faults.watchdog import Watchdog
+from far_scale.health.watchdog import Watchdog
 from far_scale.train.held_out import HeldOut
-from far_scale.train.monitor import Monitor
-from far_scale.train.processes import Processes, from_main, gather
+from far_scale.train.metrics import Monitor
+from far_scale.distributed.process_group import Processes, from_main, gather
 
 BANDS = 5
 """Bands of timesteps that the loss is given by."""

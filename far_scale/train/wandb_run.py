@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from far_scale.errors import UserError
-from far_scale.recipe import Recipe
+from far_scale.utils.errors import UserError
+from far_scale.config.recipe import Recipe
 from far_scale.train.changes import flat
 from far_scale.train.wandb_offline import last_step
 from far_scale.train.wandb_scores import STEP_KEY, ScoreRows

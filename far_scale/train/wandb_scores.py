@@ -17,8 +17,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from far_scale.errors import UserError
-from far_scale.files import read_json, write_json
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import read_json, write_json
 
 STEP_KEY = "evaluation/step"
 """The training step of the evaluated checkpoint: the x axis of all keys `evaluation/...`."""

@@ -36,8 +36,8 @@ from far_scale.data.shards.index import AdoptedIndex, parse_index, statistics
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.table import ShardTable
 from far_scale.data.shards.writer import shard_entry, shard_name
-from far_scale.errors import UserError, say_warning
-from far_scale.files import LineFile, read_json, read_json_lines, write_json
+from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.io import LineFile, read_json, read_json_lines, write_json
 
 SETTINGS_NAME = "adoption.json"
 PROGRESS_NAME = "sources.jsonl"

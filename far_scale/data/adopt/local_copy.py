@@ -14,8 +14,8 @@ from far_scale.data.adopt.sources import FoundShard
 from far_scale.data.remote.fetch import fetch_bytes, fetch_unknown, is_file_url, shown
 from far_scale.data.remote.unpack import PackedError, compression_of, most_packed, unpack
 from far_scale.data.shards.typed import read_small
-from far_scale.errors import UserError
-from far_scale.files import file_digest, sha256
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import file_digest, sha256
 
 
 class LocalCopy(NamedTuple):

@@ -15,7 +15,7 @@ from far_scale.data.shards.foreign_tensors import Read, find_tensor, safetensors
 from far_scale.data.shards.foreign_values import Members, json_of
 from far_scale.data.shards.manifest import LatentDtype
 from far_scale.data.shards.sample import Mismatch
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 _KINDS: dict[str, PartKind] = {
     "npy": "npy",

@@ -19,8 +19,8 @@ from far_scale.data.remote.unpack import compression_of
 from far_scale.data.shards.mds import STREAMING_INDEX_NAME
 from far_scale.data.shards.typed import MAX_MANIFEST_BYTES, Place, read_small
 from far_scale.data.video.find import files_below
-from far_scale.errors import UserError, say_warning
-from far_scale.files import text_lines
+from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.io import text_lines
 
 _MAX_SHARDS = 300_000  # as many as a manifest may name
 _MOST_BYTES = (1 << 32) - 1  # of an MDS file

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from far_scale.data.demo.explorer import FORWARD, LEFT, NOOP, RIGHT, TURN, Explorer
 from far_scale.data.demo.maze import Maze, map_text, wad_bytes
 from far_scale.data.video.videos import Video, read_video
-from far_scale.errors import UserError
-from far_scale.files import atomic_write
-from far_scale.randomness import generator
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import atomic_write
+from far_scale.utils.rng import generator
 
 SIZE = 64  # pixels a side
 ACTIONS = 4

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from far_scale.data.video.sources import Source
-from far_scale.errors import UserError
-from far_scale.files import atomic_write
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import atomic_write
 
 VIDEOS_NAME = "videos.jsonl"
 _END_BYTES = 1 << 16

@@ -24,8 +24,8 @@ from far_scale.data.shards.writer import SetFacts
 from far_scale.data.video.latent_files import LATENTS_SUFFIX
 from far_scale.data.video.pictures import Framing
 from far_scale.data.video.sources import Source, check_folders, describe
-from far_scale.errors import UserError
-from far_scale.files import read_json, sync_folder, write_json
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import read_json, sync_folder, write_json
 
 SETTINGS_NAME = "encoding.json"
 MAX_REJECTED = 0.01  # of all videos: a few broken ones are usual, more are a mistake

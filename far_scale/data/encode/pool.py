@@ -19,7 +19,7 @@ from tqdm import tqdm
 from far_scale.data.encode.rejects import Reject
 from far_scale.data.encode.worker import Job, Worker
 from far_scale.data.video.sources import Source
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 _POLL_SECONDS = 0.2
 _LOG_SECONDS = 30.0  # between lines of progress in a job's log, which nobody watches

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from far_scale.errors import UserError
-from far_scale.files import atomic_write
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import atomic_write
 
 REJECTED_NAME = "rejected.jsonl"
 

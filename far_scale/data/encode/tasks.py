@@ -32,7 +32,7 @@ from far_scale.data.encode.worker import Job
 from far_scale.data.shards.index import ShardIndex
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.writer import build_manifest, finished_index
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 _NAMED = 10  # of the missing shards in an error
 

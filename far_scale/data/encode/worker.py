@@ -28,7 +28,7 @@ from far_scale.data.video.latent_files import LATENTS_SUFFIX, read_latents
 from far_scale.data.video.pictures import Framing, to_pixels
 from far_scale.data.video.sources import Source
 from far_scale.data.video.videos import DEFAULT_FPS, BadVideo, Video, read_actions, read_label, read_video
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -22,7 +22,7 @@ from pathlib import Path
 from far_scale.data.remote.fetch import fetch_bytes, fetch_file, fetch_packed, pause
 from far_scale.data.remote.unpack import compression_of
 from far_scale.data.shards.typed import MAX_INDEX_BYTES
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 CACHE_BYTES = 200 * 10**9  # the limit where no recipe says another
 _NAME = re.compile(r"[0-9a-f]{64}(\.part)?")

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from far_scale.data.remote.unpack import PackedError, most_packed, unpack
-from far_scale.errors import UserError, say_warning
+from far_scale.utils.errors import UserError, say_warning
 
 T = TypeVar("T")
 ATTEMPTS = 6

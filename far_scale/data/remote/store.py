@@ -16,7 +16,7 @@ from far_scale.data.remote.unpack import compression_of
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.typed import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, read_small
-from far_scale.errors import UserError, say_warning
+from far_scale.utils.errors import UserError, say_warning
 
 PIPES_VARIABLE = "FAR_SCALE_PIPES"  # with 1 a manifest's pipe: commands are run
 

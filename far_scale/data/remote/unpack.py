@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 _PACKED = re.compile(r"\.mds\.(zstd|gz|bz2|br|snappy)")
 # Of cramjam: it has them all in one package, and writes into a buffer that does not grow.

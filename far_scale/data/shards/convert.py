@@ -17,8 +17,8 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.table import ShardTable
 from far_scale.data.shards.typed import ShardFormat
 from far_scale.data.shards.writer import finished_index, shard_entry, shard_name, write_tar
-from far_scale.errors import UserError
-from far_scale.files import atomic_write, read_json, sha256, write_json
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import atomic_write, read_json, sha256, write_json
 
 CONVERSION_NAME = "conversion.json"
 

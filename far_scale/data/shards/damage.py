@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 
 class DamagedError(UserError):

@@ -19,7 +19,7 @@ from far_scale.data.shards.index import ChannelSums, LatentSums
 from far_scale.data.shards.manifest import DTYPES, LatentDtype, Manifest
 from far_scale.data.shards.members import BadShardError, ForeignMemberError, Member
 from far_scale.data.shards.sample import Mismatch, Sample
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 
 class Scanned(NamedTuple):

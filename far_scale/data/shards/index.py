@@ -26,7 +26,7 @@ from far_scale.data.shards.typed import (
     first_problem,
     write_small,
 )
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 
 class IndexRow(NamedTuple):

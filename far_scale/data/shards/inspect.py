@@ -18,8 +18,8 @@ from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.mds import STREAMING_INDEX_NAME, has_streaming_index, write_streaming_index
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.table import ShardTable
-from far_scale.errors import UserError
-from far_scale.files import atomic_write
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import atomic_write
 
 _CLASSES = 10  # that are named
 

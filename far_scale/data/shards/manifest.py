@@ -42,7 +42,7 @@ from far_scale.data.shards.typed import (
     read_small,
     write_small,
 )
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 LatentDtype = Literal["bfloat16", "float16", "float32"]  # float32 of adopted sets alone: encoding rounds

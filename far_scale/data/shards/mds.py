@@ -26,8 +26,8 @@ from far_scale.data.shards.index import IndexRow
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.members import KEY_PATTERN, BadShardError, ForeignMemberError, Member, MemberWalk
 from far_scale.data.shards.typed import MAX_MANIFEST_BYTES, read_small
-from far_scale.errors import UserError
-from far_scale.files import write_json
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import write_json
 
 STREAMING_INDEX_NAME = "index.json"
 COLUMNS = {"__key__": "str", "json": "bytes", "safetensors": "bytes"}  # the writer of the library sorts them by name

@@ -20,7 +20,7 @@ from far_scale.data.shards.mds import MdsWalk
 from far_scale.data.shards.members import BadShardError, ForeignMemberError, Member, MemberWalk
 from far_scale.data.shards.tar import TarWalk
 from far_scale.data.shards.typed import MAX_HEADER_BYTES, MAX_JSON_BYTES, MAX_TENSORS_BYTES
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 _TENSOR_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
 

@@ -32,9 +32,9 @@ from far_scale.data.shards.sample import (
     parse_header,
     view,
 )
-from far_scale.errors import UserError
-from far_scale.files import sha256
-from far_scale.recipe_frames import fewest
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import sha256
+from far_scale.data.frame_counts import fewest
 
 T = TypeVar("T")
 _OPEN_SHARDS = 128  # of a rank: each lane's shuffle window may stretch over a few

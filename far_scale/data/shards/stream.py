@@ -11,7 +11,7 @@ from pathlib import Path
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.members import BadShardError, ForeignMemberError
 from far_scale.data.shards.sample import Mismatch, Sample, from_members, members_of, walk
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 
 def stream(source: str | Path | Sequence[str]) -> Iterator[Sample]:

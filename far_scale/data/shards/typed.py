@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
-from far_scale.errors import UserError
-from far_scale.files import atomic_write
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import atomic_write
 
 # Limits that are kept before anything is read or allocated, each far above what our own writer makes.
 MAX_MANIFEST_BYTES = 1 << 27  # 300,000 shards

@@ -15,8 +15,8 @@ from far_scale.data.shards.members import KEY_PATTERN
 from far_scale.data.shards.sample import Sample, index_shard, to_members
 from far_scale.data.shards.table import ShardEntry, ShardTable
 from far_scale.data.shards.typed import MAX_JSON_BYTES, MAX_TENSORS_BYTES, ShardFormat
-from far_scale.errors import UserError
-from far_scale.files import atomic_write, sha256
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import atomic_write, sha256
 
 
 def shard_name(number: int, shard_format: ShardFormat = "tar") -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from far_scale.data.video import matroska, mp4
 from far_scale.data.video.container_file import Cut, Damaged, File, Said
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 _MAY_BE_MISSING = 2  # frames: some programs that write AVI count one too many, or one that repeats the last
 _DEEPEST = 8  # lists in lists of an AVI; there are 3

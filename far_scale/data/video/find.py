@@ -9,7 +9,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from far_scale.errors import UserError, say_warning
+from far_scale.utils.errors import UserError, say_warning
 
 _MOVIES = (
     "mp4 m4v mov qt 3gp 3g2 f4v avi divx mkv mk3d webm ogv flv wmv asf mpg mpeg mpe m1v m2v vob ts m2t mts m2ts mxf"

@@ -11,7 +11,7 @@ from far_scale.data.shards.manifest import DTYPES
 from far_scale.data.shards.sample import Mismatch
 from far_scale.data.shards.torch_file import BrokenFileError, load_torch, plain_tensor
 from far_scale.data.video.videos import BadVideo, check_readable
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 LATENTS_SUFFIX = ".pt"
 

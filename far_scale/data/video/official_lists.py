@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 
 MAX_LIST_BYTES = 1 << 30  # a million videos take some 200 MB
 _KINDS = ("video_path", "latent_path")

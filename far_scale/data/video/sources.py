@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from far_scale.data.video.find import SUFFIXES, find_videos
 from far_scale.data.video.official_lists import is_path, label_number, read_official_list
 from far_scale.data.video.videos import read_label
-from far_scale.errors import UserError, say_warning
-from far_scale.files import read_text, text_lines
+from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.io import read_text, text_lines
 
 OFFICIAL_LIST = ".json"
 LISTS = frozenset((".jsonl", ".csv", OFFICIAL_LIST))

@@ -23,8 +23,8 @@ from far_scale.data.video.containers import BadVideo, check_readable
 from far_scale.data.video.decode import DEFAULT_FPS, Kept, Shrink, as_file, decode
 from far_scale.data.video.find import SUFFIXES as SUFFIXES
 from far_scale.data.video.find import find_videos as find_videos
-from far_scale.errors import UserError
-from far_scale.files import atomic_write
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import atomic_write
 
 _FRAMES = ("frames", "video")  # in an .npz file: ours, TECO's
 

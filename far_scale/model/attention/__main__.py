@@ -7,7 +7,7 @@ import argparse
 
 import torch
 
-from far_scale.errors import UserError, command_line
+from far_scale.utils.errors import UserError, command_line
 from far_scale.model.attention import choose
 from far_scale.model.attention.choice import kernel
 from far_scale.model.attention.install import LIBRARIES, Machine, advice

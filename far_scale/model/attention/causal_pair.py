@@ -25,7 +25,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from far_scale.layout import Order
+from far_scale.model.layout import Order
 from far_scale.model.attention.kernel import Kernel
 
 

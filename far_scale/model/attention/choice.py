@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from far_scale.errors import UserError
+from far_scale.utils.errors import UserError
 from far_scale.model.attention import (
     cpu,
     dense,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from far_scale.layout import Spans
+from far_scale.model.layout import Spans
 from far_scale.model.attention.kernel import not_this_dtype
 
 NAME, PACKAGE, INSTALL = "cpu", "torch", ""

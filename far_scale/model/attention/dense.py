@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from far_scale.layout import Order, Prefix
+from far_scale.model.layout import Order, Prefix
 
 NAME = "dense"
 

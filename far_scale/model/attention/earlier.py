@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from far_scale.layout import Prefix
+from far_scale.model.layout import Prefix
 
 
 class Earlier(NamedTuple):

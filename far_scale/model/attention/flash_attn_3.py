@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from far_scale.layout import Spans
+from far_scale.model.layout import Spans
 from far_scale.model.attention.install import FLASH_ATTN_3_COMMAND
 from far_scale.model.attention.kernel import GpuNeeds, why_not_importable
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from far_scale.layout import Spans
+from far_scale.model.layout import Spans
 from far_scale.model.attention.install import flash_attn_4_command
 from far_scale.model.attention.kernel import GpuNeeds, compute_capability, why_not_importable
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from far_scale.layout import FrameGroup, Order, Prefix
+from far_scale.model.layout import FrameGroup, Order, Prefix
 from far_scale.model.attention.kernel import GpuNeeds
 
 NAME = "flex"

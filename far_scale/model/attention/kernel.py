@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from far_scale.layout import Spans
+from far_scale.model.layout import Spans
 
 NOT_INSTALLED = "not installed"
 

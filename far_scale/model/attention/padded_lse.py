@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from far_scale.layout import Spans
+from far_scale.model.layout import Spans
 
 
 @functools.lru_cache(maxsize=64)  # a layer asks for the same as the layer before

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from far_scale.layout import Spans
+from far_scale.model.layout import Spans
 from far_scale.model.attention.kernel import GpuNeeds
 
 NAME, PACKAGE, INSTALL = "torch-varlen", "torch", ""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from far_scale.layout import Spans
+from far_scale.model.layout import Spans
 from far_scale.model.attention import padded_lse
 from far_scale.model.attention.install import xformers_command
 from far_scale.model.attention.kernel import GpuNeeds, compute_capability, dotted, why_not_importable

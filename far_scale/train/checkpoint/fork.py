@@ -6,11 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-from far_scale.errors import UserError
-from far_scale.recipe import load_recipe
+from far_scale.utils.errors import UserError
+from far_scale.config.recipe import load_recipe
 from far_scale.train.checkpoint.folders import damage, point_at
-from far_scale.train.faults.events import Events
-from far_scale.train.monitor import lines_up_to
+from far_scale.utils.event_log import Events
+from far_scale.train.metrics import lines_up_to
 from far_scale.train.run_dir import latest_step, step_folder
 
 

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from far_scale.errors import UserError
-from far_scale.pickles import Record, RecordUnpickler
+from far_scale.utils.errors import UserError
+from far_scale.utils.pickles import Record, RecordUnpickler
 
 METADATA_FILE = ".metadata"
 # Of PyTorch 2.9 and later, on Python 3.10 and later; some Pythons pickle an enum's member as getattr(class, name).

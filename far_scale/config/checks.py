@@ -1,0 +1,219 @@
+"""Combinations of keys that cannot work, and a curriculum's stages as whole sections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from far_scale.data.remote.fetch import is_remote
+from far_scale.utils.errors import UserError
+from far_scale.config.deepspeed_keys import deepspeed_conflicts
+from far_scale.data.frame_counts import clip_tokens, fewest, most
+from far_scale.config.schema import DataSection, ModelSection, StageSection, places
+
+if TYPE_CHECKING:
+    from far_scale.config.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class StageSections:
+    """One stage with all that it takes over from the recipe.
+
+    Attributes:
+        number: of the stage, from 1; 0 where the recipe has no curriculum.
+        stage: what the recipe gives for it.
+        model: the recipe's, with the stage's window.
+        data: the recipe's, with all that the stage gives in its place.
+    """
+
+    number: int
+    stage: StageSection
+    model: ModelSection
+    data: DataSection
+
+    def key(self, section: str, name: str) -> str:
+        """The key that decided `section.name` here: the stage's own, or the recipe's."""
+        own = name in StageSection.model_fields and getattr(self.stage, name) is not None
+        return f"curriculum.{self.number}.{name}" if own and self.number else f"{section}.{name}"
+
+
+def stage_sections(recipe: Recipe) -> list[StageSections]:
+    """The stages of a recipe; one without a curriculum is one stage."""
+    if not recipe.curriculum:
+        stage = StageSection(steps=recipe.train.steps)
+        return [StageSections(0, stage, recipe.model, recipe.data)]
+    found = []
+    for number, stage in enumerate(recipe.curriculum, start=1):
+        given = {name: getattr(stage, name) for name in ("frames", "shards", "latent_shape")}
+        own = {name: value for name, value in given.items() if value is not None}
+        if stage.clips_per_pack is not None or stage.tokens_per_pack is not None:
+            own |= {"clips_per_pack": stage.clips_per_pack, "tokens_per_pack": stage.tokens_per_pack}
+        window = stage.window or recipe.model.window
+        model = recipe.model.model_copy(update={"window": window})
+        found.append(StageSections(number, stage, model, recipe.data.model_copy(update=own)))
+    return found
+
+
+def impossible(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every combination of keys that cannot work, as the key to mend and what is wrong."""
+    yield from _impossible_model(recipe)
+    yield from deepspeed_conflicts(recipe)
+    yield from _impossible_objective(recipe)
+    yield from _impossible_curriculum(recipe)
+    for stage in stage_sections(recipe):
+        yield from _impossible_stage(stage)
+        yield from _impossible_source(stage)
+    yield from _impossible_sample(recipe)
+    yield from _impossible_validation(recipe)
+
+
+def _impossible_model(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    model, optimizer, train = recipe.model, recipe.optimizer, recipe.train
+    if model.condition == "none" and model.classes:
+        yield "model.classes", f"{model.classes} classes, but model.condition is none; set it to label or action"
+    if model.condition != "none" and not model.classes:
+        yield (
+            "model.classes",
+            f"0 classes, but model.condition is {model.condition}; set the number of {model.condition}s",
+        )
+    if model.context_patch % model.patch:
+        yield (
+            "model.context_patch",
+            f"{model.context_patch} is no multiple of model.patch, {model.patch}; set it to 0, {4 * model.patch} or so",
+        )
+    if model.context_patch and not model.causal:
+        yield (
+            "model.context_patch",
+            f"{model.context_patch}, but with model.causal false all frames are denoised together and none is context; "
+            "set it to 0",
+        )
+    if optimizer.warmup_steps > train.steps:
+        yield (
+            "optimizer.warmup_steps",
+            f"{optimizer.warmup_steps} is more than train.steps, {train.steps}; lower the one or raise the other",
+        )
+
+
+def _impossible_objective(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    objective = recipe.objective
+    if objective.clean_frame_ratio and not recipe.model.causal:
+        yield (
+            "objective.clean_frame_ratio",
+            f"{objective.clean_frame_ratio:g}, but with model.causal false all frames of a clip have one timestep; "
+            "set it to 0",
+        )
+    elif objective.context_noise and not objective.clean_frame_ratio:
+        yield (
+            "objective.context_noise",
+            f"{objective.context_noise:g}, but objective.clean_frame_ratio is 0, so no frame is given clean; set it "
+            "to 0",
+        )
+
+
+def _impossible_curriculum(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    steps = sum(stage.steps for stage in recipe.curriculum)
+    if recipe.curriculum and steps != recipe.train.steps:
+        yield (
+            "train.steps",
+            f"{recipe.train.steps} is not the sum of the stages' steps, {steps}; set it to null or make them agree",
+        )
+    names: dict[str, int] = {}
+    for number, stage in enumerate(recipe.curriculum, start=1):
+        name = stage.name or f"stage-{number}"
+        if names.setdefault(name, number) != number:
+            yield f"curriculum.{number}.name", f"{name!r} is stage {names[name]}'s name already; choose another"
+
+
+def _impossible_stage(sections: StageSections) -> Iterator[tuple[str, str]]:
+    model, data, key = sections.model, sections.data, sections.key
+    channels, height, width = data.latent_shape
+    if channels != model.channels:
+        yield (
+            key("data", "latent_shape"),
+            f"{channels} channels, but model.channels is {model.channels}; make them equal",
+        )
+    patches_fit = True
+    for name, patch in (("patch", model.patch), ("context_patch", model.context_patch)):
+        if patch and (height % patch or width % patch):
+            patches_fit = False
+            yield f"model.{name}", f"{patch} does not divide the latent's {height} x {width}; choose a divisor of both"
+    longest = most(data.frames)
+    if longest > model.window and not model.context_patch:
+        yield (
+            key("data", "frames"),
+            f"{longest} frames do not fit model.window, {model.window}; lower the one or raise the other, "
+            "or set model.context_patch for a model that sees older frames coarsely",
+        )
+        return
+    if (data.clips_per_pack is None) == (data.tokens_per_pack is None):
+        both = "both are" if data.clips_per_pack is not None else "neither is"
+        yield (
+            key("data", "tokens_per_pack"),
+            f"one of clips_per_pack and tokens_per_pack fills the packs, but {both} set; give one, null for the other",
+        )
+    elif data.tokens_per_pack is not None and patches_fit:
+        tokens = clip_tokens(longest, model.window, model.patch, model.context_patch, height, width)
+        if tokens > data.tokens_per_pack:
+            yield (
+                key("data", "tokens_per_pack"),
+                f"a clip of {fewest(data.frames)} to {longest} frames may have {tokens} tokens, more than the "
+                f"{data.tokens_per_pack} of a pack; raise it to {tokens} at least, or lower "
+                f"{key('data', 'frames')}",
+            )
+
+
+def _impossible_source(sections: StageSections) -> Iterator[tuple[str, str]]:
+    data, key = sections.data, sections.key("data", "shards")
+    try:
+        far = any([is_remote(where) for where in places(data.shards)])
+    except UserError as problem:  # a URL of an unknown kind
+        yield key, str(problem)
+        return
+    if far and data.cache_dir is None:
+        yield key, "it is far away and comes through a cache; set data.cache_dir to a folder on the nodes' own disks"
+    if (far or data.stage_local is not None) and data.prefetch_gb > data.cache_gb:
+        yield "data.prefetch_gb", f"{data.prefetch_gb:g} is more than data.cache_gb, {data.cache_gb:g}; lower it"
+
+
+def _impossible_sample(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    model, data, sample = recipe.model, recipe.data, recipe.sample
+    longest = most(data.frames)
+    if sample.frames is None and sample.given >= longest:
+        yield (
+            "sample.given",
+            f"{sample.given} given frames leave none of data.frames, {longest}, to predict; lower it, "
+            "or set sample.frames",
+        )
+    if sample.given + (sample.frames or 0) > model.window and not model.context_patch:
+        yield (
+            "sample.frames",
+            f"{sample.given} given and {sample.frames} predicted frames do not fit model.window, {model.window}, "
+            "of a model without context; lower it",
+        )
+    if sample.context_noise and not model.causal:
+        yield (
+            "sample.context_noise",
+            f"{sample.context_noise:g}, but with model.causal false all frames are sampled together; set it to 0",
+        )
+    if sample.guidance != 1 and not (model.classes and model.condition_dropout):
+        yield (
+            "sample.guidance",
+            f"{sample.guidance} needs a model trained with a condition and with condition_dropout above 0; set it to 1",
+        )
+
+
+def _impossible_validation(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.validation is None:
+        return
+    where, key = recipe.held_out_shards(), "validation.shards"
+    if where is None:
+        yield key, "neither this key nor sample.shards names a held-out shard set; set one of them"
+        return
+    try:
+        remote = is_remote(where)
+    except UserError as problem:  # a URL of an unknown kind
+        yield key, str(problem)
+        return
+    if remote and recipe.data.cache_dir is None:
+        yield key, "it is remote and comes through a cache; set data.cache_dir to a folder on the nodes' own disks"

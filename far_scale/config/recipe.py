@@ -1,0 +1,261 @@
+"""The typed recipe: everything a training run is told. `python -m far_scale.config.recipe` prints all keys.
+
+A recipe is a YAML file that may extend another (`extends: NAME`); `key.sub=value` overrides it on the command line.
+A wrong one is refused before any work, in one line with file, line, key and mend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from far_scale.utils.errors import UserError, command_line
+from far_scale.utils.io import atomic_write
+from far_scale.config.checks import impossible
+from far_scale.data.frame_counts import most
+from far_scale.config.reference import explain, reference
+from far_scale.config.schema import (
+    CheckpointSection,
+    DataSection,
+    FaultsSection,
+    LogSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    SampleSection,
+    Section,
+    Shards,
+    StageSection,
+    TrainSection,
+    ValidationSection,
+    shares,
+)
+from far_scale.config.yaml_loader import read_document
+
+if TYPE_CHECKING:
+    from far_scale.model import FARConfig
+
+
+class Recipe(Section):
+    """A whole training run."""
+
+    name: str
+    """The run's name; not inherited by extends: without it, the file's name."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """Seed of all randomness: weights, order of samples, noise, timesteps, dropout."""
+    run_dir: str = Field(default="runs/{name}", validate_default=True)
+    """Folder for all that the run writes; {name} stands for the name."""
+    model: ModelSection
+    data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection
+    train: TrainSection
+    checkpoint: CheckpointSection
+    faults: FaultsSection = FaultsSection()
+    log: LogSection
+    sample: SampleSection
+    validation: ValidationSection | None = None
+    curriculum: Annotated[tuple[StageSection, ...], Field(strict=False)] = ()
+    """Stages that are trained one after another; without any, the whole run is one."""
+
+    @field_validator("run_dir")
+    @classmethod
+    def _put_name(cls, run_dir: str, info: ValidationInfo) -> str:
+        return run_dir.replace("{name}", str(info.data.get("name")))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_steps(cls, values: Any) -> Any:
+        """With a curriculum train.steps may be left out."""
+        train, stages = values.get("train"), values.get("curriculum")
+        if isinstance(train, dict) and train.get("steps") is None and isinstance(stages, list) and stages:
+            steps = [stage.get("steps") if isinstance(stage, dict) else None for stage in stages]
+            # Steps that are no number are told by the stage's own check.
+            total = max(1, sum(count for count in steps if type(count) is int))
+            return {**values, "train": {**train, "steps": total}}
+        return values
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Recipe:
+        for key, problem in impossible(self):
+            raise PydanticCustomError("impossible", "{problem}", {"key": key, "problem": problem})
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_validation(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without validation is written as before there was any."""
+        values: dict[str, Any] = serialize(self)
+        if self.validation is None:
+            values.pop("validation", None)
+        return values
+
+    def far_config(self) -> FARConfig:
+        """The model's configuration (a curriculum's stage may have another window)."""
+        return self.model.far_config()
+
+    def sample_frames(self) -> int:
+        """Frames to predict in evaluation, after the given ones."""
+        return self.sample.frames or most(self.data.frames) - self.sample.given
+
+    def held_out_shards(self) -> str | None:
+        """Where the held-out shard set of validation lies; None without validation."""
+        return None if self.validation is None else self.validation.shards or self.sample.shards
+
+    def resolved_yaml(self) -> str:
+        """This recipe as one YAML text that needs no other file; load_recipe reads it back as an equal recipe."""
+        values = self.model_dump(mode="json")
+        if self.model.preset is not None:
+            # Only where they differ from the preset, so that a preset laid over the resolved recipe still counts.
+            preset = ModelSection.model_validate({"preset": self.model.preset})
+            for key in ("layers", "heads"):
+                if values["model"][key] == getattr(preset, key):
+                    del values["model"][key]
+        return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120)
+
+    def hash(self) -> str:
+        """SHA-256 of `result_values`."""
+        values = self.result_values()
+        return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def result_values(self) -> dict[str, Any]:
+        """All keys that change the trained weights (beyond rounding): not names, folders, logs, sampling or
+        validation, nor how it is computed (ZeRO, activation checkpointing, compiler, attention kernel)."""
+        values = self.model_dump(
+            mode="json",
+            exclude={
+                "name": True,
+                "run_dir": True,
+                "checkpoint": True,
+                "faults": True,
+                "log": True,
+                "sample": True,
+                "validation": True,
+                "model": {"preset"},
+                "data": {
+                    "shards",
+                    "prefetch",
+                    "cache_dir",
+                    "stage_local",
+                    "cache_gb",
+                    "prefetch_gb",
+                    "max_damaged_samples",
+                },
+                "curriculum": {"__all__": {"name", "shards"}},
+                "train": {
+                    "zero_stage",
+                    "whole_below",
+                    "deepspeed",
+                    "reduce_once",
+                    "activation_checkpointing",
+                    "compile",
+                    "attention",
+                },
+            },
+        )
+        # How sets are mixed changes the result, whatever their folders are called.
+        mixed: list[tuple[dict[str, Any], Shards | None]] = [(values["data"], self.data.shards)]
+        mixed += [(values["curriculum"][index], stage.shards) for index, stage in enumerate(self.curriculum)]
+        for section, shards in mixed:
+            if isinstance(shards, tuple):
+                section["weights"] = shares(shards)
+        _drop_later_keys(values)
+        if self.train.deepspeed is not None and (quantised := self.train.deepspeed.of_result()):
+            values["train"]["deepspeed"] = quantised
+        if self.faults.spikes == "skip":
+            values["faults"] = {"spike_deviations": self.faults.spike_deviations}
+        return values
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved YAML to `path`, atomically."""
+        with atomic_write(path) as beside:
+            beside.write_text(self.resolved_yaml(), encoding="utf-8")
+
+
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path_or_name: a file, or a bare name looked up in ./recipes and in the recipes/ folder beside the package.
+        overrides: `key.sub=value`, the value written as in YAML; later ones win.
+
+    Raises:
+        UserError: one line with file, line, key and mend for all that is wrong.
+    """
+    document = read_document(path_or_name, overrides)
+    try:
+        return Recipe.model_validate(document.values)
+    except ValidationError as error:
+        raise explain(error, document, Recipe) from None
+
+
+def check_ranks(recipe: Recipe, ranks: int) -> None:
+    """Refuse a number of ranks (processes) that does not divide the lanes.
+
+    Raises:
+        UserError: lists the numbers that do, and numbers of lanes that these ranks could share.
+    """
+    lanes = recipe.data.lanes
+    if lanes % ranks:
+        divisors = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+        near = " or ".join(str(n) for n in (lanes // ranks * ranks, (lanes // ranks + 1) * ranks) if n)
+        raise UserError(
+            f"{recipe.name}: data.lanes: {lanes} lanes cannot be shared evenly by {ranks} ranks; "
+            f"start one of {divisors} ranks, or set data.lanes to a multiple of {ranks}, such as {near} (a run "
+            "that has checkpoints takes another number of lanes with --accept-changes)"
+        )
+
+
+def _drop_later_keys(values: dict[str, Any]) -> None:
+    """Take keys that version 0.1 did not have out of a recipe's values where they change nothing.
+
+    So a recipe that does without them keeps the hash that its checkpoints carry.
+    """
+    without: dict[str, dict[str, Any]] = {
+        "model": {"context_patch": 0, "causal": True},
+        "data": {"tokens_per_pack": None},
+        "objective": {"context_noise": 0},
+        "train": {"start_from": None},
+    }
+    for section, keys in without.items():
+        for key, value in keys.items():
+            if values[section][key] == value:
+                del values[section][key]
+    if not values["curriculum"]:
+        del values["curriculum"]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block sections, but short lists such as betas on one line."""
+
+
+def _write_list(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
+    short = not any(isinstance(value, dict) for value in values)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=short)
+
+
+_Dumper.add_representer(list, _write_list)
+
+
+@command_line
+def main() -> None:
+    """Print the reference of all keys."""
+    print(f"The keys of a recipe:\n{reference(Recipe)}")
+
+
+if __name__ == "__main__":
+    main()

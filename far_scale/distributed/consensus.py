@@ -1,0 +1,61 @@
+"""What all ranks find out together at the end of a step, so that they go on alike."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from far_scale.distributed.ledger import phase
+from far_scale.distributed.signals import StopSignals
+from far_scale.distributed.process_group import Processes
+
+
+class Outcome(NamedTuple):
+    """Of a vote, the same on every rank.
+
+    Attributes:
+        stop: some rank was asked to stop.
+        saving: some rank is still writing a checkpoint.
+        damaged: some rank's packs are without clips that were damaged.
+        save_due: by some rank's clock it is time for a checkpoint.
+    """
+
+    stop: bool
+    saving: bool
+    damaged: bool
+    save_due: bool
+
+
+class Vote:
+    """A vote of all ranks, over the hosts' own group: it goes on beside the step that the device computes.
+
+    Args:
+        signals: what may ask this process to stop, or None.
+        processes: who votes.
+    """
+
+    def __init__(self, signals: StopSignals | None, processes: Processes) -> None:
+        self._signals, self._group = signals, processes.host_group
+        self._running: tuple[torch.Tensor, dist.Work] | None = None
+
+    def begin(self, saving: bool, damaged: bool, save_due: bool = False) -> None:
+        """Begin to vote.
+
+        Args:
+            saving: whether this rank still writes a checkpoint.
+            damaged: whether this rank's packs of the step are without clips that were damaged.
+            save_due: whether it is time for a checkpoint, by this rank's clock.
+        """
+        stop = self._signals is not None and self._signals.wanted is not None
+        flags = torch.tensor([int(stop), int(saving), int(damaged), int(save_due)])
+        with phase("vote"):
+            self._running = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def outcome(self) -> Outcome:
+        """Of the vote that was begun last."""
+        assert self._running is not None, "begin first"
+        flags, work = self._running
+        work.wait()
+        return Outcome(*map(bool, flags.tolist()))

@@ -1,0 +1,228 @@
+"""What each rank finds on its node before training starts, and which ranks it speaks against."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import far_scale
+from far_scale.config.recipe import Recipe
+from far_scale.health.gemm_probe import KnownProduct
+from far_scale.utils.ranks import rank_list, ranks_on_hosts
+
+FAR_FROM_MEDIAN = 2.0
+"""How many times worse than the median of all ranks a rank is told, or refused for memory that others hold."""
+
+_BATCHES = 100  # of the known product: long enough for a GPU to leave its resting clock
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank found.
+
+    Attributes:
+        rank: its number.
+        host: the node it runs on.
+        device: the device's name.
+        kind: cuda or cpu.
+        free_memory, total_memory: bytes on the device; for a CPU of the host's main memory.
+        fault: what is wrong with the device, None where it calculates rightly.
+        flops: FLOP/s of the known product.
+        free_disk: bytes free for the run directory, and for checkpoint.local_dir where there is one, by recipe key.
+        code: SHA-256 over the package's sources.
+        recipe: SHA-256 over the recipe.
+        versions: of Python and the libraries.
+    """
+
+    rank: int
+    host: str
+    device: str
+    kind: str
+    free_memory: int
+    total_memory: int
+    fault: str | None
+    flops: float
+    free_disk: dict[str, int]
+    code: str
+    recipe: str
+    versions: dict[str, str]
+
+
+def examine(rank: int, host: str, device: torch.device, dtype: torch.dtype, recipe: Recipe) -> RankReport:
+    """Examine this rank's node: about half a second.
+
+    Args:
+        dtype: that training computes in.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    fault, flops = None, 0.0
+    try:
+        free, total = _memory(device)
+        product = KnownProduct(device, dtype)
+        if product.is_right():
+            flops = product.flops / product.seconds(_BATCHES)
+        else:
+            fault = "a matrix product of small whole numbers came out wrong"
+    except RuntimeError as error:  # what CUDA's errors are
+        free = total = 0
+        fault = str(error).splitlines()[0]
+    folders = {"run_dir": recipe.run_dir, "checkpoint.local_dir": recipe.checkpoint.local_dir}
+    return RankReport(
+        rank=rank,
+        host=host,
+        device=name,
+        kind=device.type,
+        free_memory=free,
+        total_memory=total,
+        fault=fault,
+        flops=flops,
+        free_disk={key: _free_disk(Path(folder)) for key, folder in folders.items() if folder is not None},
+        code=code_hash(Path(far_scale.__file__).parent),
+        recipe=hashlib.sha256(json.dumps(common_values(recipe), sort_keys=True).encode()).hexdigest(),
+        versions={
+            "Python": ".".join(platform.python_version_tuple()[:2]),
+            "torch": torch.__version__,
+            "deepspeed": importlib.metadata.version("deepspeed"),
+        },
+    )
+
+
+def refusals(reports: Sequence[RankReport], checkpoint_bytes: int) -> list[str]:
+    """What must not start, a text with its mend for each; empty where all is well.
+
+    Whoever differs from most ranks is named; where none are the most, whoever differs from the lowest rank.
+
+    Args:
+        reports: of all ranks, by rank.
+        checkpoint_bytes: what one checkpoint takes.
+    """
+    hosts = [report.host for report in reports]
+    texts = []
+    for report in reports:
+        if report.fault is not None:
+            texts.append(f"rank {report.rank} on {report.host} ({report.device}): {report.fault}; {_exclude([report])}")
+    for report in _short_of_memory(reports):
+        texts.append(
+            f"rank {report.rank} on {report.host} ({report.device}): only {report.free_memory / 1e9:.1f} of "
+            f"{report.total_memory / 1e9:.1f} GB are free; end what holds the rest, or {_exclude([report])}"
+        )
+    texts += _short_of_disk(reports, checkpoint_bytes)
+    texts += _odd_ones(
+        reports, hosts, "the code of far_scale", lambda report: report.code[:12], "install the same on all nodes"
+    )
+    texts += _odd_ones(
+        reports, hosts, "the recipe", lambda report: report.recipe[:12], "start all ranks with the same recipe and keys"
+    )
+    for library in reports[0].versions:
+        texts += _odd_ones(
+            reports,
+            hosts,
+            library,
+            lambda report, library=library: report.versions[library],  # type: ignore[misc]
+            "use the same environment on all nodes",
+        )
+    return texts
+
+
+def slow_devices(reports: Sequence[RankReport]) -> list[RankReport]:
+    """The ranks whose known product is far slower than the median."""
+    middle = upper_median([report.flops for report in reports])
+    return [report for report in reports if report.flops < middle / FAR_FROM_MEDIAN]
+
+
+def upper_median(values: Sequence[float]) -> float:
+    """The median; the greater of two in the middle, so that of two ranks the better one is the measure."""
+    return sorted(values)[len(values) // 2]
+
+
+def common_values(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe must be the same on all ranks: all but folders that may lie on a node's own disk."""
+    return recipe.model_dump(
+        mode="json",
+        exclude={
+            "data": {"shards", "cache_dir", "stage_local"},
+            "curriculum": {"__all__": {"shards"}},
+            "checkpoint": {"local_dir"},
+        },
+    )
+
+
+def code_hash(package: Path) -> str:
+    """SHA-256 over names and bytes of the Python files in `package`."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0")
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free, total = (int(lines[key].split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
+    return free, total
+
+
+def _free_disk(folder: Path) -> int:
+    """Bytes free where `folder` is, or will be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _exclude(reports: Sequence[RankReport]) -> str:
+    hosts = ",".join(dict.fromkeys(report.host for report in reports))
+    return f"leave the node out: sbatch --exclude={hosts}"
+
+
+def _short_of_memory(reports: Sequence[RankReport]) -> list[RankReport]:
+    """GPUs of which others hold far more than is usual. Main memory serves others by right and is only told."""
+    sound = [report for report in reports if report.kind == "cuda" and report.fault is None]
+    if not sound:
+        return []
+    middle = upper_median([report.free_memory / report.total_memory for report in sound])
+    return [report for report in sound if report.free_memory / report.total_memory < middle / FAR_FROM_MEDIAN]
+
+
+def _short_of_disk(reports: Sequence[RankReport], checkpoint_bytes: int) -> list[str]:
+    a_host = Counter(report.host for report in reports)
+    short: dict[str, dict[str, float]] = {}
+    for report in reports:
+        for key, free in report.free_disk.items():
+            # A node's own checkpoints hold its own ranks' parts.
+            share = 1.0 if key == "run_dir" else a_host[report.host] / len(reports)
+            if free < share * checkpoint_bytes:
+                short.setdefault(key, {})[report.host] = share * checkpoint_bytes
+    texts = []
+    for key, needs in short.items():
+        where = "all nodes" if len(needs) == len(a_host) else ", ".join(needs)
+        free = min(report.free_disk[key] for report in reports if report.host in needs)
+        texts.append(
+            f"{key}: on {where} a checkpoint needs {max(needs.values()) / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; "
+            f"free some, or set another {key}"
+        )
+    return texts
+
+
+def _odd_ones(
+    reports: Sequence[RankReport], hosts: Sequence[str], what: str, of: Callable[[RankReport], str], mend: str
+) -> list[str]:
+    groups: dict[str, list[int]] = {}
+    for report in reports:
+        groups.setdefault(of(report), []).append(report.rank)
+    if len(groups) == 1:
+        return []
+    usual = max(groups, key=lambda value: len(groups[value]))  # of equals the first, which holds the lowest rank
+    odd = ", ".join(f"{value} on {ranks_on_hosts(ranks, hosts)}" for value, ranks in groups.items() if value != usual)
+    return [f"{what} is not the same everywhere: {odd}, but {usual} on {rank_list(groups[usual])}; {mend}"]

@@ -1,0 +1,148 @@
+"""The start-up check of the nodes: names a bad one before training starts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from far_scale.utils.errors import UserError, say_error
+from far_scale.utils.hosts import host_name
+from far_scale.model import FAR
+from far_scale.config.recipe import Recipe
+from far_scale.train.changes import flat
+from far_scale.distributed import meeting
+from far_scale.utils.event_log import Events
+from far_scale.distributed.exit_codes import REFUSED
+from far_scale.health.bandwidth import BETWEEN, INSIDE, Links, measure_links
+from far_scale.distributed.meeting import StuckError, meet
+from far_scale.health.node_check import (
+    FAR_FROM_MEDIAN,
+    RankReport,
+    common_values,
+    examine,
+    refusals,
+    slow_devices,
+    upper_median,
+)
+from far_scale.utils.ranks import rank_list, ranks_by_host, ranks_on_hosts
+from far_scale.distributed.process_group import Processes, gather
+
+
+def check_nodes(recipe: Recipe, processes: Processes, dtype: torch.dtype, events: Events, step: int) -> list[str]:
+    """Examine all ranks' nodes and the links between them, all ranks together; print a line for each node.
+
+    A few seconds: half a second for the node, one or two for the links, and NCCL's first contact, which would
+    otherwise come with the first step.
+
+    Args:
+        dtype: that training computes in.
+        step: steps done before, for the events.
+
+    Returns:
+        Every rank's host, by rank.
+
+    Raises:
+        UserError: on all ranks alike: a device calculates wrongly or is full, a disk is full, or the ranks do not all
+            have the same code, recipe and versions. Names the ranks, their nodes and the mend.
+    """
+    hosts = gather(host_name(), processes.host_group)
+    report = examine(processes.rank, hosts[processes.rank], processes.device, dtype, recipe)
+    try:
+        meet(processes, "the examination of its node", meeting.STUCK_SECONDS)
+    except StuckError as error:
+        _end(error, hosts)
+    reports: list[RankReport] = gather(report, processes.host_group)
+    problems = refusals(reports, checkpoint_bytes(recipe))
+    if len({report.recipe for report in reports}) > 1:
+        keys = _different_keys(gather(common_values(recipe), processes.host_group))
+        problems.append(f"the keys that differ: {', '.join(keys)}")
+    if problems:
+        raise UserError(f"{recipe.name}: start-up check: {'; '.join(problems)}")
+    try:
+        links = measure_links(processes, hosts)
+    except StuckError as error:
+        _end(error, hosts)
+    if processes.main:
+        for line in node_table(reports, links):
+            print(line, flush=True)
+        for text, slow in slow_nodes(reports, links):
+            on = sorted({hosts[rank] for rank in slow})
+            events.tell("node", step, f"start-up check: {text}", ranks=slow, hosts=on)
+        nodes = {host: rank_list(ranks) for host, ranks in ranks_by_host(hosts).items()}
+        text = f"start-up check: nodes: {len(nodes)}, ranks: {len(hosts)}, all usable"
+        events.tell("nodes", step, text, nodes=nodes)
+    return hosts
+
+
+def slow_nodes(reports: Sequence[RankReport], links: Links) -> list[tuple[str, list[int]]]:
+    """What is much slower than elsewhere: a text, and the ranks it is about."""
+    hosts = [report.host for report in reports]
+    found = []
+    slow = [report.rank for report in slow_devices(reports)]
+    if slow:
+        middle = upper_median([report.flops for report in reports]) / 1e12
+        worst = min(reports[rank].flops for rank in slow) / 1e12
+        found.append(
+            (f"{ranks_on_hosts(slow, hosts)} calculates at {worst:.3g} TFLOP/s, the median is {middle:.3g}", slow)
+        )
+    for kind, speeds in links.better.items():
+        middle = upper_median(list(speeds.values()))
+        slow = [rank for rank, speed in speeds.items() if speed < middle / FAR_FROM_MEDIAN]
+        if slow:
+            worst = min(speeds[rank] for rank in slow) / 1e9
+            who = ranks_on_hosts(slow, hosts)
+            found.append((f"the links of {who} {kind} carry {worst:.3g} GB/s, the median is {middle / 1e9:.3g}", slow))
+    return found
+
+
+def node_table(reports: Sequence[RankReport], links: Links) -> list[str]:
+    """A line for each node, with its worst rank's numbers."""
+    rows: list[tuple[str, ...]] = [
+        ("node", "ranks", "device", "GB free", "TFLOP/s", f"GB/s {INSIDE}", BETWEEN, "disk GB free")
+    ]
+    for host, ranks in ranks_by_host([report.host for report in reports]).items():
+        own = [reports[rank] for rank in ranks]
+        of_kinds = [links.better.get(kind, {}) for kind in (INSIDE, BETWEEN)]
+        speeds = [[of_kind[rank] for rank in ranks if rank in of_kind] for of_kind in of_kinds]
+        rows.append(
+            (
+                host,
+                rank_list(ranks).split(" ", 1)[1],
+                f"{len(ranks)} x {own[0].device}",
+                f"{min(report.free_memory for report in own) / 1e9:.1f}",
+                f"{min(report.flops for report in own) / 1e12:.3g}",
+                *(f"{min(speed) / 1e9:.3g}" if speed else "-" for speed in speeds),
+                f"{min(free for report in own for free in report.free_disk.values()) / 1e9:.1f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if len(reports) > 1:
+        lines.append(f"all-reduce over {len(reports)} ranks: {links.all_reduce / 1e9:.3g} GB/s")
+    return lines
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """What a checkpoint takes: weights, two moments and the EMA in float32."""
+    with torch.device("meta"):
+        return 16 * sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())
+
+
+def _end(error: StuckError, hosts: Sequence[str]) -> NoReturn:
+    """Say who hangs, and end without Python's own end, which would wait for it."""
+    bad = dict.fromkeys(hosts[rank] for rank in error.ranks)
+    all_of_them = len(bad) == len(set(hosts))
+    mend = "NCCL_DEBUG=INFO shows more" if all_of_them else f"leave the node out: sbatch --exclude={','.join(bad)}"
+    say_error(UserError(f"start-up check: {ranks_on_hosts(error.ranks, hosts)} {error.what}; {mend}"))
+    os._exit(REFUSED)
+
+
+def _different_keys(recipes: Sequence[dict[str, Any]]) -> list[str]:
+    """The recipe keys that do not have the same value on all ranks."""
+    by_key = [flat(values) for values in recipes]
+    keys = dict.fromkeys(key for values in by_key for key in values)
+    return [key for key in keys if len({json.dumps(values.get(key)) for values in by_key}) > 1]

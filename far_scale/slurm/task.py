@@ -1,0 +1,51 @@
+"""One training process of a job."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from far_scale.slurm.snapshot import ACCEPT, REFUSED_HERE, read_submission
+from far_scale.train.__main__ import run
+from far_scale.distributed.exit_codes import DONE, REFUSED, leave
+
+
+def train(snapshot: Path) -> NoReturn:
+    """Train by the snapshot's recipe and leave with the exit status, see `far_scale.distributed.exit_codes`."""
+    leave(train_in_process(snapshot))
+
+
+def train_for_submitit(snapshot: str) -> int:
+    """The same in a process that submitit started; only without SLURM it returns, with the exit status."""
+    from submitit import JobEnvironment
+
+    job = JobEnvironment()
+    port = 20000 + int(job.raw_job_id) % 20000
+    # MASTER_ADDR: the site may have named an address of the first host that others reach
+    host = "127.0.0.1" if job.num_nodes == 1 else os.environ.get("MASTER_ADDR", job.hostnames[0])
+    os.environ.update(
+        RANK=str(job.global_rank),
+        WORLD_SIZE=str(job.num_tasks),
+        LOCAL_RANK=str(job.local_rank),
+        MASTER_ADDR=host,
+        MASTER_PORT=str(port),
+    )
+    status = train_in_process(Path(snapshot))
+    if job.cluster == "slurm" and status != DONE:
+        leave(status)  # returning would tell submitit that there is a result
+    return status
+
+
+def train_in_process(snapshot: Path) -> int:
+    """Train by the snapshot's recipe; returns the exit status."""
+    # Only what is not set: the site or the user knows better.
+    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+    os.environ.setdefault("NCCL_DEBUG", "WARN")  # says which host and link failed
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a failed collective ends the process
+    accept = [ACCEPT] if ACCEPT in read_submission(snapshot).command else []
+    status = run([str(snapshot / "recipe.yaml"), *accept])
+    if status == REFUSED:
+        # srun tells the highest status of all processes, and those that it then kills have higher ones.
+        (snapshot / REFUSED_HERE).touch()
+    return status

@@ -1,0 +1,139 @@
+"""From a checkpoint, written by any number of ranks under any ZeRO stage, to a model directory or an official file, in
+one process."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from far_scale.convert.fit import empty_model
+from far_scale.convert.model_dir import (
+    CONFIG_FILE,
+    ModelCard,
+    TrainingCard,
+    holds,
+    load_model,
+    read_any_config,
+    save_model_dir,
+)
+from far_scale.convert.official import from_far_scale
+from far_scale.convert.official_file import write_official
+from far_scale.data.loader.scaling import LatentScaling
+from far_scale.data.shards.manifest import AutoencoderInfo
+from far_scale.utils.errors import UserError
+from far_scale.model import FARConfig
+from far_scale.train import checkpoint
+
+
+def export(run: str | Path, step: int | None, weights: Literal["ema", "model"], out: str | Path) -> int:
+    """`export_if_needed`; returns the step."""
+    return export_if_needed(run, step, weights, out)[0]
+
+
+def export_if_needed(
+    run: str | Path, step: int | None, weights: Literal["ema", "model"], out: str | Path
+) -> tuple[int, bool]:
+    """Write the float32 weights of a run's checkpoint as a model directory, if they are not there already.
+
+    They are there where config.json names this content of a checkpoint and these weights, and all files are as they
+    were written. Anything else that is a model directory is replaced.
+
+    Args:
+        run: the run directory.
+        step: which checkpoint; the latest where None.
+        weights: the EMA or the trained weights themselves.
+        out: the model directory to write.
+
+    Returns:
+        The step exported, and whether it had to be written.
+
+    Raises:
+        UserError: no such checkpoint, or it is not whole.
+    """
+    folder, state, fingerprint = _find(Path(run), step)
+    card = ModelCard(
+        autoencoder=AutoencoderInfo(**state["autoencoder"]),
+        scaling=LatentScaling.from_dict(state["scaling"]),
+        latent_shape=tuple(state["latent_shape"]),
+        fps=state["fps"],
+        frame_stride=state["frame_stride"],
+        classes=None if state.get("classes") is None else tuple(state["classes"]),
+        training=TrainingCard(
+            step=state["step"],
+            recipe_hash=state["recipe_hash"],
+            weights=weights,
+            far_scale=state["versions"]["far_scale"],
+            checkpoint=fingerprint,
+        ),
+    )
+    config = FARConfig.from_dict(state["model"])
+    needed = not holds(out, config, card)
+    if needed:
+        save_model_dir(out, config, _read_weights(folder, state, weights), card)
+    return state["step"], needed
+
+
+def export_official(source: str | Path, step: int | None, weights: Literal["ema", "model"], out: str | Path) -> str:
+    """Write weights as a file that the official code loads strictly.
+
+    Args:
+        source: a run directory, or a model directory, which holds one set of weights: `weights` is for runs only.
+        step: which checkpoint of a run; the latest where None.
+        out: the .pth file to write.
+
+    Returns:
+        What was exported, for the user.
+
+    Raises:
+        UserError: no such checkpoint or model, or it is not whole; a step of a model directory.
+    """
+    source = Path(source)
+    if not (source / CONFIG_FILE).is_file():
+        folder, state, _ = _find(source, step)
+        config = FARConfig.from_dict(state["model"])
+        write_official(out, from_far_scale(config, _read_weights(folder, state, weights)))
+        return f"{weights} weights of step {state['step']}"
+    if step is not None:
+        raise UserError(f"{source}: a model directory holds one set of weights; leave --step out, or name the run")
+    config, card = read_any_config(source)
+    write_official(out, from_far_scale(config, load_model(source).state_dict()))
+    if isinstance(card.training, TrainingCard):
+        return f"{card.training.weights} weights of step {card.training.step}"
+    return f"weights imported from {card.training.imported_from}"
+
+
+def _find(run: Path, step: int | None) -> tuple[Path, dict[str, Any], str]:
+    """A checkpoint's folder, its state.json and its fingerprint; all its files are held against their checksums."""
+    step = checkpoint.latest_step(run) if step is None else step
+    if step is None:
+        raise UserError(f"{run}: there is no checkpoint in this run yet; train it first")
+    folder = checkpoint.step_folder(run, step)
+    state = checkpoint.read_state(folder)  # the more helpful of the errors
+    if (problem := checkpoint.damage(folder)) is not None:
+        what = problem.removeprefix(f"{folder}/")
+        raise UserError(f"{folder}: damaged: {what}; export another step, or copy this checkpoint again")
+    return folder, state, checkpoint.fingerprint(folder)
+
+
+def _read_weights(folder: Path, state: dict[str, Any], weights: Literal["ema", "model"]) -> dict[str, torch.Tensor]:
+    """The model's state dict, float32: the parameters from the checkpoint, the buffers as every model has them."""
+    tensors = {name: torch.empty(shape) for name, shape in state["parameters"].items()}
+    kind = "ema" if weights == "ema" else "weight"
+    pieces = {
+        f"{kind}/{name}": checkpoint.FlatPiece(math.prod(tensor.shape), 0, tensor.view(-1))
+        for name, tensor in tensors.items()
+    }
+    checkpoint.load(folder, pieces, alone=True)
+    return tensors | _buffers(FARConfig.from_dict(state["model"]))
+
+
+def _buffers(config: FARConfig) -> dict[str, torch.Tensor]:
+    """The model's buffers as they start. Nothing reads or trains them: they are there for the official code's sake,
+    which starts the norm's weight at one and the context's output at zero."""
+    return {
+        name: torch.ones(buffer.shape) if name.endswith("norm_q.weight") else torch.zeros(buffer.shape)
+        for name, buffer in empty_model(config).named_buffers()
+    }

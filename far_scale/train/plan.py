@@ -1,0 +1,134 @@
+"""`--dry-run`: everything that can be found out about a run without running it, and one batch of each stage."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from far_scale.data.loader.pack_loader import PackLoader
+from far_scale.data.loader.mixture import summary
+from far_scale.data.loader.scaling import LatentScaling
+from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.hosts import host_name
+from far_scale.model import FAR
+from far_scale.train.flow_matching import add_noise
+from far_scale.config.recipe import Recipe, check_ranks
+from far_scale.train.collectives import expected_collectives
+from far_scale.train.costs import StageCosts, activation_bytes
+from far_scale.train.curriculum import stages
+from far_scale.train.engine import start_engine
+from far_scale.utils.event_log import Events
+from far_scale.train.device_prefetch import Batch
+from far_scale.train.flops import peak_flops
+from far_scale.train.held_out import open_held_out
+from far_scale.train.loop import build_model, check_computation, compute_dtype, train_step
+from far_scale.distributed.process_group import Processes, gather
+from far_scale.train.sets import open_sets
+from far_scale.train.sharding import choose_sharding, free_memory, state_bytes
+from far_scale.train.start_weights import start_from
+
+_MFU = 0.4  # of the device's peak, for the estimate of a step's time
+
+
+def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) -> None:
+    """Check recipe, ranks, shard sets and memory, then train one batch of each stage; nothing is written.
+
+    Raises:
+        UserError: something does not fit; memory is judged before anything is allocated.
+    """
+    check_ranks(recipe, processes.count)
+    attention = check_computation(recipe, processes)
+    dtype, events = compute_dtype(recipe), Events(Path(recipe.run_dir), False)
+    shard_sets, manifest = open_sets(recipe.data, stages(recipe), processes, events, 0)
+    plan = [(stage, shard_sets[stage.index]) for stage in stages(recipe)]
+    scaling = LatentScaling.of(manifest, recipe.data.scaling)
+    held_out = open_held_out(recipe, stages(recipe), manifest, scaling, dtype, processes, events, 0)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())
+    costs = [StageCosts.of(stage, shard_set, recipe.seed) for stage, shard_set in plan]
+    activations = [activation_bytes(recipe, cost.largest) for cost in costs]
+    sharding = choose_sharding(recipe, parameters, processes, lambda: max(activations))
+    nodes = len(set(gather(host_name(), processes.host_group)))
+    state = state_bytes(recipe.train.precision, sharding, parameters, processes.count)
+    needs = [state + activation for activation in activations]
+    need, have = max(needs), free_memory(processes)
+    if processes.main:
+        train = recipe.train
+        print(f"recipe      {recipe.name} ({recipe.hash()[:12]}), {train.steps} steps")
+        print(f"ranks       {processes.count} x {recipe.data.lanes // processes.count} packs a step")
+        for line in dict.fromkeys(line for _, shard_set in plan for line in summary(shard_set)):
+            print(f"shard set   {line}")
+        if held_out is not None:
+            print(f"held-out    {held_out.clips} clips of {held_out.shards.folder}")
+        print(f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{sharding.stage}, {train.precision}")
+        peak = processes.count * peak_flops(processes.device, dtype)
+        print(attention)
+        for line in sharding.why:
+            print(line)
+        for line in stage_table(costs, needs, peak):
+            print(line)
+        for line in expected_collectives(recipe, sharding, processes.count, nodes):
+            print(line)
+        print(f"memory      about {need / 1e9:.2f} GB a rank at most, {have / 1e9:.2f} GB free")
+    if need > have:
+        raise UserError(
+            f"{recipe.name}: a rank needs about {need / 1e9:.1f} GB and has {have / 1e9:.1f} GB free; use more ranks, "
+            "a higher train.zero_stage, train.activation_checkpointing=full, or a lower data.clips_per_pack or "
+            "data.tokens_per_pack"
+        )
+
+    model = build_model(recipe)
+    if recipe.train.start_from is not None:
+        said = start_from(model, recipe, plan[0][1].manifest, scaling, accept_changes)
+        if processes.main:
+            print(said)
+    engine = start_engine(model, recipe, processes, sharding)
+    own_lanes = list(range(processes.rank, recipe.data.lanes, processes.count))
+    for stage, shard_set in plan:
+        with PackLoader(shard_set, scaling, own_lanes, stage.dealing(recipe.seed), stage.first, prefetch=1) as loader:
+            packs = next(loader)
+            for skipped in (each for pack in packs for each in pack.skipped):
+                say_warning(f"one batch: {skipped}")
+            noisy = [add_noise(pack, recipe.objective, stage.config, recipe.seed) for pack in packs]
+            start = time.perf_counter()
+            batch = Batch(packs, [pack.to(processes.device) for pack in noisy])
+            loss = processes.mean(train_step(engine, batch, stage, processes, reduce_once=sharding.reduce_once)).item()
+            seconds = time.perf_counter() - start
+        if processes.main:
+            of = f"of {stage.name}: " if recipe.curriculum else ""
+            print(f"one batch   {of}loss {loss:.4f}, {seconds:.2f} s (the first is the slowest)")
+    if processes.main:
+        print(f"dry run of {recipe.name} passed")
+
+
+def stage_table(costs: list[StageCosts], needs: list[float], peak: float) -> list[str]:
+    """The stages as lines of text.
+
+    Args:
+        needs: bytes that a rank needs in each stage.
+        peak: FLOP/s of all ranks together at best.
+    """
+    rows = [
+        ("stage", "steps", "frames", "clips a pack", "tokens a pack", "attended pairs", "TFLOP/step", "GB", "s/step")
+    ]
+    for cost, need in zip(costs, needs, strict=True):
+        frames = cost.stage.data.frames
+        rows.append(
+            (
+                cost.stage.name,
+                str(cost.stage.steps),
+                str(list(frames) if isinstance(frames, tuple) else frames),
+                cost.mean_and_most(lambda layout: len(layout.clip_frames)),
+                cost.mean_and_most(lambda layout: layout.tokens),
+                cost.mean_and_most(lambda layout: layout.attended_pairs),
+                f"{cost.step_flops / 1e12:.3g}",
+                f"{need / 1e9:.2f}",
+                f"{cost.step_flops / (peak * _MFU):.3g}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    note = f"(mean / largest of {len(costs[0].layouts)} drawn packs; TFLOP over all ranks; GB a rank;"
+    return [*lines, f"{note} s/step at {_MFU:.0%} of {peak / 1e12:.3g} TFLOP/s, the peak of all ranks)"]

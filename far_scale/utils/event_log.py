@@ -1,0 +1,51 @@
+"""`events.jsonl` of a run: starts, stops, saves, skipped steps and whatever else an operator asks about afterwards."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+from typing import Any
+
+from far_scale.utils.io import LineFile, read_json_lines
+
+
+class Events:
+    """Tells an event on the console and keeps it in the run directory, on the main process; the others are silent.
+
+    Args:
+        run: the run directory.
+        main: whether this is the process that tells.
+    """
+
+    def __init__(self, run: Path, main: bool) -> None:
+        self._file, self._main = LineFile(run / "events.jsonl"), main
+
+    def tell(self, event: str, step: int, text: str, **facts: Any) -> None:
+        """Print `text` and append one line.
+
+        Args:
+            event: one word for what happened, the same for all of its kind.
+            step: steps done when it happened.
+            text: one line for a person.
+            facts: what else the line in the file holds.
+        """
+        if not self._main:
+            return
+        _print_line(text)
+        time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+        self._file.append({"time": time, "event": event, "step": step, "text": text, **facts})
+
+
+def _print_line(text: str) -> None:
+    """Print `text` above the progress bar; where nothing has loaded tqdm, as on a job's host, there is no bar."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text)
+    else:
+        print(text, flush=True)
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """All events of a run, oldest first; a last line that a crash cut short is left out."""
+    path = run / "events.jsonl"
+    return [line for line in read_json_lines(path) if line is not None] if path.exists() else []

@@ -1,0 +1,230 @@
+"""Files that are either whole or not there: written beside, synced, renamed."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from far_scale.utils.errors import UserError
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Make the names inside `folder` durable (a rename is only safe once its folder is synced)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; on success sync it and rename it to `path`, on any error remove it.
+
+    The path yielded keeps the suffix of `path`, since encoders choose their format by it.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # not by the process id: two hosts may write to one folder with the same one
+    beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.part{path.suffix}")
+    try:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"{path}: no space left on this disk; free some, or write elsewhere") from error
+        raise
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+class LineFile:
+    """A file of JSON lines that is only appended to, and that outlives a full disk.
+
+    Lines that do not fit are kept and written with a later one, when there is room again; no line is ever written in
+    part. May be used from several threads.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path, self._lock = Path(path), threading.Lock()
+        self._kept: list[str] = []
+
+    def append(self, value: Any) -> None:
+        """Add a line, once it fits."""
+        with self._lock:
+            self._kept.append(_json(value) + "\n")
+            data = "".join(self._kept).encode()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(self._path, "ab", buffering=0) as file:  # a buffer would try again when it is closed
+                    end = file.tell()
+                    if file.write(data) < len(data):
+                        os.truncate(self._path, end)
+                        return
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                return
+            self._kept.clear()
+
+
+def text_lines(path: str | Path, what: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text file in UTF-8 that are not empty, with their numbers, without space and marks around them.
+
+    Lines end at line feeds and carriage returns alone: U+2028 and others may stand in a string.
+
+    Raises:
+        UserError: as by `read_text`.
+    """
+    for number, line in enumerate(read_text(path, what).split("\n"), 1):
+        if stripped := line.strip(" \t\ufeff"):  # files that were joined have byte order marks inside
+            yield number, stripped
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """A text file in UTF-8, with a line feed at the end of each line, and no byte order mark.
+
+    Raises:
+        UserError: the file, which is `what`, is not there, or is no text in UTF-8.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such {what}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); fix that and run again") from None
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path}: is in UTF-16, as Excel's Unicode text; save it in UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: no text in UTF-8 ({error.reason}); write it anew") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def write_json(path: str | Path, value: Any) -> str:
+    """Write `value` as JSON, atomically; a number that is not finite as null. Returns the text."""
+    text = _json(value, indent=2) + "\n"
+    with atomic_write(path) as beside:
+        beside.write_text(text)
+    return text
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """JSON has no word for a number that is not finite, and Python's own NaN and Infinity stop other readers."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any] | None]:
+    """The objects in a file of JSON lines; None for a line that holds none, such as one that a crash cut short.
+
+    Lines end at a line feed alone: other characters that end a line in some texts may stand within a JSON string.
+    """
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    return [_json_object(line) for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def _json_object(line: str) -> dict[str, Any] | None:
+    try:
+        value = parse_json(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse a file that could not be written, before the work that it is to hold; leaves no trace.
+
+    Raises:
+        UserError: says why.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file to write")
+    made = [folder for folder in path.parents if not os.path.lexists(folder)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another place") from None
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Read a JSON file that is `what` (for the error).
+
+    Raises:
+        UserError: the file is not there, cannot be read, or is no JSON.
+    """
+    try:
+        return parse_json(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no {what} here") from None
+    except OSError as error:
+        raise UserError(f"{path}: this {what} cannot be read ({error.strerror}); put the file back") from None
+    except ValueError as error:
+        raise UserError(f"{path}: this {what} is not readable JSON ({error}); write it again") from None
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    return file_digest(path, "sha256")
+
+
+def file_digest(path: str | Path, name: str) -> str:
+    """The digest of a file's bytes by the hash of that name, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, name).hexdigest() if hasattr(hashlib, "file_digest") else _digest(file, name)
+
+
+def _digest(file: Any, name: str) -> str:
+    digest = hashlib.new(name)  # Python 3.10 has no hashlib.file_digest
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
