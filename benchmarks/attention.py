@@ -34,21 +34,12 @@ from attention_sides import (
     prefix_loop,
 )
 from kernels import usable
-from measure import (
-    OUT_OF_MEMORY,
-    Row,
-    attempt,
-    environment,
-    interleaved,
-    peak_beyond,
-    print_table,
-    timed,
-    write_result,
-)
+from measure import OUT_OF_MEMORY, Row, attempt, environment, interleaved, peak_beyond, print_table, timed, write_result
 from options import DTYPES, add_measuring, count, start
 
-from far_scale.utils.errors import UserError, command_line
 from far_scale.model.attention import choice, flex
+from far_scale.utils.command_line import command_line
+from far_scale.utils.errors import UserError
 
 DENSE, FLEX, LOOP, PLAIN = "dense mask", "FlexAttention", "prefix loop", "plain causal"
 RIVALS = {"dense": DENSE, "flex": FLEX, "loop": LOOP, "plain": PLAIN}

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from far_scale.model.layout import FrameLayout, Spans
 from far_scale.model.attention import attend
 from far_scale.model.attention.kernel import Kernel
 from far_scale.model.layers import HEAD_DIM
+from far_scale.model.layout import FrameLayout, Spans
 
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5  # of 2 D operations an attended pair and head
 

@@ -17,10 +17,10 @@ import torch.distributed.checkpoint as dcp
 from measure import Row, environment, interleaved, print_table, write_result
 from options import add_measuring, count, start
 
-from far_scale.utils.errors import command_line
 from far_scale.train.checkpoint import FlatPiece
 from far_scale.train.checkpoint import pieces as writing
 from far_scale.train.checkpoint.folders import checksums
+from far_scale.utils.command_line import command_line
 
 WHILE, NONE = "while writing", "no checksums"
 AGAIN, COLD = "read again", "read again from the disk"

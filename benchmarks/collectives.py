@@ -17,17 +17,18 @@ from measure import Row, environment, print_table, write_result
 from options import count
 from ranks import Ranks
 
+from far_scale.config.recipe import load_recipe
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.writer import SetFacts, ShardWriter
 from far_scale.distributed.collective_costs import Setup, Shapes, step_collectives
-from far_scale.utils.errors import UserError, command_line
 from far_scale.model import FAR, FARConfig
 from far_scale.model.presets import PRESETS
-from far_scale.config.recipe import load_recipe
 from far_scale.train.collectives import setup_of
-from far_scale.utils.event_log import read_events
 from far_scale.train.sharding import Sharding
+from far_scale.utils.command_line import command_line
+from far_scale.utils.errors import UserError
+from far_scale.utils.event_log import read_events
 
 RANKS, RANKS_A_NODE, CLIPS, SHAPE = 4, 2, 16, (32, 8, 8)
 PATIENCE_SECONDS = 900.0

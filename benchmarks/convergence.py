@@ -23,13 +23,14 @@ from convergence_scores import Held, Score, Scoring, repeat_last
 from measure import REPOSITORY, Row, environment, print_table, write_result
 from options import count
 
-from far_scale.train.checkpoint.export import export_if_needed
-from far_scale.utils.errors import UserError, command_line
+from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.evaluation.uncertainty import bootstrap_interval, over_seeds
 from far_scale.evaluation.weights import load_lpips
-from far_scale.utils.io import parse_json, read_json_lines, write_json
-from far_scale.config.recipe import Recipe, load_recipe
+from far_scale.train.checkpoint.export import export_if_needed
 from far_scale.train.flops import train_flops
+from far_scale.utils.command_line import command_line
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import parse_json, read_json_lines, write_json
 
 CURVES, FINAL, BASELINE = "Held-out score against steps and FLOPs", "At the last step", "Without a model"
 SHORT, LONG_CLIPS = Scoring(given=8, frames=8), Scoring(given=24, frames=8)

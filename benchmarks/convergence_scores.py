@@ -16,8 +16,8 @@ from far_scale.data.video.videos import find_videos, read_video
 from far_scale.evaluation.lpips import LPIPS
 from far_scale.evaluation.rollouts.evaluate import prepare
 from far_scale.evaluation.rollouts.metrics import frame_ssim, psnr
-from far_scale.sampling.sampler import cache_bytes, roll_out
 from far_scale.evaluation.rollouts.truth import decode
+from far_scale.sampling.sampler import cache_bytes, roll_out
 
 SAMPLING_SEED = 0
 _CLIPS_AT_ONCE = 16

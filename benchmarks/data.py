@@ -25,7 +25,7 @@ from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.stream import stream
 from far_scale.data.shards.writer import SetFacts, ShardWriter
-from far_scale.utils.errors import command_line
+from far_scale.utils.command_line import command_line
 
 FRAMES, SHAPE, WINDOW = 300, (32, 8, 8), 256
 FACTS = SetFacts(

@@ -25,7 +25,7 @@ from far_scale.data.encode.tasks import encode_task
 from far_scale.data.video.pictures import Framing, to_pixels
 from far_scale.data.video.sources import find_sources
 from far_scale.data.video.videos import find_videos, read_video, write_mp4
-from far_scale.utils.errors import command_line
+from far_scale.utils.command_line import command_line
 
 SEED = 700_000  # episodes that the autoencoder was not trained on
 ALONE = "the autoencoder alone"

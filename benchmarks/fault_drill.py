@@ -28,11 +28,12 @@ from options import count
 from ranks import FailedError, Training, tail
 from sameness import compare, each_step_once, lanes, logged, loss_difference
 
-from far_scale.data.loader.mixture import open_shards
-from far_scale.utils.errors import UserError, command_line
 from far_scale.config.recipe import Recipe, check_ranks, load_recipe
-from far_scale.train import checkpoint
 from far_scale.distributed.exit_codes import DONE, REQUEUE
+from far_scale.train import checkpoint
+from far_scale.train.sets import open_source
+from far_scale.utils.command_line import command_line
+from far_scale.utils.errors import UserError
 
 SMALL = (
     "model.layers=2", "model.heads=2", "data.frames=8", "data.lanes=4", "data.clips_per_pack=2",
@@ -145,7 +146,7 @@ def check(recipe: Recipe, ranks: int) -> None:
         UserError: names the key and the mend.
     """
     check_ranks(recipe, ranks)
-    open_shards(recipe.data.shards)
+    open_source(recipe.data.shards)
     if recipe.checkpoint.keep < 2:
         raise UserError("checkpoint.keep=1: with the newest checkpoint damaged there is none left; set 2 or more")
     if recipe.train.steps < 4 * recipe.checkpoint.every:

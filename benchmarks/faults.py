@@ -16,8 +16,8 @@ from typing import Any
 from ranks import FailedError, Ranks, Training, tail
 
 from far_scale.config.recipe import Recipe
-from far_scale.train import checkpoint
 from far_scale.distributed.exit_codes import DONE, REFUSED, REQUEUE
+from far_scale.train import checkpoint
 
 
 class Kind(Enum):

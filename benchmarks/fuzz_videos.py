@@ -23,7 +23,8 @@ from options import count, start
 from tqdm import tqdm
 
 from far_scale.data.video.videos import read_video
-from far_scale.utils.errors import UserError, command_line
+from far_scale.utils.command_line import command_line
+from far_scale.utils.errors import UserError
 
 REFUSED, RIGHT, WRONG, FEWER, MORE = "refused", "right", "wrong pixels", "FEWER FRAMES", "more frames"
 ERROR, CRASH, HANG = "ANOTHER ERROR", "CRASH", "HANG"

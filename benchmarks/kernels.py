@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from far_scale.utils.errors import UserError
 from far_scale.model.attention import choice, dense
 from far_scale.model.layers import HEAD_DIM
+from far_scale.utils.errors import UserError
 
 ALL = "all"
 KERNELS = tuple(name for name in choice.KERNELS if name != dense.NAME)

@@ -29,7 +29,7 @@ from far_scale.data.shards.index import ChannelSums, IndexRow, ShardIndex, parse
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.table import ShardEntry, ShardTable
-from far_scale.utils.errors import command_line
+from far_scale.utils.command_line import command_line
 
 LATENT_SHAPE = (32, 8, 8)
 FRAME_BYTES = 2 * 32 * 8 * 8

@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from far_scale.utils.io import atomic_write, write_json
 from far_scale.model.attention.kernel import first_line
+from far_scale.utils.io import atomic_write, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = (

@@ -21,9 +21,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from far_scale.utils.errors import UserError
 from far_scale.model import FARConfig
 from far_scale.model.layers import HEAD_DIM
+from far_scale.utils.errors import UserError
 
 NEEDED_PACKAGES = ("diffusers", "einops")
 PACKAGES = {

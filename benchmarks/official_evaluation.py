@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from official import register_packages, stood_in
 from torch import Tensor, nn
 
-from far_scale.utils.errors import UserError
-from far_scale.evaluation.i3d import I3D, SIDE
 from far_scale.autoencoder.lpips_network import LPIPSNetwork
+from far_scale.evaluation.i3d import I3D, SIDE
+from far_scale.utils.errors import UserError
 
 PACKAGES = (
     "diffusers",

@@ -21,12 +21,13 @@ from official_evaluation import OfficialEvaluation
 from options import count
 from torch import Tensor
 
-from far_scale.utils.errors import UserError, command_line
 from far_scale.evaluation.codec import through_h264, with_border
 from far_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from far_scale.evaluation.measure import Arrays, Measure
 from far_scale.evaluation.protocol import METRICS, Protocol, load_protocol
 from far_scale.evaluation.weights import load_i3d, load_lpips
+from far_scale.utils.command_line import command_line
+from far_scale.utils.errors import UserError
 
 PROTOCOL = "ucf101-mcvd-64@official"  # metrics as officially; given frames, border and codec are set here
 ALLOWED = 1e-4

@@ -11,10 +11,10 @@ from pairs import Clips, Pair, random_pair
 from torch import Tensor
 from tqdm import tqdm
 
-from far_scale.model import FARConfig
-from far_scale.train.flow_matching import CLEAN, add_noise, pack_loss
 from far_scale.config.schema import ObjectiveSection
+from far_scale.model import FARConfig
 from far_scale.sampling.sampler import frame_noise, roll_out
+from far_scale.train.flow_matching import CLEAN, add_noise, pack_loss
 
 FORWARD_TOLERANCE = 1e-5
 ROLL_OUT_TOLERANCE = 1e-4

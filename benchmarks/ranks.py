@@ -16,8 +16,8 @@ from typing import Any
 
 from measure import REPOSITORY
 
-from far_scale.utils.event_log import read_events
 from far_scale.distributed.exit_codes import DONE, REQUEUE
+from far_scale.utils.event_log import read_events
 
 GRACE_SECONDS = 10.0
 """How long the other ranks have to end, too, when one has ended as it should."""

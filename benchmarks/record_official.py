@@ -22,8 +22,8 @@ from official import OfficialCode
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from far_scale.utils.errors import command_line
 from far_scale.train.flow_matching import CLEAN
+from far_scale.utils.command_line import command_line
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

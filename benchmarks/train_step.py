@@ -20,13 +20,14 @@ from official import OfficialCode
 from options import DTYPES, add_measuring, count, start
 from steps import Case, Mode, measure_case
 
-from far_scale.utils.errors import UserError, command_line
 from far_scale.model import FARConfig
 from far_scale.model.attention import choice
 from far_scale.model.layers import HEAD_DIM
 from far_scale.model.presets import PRESETS
 from far_scale.train.compiled import check_compiler
 from far_scale.train.flops import peak_flops
+from far_scale.utils.command_line import command_line
+from far_scale.utils.errors import UserError
 
 MODES = {
     "eager": Mode(),

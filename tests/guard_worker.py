@@ -20,19 +20,20 @@ from launch import small_recipe
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from far_scale.config.recipe import load_recipe
 from far_scale.data.loader.pack_loader import PackLoader
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.train.flow_matching import add_noise, pack_loss
-from far_scale.config.recipe import load_recipe
+from far_scale.distributed.process_group import stop_processes
 from far_scale.train import engine, loop
 from far_scale.train.curriculum import stages
-from far_scale.train.ema import ShardedEMA
-from far_scale.utils.event_log import Events
-from far_scale.train.step_guard import Guard
+from far_scale.train.deepspeed_adapter import start_deepspeed_processes
 from far_scale.train.device_prefetch import Batch
-from far_scale.distributed.process_group import start_processes, stop_processes
+from far_scale.train.ema import ShardedEMA
+from far_scale.train.flow_matching import add_noise, pack_loss
 from far_scale.train.sharding import choose_sharding
+from far_scale.train.step_guard import Guard
+from far_scale.utils.event_log import Events
 
 GOOD = ""
 
@@ -230,7 +231,7 @@ def spikes(run: Run, batches: list[Batch]) -> dict:
 
 def main() -> None:
     shards, out, *rest = sys.argv[1:]
-    processes = start_processes()
+    processes = start_deepspeed_processes()
     spec, *others = small_recipe(Path(shards), Path(out) / "unused")
     recipe = load_recipe(spec, others)
     shard_set = ShardSet.open(shards)

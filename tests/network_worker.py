@@ -15,8 +15,8 @@ import time
 import torch.distributed as dist
 
 from far_scale.distributed import network
-from far_scale.utils.errors import UserError
 from far_scale.distributed.rendezvous import meet
+from far_scale.utils.errors import UserError
 
 UNREACHABLE = ["10.78.0.1", "nobody.invalid", "n1"]
 

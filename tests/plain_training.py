@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from launch import small_recipe
 
+from far_scale.config.recipe import load_recipe
 from far_scale.data.loader.pack_loader import PackLoader
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.train.flow_matching import add_noise, pack_loss
-from far_scale.config.recipe import load_recipe
 from far_scale.train.curriculum import stages
+from far_scale.train.flow_matching import add_noise, pack_loss
 from far_scale.train.loop import build_model
 from far_scale.train.lr_schedule import learning_rate
 

@@ -11,8 +11,8 @@ import sys
 
 import torch.distributed as dist
 
-from far_scale.utils.errors import command_line
 from far_scale.distributed import rendezvous
+from far_scale.utils.command_line import command_line
 
 
 @command_line

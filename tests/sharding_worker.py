@@ -18,9 +18,11 @@ import torch.distributed as dist
 from launch import small_recipe
 
 from far_scale.config.recipe import load_recipe
+from far_scale.distributed.process_group import Processes, stop_processes
+from far_scale.evaluation.validation_videos import open_validation_videos
 from far_scale.train import loop
+from far_scale.train.deepspeed_adapter import start_deepspeed_processes
 from far_scale.train.loop import train
-from far_scale.distributed.process_group import Processes, start_processes, stop_processes
 
 
 def train_layout(shards: Path, run: Path, overrides: list[str], processes: Processes) -> None:
@@ -28,7 +30,7 @@ def train_layout(shards: Path, run: Path, overrides: list[str], processes: Proce
     from deepspeed.utils import groups
 
     spec, *others = small_recipe(shards, run, *overrides)
-    trained = train(load_recipe(spec, others), processes)
+    trained = train(load_recipe(spec, others), processes, open_validation_videos)
     assert trained is not None
     trained.engine.destroy()
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed makes hpZ's groups once a process
@@ -68,7 +70,7 @@ def counted_reductions(steps: list[int]) -> Iterator[None]:
 
 def main() -> None:
     shards, out, layouts = Path(sys.argv[1]), Path(sys.argv[2]), " ".join(sys.argv[3:]).split(",")
-    processes = start_processes()
+    processes = start_deepspeed_processes()
     named = [(name, overrides) for name, *overrides in map(str.split, layouts)]
     for name, overrides in named:
         reductions: list[int] = []

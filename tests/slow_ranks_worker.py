@@ -15,10 +15,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from far_scale.utils.event_log import Events
+from far_scale.distributed.process_group import Processes
 from far_scale.health.gemm_probe import KnownProduct
 from far_scale.health.straggler import SlowRanks
-from far_scale.distributed.process_group import Processes
+from far_scale.utils.event_log import Events
 
 
 def main() -> None:

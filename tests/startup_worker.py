@@ -19,13 +19,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from far_scale.utils.errors import UserError
 from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.distributed import meeting
-from far_scale.health import node_check as nodes, preflight as startup
-from far_scale.utils.event_log import Events
-from far_scale.health.gemm_probe import KnownProduct
 from far_scale.distributed.process_group import Processes
+from far_scale.health import node_check as nodes
+from far_scale.health import preflight as startup
+from far_scale.health.gemm_probe import KnownProduct
+from far_scale.utils.errors import UserError
+from far_scale.utils.event_log import Events
 
 multiply, seconds, version = KnownProduct._multiply, KnownProduct.seconds, nodes.importlib.metadata.version
 DiskUsage = collections.namedtuple("DiskUsage", "total used free")

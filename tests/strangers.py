@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from far_scale.utils.io import write_json
 from far_scale.train.checkpoint.folders import checksums
+from far_scale.utils.io import write_json
 
 
 class Evil:

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from far_scale.model.layout import FrameGroup, FrameLayout, Spans
 from far_scale.model.attention import Earlier, cpu, frame_attention
+from far_scale.model.layout import FrameGroup, FrameLayout, Spans
 
 dense_attention = partial(frame_attention, kernel="dense")
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from far_scale.utils.errors import UserError
 from far_scale.model.attention import choice
 from far_scale.model.attention.choice import KERNELS, choose
+from far_scale.utils.errors import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PACKAGES = {"flash-attn-4", "flash-attn-3", "flash-attn-2", "xformers"}

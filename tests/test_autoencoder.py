@@ -15,10 +15,10 @@ from torch import Tensor
 
 from far_scale import autoencoder as autoencoders
 from far_scale.autoencoder.compact import CompactAutoencoder, CompactConfig
+from far_scale.autoencoder.training import load_autoencoder_recipe, psnr, to_pixels
 from far_scale.data.demo.episodes import record_episode
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256, write_json
-from far_scale.autoencoder.training import load_autoencoder_recipe, psnr, to_pixels
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "autoencoder_compact.yaml"

@@ -16,10 +16,10 @@ from launch import ROOT, environment, launch, small_recipe
 from refusal import refused
 from strangers import Evil, seal_again
 
+from far_scale.train import checkpoint
 from far_scale.train.checkpoint.export import export, export_official
 from far_scale.utils.errors import UserError
 from far_scale.utils.hosts import host_name
-from far_scale.train import checkpoint
 
 
 def train_alone(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from far_scale.model.layout import FrameLayout
 from far_scale.model import FAR, FARConfig
+from far_scale.model.layout import FrameLayout
 from far_scale.sampling.cache import MultiLevelCache
 from far_scale.sampling.denoisers import Cached
 from far_scale.sampling.sampler import cache_bytes, roll_out

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from far_scale.utils.errors import UserError
-from far_scale.utils.io import LineFile
 from far_scale.config.recipe import load_recipe
 from far_scale.train import checkpoint
 from far_scale.train.changes import Changes, changes
 from far_scale.train.checkpoint import FlatPiece, local
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import LineFile
 
 
 def pieces(value: float) -> dict[str, FlatPiece]:

@@ -18,9 +18,9 @@ from latent_sets import FACTS, read_all, write_set
 from launch import ROOT
 from refusal import refused
 
-from far_scale.train.checkpoint import export as zero
+from far_scale.config.recipe import load_recipe
+from far_scale.config.schema import WeightedShards
 from far_scale.convert.model_dir import ModelCard, TrainingCard, read_config, save_model_dir
-from far_scale.data.loader.mixture import open_shards
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.manifest import Manifest
@@ -28,17 +28,16 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.typed import classes_differ
 from far_scale.data.video.sources import find_labelled, find_sources, read_class_names
 from far_scale.data.video.videos import write_mp4
-from far_scale.utils.io import sha256
-from far_scale.model import FAR, FARConfig
-from far_scale.config.recipe import load_recipe
-from far_scale.config.schema import WeightedShards
-from far_scale.evaluation.rollouts.episodes import Wanted, find_episodes
-from far_scale.train import resume
-from far_scale.train.curriculum import stages
-from far_scale.utils.event_log import Events
 from far_scale.distributed.process_group import Processes
+from far_scale.evaluation.rollouts.episodes import Wanted, find_episodes
+from far_scale.model import FAR, FARConfig
+from far_scale.train import resume
+from far_scale.train.checkpoint import export as zero
+from far_scale.train.curriculum import stages
 from far_scale.train.resume import check_same_classes, describe_stage
-from far_scale.train.sets import open_sets
+from far_scale.train.sets import open_sets, open_source
+from far_scale.utils.event_log import Events
+from far_scale.utils.io import sha256
 
 AUTOENCODER = "compact-vizdoom-f8c32"
 Encode = Callable[..., list[tuple[str, int | None]]]
@@ -138,9 +137,9 @@ def test_held_out_folders_have_the_classes_of_the_training(
     assert {manifest.labels for manifest in manifests.values()} == {3}
     assert manifests["by-file"].classes == manifests["by-set"].classes == manifests["train"].classes == ("a", "b", "c")
     pair = [WeightedShards(shards=str(tmp_path / name), weight=1) for name in ("train", "by-set", "wrong")]
-    assert open_shards(tuple(pair[:2])).manifest.classes == ("a", "b", "c")
+    assert open_source(tuple(pair[:2])).manifest.classes == ("a", "b", "c")
     refused(
-        lambda: open_shards(tuple(pair)), str(tmp_path / "wrong"), str(tmp_path / "train"), "class 0 is 'b', there 'a'"
+        lambda: open_source(tuple(pair)), str(tmp_path / "wrong"), str(tmp_path / "train"), "class 0 is 'b', there 'a'"
     )
     folders(held_out, clip, "d")
     with pytest.raises(SystemExit):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from far_scale.utils.errors import UserError
 from far_scale.evaluation.codec import _encoded, through_h264, with_border
+from far_scale.utils.errors import UserError
 
 Pixels = NDArray[np.uint8]
 

@@ -15,25 +15,25 @@ import torch
 from launch import ROOT, command, environment
 from torch.utils.flop_counter import FlopCounterMode
 
+from far_scale.config.recipe import Recipe, load_recipe
+from far_scale.config.schema import ObjectiveSection
 from far_scale.convert.model_dir import ModelCard, TrainingCard, save_model_dir
 from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.utils.errors import UserError
+from far_scale.distributed.process_group import Processes
 from far_scale.model import FAR, FARConfig
-from far_scale.train.flow_matching import NoisyPack, add_noise, pack_loss
-from far_scale.config.recipe import Recipe, load_recipe
-from far_scale.config.schema import ObjectiveSection
 from far_scale.train.checkpoint import read_state, step_folder
 from far_scale.train.curriculum import Stage, stage_of, stages
-from far_scale.utils.event_log import Events
 from far_scale.train.flops import forward_flops
+from far_scale.train.flow_matching import NoisyPack, add_noise, pack_loss
 from far_scale.train.loop import build_model
-from far_scale.distributed.process_group import Processes
-from far_scale.train.resume import check_fits, load_start_weights
 from far_scale.train.lr_schedule import learning_rate
+from far_scale.train.resume import check_fits, load_start_weights
 from far_scale.train.sets import open_sets
+from far_scale.utils.errors import UserError
+from far_scale.utils.event_log import Events
 
 # Windows of 8 of at most 24 frames, 16 tokens a window frame and 4 a context frame. Checkpoints: in stage 2, at the
 # boundary of stages 2 and 3, and within stage 3, where clips wait for a pack they fit.

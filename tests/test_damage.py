@@ -22,10 +22,10 @@ from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards.damage import DamagedError, OverBudgetError
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.utils.errors import UserError
-from far_scale.train import checkpoint
-from far_scale.utils.event_log import read_events
 from far_scale.distributed.exit_codes import REFUSED
+from far_scale.train import checkpoint
+from far_scale.utils.errors import UserError
+from far_scale.utils.event_log import read_events
 
 FRAMES = [20 + number % 5 for number in range(22)]
 LANES = 4

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from far_scale.utils.errors import UserError
 from far_scale.train import deepspeed_adapter
 from far_scale.train.deepspeed_adapter import FIRST_TESTED, SYMBOLS, Symbol, check_symbols
+from far_scale.utils.errors import UserError
 
 
 def owner(symbol: Symbol) -> tuple[Any, str]:

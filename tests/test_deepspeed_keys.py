@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from far_scale.utils.errors import UserError
-from far_scale.config.recipe import load_recipe
 from far_scale.config.deepspeed_keys import KEY_STAGES, SET_ELSEWHERE
+from far_scale.config.recipe import load_recipe
 from far_scale.config.schema import DeepSpeedSection
-from far_scale.train.engine import deepspeed_config
 from far_scale.distributed.process_group import Processes
+from far_scale.train.engine import deepspeed_config
 from far_scale.train.sharding import Sharding
+from far_scale.utils.errors import UserError
 
 SECTION = "train.deepspeed"
 VALUES = {

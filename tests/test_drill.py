@@ -19,13 +19,13 @@ from launch import ROOT, environment, small_recipe
 from refusal import refused
 from zygote import Launch, Zygote
 
-from far_scale.utils.hosts import host_name
+from far_scale.distributed.signals import SAME
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
 from far_scale.train.checkpoint.fork import fork
-from far_scale.utils.event_log import read_events
-from far_scale.distributed.signals import SAME
 from far_scale.train.wandb_offline import history_steps, offline_files, read_records
+from far_scale.utils.event_log import read_events
+from far_scale.utils.hosts import host_name
 
 STEPS = 60
 DRILL = [f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=2", "train.zero_stage=3"]

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from far_scale.utils.io import read_json, read_json_lines
-from far_scale.slurm.snapshot import make_snapshot
 from far_scale.config.recipe import load_recipe
-from far_scale.utils import code_version
-from far_scale.train import environment
-from far_scale.utils.code_version import CodeVersion, of_checkout
-from far_scale.train.environment import Node, differences_of, record_environment
-from far_scale.utils.event_log import Events, read_events
 from far_scale.distributed.process_group import Processes
+from far_scale.slurm.snapshot import make_snapshot
+from far_scale.train import environment
+from far_scale.train.environment import Node, differences_of, record_environment
+from far_scale.utils import code_version
+from far_scale.utils.code_version import CodeVersion, of_checkout
+from far_scale.utils.event_log import Events, read_events
+from far_scale.utils.io import read_json, read_json_lines
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 

@@ -16,18 +16,18 @@ from torch import Tensor
 from torch.nn import functional
 
 import far_scale.autoencoder
+from far_scale.config.recipe import load_recipe
 from far_scale.convert.model_dir import ModelCard, TrainingCard, load_model_dir, save_model_dir
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.writer import SetFacts, ShardWriter
-from far_scale.utils.errors import UserError
-from far_scale.model import FAR, FARConfig
-from far_scale.config.recipe import load_recipe
 from far_scale.evaluation.rollouts import report as reports
 from far_scale.evaluation.rollouts import rollout
 from far_scale.evaluation.rollouts.evaluate import evaluate, prepare, sample
+from far_scale.model import FAR, FARConfig
+from far_scale.utils.errors import UserError
 
 GIVEN, FRAMES, EPISODES = 2, 3, 2
 SETTINGS = {"given": GIVEN, "frames": FRAMES, "steps": 2, "guidance": 1.0, "seed": 5, "episodes": 8}

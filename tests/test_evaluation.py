@@ -25,15 +25,15 @@ from far_scale.convert.model_dir import ModelCard, TrainingCard, load_model_dir,
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
+from far_scale.distributed.process_group import Processes
 from far_scale.evaluation import measure, units, weights
 from far_scale.evaluation.clips import ClipSource, select
 from far_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from far_scale.evaluation.protocol import Protocol, load_protocol
+from far_scale.evaluation.rollouts.metrics import frame_ssim, psnr
 from far_scale.evaluation.run import Share, evaluate, open_evaluation
 from far_scale.model import FAR, FARConfig
-from far_scale.evaluation.rollouts.metrics import frame_ssim, psnr
 from far_scale.sampling.sampler import roll_out
-from far_scale.distributed.process_group import Processes
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU)

@@ -12,13 +12,10 @@ import pytest
 from PIL import Image
 
 from far_scale.data.video.videos import read_video
-from far_scale.utils.errors import UserError
 from far_scale.evaluation.compare import APART, compare
 from far_scale.evaluation.curves import curve
 from far_scale.evaluation.protocol import Metric, Protocol, Published, load_protocol
 from far_scale.evaluation.report import table, write_report
-from far_scale.evaluation.scores import PAIRED, SYSTEMS, PerClip, System, Values, read_per_clip
-from far_scale.evaluation.uncertainty import bootstrap_interval
 from far_scale.evaluation.rollouts.metrics import PSNR_CAP
 from far_scale.evaluation.rollouts.pictures import (
     BORDER,
@@ -27,6 +24,9 @@ from far_scale.evaluation.rollouts.pictures import (
     LINE_HEIGHT,
     SHEET_CAPTION_HEIGHT,
 )
+from far_scale.evaluation.scores import PAIRED, SYSTEMS, PerClip, System, Values, read_per_clip
+from far_scale.evaluation.uncertainty import bootstrap_interval
+from far_scale.utils.errors import UserError
 
 CLIPS, GIVEN, PREDICTED, SIDE = 5, 8, 8, 16
 HEIGHT, WIDTH = 486, 1512  # of curves: three panels

@@ -14,8 +14,8 @@ from refusal import refused
 from test_official_files import tool, write_run
 
 from far_scale.convert.model_dir import load_model, load_model_dir, save_model_dir
-from far_scale.train.checkpoint.export import export, export_official
 from far_scale.train import checkpoint
+from far_scale.train.checkpoint.export import export, export_official
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from far_scale.data.loader.pack_loader import Pack
-from far_scale.utils.errors import UserError
-from far_scale.model import FAR, FARConfig
-from far_scale.train.flow_matching import add_noise, pack_loss
 from far_scale.config.schema import ObjectiveSection
+from far_scale.data.loader.pack_loader import Pack
+from far_scale.model import FAR, FARConfig
 from far_scale.train.device_prefetch import Feed
+from far_scale.train.flow_matching import add_noise, pack_loss
+from far_scale.utils.errors import UserError
 
 CONFIG = FARConfig(layers=2, heads=1, channels=4, window=4, patch=1, context_patch=2, actions=3)
 OBJECTIVE = ObjectiveSection()

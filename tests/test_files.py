@@ -9,10 +9,9 @@ from pathlib import Path
 from refusal import refused
 
 from far_scale.data.demo import episodes
-from far_scale.utils.io import LineFile, check_writable, read_json_lines, text_lines, write_json
 from far_scale.evaluation.rollouts.curve import loss_curve
-from far_scale.utils.event_log import read_events
-from far_scale.train.metrics import lines_up_to
+from far_scale.utils.event_log import lines_up_to, read_events
+from far_scale.utils.io import LineFile, check_writable, read_json_lines, text_lines, write_json
 
 NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from far_scale.data.loader.filling import POOL, Clip, ClipLane, Dealing, best_subset
-from far_scale.utils.errors import UserError
-from far_scale.model.layout import FrameLayout
 from far_scale.data.frame_counts import clip_tokens
+from far_scale.data.loader.filling import POOL, Clip, ClipLane, Dealing, best_subset
+from far_scale.model.layout import FrameLayout
+from far_scale.utils.errors import UserError
 
 
 def long_tokens(frames: int) -> int:

@@ -258,7 +258,7 @@ def test_size_bombs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert attempt(lambda: read_shard(folder, tar.name), tar) is None
     tar.write_bytes(whole)
     monkeypatch.setattr("far_scale.data.shards.manifest.MAX_MANIFEST_BYTES", 1 << 20)
-    monkeypatch.setattr("far_scale.data.remote.store.MAX_INDEX_BYTES", 1 << 20)
+    monkeypatch.setattr("far_scale.data.shards.store.MAX_INDEX_BYTES", 1 << 20)
     good = manifest.read_text()
     for text in (b"[" * 100_000, b'{"a":' * 100_000, b"9" * 500_000, b'{"shards":[' + b"0," * 300_000 + b"0]}"):
         manifest.write_bytes(text)

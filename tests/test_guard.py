@@ -14,8 +14,8 @@ from launch import ROOT, launch
 from far_scale.train.deepspeed_adapter import can_reduce_once
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import Fragment
-from far_scale.utils.event_log import read_events
 from far_scale.train.spikes import LEAST, WINDOW, RunningLevels
+from far_scale.utils.event_log import read_events
 
 CHANGING = ["adam_step", "ema", "exp_avg", "exp_avg_sq", "model", "weight"]
 RUNS = {

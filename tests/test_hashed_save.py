@@ -14,11 +14,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from far_scale.utils.io import read_json, sha256
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece, local
 from far_scale.train.checkpoint.hashed import HashedFile
 from far_scale.train.checkpoint.pieces import _SavePlanner
+from far_scale.utils.io import read_json, sha256
 
 SIZES = (1, 3, 1000, 400_000)  # the last is hashed beside its write
 

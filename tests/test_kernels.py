@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from far_scale.model.layout import FrameGroup, FrameLayout, Order, Prefix, Spans
 from far_scale.model.attention import (
     causal_pair,
     choice,
@@ -30,6 +29,7 @@ from far_scale.model.attention import (
 )
 from far_scale.model.attention.kernel import Kernel
 from far_scale.model.attention.table import HEAD_DIM, Inputs, rows, run
+from far_scale.model.layout import FrameGroup, FrameLayout, Order, Prefix, Spans
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 HEADS = 2

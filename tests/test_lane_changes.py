@@ -18,11 +18,12 @@ from launch import small_recipe
 from refusal import refused
 from zygote import Zygote
 
+from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.data.loader.filling import Dealing
 from far_scale.data.loader.lane_change import GoingOn, change_lanes, go_on
 from far_scale.data.loader.lanes import FIRST_EPOCH, Beginning, Lane, LaneOrder, Place
-from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.mixture import Mixture
+from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.prefetch import shards_ahead
 from far_scale.data.loader.rest import Rest, Standing, after_change, beginning_state, load_beginning
 from far_scale.data.loader.scaling import LatentScaling
@@ -31,12 +32,11 @@ from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.writer import ShardWriter
-from far_scale.config.recipe import Recipe, load_recipe
+from far_scale.distributed.exit_codes import REFUSED
 from far_scale.train import checkpoint
 from far_scale.train.curriculum import Stage, stages
-from far_scale.utils.event_log import read_events
-from far_scale.distributed.exit_codes import REFUSED
 from far_scale.train.lanes_again import LanesAgain, lanes_again
+from far_scale.utils.event_log import read_events
 
 CHANGES = [8, 64, 16, 3, 64, 1]  # lanes, one number after another
 DEALING = Dealing(8, (2, 4), 1, 8, 5, clips_per_pack=2, max_damaged=10**6)

@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 from launch import ROOT, environment, small_recipe
 
-from far_scale.utils.errors import UserError
+from far_scale.config.recipe import load_recipe
 from far_scale.slurm.after import after, decide
 from far_scale.slurm.job import Job, JobState, check_warning, clock, early_warning
 from far_scale.slurm.progress import starts_from
 from far_scale.slurm.snapshot import REFUSED_HERE, make_snapshot, read_submission
 from far_scale.slurm.submit import JobSize, draft, parse_minutes, submit, train_here
-from far_scale.config.recipe import load_recipe
+from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import Events, read_events
 
 RUNNING = JobState("RUNNING", "None", may_requeue=True)

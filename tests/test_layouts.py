@@ -18,13 +18,13 @@ import torch
 from far_scale import autoencoder as autoencoders
 from far_scale.data.encode.ahead import ahead
 from far_scale.data.encode.fingerprints import read_prints
+from far_scale.data.encode.latent_files import read_latents
 from far_scale.data.encode.plan import plan
 from far_scale.data.encode.tasks import encode_task, merge
 from far_scale.data.encode.worker import Job
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.video.latent_files import read_latents
 from far_scale.data.video.pictures import Framing, to_pixels
 from far_scale.data.video.sources import Source, find_sources, with_flips
 from far_scale.data.video.videos import BadVideo, Video, read_actions, read_video, write_mp4

@@ -18,10 +18,10 @@ import torch
 from launch import ROOT, environment
 from refusal import refused
 
-from far_scale.train import lease
-from far_scale.utils.event_log import read_events
-from far_scale.train.lease import Lease
 from far_scale.distributed.process_group import Processes
+from far_scale.train import lease
+from far_scale.train.lease import Lease
+from far_scale.utils.event_log import read_events
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 

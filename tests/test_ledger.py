@@ -12,14 +12,14 @@ from latent_sets import write_set
 from launch import ROOT, small_recipe
 from rank_processes import started
 
+from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.distributed.collective_costs import Setup, Shapes, step_collectives
 from far_scale.distributed.ledger import Entry, Key, sent_bytes
 from far_scale.model import FAR, FARConfig
-from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.train.collectives import expected_collectives, setup_of
 from far_scale.train.deepspeed_adapter import LAST_TESTED, can_reduce_once, installed_version
-from far_scale.utils.event_log import read_events
 from far_scale.train.sharding import Sharding
+from far_scale.utils.event_log import read_events
 
 FOUR_PACKS = "data.lanes=16 train.reduce_once=false"
 ONCE = "data.lanes=16 train.reduce_once=true"

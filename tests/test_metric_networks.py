@@ -26,11 +26,11 @@ from refusal import refused
 from strangers import Evil
 from torch import Tensor, nn
 
+from far_scale.autoencoder.lpips_network import Net
 from far_scale.evaluation import weights
 from far_scale.evaluation.foreign_weights import read_i3d, read_lpips, read_torchscript
 from far_scale.evaluation.i3d import I3D
 from far_scale.evaluation.lpips import LPIPS
-from far_scale.autoencoder.lpips_network import Net
 
 VGG = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 ALEX = (0, 3, 6, 8, 10)

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from far_scale.utils.errors import UserError
 from far_scale.evaluation.rollouts.curve import loss_curve, validation_losses
 from far_scale.evaluation.rollouts.metrics import PSNR_CAP, Judge, Meter, Quality, frame_ssim
 from far_scale.evaluation.rollouts.pictures import (
@@ -28,6 +27,7 @@ from far_scale.evaluation.rollouts.pictures import (
     Shown,
     to_uint8,
 )
+from far_scale.utils.errors import UserError
 
 
 def grey(value: float, clips: int = 2, frames: int = 3) -> torch.Tensor:

@@ -18,12 +18,14 @@ from latent_sets import FACTS, make_sample, write_set
 from launch import launch, small_recipe
 from refusal import refused
 
+from far_scale.config.recipe import Recipe, load_recipe
+from far_scale.config.schema import WeightedShards
 from far_scale.data.loader import mixed_lane
 from far_scale.data.loader.filling import Dealing
 from far_scale.data.loader.lanes import Lane, LaneOrder, Place
-from far_scale.data.loader.pack_loader import PackLoader
 from far_scale.data.loader.mixed_lane import MixedLane
-from far_scale.data.loader.mixture import Mixture, open_shards, summary
+from far_scale.data.loader.mixture import Mixture, summary
+from far_scale.data.loader.pack_loader import PackLoader
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards.convert import convert
@@ -32,9 +34,8 @@ from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.table import ShardTable
 from far_scale.data.shards.writer import SetFacts, ShardWriter
-from far_scale.config.recipe import Recipe, load_recipe
-from far_scale.config.schema import WeightedShards
 from far_scale.train.changes import changes
+from far_scale.train.sets import open_source
 
 COUNTS = [[7, 1, 12], [30, 3], [9]]
 SHARES = [0.6, 0.3, 0.1]
@@ -153,7 +154,7 @@ BUDGET = {"clips_per_pack": None, "tokens_per_pack": 24}
 def test_any_ranks_read_the_same_and_resume_in_the_middle(tmp_path: Path, filling: dict[str, Any]) -> None:
     tars = sets(tmp_path, 40, 25)
     convert(ShardSet.open(tars[1]), tmp_path / "mds", "mds")
-    source = open_shards(weighted([tars[0], tmp_path / "mds"], [3, 1]))
+    source = open_source(weighted([tars[0], tmp_path / "mds"], [3, 1]))
     assert isinstance(source, Mixture)
     scaling = LatentScaling.of(source.manifest, "channel")
 
@@ -175,7 +176,7 @@ def test_any_ranks_read_the_same_and_resume_in_the_middle(tmp_path: Path, fillin
 
 
 def test_clips_are_cut_from_the_sample_that_their_key_names(tmp_path: Path) -> None:
-    source = open_shards(weighted(sets(tmp_path, 20, 9), [1, 1]))
+    source = open_source(weighted(sets(tmp_path, 20, 9), [1, 1]))
     lanes = dealing().clip_lanes(source, range(LANES)).values()
     seen = set()
     for clip in (clip for lane in lanes for _ in range(20) for clip in lane.next_pack()):
@@ -219,7 +220,7 @@ OTHER = AutoencoderInfo(name="some-autoencoder", weight_hash="1" * 64, scaling_f
 )
 def test_sets_that_do_not_fit_one_another(tmp_path: Path, changed: dict[str, Any], words: list[str]) -> None:
     shards = with_facts(tmp_path, replace(FACTS, **changed))
-    refused(lambda: open_shards(shards), str(tmp_path / "one"), str(tmp_path / "two"), "data.shards", *words)
+    refused(lambda: open_source(shards), str(tmp_path / "one"), str(tmp_path / "two"), "data.shards", *words)
 
 
 def test_sets_near_and_far_in_both_formats(tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ def test_sets_near_and_far_in_both_formats(tmp_path: Path) -> None:
     def read(where: str, cache: Path | None) -> list[Any]:
         node = None if cache is None else NodeCache(cache, 10**9)
         opened = {str(near): ShardSet.open(near), where: ShardSet.open(where, node)}
-        source = open_shards(weighted([str(near), where], [1, 2]), opened.__getitem__)
+        source = open_source(weighted([str(near), where], [1, 2]), opened.__getitem__)
         scaling = LatentScaling.of(source.manifest, "channel")
         with PackLoader(source, scaling, [0, 3], dealing(), 0, None, 2, 0 if cache is None else 10**6) as loader:
             return [[(p.keys, p.lane_state, p.latents.tolist()) for p in packs] for packs in islice(loader, 30)]
@@ -250,7 +251,7 @@ def test_sets_of_either_type_make_one_pack(tmp_path: Path) -> None:
         for number in range(8):
             sample = make_sample(number, 9)
             out.write(replace(sample, latents=sample.latents.half()))
-    source = open_shards(weighted([*folders, tmp_path / "half"], [1, 1]))
+    source = open_source(weighted([*folders, tmp_path / "half"], [1, 1]))
     scaling = LatentScaling.of(source.manifest, "factor")
     with PackLoader(source, scaling, [0], dealing(clips_per_pack=20)) as loader:
         (pack,) = next(loader)
@@ -262,19 +263,19 @@ def test_sets_of_either_type_make_one_pack(tmp_path: Path) -> None:
 
 def test_each_set_must_serve_the_recipe(tmp_path: Path) -> None:
     folders = sets(tmp_path, 20, 3)
-    source = open_shards(weighted(folders, [1, 1]))
+    source = open_source(weighted(folders, [1, 1]))
     refused(lambda: dealing().clip_lanes(source, [0]), str(folders[1]), "data.lanes=4 is more than the 3 samples")
     stage: Any = type("Stage", (), {})()
     stage.data = type("Data", (), {"autoencoder": "other"})()
     stage.model = None
     refused(lambda: source.check(stage), "data.autoencoder=other", str(folders[0]))
-    refused(lambda: open_shards(weighted([folders[0], tmp_path / "none"], [1, 1])), str(tmp_path / "none"), "manifest")
+    refused(lambda: open_source(weighted([folders[0], tmp_path / "none"], [1, 1])), str(tmp_path / "none"), "manifest")
 
 
 def test_scaling_of_a_mixture_is_that_of_the_latents_it_gives(tmp_path: Path) -> None:
     folders = sets(tmp_path, 12, 30)
     shards = weighted(folders, [3, 1])
-    manifest = open_shards(shards).manifest
+    manifest = open_source(shards).manifest
     latents = []
     for folder, share in zip(folders, (0.75, 0.25), strict=True):
         shard_set = ShardSet.open(folder)
@@ -292,17 +293,17 @@ def test_scaling_of_a_mixture_is_that_of_the_latents_it_gives(tmp_path: Path) ->
 
 def test_identity_and_description(tmp_path: Path) -> None:
     folders = sets(tmp_path, 12, 30)
-    source = open_shards(weighted(folders, [3, 1]))
+    source = open_source(weighted(folders, [3, 1]))
     lines = summary(source)
     assert "75.0% of the clips" in lines[0] and str(folders[0]) in lines[0] and "2 shards, 12 samples" in lines[0]
     assert "25.0% of the clips" in lines[1] and str(folders[1]) in lines[1]
     identity = source.manifest.fingerprint()
-    assert open_shards(weighted(folders, [0.75, 0.25])).manifest.fingerprint() == identity
+    assert open_source(weighted(folders, [0.75, 0.25])).manifest.fingerprint() == identity
     shutil.move(folders[1], tmp_path / "elsewhere")
     moved = [folders[0], tmp_path / "elsewhere"]
-    assert open_shards(weighted(moved, [3, 1])).manifest.fingerprint() == identity
+    assert open_source(weighted(moved, [3, 1])).manifest.fingerprint() == identity
     others = [weighted(moved, [3, 2]), weighted(moved[::-1], [3, 1]), weighted(moved[:1], [1]), str(folders[0])]
-    assert len({identity, *(open_shards(other).manifest.fingerprint() for other in others)}) == 5
+    assert len({identity, *(open_source(other).manifest.fingerprint() for other in others)}) == 5
 
 
 # In a recipe.

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from far_scale.model.layout import FrameLayout
 from far_scale.model import FAR, FARConfig
 from far_scale.model.layers import modulated_norm, rotate, rotations
+from far_scale.model.layout import FrameLayout
 from far_scale.model.presets import PRESETS
 
 CHECKPOINTING = ("none", "attention-kept", "full")

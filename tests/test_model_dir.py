@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from far_scale.convert.model_dir import ModelCard, TrainingCard, load_model_dir, save_model_dir
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
-from far_scale.utils.errors import UserError
 from far_scale.model import FAR, FARConfig
+from far_scale.utils.errors import UserError
 from far_scale.utils.tensor_files import save_tensors
 
 CONFIG = FARConfig(layers=2, heads=1, channels=4, window=4, actions=3)

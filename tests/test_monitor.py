@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from far_scale.config.recipe import load_recipe
+from far_scale.distributed.process_group import Processes
 from far_scale.train import metrics as monitor_module
 from far_scale.train.curriculum import stages
 from far_scale.train.metrics import Monitor
-from far_scale.distributed.process_group import Processes
 
 
 class Alone(Processes):

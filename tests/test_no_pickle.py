@@ -15,11 +15,11 @@ from refusal import refused
 from strangers import Evil, seal_again
 
 from far_scale.convert.official_file import read_official
-from far_scale.data.video.latent_files import read_latents
+from far_scale.data.encode.latent_files import read_latents
 from far_scale.data.video.videos import BadVideo, read_actions, read_video
-from far_scale.utils.errors import UserError
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
+from far_scale.utils.errors import UserError
 
 
 @pytest.fixture

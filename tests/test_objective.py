@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from far_scale.config.schema import ObjectiveSection
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.model import FARConfig
 from far_scale.train.flow_matching import add_noise, pack_loss
-from far_scale.config.schema import ObjectiveSection
 
 CONFIG = FARConfig(layers=1, heads=1, channels=2, window=20000, actions=4, condition_dropout=0.25)
 

@@ -14,8 +14,8 @@ from official_cases import CASES, CLIPS, RECORDED, InFloat64, inputs, official_w
 from safetensors.torch import load_file
 
 from far_scale.convert import official
-from far_scale.utils.errors import UserError
 from far_scale.model import FAR, FARConfig
+from far_scale.utils.errors import UserError
 
 FLOAT64_TOLERANCE = 1e-9  # of values of up to 4; 1e-14 is seen
 FLOAT32_TOLERANCE = 5e-4  # of the velocities' std; see the test

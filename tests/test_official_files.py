@@ -17,12 +17,12 @@ from test_official import same_bits
 from far_scale.convert import official
 from far_scale.convert.model_dir import ModelCard, load_model, load_model_dir, read_any_config, read_config
 from far_scale.convert.official_file import import_file, read_official, write_official
-from far_scale.train.checkpoint.export import export, export_official
 from far_scale.data.loader.scaling import LatentScaling
-from far_scale.utils.errors import UserError
-from far_scale.utils.io import sha256
 from far_scale.model import FAR, FARConfig
 from far_scale.train import checkpoint
+from far_scale.train.checkpoint.export import export, export_official
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import sha256
 
 ROOT = Path(__file__).parents[1]
 LONG = CASES["long_action"].config

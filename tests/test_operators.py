@@ -10,9 +10,9 @@ import torch._dynamo
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from far_scale.model.layout import FrameGroup, FrameLayout, Order
 from far_scale.model import FAR, FARConfig, layers
 from far_scale.model.attention import causal_pair, frame_attention
+from far_scale.model.layout import FrameGroup, FrameLayout, Order
 from far_scale.train.flops import forward_flops
 
 LONG = FARConfig(layers=3, heads=2, patch=2, channels=8, window=8, context_patch=4, actions=4)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from launch import ROOT, environment, small_recipe
 
-from far_scale.train import checkpoint
 from far_scale.distributed.signals import SAME_KEY
+from far_scale.train import checkpoint
 
 SHORT = ["train.steps=3", "checkpoint.every=2", "optimizer.warmup_steps=1", "model.layers=1", "model.heads=1"]
 
@@ -34,7 +34,7 @@ def test_a_run_whose_output_cannot_be_written_trains_to_its_end(recorded_shards:
 
 PRINTS = """
 import sys
-from far_scale.utils.streams import never_fail_to_print
+from far_scale.utils.command_line import never_fail_to_print
 never_fail_to_print()
 for stream in (sys.stdout, sys.stderr):
     for _ in range(3):
@@ -67,7 +67,7 @@ def test_what_can_be_printed_is(tmp_path: Path) -> None:
 
 
 def test_a_process_that_is_killed_leaves_what_it_printed(tmp_path: Path) -> None:
-    program = "from far_scale.utils.streams import never_fail_to_print as n; n(); print('a line'); "
+    program = "from far_scale.utils.command_line import never_fail_to_print as n; n(); print('a line'); "
     program += "import os; os.kill(os.getpid(), 9)"
     with (tmp_path / "out").open("wb") as out:
         subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, stdout=out, timeout=60)

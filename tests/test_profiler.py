@@ -10,9 +10,9 @@ import pytest
 import torch
 from launch import launch, small_recipe
 
-from far_scale.utils.errors import UserError
 from far_scale.distributed.process_group import Processes
 from far_scale.train.profiler import Profiler, parse_steps
+from far_scale.utils.errors import UserError
 
 
 def test_steps_are_one_or_a_first_and_a_last() -> None:

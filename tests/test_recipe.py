@@ -11,15 +11,14 @@ import pytest
 import torch
 import yaml
 
-from far_scale.utils.errors import UserError
-from far_scale.model import FAR, FARConfig
-from far_scale.model.presets import PRESETS
 from far_scale.config.recipe import Recipe, check_ranks, load_recipe
-from far_scale.config.checks import stage_sections
 from far_scale.config.reference import fields
 from far_scale.config.schema import ModelSection
 from far_scale.config.yaml_loader import SHIPPED_RECIPES
-from far_scale.train.changes import flat
+from far_scale.model import FAR, FARConfig
+from far_scale.model.presets import PRESETS
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import flatten
 
 SHIPPED = sorted(
     path.stem
@@ -103,7 +102,7 @@ def test_every_shipped_recipe_is_covered() -> None:
 @pytest.mark.parametrize("name", COMPARED)
 def test_what_is_compared_differs_in_nothing_else(name: str) -> None:
     base, keys = COMPARED[name]
-    ours, theirs = (flat(load_recipe(each).result_values()) for each in (name, base))
+    ours, theirs = (flatten(load_recipe(each).result_values()) for each in (name, base))
     changed = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
     assert changed == keys
 
@@ -167,7 +166,7 @@ def test_official_hyper_parameters_of_long_videos(name: str) -> None:
 def test_eight_nodes_train_on_as_many_clips_as_one() -> None:
     one, eight = load_recipe("far_xl_ucf101_256_cond"), load_recipe(EIGHT_NODES)
     changed = {"data.lanes", "train.steps", "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.ema_decay"}
-    ours, theirs = flat(eight.result_values()), flat(one.result_values())
+    ours, theirs = flatten(eight.result_values()), flatten(one.result_values())
     assert {key for key in ours if ours[key] != theirs[key]} == changed and ours.keys() == theirs.keys()
     batch = eight.data.lanes * eight.data.clips_per_pack
     assert batch == 256 and eight.train.steps * batch == one.train.steps * 32
@@ -429,7 +428,7 @@ def test_a_curriculum_fills_in_the_steps_and_what_stages_leave_out(folder: Path)
     write("staged", CURRICULUM)
     recipe = load_recipe("staged")
     assert recipe.train.steps == 7
-    first, second = stage_sections(recipe)
+    first, second = recipe.stages()
     assert (first.data.frames, first.data.clips_per_pack, first.data.tokens_per_pack) == ({1: 0.5, 4: 0.5}, 4, None)
     assert (second.data.frames, second.data.clips_per_pack, second.data.tokens_per_pack) == ((16, 40), None, 2000)
     assert (first.model.window, second.model.window) == (16, 8)
@@ -438,7 +437,7 @@ def test_a_curriculum_fills_in_the_steps_and_what_stages_leave_out(folder: Path)
     again = load_recipe("saved.yaml")
     assert again == recipe and again.hash() == recipe.hash()
     assert "- name: long\n" in Path("saved.yaml").read_text() or "name: long\n" in Path("saved.yaml").read_text()
-    (only,) = stage_sections(load_recipe("whole"))
+    (only,) = load_recipe("whole").stages()
     assert only.data == load_recipe("whole").data and only.stage.steps == 10
 
 

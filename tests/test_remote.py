@@ -18,6 +18,7 @@ from latent_sets import make_sample, write_set
 from launch import small_recipe
 from zygote import Zygote
 
+from far_scale.config.recipe import load_recipe
 from far_scale.data.loader.filling import Dealing
 from far_scale.data.loader.lanes import Lane, LaneOrder
 from far_scale.data.loader.pack_loader import Pack, PackLoader
@@ -28,9 +29,8 @@ from far_scale.data.remote.cache import NodeCache
 from far_scale.data.remote.fetch import Interrupted, fetch_bytes, interruptible, is_remote, join, shown
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.utils.errors import UserError
-from far_scale.config.recipe import load_recipe
 from far_scale.distributed.exit_codes import REFUSED
+from far_scale.utils.errors import UserError
 
 FRAMES = [20 + number % 5 for number in range(22)]
 GB = 10**9

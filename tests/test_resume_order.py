@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from latent_sets import write_set
 
+from far_scale.config.schema import WeightedShards
 from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.mixture import Mixture
 from far_scale.data.loader.pack_loader import Pack, PackLoader
-from far_scale.data.loader.mixture import Mixture, open_shards
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.config.schema import WeightedShards
+from far_scale.train.sets import open_source
 
 LANES, NEXT = 4, 1000  # keys of each lane
 STEP = 41
@@ -32,9 +33,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShardSet | Mi
     convert(ShardSet.open(folder / "tar"), folder / "mds", "mds")
     parts = [WeightedShards(shards=str(folder / name), weight=w) for name, w in (("mds", 2.0), ("other", 1.0))]
     return {
-        "tar": open_shards(str(folder / "tar")),
-        "mds": open_shards(str(folder / "mds")),
-        "mixture": open_shards(tuple(parts)),
+        "tar": open_source(str(folder / "tar")),
+        "mds": open_source(str(folder / "mds")),
+        "mixture": open_source(tuple(parts)),
     }
 
 

@@ -13,7 +13,7 @@ from refusal import refused
 from far_scale.slurm.progress import checkpoint_step
 from far_scale.train.checkpoint import FlatPiece, local, point_at, set_aside, step_folder
 from far_scale.train.checkpoint.folders import publish
-from far_scale.train.run_dir import latest_stamp, latest_step, run_identity, steps_to_try
+from far_scale.train.checkpoint.run_dir import latest_stamp, latest_step, run_identity, steps_to_try
 
 
 @pytest.fixture

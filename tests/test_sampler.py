@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from far_scale.utils.errors import UserError
 from far_scale.model import FAR, FARConfig
-from far_scale.utils.rng import generator
 from far_scale.sampling.sampler import euler_sigmas, roll_out
+from far_scale.utils.errors import UserError
+from far_scale.utils.rng import generator
 
 SHAPE = (4, 2, 2)
 WINDOW = 5

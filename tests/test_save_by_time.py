@@ -14,16 +14,16 @@ import torch
 from launch import ROOT, small_recipe
 from zygote import Zygote
 
+from far_scale.config.recipe import load_recipe
 from far_scale.evaluation.clips import ClipSource
 from far_scale.evaluation.follow import _Following
 from far_scale.evaluation.protocol import load_protocol
-from far_scale.utils.io import read_json
-from far_scale.config.recipe import load_recipe
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
 from far_scale.train.checkpoint.folders import is_ephemeral
+from far_scale.train.checkpoint.run_dir import latest_step, steps_there
 from far_scale.utils.event_log import read_events
-from far_scale.train.run_dir import latest_step, steps_there
+from far_scale.utils.io import read_json
 
 
 def save(run: Path, step: int, ephemeral: bool, keep: int = 2) -> None:

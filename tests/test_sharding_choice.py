@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from far_scale.utils.errors import UserError
 from far_scale.config.recipe import load_recipe
-from far_scale.train import sharding
 from far_scale.distributed.process_group import Processes
+from far_scale.train import sharding
 from far_scale.train.sharding import Sharding, choose_sharding, state_bytes
+from far_scale.utils.errors import UserError
 
 SECTION = "train.deepspeed"
 

@@ -42,6 +42,6 @@ def test_a_library_that_unblocks_signals_does_not_make_them_end_the_process() ->
 
 
 def test_lines_come_at_once_where_python_is_asked_not_to_buffer() -> None:
-    code = "from far_scale.utils.streams import never_fail_to_print as n; n(); print(1); import os; os._exit(0)"
+    code = "from far_scale.utils.command_line import never_fail_to_print as n; n(); print(1); import os; os._exit(0)"
     done = subprocess.run([sys.executable, "-u", "-c", code], cwd=ROOT, env=environment(), capture_output=True)
     assert done.stdout == b"1\n"

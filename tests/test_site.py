@@ -15,8 +15,8 @@ import pytest
 from launch import ROOT
 from slurm_jobs import Cluster, started_cluster, steps_logged, tiny
 
-from far_scale.utils.hosts import first_host
 from far_scale.utils.event_log import read_events
+from far_scale.utils.hosts import first_host
 
 ONE_RANK = "--nodes=1 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --time=10"
 

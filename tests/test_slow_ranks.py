@@ -8,8 +8,8 @@ from pathlib import Path
 from launch import ROOT
 from rank_processes import started
 
-from far_scale.utils.event_log import read_events
 from far_scale.health.straggler import Slow, slow_ranks
+from far_scale.utils.event_log import read_events
 
 
 def test_of_two_ranks_the_faster_is_the_measure() -> None:

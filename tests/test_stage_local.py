@@ -15,17 +15,17 @@ from latent_sets import make_sample, write_set
 from launch import small_recipe
 from zygote import Zygote
 
+from far_scale.config.recipe import load_recipe
 from far_scale.data.loader.filling import Dealing
 from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
-from far_scale.data.remote.store import Staged
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.store import Staged
 from far_scale.utils.errors import UserError
-from far_scale.config.recipe import load_recipe
 from far_scale.utils.event_log import read_events
 
 FRAMES = [20 + number % 5 for number in range(22)]

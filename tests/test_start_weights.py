@@ -10,20 +10,20 @@ import torch
 from latent_sets import FACTS, write_set
 from refusal import refused
 
+from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.convert.model_dir import ImportCard, ModelCard, TrainingCard, WeightsCard, save_model_dir
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
+from far_scale.distributed.process_group import Processes
 from far_scale.model import FAR
-from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.train import checkpoint
 from far_scale.train.changes import changes
 from far_scale.train.checkpoint import FlatPiece
 from far_scale.train.curriculum import stages
-from far_scale.utils.event_log import Events, read_events
 from far_scale.train.loop import build_model
-from far_scale.distributed.process_group import Processes
 from far_scale.train.resume import Resume
 from far_scale.train.start_weights import other_latents, start_from
+from far_scale.utils.event_log import Events, read_events
 
 TRAINING = TrainingCard(step=7, recipe_hash="ab", weights="ema", far_scale="0")
 

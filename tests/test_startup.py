@@ -11,12 +11,12 @@ from launch import ROOT
 from rank_processes import started
 
 from far_scale.config.recipe import load_recipe
-from far_scale.utils.event_log import read_events
 from far_scale.distributed.exit_codes import REFUSED
 from far_scale.health.bandwidth import BETWEEN, INSIDE, Links, better_links, rounds
-from far_scale.health.node_check import RankReport, code_hash, examine, refusals
 from far_scale.health.gemm_probe import KnownProduct
+from far_scale.health.node_check import RankReport, code_hash, examine, refusals
 from far_scale.health.preflight import checkpoint_bytes, node_table, slow_nodes
+from far_scale.utils.event_log import read_events
 
 WORKER = ROOT / "tests/startup_worker.py"
 CASES = [

@@ -25,9 +25,6 @@ from torch import Tensor, nn
 
 from far_scale import autoencoder as autoencoders
 from far_scale.autoencoder.compact import CompactAutoencoder, CompactConfig
-from far_scale.utils.errors import UserError
-from far_scale.utils.io import write_json
-from far_scale.config.yaml_loader import SHIPPED_RECIPES
 from far_scale.autoencoder.training import (
     Places,
     load_autoencoder_recipe,
@@ -43,7 +40,10 @@ from far_scale.autoencoder.training.perceptual import PerceptualDistance
 from far_scale.autoencoder.training.recipe import AutoencoderRecipe, VideoData
 from far_scale.autoencoder.training.trainer import Trainer
 from far_scale.autoencoder.training.training import first_network
+from far_scale.config.yaml_loader import SHIPPED_RECIPES
 from far_scale.distributed.process_group import Processes
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import write_json
 
 VGG = [(0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256)]
 VGG += [(17, 256, 512), *[(number, 512, 512) for number in (19, 21, 24, 26, 28)]]

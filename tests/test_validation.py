@@ -17,24 +17,25 @@ import torch
 from latent_sets import FACTS, write_set
 from launch import ROOT, launch, small_recipe
 
+from far_scale.config.recipe import load_recipe
 from far_scale.convert.model_dir import load_model_dir
-from far_scale.train.checkpoint.export import export
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.utils.errors import UserError
+from far_scale.distributed.process_group import Processes
+from far_scale.evaluation import validation_videos as validation_samples
 from far_scale.evaluation.lpips import LPIPS
-from far_scale.train.flow_matching import CLEAN, add_noise
-from far_scale.config.recipe import load_recipe
 from far_scale.evaluation.rollouts.evaluate import evaluate
 from far_scale.evaluation.rollouts.metrics import frame_ssim
-from far_scale.evaluation import validation_videos as validation_samples
+from far_scale.evaluation.validation_videos import open_validation_videos
+from far_scale.train.checkpoint.export import export
 from far_scale.train.curriculum import Stage, stages
-from far_scale.utils.event_log import Events, read_events
+from far_scale.train.flow_matching import CLEAN, add_noise
 from far_scale.train.held_out import HeldOut, open_held_out
-from far_scale.distributed.process_group import Processes
 from far_scale.train.validation import summary
+from far_scale.utils.errors import UserError
+from far_scale.utils.event_log import Events, read_events
 
 # Seven clips in three packs, so that one of two ranks computes a pack that is not counted; three clips sampled.
 VALIDATION = ["validation.every=2", "validation.clips=7", "validation.clips_per_pack=3"]
@@ -254,7 +255,7 @@ def opened(folder: Path, trained_on: Path, *more: str) -> tuple[HeldOut, Stage]:
     manifest, plan = Manifest.read(trained_on), stages(recipe)
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
     events = Events(folder, main=False)
-    held_out = open_held_out(recipe, plan, manifest, scaling, torch.float32, ALONE, events, 0)
+    held_out = open_held_out(recipe, plan, manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos)
     assert held_out is not None
     return held_out, plan[0]
 
@@ -304,7 +305,9 @@ def test_lpips_is_that_of_its_network(recorded_shards: Path, tmp_path: Path, mon
     spec, *overrides = small_recipe(recorded_shards, tmp_path, *VALIDATION, f"validation.shards={recorded_shards}")
     recipe, manifest = load_recipe(spec, [*overrides, *SAMPLES]), Manifest.read(recorded_shards)
     scaling, events = LatentScaling.of(manifest, "channel"), Events(tmp_path, main=False)
-    held_out = open_held_out(recipe, stages(recipe), manifest, scaling, torch.float32, ALONE, events, 0)
+    held_out = open_held_out(
+        recipe, stages(recipe), manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos
+    )
     assert held_out is not None and held_out.samples is not None and held_out.samples.without_lpips is None
     frames, truth = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     error, ssim, lpips = held_out.samples._score(frames, truth)
@@ -314,4 +317,4 @@ def test_lpips_is_that_of_its_network(recorded_shards: Path, tmp_path: Path, mon
     small = ["sample.given=30", "data.frames=16", "validation.sample_every=1"]
     with pytest.raises(UserError, match="24 frames, but 42 are needed"):
         wide = load_recipe(spec, [*overrides, *small, "sample.frames=12", "model.window=42"])
-        open_held_out(wide, stages(wide), manifest, scaling, torch.float32, ALONE, events, 0)
+        open_held_out(wide, stages(wide), manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos)

@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from far_scale.convert.official import from_far_scale
-from far_scale.data.loader.pack_loader import Pack
-from far_scale.utils.errors import UserError
-from far_scale.model.layout import FrameGroup, FrameLayout, Order
-from far_scale.model import FAR, FARConfig
-from far_scale.model.attention import dense, flex, frame_attention
-from far_scale.train.flow_matching import add_noise, pack_loss
-from far_scale.utils.rng import generator
 from far_scale.config.recipe import load_recipe
 from far_scale.config.schema import ObjectiveSection
+from far_scale.convert.official import from_far_scale
+from far_scale.data.loader.pack_loader import Pack
+from far_scale.model import FAR, FARConfig
+from far_scale.model.attention import dense, flex, frame_attention
+from far_scale.model.layout import FrameGroup, FrameLayout, Order
 from far_scale.sampling.sampler import cache_bytes, euler_sigmas, roll_out
 from far_scale.train.flops import forward_flops
+from far_scale.train.flow_matching import add_noise, pack_loss
 from far_scale.train.resume import check_fits
+from far_scale.utils.errors import UserError
+from far_scale.utils.rng import generator
 
 CPU = torch.device("cpu")
 SHAPE = (4, 2, 2)

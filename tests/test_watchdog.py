@@ -11,10 +11,10 @@ import pytest
 from launch import ROOT, small_recipe
 from rank_processes import Rank, started
 
-from far_scale.utils.event_log import read_events
 from far_scale.distributed.exit_codes import DONE, REQUEUE
-from far_scale.utils.ranks import rank_list, ranks_on_hosts
 from far_scale.health.watchdog import GRACE_SECONDS, START_SECONDS, collective_timeout
+from far_scale.utils.event_log import read_events
+from far_scale.utils.hosts import rank_list, ranks_on_hosts
 
 WORKER = ROOT / "tests/watchdog_worker.py"
 

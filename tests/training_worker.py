@@ -13,16 +13,17 @@ import torch
 import torch.distributed as dist
 from launch import small_recipe
 
-from far_scale.convert.model_dir import read_config
-from far_scale.train.checkpoint.export import export
-from far_scale.data.shards.shard_set import ShardSet
-from far_scale.model import FAR
 from far_scale.config.recipe import load_recipe
+from far_scale.convert.model_dir import read_config
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.distributed.process_group import stop_processes
 from far_scale.evaluation.rollouts.evaluate import evaluate
-from far_scale.train.engine import fragments
 from far_scale.health.watchdog import collective_timeout
+from far_scale.model import FAR
+from far_scale.train.checkpoint.export import export
+from far_scale.train.deepspeed_adapter import start_deepspeed_processes
+from far_scale.train.engine import fragments
 from far_scale.train.loop import train
-from far_scale.distributed.process_group import start_processes, stop_processes
 
 
 def gathered_ema(engine, ema) -> dict[str, torch.Tensor]:
@@ -40,7 +41,7 @@ def gathered_ema(engine, ema) -> dict[str, torch.Tensor]:
 def main() -> None:
     shards, out, *rest = sys.argv[1:]
     timeout = collective_timeout(1800.0)
-    processes = start_processes(timeout)
+    processes = start_deepspeed_processes(timeout)
     for run in " ".join(rest).split(","):
         name, *overrides = run.split()
         spec, *others = small_recipe(Path(shards), Path(out) / name, *overrides)

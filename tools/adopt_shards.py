@@ -13,11 +13,10 @@ from typing import get_args
 from far_scale.data.adopt.adopt import adopt
 from far_scale.data.adopt.parts import Wishes
 from far_scale.data.adopt.sources import find_shards
-from far_scale.data.encode.rejects import REJECTED_NAME
 from far_scale.data.shards.adopted import Layout
+from far_scale.data.shards.rejects import REJECTED_NAME
 from far_scale.data.video.sources import read_class_names
-from far_scale.utils.errors import command_line
-from far_scale.utils.arguments import above_zero, at_least, share
+from far_scale.utils.command_line import above_zero, at_least, command_line, share
 
 
 def rate_or_part(text: str) -> str | float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from far_scale.data.remote.cache import CACHE_BYTES, NodeCache
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.utils.errors import command_line
+from far_scale.utils.command_line import command_line
 
 
 @command_line

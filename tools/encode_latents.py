@@ -12,14 +12,14 @@ import os
 from pathlib import Path
 
 from far_scale.data.encode.plan import MAX_REJECTED, plan
-from far_scale.data.encode.rejects import REJECTED_NAME
 from far_scale.data.encode.tasks import encode_task, merge
-from far_scale.data.remote.store import manifest_text
 from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.rejects import REJECTED_NAME
+from far_scale.data.shards.store import manifest_text
 from far_scale.data.video.pictures import Framing
 from far_scale.data.video.sources import find_labelled, read_class_names, with_flips
-from far_scale.utils.errors import UserError, command_line
-from far_scale.utils.arguments import at_least, share
+from far_scale.utils.command_line import at_least, command_line, share
+from far_scale.utils.errors import UserError
 
 
 def class_names(file: Path | None, of: str | None) -> tuple[str, ...] | None:

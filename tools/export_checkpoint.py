@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from far_scale.train.checkpoint.export import export_if_needed, export_official
-from far_scale.utils.errors import command_line
+from far_scale.utils.command_line import command_line
 
 
 @command_line

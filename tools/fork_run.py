@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from far_scale.utils.errors import command_line
 from far_scale.train.checkpoint.fork import fork
+from far_scale.utils.command_line import command_line
 
 
 @command_line

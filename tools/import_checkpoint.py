@@ -7,8 +7,8 @@ from pathlib import Path
 
 from far_scale.convert.dc_ae import import_autoencoder, is_autoencoder
 from far_scale.convert.official_file import import_file
-from far_scale.utils.errors import command_line
 from far_scale.model.presets import describe
+from far_scale.utils.command_line import command_line
 
 
 @command_line

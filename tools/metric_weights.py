@@ -11,8 +11,9 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from far_scale.utils.errors import UserError, command_line
 from far_scale.evaluation.weights import REFERENCES, Imported, Name, import_file, import_from_index, in_cache
+from far_scale.utils.command_line import command_line
+from far_scale.utils.errors import UserError
 
 
 def label(text: str) -> str:

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 
 from far_scale.data.demo.episodes import record_episodes
-from far_scale.utils.errors import UserError, command_line
+from far_scale.utils.command_line import command_line
+from far_scale.utils.errors import UserError
 from far_scale.utils.rng import MAX_SEED
 
 

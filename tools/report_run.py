@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from far_scale.utils.errors import command_line
 from far_scale.evaluation.rollouts.curve import validation_losses
 from far_scale.evaluation.rollouts.report import report_run
+from far_scale.utils.command_line import command_line
 
 
 @command_line

@@ -9,11 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from far_scale.utils.errors import UserError, command_line
+from far_scale.config.recipe import load_recipe
 from far_scale.slurm.snapshot import ACCEPT
 from far_scale.slurm.submit import JobSize, draft, parse_minutes, submit, train_here
-from far_scale.config.recipe import load_recipe
-from far_scale.utils.arguments import at_least
+from far_scale.utils.command_line import at_least, command_line
+from far_scale.utils.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from far_scale.distributed.exit_codes import DONE, REQUEUE, leave, status_of
 from far_scale.distributed.signals import StopSignals
-from far_scale.utils.streams import never_fail_to_print
+from far_scale.utils.command_line import never_fail_to_print
 
 
 def main() -> int:
@@ -32,8 +32,8 @@ def main() -> int:
 def _train(asked: argparse.Namespace, signals: StopSignals) -> int:
     # Late: threads must inherit what StopSignals has set.
     from far_scale.autoencoder.training import Places, load_autoencoder_recipe, train_autoencoder
-    from far_scale.train.lease import Lease
     from far_scale.distributed.process_group import start_processes, stop_processes
+    from far_scale.train.lease import Lease
 
     recipe = load_autoencoder_recipe(asked.recipe, asked.overrides)
     run = asked.run_dir or Path("runs/autoencoder") / recipe.name

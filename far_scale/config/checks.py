@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from far_scale.config.deepspeed_keys import KEY_STAGES
+from far_scale.config.schema import (
+    DataSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    SampleSection,
+    StageSection,
+    TrainSection,
+    ValidationSection,
+    shard_urls,
+)
+from far_scale.data.frame_counts import clip_tokens, fewest, most
 from far_scale.data.remote.fetch import is_remote
 from far_scale.utils.errors import UserError
-from far_scale.config.deepspeed_keys import deepspeed_conflicts
-from far_scale.data.frame_counts import clip_tokens, fewest, most
-from far_scale.config.schema import DataSection, ModelSection, StageSection, places
-
-if TYPE_CHECKING:
-    from far_scale.config.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -38,38 +44,49 @@ class StageSections:
         return f"curriculum.{self.number}.{name}" if own and self.number else f"{section}.{name}"
 
 
-def stage_sections(recipe: Recipe) -> list[StageSections]:
-    """The stages of a recipe; one without a curriculum is one stage."""
-    if not recipe.curriculum:
-        stage = StageSection(steps=recipe.train.steps)
-        return [StageSections(0, stage, recipe.model, recipe.data)]
+def stage_sections(
+    model: ModelSection, data: DataSection, train: TrainSection, curriculum: Sequence[StageSection]
+) -> list[StageSections]:
+    """The stages of a recipe with these sections; without a curriculum there is one stage."""
+    if not curriculum:
+        return [StageSections(0, StageSection(steps=train.steps), model, data)]
     found = []
-    for number, stage in enumerate(recipe.curriculum, start=1):
+    for number, stage in enumerate(curriculum, start=1):
         given = {name: getattr(stage, name) for name in ("frames", "shards", "latent_shape")}
         own = {name: value for name, value in given.items() if value is not None}
         if stage.clips_per_pack is not None or stage.tokens_per_pack is not None:
             own |= {"clips_per_pack": stage.clips_per_pack, "tokens_per_pack": stage.tokens_per_pack}
-        window = stage.window or recipe.model.window
-        model = recipe.model.model_copy(update={"window": window})
-        found.append(StageSections(number, stage, model, recipe.data.model_copy(update=own)))
+        staged_model = model.model_copy(update={"window": stage.window or model.window})
+        found.append(StageSections(number, stage, staged_model, data.model_copy(update=own)))
     return found
 
 
-def impossible(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Every combination of keys that cannot work, as the key to mend and what is wrong."""
-    yield from _impossible_model(recipe)
-    yield from deepspeed_conflicts(recipe)
-    yield from _impossible_objective(recipe)
-    yield from _impossible_curriculum(recipe)
-    for stage in stage_sections(recipe):
+def impossible(
+    model: ModelSection,
+    data: DataSection,
+    objective: ObjectiveSection,
+    optimizer: OptimizerSection,
+    train: TrainSection,
+    sample: SampleSection,
+    validation: ValidationSection | None,
+    curriculum: Sequence[StageSection],
+) -> Iterator[tuple[str, str]]:
+    """Every combination of a recipe's keys that cannot work, as the key to fix and what is wrong."""
+    yield from _impossible_model(model, optimizer, train)
+    yield from _impossible_deepspeed(train)
+    yield from _impossible_objective(objective, model)
+    yield from _impossible_curriculum(curriculum, train)
+    for stage in stage_sections(model, data, train, curriculum):
         yield from _impossible_stage(stage)
         yield from _impossible_source(stage)
-    yield from _impossible_sample(recipe)
-    yield from _impossible_validation(recipe)
+    yield from _impossible_sample(sample, model, data)
+    if validation is not None:
+        yield from _impossible_validation(validation.shards or sample.shards, data)
 
 
-def _impossible_model(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    model, optimizer, train = recipe.model, recipe.optimizer, recipe.train
+def _impossible_model(
+    model: ModelSection, optimizer: OptimizerSection, train: TrainSection
+) -> Iterator[tuple[str, str]]:
     if model.condition == "none" and model.classes:
         yield "model.classes", f"{model.classes} classes, but model.condition is none; set it to label or action"
     if model.condition != "none" and not model.classes:
@@ -95,9 +112,29 @@ def _impossible_model(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
 
 
-def _impossible_objective(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    objective = recipe.objective
-    if objective.clean_frame_ratio and not recipe.model.causal:
+def _impossible_deepspeed(train: TrainSection) -> Iterator[tuple[str, str]]:
+    """Keys of `train.deepspeed` that have no effect at the ZeRO stage, or contradict each other."""
+    section, stage = train.deepspeed, train.zero_stage
+    if section is None:
+        return
+    given = section.given()
+    for name, value in given.items():
+        if stage != "auto" and stage not in KEY_STAGES[name]:
+            stages = " or ".join(map(str, KEY_STAGES[name]))
+            yield (
+                f"train.deepspeed.{name}",
+                f"{value}, but it has no effect with train.zero_stage {stage}; leave it out, or set train.zero_stage "
+                f"to {stages}",
+            )
+    if section.zero_quantized_gradients and section.reduce_scatter is False:
+        yield (
+            "train.deepspeed.reduce_scatter",
+            "false, but zero_quantized_gradients is a reduce-scatter; leave one of them out",
+        )
+
+
+def _impossible_objective(objective: ObjectiveSection, model: ModelSection) -> Iterator[tuple[str, str]]:
+    if objective.clean_frame_ratio and not model.causal:
         yield (
             "objective.clean_frame_ratio",
             f"{objective.clean_frame_ratio:g}, but with model.causal false all frames of a clip have one timestep; "
@@ -111,15 +148,15 @@ def _impossible_objective(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
 
 
-def _impossible_curriculum(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    steps = sum(stage.steps for stage in recipe.curriculum)
-    if recipe.curriculum and steps != recipe.train.steps:
+def _impossible_curriculum(curriculum: Sequence[StageSection], train: TrainSection) -> Iterator[tuple[str, str]]:
+    steps = sum(stage.steps for stage in curriculum)
+    if curriculum and steps != train.steps:
         yield (
             "train.steps",
-            f"{recipe.train.steps} is not the sum of the stages' steps, {steps}; set it to null or make them agree",
+            f"{train.steps} is not the sum of the stages' steps, {steps}; set it to null or make them agree",
         )
     names: dict[str, int] = {}
-    for number, stage in enumerate(recipe.curriculum, start=1):
+    for number, stage in enumerate(curriculum, start=1):
         name = stage.name or f"stage-{number}"
         if names.setdefault(name, number) != number:
             yield f"curriculum.{number}.name", f"{name!r} is stage {names[name]}'s name already; choose another"
@@ -166,18 +203,17 @@ def _impossible_stage(sections: StageSections) -> Iterator[tuple[str, str]]:
 def _impossible_source(sections: StageSections) -> Iterator[tuple[str, str]]:
     data, key = sections.data, sections.key("data", "shards")
     try:
-        far = any([is_remote(where) for where in places(data.shards)])
+        remote = any([is_remote(where) for where in shard_urls(data.shards)])
     except UserError as problem:  # a URL of an unknown kind
         yield key, str(problem)
         return
-    if far and data.cache_dir is None:
-        yield key, "it is far away and comes through a cache; set data.cache_dir to a folder on the nodes' own disks"
-    if (far or data.stage_local is not None) and data.prefetch_gb > data.cache_gb:
+    if remote and data.cache_dir is None:
+        yield key, "it is remote and comes through a cache; set data.cache_dir to a folder on the nodes' own disks"
+    if (remote or data.stage_local is not None) and data.prefetch_gb > data.cache_gb:
         yield "data.prefetch_gb", f"{data.prefetch_gb:g} is more than data.cache_gb, {data.cache_gb:g}; lower it"
 
 
-def _impossible_sample(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    model, data, sample = recipe.model, recipe.data, recipe.sample
+def _impossible_sample(sample: SampleSection, model: ModelSection, data: DataSection) -> Iterator[tuple[str, str]]:
     longest = most(data.frames)
     if sample.frames is None and sample.given >= longest:
         yield (
@@ -203,10 +239,8 @@ def _impossible_sample(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
 
 
-def _impossible_validation(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    if recipe.validation is None:
-        return
-    where, key = recipe.held_out_shards(), "validation.shards"
+def _impossible_validation(where: str | None, data: DataSection) -> Iterator[tuple[str, str]]:
+    key = "validation.shards"
     if where is None:
         yield key, "neither this key nor sample.shards names a held-out shard set; set one of them"
         return
@@ -215,5 +249,5 @@ def _impossible_validation(recipe: Recipe) -> Iterator[tuple[str, str]]:
     except UserError as problem:  # a URL of an unknown kind
         yield key, str(problem)
         return
-    if remote and recipe.data.cache_dir is None:
+    if remote and data.cache_dir is None:
         yield key, "it is remote and comes through a cache; set data.cache_dir to a folder on the nodes' own disks"

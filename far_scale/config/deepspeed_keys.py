@@ -1,16 +1,10 @@
-"""What `train.deepspeed` refuses: keys that other recipe keys set, and keys that do not fit the rest of the recipe.
+"""DeepSpeed keys that `train.deepspeed` refuses since other recipe keys set them, and the ZeRO stages of the others.
 
 The keys that it takes are fields of `DeepSpeedSection`. Every key of DeepSpeed's `zero_optimization` is either there or
 here; tests/test_deepspeed_keys.py holds both against the installed DeepSpeed.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from far_scale.config.recipe import Recipe
 
 _FIXED = "far_scale needs DeepSpeed's default here; leave it out"
 _NO_NATIVE_CHECKPOINTS = "far_scale writes its own checkpoints; leave it out"
@@ -96,24 +90,3 @@ KEY_STAGES = {
     "communication_data_type": _SHARDED,
 }
 """The ZeRO stages in which a key of `train.deepspeed` has an effect."""
-
-
-def deepspeed_conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Keys of `train.deepspeed` that do not fit the recipe, each with what is wrong."""
-    section, stage = recipe.train.deepspeed, recipe.train.zero_stage
-    if section is None:
-        return
-    given = section.given()
-    for name, value in given.items():
-        if stage != "auto" and stage not in KEY_STAGES[name]:
-            stages = " or ".join(map(str, KEY_STAGES[name]))
-            yield (
-                f"train.deepspeed.{name}",
-                f"{value}, but it has no effect with train.zero_stage {stage}; leave it out, or set train.zero_stage "
-                f"to {stages}",
-            )
-    if section.zero_quantized_gradients and section.reduce_scatter is False:
-        yield (
-            "train.deepspeed.reduce_scatter",
-            "false, but zero_quantized_gradients is a reduce-scatter; leave one of them out",
-        )

@@ -1,4 +1,4 @@
-"""The typed recipe: everything a training run is told. `python -m far_scale.config.recipe` prints all keys.
+"""The typed recipe: everything a training run is told. `python -m far_scale.recipe` prints all keys.
 
 A recipe is a YAML file that may extend another (`extends: NAME`); `key.sub=value` overrides it on the command line.
 A wrong one is refused before any work, in one line with file, line, key and mend.
@@ -24,11 +24,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from far_scale.utils.errors import UserError, command_line
-from far_scale.utils.io import atomic_write
-from far_scale.config.checks import impossible
-from far_scale.data.frame_counts import most
-from far_scale.config.reference import explain, reference
+from far_scale.config.checks import StageSections, impossible, stage_sections
+from far_scale.config.reference import explain
 from far_scale.config.schema import (
     CheckpointSection,
     DataSection,
@@ -43,9 +40,12 @@ from far_scale.config.schema import (
     StageSection,
     TrainSection,
     ValidationSection,
-    shares,
+    mixture_weights,
 )
 from far_scale.config.yaml_loader import read_document
+from far_scale.data.frame_counts import most
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import atomic_write
 
 if TYPE_CHECKING:
     from far_scale.model import FARConfig
@@ -92,7 +92,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
-        for key, problem in impossible(self):
+        for key, problem in impossible(
+            self.model,
+            self.data,
+            self.objective,
+            self.optimizer,
+            self.train,
+            self.sample,
+            self.validation,
+            self.curriculum,
+        ):
             raise PydanticCustomError("impossible", "{problem}", {"key": key, "problem": problem})
         return self
 
@@ -107,6 +116,10 @@ class Recipe(Section):
     def far_config(self) -> FARConfig:
         """The model's configuration (a curriculum's stage may have another window)."""
         return self.model.far_config()
+
+    def stages(self) -> list[StageSections]:
+        """The stages of training with their sections; without a curriculum there is one stage."""
+        return stage_sections(self.model, self.data, self.train, self.curriculum)
 
     def sample_frames(self) -> int:
         """Frames to predict in evaluation, after the given ones."""
@@ -172,7 +185,7 @@ class Recipe(Section):
         mixed += [(values["curriculum"][index], stage.shards) for index, stage in enumerate(self.curriculum)]
         for section, shards in mixed:
             if isinstance(shards, tuple):
-                section["weights"] = shares(shards)
+                section["weights"] = list(mixture_weights(shards))
         _drop_later_keys(values)
         if self.train.deepspeed is not None and (quantised := self.train.deepspeed.of_result()):
             values["train"]["deepspeed"] = quantised
@@ -249,13 +262,3 @@ def _write_list(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
 
 
 _Dumper.add_representer(list, _write_list)
-
-
-@command_line
-def main() -> None:
-    """Print the reference of all keys."""
-    print(f"The keys of a recipe:\n{reference(Recipe)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from far_scale.utils.errors import UserError
 from far_scale.config.yaml_loader import Document, KeyPath
+from far_scale.utils.errors import UserError
 
 
 def explain(error: ValidationError, document: Document, recipe: type[BaseModel]) -> UserError:
@@ -34,7 +34,7 @@ def _line(detail: ErrorDetails, document: Document, recipe: type[BaseModel]) -> 
     if detail["type"] == "extra_forbidden":
         return f"{where}: unknown key; {_nearest(key, recipe, document.kind.name)}"
     if detail["type"] == "missing" and isinstance(detail["loc"][-1], int):
-        return f"{where}: its list is too short; see `python -m far_scale.config.recipe`"
+        return f"{where}: its list is too short; see `python -m far_scale.recipe`"
     if detail["type"] == "missing":
         field = dict(fields(recipe))[_typed(key)]
         return f"{where}: this required key is missing; set it ({_description(field)})"

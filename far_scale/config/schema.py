@@ -1,6 +1,6 @@
 """The sections of a recipe: every key with its type, limits, default and meaning.
 
-The text under a key is what `python -m far_scale.config.recipe` prints for it.
+The text under a key is what `python -m far_scale.recipe` prints for it.
 """
 
 from __future__ import annotations
@@ -129,15 +129,17 @@ Shards = Annotated[str | tuple[WeightedShards, ...], BeforeValidator(_parse_shar
 """A shard set, or several with weights."""
 
 
-def places(shards: Shards) -> list[str]:
-    """Where the sets lie: folders or URLs."""
+def shard_urls(shards: Shards) -> list[str]:
+    """The folders or URLs of the shard sets."""
     return [shards] if isinstance(shards, str) else [weighted.shards for weighted in shards]
 
 
-def shares(sets: tuple[WeightedShards, ...]) -> list[float]:
-    """The sets' shares of the clips, which add up to 1."""
-    total = sum(weighted.weight for weighted in sets)
-    return [weighted.weight / total for weighted in sets]
+def mixture_weights(shards: Shards) -> list[float]:
+    """The fraction of the clips that each shard set gives; they add up to 1."""
+    if isinstance(shards, str):
+        return [1.0]
+    total = sum(weighted.weight for weighted in shards)
+    return [weighted.weight / total for weighted in shards]
 
 
 class DataSection(Section):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from far_scale.utils.errors import UserError
 from far_scale.model import FAR, FARConfig
+from far_scale.utils.errors import UserError
 
 SHOWN = 3  # tensors named of each kind; of the others it is said how many they are
 

@@ -28,9 +28,9 @@ from far_scale.convert.fit import check_fit, empty_model
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.typed import Digest, Positive, Typed, WithClasses, first_problem
+from far_scale.model import FAR, FARConfig
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import parse_json, read_json, sha256, sync_folder
-from far_scale.model import FAR, FARConfig
 from far_scale.utils.tensor_files import save_tensors
 
 FORMAT = "far_scale.model/1"

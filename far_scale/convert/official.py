@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from far_scale.convert.fit import check_fit, empty_model
-from far_scale.utils.errors import UserError
 from far_scale.model import FARConfig
 from far_scale.model.layers import HEAD_DIM
+from far_scale.utils.errors import UserError
 
 MODULES = {
     "patch_embedding": "x_embedder",

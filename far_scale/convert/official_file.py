@@ -17,9 +17,9 @@ from far_scale.convert.model_dir import ImportCard, ModelCard, WeightsCard, save
 from far_scale.convert.official import to_far_scale
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
+from far_scale.model import FARConfig
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, sha256
-from far_scale.model import FARConfig
 
 
 def read_official(path: str | Path) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from far_scale.distributed.ledger import phase
-from far_scale.distributed.signals import StopSignals
 from far_scale.distributed.process_group import Processes
+from far_scale.distributed.signals import StopSignals
 
 
 class Outcome(NamedTuple):

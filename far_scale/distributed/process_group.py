@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,9 +16,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from far_scale.distributed.rendezvous import meet
 from far_scale.utils.errors import SaidByMain, UserError, file_problem
 from far_scale.utils.hosts import first_host, host_name
-from far_scale.distributed.rendezvous import meet
 
 T = TypeVar("T")
 
@@ -64,14 +63,6 @@ def start_processes(timeout: datetime.timedelta | None = None) -> Processes:
         UserError: the launcher's variables are incomplete, or the processes do not find each other.
     """
     rank, count = take_launcher_variables()
-
-    # DeepSpeed calls these by their old names, which is not for its users to read at every step.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found none
-    from far_scale.train.deepspeed_adapter import check_symbols, use_process_group
-
-    check_symbols()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     store = meet(rank, count, device.type)
     if device.type == "cuda":
@@ -87,7 +78,6 @@ def start_processes(timeout: datetime.timedelta | None = None) -> Processes:
     else:
         backend = "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
-    use_process_group(backend)
     return Processes(rank, count, device, dist.new_group(backend="gloo", timeout=timeout), timeout)
 
 

@@ -20,8 +20,7 @@ import torch.distributed as dist
 from far_scale.distributed.addresses import network_stack
 from far_scale.distributed.network import checked_network, wait_for_route
 from far_scale.utils.errors import UserError
-from far_scale.utils.hosts import host_name
-from far_scale.utils.ranks import rank_list, ranks_on_hosts
+from far_scale.utils.hosts import host_name, rank_list, ranks_on_hosts
 
 PATIENCE = datetime.timedelta(minutes=10)
 """How long the ranks wait for each other: the last node of a large job may load torch from a slow file system."""

@@ -26,12 +26,12 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.video.pictures import Frames, Framing
 from far_scale.data.video.sources import Source, find_labelled
 from far_scale.data.video.videos import Video, read_label, read_video
-from far_scale.utils.errors import UserError, say_warning
 from far_scale.evaluation.protocol import Protocol
-from far_scale.utils.io import sha256
-from far_scale.model import FARConfig
-from far_scale.utils.rng import generator
 from far_scale.evaluation.rollouts.episodes import check_classes, check_set
+from far_scale.model import FARConfig
+from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.io import sha256
+from far_scale.utils.rng import generator
 
 T = TypeVar("T")
 

@@ -12,30 +12,24 @@ from typing import Any
 
 import torch
 
+from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.convert.model_dir import is_model_dir
-from far_scale.train.checkpoint.export import export_if_needed
-from far_scale.utils.errors import UserError, say_warning
-from far_scale.evaluation.by_step import (
-    PLOT,
-    is_evaluated,
-    refuse_other_protocols,
-    step_folders,
-    write_scores_by_step,
-)
+from far_scale.distributed.process_group import Processes, from_main
+from far_scale.evaluation.by_step import PLOT, is_evaluated, refuse_other_protocols, step_folders, write_scores_by_step
 from far_scale.evaluation.clips import ClipSource
 from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.run import check_count, evaluate, open_model
 from far_scale.evaluation.scores import Scores
 from far_scale.evaluation.tables import LABELS, in_digits
 from far_scale.evaluation.units import SETTINGS, Evaluation
-from far_scale.config.recipe import Recipe, load_recipe
+from far_scale.train.checkpoint.export import export_if_needed
 from far_scale.train.checkpoint.folders import damage, is_ephemeral
+from far_scale.train.checkpoint.run_dir import run_identity, step_folder, steps_there
 from far_scale.train.lease import NAME as LEASE
 from far_scale.train.lease import Lease
-from far_scale.distributed.process_group import Processes, from_main
-from far_scale.train.run_dir import run_identity, step_folder, steps_there
 from far_scale.train.wandb_run import WandbRun
 from far_scale.train.wandb_scores import STEP_KEY, ScoreRows
+from far_scale.utils.errors import UserError, say_warning
 
 MODEL = "model"
 POLL_SECONDS = 30.0

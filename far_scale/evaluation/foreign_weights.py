@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from far_scale.utils.errors import UserError
+from far_scale.autoencoder.lpips_network import Net, from_published
 from far_scale.evaluation.i3d import I3D
 from far_scale.evaluation.lpips import LPIPS
-from far_scale.autoencoder.lpips_network import Net, from_published
+from far_scale.utils.errors import UserError
 from far_scale.utils.pickles import Record, RecordUnpickler
 from far_scale.utils.tensor_files import read_tensors
 

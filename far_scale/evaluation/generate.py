@@ -15,11 +15,11 @@ from torch import Tensor
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard
 from far_scale.data.video.pictures import to_pixels
-from far_scale.utils.errors import UserError
 from far_scale.evaluation.clips import Clip
 from far_scale.evaluation.protocol import Protocol
 from far_scale.model import FAR, FARConfig
 from far_scale.sampling.sampler import predict_frames
+from far_scale.utils.errors import UserError
 
 Pixels = NDArray[np.uint8]
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far_scale.utils.errors import UserError
 from far_scale.evaluation.pixels import full_float32, unit_range
+from far_scale.utils.errors import UserError
 
 LOGITS = 400
 SIDE = 224

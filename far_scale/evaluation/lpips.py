@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from far_scale.utils.errors import UserError
-from far_scale.evaluation.pixels import full_float32, unit_range
 from far_scale.autoencoder.lpips_network import SMALLEST, LPIPSNetwork, Net
+from far_scale.evaluation.pixels import full_float32, unit_range
+from far_scale.utils.errors import UserError
 
 
 class LPIPS(LPIPSNetwork):

@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from far_scale.utils.errors import UserError
 from far_scale.evaluation.codec import through_h264, with_border
 from far_scale.evaluation.i3d import I3D
 from far_scale.evaluation.lpips import LPIPS
 from far_scale.evaluation.protocol import FVDSection, LPIPSSection, Protocol
-from far_scale.evaluation.weights import load_i3d, load_lpips, weights_sha256
 from far_scale.evaluation.rollouts.metrics import frame_ssim
+from far_scale.evaluation.weights import load_i3d, load_lpips, weights_sha256
+from far_scale.utils.errors import UserError
 
 Pixels = NDArray[np.uint8]
 Arrays = dict[str, NDArray[np.generic]]

@@ -13,19 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from far_scale.utils.errors import UserError
-from far_scale.evaluation.frechet import (
-    MIN_CLIPS_TO_EXTRAPOLATE,
-    FeatureStatistics,
-    frechet_distance,
-    frechet_infinity,
-)
+from far_scale.evaluation.frechet import MIN_CLIPS_TO_EXTRAPOLATE, FeatureStatistics, frechet_distance, frechet_infinity
 from far_scale.evaluation.measure import Arrays
 from far_scale.evaluation.protocol import Protocol
+from far_scale.evaluation.rollouts.metrics import psnr
 from far_scale.evaluation.uncertainty import bootstrap_interval, over_seeds
 from far_scale.evaluation.units import BASELINES, Evaluation, Unit, read_unit
+from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, write_json
-from far_scale.evaluation.rollouts.metrics import psnr
 
 SCORES = "scores.json"
 PER_CLIP = "per_clip.npz"

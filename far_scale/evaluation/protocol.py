@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from far_scale.utils.errors import UserError, command_line
-from far_scale.evaluation.codec import H264_BLOCK
-from far_scale.evaluation.i3d import MIN_FRAMES
 from far_scale.config.reference import explain, reference
 from far_scale.config.schema import Count, Fraction, Section, valid_guidance
 from far_scale.config.yaml_loader import PROTOCOL, read_document
+from far_scale.evaluation.codec import H264_BLOCK
+from far_scale.evaluation.i3d import MIN_FRAMES
+from far_scale.utils.command_line import command_line
+from far_scale.utils.errors import UserError
 
 Metric = Literal["lpips", "psnr", "ssim", "fvd"]
 METRICS: tuple[Metric, ...] = ("lpips", "psnr", "ssim", "fvd")

@@ -15,6 +15,7 @@ import numpy as np
 from far_scale.data.video.videos import write_mp4
 from far_scale.evaluation.curves import COLOURS, RECONSTRUCTION_STYLE, REPEAT_STYLE, Line, draw_curves
 from far_scale.evaluation.protocol import Protocol
+from far_scale.evaluation.rollouts.pictures import Film, Pixels, Sheet, Shown
 from far_scale.evaluation.scores import PAIRED, PerClip, Scores, frames_of, parse_scores, read_per_clip, read_scores
 from far_scale.evaluation.tables import (
     LABELS,
@@ -28,7 +29,6 @@ from far_scale.evaluation.tables import (
     scores_table,
 )
 from far_scale.utils.io import atomic_write
-from far_scale.evaluation.rollouts.pictures import Film, Pixels, Sheet, Shown
 
 FILMED_CLIPS = 8
 RANKED_CLIPS = 3  # the best, and the worst

@@ -18,17 +18,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from far_scale.convert.model_dir import CONFIG_FILE, ModelCard, TrainingCard, read_config
-from far_scale.train.checkpoint.export import export_if_needed
-from far_scale.utils.errors import UserError, say_warning
-from far_scale.evaluation.clips import ClipSource, open_clips
-from far_scale.evaluation.generate import guidance_of
-from far_scale.evaluation.merge import SCORES, seconds_by_kind, write_scores
-from far_scale.evaluation.protocol import Protocol
-from far_scale.evaluation.report import FILES, write_report
-from far_scale.evaluation.units import PRECISIONS, SETTINGS, Evaluation
-from far_scale.utils.io import read_json, sha256, write_json
-from far_scale.evaluation.rollouts.evaluate import load_autoencoder
-from far_scale.sampling.sampler import check_context_noise, check_guidance
 from far_scale.distributed.process_group import (
     Processes,
     all_ranks_or_raise,
@@ -36,6 +25,17 @@ from far_scale.distributed.process_group import (
     stop_processes,
     take_launcher_variables,
 )
+from far_scale.evaluation.clips import ClipSource, open_clips
+from far_scale.evaluation.generate import guidance_of
+from far_scale.evaluation.merge import SCORES, seconds_by_kind, write_scores
+from far_scale.evaluation.protocol import Protocol
+from far_scale.evaluation.report import FILES, write_report
+from far_scale.evaluation.rollouts.evaluate import load_autoencoder
+from far_scale.evaluation.units import PRECISIONS, SETTINGS, Evaluation
+from far_scale.sampling.sampler import check_context_noise, check_guidance
+from far_scale.train.checkpoint.export import export_if_needed
+from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.io import read_json, sha256, write_json
 
 _PATIENCE = datetime.timedelta(days=7)  # for which processes wait for the slowest one
 

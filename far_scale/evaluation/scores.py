@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from far_scale.utils.errors import UserError
 from far_scale.evaluation.protocol import Metric, Protocol, Sha256
-from far_scale.utils.io import read_json
 from far_scale.evaluation.rollouts.metrics import PSNR_CAP
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import read_json
 
 System = Literal["prediction", "repeat_last", "reconstruction"]
 SYSTEMS: tuple[System, ...] = ("prediction", "repeat_last", "reconstruction")

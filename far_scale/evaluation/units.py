@@ -28,12 +28,12 @@ from numpy.typing import NDArray
 import far_scale
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard, load_model_dir
-from far_scale.utils.errors import UserError
 from far_scale.evaluation.clips import Clip, ClipSet
 from far_scale.evaluation.generate import FrameCoder, Generator
 from far_scale.evaluation.measure import Arrays, Measure
 from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.weights import cache_folder
+from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, read_json, write_json
 
 FORMAT = "far_scale.evaluation/1"

@@ -17,25 +17,30 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+import far_scale
 from far_scale.autoencoder import Autoencoder
-from far_scale.convert.fit import empty_model
-from far_scale.convert.model_dir import ModelCard
-from far_scale.utils.errors import UserError
-from far_scale.evaluation.lpips import LPIPS
-from far_scale.evaluation.weights import load_lpips
-from far_scale.utils.io import write_json
 from far_scale.autoencoder.lpips_network import SMALLEST
+from far_scale.config.recipe import Recipe
 from far_scale.config.schema import SampleSection
-from far_scale.evaluation.rollouts.episodes import Episodes
+from far_scale.convert.fit import empty_model
+from far_scale.convert.model_dir import ModelCard, TrainingCard
+from far_scale.data.loader.scaling import LatentScaling
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.distributed.process_group import Processes, all_ranks_or_raise, gather
+from far_scale.evaluation.lpips import LPIPS
+from far_scale.evaluation.rollouts.episodes import Episodes, Wanted, shard_episodes
+from far_scale.evaluation.rollouts.evaluate import load_autoencoder
 from far_scale.evaluation.rollouts.metrics import frame_ssim, psnr
 from far_scale.evaluation.rollouts.pictures import Pixels, to_uint8
 from far_scale.evaluation.rollouts.rollout import RollOut, draw
+from far_scale.evaluation.weights import load_lpips
 from far_scale.train.curriculum import Stage
 from far_scale.train.deepspeed_adapter import whole_shape
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments
+from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import Events
-from far_scale.distributed.process_group import Processes, gather
+from far_scale.utils.io import write_json
 
 SOURCES = ("prediction", "repeat_last")
 """What is scored: the model's frames, and the baseline that shows the last given frame for ever."""
@@ -206,6 +211,48 @@ class Samples:
         except UserError as error:
             return f"no LPIPS: {error}"
         return None
+
+
+def open_validation_videos(
+    recipe: Recipe,
+    shards: ShardSet,
+    stage: Stage,
+    scaling: LatentScaling,
+    dtype: torch.dtype,
+    processes: Processes,
+    events: Events,
+) -> Samples:
+    """Open the first clips of held-out `shards` to sample videos of them; every rank calls it.
+
+    Args:
+        recipe: the run's, with a validation section.
+        stage: the last that the model samples in.
+        scaling: of the training's latents.
+        dtype: of the arithmetic.
+
+    Raises:
+        UserError: on all ranks alike: the autoencoder is missing, or a clip has too few frames.
+    """
+    assert recipe.validation is not None
+    manifest, sample, frames = shards.manifest, recipe.sample, recipe.sample_frames()
+    card = ModelCard(
+        autoencoder=manifest.autoencoder,
+        scaling=scaling,
+        latent_shape=manifest.latent_shape,
+        fps=manifest.fps,
+        frame_stride=recipe.data.frame_stride,
+        classes=manifest.classes,
+        training=TrainingCard(step=0, recipe_hash=recipe.hash(), weights="ema", far_scale=far_scale.__version__),
+    )
+    clips = min(recipe.validation.sample_clips, sum(shards.samples_per_shard))
+    wanted = Wanted(sample.given, frames, clips, conditioned=sample.guidance != -1)
+
+    def open_clips() -> tuple[Autoencoder, Episodes]:
+        autoencoder = load_autoencoder(card, processes.device)
+        return autoencoder, shard_episodes(shards, stage.config, card, autoencoder, wanted)
+
+    opened = all_ranks_or_raise(lambda: open_clips() if processes.rank < clips else None, processes)
+    return Samples(Path(recipe.run_dir), sample, frames, recipe.seed, dtype, card, clips, opened, processes, events)
 
 
 def whole_ema(engine: Any, ema: ShardedEMA, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from far_scale.distributed import meeting
 from far_scale.distributed.meeting import StuckError, meet
-from far_scale.utils.ranks import ranks_by_host
 from far_scale.distributed.process_group import Processes, gather
+from far_scale.utils.hosts import ranks_by_host
 
 INSIDE, BETWEEN = "in the node", "between nodes"
 

@@ -18,7 +18,7 @@ import torch
 import far_scale
 from far_scale.config.recipe import Recipe
 from far_scale.health.gemm_probe import KnownProduct
-from far_scale.utils.ranks import rank_list, ranks_on_hosts
+from far_scale.utils.hosts import rank_list, ranks_on_hosts
 
 FAR_FROM_MEDIAN = 2.0
 """How many times worse than the median of all ranks a rank is told, or refused for memory that others hold."""

@@ -9,16 +9,12 @@ from typing import Any, NoReturn
 
 import torch
 
-from far_scale.utils.errors import UserError, say_error
-from far_scale.utils.hosts import host_name
-from far_scale.model import FAR
 from far_scale.config.recipe import Recipe
-from far_scale.train.changes import flat
 from far_scale.distributed import meeting
-from far_scale.utils.event_log import Events
 from far_scale.distributed.exit_codes import REFUSED
-from far_scale.health.bandwidth import BETWEEN, INSIDE, Links, measure_links
 from far_scale.distributed.meeting import StuckError, meet
+from far_scale.distributed.process_group import Processes, gather
+from far_scale.health.bandwidth import BETWEEN, INSIDE, Links, measure_links
 from far_scale.health.node_check import (
     FAR_FROM_MEDIAN,
     RankReport,
@@ -28,8 +24,11 @@ from far_scale.health.node_check import (
     slow_devices,
     upper_median,
 )
-from far_scale.utils.ranks import rank_list, ranks_by_host, ranks_on_hosts
-from far_scale.distributed.process_group import Processes, gather
+from far_scale.model import FAR
+from far_scale.utils.errors import UserError, say_error
+from far_scale.utils.event_log import Events
+from far_scale.utils.hosts import host_name, rank_list, ranks_by_host, ranks_on_hosts
+from far_scale.utils.io import flatten
 
 
 def check_nodes(recipe: Recipe, processes: Processes, dtype: torch.dtype, events: Events, step: int) -> list[str]:
@@ -143,6 +142,6 @@ def _end(error: StuckError, hosts: Sequence[str]) -> NoReturn:
 
 def _different_keys(recipes: Sequence[dict[str, Any]]) -> list[str]:
     """The recipe keys that do not have the same value on all ranks."""
-    by_key = [flat(values) for values in recipes]
+    by_key = [flatten(values) for values in recipes]
     keys = dict.fromkeys(key for values in by_key for key in values)
     return [key for key in keys if len({json.dumps(values.get(key)) for values in by_key}) > 1]

@@ -11,9 +11,9 @@ from statistics import median_low
 import torch
 import torch.distributed as dist
 
-from far_scale.utils.event_log import Events
-from far_scale.health.gemm_probe import KnownProduct
 from far_scale.distributed.process_group import Processes
+from far_scale.health.gemm_probe import KnownProduct
+from far_scale.utils.event_log import Events
 
 TIMES = 1.5
 """A slow rank takes so many times the median."""

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from far_scale.utils.event_log import Events
 from far_scale.distributed.exit_codes import REQUEUE
-from far_scale.utils.ranks import rank_list, ranks_on_hosts
+from far_scale.utils.event_log import Events
+from far_scale.utils.hosts import rank_list, ranks_on_hosts
 
 START_SECONDS = 1800.0
 """What the first step may take beyond the set time: building, loading, NCCL's first contact and the compiler, which

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far_scale.model.layout import FrameGroup, FrameLayout
 from far_scale.model.attention import choose
 from far_scale.model.layers import (
     HEAD_DIM,
@@ -30,6 +29,7 @@ from far_scale.model.layers import (
     linear,
     rotations,
 )
+from far_scale.model.layout import FrameGroup, FrameLayout
 
 
 @dataclass(frozen=True)

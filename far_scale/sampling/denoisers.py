@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from far_scale.model.layout import FrameGroup, Order, Prefix, Spans
 from far_scale.model import FAR
 from far_scale.model.far import from_patches, to_patches
 from far_scale.model.layers import Block, Tokens, gated, modulated_norm
-from far_scale.train.flow_matching import CLEAN, CLEAN_CONTEXT
+from far_scale.model.layout import FrameGroup, Order, Prefix, Spans
 from far_scale.sampling.cache import MultiLevelCache
 from far_scale.sampling.cuda_graphs import Pool, Replay
+from far_scale.train.flow_matching import CLEAN, CLEAN_CONTEXT
 
 
 class Denoiser(Protocol):

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from far_scale.utils.errors import UserError
 from far_scale.model import FAR, FARConfig
-from far_scale.train.flow_matching import CLEAN
-from far_scale.utils.rng import generator
 from far_scale.sampling.cache import MultiLevelCache
 from far_scale.sampling.denoisers import Cached, Denoiser, Uncached
+from far_scale.train.flow_matching import CLEAN
+from far_scale.utils.errors import UserError
+from far_scale.utils.rng import generator
 
 TRAIN_TIMESTEPS = 1000
 

@@ -19,8 +19,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from far_scale.utils.errors import UserError, command_line
 from far_scale.slurm.job import Job, check_warning
+from far_scale.utils.command_line import command_line
+from far_scale.utils.errors import UserError
 
 
 @command_line

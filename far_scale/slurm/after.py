@@ -6,11 +6,11 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from far_scale.distributed.exit_codes import DONE, REFUSED, REQUEUE
 from far_scale.slurm.job import Job, JobState, ask_state, early_warning, requeue
 from far_scale.slurm.progress import began_at, checkpoint_step
 from far_scale.slurm.snapshot import REFUSED_HERE, read_submission
 from far_scale.utils.event_log import Events
-from far_scale.distributed.exit_codes import DONE, REFUSED, REQUEUE
 
 
 @dataclass(frozen=True)

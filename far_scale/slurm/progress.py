@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from far_scale.utils.errors import UserError
 from far_scale.slurm.job import Job
+from far_scale.train.checkpoint.run_dir import latest_step
+from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import read_events
-from far_scale.train.run_dir import latest_step
 
 
 def checkpoint_step(run: Path) -> int:

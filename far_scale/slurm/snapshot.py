@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import far_scale
-from far_scale.utils.io import read_json, sync_folder, write_json
 from far_scale.utils import code_version
+from far_scale.utils.io import read_json, sync_folder, write_json
 
 if TYPE_CHECKING:
-    from far_scale.config.recipe import Recipe  # needs more than the standard library, which is all that a job's host may have
+    from far_scale.config.recipe import (
+        Recipe,  # needs more than the standard library, which is all that a job's host may have
+    )
 
 ACCEPT = "--accept-changes"
 """The flag of `python -m far_scale.train` that may stand among a job's overrides."""

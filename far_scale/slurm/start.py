@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from far_scale.utils.errors import UserError
+from far_scale.distributed.exit_codes import DONE
 from far_scale.slurm.job import Job
 from far_scale.slurm.progress import checkpoint_step, reached_step, starts_from
 from far_scale.slurm.snapshot import ACCEPT, REFUSED_HERE, make_snapshot, read_submission
+from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import Events
-from far_scale.distributed.exit_codes import DONE
 
 NOTHING_LEFT = 3
 """Exit status that tells the batch script to end well without training: all steps are done."""

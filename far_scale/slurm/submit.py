@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from far_scale.utils.errors import UserError
+from far_scale.config.recipe import Recipe, check_ranks
 from far_scale.slurm import submitted
 from far_scale.slurm.job import refuse_early_warning
 from far_scale.slurm.sbatch_options import check_options
 from far_scale.slurm.snapshot import make_snapshot
 from far_scale.slurm.start import NOTHING_LEFT
-from far_scale.config.recipe import Recipe, check_ranks
+from far_scale.utils.errors import UserError
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor

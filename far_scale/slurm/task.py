@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
+from far_scale.distributed.exit_codes import DONE, REFUSED, leave
 from far_scale.slurm.snapshot import ACCEPT, REFUSED_HERE, read_submission
 from far_scale.train.__main__ import run
-from far_scale.distributed.exit_codes import DONE, REFUSED, leave
 
 
 def train(snapshot: Path) -> NoReturn:

@@ -10,7 +10,7 @@ from pathlib import Path
 from far_scale.config.recipe import load_recipe
 from far_scale.distributed.exit_codes import DONE, REQUEUE, leave, status_of
 from far_scale.distributed.signals import StopSignals
-from far_scale.utils.streams import never_fail_to_print
+from far_scale.utils.command_line import never_fail_to_print
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -39,21 +39,23 @@ def _train(asked: argparse.Namespace, signals: StopSignals | None) -> int:
     recipe = load_recipe(asked.recipe, asked.overrides)
 
     # Only now: a wrong recipe is refused before torch and DeepSpeed are loaded.
-    from far_scale.train.plan import dry_run
+    from far_scale.distributed.process_group import stop_processes
+    from far_scale.evaluation.validation_videos import open_validation_videos
     from far_scale.health.watchdog import collective_timeout
+    from far_scale.train.deepspeed_adapter import start_deepspeed_processes
     from far_scale.train.lease import Lease
     from far_scale.train.loop import train
-    from far_scale.distributed.process_group import start_processes, stop_processes
+    from far_scale.train.plan import dry_run
     from far_scale.train.profiler import parse_steps
 
     steps_to_profile = parse_steps(asked.profile, recipe.train.steps) if asked.profile else range(0)
-    processes = start_processes(collective_timeout(recipe.faults.watchdog_seconds))
+    processes = start_deepspeed_processes(collective_timeout(recipe.faults.watchdog_seconds))
     if asked.dry_run:
-        dry_run(recipe, processes, asked.accept_changes)
+        dry_run(recipe, processes, open_validation_videos, asked.accept_changes)
         trained = None
     else:
         with Lease(Path(recipe.run_dir), processes):
-            trained = train(recipe, processes, steps_to_profile, signals, asked.accept_changes)
+            trained = train(recipe, processes, open_validation_videos, steps_to_profile, signals, asked.accept_changes)
     stop_processes()
     return DONE if trained is None or trained.step == recipe.train.steps else REQUEUE
 

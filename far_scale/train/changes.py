@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from far_scale.data.loader.scaling import LatentScaling
 from far_scale.config.recipe import Recipe
+from far_scale.data.loader.scaling import LatentScaling
+from far_scale.utils.io import flatten
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ def changes(state: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Chang
             any more, shard_set and latent_shape.
         recipe: the run's.
     """
-    old, new = flat(state["recipe"]), flat(now["recipe"])
-    decisive_old, decisive_new = flat(_result_values(state["recipe"])), flat(recipe.result_values())
+    old, new = flatten(state["recipe"]), flatten(now["recipe"])
+    decisive_old, decisive_new = flatten(_result_values(state["recipe"])), flatten(recipe.result_values())
     if recipe.optimizer.schedule == "constant" and not recipe.curriculum:
         decisive_old.pop("train.steps", None)
         decisive_new.pop("train.steps", None)
@@ -82,15 +83,6 @@ def _result_values(recipe: dict[str, Any]) -> dict[str, Any]:
         return Recipe.model_validate(recipe).result_values()
     except ValidationError:  # written by a version with other keys: all of them count
         return recipe
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A recipe's values by dotted keys: `{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = value if isinstance(value, dict) else None
-        found |= flat(inner, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

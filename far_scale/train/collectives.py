@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from far_scale.config.recipe import Recipe
 from far_scale.distributed.collective_costs import Setup, Shapes, step_collectives
 from far_scale.distributed.ledger import Ledger, table
-from far_scale.model import FAR
-from far_scale.config.recipe import Recipe
-from far_scale.config.checks import stage_sections
-from far_scale.train.deepspeed_adapter import communication_backend
-from far_scale.utils.event_log import Events
 from far_scale.distributed.process_group import Processes
+from far_scale.model import FAR
+from far_scale.train.deepspeed_adapter import communication_backend
 from far_scale.train.sharding import Sharding
+from far_scale.utils.event_log import Events
 
 _STEADY = 3
 """The step, of those that are done in one go, from which on ZeRO-3 knows the order of the modules: steps are alike."""
@@ -67,7 +66,7 @@ def setup_of(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> Setu
         reduces_once=sharding.reduce_once,
         hpz=sharding.hpz,
         whole_below=recipe.train.whole_below,
-        counts_clips=any(stage.data.tokens_per_pack is not None for stage in stage_sections(recipe)),
+        counts_clips=any(stage.data.tokens_per_pack is not None for stage in recipe.stages()),
         **values,
     )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from far_scale.config.recipe import Recipe
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.model.layout import FrameLayout
-from far_scale.config.recipe import Recipe
 from far_scale.train.curriculum import Stage
 from far_scale.train.flops import train_flops
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from far_scale.data.loader.filling import Dealing
-from far_scale.model.layout import FrameLayout
-from far_scale.model import FARConfig
 from far_scale.config.recipe import Recipe
-from far_scale.config.checks import stage_sections
-from far_scale.data.frame_counts import clip_tokens
 from far_scale.config.schema import DataSection, ModelSection
+from far_scale.data.frame_counts import clip_tokens
+from far_scale.data.loader.filling import Dealing
+from far_scale.model import FARConfig
+from far_scale.model.layout import FrameLayout
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Stage:
 def stages(recipe: Recipe) -> list[Stage]:
     """The stages of `recipe` in their order."""
     found: list[Stage] = []
-    for index, sections in enumerate(stage_sections(recipe)):
+    for index, sections in enumerate(recipe.stages()):
         stage = sections.stage
         found.append(
             Stage(

@@ -7,8 +7,8 @@ from typing import Any
 
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.data.shards.damage import Skipped, over_budget
-from far_scale.utils.event_log import Events
 from far_scale.distributed.process_group import Processes, gather
+from far_scale.utils.event_log import Events
 
 
 class DamagedSamples:

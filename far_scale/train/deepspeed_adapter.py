@@ -17,10 +17,13 @@ Every symbol used here stands in `SYMBOLS` or `_ATTRIBUTES`, with the versions t
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib
 import inspect
 import logging
+import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,6 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from far_scale.distributed.ledger import phase
+from far_scale.distributed.process_group import Processes, start_processes, take_launcher_variables
 from far_scale.utils.errors import UserError
 
 FIRST_TESTED, LAST_TESTED = (0, 19, 0), (0, 19, 8)
@@ -159,7 +163,27 @@ def installed_version() -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version("deepspeed"))[:3])
 
 
-def use_process_group(backend: str) -> None:
+def start_deepspeed_processes(timeout: datetime.timedelta | None = None) -> Processes:
+    """Join the process group, which DeepSpeed then uses. Call once a process, before DeepSpeed is loaded.
+
+    Args:
+        timeout: as for `start_processes`.
+
+    Raises:
+        UserError: as by `start_processes` and `check_symbols`.
+    """
+    take_launcher_variables()
+    # DeepSpeed calls these by their old names, which is not for its users to read at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found none
+    check_symbols()
+    processes = start_processes(timeout)
+    _use_process_group(dist.get_backend())
+    return processes
+
+
+def _use_process_group(backend: str) -> None:
     """Let DeepSpeed communicate by the process group that is there."""
     import deepspeed.ops
 

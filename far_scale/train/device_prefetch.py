@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from far_scale.config.schema import ObjectiveSection
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.model import FARConfig
 from far_scale.train.flow_matching import NoisyPack, add_noise
-from far_scale.config.schema import ObjectiveSection
 
 
 @dataclass(frozen=True)

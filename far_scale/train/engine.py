@@ -19,19 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from far_scale.config.deepspeed_keys import KEY_STAGES
+from far_scale.config.recipe import Recipe
+from far_scale.distributed.process_group import Processes
 from far_scale.model import FAR
 from far_scale.model.layers import Block
-from far_scale.config.recipe import Recipe
-from far_scale.config.deepspeed_keys import KEY_STAGES
-from far_scale.train.deepspeed_adapter import (
-    adam_of,
-    clips_here,
-    leave_steps_to_us,
-    make_engine,
-    masters,
-    parts,
-)
-from far_scale.distributed.process_group import Processes
+from far_scale.train.deepspeed_adapter import adam_of, clips_here, leave_steps_to_us, make_engine, masters, parts
 from far_scale.train.sharding import Sharding
 
 

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 
 import far_scale
-from far_scale.utils.errors import UserError, say_warning
-from far_scale.utils.io import LineFile, read_json, write_json
-from far_scale.utils.hosts import host_name
-from far_scale.utils.code_version import CodeVersion, running_code
-from far_scale.utils.event_log import Events
 from far_scale.distributed.process_group import Processes, gather
+from far_scale.utils.code_version import CodeVersion, running_code
+from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.event_log import Events
+from far_scale.utils.hosts import host_name
+from far_scale.utils.io import LineFile, read_json, write_json
 
 NAME, HISTORY = "environment.json", "environments.jsonl"
 _VARIABLES = re.compile(r"(NCCL|GLOO|SLURM|CUDA|TORCH|PYTORCH|UCX|FI)_\w+|OMP_NUM_THREADS")

@@ -6,9 +6,9 @@ import time
 
 import torch
 
-from far_scale.model.layout import FrameLayout
 from far_scale.model import FARConfig
 from far_scale.model.layers import TIMESTEP_SINUSOIDS
+from far_scale.model.layout import FrameLayout
 
 # Dense bfloat16 peak, in FLOP/s, from the makers' data sheets (without sparsity).
 BF16_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}

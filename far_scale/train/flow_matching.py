@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from far_scale.data.loader.pack_loader import Pack
-from far_scale.model.layout import FrameLayout
-from far_scale.model import FARConfig
-from far_scale.utils.rng import generator
 from far_scale.config.schema import ObjectiveSection
+from far_scale.data.loader.pack_loader import Pack
+from far_scale.model import FARConfig
+from far_scale.model.layout import FrameLayout
+from far_scale.utils.rng import generator
 
 CLEAN = -1.0
 CLEAN_CONTEXT = -2.0

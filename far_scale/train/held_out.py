@@ -4,31 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
-import far_scale
-from far_scale.autoencoder import Autoencoder
-from far_scale.convert.model_dir import ModelCard, TrainingCard
-from far_scale.data.loader.pack_loader import Pack
+from far_scale.config.recipe import Recipe
+from far_scale.config.schema import ObjectiveSection, ValidationSection
+from far_scale.data.frame_counts import most
 from far_scale.data.loader.mixture import MixtureManifest, check_classes
+from far_scale.data.loader.pack_loader import Pack
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.utils.errors import UserError
-from far_scale.config.recipe import Recipe
-from far_scale.data.frame_counts import most
-from far_scale.config.schema import ObjectiveSection, ValidationSection
-from far_scale.evaluation.rollouts.episodes import Episodes, Wanted, shard_episodes
-from far_scale.evaluation.rollouts.evaluate import load_autoencoder
-from far_scale.train.curriculum import Stage
-from far_scale.utils.event_log import Events
 from far_scale.distributed.process_group import Processes, all_ranks_or_raise
+from far_scale.train.curriculum import Stage
+from far_scale.train.ema import ShardedEMA
 from far_scale.train.sets import check_shards, open_set
-from far_scale.evaluation.validation_videos import Samples
+from far_scale.utils.errors import UserError
+from far_scale.utils.event_log import Events
+
+
+class ValidationVideos(Protocol):
+    """Samples videos of the EMA's weights, see `far_scale.evaluation.validation_videos`.
+
+    Attributes:
+        without_lpips: why there is no LPIPS, and the fix; None where there is.
+    """
+
+    without_lpips: str | None
+
+    def write(
+        self, step: int, stage: Stage, engine: Any, ema: ShardedEMA, beat: Callable[[], None]
+    ) -> dict[str, Any] | None:
+        """Sample and write the videos of a step; all ranks call it. Rank 0 gets their scores."""
+
+
+OpenVideos = Callable[[Recipe, ShardSet, Stage, LatentScaling, torch.dtype, Processes, Events], ValidationVideos]
+"""Opens what samples the videos of a recipe from held-out clips. It is given to the training, since sampling and its
+scores are built on top of the training's code."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +56,7 @@ class HeldOut:
         shards: the held-out shard set.
         scaling: of the training's latents.
         seed: of the training.
-        samples: what makes videos, or None where none are asked for.
+        videos: what samples them, or None where none are asked for.
     """
 
     section: ValidationSection
@@ -49,7 +64,7 @@ class HeldOut:
     shards: ShardSet
     scaling: LatentScaling
     seed: int
-    samples: Samples | None
+    videos: ValidationVideos | None
 
     @property
     def noise_seed(self) -> int:
@@ -114,6 +129,7 @@ def open_held_out(
     processes: Processes,
     events: Events,
     step: int,
+    open_videos: OpenVideos,
 ) -> HeldOut | None:
     """Open what the recipe validates on, and read all of it once; every rank calls it.
 
@@ -125,6 +141,7 @@ def open_held_out(
         processes: who runs it.
         events: of this process.
         step: steps done before, for the events.
+        open_videos: called where the recipe asks for videos.
 
     Returns:
         None where the recipe has no validation.
@@ -139,10 +156,10 @@ def open_held_out(
     shards = open_set(where, recipe.data, processes)
     check_shards(shards, 0, processes, events, step)
     all_ranks_or_raise(lambda: _check(shards, stages, manifest), processes)
-    samples = None
+    videos = None
     if section.sample_every is not None:
-        samples = _samples(recipe, section, stages[-1], shards, scaling, dtype, processes, events)
-    held_out = HeldOut(section, recipe.objective, shards, scaling, recipe.seed, samples)
+        videos = open_videos(recipe, shards, stages[-1], scaling, dtype, processes, events)
+    held_out = HeldOut(section, recipe.objective, shards, scaling, recipe.seed, videos)
     for stage in stages:
         held_out.packs(stage, processes)
     return held_out
@@ -163,34 +180,3 @@ def _check(shards: ShardSet, stages: Sequence[Stage], manifest: Manifest | Mixtu
             check_classes([("data.shards", manifest.classes), (shards.folder, shards.manifest.classes)])
     except UserError as error:
         raise UserError(f"validation: {error}") from None
-
-
-def _samples(
-    recipe: Recipe,
-    section: ValidationSection,
-    stage: Stage,
-    shards: ShardSet,
-    scaling: LatentScaling,
-    dtype: torch.dtype,
-    processes: Processes,
-    events: Events,
-) -> Samples:
-    manifest, sample, frames = shards.manifest, recipe.sample, recipe.sample_frames()
-    card = ModelCard(
-        autoencoder=manifest.autoencoder,
-        scaling=scaling,
-        latent_shape=manifest.latent_shape,
-        fps=manifest.fps,
-        frame_stride=recipe.data.frame_stride,
-        classes=manifest.classes,
-        training=TrainingCard(step=0, recipe_hash=recipe.hash(), weights="ema", far_scale=far_scale.__version__),
-    )
-    clips = min(section.sample_clips, sum(shards.samples_per_shard))
-    wanted = Wanted(sample.given, frames, clips, conditioned=sample.guidance != -1)
-
-    def open_clips() -> tuple[Autoencoder, Episodes]:
-        autoencoder = load_autoencoder(card, processes.device)
-        return autoencoder, shard_episodes(shards, stage.config, card, autoencoder, wanted)
-
-    opened = all_ranks_or_raise(lambda: open_clips() if processes.rank < clips else None, processes)
-    return Samples(Path(recipe.run_dir), sample, frames, recipe.seed, dtype, card, clips, opened, processes, events)

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from far_scale.config.recipe import Recipe
+from far_scale.config.schema import DataSection, mixture_weights
 from far_scale.data.loader.lane_change import Left, change_lanes, go_on
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.utils.errors import UserError
-from far_scale.config.recipe import Recipe
-from far_scale.config.schema import DataSection, shares
 from far_scale.train.curriculum import Stage, stage_of, stages
+from far_scale.utils.errors import UserError
 
 LaneStates = dict[int, dict[str, Any]]
 """Where each lane stands, by its number."""
@@ -73,7 +73,7 @@ def lanes_again(
     if over:
         return LanesAgain(states, change=f"{key}the next stage begins with them)")
     dealing_before = replace(before.dealing(recipe_before.seed), beginnings=beginnings)
-    weights = None if isinstance(before.data.shards, str) else shares(before.data.shards)
+    weights = None if isinstance(before.data.shards, str) else mixture_weights(before.data.shards)
     going = change_lanes(dealing_before, stage.dealing(recipe.seed), sources[stage.index], states, weights)
     return LanesAgain(going.states, going.dealing.beginnings, f"{key}{_words(going.left)})")
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from far_scale.utils.errors import UserError, say_error, say_warning
-from far_scale.utils.io import parse_json
-from far_scale.utils.hosts import host_name
-from far_scale.utils.event_log import Events
 from far_scale.distributed.exit_codes import REFUSED
 from far_scale.distributed.process_group import Processes, from_main
-from far_scale.train.run_dir import is_copy, place_of
+from far_scale.train.checkpoint.run_dir import is_copy, place_of
+from far_scale.utils.errors import UserError, say_error, say_warning
+from far_scale.utils.event_log import Events
+from far_scale.utils.hosts import host_name
+from far_scale.utils.io import parse_json
 
 NAME = "lease.json"
 RENEWED_EVERY = 30.0

@@ -10,51 +10,46 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.config.recipe import Recipe, check_ranks
 from far_scale.data.loader.mixture import summary
+from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.scaling import LatentScaling
+from far_scale.distributed.consensus import Vote
 from far_scale.distributed.ledger import phase
+from far_scale.distributed.process_group import Processes, set_timeouts
+from far_scale.distributed.signals import StopSignals
+from far_scale.health.preflight import check_nodes
+from far_scale.health.straggler import SlowRanks
+from far_scale.health.watchdog import Watchdog
 from far_scale.model import FAR
 from far_scale.model.attention import choose
 from far_scale.model.layers import HEAD_DIM
-from far_scale.train.flow_matching import pack_loss
-from far_scale.config.recipe import Recipe, check_ranks
 from far_scale.train.checkpoint import local
 from far_scale.train.checkpoint.saver import Saver
+from far_scale.train.checkpoint_policy import Keeper
 from far_scale.train.collectives import StepLedger
 from far_scale.train.compiled import check_compiler
 from far_scale.train.costs import most_activation_bytes
 from far_scale.train.curriculum import Stage, stages
+from far_scale.train.damaged_samples import DamagedSamples
 from far_scale.train.deepspeed_adapter import grad_norm, one_step
+from far_scale.train.device_prefetch import Batch, Feed
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments, set_learning_rate, start_engine
 from far_scale.train.environment import record_environment
-from far_scale.train.damaged_samples import DamagedSamples
-from far_scale.utils.event_log import Events
-from far_scale.train.step_guard import Guard
-from far_scale.distributed.signals import StopSignals
-from far_scale.health.straggler import SlowRanks
-from far_scale.health.preflight import check_nodes
-from far_scale.distributed.consensus import Vote
-from far_scale.health.watchdog import Watchdog
-from far_scale.train.device_prefetch import Batch, Feed
 from far_scale.train.flops import peak_flops, train_flops
-from far_scale.train.held_out import open_held_out
-from far_scale.train.checkpoint.policy import Keeper
-from far_scale.train.metrics import Monitor
-from far_scale.distributed.process_group import Processes, set_timeouts
-from far_scale.train.profiler import Profiler
-from far_scale.train.resume import (
-    Resume,
-    describe,
-    describe_stage,
-    identity,
-)
+from far_scale.train.flow_matching import pack_loss
+from far_scale.train.held_out import OpenVideos, open_held_out
 from far_scale.train.lr_schedule import learning_rate
+from far_scale.train.metrics import Monitor
+from far_scale.train.profiler import Profiler
+from far_scale.train.resume import Resume, describe, describe_stage, identity
 from far_scale.train.sets import open_sets, say_staged
 from far_scale.train.sharding import choose_sharding
 from far_scale.train.start_weights import start_from
+from far_scale.train.step_guard import Guard
 from far_scale.train.validation import Validation
+from far_scale.utils.event_log import Events
 
 
 class Trained(NamedTuple):
@@ -73,6 +68,7 @@ class Trained(NamedTuple):
 def train(
     recipe: Recipe,
     processes: Processes,
+    open_videos: OpenVideos,
     steps_to_profile: range = range(0),
     signals: StopSignals | None = None,
     accept_changes: bool = False,
@@ -86,6 +82,7 @@ def train(
     Args:
         recipe: what to train.
         processes: who trains it.
+        open_videos: opens what samples the videos of validation.
         steps_to_profile: steps to trace.
         signals: what may ask for a stop; then the run ends after a step, with a checkpoint.
         accept_changes: resume even where what has changed since the checkpoint makes another result.
@@ -112,7 +109,9 @@ def train(
     shard_sets, manifest = open_sets(recipe.data, to_come, processes, events, start)
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
     not_over = [stage for stage in plan if stage.end >= start]
-    held_out = open_held_out(recipe, not_over, manifest, scaling, compute_dtype(recipe), processes, events, start)
+    held_out = open_held_out(
+        recipe, not_over, manifest, scaling, compute_dtype(recipe), processes, events, start, open_videos
+    )
 
     hosts = check_nodes(recipe, processes, compute_dtype(recipe), events, start)
     record_environment(run, processes, events, start)

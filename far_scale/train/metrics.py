@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from far_scale.utils.io import LineFile, atomic_write, read_json_lines
 from far_scale.config.recipe import Recipe
+from far_scale.distributed.process_group import Processes
+from far_scale.health.straggler import SlowRanks
 from far_scale.train.compiled import compiled_graphs
 from far_scale.train.curriculum import Stage
-from far_scale.health.straggler import SlowRanks
-from far_scale.distributed.process_group import Processes
 from far_scale.train.wandb_run import WandbRun
+from far_scale.utils.event_log import lines_up_to
+from far_scale.utils.io import LineFile, atomic_write
 
 
 class Monitor:
@@ -216,12 +217,6 @@ class Monitor:
 def _or_none(value: Any) -> Any:
     """JSON has no word for a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def lines_up_to(log: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of log.jsonl up to that step; one that a crash cut short, or that is of no step, is left out."""
-    lines = [line for line in read_json_lines(log) if line is not None] if log.exists() else []
-    return [line for line in lines if type(line.get("step")) is int and line["step"] <= step]
 
 
 def _peak_memory(device: torch.device) -> float:

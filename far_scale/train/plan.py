@@ -7,32 +7,32 @@ from pathlib import Path
 
 import torch
 
-from far_scale.data.loader.pack_loader import PackLoader
-from far_scale.data.loader.mixture import summary
-from far_scale.data.loader.scaling import LatentScaling
-from far_scale.utils.errors import UserError, say_warning
-from far_scale.utils.hosts import host_name
-from far_scale.model import FAR
-from far_scale.train.flow_matching import add_noise
 from far_scale.config.recipe import Recipe, check_ranks
+from far_scale.data.loader.mixture import summary
+from far_scale.data.loader.pack_loader import PackLoader
+from far_scale.data.loader.scaling import LatentScaling
+from far_scale.distributed.process_group import Processes, gather
+from far_scale.model import FAR
 from far_scale.train.collectives import expected_collectives
 from far_scale.train.costs import StageCosts, activation_bytes
 from far_scale.train.curriculum import stages
-from far_scale.train.engine import start_engine
-from far_scale.utils.event_log import Events
 from far_scale.train.device_prefetch import Batch
+from far_scale.train.engine import start_engine
 from far_scale.train.flops import peak_flops
-from far_scale.train.held_out import open_held_out
+from far_scale.train.flow_matching import add_noise
+from far_scale.train.held_out import OpenVideos, open_held_out
 from far_scale.train.loop import build_model, check_computation, compute_dtype, train_step
-from far_scale.distributed.process_group import Processes, gather
 from far_scale.train.sets import open_sets
 from far_scale.train.sharding import choose_sharding, free_memory, state_bytes
 from far_scale.train.start_weights import start_from
+from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.event_log import Events
+from far_scale.utils.hosts import host_name
 
 _MFU = 0.4  # of the device's peak, for the estimate of a step's time
 
 
-def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) -> None:
+def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accept_changes: bool = False) -> None:
     """Check recipe, ranks, shard sets and memory, then train one batch of each stage; nothing is written.
 
     Raises:
@@ -44,7 +44,7 @@ def dry_run(recipe: Recipe, processes: Processes, accept_changes: bool = False) 
     shard_sets, manifest = open_sets(recipe.data, stages(recipe), processes, events, 0)
     plan = [(stage, shard_sets[stage.index]) for stage in stages(recipe)]
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
-    held_out = open_held_out(recipe, stages(recipe), manifest, scaling, dtype, processes, events, 0)
+    held_out = open_held_out(recipe, stages(recipe), manifest, scaling, dtype, processes, events, 0, open_videos)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())
     costs = [StageCosts.of(stage, shard_set, recipe.seed) for stage, shard_set in plan]

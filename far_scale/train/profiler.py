@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from far_scale.utils.errors import UserError, say_warning
 from far_scale.distributed.process_group import Processes
+from far_scale.utils.errors import UserError, say_warning
 
 
 class Profiler:

@@ -12,27 +12,27 @@ from typing import Any
 import torch
 
 import far_scale
+from far_scale.config.recipe import Recipe
 from far_scale.convert.model_dir import load_model
 from far_scale.data.loader.mixture import Mixture, MixtureManifest
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.typed import classes_differ
-from far_scale.utils.errors import UserError
+from far_scale.distributed.process_group import Processes, from_main, gather
 from far_scale.model import FAR, FARConfig
-from far_scale.config.recipe import Recipe
 from far_scale.train import checkpoint
 from far_scale.train.changes import changes
 from far_scale.train.checkpoint import FlatPiece, local
+from far_scale.train.checkpoint.run_dir import latest_stamp, named_step, no_step_up_to, run_identity, steps_there
 from far_scale.train.curriculum import Stage, stage_of
 from far_scale.train.deepspeed_adapter import use_loaded_weights, whole_shape
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments, set_adam_step
-from far_scale.utils.event_log import Events
-from far_scale.train.step_guard import Guard
 from far_scale.train.lanes_again import LaneStates, lanes_again
-from far_scale.distributed.process_group import Processes, from_main, gather
-from far_scale.train.run_dir import latest_stamp, named_step, no_step_up_to, run_identity, steps_there
+from far_scale.train.step_guard import Guard
+from far_scale.utils.errors import UserError
+from far_scale.utils.event_log import Events
 
 _ALL_DAMAGED = (
     "{}/checkpoints: every checkpoint is damaged; repair one and take .damaged off its name, or remove this folder to "

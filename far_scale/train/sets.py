@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch.distributed as dist
 
-from far_scale.data.loader.mixture import Mixture, MixtureManifest, check_classes, open_shards, sets_of
+from far_scale.config.schema import DataSection, Shards, mixture_weights, shard_urls
+from far_scale.data.loader.mixture import Mixture, MixtureManifest, check_classes, sets_of
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.remote.fetch import is_remote
-from far_scale.data.remote.store import StagedCounts, manifest_text, name_of
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.utils.errors import UserError
-from far_scale.config.schema import DataSection, places
-from far_scale.train.curriculum import Stage
-from far_scale.utils.event_log import Events
+from far_scale.data.shards.store import StagedCounts, manifest_text, name_of
 from far_scale.distributed.process_group import Processes, all_ranks_or_raise, gather
+from far_scale.train.curriculum import Stage
+from far_scale.utils.errors import UserError
+from far_scale.utils.event_log import Events
 
 
 class OpenedSets(NamedTuple):
@@ -52,28 +52,41 @@ def open_sets(data: DataSection, plan: Sequence[Stage], processes: Processes, ev
     opened: dict[str, ShardSet] = {}
     of_stages = {}
     for stage in plan:
-        for where in places(stage.data.shards):
+        for where in shard_urls(stage.data.shards):
             if where not in opened:
                 opened[where] = open_set(where, stage.data, processes, staged=True)
                 check_shards(opened[where], stage.data.max_damaged_samples, processes, events, step)
         of_stages[stage.index] = all_ranks_or_raise(partial(_fitting, stage, opened), processes)
-    for where in places(data.shards):
+    for where in shard_urls(data.shards):
         if where not in opened:
             opened[where] = open_set(where, data, processes, staged=True)
-    own = all_ranks_or_raise(lambda: open_shards(data.shards, opened.__getitem__), processes)
+    own = all_ranks_or_raise(lambda: open_source(data.shards, opened.__getitem__), processes)
     by_label = [stage for stage in plan if stage.config.labels]
     if by_label:
         read = [
-            opened[where] for section in [data, *(stage.data for stage in by_label)] for where in places(section.shards)
+            opened[where]
+            for section in [data, *(stage.data for stage in by_label)]
+            for where in shard_urls(section.shards)
         ]
         all_ranks_or_raise(lambda: check_classes((each.folder, each.manifest.classes) for each in read), processes)
     return OpenedSets(of_stages, own.manifest)
 
 
 def _fitting(stage: Stage, opened: Mapping[str, ShardSet]) -> ShardSet | Mixture:
-    source = open_shards(stage.data.shards, opened.__getitem__)
+    source = open_source(stage.data.shards, opened.__getitem__)
     source.check(stage)
     return source
+
+
+def open_source(shards: Shards, open_set: Callable[[str], ShardSet] = ShardSet.open) -> ShardSet | Mixture:
+    """Open the shard set that a recipe names, or the mixture of those that it lists, each by `open_set`.
+
+    Raises:
+        UserError: a set is not there or not whole, or two of them do not fit one another.
+    """
+    if isinstance(shards, str):
+        return open_set(shards)
+    return Mixture([open_set(url) for url in shard_urls(shards)], mixture_weights(shards))
 
 
 def open_set(where: str, data: DataSection, processes: Processes, staged: bool = False) -> ShardSet:

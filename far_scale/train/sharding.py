@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 
-from far_scale.utils.errors import UserError
-from far_scale.utils.hosts import host_name
 from far_scale.config.recipe import Recipe
 from far_scale.config.schema import DeepSpeedSection
-from far_scale.train.deepspeed_adapter import can_reduce_once
-from far_scale.utils.ranks import ranks_by_host
 from far_scale.distributed.process_group import Processes, gather
+from far_scale.train.deepspeed_adapter import can_reduce_once
+from far_scale.utils.errors import UserError
+from far_scale.utils.hosts import host_name, ranks_by_host
 
 # Up to here a copy of the weights on every node is small beside what a rank holds anyway: the 1.3B preset has 1.37e9.
 _MOST_PARAMETERS_FOR_HPZ = 1.4e9

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from far_scale.config.recipe import Recipe
 from far_scale.convert.model_dir import ModelCard, TrainingCard, read_any_config
 from far_scale.data.loader.mixture import MixtureManifest
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.typed import classes_differ
-from far_scale.utils.errors import UserError
 from far_scale.model import FAR
-from far_scale.config.recipe import Recipe
 from far_scale.train.resume import load_start_weights
+from far_scale.utils.errors import UserError
 
 
 def start_from(

@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from far_scale.config.schema import FaultsSection
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.distributed.ledger import phase
-from far_scale.config.schema import FaultsSection
+from far_scale.distributed.process_group import Processes, gather
 from far_scale.train.deepspeed_adapter import grad_norm
 from far_scale.train.engine import before_adam
-from far_scale.utils.event_log import Events
 from far_scale.train.spikes import RunningLevels
-from far_scale.distributed.process_group import Processes, gather
+from far_scale.utils.event_log import Events
 
 _LANES_TOLD = 4  # on the console; events.jsonl has all
 

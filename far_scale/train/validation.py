@@ -22,16 +22,16 @@ import torch
 from numpy.typing import NDArray
 
 from far_scale.data.loader.pack_loader import Pack
+from far_scale.distributed.process_group import Processes, from_main, gather
+from far_scale.health.watchdog import Watchdog
 from far_scale.model.layers import Block
-from far_scale.train.flow_matching import TIMESTEPS, add_noise, frame_errors
 from far_scale.train.curriculum import Stage, stage_of
 from far_scale.train.deepspeed_adapter import use_loaded_weights
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments
-from far_scale.health.watchdog import Watchdog
+from far_scale.train.flow_matching import TIMESTEPS, add_noise, frame_errors
 from far_scale.train.held_out import HeldOut
 from far_scale.train.metrics import Monitor
-from far_scale.distributed.process_group import Processes, from_main, gather
 
 BANDS = 5
 """Bands of timesteps that the loss is given by."""
@@ -71,8 +71,8 @@ class Validation:
         if held_out is None:
             return
         self._validated = from_main(lambda: monitor.validated_steps, processes)
-        if held_out.samples is not None and held_out.samples.without_lpips is not None:
-            monitor.say(f"validation: {held_out.samples.without_lpips}")
+        if held_out.videos is not None and held_out.videos.without_lpips is not None:
+            monitor.say(f"validation: {held_out.videos.without_lpips}")
 
     def after_step(self, step: int) -> None:
         """Validate where it is due after `step` and not in the log yet; all ranks call it.
@@ -94,8 +94,8 @@ class Validation:
                 values["weights"] = self._loss(self._held_out, stage, beat)
                 with ema_as_weights(self._engine, self._ema):
                     values["ema"] = self._loss(self._held_out, stage, beat)
-            if videos and self._held_out.samples is not None:
-                values["samples"] = self._held_out.samples.write(step, stage, self._engine, self._ema, beat)
+            if videos and self._held_out.videos is not None:
+                values["samples"] = self._held_out.videos.write(step, stage, self._engine, self._ema, beat)
             values["seconds"] = time.perf_counter() - start
             self._monitor.validated(step, values)
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from far_scale.utils.errors import UserError
 from far_scale.config.recipe import Recipe
-from far_scale.train.changes import flat
 from far_scale.train.wandb_offline import last_step
 from far_scale.train.wandb_scores import STEP_KEY, ScoreRows
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import flatten
 
 
 class WandbRun:
@@ -89,7 +89,7 @@ class WandbRun:
         """A line as wandb has it: `train/KEY`, or `validation/KEY/KEY` and the video."""
         if "validation" not in line:
             return {f"train/{key}": value for key, value in line.items() if key != "step"}
-        values = {key.replace(".", "/"): value for key, value in flat(line).items() if value is not None}
+        values = {key.replace(".", "/"): value for key, value in flatten(line).items() if value is not None}
         del values["step"]
         video = values.pop("validation/samples/video", None)
         if video is not None and (self._folder / video).exists():

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
 
 from far_scale.utils.hosts import host_name
-from far_scale.utils.streams import never_fail_to_print
 
 
 class UserError(Exception):
@@ -40,29 +36,3 @@ def speaker() -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ""
     return f"[rank {os.environ['RANK']} on {host_name()}] "
-
-
-def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a command's main function: a UserError becomes one line and exit status 2, Ctrl-C exit status 130.
-
-    A full disk, found by the operating system in mid-write, is reported the same way. Printing never fails, see
-    `never_fail_to_print`.
-    """
-
-    @functools.wraps(main)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        never_fail_to_print()
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            say_error(error)
-            sys.exit(2)
-        except OSError as error:
-            if (problem := file_problem(error)) is None:
-                raise
-            say_error(UserError(problem))
-            sys.exit(2)
-        except KeyboardInterrupt:
-            sys.exit(130)
-
-    return wrapped

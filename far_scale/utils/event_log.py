@@ -49,3 +49,9 @@ def read_events(run: Path) -> list[dict[str, Any]]:
     """All events of a run, oldest first; a last line that a crash cut short is left out."""
     path = run / "events.jsonl"
     return [line for line in read_json_lines(path) if line is not None] if path.exists() else []
+
+
+def lines_up_to(log: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of log.jsonl up to that step; one that a crash cut short, or that is of no step, is left out."""
+    lines = [line for line in read_json_lines(log) if line is not None] if log.exists() else []
+    return [line for line in lines if type(line.get("step")) is int and line["step"] <= step]

@@ -228,3 +228,12 @@ def _digest(file: Any, name: str) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys: `{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = value if isinstance(value, dict) else None
+        found |= flatten(inner, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from far_scale.distributed.process_group import Processes, gather
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write
-from far_scale.distributed.process_group import Processes, gather
 
 FORMAT = "far_scale.autoencoder_checkpoint/1"
 _KEPT = 2

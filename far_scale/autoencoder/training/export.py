@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from far_scale.autoencoder import Autoencoder, network_of
-from far_scale.utils.io import atomic_write, sha256, write_json
-from far_scale.utils.tensor_files import save_tensors
 from far_scale.autoencoder.training.frames import Frames, to_pixels
 from far_scale.autoencoder.training.recipe import AutoencoderRecipe, CompactModel
+from far_scale.utils.io import atomic_write, sha256, write_json
+from far_scale.utils.tensor_files import save_tensors
 
 _FRAMES_FOR_STATISTICS = 2048
 _AT_ONCE = 64  # frames a pass

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from far_scale.autoencoder.training.recipe import AutoencoderRecipe, EpisodeData, VideoData
 from far_scale.data.demo.episodes import SIZE, record_episodes
 from far_scale.data.video.sources import Source, find_sources
 from far_scale.data.video.videos import BadVideo, read_video
+from far_scale.distributed.process_group import Processes
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import generator
-from far_scale.autoencoder.training.recipe import AutoencoderRecipe, EpisodeData, VideoData
-from far_scale.distributed.process_group import Processes
 
 _STEPS_AHEAD = 2  # that are read while a step computes
 _BAD_SHARE = 0.05  # of the videos may be unusable before training stops

@@ -9,9 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from far_scale.utils.io import LineFile, atomic_write
-from far_scale.train.metrics import lines_up_to
 from far_scale.distributed.process_group import Processes
+from far_scale.utils.event_log import lines_up_to
+from far_scale.utils.io import LineFile, atomic_write
 
 
 class Log:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from far_scale.utils.errors import UserError
 from far_scale.autoencoder.lpips_network import LPIPSNetwork, from_published
+from far_scale.utils.errors import UserError
 from far_scale.utils.tensor_files import read_tensors
 
 _KEY = "train.perceptual_weights"

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from far_scale.utils.errors import UserError
 from far_scale.config.reference import explain
 from far_scale.config.schema import Count, Fraction, Section
 from far_scale.config.yaml_loader import Document, read_document
+from far_scale.utils.errors import UserError
 
 _SMALLEST_JUDGED = 24  # pixels a side: of smaller pictures the patch discriminator has nothing left to say
 

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from far_scale.autoencoder import AutoencoderNetwork
-from far_scale.utils.rng import generator
 from far_scale.autoencoder.training.batch_norm import share_batch_norms
 from far_scale.autoencoder.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from far_scale.autoencoder.training.frames import to_pixels
 from far_scale.autoencoder.training.perceptual import PerceptualDistance
 from far_scale.autoencoder.training.recipe import AutoencoderRecipe, TrainSection
 from far_scale.distributed.process_group import Processes
+from far_scale.utils.rng import generator
 
 _CLIP_NORM = 1.0  # of the autoencoder's gradient; the discriminator's is not clipped, as officially
 _FINAL_FACTOR = 0.01  # of the learning rate, at the end of the cosine

@@ -17,18 +17,17 @@ from tqdm import tqdm
 
 from far_scale.autoencoder import AutoencoderNetwork, network_of
 from far_scale.autoencoder.compact import CompactAutoencoder
-from far_scale.utils.errors import UserError, speaker
-from far_scale.utils.io import read_json, write_json
 from far_scale.autoencoder.training.checkpoints import Checkpoints
 from far_scale.autoencoder.training.export import export
 from far_scale.autoencoder.training.frames import EpisodeFrames, Frames, VideoFrames, to_pixels
 from far_scale.autoencoder.training.log import Log
 from far_scale.autoencoder.training.recipe import AutoencoderRecipe, CompactModel, EpisodeData, TrainSection
 from far_scale.autoencoder.training.trainer import Trainer, schedule
-from far_scale.train.changes import flat
-from far_scale.distributed.signals import StopSignals
 from far_scale.distributed.consensus import Vote
 from far_scale.distributed.process_group import Processes
+from far_scale.distributed.signals import StopSignals
+from far_scale.utils.errors import UserError, speaker
+from far_scale.utils.io import flatten, read_json, write_json
 
 _FRAMES_FOR_START = 1024  # whose patches the principal components are of
 # What may differ from the checkpoint's recipe: where files lie, and what does not change the weights.
@@ -215,7 +214,7 @@ def restore(checkpoints: Checkpoints, trainer: Trainer, card: dict[str, Any], se
     if newest is None:
         return 0
     path, state = newest
-    old, new = flat(json.loads(state["recipe"])), flat(json.loads(card["recipe"]))
+    old, new = flatten(json.loads(state["recipe"])), flatten(json.loads(card["recipe"]))
     free = _FREE if settings.schedule == "cosine" else (*_FREE, "train.steps")
     keys = [key for key in dict.fromkeys([*new, *old]) if key not in free]
     changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]

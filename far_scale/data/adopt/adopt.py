@@ -28,12 +28,12 @@ from far_scale.data.adopt.local_copy import LocalCopy, lies_as, local_copy
 from far_scale.data.adopt.parts import Chosen, Wishes, choose
 from far_scale.data.adopt.sources import FoundShard
 from far_scale.data.encode.pool import begin_worker
-from far_scale.data.encode.rejects import REJECTED_NAME, Reject, write_rejects
 from far_scale.data.remote.fetch import shown
 from far_scale.data.shards.adopted import Adoption
 from far_scale.data.shards.foreign_samples import SampleReader, Scanned
 from far_scale.data.shards.index import AdoptedIndex, parse_index, statistics
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
+from far_scale.data.shards.rejects import REJECTED_NAME, Reject, write_rejects
 from far_scale.data.shards.table import ShardTable
 from far_scale.data.shards.writer import shard_entry, shard_name
 from far_scale.utils.errors import UserError, say_warning

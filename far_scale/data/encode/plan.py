@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from far_scale import autoencoder as autoencoders
+from far_scale.data.encode.latent_files import LATENTS_SUFFIX
 from far_scale.data.encode.tasks import encode_task, merge
 from far_scale.data.encode.worker import Job, Precision
 from far_scale.data.shards.manifest import MANIFEST_NAME, AutoencoderInfo, Manifest
 from far_scale.data.shards.writer import SetFacts
-from far_scale.data.video.latent_files import LATENTS_SUFFIX
 from far_scale.data.video.pictures import Framing
 from far_scale.data.video.sources import Source, check_folders, describe
 from far_scale.utils.errors import UserError

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from far_scale.data.encode.rejects import Reject
 from far_scale.data.encode.worker import Job, Worker
+from far_scale.data.shards.rejects import Reject
 from far_scale.data.video.sources import Source
 from far_scale.utils.errors import UserError
 

@@ -20,7 +20,10 @@ from far_scale.data.encode.fingerprints import (
     write_prints,
 )
 from far_scale.data.encode.pool import encode_shards
-from far_scale.data.encode.rejects import (
+from far_scale.data.encode.worker import Job
+from far_scale.data.shards.index import ShardIndex
+from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.rejects import (
     REJECTED_NAME,
     Reject,
     check_share,
@@ -28,9 +31,6 @@ from far_scale.data.encode.rejects import (
     rejects_of_shard,
     write_rejects,
 )
-from far_scale.data.encode.worker import Job
-from far_scale.data.shards.index import ShardIndex
-from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.writer import build_manifest, finished_index
 from far_scale.utils.errors import UserError
 

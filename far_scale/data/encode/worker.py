@@ -20,11 +20,11 @@ from torch import Tensor
 from far_scale import autoencoder as autoencoders
 from far_scale.data.encode.ahead import ahead
 from far_scale.data.encode.fingerprints import SourcePrint, prints_of_shard, take_print, write_prints
-from far_scale.data.encode.rejects import Reject, rejects_of_shard, write_rejects
+from far_scale.data.encode.latent_files import LATENTS_SUFFIX, read_latents
 from far_scale.data.shards.manifest import DTYPES
+from far_scale.data.shards.rejects import Reject, rejects_of_shard, write_rejects
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.writer import SetFacts, write_shard
-from far_scale.data.video.latent_files import LATENTS_SUFFIX, read_latents
 from far_scale.data.video.pictures import Framing, to_pixels
 from far_scale.data.video.sources import Source
 from far_scale.data.video.videos import DEFAULT_FPS, BadVideo, Video, read_actions, read_label, read_video

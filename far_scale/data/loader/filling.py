@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from far_scale.data.frame_counts import FrameCounts, draw_frames, fewest
 from far_scale.data.loader.lanes import FIRST_EPOCH, Lane, LaneOrder, Place, in_stage
 from far_scale.data.loader.mixed_lane import MixedLane
 from far_scale.data.loader.mixture import Mixture
@@ -22,7 +23,6 @@ from far_scale.data.shards.damage import DamagedError, Skipped, over_budget
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import generator
-from far_scale.data.frame_counts import FrameCounts, draw_frames, fewest
 
 POOL = 12  # 2048 choices beside the oldest: of a budget of five long clips less than 1% stays empty
 

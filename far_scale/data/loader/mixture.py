@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.typed import classes_differ
 from far_scale.utils.errors import UserError
-from far_scale.config.schema import Shards, shares
 
 
 @dataclass(frozen=True)
@@ -121,17 +120,6 @@ class Mixture:
         """Number of a shard's set, and the shard's number in it."""
         number = bisect.bisect_right(self._first_shards, shard) - 1
         return number, shard - self._first_shards[number]
-
-
-def open_shards(shards: Shards, open_set: Callable[[str], ShardSet] = ShardSet.open) -> ShardSet | Mixture:
-    """Open what a recipe calls `shards`, each set of it by `open_set`.
-
-    Raises:
-        UserError: a set is not there or not whole, or two of them do not fit one another.
-    """
-    if isinstance(shards, str):
-        return open_set(shards)
-    return Mixture([open_set(weighted.shards) for weighted in shards], shares(shards))
 
 
 def check_classes(sets: Iterable[tuple[Path | str, tuple[str, ...] | None]]) -> tuple[str, ...] | None:

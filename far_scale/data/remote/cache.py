@@ -21,7 +21,6 @@ from pathlib import Path
 
 from far_scale.data.remote.fetch import fetch_bytes, fetch_file, fetch_packed, pause
 from far_scale.data.remote.unpack import compression_of
-from far_scale.data.shards.typed import MAX_INDEX_BYTES
 from far_scale.utils.errors import UserError
 
 CACHE_BYTES = 200 * 10**9  # the limit where no recipe says another
@@ -31,6 +30,10 @@ _ASK_AGAIN = 0.1  # seconds, while another process fetches the same file
 
 class CacheError(UserError):
     """A file that the node's disk cannot keep: it is full, or not writable."""
+
+
+MAX_UNSIZED_BYTES = 1 << 25
+"""Of a file whose size is not known beforehand, such as a shard's index."""
 
 
 class NodeCache:
@@ -146,7 +149,7 @@ class NodeCache:
             else:
                 fetch_file(url, own, size, digest)
             return True
-        data = fetch_bytes(url, MAX_INDEX_BYTES, digest)
+        data = fetch_bytes(url, MAX_UNSIZED_BYTES, digest)
         if not self._reserve(own, part, len(data), evict, since):
             return False
         while data:

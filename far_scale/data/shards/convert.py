@@ -8,10 +8,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from far_scale.data.encode.rejects import REJECTED_NAME
 from far_scale.data.shards.index import ShardIndex
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.mds import check_fits, write_mds, write_streaming_index
+from far_scale.data.shards.rejects import REJECTED_NAME
 from far_scale.data.shards.sample import index_shard, members_of, to_members, walk
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.table import ShardTable

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from far_scale import autoencoder as autoencoders
 from far_scale.data.remote.cache import NodeCache
-from far_scale.data.remote.store import NoWayError
 from far_scale.data.shards.index import ChannelSums, statistics
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.mds import STREAMING_INDEX_NAME, has_streaming_index, write_streaming_index
 from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.store import NoWayError
 from far_scale.data.shards.table import ShardTable
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write

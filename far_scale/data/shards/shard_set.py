@@ -14,9 +14,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from far_scale.data.frame_counts import fewest
 from far_scale.data.remote.cache import NodeCache, is_evicted, touch
 from far_scale.data.remote.fetch import is_remote, shown
-from far_scale.data.remote.store import Staged, adopted_store, manifest_text, missing, name_of, store_of
 from far_scale.data.shards.adopted import AdoptedRow
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.foreign_samples import SampleReader
@@ -32,9 +32,9 @@ from far_scale.data.shards.sample import (
     parse_header,
     view,
 )
+from far_scale.data.shards.store import Staged, adopted_store, manifest_text, missing, name_of, store_of
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
-from far_scale.data.frame_counts import fewest
 
 T = TypeVar("T")
 _OPEN_SHARDS = 128  # of a rank: each lane's shuffle window may stretch over a few

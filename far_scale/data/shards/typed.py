@@ -11,12 +11,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
+from far_scale.data.remote.cache import MAX_UNSIZED_BYTES
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write
 
 # Limits that are kept before anything is read or allocated, each far above what our own writer makes.
 MAX_MANIFEST_BYTES = 1 << 27  # 300,000 shards
-MAX_INDEX_BYTES = 1 << 25  # 300,000 samples in one shard
+MAX_INDEX_BYTES = MAX_UNSIZED_BYTES  # 300,000 samples in one shard
 MAX_JSON_BYTES = 1 << 16  # of a sample; ours have about 100
 MAX_HEADER_BYTES = 1 << 16  # of a sample's safetensors; ours have about 150
 MAX_TENSORS_BYTES = 1 << 32  # of a sample

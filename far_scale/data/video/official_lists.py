@@ -1,7 +1,7 @@
 """The official code's lists of data (`data_list` of showlab/FAR's options): JSON, with or without latents.
 
 A list is an array of objects: `video_path` or, for latents extracted before, `latent_path` (a .pt file, see
-`far_scale.data.video.latent_files`); `label` for UCF-101; `action_path` for BAIR, Minecraft and all latents (.npz with
+`far_scale.data.encode.latent_files`); `label` for UCF-101; `action_path` for BAIR, Minecraft and all latents (.npz with
 `actions`). Whatever else an object holds is not read, as officially.
 """
 

@@ -17,9 +17,9 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.typed import classes_differ
 from far_scale.data.video.pictures import fit
 from far_scale.data.video.videos import find_videos, read_video
-from far_scale.utils.errors import UserError
-from far_scale.model import FARConfig
 from far_scale.evaluation.rollouts.truth import DecodedLatents, RecordedPixels, Truth
+from far_scale.model import FARConfig
+from far_scale.utils.errors import UserError
 
 _ENCODED_AT_ONCE = 32  # frames
 

@@ -11,13 +11,13 @@ import far_scale.autoencoder
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard, load_model_dir
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.utils.errors import UserError
-from far_scale.utils.io import write_json
-from far_scale.model import FAR
-from far_scale.utils.rng import MAX_SEED
 from far_scale.evaluation.rollouts.episodes import Wanted, find_episodes
 from far_scale.evaluation.rollouts.rollout import RollOut
+from far_scale.model import FAR
 from far_scale.sampling.sampler import check_context_noise, check_guidance, check_steps
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import write_json
+from far_scale.utils.rng import MAX_SEED
 
 
 def load_for_sampling(folder: str | Path) -> tuple[FAR, ModelCard]:

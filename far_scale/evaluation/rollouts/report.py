@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import far_scale
+from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.convert.model_dir import ModelCard, TrainingCard
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.video.videos import find_videos
-from far_scale.utils.errors import say_warning
-from far_scale.utils.io import check_writable, parse_json, sha256, write_json
-from far_scale.model import FAR
-from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.evaluation.rollouts.curve import loss_curve
 from far_scale.evaluation.rollouts.evaluate import evaluate, load_for_sampling
+from far_scale.model import FAR
 from far_scale.train.checkpoint.folders import CHECKSUMS, fingerprint, step_folder
+from far_scale.utils.errors import say_warning
+from far_scale.utils.io import check_writable, parse_json, sha256, write_json
 
 EPISODES = 32
 FRAMES_IN_ALL = 1280  # predicted at most, so that long clips take minutes on two cores, too: of these, fewer episodes

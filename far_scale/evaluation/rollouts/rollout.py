@@ -20,14 +20,14 @@ from torch import Tensor
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelCard
 from far_scale.data.video.videos import write_mp4
-from far_scale.utils.errors import UserError
-from far_scale.utils.io import atomic_write
-from far_scale.model import FAR
 from far_scale.evaluation.rollouts.episodes import Episodes
 from far_scale.evaluation.rollouts.metrics import Judge
 from far_scale.evaluation.rollouts.pictures import Film, Pixels, Sheet, Shown, to_uint8
-from far_scale.sampling.sampler import cache_bytes, predict_frames
 from far_scale.evaluation.rollouts.truth import decode
+from far_scale.model import FAR
+from far_scale.sampling.sampler import cache_bytes, predict_frames
+from far_scale.utils.errors import UserError
+from far_scale.utils.io import atomic_write
 from far_scale.utils.tensor_files import save_tensors
 
 EPISODES_AT_ONCE = 8  # through the model; the first of them are in the pictures, all count in the figures

@@ -7,12 +7,13 @@ import argparse
 
 import torch
 
-from far_scale.utils.errors import UserError, command_line
 from far_scale.model.attention import choose
 from far_scale.model.attention.choice import kernel
 from far_scale.model.attention.install import LIBRARIES, Machine, advice
 from far_scale.model.attention.kernel import installed_version
 from far_scale.model.attention.table import HEAD_DIM, rows
+from far_scale.utils.command_line import command_line
+from far_scale.utils.errors import UserError
 
 DTYPES = ("bfloat16", "float16", "float32")
 

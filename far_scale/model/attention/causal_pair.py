@@ -25,8 +25,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from far_scale.model.layout import Order
 from far_scale.model.attention.kernel import Kernel
+from far_scale.model.layout import Order
 
 
 def forward(

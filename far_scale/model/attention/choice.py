@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from far_scale.utils.errors import UserError
 from far_scale.model.attention import (
     cpu,
     dense,
@@ -25,6 +24,7 @@ from far_scale.model.attention import (
     xformers_blocks,
 )
 from far_scale.model.attention.kernel import NOT_INSTALLED, Kernel, compute_capability, dotted, installed_version
+from far_scale.utils.errors import UserError
 
 ENVIRONMENT = "FAR_SCALE_ATTENTION"
 

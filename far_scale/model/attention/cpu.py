@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from far_scale.model.layout import Spans
 from far_scale.model.attention.kernel import not_this_dtype
+from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "cpu", "torch", ""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

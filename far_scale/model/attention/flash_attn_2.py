@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from far_scale.model.layout import Spans
 from far_scale.model.attention import padded_lse
 from far_scale.model.attention.install import FLASH_ATTN_2_COMMAND
 from far_scale.model.attention.kernel import GpuNeeds, why_not_importable
+from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "flash-attn-2", "flash-attn", FLASH_ATTN_2_COMMAND
 DTYPES = (torch.bfloat16, torch.float16)

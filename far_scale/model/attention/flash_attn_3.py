@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from far_scale.model.layout import Spans
 from far_scale.model.attention.install import FLASH_ATTN_3_COMMAND
 from far_scale.model.attention.kernel import GpuNeeds, why_not_importable
+from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "flash-attn-3", "flash-attn-3", FLASH_ATTN_3_COMMAND
 DTYPES = (torch.bfloat16, torch.float16)

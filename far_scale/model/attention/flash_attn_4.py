@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from far_scale.model.layout import Spans
 from far_scale.model.attention.install import flash_attn_4_command
 from far_scale.model.attention.kernel import GpuNeeds, compute_capability, why_not_importable
+from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "flash-attn-4", "flash-attn-4", flash_attn_4_command(torch.version.cuda)
 DTYPES = (torch.bfloat16, torch.float16)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from far_scale.model.layout import FrameGroup, Order, Prefix
 from far_scale.model.attention.kernel import GpuNeeds
+from far_scale.model.layout import FrameGroup, Order, Prefix
 
 NAME = "flex"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

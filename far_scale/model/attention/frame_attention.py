@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from far_scale.model.layout import FrameGroup, Order
 from far_scale.model.attention.choice import choose
 from far_scale.model.attention.earlier import Earlier
 from far_scale.model.attention.operators import attend
+from far_scale.model.layout import FrameGroup, Order
 
 
 def frame_attention(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from far_scale.model.layout import Order
 from far_scale.model.attention import causal_pair, choice, dense, flex
+from far_scale.model.layout import Order
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? earlier_k, Tensor? earlier_v, Tensor order, str kernel"
 

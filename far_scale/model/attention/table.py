@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from far_scale.model.layout import FrameGroup, FrameLayout, Order
 from far_scale.model.attention import choice, dense, flex
 from far_scale.model.attention.kernel import first_line, installed_version
 from far_scale.model.attention.operators import attend
+from far_scale.model.layout import FrameGroup, FrameLayout, Order
 
 HEAD_DIM = 64
 _SMALL_HEADS = 2

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from far_scale.model.layout import Spans
 from far_scale.model.attention.kernel import GpuNeeds
+from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "torch-varlen", "torch", ""
 DTYPES = (torch.bfloat16, torch.float16)

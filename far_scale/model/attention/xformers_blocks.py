@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from far_scale.model.layout import Spans
 from far_scale.model.attention import padded_lse
 from far_scale.model.attention.install import xformers_command
 from far_scale.model.attention.kernel import GpuNeeds, compute_capability, dotted, why_not_importable
+from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "xformers", "xformers", xformers_command(torch.__version__)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

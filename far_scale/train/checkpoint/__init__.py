@@ -8,17 +8,11 @@ ranks held; a reader asks for other pieces and gets them. So neither the rank co
 the format, and one process can read any of it.
 """
 
-from far_scale.train.checkpoint.folders import (
-    damage,
-    fingerprint,
-    point_at,
-    read_state,
-    set_aside,
-)
+from far_scale.train.checkpoint.folders import damage, fingerprint, point_at, read_state, set_aside
 from far_scale.train.checkpoint.metadata import read_metadata
 from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy, load
+from far_scale.train.checkpoint.run_dir import latest_step, step_folder, steps_to_try
 from far_scale.train.checkpoint.write import save
-from far_scale.train.run_dir import latest_step, step_folder, steps_to_try
 
 __all__ = [
     "FlatPiece",

@@ -23,9 +23,9 @@ from far_scale.convert.official import from_far_scale
 from far_scale.convert.official_file import write_official
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
-from far_scale.utils.errors import UserError
 from far_scale.model import FARConfig
 from far_scale.train import checkpoint
+from far_scale.utils.errors import UserError
 
 
 def export(run: str | Path, step: int | None, weights: Literal["ema", "model"], out: str | Path) -> int:

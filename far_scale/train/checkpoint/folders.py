@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from far_scale.train.checkpoint.run_dir import damaged_folder, step_folder, steps_there
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, read_json, sha256, sync_folder, write_json
-from far_scale.train.run_dir import damaged_folder, step_folder, steps_there
 
 FORMAT = "far_scale.checkpoint/2"
 _UNSEALED = "far_scale.checkpoint/1"  # before there were checksums

@@ -6,12 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-from far_scale.utils.errors import UserError
 from far_scale.config.recipe import load_recipe
 from far_scale.train.checkpoint.folders import damage, point_at
-from far_scale.utils.event_log import Events
-from far_scale.train.metrics import lines_up_to
-from far_scale.train.run_dir import latest_step, step_folder
+from far_scale.train.checkpoint.run_dir import latest_step, step_folder
+from far_scale.utils.errors import UserError
+from far_scale.utils.event_log import Events, lines_up_to
 
 
 def fork(run: Path, step: int | None, out: Path) -> int:

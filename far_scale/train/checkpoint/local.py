@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from far_scale.utils.io import atomic_write, parse_json, read_json, write_json
 from far_scale.config.schema import CheckpointSection
+from far_scale.distributed.process_group import gather
 from far_scale.train.checkpoint.folders import checksums
 from far_scale.train.checkpoint.hashed import save_tensors
 from far_scale.train.checkpoint.pieces import FlatPiece
-from far_scale.distributed.process_group import gather
+from far_scale.utils.io import atomic_write, parse_json, read_json, write_json
 
 KEEP = 2  # a kill in mid-save leaves some ranks with the newer one, but all with the older one
 

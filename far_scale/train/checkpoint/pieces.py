@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from far_scale.utils.errors import UserError
 from far_scale.train.checkpoint.hashed import HashingFileSystem, Sum
 from far_scale.train.checkpoint.metadata import Reader, read_metadata
+from far_scale.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from far_scale.utils.errors import UserError, say_error
 from far_scale.config.schema import CheckpointSection
+from far_scale.distributed.process_group import Processes
 from far_scale.train.checkpoint import local
 from far_scale.train.checkpoint.folders import EPHEMERAL
 from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy
+from far_scale.train.checkpoint.run_dir import step_folder
 from far_scale.train.checkpoint.write import save
+from far_scale.utils.errors import UserError, say_error
 from far_scale.utils.event_log import Events
-from far_scale.distributed.process_group import Processes
-from far_scale.train.run_dir import step_folder
 
 FAILURES = 3  # saves that fail in a row before the run gives up: a disk may be full for a while, not for days
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from far_scale.utils.errors import UserError, say_warning
+from far_scale.distributed.process_group import gather
 from far_scale.train.checkpoint.folders import EPHEMERAL, checksums, clear_parts, publish, seal
 from far_scale.train.checkpoint.pieces import FlatPiece, explained, write
-from far_scale.distributed.process_group import gather
-from far_scale.train.run_dir import latest_stamp, step_folder
+from far_scale.train.checkpoint.run_dir import latest_stamp, step_folder
+from far_scale.utils.errors import UserError, say_warning
 
 
 def save(

@@ -1,12 +1,43 @@
-"""Standard output and error that never end a process."""
+"""What the command lines share: how a command ends, output that never ends a process, types of arguments."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import functools
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
+
+from far_scale.utils.errors import UserError, file_problem, say_error
+
+
+def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a command's main function: a UserError becomes one line and exit status 2, Ctrl-C exit status 130.
+
+    A full disk, found by the operating system in mid-write, is reported the same way. Printing never fails, see
+    `never_fail_to_print`.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        never_fail_to_print()
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            say_error(error)
+            sys.exit(2)
+        except OSError as error:
+            if (problem := file_problem(error)) is None:
+                raise
+            say_error(UserError(problem))
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return wrapped
 
 
 class _LossyFile(io.FileIO):
@@ -48,3 +79,28 @@ def never_fail_to_print() -> None:
         )
         setattr(sys, name, lossy)
         setattr(sys, f"__{name}__", lossy)  # so that it is flushed once, and a second call finds its own
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return float(text)
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """The type of whole numbers from `minimum` on."""
+
+    def number(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
+        return int(text)
+
+    return number

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from far_scale.data.loader.pack_loader import Pack
 from far_scale.config.recipe import Recipe
+from far_scale.data.loader.pack_loader import Pack
+from far_scale.distributed.consensus import Outcome
+from far_scale.distributed.process_group import Processes, gather
 from far_scale.train.checkpoint.saver import Saver
 from far_scale.train.ema import ShardedEMA
-from far_scale.train.step_guard import Guard
-from far_scale.distributed.consensus import Outcome
 from far_scale.train.lanes_again import LaneStates
-from far_scale.distributed.process_group import Processes, gather
 from far_scale.train.resume import Resume, pieces
+from far_scale.train.step_guard import Guard
 
 
 class Keeper:
