@@ -113,10 +113,10 @@ class Ours:
 
     def __init__(self, case: Case, inputs: Inputs, kernel: str) -> None:
         self.case, self.kernel, self.pairs = case, kernel, case.layout.attended_pairs
-        self.orders = [case.layout.window_order(inputs.q.device)]
+        self.plans = [case.layout.window_plan(inputs.q.device)]
         self.tokens = [case.tokens]
         if case.layout.context.frames:
-            self.orders.insert(0, case.layout.context_order)
+            self.plans.insert(0, case.layout.context_plan)
             self.tokens = [group.tokens // case.clips for group in (case.layout.context, case.layout.window)]
         by_group = zip(*(x.split(self.tokens, dim=1) for x in inputs), strict=True)
         flat = [[x.flatten(0, 1).contiguous() for x in group] for group in by_group]
@@ -127,8 +127,8 @@ class Ours:
         """`[T, N, D]` of the context, if any, and of the window."""
         earlier_k = earlier_v = None
         outs = []
-        for order, q, k, v in zip(self.orders, *(self.leaves[i::3] for i in range(3)), strict=True):
-            outs.append(attend(q, k, v, earlier_k, earlier_v, order.key, self.kernel))
+        for plan, q, k, v in zip(self.plans, *(self.leaves[i::3] for i in range(3)), strict=True):
+            outs.append(attend(q, k, v, earlier_k, earlier_v, plan.handle, self.kernel))
             earlier_k, earlier_v = k, v
         return outs
 

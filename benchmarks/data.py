@@ -16,7 +16,7 @@ import torch
 from measure import Row, environment, interleaved, print_table, timed, write_result
 from options import add_measuring, count, start
 
-from far_scale.data.loader.filling import ClipLane, Dealing
+from far_scale.data.loader.filling import ClipLane, PackingConfig
 from far_scale.data.loader.lanes import LaneOrder
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.shards.convert import convert
@@ -115,8 +115,8 @@ def reading(tars: Path, mds: Path, args: argparse.Namespace, cpu: torch.device) 
 
 
 def make_lane(source: ShardSet | Mixture, lanes: int) -> ClipLane:
-    dealing = Dealing(lanes, (16, FRAMES), 1, WINDOW, 0, None, 64 * 2 * FRAMES, lambda frames: 64 * frames)
-    return dealing.clip_lanes(source, [0])[0]
+    packing = PackingConfig(lanes, (16, FRAMES), 1, WINDOW, 0, None, 64 * 2 * FRAMES, lambda frames: 64 * frames)
+    return packing.clip_lanes(source, [0])[0]
 
 
 def state_after(source: ShardSet | Mixture, position: int, lanes: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 from measure import Row, environment, peak_beyond, print_table, write_result
 from options import add_measuring, count, start
 
-from far_scale.data.loader.filling import Clip, ClipLane, Dealing
+from far_scale.data.loader.filling import Clip, ClipLane, PackingConfig
 from far_scale.data.loader.lanes import LaneOrder
 from far_scale.data.shards.index import ChannelSums, IndexRow, ShardIndex, parse_index
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
@@ -165,7 +165,7 @@ def walk_rank(paper: PaperSet, lanes: dict[int, ClipLane], steps: int) -> tuple[
     return tokens, wanted, read, most
 
 
-def walk(folder: Path, manifest: Manifest, dealing: Dealing, name: str, args: argparse.Namespace) -> Row:
+def walk(folder: Path, manifest: Manifest, packing: PackingConfig, name: str, args: argparse.Namespace) -> Row:
     """Whole nodes from all over the cluster, one rank after another."""
     nodes = args.ranks // args.node
     chosen = np.unique(np.linspace(0, nodes - 1, min(args.nodes, nodes)).round().astype(int))
@@ -175,7 +175,7 @@ def walk(folder: Path, manifest: Manifest, dealing: Dealing, name: str, args: ar
         for rank in range(node * args.node, (node + 1) * args.node):
             paper = PaperSet(folder, manifest)
             mine = range(rank, args.lanes, args.ranks)
-            taken, lanes = seconds(lambda paper=paper, mine=mine: dealing.clip_lanes(paper, mine))  # type: ignore[misc]
+            taken, lanes = seconds(lambda paper=paper, mine=mine: packing.clip_lanes(paper, mine))  # type: ignore[misc]
             first, _ = seconds(lambda lanes=lanes: [lane.state_dict() for lane in lanes.values()])  # type: ignore[misc]
             rank_tokens, rank_wanted, rank_read, most = walk_rank(paper, lanes, args.steps)
             tokens.append(rank_tokens)
@@ -202,14 +202,14 @@ def walk(folder: Path, manifest: Manifest, dealing: Dealing, name: str, args: ar
 
 
 def rank_memory(
-    folder: Path, manifest: Manifest, dealing: Dealing, args: argparse.Namespace, cpu: torch.device
+    folder: Path, manifest: Manifest, packing: PackingConfig, args: argparse.Namespace, cpu: torch.device
 ) -> list[Row]:
     """Peak of the resident set beyond what lay there before, and what stays of it, of each thing a rank keeps."""
     kept: list[object] = []
 
     def lanes() -> None:
         paper = PaperSet(folder, manifest)
-        mine = dealing.clip_lanes(paper, range(0, args.lanes, args.ranks))
+        mine = packing.clip_lanes(paper, range(0, args.lanes, args.ranks))
         walk_rank(paper, mine, args.steps)
         kept.append((paper, mine))
 
@@ -247,9 +247,9 @@ def main() -> None:
     frames, stride, seed = (16, 300), 1, 0
     full = 300 * TOKENS_A_FRAME
 
-    def dealing(clips: int | None, tokens: int | None) -> Dealing:
+    def packing(clips: int | None, tokens: int | None) -> PackingConfig:
         shape = (args.lanes, frames, stride, args.shuffle_window, seed)
-        return Dealing(*shape, clips, tokens, lambda count: count * TOKENS_A_FRAME)
+        return PackingConfig(*shape, clips, tokens, lambda count: count * TOKENS_A_FRAME)
 
     with tempfile.TemporaryDirectory(prefix="lanes-at-scale-") as name:
         folder = Path(name)
@@ -257,10 +257,10 @@ def main() -> None:
         parts, manifest = start_up(folder, args)
         tables = {
             "Start-up of a rank, files in the page cache, medians": parts,
-            "Memory of a rank": rank_memory(folder, manifest, dealing(None, 2 * full), args, cpu),
+            "Memory of a rank": rank_memory(folder, manifest, packing(None, 2 * full), args, cpu),
             "Walk": [
-                walk(folder, manifest, dealing(2, None), "2 clips of 16 to 300 frames", args),
-                walk(folder, manifest, dealing(None, 2 * full), f"at most {2 * full} tokens", args),
+                walk(folder, manifest, packing(2, None), "2 clips of 16 to 300 frames", args),
+                walk(folder, manifest, packing(None, 2 * full), f"at most {2 * full} tokens", args),
             ],
         }
     for title, rows in tables.items():

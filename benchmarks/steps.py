@@ -26,7 +26,7 @@ from far_scale.model import FAR, FARConfig
 from far_scale.model.layers import Checkpointing
 from far_scale.model.layout import FrameLayout
 from far_scale.train.compiled import compiled_graphs
-from far_scale.train.device_prefetch import Feed
+from far_scale.train.device_prefetch import DevicePrefetch
 from far_scale.train.flops import train_flops
 from far_scale.train.flow_matching import pack_loss
 
@@ -89,7 +89,7 @@ class Step:
         return Step(model, _adam(model, fused=False), lambda: trainer.train_step(dict(batch))["total_loss"], device)
 
     @staticmethod
-    def ours(model: FAR, feed: Feed, modes: Sequence[Mode], device: torch.device) -> dict[str, Step]:
+    def ours(model: FAR, feed: DevicePrefetch, modes: Sequence[Mode], device: torch.device) -> dict[str, Step]:
         """A step in each of the modes, by the mode's name; they share the model, its optimizer and the feed."""
         optimizer = _adam(model, fused=True)
 
@@ -224,7 +224,7 @@ def _steps(
         ours, steps[OFFICIAL] = pair.ours, Step.official(code, pair.theirs, case, device)
     pack = Clips.random(case.config, case.clips, case.frames, torch.device("cpu")).pack()
     packs = itertools.repeat([pack])
-    with Feed(packs, ObjectiveSection(), case.config, seed=0, device=device) as feed:
+    with DevicePrefetch(packs, ObjectiveSection(), case.config, seed=0, device=device) as feed:
         yield steps | Step.ours(ours, feed, modes, device)
 
 

@@ -22,7 +22,7 @@ from far_scale import autoencoder as autoencoders
 from far_scale.data.adopt.adopt import adopt
 from far_scale.data.adopt.parts import Wishes
 from far_scale.data.adopt.sources import find_shards
-from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.scaling import LatentScaling
@@ -31,7 +31,7 @@ from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 
 LANES = 4
-DEALING = Dealing(lanes=LANES, frames=(4, 9), frame_stride=2, shuffle_window=4, seed=7, clips_per_pack=2)
+DEALING = PackingConfig(lanes=LANES, frames=(4, 9), frame_stride=2, shuffle_window=4, seed=7, clips_per_pack=2)
 BOTH: dict[str, Any] = {"actions": FACTS.actions, "labels": FACTS.labels}
 
 
@@ -127,8 +127,8 @@ def packs_of(
     source: ShardSet | Mixture, steps: int, lanes: range | list[int] = range(LANES), **more: Any
 ) -> list[Pack]:
     """The packs of a rank with these lanes."""
-    scaling, dealing = LatentScaling.of(source.manifest, "channel"), more.pop("dealing", DEALING)
-    with PackLoader(source, scaling, list(lanes), dealing, **more) as packs:
+    scaling, packing = LatentScaling.of(source.manifest, "channel"), more.pop("packing", DEALING)
+    with PackLoader(source, scaling, list(lanes), packing, **more) as packs:
         return [pack for step in islice(packs, steps) for pack in step]
 
 

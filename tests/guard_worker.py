@@ -32,8 +32,8 @@ from far_scale.train.device_prefetch import Batch
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.flow_matching import add_noise, pack_loss
 from far_scale.train.sharding import choose_sharding
-from far_scale.train.step_guard import Guard
-from far_scale.utils.event_log import Events
+from far_scale.train.step_guard import StepGuard
+from far_scale.utils.event_log import EventLog
 
 GOOD = ""
 
@@ -95,14 +95,16 @@ class Run:
         self.sharding = choose_sharding(self.recipe, sum(p.numel() for p in model.parameters()), processes, lambda: 0)
         self.engine = engine.start_engine(model, self.recipe, processes, self.sharding)
         self.ema = ShardedEMA(engine.fragments(self.engine), self.recipe.optimizer.ema_decay)
-        self.guard = Guard(self.engine, self.recipe.faults, processes, Events(out / name, processes.main))
+        self.guard = StepGuard(
+            self.engine, self.recipe.faults, processes, EventLog(out / name, processes.is_main_process)
+        )
         self.troubles: list[dict] = []
         self.waits: list[int] = []
 
     def step(self, batch: Batch, fault: str = GOOD, rank: int = 1) -> None:
         """Train on `batch`; `rank` suffers `fault`."""
         injection = Injection()
-        injection.fault = fault if self.processes.rank == rank % self.processes.count else GOOD
+        injection.fault = fault if self.processes.rank == rank % self.processes.world_size else GOOD
         loop.pack_loss = injection
         engine.set_learning_rate(self.engine, 1e-3)
         self.steps += 1
@@ -114,7 +116,7 @@ class Run:
                 once = self.sharding.reduce_once
                 loop.train_step(self.engine, batch, self.stage, self.processes, guard=self.guard, reduce_once=once)
             with waiting_raises(strict):
-                self.ema.update(self.guard.kept)
+                self.ema.update(self.guard.update_mask)
                 trouble = self.guard.end_step(self.steps, batch.packs)
         self.note(trouble)
         self.waits.append(waits.count)
@@ -237,9 +239,9 @@ def main() -> None:
     shard_set = ShardSet.open(shards)
     scaling = LatentScaling.of(shard_set.manifest, recipe.data.scaling)
     (stage,) = stages(recipe)
-    lanes = range(processes.rank, recipe.data.lanes, processes.count)
+    lanes = range(processes.rank, recipe.data.lanes, processes.world_size)
     batches = []
-    with PackLoader(shard_set, scaling, lanes, stage.dealing(recipe.seed)) as loader:
+    with PackLoader(shard_set, scaling, lanes, stage.packing(recipe.seed)) as loader:
         for packs in (next(loader) for _ in range(7)):
             noisy = [add_noise(pack, recipe.objective, stage.config, recipe.seed) for pack in packs]
             batches.append(Batch(packs, [pack.to(processes.device) for pack in noisy]))

@@ -15,7 +15,7 @@ import time
 import torch.distributed as dist
 
 from far_scale.distributed import network
-from far_scale.distributed.rendezvous import meet
+from far_scale.distributed.rendezvous import rendezvous
 from far_scale.utils.errors import UserError
 
 UNREACHABLE = ["10.78.0.1", "nobody.invalid", "n1"]
@@ -29,7 +29,7 @@ def main() -> None:
         os.environ.update(variables[rank], MASTER_PORT=str(port + number))
         begun, refused, store = time.monotonic(), "", None
         try:
-            store = meet(rank, 2, device)
+            store = rendezvous(rank, 2, device)
         except UserError as error:
             refused = str(error)
         print("case", json.dumps([time.monotonic() - begun, refused]), flush=True)

@@ -28,7 +28,7 @@ def train_plainly(shards: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     ema = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses, decay = [], recipe.optimizer.ema_decay
     (stage,) = stages(recipe)
-    with PackLoader(shard_set, scaling, range(recipe.data.lanes), stage.dealing(recipe.seed)) as loader:
+    with PackLoader(shard_set, scaling, range(recipe.data.lanes), stage.packing(recipe.seed)) as loader:
         for step, packs in zip(range(recipe.train.steps), loader, strict=False):
             adam.param_groups[0]["lr"] = learning_rate(recipe, step)
             adam.zero_grad()

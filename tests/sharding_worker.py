@@ -76,12 +76,12 @@ def main() -> None:
         reductions: list[int] = []
         with counted_reductions(reductions):
             train_layout(shards, out / name, overrides, processes)
-        if processes.main:
+        if processes.is_main_process:
             (out / f"{name}.json").write_text(json.dumps(reductions))
     named = [(name, overrides) for name, overrides in named if not name.startswith("packs")]
     for (name, _), (after, overrides) in zip(named, [*named[1:], named[0]], strict=True):
         run = out / f"{name}-{after}"
-        if processes.main:
+        if processes.is_main_process:
             shutil.copytree(out / name, run)
             (run / "checkpoints" / "latest").write_text("step-00000010\n")
         dist.barrier()

@@ -20,38 +20,38 @@ import torch
 import torch.distributed as dist
 
 from far_scale.config.recipe import Recipe, load_recipe
-from far_scale.distributed import meeting
+from far_scale.distributed import process_group
 from far_scale.distributed.process_group import Processes
 from far_scale.health import node_check as nodes
 from far_scale.health import preflight as startup
-from far_scale.health.gemm_probe import KnownProduct
+from far_scale.health.gemm_probe import GemmProbe
 from far_scale.utils.errors import UserError
-from far_scale.utils.event_log import Events
+from far_scale.utils.event_log import EventLog
 
-multiply, seconds, version = KnownProduct._multiply, KnownProduct.seconds, nodes.importlib.metadata.version
+multiply, seconds, version = GemmProbe._multiply, GemmProbe.seconds, nodes.importlib.metadata.version
 DiskUsage = collections.namedtuple("DiskUsage", "total used free")
 
 
-def multiply_wrongly(product: KnownProduct) -> None:
+def multiply_wrongly(product: GemmProbe) -> None:
     multiply(product)
     product._out[3, 5] += 2
 
 
-def ecc_error(product: KnownProduct) -> None:
+def ecc_error(product: GemmProbe) -> None:
     raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with ...")
 
 
 BREAKS = {
-    "wrong product": lambda: mock.patch.object(KnownProduct, "_multiply", multiply_wrongly),
-    "device error": lambda: mock.patch.object(KnownProduct, "_multiply", ecc_error),
-    "slow product": lambda: mock.patch.object(KnownProduct, "seconds", lambda *given: 20 * seconds(*given)),
+    "wrong product": lambda: mock.patch.object(GemmProbe, "_multiply", multiply_wrongly),
+    "device error": lambda: mock.patch.object(GemmProbe, "_multiply", ecc_error),
+    "slow product": lambda: mock.patch.object(GemmProbe, "seconds", lambda *given: 20 * seconds(*given)),
     "other code": lambda: mock.patch.object(nodes, "code_hash", lambda _: "0123456789abcdef"),
     "other torch": lambda: mock.patch.object(torch, "__version__", "2.9.0"),
     "other deepspeed": lambda: mock.patch.object(
         nodes.importlib.metadata, "version", lambda name: "0.1.2" if name == "deepspeed" else version(name)
     ),
     "full disk": lambda: mock.patch.object(nodes.shutil, "disk_usage", lambda _: DiskUsage(1, 1, 0)),
-    "stuck device": lambda: mock.patch.object(KnownProduct, "is_right", lambda _: time.sleep(1000)),
+    "stuck device": lambda: mock.patch.object(GemmProbe, "is_right", lambda _: time.sleep(1000)),
     "lost messages": lambda: mock.patch.object(dist, "batch_isend_irecv", lambda _: []),
     "stuck link": lambda: mock.patch.object(dist, "batch_isend_irecv", lambda _: time.sleep(1000)),
 }
@@ -80,13 +80,15 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpus else "gloo")
     processes = Processes(rank, count, device, dist.new_group(backend="gloo"))
-    meeting.STUCK_SECONDS = 30.0 if len(cases) > 1 else 3.0
+    process_group.STUCK_SECONDS = 30.0 if len(cases) > 1 else 3.0
     for case in cases:
         recipe = load_recipe("demo_cpu", [f"run_dir={out / case}"])
         told = "sound"
         with broken(case, recipe) if rank == count - 1 else contextlib.nullcontext(recipe) as own:
             try:
-                hosts = startup.check_nodes(own, processes, torch.float32, Events(out / case, processes.main), 0)
+                hosts = startup.check_nodes(
+                    own, processes, torch.float32, EventLog(out / case, processes.is_main_process), 0
+                )
                 told += f" {hosts}"
             except UserError as error:
                 told = str(error)

@@ -478,7 +478,7 @@ def test_damage_is_found_skipped_and_dropped(tmp_path: Path) -> None:
     broken = ShardSet.open(tmp_path / "set")
     refused(lambda: broken.read(1, 2), "set-000001.tar", "'clip_007'", "is no .npy file", "adopt the shards again")
     refused(lambda: inspect.verify(broken), "set-000001.tar", "SHA-256")
-    packs = packs_of(broken, 8, dealing=replace(DEALING, max_damaged=9))
+    packs = packs_of(broken, 8, packing=replace(DEALING, max_damaged=9))
     skipped = {skip.key for pack in packs for skip in pack.skipped}
     assert skipped == {"clip_007"} and not any(key.startswith("clip_007") for pack in packs for key in pack.keys)
     assert "dropped:" in inspect.fix(tmp_path / "set")

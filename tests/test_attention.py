@@ -135,8 +135,8 @@ def test_long_layouts() -> None:
     assert layout.context_rows(device).tolist() == [0, 1, 2, 3, 4]
     assert layout.window.positions[:16, 0].unique().tolist() == [5] and layout.window.positions[64, 0] == 0
     assert layout.context.positions[:4].tolist() == [[0, 0, 0], [0, 0, 2], [0, 2, 0], [0, 2, 2]]
-    order = [4] * 5 + [16] * 4  # tokens of the first clip's frames, in the order of time
-    pairs = sum(n * sum(order[: i + 1]) for i, n in enumerate(order)) + sum(16 * 16 * i for i in (1, 2, 3))
+    plan = [4] * 5 + [16] * 4  # tokens of the first clip's frames, in the order of time
+    pairs = sum(n * sum(plan[: i + 1]) for i, n in enumerate(plan)) + sum(16 * 16 * i for i in (1, 2, 3))
     assert layout.attended_pairs == pairs
     with pytest.raises(ValueError, match="longer than the window of 4"):
         FrameLayout.of((5,), (4, 4), window=4)

@@ -19,7 +19,7 @@ from far_scale.train import checkpoint
 from far_scale.train.changes import Changes, changes
 from far_scale.train.checkpoint import FlatPiece, local
 from far_scale.utils.errors import UserError
-from far_scale.utils.io import LineFile
+from far_scale.utils.io import JsonlWriter
 
 
 def pieces(value: float) -> dict[str, FlatPiece]:
@@ -107,7 +107,7 @@ def test_the_newest_are_kept_and_never_the_wrong_ones_removed(tmp_path: Path) ->
         save(run, step, keep=2)
     assert steps_there(run) == ["latest", "step-00000020", "step-00000030"]
     # Step 30 is damaged: set aside, it counts no more.
-    checkpoint.set_aside(checkpoint.step_folder(run, 30))
+    checkpoint.quarantine(checkpoint.step_folder(run, 30))
     checkpoint.point_at(checkpoint.step_folder(run, 20))
     assert checkpoint.steps_to_try(run) == [20]
     save(run, 25, keep=1)
@@ -196,7 +196,7 @@ def test_lines_that_do_not_fit_on_a_full_disk_come_later(tmp_path: Path) -> None
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        file, filler = LineFile(disk / "log.jsonl"), disk / "filler"
+        file, filler = JsonlWriter(disk / "log.jsonl"), disk / "filler"
         file.append({"step": 1})
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as full:
             while True:

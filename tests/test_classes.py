@@ -20,7 +20,7 @@ from refusal import refused
 
 from far_scale.config.recipe import load_recipe
 from far_scale.config.schema import WeightedShards
-from far_scale.convert.model_dir import ModelCard, TrainingCard, read_config, save_model_dir
+from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, read_config, save_model_dir
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.manifest import Manifest
@@ -34,9 +34,9 @@ from far_scale.model import FAR, FARConfig
 from far_scale.train import resume
 from far_scale.train.checkpoint import export as zero
 from far_scale.train.curriculum import stages
-from far_scale.train.resume import check_same_classes, describe_stage
+from far_scale.train.resume import check_same_classes, stage_metadata
 from far_scale.train.sets import open_sets, open_source
-from far_scale.utils.event_log import Events
+from far_scale.utils.event_log import EventLog
 from far_scale.utils.io import sha256
 
 AUTOENCODER = "compact-vizdoom-f8c32"
@@ -370,8 +370,8 @@ curriculum:
 
     def opened(*overrides: str) -> dict[str, object]:
         recipe = load_recipe(tmp_path / "staged.yaml", overrides)
-        sets = open_sets(recipe.data, stages(recipe), alone, Events(tmp_path, False), 0)
-        return describe_stage(stages(recipe)[1], sets.of_stages[1].manifest)
+        sets = open_sets(recipe.data, stages(recipe), alone, EventLog(tmp_path, False), 0)
+        return stage_metadata(stages(recipe)[1], sets.of_stages[1].manifest)
 
     refused(opened, f"{tmp_path}/other does not fit {tmp_path}/one", "class 0 is 'y', there 'x'", "--classes-of")
     now = opened(f"data.shards={tmp_path}/unknown")
@@ -383,20 +383,20 @@ curriculum:
         patch.setattr(resume, "pieces", lambda *_: {})
         patch.setattr(resume, "check_fits", lambda *_: None)
         patch.setattr(resume.checkpoint, "read_state", lambda _: {"stage": 1, "classes": ["x", "y", "z"]})
-        going_on = resume.Resume(recipe, stages(recipe), alone, Events(tmp_path, False))
+        going_on = resume.Resume(recipe, stages(recipe), alone, EventLog(tmp_path, False))
         refused(
             lambda: going_on.restore(2, None, None, None, {}, {1: now}, {}, True), "step-00000002", "class 0 is 'y'"
         )
 
     config = FARConfig(layers=1, heads=1, channels=4, window=4, labels=3)
     manifest = Manifest.read(tmp_path / "one")
-    card = ModelCard(
+    card = ModelMetadata(
         autoencoder=manifest.autoencoder,
         scaling=LatentScaling.of(manifest, "factor"),
         latent_shape=manifest.latent_shape,
         fps=manifest.fps,
         classes=manifest.classes,
-        training=TrainingCard(step=1, recipe_hash="r", weights="ema", far_scale="0"),
+        training=TrainingMetadata(step=1, recipe_hash="r", weights="ema", far_scale="0"),
     )
     save_model_dir(tmp_path / "model", config, FAR(config).state_dict(), card)
     assert read_config(tmp_path / "model") == (config, card)

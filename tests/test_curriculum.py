@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.config.schema import ObjectiveSection
-from far_scale.convert.model_dir import ModelCard, TrainingCard, save_model_dir
+from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, save_model_dir
 from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
@@ -33,7 +33,7 @@ from far_scale.train.lr_schedule import learning_rate
 from far_scale.train.resume import check_fits, load_start_weights
 from far_scale.train.sets import open_sets
 from far_scale.utils.errors import UserError
-from far_scale.utils.event_log import Events
+from far_scale.utils.event_log import EventLog
 
 # Windows of 8 of at most 24 frames, 16 tokens a window frame and 4 a context frame. Checkpoints: in stage 2, at the
 # boundary of stages 2 and 3, and within stage 3, where clips wait for a pack they fit.
@@ -56,7 +56,7 @@ curriculum:
 def opened(stage: Stage) -> ShardSet:
     """A stage's shard set, as this process opens it alone."""
     alone = Processes(0, 1, torch.device("cpu"))
-    return open_sets(stage.data, [stage], alone, Events(Path("."), main=False), 0).of_stages[stage.index]
+    return open_sets(stage.data, [stage], alone, EventLog(Path("."), main=False), 0).of_stages[stage.index]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_one_rank_trains_the_same(folder: Path, printed: str) -> None:
     shard_set = opened(plan[1])
     with_context, clips = [], []
     for stage in plan[1:]:
-        lanes = stage.dealing(0).clip_lanes(shard_set, range(2))
+        lanes = stage.packing(0).clip_lanes(shard_set, range(2))
         for _ in range(stage.steps):
             packs = [tuple(clip.frames for clip in lanes[lane].next_pack()) for lane in range(2)]
             with_context.append({stage.layout(pack).context.frames > 0 for pack in packs})
@@ -164,7 +164,7 @@ def test_the_loss_is_the_mean_over_the_clips_of_the_global_batch(folder: Path, p
     stage = stages(recipe)[0]
     shard_set = opened(stage)
     scaling = LatentScaling.of(shard_set.manifest, recipe.data.scaling)
-    with PackLoader(shard_set, scaling, [0, 1], stage.dealing(recipe.seed)) as loader:
+    with PackLoader(shard_set, scaling, [0, 1], stage.packing(recipe.seed)) as loader:
         packs = next(loader)
     assert len(packs[0].clip_frames) != len(packs[1].clip_frames)
     losses = []
@@ -274,12 +274,12 @@ def saved_model(folder: Path, recipe: Recipe, **changes: int) -> tuple[FAR, Path
     torch.manual_seed(5)
     model = FAR(FARConfig(**{**recipe.far_config().to_dict(), **changes}))
     model.output.out.weight.data.normal_()
-    card = ModelCard(
+    card = ModelMetadata(
         autoencoder=AutoencoderInfo(name="compact-vizdoom-f8c32", weight_hash="0" * 64, scaling_factor=1.0),
         scaling=LatentScaling((0.0,) * 32, (1.0,) * 32),
         latent_shape=(32, 8, 8),
         fps=None,
-        training=TrainingCard(step=1, recipe_hash="", weights="ema", far_scale=""),
+        training=TrainingMetadata(step=1, recipe_hash="", weights="ema", far_scale=""),
     )
     save_model_dir(folder, model.config, model.state_dict(), card)
     return model, folder

@@ -15,7 +15,7 @@ from latent_sets import write_set
 from launch import small_recipe
 from zygote import Zygote
 
-from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote import fetch
@@ -29,7 +29,7 @@ from far_scale.utils.event_log import read_events
 
 FRAMES = [20 + number % 5 for number in range(22)]
 LANES = 4
-PLAIN = Dealing(lanes=LANES, frames=6, frame_stride=3, shuffle_window=4, seed=7, clips_per_pack=2, max_damaged=99)
+PLAIN = PackingConfig(lanes=LANES, frames=6, frame_stride=3, shuffle_window=4, seed=7, clips_per_pack=2, max_damaged=99)
 BUDGET = replace(PLAIN, frames=(4, 20), frame_stride=1, clips_per_pack=None, tokens_per_pack=40)
 LONE = replace(BUDGET, tokens_per_pack=20, frames=(18, 20))  # no two clips fit into one pack
 Damage = Callable[[Path], set[str]]
@@ -89,11 +89,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def read(folder: Path, dealing: Dealing, steps: int, lanes: list[int] | None = None, **from_state) -> list[list[Pack]]:
+def read(
+    folder: Path, packing: PackingConfig, steps: int, lanes: list[int] | None = None, **from_state
+) -> list[list[Pack]]:
     manifest = ShardSet.known(folder, (folder / "manifest.json").read_bytes())
     scaling = LatentScaling.of(manifest.manifest, "channel")
     own = list(range(LANES)) if lanes is None else lanes
-    with PackLoader(manifest, scaling, own, dealing, **from_state) as packs:
+    with PackLoader(manifest, scaling, own, packing, **from_state) as packs:
         return list(islice(packs, steps))
 
 
@@ -129,31 +131,31 @@ def test_the_lanes_next_clip_takes_a_damaged_ones_place(folder: Path, damage: Da
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("dealing", [BUDGET, LONE])
-def test_a_pack_with_a_token_budget_is_without_it(folder: Path, damage: Damage, dealing: Dealing) -> None:
-    whole = read(folder, dealing, 40)
+@pytest.mark.parametrize("packing", [BUDGET, LONE])
+def test_a_pack_with_a_token_budget_is_without_it(folder: Path, damage: Damage, packing: PackingConfig) -> None:
+    whole = read(folder, packing, 40)
     lost = damage(folder)
-    packs = read(folder, dealing, 20)
+    packs = read(folder, packing, 20)
     for lane in range(LANES):
         rest = [[key for key in pack if key.split("@")[0] not in lost] for pack in keys(whole, lane)]
         assert keys(packs, lane) == [pack for pack in rest if pack][:20], "an empty pack gives way to the next"
     assert any(pack.skipped for step in packs for pack in step)
 
 
-@pytest.mark.parametrize("dealing", [PLAIN, BUDGET, LONE])
+@pytest.mark.parametrize("packing", [PLAIN, BUDGET, LONE])
 @pytest.mark.parametrize("damage", [flip_json, lose_shard, spoil_index])
-def test_any_number_of_ranks_and_any_resume_give_the_same(folder: Path, dealing: Dealing, damage: Damage) -> None:
+def test_any_number_of_ranks_and_any_resume_give_the_same(folder: Path, packing: PackingConfig, damage: Damage) -> None:
     damage(folder)
-    alone = read(folder, dealing, 16)
+    alone = read(folder, packing, 16)
     assert sum(pack.lane_state.get("damaged", 0) for pack in alone[-1]) > 0
     for ranks in (2, 4):
-        shares = [read(folder, dealing, 16, list(range(rank, LANES, ranks))) for rank in range(ranks)]
+        shares = [read(folder, packing, 16, list(range(rank, LANES, ranks))) for rank in range(ranks)]
         for step in range(16):
             together = sorted((pack for share in shares for pack in share[step]), key=lambda pack: pack.lane)
             assert [facts(pack) for pack in together] == [facts(pack) for pack in alone[step]]
     for stop in (1, 5, 9):
         states = {pack.lane: json.loads(json.dumps(pack.lane_state)) for pack in alone[stop - 1]}
-        rest = read(folder, dealing, 16 - stop, step=stop, lane_states=states)
+        rest = read(folder, packing, 16 - stop, step=stop, lane_states=states)
         assert [[facts(pack) for pack in step] for step in rest] == [
             [facts(pack) for pack in step] for step in alone[stop:]
         ]
@@ -180,12 +182,12 @@ def test_beyond_the_budget_a_rank_stops_at_once(folder: Path) -> None:
         read(folder, PLAIN, 1, step=1, lane_states=states)
 
 
-@pytest.mark.parametrize("dealing", [PLAIN, BUDGET])
-def test_where_all_is_damaged_it_ends(folder: Path, dealing: Dealing) -> None:
+@pytest.mark.parametrize("packing", [PLAIN, BUDGET])
+def test_where_all_is_damaged_it_ends(folder: Path, packing: PackingConfig) -> None:
     for path in folder.glob("shard-*.tar"):
         path.unlink()
     with pytest.raises(OverBudgetError, match="max_damaged_samples=99: 100 clips"):
-        read(folder, dealing, 1)
+        read(folder, packing, 1)
 
 
 def test_a_set_of_the_wrong_kind_is_never_skipped(folder: Path) -> None:

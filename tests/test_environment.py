@@ -20,7 +20,7 @@ from far_scale.train import environment
 from far_scale.train.environment import Node, differences_of, record_environment
 from far_scale.utils import code_version
 from far_scale.utils.code_version import CodeVersion, of_checkout
-from far_scale.utils.event_log import Events, read_events
+from far_scale.utils.event_log import EventLog, read_events
 from far_scale.utils.io import read_json, read_json_lines
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -136,7 +136,7 @@ def test_each_start_leaves_one_and_lists_what_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def start(step: int) -> dict[str, Any]:
-        record_environment(tmp_path, ALONE, Events(tmp_path, main=True), step)
+        record_environment(tmp_path, ALONE, EventLog(tmp_path, is_main_process=True), step)
         return read_json(tmp_path / "environment.json", "environment")
 
     first = start(0)
@@ -159,5 +159,5 @@ def test_each_start_leaves_one_and_lists_what_has_changed(
     assert start(8)["code"].keys() == other["code"].keys() - {"later"} and len(read_events(tmp_path)) == 1
     (tmp_path / "environment.json").unlink()
     (tmp_path / "environment.json").mkdir()
-    record_environment(tmp_path, ALONE, Events(tmp_path, main=True), 9)
+    record_environment(tmp_path, ALONE, EventLog(tmp_path, is_main_process=True), 9)
     assert "environment.json: not written (" in capfd.readouterr().err

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import far_scale.autoencoder
 from far_scale.config.recipe import load_recipe
-from far_scale.convert.model_dir import ModelCard, TrainingCard, load_model_dir, save_model_dir
+from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, load_model_dir, save_model_dir
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
@@ -59,15 +59,15 @@ def means(monkeypatch: pytest.MonkeyPatch) -> type[Means]:
     return Means
 
 
-def card(**changes: object) -> ModelCard:
+def card(**changes: object) -> ModelMetadata:
     values = {
         "autoencoder": INFO,
         "scaling": LatentScaling(shift=(0.1, 0.2, 0.3), scale=(2.0, 1.0, 0.5)),
         "latent_shape": (3, 2, 2),
         "fps": 8.0,
-        "training": TrainingCard(step=3, recipe_hash="r", weights="ema", far_scale="0"),
+        "training": TrainingMetadata(step=3, recipe_hash="r", weights="ema", far_scale="0"),
     }
-    return ModelCard.model_validate(values | changes)
+    return ModelMetadata.model_validate(values | changes)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from safetensors.torch import save, save_file
 from test_metric_networks import random_lpips
 
 import far_scale.autoencoder
-from far_scale.convert.model_dir import ModelCard, TrainingCard, load_model_dir, save_model_dir
+from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, load_model_dir, save_model_dir
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
@@ -45,12 +45,12 @@ def model_dir(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A model of random weights that moves what it is given."""
     manifest, draw = Manifest.read(recorded_shards), torch.Generator().manual_seed(0)
     state = {name: torch.randn(x.shape, generator=draw) * 0.05 for name, x in FAR(CONFIG).state_dict().items()}
-    card = ModelCard(
+    card = ModelMetadata(
         autoencoder=manifest.autoencoder,
         scaling=LatentScaling.of(manifest, "channel"),
         latent_shape=manifest.latent_shape,
         fps=manifest.fps,
-        training=TrainingCard(step=3, recipe_hash="r", weights="ema", far_scale="0"),
+        training=TrainingMetadata(step=3, recipe_hash="r", weights="ema", far_scale="0"),
     )
     folder = tmp_path_factory.mktemp("evaluated") / "model"
     save_model_dir(folder, CONFIG, state, card)

@@ -11,7 +11,7 @@ import torch
 from far_scale.config.schema import ObjectiveSection
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.model import FAR, FARConfig
-from far_scale.train.device_prefetch import Feed
+from far_scale.train.device_prefetch import DevicePrefetch
 from far_scale.train.flow_matching import add_noise, pack_loss
 from far_scale.utils.errors import UserError
 
@@ -34,7 +34,7 @@ def pack(step: int, lane: int, clip_frames: tuple[int, ...] = (7, 3)) -> Pack:
 
 
 def test_batches_are_the_packs_with_their_noise_in_order() -> None:
-    with Feed(packs_of_steps(3), OBJECTIVE, CONFIG, 5, torch.device("cpu")) as batches:
+    with DevicePrefetch(packs_of_steps(3), OBJECTIVE, CONFIG, 5, torch.device("cpu")) as batches:
         for step in range(3):
             batch = next(batches)
             assert [(made.step, made.lane) for made in batch.packs] == [(step, 0), (step, 1)]
@@ -47,7 +47,7 @@ def test_batches_are_the_packs_with_their_noise_in_order() -> None:
 
 
 def test_the_thread_ends_with_the_feed() -> None:
-    with Feed(packs_of_steps(9), OBJECTIVE, CONFIG, 5, torch.device("cpu")) as batches:
+    with DevicePrefetch(packs_of_steps(9), OBJECTIVE, CONFIG, 5, torch.device("cpu")) as batches:
         next(batches)
         assert any(thread.name.startswith("feed") for thread in threading.enumerate())
     assert not any(thread.name.startswith("feed") for thread in threading.enumerate())
@@ -61,7 +61,7 @@ def test_no_step_makes_the_host_wait_for_the_gpu(compiled: bool) -> None:
     model = FAR(CONFIG).to(device, torch.bfloat16).train()
     model.run_as(compiled=compiled)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    with Feed(packs_of_steps(6), OBJECTIVE, CONFIG, 5, device) as batches:
+    with DevicePrefetch(packs_of_steps(6), OBJECTIVE, CONFIG, 5, device) as batches:
         for step in range(5):
             batch = next(batches)
             torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")
@@ -79,7 +79,7 @@ def test_no_step_makes_the_host_wait_for_the_gpu(compiled: bool) -> None:
 @pytest.mark.gpu
 def test_batches_on_a_gpu_are_those_of_the_host() -> None:
     device = torch.device("cuda")
-    with Feed(packs_of_steps(4), OBJECTIVE, CONFIG, 5, device) as batches:
+    with DevicePrefetch(packs_of_steps(4), OBJECTIVE, CONFIG, 5, device) as batches:
         for step in range(4):
             for lane, noisy in enumerate(next(batches).noisy):
                 expected = add_noise(pack(step, lane), OBJECTIVE, CONFIG, 5)

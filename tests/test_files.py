@@ -11,7 +11,7 @@ from refusal import refused
 from far_scale.data.demo import episodes
 from far_scale.evaluation.rollouts.curve import loss_curve
 from far_scale.utils.event_log import lines_up_to, read_events
-from far_scale.utils.io import LineFile, check_writable, read_json_lines, text_lines, write_json
+from far_scale.utils.io import JsonlWriter, check_writable, read_json_lines, text_lines, write_json
 
 NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
 
@@ -29,7 +29,7 @@ def test_json_holds_no_number_that_is_not_finite(tmp_path: Path) -> None:
     value = {"a": NOT_FINITE, "b": {"c": (1.5, NOT_FINITE[0])}, "d": 2}
     plain = {"a": [None] * 3, "b": {"c": [1.5, None]}, "d": 2}
     write_json(tmp_path / "one.json", value)
-    LineFile(tmp_path / "lines.jsonl").append(value)
+    JsonlWriter(tmp_path / "lines.jsonl").append(value)
     assert strict((tmp_path / "one.json").read_text()) == strict((tmp_path / "lines.jsonl").read_text()) == plain
 
 

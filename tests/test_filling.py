@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from far_scale.data.frame_counts import clip_tokens
-from far_scale.data.loader.filling import POOL, Clip, ClipLane, Dealing, best_subset
+from far_scale.data.loader.filling import POOL, Clip, ClipLane, PackingConfig, best_subset
 from far_scale.model.layout import FrameLayout
 from far_scale.utils.errors import UserError
 
@@ -23,7 +23,7 @@ def long_tokens(frames: int) -> int:
     return clip_tokens(frames, 16, 1, 4, 8, 8)
 
 
-LONG = Dealing(
+LONG = PackingConfig(
     lanes=2,
     frames=(16, 300),
     frame_stride=1,
@@ -35,14 +35,14 @@ LONG = Dealing(
 )
 
 
-def clip_lane(dealing: Dealing, lane: int = 0, video_frames: int = 300, samples: int = 999) -> ClipLane:
+def clip_lane(packing: PackingConfig, lane: int = 0, video_frames: int = 300, samples: int = 999) -> ClipLane:
     """A lane of a shard set whose videos all have `video_frames` frames."""
     shard_set: Any = SimpleNamespace(samples_per_shard=[samples] * 2, frames_of=lambda shard, sample: video_frames)
-    return dealing.clip_lanes(shard_set, [lane])[lane]
+    return packing.clip_lanes(shard_set, [lane])[lane]
 
 
-def packs_of(dealing: Dealing, count: int, **lane: int) -> list[list[Clip]]:
-    drawn = clip_lane(dealing, **lane)
+def packs_of(packing: PackingConfig, count: int, **lane: int) -> list[list[Clip]]:
+    drawn = clip_lane(packing, **lane)
     return [drawn.next_pack() for _ in range(count)]
 
 
@@ -54,9 +54,9 @@ def test_clip_tokens_are_those_of_the_layout(frames: int) -> None:
 def test_packs_of_the_long_demo_are_full() -> None:
     """The budgets of recipes/demo_long.yaml and demo_long_gpu.yaml, and some between."""
     demo = replace(LONG, tokens_of=lambda frames: clip_tokens(frames, 16, 2, 4, 8, 8))
-    for dealing, budget in ((demo, 3072), (LONG, 6144), (LONG, 8192), (LONG, 32768)):
-        packs = packs_of(replace(dealing, tokens_per_pack=budget), 1000)
-        tokens = [sum(dealing.tokens_of(clip.frames) for clip in pack) for pack in packs]
+    for packing, budget in ((demo, 3072), (LONG, 6144), (LONG, 8192), (LONG, 32768)):
+        packs = packs_of(replace(packing, tokens_per_pack=budget), 1000)
+        tokens = [sum(packing.tokens_of(clip.frames) for clip in pack) for pack in packs]
         assert max(tokens) <= budget
         assert sum(tokens) / (budget * len(tokens)) > 0.97
 
@@ -80,8 +80,10 @@ def test_every_clip_drawn_is_used_soon_and_lengths_keep_their_distribution() -> 
 
 
 def test_a_distribution_gives_each_length_its_weight_and_every_start_is_drawn() -> None:
-    dealing = Dealing(lanes=2, frames={4: 3.0, 8: 1.0}, frame_stride=2, shuffle_window=8, seed=0, clips_per_pack=5)
-    clips = [clip for pack in packs_of(dealing, 400, video_frames=18) for clip in pack]
+    packing = PackingConfig(
+        lanes=2, frames={4: 3.0, 8: 1.0}, frame_stride=2, shuffle_window=8, seed=0, clips_per_pack=5
+    )
+    clips = [clip for pack in packs_of(packing, 400, video_frames=18) for clip in pack]
     counts = Counter(clip.frames for clip in clips)
     assert set(counts) == {4, 8} and abs(counts[4] / len(clips) - 0.75) < 0.04
     assert {clip.start for clip in clips if clip.frames == 4} == set(range(12))

@@ -29,36 +29,38 @@ from far_scale.model.attention import (
 )
 from far_scale.model.attention.kernel import Kernel
 from far_scale.model.attention.table import HEAD_DIM, Inputs, rows, run
-from far_scale.model.layout import FrameGroup, FrameLayout, Order, Prefix, Spans
+from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout, Prefix, Spans
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 HEADS = 2
 
 
-def long_order(clip_frames: tuple[int, ...], side: int, window: int, coarser: int) -> Callable[[torch.device], Order]:
+def long_order(
+    clip_frames: tuple[int, ...], side: int, window: int, coarser: int
+) -> Callable[[torch.device], AttentionPlan]:
     """FAR-Long: what the window tokens see, of frames of `side` x `side` tokens."""
-    return lambda device: FrameLayout.of(clip_frames, (side, side), window, coarser).window_order(device)
+    return lambda device: FrameLayout.of(clip_frames, (side, side), window, coarser).window_plan(device)
 
 
 def uniform_order(
     clip_frames: tuple[int, ...], grid: tuple[int, int], causal: bool = True
-) -> Callable[[torch.device], Order]:
-    return lambda device: Order(FrameGroup.of(clip_frames, grid, causal=causal))
+) -> Callable[[torch.device], AttentionPlan]:
+    return lambda device: AttentionPlan(FrameGroup.of(clip_frames, grid, causal=causal))
 
 
-def cached_order(keys: tuple[int, ...], side: int) -> Callable[[torch.device], Order]:
+def cached_order(keys: tuple[int, ...], side: int) -> Callable[[torch.device], AttentionPlan]:
     """Sampling: of every clip one new frame, and the keys that a cache holds."""
     group = FrameGroup.of((1,) * len(keys), (side, side))
-    return lambda device: Order(group, Prefix(None, group.clips, Spans(keys)))
+    return lambda device: AttentionPlan(group, Prefix(None, group.clips, Spans(keys)))
 
 
-def mixed_order(device: torch.device) -> Order:
+def mixed_order(device: torch.device) -> AttentionPlan:
     """Frames of different sizes in one clip, single tokens among them."""
     frame_tokens = (1, 4, 4, 16, 2, 2, 9)
-    return Order(FrameGroup((4, 3), frame_tokens, torch.zeros(sum(frame_tokens), 3, dtype=torch.int64)))
+    return AttentionPlan(FrameGroup((4, 3), frame_tokens, torch.zeros(sum(frame_tokens), 3, dtype=torch.int64)))
 
 
-ORDERS: dict[str, Callable[[torch.device], Order]] = {
+ORDERS: dict[str, Callable[[torch.device], AttentionPlan]] = {
     "frames of 1": uniform_order((5, 1, 3), (1, 1)),
     "frames of 2": uniform_order((1, 4, 2), (1, 2)),
     "frames of 7": uniform_order((3, 3), (7, 1)),
@@ -74,22 +76,22 @@ ORDERS: dict[str, Callable[[torch.device], Order]] = {
 
 
 @pytest.fixture(params=ORDERS)
-def order(request: pytest.FixtureRequest) -> Order:
+def plan(request: pytest.FixtureRequest) -> AttentionPlan:
     return ORDERS[request.param](CPU)
 
 
 def through_the_pair(of: Kernel, inputs: Inputs) -> list[Tensor]:
     """Output, log-sum-exp and all gradients by `causal_pair`."""
-    order, *tensors, dout = inputs
-    out, lse = causal_pair.forward(of, *tensors, order)
-    return _without_none(out, lse, *causal_pair.backward(of, dout, *tensors, out, lse, order))
+    plan, *tensors, dout = inputs
+    out, lse = causal_pair.forward(of, *tensors, plan)
+    return _without_none(out, lse, *causal_pair.backward(of, dout, *tensors, out, lse, plan))
 
 
 def by_the_mask(inputs: Inputs) -> list[Tensor]:
     """The same by the dense mask."""
-    order, *tensors, dout = inputs
-    out, lse = dense.forward(*tensors, order)
-    return _without_none(out, lse, *dense.backward(dout, *tensors, out, lse, order))
+    plan, *tensors, dout = inputs
+    out, lse = dense.forward(*tensors, plan)
+    return _without_none(out, lse, *dense.backward(dout, *tensors, out, lse, plan))
 
 
 def _without_none(*tensors: Tensor | None) -> list[Tensor]:
@@ -101,14 +103,14 @@ def assert_equal(found: list[Tensor], exact: list[Tensor], within: float) -> Non
         torch.testing.assert_close(ours, oracle, rtol=0, atol=within, check_dtype=False)
 
 
-def test_the_plain_kernel_through_the_pair(order: Order) -> None:
+def test_the_plain_kernel_through_the_pair(plan: AttentionPlan) -> None:
     """The bookkeeping of layouts that only GPU kernels take in one call, in float64."""
-    inputs = Inputs.draw(order, HEADS, CPU, torch.float64)
+    inputs = Inputs.draw(plan, HEADS, CPU, torch.float64)
     assert_equal(through_the_pair(plain_kernel, inputs), by_the_mask(inputs), within=2e-14)
 
 
-def test_the_cpu_kernel_through_the_pair(order: Order) -> None:
-    inputs = Inputs.draw(order, HEADS, CPU, torch.float64)
+def test_the_cpu_kernel_through_the_pair(plan: AttentionPlan) -> None:
+    inputs = Inputs.draw(plan, HEADS, CPU, torch.float64)
     assert_equal(through_the_pair(cpu, inputs), by_the_mask(inputs), within=2e-14)
 
 
@@ -188,9 +190,9 @@ def fake_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapter_through_the_pair(faked: Kernel, order: Order, dtype: torch.dtype) -> None:
+def test_an_adapter_through_the_pair(faked: Kernel, plan: AttentionPlan, dtype: torch.dtype) -> None:
     """float32: the dense mask's numbers. bfloat16: the plain kernel's but for a last bit, so no adapter loses any."""
-    inputs = Inputs.draw(order, HEADS, CPU, dtype)
+    inputs = Inputs.draw(plan, HEADS, CPU, dtype)
     found = through_the_pair(faked, inputs)
     if dtype == torch.float32:
         assert_equal(found, by_the_mask(inputs), within=1e-5)
@@ -330,18 +332,18 @@ def test_a_library_that_does_not_import(monkeypatch: pytest.MonkeyPatch, fresh: 
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_equals_the_oracle(order: Order) -> None:
-    inputs = Inputs.draw(order, HEADS, CPU, torch.float32)
-    out = flex.attend(*inputs[1:6], order.key)
+def test_flex_equals_the_oracle(plan: AttentionPlan) -> None:
+    inputs = Inputs.draw(plan, HEADS, CPU, torch.float32)
+    out = flex.attend(*inputs[1:6], plan.handle)
     torch.testing.assert_close(out, by_the_mask(inputs)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("clip_frames", [(5, 1, 3), (12, 4)])
 def test_blocks_that_flex_skips(clip_frames: tuple[int, ...]) -> None:
     """A block is left out where the mask is all zero, and taken without looking where it is all one."""
-    order = long_order(clip_frames, 8, window=4, coarser=2)(CPU)
-    blocks = flex.block_mask(order, CPU)
-    mask = dense.mask(order, CPU)
+    plan = long_order(clip_frames, 8, window=4, coarser=2)(CPU)
+    blocks = flex.block_mask(plan, CPU)
+    mask = dense.mask(plan, CPU)
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 128, 0, -mask.shape[0] % 128))
     tiles = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
     assert blocks.shape == (1, 1, *mask.shape)
@@ -354,19 +356,19 @@ def test_blocks_that_flex_skips(clip_frames: tuple[int, ...]) -> None:
     # A block that ends the earlier keys and begins the group's may be full by both; it is looked at all the same.
     assert not (full & ~tiles.all(3).all(1)).any()
     assert full.sum() >= tiles.all(3).all(1).sum() - len(full)
-    assert flex.block_mask(order, CPU) is blocks
+    assert flex.block_mask(plan, CPU) is blocks
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_breaks_a_compiled_callers_graph() -> None:
-    order = ORDERS["long"](CPU)
-    inputs = Inputs.draw(order, HEADS, CPU, torch.float32)
+    plan = ORDERS["long"](CPU)
+    inputs = Inputs.draw(plan, HEADS, CPU, torch.float32)
 
     def caller(q, k, v, earlier_k, earlier_v, key):
         return flex.attend(q * 2, k, v, earlier_k, earlier_v, key) + 1
 
     compiled = torch.compile(caller, backend="eager")
-    torch.testing.assert_close(compiled(*inputs[1:6], order.key), caller(*inputs[1:6], order.key))
+    torch.testing.assert_close(compiled(*inputs[1:6], plan.handle), caller(*inputs[1:6], plan.handle))
 
 
 def test_the_table() -> None:
@@ -388,19 +390,19 @@ def test_the_table_when_a_library_fails(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_the_cpu_kernel_in_every_precision(order: Order, dtype: torch.dtype) -> None:
-    assert_as_precise_as_the_mask(cpu.NAME, order, CPU, dtype)
+def test_the_cpu_kernel_in_every_precision(plan: AttentionPlan, dtype: torch.dtype) -> None:
+    assert_as_precise_as_the_mask(cpu.NAME, plan, CPU, dtype)
 
 
-def assert_as_precise_as_the_mask(name: str, order: Order, device: torch.device, dtype: torch.dtype) -> None:
+def assert_as_precise_as_the_mask(name: str, plan: AttentionPlan, device: torch.device, dtype: torch.dtype) -> None:
     """Output and gradients against the dense mask in float64.
 
     In bfloat16 and float16 the error (root of the mean square) is at most twice that of the dense mask in the same
     precision, and nowhere more than four roundings of the largest number, or of 1: where a token sees itself alone, its
     gradients of q and k are zero but made of terms of the inputs' size. In float32 kernels multiply with fewer digits.
     """
-    found, plain = (run(of, Inputs.draw(order, HEADS, device, dtype)) for of in (name, dense.NAME))
-    exact = run(dense.NAME, Inputs.draw(order, HEADS, device, torch.float64))
+    found, plain = (run(of, Inputs.draw(plan, HEADS, device, dtype)) for of in (name, dense.NAME))
+    exact = run(dense.NAME, Inputs.draw(plan, HEADS, device, torch.float64))
     roundings = 64 if dtype == torch.float32 else 4
     for ours, rounded, oracle in zip(found, plain, exact, strict=True):
         assert ours.shape == oracle.shape and ours.dtype == dtype
@@ -419,7 +421,7 @@ GPU_ORDERS = ORDERS | {
     "frames of 64, long clips": uniform_order((40, 1, 7), (8, 8)),
     "frames of 256": uniform_order((4, 1, 6), (16, 16)),
     "long, frames of 64": long_order((30, 3, 9, 4), 8, window=4, coarser=4),
-    "long, contexts": lambda device: FrameLayout.of((30, 3, 9, 4), (8, 8), 4, 4).context_order,
+    "long, contexts": lambda device: FrameLayout.of((30, 3, 9, 4), (8, 8), 4, 4).context_plan,
     "long, frames of 256": long_order((12, 9), 16, window=2, coarser=4),
     "cached, frames of 64": cached_order((640, 1), 8),
 }

@@ -19,7 +19,7 @@ from refusal import refused
 from zygote import Zygote
 
 from far_scale.config.recipe import Recipe, load_recipe
-from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.lane_change import GoingOn, change_lanes, go_on
 from far_scale.data.loader.lanes import FIRST_EPOCH, Beginning, Lane, LaneOrder, Place
 from far_scale.data.loader.mixture import Mixture
@@ -35,11 +35,11 @@ from far_scale.data.shards.writer import ShardWriter
 from far_scale.distributed.exit_codes import REFUSED
 from far_scale.train import checkpoint
 from far_scale.train.curriculum import Stage, stages
-from far_scale.train.lanes_again import LanesAgain, lanes_again
+from far_scale.train.lanes_again import ResumedLanes, resume_lanes
 from far_scale.utils.event_log import read_events
 
 CHANGES = [8, 64, 16, 3, 64, 1]  # lanes, one number after another
-DEALING = Dealing(8, (2, 4), 1, 8, 5, clips_per_pack=2, max_damaged=10**6)
+DEALING = PackingConfig(8, (2, 4), 1, 8, 5, clips_per_pack=2, max_damaged=10**6)
 TOKENS = replace(DEALING, clips_per_pack=None, tokens_per_pack=7)
 
 
@@ -159,14 +159,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(
-    source: ShardSet | Mixture, going: GoingOn | None, dealing: Dealing, steps: int, ranks: int
+    source: ShardSet | Mixture, going: GoingOn | None, packing: PackingConfig, steps: int, ranks: int
 ) -> list[list[Pack]]:
     """The packs of the next steps, in the order of their lanes."""
     packs: list[list[Pack]] = [[] for _ in range(steps)]
     scaling = LatentScaling.of(source.manifest, "factor")
     for rank in range(ranks):
-        lanes, states = range(rank, dealing.lanes, ranks), None if going is None else going.states
-        with PackLoader(source, scaling, lanes, dealing, 0, states, prefetch=1 + rank) as loader:
+        lanes, states = range(rank, packing.lanes, ranks), None if going is None else going.states
+        with PackLoader(source, scaling, lanes, packing, 0, states, prefetch=1 + rank) as loader:
             for step, own in enumerate(islice(loader, steps)):
                 packs[step] += own
     return [sorted(own, key=lambda pack: pack.lane) for own in packs]
@@ -186,26 +186,26 @@ def states_after(packs: list[list[Pack]]) -> dict[int, dict[str, Any]]:
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_packs_over_several_changes(
-    folder: Path, name: str, filling: Dealing, seed: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, name: str, filling: PackingConfig, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 -> 64 -> 16 -> 3 lanes -> 1: counts of samples come out even at the end of the last rest, whatever is damaged,
     on any number of ranks, and after a resume in between."""
     source, rng = opened(folder, name, monkeypatch), random.Random(seed)
     read_so_far: Counter[str] = Counter()
-    dealing, going, skipped, waiting = replace(filling, seed=seed), None, 0, 0
+    packing, going, skipped, waiting = replace(filling, seed=seed), None, 0, 0
     states: dict[int, dict[str, Any]] = {}
     for lanes in (8, 64, 16, 3):
         if states:
-            going = change_lanes(dealing, replace(filling, seed=seed, lanes=lanes), source, states)
-            dealing = replace(going.dealing, beginnings=tuple(again(going.dealing.beginnings)))
+            going = change_lanes(packing, replace(filling, seed=seed, lanes=lanes), source, states)
+            packing = replace(going.packing, beginnings=tuple(again(going.packing.beginnings)))
         steps = rng.randint(2, 3 if lanes > 8 else 12)
-        packs = read(source, going, dealing, steps, ranks=1)
+        packs = read(source, going, packing, steps, ranks=1)
         states = states_after(packs)
         if lanes in (16, 64):
-            shared = read(source, going, dealing, steps, ranks=4)
+            shared = read(source, going, packing, steps, ranks=4)
             assert states_after(shared) == states and keys_of(shared) == keys_of(packs)
-            kept = go_on(dealing, source, states_after(packs[:1]))  # as a restart after the first step does
-            resumed = read(source, kept, kept.dealing, steps - 1, ranks=2)
+            kept = go_on(packing, source, states_after(packs[:1]))  # as a restart after the first step does
+            resumed = read(source, kept, kept.packing, steps - 1, ranks=2)
             assert states_after(resumed) == states and keys_of(resumed) == keys_of(packs[1:])
         read_so_far.update(keys_of(packs))
         skipped += sum(len(pack.skipped) for own in packs for pack in own)
@@ -214,9 +214,9 @@ def test_packs_over_several_changes(
     assert skipped and (waiting or filling is DEALING)
 
     alone = replace(DEALING, seed=seed, lanes=1, clips_per_pack=1)
-    going = change_lanes(dealing, alone, source, states)
+    going = change_lanes(packing, alone, source, states)
     assert going.states[0]["damaged"] == skipped
-    keys = keys_of(read(source, going, going.dealing, 3 * sum(left.rest for left in going.left), ranks=1))
+    keys = keys_of(read(source, going, going.packing, 3 * sum(left.rest for left in going.left), ranks=1))
     for number, (size, left) in enumerate(zip(SIZES[name], going.left, strict=True)):
         prefix = f"{number + 1}/" if name == "mixture" else ""
         rest = [key for key in keys if key.startswith(prefix)][: left.rest]
@@ -244,9 +244,11 @@ def test_states_of_something_else(folder: Path, monkeypatch: pytest.MonkeyPatch)
     refused(lambda: load_beginning({"epoch": 2}, [9, 9], 0), "take an older checkpoint")
 
 
-def state_of(source: ShardSet | Mixture, recipe: Recipe, step: int, dealing: Dealing, steps: int) -> dict[str, Any]:
+def state_of(
+    source: ShardSet | Mixture, recipe: Recipe, step: int, packing: PackingConfig, steps: int
+) -> dict[str, Any]:
     """What a checkpoint of `step` says of lanes that have read so many packs each."""
-    lanes = dealing.clip_lanes(source, range(dealing.lanes))
+    lanes = packing.clip_lanes(source, range(packing.lanes))
     for lane in lanes.values():
         for _ in range(steps):
             lane.next_pack()
@@ -261,12 +263,12 @@ def test_what_the_log_says_and_when_a_rest_is_forgotten(folder: Path) -> None:
         recipe = load_recipe("demo_cpu", [f"data.lanes={lanes}", "data.frames=2", "sample.given=1", *more])
         return recipe, stages(recipe)
 
-    def lanes_now(state: dict[str, Any], recipe: Recipe, plan: list[Stage]) -> LanesAgain:
-        return lanes_again(Path("step"), state, recipe, plan, {0: source})
+    def lanes_now(state: dict[str, Any], recipe: Recipe, plan: list[Stage]) -> ResumedLanes:
+        return resume_lanes(Path("step"), state, recipe, plan, {0: source})
 
     (four, (stage,)), (nine, (after,)) = loaded(4), loaded(9, "data.clips_per_pack=null", "data.tokens_per_pack=40")
-    state = state_of(source, four, 10, stage.dealing(0), 10)
-    assert lanes_now(state, four, [stage]) == LanesAgain({int(lane): own for lane, own in state["lanes"].items()})
+    state = state_of(source, four, 10, stage.packing(0), 10)
+    assert lanes_now(state, four, [stage]) == ResumedLanes({int(lane): own for lane, own in state["lanes"].items()})
     changed = lanes_now(state, nine, [after])
     # Of the 142 samples of two epochs, 4 lanes have read 20 each.
     assert changed.change == (
@@ -279,11 +281,11 @@ def test_what_the_log_says_and_when_a_rest_is_forgotten(folder: Path) -> None:
         "data.lanes 4, filled otherwise (global batch 8 clips -> 4 packs of at most 40 tokens; "
         "the rest of epoch 1, 62 of 71 samples, is read first: nothing is trained twice)"
     )
-    dealing = replace(by_tokens.dealing(0), beginnings=filled.beginnings)
-    of_tokens = {**state_of(source, four_by_tokens, 11, dealing, 2), "beginnings": again(filled.beginnings)}
+    packing = replace(by_tokens.packing(0), beginnings=filled.beginnings)
+    of_tokens = {**state_of(source, four_by_tokens, 11, packing, 2), "beginnings": again(filled.beginnings)}
     assert any(place["pending"] for place in of_tokens["lanes"].values())
     back = lanes_now(of_tokens, four, [stage])
-    lanes = replace(stage.dealing(0), beginnings=back.beginnings).clip_lanes(source, range(4))
+    lanes = replace(stage.packing(0), beginnings=back.beginnings).clip_lanes(source, range(4))
     for number, lane in lanes.items():
         lane.load_state_dict(back.states[number])
     read_by_tokens = sum(place["position"] - len(place["pending"]) for place in of_tokens["lanes"].values())
@@ -291,11 +293,11 @@ def test_what_the_log_says_and_when_a_rest_is_forgotten(folder: Path) -> None:
         f"the rest of epoch 1, {62 - read_by_tokens} of 71 samples, is read first: nothing is trained twice)"
     )
 
-    dealing = replace(after.dealing(0), beginnings=changed.beginnings)
-    middle = {**state_of(source, nine, 11, dealing, 1), "beginnings": again(changed.beginnings)}
+    packing = replace(after.packing(0), beginnings=changed.beginnings)
+    middle = {**state_of(source, nine, 11, packing, 1), "beginnings": again(changed.beginnings)}
     kept = lanes_now(middle, nine, [after])
     assert kept.change is None and kept.beginnings == changed.beginnings
-    later = {**state_of(source, nine, 30, dealing, 20), "beginnings": again(changed.beginnings)}
+    later = {**state_of(source, nine, 30, packing, 20), "beginnings": again(changed.beginnings)}
     assert lanes_now(later, nine, [after]).beginnings == ({"epoch": 2, "left": 62 % 9, "number": 20 + 62 // 9},)
 
     staged = ["train.steps=null", "optimizer.warmup_steps=0", "curriculum=[{steps: 10}, {steps: 3}]"]

@@ -24,7 +24,7 @@ from far_scale.slurm.progress import starts_from
 from far_scale.slurm.snapshot import REFUSED_HERE, make_snapshot, read_submission
 from far_scale.slurm.submit import JobSize, draft, parse_minutes, submit, train_here
 from far_scale.utils.errors import UserError
-from far_scale.utils.event_log import Events, read_events
+from far_scale.utils.event_log import EventLog, read_events
 
 RUNNING = JobState("RUNNING", "None", may_requeue=True)
 
@@ -71,7 +71,7 @@ def test_a_snapshot_runs_its_own_code_wherever_it_is_started(tmp_path: Path) -> 
 
 def test_starts_in_vain_are_counted_since_the_last_progress(tmp_path: Path) -> None:
     def note(job: str, restarts: int, step: int) -> None:
-        Events(tmp_path, main=True).tell("start", step, "", job=job, restarts=restarts)
+        EventLog(tmp_path, is_main_process=True).emit("start", step, "", job=job, restarts=restarts)
 
     def count(restarts: int, step: int, job: str = "7") -> int:
         return starts_from(tmp_path, Job(job, restarts, "n1", 1), step)
@@ -265,7 +265,7 @@ def test_a_job_that_its_warning_stops_at_once_does_not_start_again(
     arguments = small_recipe(Path("shards"), run)
     snapshot = make_snapshot(load_recipe(arguments[0], arguments[1:]), arguments, "7")
     for step, status in ((3, 75), (4, 2)):
-        Events(run, main=True).tell("start", 3 if step == 4 else 0, "", job="7", restarts=0)
+        EventLog(run, is_main_process=True).emit("start", 3 if step == 4 else 0, "", job="7", restarts=0)
         (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
         (run / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
         before = signal.getsignal(signal.SIGTERM)

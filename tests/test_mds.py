@@ -21,7 +21,7 @@ from latent_sets import FACTS, make_sample, read_all, write_set
 from mosaic import import_streaming
 from refusal import refused
 
-from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards import inspect
@@ -128,11 +128,11 @@ def test_a_thousand_packs_are_the_same_in_both_formats(tmp_path: Path, tokens_pe
     chance = random.Random(0)
     tars, mds = both(tmp_path, [chance.randrange(4, 16) for _ in range(90)], 7)
     clips = None if tokens_per_pack else 2
-    dealing = Dealing(4, (2, 4), 1, 8, 5, clips_per_pack=clips, tokens_per_pack=tokens_per_pack)
+    packing = PackingConfig(4, (2, 4), 1, 8, 5, clips_per_pack=clips, tokens_per_pack=tokens_per_pack)
     loaders = []
     for where in (tars, mds):
         shard_set = ShardSet.open(where)
-        loaders.append(PackLoader(shard_set, LatentScaling.of(shard_set.manifest, "channel"), range(4), dealing))
+        loaders.append(PackLoader(shard_set, LatentScaling.of(shard_set.manifest, "channel"), range(4), packing))
     with loaders[0] as first, loaders[1] as second:
         pairs = [pair for steps in islice(zip(first, second, strict=True), 250) for pair in zip(*steps, strict=True)]
     assert len(pairs) == 1000 and all(same(*pair) for pair in pairs)

@@ -13,7 +13,7 @@ from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from far_scale.evaluation.rollouts.curve import loss_curve, validation_losses
-from far_scale.evaluation.rollouts.metrics import PSNR_CAP, Judge, Meter, Quality, frame_ssim
+from far_scale.evaluation.rollouts.metrics import PSNR_CAP, Meter, MetricAccumulator, Quality, frame_ssim
 from far_scale.evaluation.rollouts.pictures import (
     BORDER,
     CAPTION_WIDTH,
@@ -22,9 +22,9 @@ from far_scale.evaluation.rollouts.pictures import (
     LINE_COLOUR,
     LINE_HEIGHT,
     SHEET_CAPTION_HEIGHT,
-    Film,
-    Sheet,
-    Shown,
+    ContactSheet,
+    GridSpec,
+    VideoGrid,
     to_uint8,
 )
 from far_scale.utils.errors import UserError
@@ -95,7 +95,7 @@ def test_the_baseline_repeats_the_last_given_frame() -> None:
     truth = grey(0.5)
     truth[:, 1] += 0.1
     truth[:, 2] += 0.3
-    judge = Judge(3)
+    judge = MetricAccumulator(3)
     for index in range(3):
         judge.add(index, truth[:, index] + 0.01, truth[:, index], grey(0.4)[:, 0])
     result = judge.comparison()
@@ -106,7 +106,7 @@ def test_the_baseline_repeats_the_last_given_frame() -> None:
     json.dumps(result, allow_nan=False)
 
 
-SHOWN = Shown(episodes=2, frames=5, given=2, window=4, size=(64, 64), truth=True)
+SHOWN = GridSpec(episodes=2, frames=5, given=2, window=4, size=(64, 64), truth=True)
 
 
 def flat(clips: int, colour: tuple[int, int, int]) -> np.ndarray:
@@ -124,9 +124,9 @@ def predicted_colour(index: int) -> tuple[int, int, int]:
     return (10 * index % 256, 0, 200)
 
 
-def drawn_sheet(shown: Shown, path: Path, known: int) -> np.ndarray:
+def drawn_sheet(shown: GridSpec, path: Path, known: int) -> np.ndarray:
     """The sheet of flat frames whose truth is known before index `known`."""
-    sheet = Sheet(shown)
+    sheet = ContactSheet(shown)
     for index in range(shown.frames):
         truth = flat(shown.episodes, true_colour(index)) if index < known else None
         sheet.add(index, truth, flat(shown.episodes, predicted_colour(index)))
@@ -163,7 +163,7 @@ def test_the_sheet_shows_truth_above_prediction_and_marks_the_given_frames(tmp_p
 
 
 def test_a_long_clip_is_shown_by_some_of_its_frames(tmp_path: Path) -> None:
-    shown = Shown(episodes=1, frames=240, given=1, window=240, size=(64, 64), truth=False)
+    shown = GridSpec(episodes=1, frames=240, given=1, window=240, size=(64, 64), truth=False)
     sheet = drawn_sheet(shown, tmp_path / "sheet.png", known=0)
     cell = 128 + 2 * BORDER
     assert CAPTION_WIDTH + 24 * cell <= sheet.shape[1] <= CAPTION_WIDTH + 24 * cell + 2 * BORDER
@@ -171,14 +171,14 @@ def test_a_long_clip_is_shown_by_some_of_its_frames(tmp_path: Path) -> None:
     middle = SHEET_CAPTION_HEIGHT + cell // 2
     assert tuple(sheet[middle, CAPTION_WIDTH + cell // 2]) == predicted_colour(0)
     assert not is_colour(sheet, LINE_COLOUR).any()  # every frame sees the first one
-    shorter = Shown(episodes=1, frames=48, given=1, window=16, size=(64, 64), truth=False)
+    shorter = GridSpec(episodes=1, frames=48, given=1, window=16, size=(64, 64), truth=False)
     sheet = drawn_sheet(shorter, tmp_path / "sheet.png", known=0)
     assert tuple(sheet[middle, sheet.shape[1] - cell // 2 - BORDER]) == predicted_colour(47)
 
 
 def test_the_film_has_a_picture_of_every_frame_and_marks_the_given_ones() -> None:
-    shown = Shown(episodes=3, frames=6, given=2, window=4, size=(64, 64), truth=True)
-    film, cell = Film(shown), 3 * 64 + 2 * BORDER
+    shown = GridSpec(episodes=3, frames=6, given=2, window=4, size=(64, 64), truth=True)
+    film, cell = VideoGrid(shown), 3 * 64 + 2 * BORDER
     for index in range(shown.frames):
         truth = flat(3, true_colour(index)) if index < 5 else None
         picture = film.picture(index, truth, flat(3, predicted_colour(index)))

@@ -21,9 +21,9 @@ from refusal import refused
 from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.config.schema import WeightedShards
 from far_scale.data.loader import mixed_lane
-from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.lanes import Lane, LaneOrder, Place
-from far_scale.data.loader.mixed_lane import MixedLane
+from far_scale.data.loader.mixed_lane import MixtureLane
 from far_scale.data.loader.mixture import Mixture, summary
 from far_scale.data.loader.pack_loader import PackLoader
 from far_scale.data.loader.scaling import LatentScaling
@@ -46,8 +46,8 @@ def orders(stage: int = 0, seed: int = 3) -> list[LaneOrder]:
     return [LaneOrder(counts, LANES, seed, 4, stage) for counts in COUNTS]
 
 
-def mixed(lane: int = 1, stage: int = 0, seed: int = 3, shares: list[float] = SHARES) -> MixedLane:
-    return MixedLane(orders(stage, seed), shares, lane)
+def mixed(lane: int = 1, stage: int = 0, seed: int = 3, shares: list[float] = SHARES) -> MixtureLane:
+    return MixtureLane(orders(stage, seed), shares, lane)
 
 
 def set_of(place: Place) -> tuple[int, Place]:
@@ -143,8 +143,8 @@ def weighted(folders: Sequence[Path | str], weights: list[float]) -> tuple[Weigh
     return tuple(WeightedShards(shards=str(f), weight=w) for f, w in zip(folders, weights, strict=True))
 
 
-def dealing(**how: Any) -> Dealing:
-    return replace(Dealing(LANES, (2, 6), 1, 8, 5, clips_per_pack=3), **how)
+def packing(**how: Any) -> PackingConfig:
+    return replace(PackingConfig(LANES, (2, 6), 1, 8, 5, clips_per_pack=3), **how)
 
 
 BUDGET = {"clips_per_pack": None, "tokens_per_pack": 24}
@@ -159,7 +159,7 @@ def test_any_ranks_read_the_same_and_resume_in_the_middle(tmp_path: Path, fillin
     scaling = LatentScaling.of(source.manifest, "channel")
 
     def read(lanes: list[int], steps: int, step: int = 0, states: Any = None, prefetch: int = 2) -> list[list[Any]]:
-        with PackLoader(source, scaling, lanes, dealing(**filling), step, states, prefetch) as loader:
+        with PackLoader(source, scaling, lanes, packing(**filling), step, states, prefetch) as loader:
             return [[(p.keys, p.lane_state, p.latents.sum().item()) for p in packs] for packs in islice(loader, steps)]
 
     alone = read(list(range(LANES)), 60)
@@ -177,7 +177,7 @@ def test_any_ranks_read_the_same_and_resume_in_the_middle(tmp_path: Path, fillin
 
 def test_clips_are_cut_from_the_sample_that_their_key_names(tmp_path: Path) -> None:
     source = open_source(weighted(sets(tmp_path, 20, 9), [1, 1]))
-    lanes = dealing().clip_lanes(source, range(LANES)).values()
+    lanes = packing().clip_lanes(source, range(LANES)).values()
     seen = set()
     for clip in (clip for lane in lanes for _ in range(20) for clip in lane.next_pack()):
         sample = source.read(*clip.place, clip.start, clip.frames)
@@ -233,7 +233,7 @@ def test_sets_near_and_far_in_both_formats(tmp_path: Path) -> None:
         opened = {str(near): ShardSet.open(near), where: ShardSet.open(where, node)}
         source = open_source(weighted([str(near), where], [1, 2]), opened.__getitem__)
         scaling = LatentScaling.of(source.manifest, "channel")
-        with PackLoader(source, scaling, [0, 3], dealing(), 0, None, 2, 0 if cache is None else 10**6) as loader:
+        with PackLoader(source, scaling, [0, 3], packing(), 0, None, 2, 0 if cache is None else 10**6) as loader:
             return [[(p.keys, p.lane_state, p.latents.tolist()) for p in packs] for packs in islice(loader, 30)]
 
     there = f"pipe:cat '{tmp_path / 'mds'}'/{{file}}"
@@ -253,7 +253,7 @@ def test_sets_of_either_type_make_one_pack(tmp_path: Path) -> None:
             out.write(replace(sample, latents=sample.latents.half()))
     source = open_source(weighted([*folders, tmp_path / "half"], [1, 1]))
     scaling = LatentScaling.of(source.manifest, "factor")
-    with PackLoader(source, scaling, [0], dealing(clips_per_pack=20)) as loader:
+    with PackLoader(source, scaling, [0], packing(clips_per_pack=20)) as loader:
         (pack,) = next(loader)
     numbers = [int(key.split("@")[0][-3:]) for key in pack.keys]
     firsts = torch.cat([torch.full((count,), float(n)) for n, count in zip(numbers, pack.clip_frames, strict=True)])
@@ -264,7 +264,7 @@ def test_sets_of_either_type_make_one_pack(tmp_path: Path) -> None:
 def test_each_set_must_serve_the_recipe(tmp_path: Path) -> None:
     folders = sets(tmp_path, 20, 3)
     source = open_source(weighted(folders, [1, 1]))
-    refused(lambda: dealing().clip_lanes(source, [0]), str(folders[1]), "data.lanes=4 is more than the 3 samples")
+    refused(lambda: packing().clip_lanes(source, [0]), str(folders[1]), "data.lanes=4 is more than the 3 samples")
     stage: Any = type("Stage", (), {})()
     stage.data = type("Data", (), {"autoencoder": "other"})()
     stage.model = None

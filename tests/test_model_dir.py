@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from far_scale.convert.model_dir import ModelCard, TrainingCard, load_model_dir, save_model_dir
+from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, load_model_dir, save_model_dir
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.model import FAR, FARConfig
@@ -19,12 +19,12 @@ from far_scale.utils.errors import UserError
 from far_scale.utils.tensor_files import save_tensors
 
 CONFIG = FARConfig(layers=2, heads=1, channels=4, window=4, actions=3)
-CARD = ModelCard(
+CARD = ModelMetadata(
     autoencoder=AutoencoderInfo(name="some-autoencoder", weight_hash="ab" * 32, scaling_factor=0.5),
     scaling=LatentScaling(shift=(0.0, 0.1, -0.2, 1 / 3), scale=(1.0, 2.0, 0.3, 1e-3)),
     latent_shape=(4, 2, 2),
     fps=8.0,
-    training=TrainingCard(step=1200, recipe_hash="cd" * 32, weights="ema", far_scale="0.1.0"),
+    training=TrainingMetadata(step=1200, recipe_hash="cd" * 32, weights="ema", far_scale="0.1.0"),
 )
 
 

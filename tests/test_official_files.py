@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from test_official import same_bits
 
 from far_scale.convert import official
-from far_scale.convert.model_dir import ModelCard, load_model, load_model_dir, read_any_config, read_config
+from far_scale.convert.model_dir import ModelMetadata, load_model, load_model_dir, read_any_config, read_config
 from far_scale.convert.official_file import import_file, read_official, write_official
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.model import FAR, FARConfig
@@ -106,7 +106,7 @@ def test_a_shard_set_tells_what_sampling_needs(tmp_path: Path, scaling: str) -> 
     torch.save(small_weights(), tmp_path / "official.pth")
     import_file(tmp_path / "official.pth", tmp_path / "model", 4, 1, tmp_path / "set", scaling, 2)  # type: ignore[arg-type]
     model, card = load_model_dir(tmp_path / "model")
-    assert model.config == SMALL and isinstance(card, ModelCard)
+    assert model.config == SMALL and isinstance(card, ModelMetadata)
     assert (card.autoencoder, card.latent_shape, card.fps) == (FACTS.autoencoder, FACTS.latent_shape, 8.0)
     assert card.frame_stride == 2
     assert card.scaling == LatentScaling.of(manifest, scaling)  # type: ignore[arg-type]

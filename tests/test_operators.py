@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from far_scale.model import FAR, FARConfig, layers
 from far_scale.model.attention import causal_pair, frame_attention
-from far_scale.model.layout import FrameGroup, FrameLayout, Order
+from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout
 from far_scale.train.flops import forward_flops
 
 LONG = FARConfig(layers=3, heads=2, patch=2, channels=8, window=8, context_patch=4, actions=4)
@@ -48,7 +48,7 @@ def arguments(requires_grad: bool = False) -> tuple:
     generator = torch.Generator().manual_seed(0)
     sizes = [layout.window.tokens] * 3 + [layout.context.tokens] * 2
     tensors = [torch.randn(n, 2, 16, generator=generator, dtype=torch.float64) for n in sizes]
-    return (*(x.requires_grad_(requires_grad) for x in tensors), layout.window_order(torch.device("cpu")).key, "cpu")
+    return (*(x.requires_grad_(requires_grad) for x in tensors), layout.window_plan(torch.device("cpu")).handle, "cpu")
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "dense"])
@@ -56,29 +56,29 @@ def test_torch_finds_the_operators_in_order(kernel: str) -> None:
     """Schema, fake implementation (shapes, strides, dtypes), autograd registration, and tracing with dynamic sizes."""
     inputs = (*arguments(requires_grad=True)[:-1], kernel)
     torch.library.opcheck(FORWARD, inputs)
-    q, k, v, earlier_k, earlier_v, order, _ = (x.detach() if isinstance(x, torch.Tensor) else x for x in inputs)
-    out, lse = FORWARD(q, k, v, earlier_k, earlier_v, order, kernel)
-    torch.library.opcheck(BACKWARD, (torch.ones_like(out), out, lse, q, k, v, earlier_k, earlier_v, order, kernel))
-    without = Order(FrameGroup.of((3,), (2, 2)))
+    q, k, v, earlier_k, earlier_v, plan, _ = (x.detach() if isinstance(x, torch.Tensor) else x for x in inputs)
+    out, lse = FORWARD(q, k, v, earlier_k, earlier_v, plan, kernel)
+    torch.library.opcheck(BACKWARD, (torch.ones_like(out), out, lse, q, k, v, earlier_k, earlier_v, plan, kernel))
+    without = AttentionPlan(FrameGroup.of((3,), (2, 2)))
     x = q[:12]
-    torch.library.opcheck(FORWARD, (x, x, x, None, None, without.key, kernel))
+    torch.library.opcheck(FORWARD, (x, x, x, None, None, without.handle, kernel))
 
 
 def test_an_order_that_nobody_holds_is_named() -> None:
-    order = Order(FrameGroup.of((2,), (1, 2)))
-    key = order.key
+    plan = AttentionPlan(FrameGroup.of((2,), (1, 2)))
+    key = plan.handle
     q = torch.zeros(4, 1, 16)
     assert torch.ops.far_scale.frame_attention(q, q, q, None, None, key, "cpu")[0].shape == q.shape
-    del order  # without waiting for the garbage collector: packs come by the thousand
+    del plan  # without waiting for the garbage collector: packs come by the thousand
     with pytest.raises(RuntimeError, match="layout of this attention call was dropped"):
         torch.ops.far_scale.frame_attention(q, q, q, None, None, key, "cpu")
 
 
 def test_flops_count_attended_pairs() -> None:
     layout = FrameLayout.of((6, 2), (2, 2), window=3, coarser=2)
-    *tensors, order, kernel = arguments(requires_grad=True)
+    *tensors, plan, kernel = arguments(requires_grad=True)
     with FlopCounterMode(display=False) as counter:
-        out, _ = FORWARD(*tensors, order, kernel)
+        out, _ = FORWARD(*tensors, plan, kernel)
         forward = counter.get_total_flops()
         out.sum().backward()
     assert forward == 4 * layout.window_pairs * 2 * 16

@@ -12,7 +12,7 @@ import pytest
 import torch
 from latent_sets import FACTS, make_sample, write_set
 
-from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
@@ -29,13 +29,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def loader(folder: Path, own_lanes: list[int] | None = None, **changes) -> PackLoader:
-    """A loader of all lanes (or `own_lanes`), with changes to the dealing or to the loader's own arguments."""
+    """A loader of all lanes (or `own_lanes`), with changes to the packing or to the loader's own arguments."""
     shard_set = ShardSet.open(folder)
     own = {name: changes.pop(name) for name in ("step", "lane_states", "prefetch") if name in changes}
-    plain = Dealing(lanes=LANES, frames=6, frame_stride=3, shuffle_window=4, seed=7, clips_per_pack=2)
-    dealing = replace(plain, **changes)
+    plain = PackingConfig(lanes=LANES, frames=6, frame_stride=3, shuffle_window=4, seed=7, clips_per_pack=2)
+    packing = replace(plain, **changes)
     scaling = LatentScaling.of(shard_set.manifest, "channel")
-    return PackLoader(shard_set, scaling, range(dealing.lanes) if own_lanes is None else own_lanes, dealing, **own)
+    return PackLoader(shard_set, scaling, range(packing.lanes) if own_lanes is None else own_lanes, packing, **own)
 
 
 def read(packs: PackLoader, steps: int) -> list[list[Pack]]:

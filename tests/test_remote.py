@@ -19,10 +19,10 @@ from launch import small_recipe
 from zygote import Zygote
 
 from far_scale.config.recipe import load_recipe
-from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.lanes import Lane, LaneOrder
 from far_scale.data.loader.pack_loader import Pack, PackLoader
-from far_scale.data.loader.prefetch import Prefetch, shards_ahead
+from far_scale.data.loader.prefetch import ShardPrefetch, shards_ahead
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
@@ -235,8 +235,8 @@ def test_the_recipe_says_what_a_url_needs() -> None:
 
 
 def loader(shard_set: ShardSet, **changes) -> PackLoader:
-    dealing = Dealing(lanes=4, frames=6, frame_stride=3, shuffle_window=4, seed=7, clips_per_pack=2)
-    return PackLoader(shard_set, LatentScaling.of(shard_set.manifest, "channel"), range(4), dealing, **changes)
+    packing = PackingConfig(lanes=4, frames=6, frame_stride=3, shuffle_window=4, seed=7, clips_per_pack=2)
+    return PackLoader(shard_set, LatentScaling.of(shard_set.manifest, "channel"), range(4), packing, **changes)
 
 
 def read(packs: PackLoader, steps: int) -> list[list[Pack]]:
@@ -277,7 +277,7 @@ def test_prefetch_is_bounded_by_bytes(server: WebServer, tmp_path: Path) -> None
     shard_set = ShardSet.open(server.url, node)
     sizes = [entry.bytes for entry in shard_set.manifest.shards]
     order = LaneOrder(shard_set.samples_per_shard, 1, 0, 1)
-    ahead = Prefetch(shard_set, order, [0], 2 * max(sizes) + 1)
+    ahead = ShardPrefetch(shard_set, order, [0], 2 * max(sizes) + 1)
     lane = Lane(order, 0)
     first = list(dict.fromkeys(next(lane).shard for _ in range(22)))
     assert ahead.plan({0: 0}) == first[:2]

@@ -10,7 +10,7 @@ import pytest
 from latent_sets import write_set
 
 from far_scale.config.schema import WeightedShards
-from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.scaling import LatentScaling
@@ -21,7 +21,7 @@ from far_scale.train.sets import open_source
 LANES, NEXT = 4, 1000  # keys of each lane
 STEP = 41
 CLIPS, TOKENS = {"clips_per_pack": 2}, {"clips_per_pack": None, "tokens_per_pack": 9}
-DEALING = Dealing(LANES, (2, 4), 1, 16, 11, clips_per_pack=2)
+DEALING = PackingConfig(LANES, (2, 4), 1, 16, 11, clips_per_pack=2)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShardSet | Mi
 
 
 def read(
-    source: ShardSet | Mixture, dealing: Dealing, ranks: int, prefetch: int, states: dict[int, Any] | None, samples: int
+    source: ShardSet | Mixture,
+    packing: PackingConfig,
+    ranks: int,
+    prefetch: int,
+    states: dict[int, Any] | None,
+    samples: int,
 ) -> dict[int, list[Pack]]:
     """The next packs of each lane, read by so many ranks, until each lane has so many clips."""
     packs: dict[int, list[Pack]] = {}
@@ -48,7 +53,7 @@ def read(
     for rank in range(ranks):
         lanes = list(range(rank, LANES, ranks))
         missing = dict.fromkeys(lanes, samples)
-        with PackLoader(source, scaling, lanes, dealing, STEP if states else 0, states, prefetch) as loader:
+        with PackLoader(source, scaling, lanes, packing, STEP if states else 0, states, prefetch) as loader:
             while max(missing.values()) > 0:
                 for pack in next(loader):
                     packs.setdefault(pack.lane, []).append(pack)
@@ -67,15 +72,15 @@ CASES = [("tar", CLIPS), ("tar", TOKENS), ("mds", CLIPS), ("mds", TOKENS), ("mix
 def test_the_next_thousand_keys_of_each_lane(
     sources: dict[str, ShardSet | Mixture], name: str, filling: dict[str, int | None]
 ) -> None:
-    dealing = replace(DEALING, **filling)
-    straight = read(sources[name], dealing, 1, 2, None, NEXT + 5 * STEP)
+    packing = replace(DEALING, **filling)
+    straight = read(sources[name], packing, 1, 2, None, NEXT + 5 * STEP)
     states = {lane: json.loads(json.dumps(packs[STEP - 1].lane_state)) for lane, packs in straight.items()}
     if name != "mixture":
         assert sum(state["epoch"] > 0 and state["position"] > 0 for state in states.values()) >= 3, "in mid-epoch"
     if filling is TOKENS:
         assert any(state["pending"] for state in states.values())
     for ranks, prefetch in ((2, 7), (4, 1)):
-        after = read(sources[name], dealing, ranks, prefetch, states, NEXT)
+        after = read(sources[name], packing, ranks, prefetch, states, NEXT)
         for lane, packs in straight.items():
             expected = keys(packs[STEP:])[:NEXT]
             assert len(expected) == NEXT and keys(after[lane])[:NEXT] == expected

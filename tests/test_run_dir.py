@@ -11,8 +11,8 @@ import torch
 from refusal import refused
 
 from far_scale.slurm.progress import checkpoint_step
-from far_scale.train.checkpoint import FlatPiece, local, point_at, set_aside, step_folder
-from far_scale.train.checkpoint.folders import publish
+from far_scale.train.checkpoint import FlatPiece, local, point_at, quarantine, step_folder
+from far_scale.train.checkpoint.folders import commit
 from far_scale.train.checkpoint.run_dir import latest_stamp, latest_step, run_identity, steps_to_try
 
 
@@ -57,7 +57,7 @@ def test_a_latest_that_names_nothing_is_refused(run: Path) -> None:
 
 def test_a_run_that_was_sent_back_to_a_damaged_checkpoint_never_goes_on_from_a_later_one(run: Path) -> None:
     point_at(step_folder(run, 20))
-    set_aside(step_folder(run, 20))
+    quarantine(step_folder(run, 20))
     assert steps_to_try(run) == [10]
     step_folder(run, 10).rmdir()
     refused(lambda: steps_to_try(run), "latest", "step 20, is damaged", "go on from there: step-00000030")
@@ -70,10 +70,10 @@ def test_a_link_to_a_checkpoint_on_another_disk_counts_and_goes_as_a_checkpoint_
         step_folder(run, step).rename(place)
         step_folder(run, step).symlink_to(place)
     assert steps_to_try(run) == [30, 20, 10]
-    assert set_aside(step_folder(run, 10)).is_symlink()
+    assert quarantine(step_folder(run, 10)).is_symlink()
     beside = run / "checkpoints" / "step-00000035.part"
     beside.mkdir()
-    publish(beside, step_folder(run, 35), keep=1)
+    commit(beside, step_folder(run, 35), keep=1)
     assert steps_to_try(run) == [35] and not list((run / "checkpoints").glob("*.old.part"))
     assert all((place / "state.json").exists() for place in elsewhere)
 

@@ -14,7 +14,7 @@ import torch
 from launch import ROOT
 from PIL import Image
 
-from far_scale.convert.model_dir import ModelCard, TrainingCard, save_model_dir
+from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, save_model_dir
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.model import FAR, FARConfig
@@ -27,12 +27,12 @@ def model_dir(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Random weights; a fresh model's velocity would be zero."""
     manifest, draw = Manifest.read(recorded_shards), torch.Generator().manual_seed(0)
     state = {name: torch.randn(t.shape, generator=draw) * 0.1 for name, t in FAR(CONFIG).state_dict().items()}
-    card = ModelCard(
+    card = ModelMetadata(
         autoencoder=manifest.autoencoder,
         scaling=LatentScaling.of(manifest, "channel"),
         latent_shape=manifest.latent_shape,
         fps=manifest.fps,
-        training=TrainingCard(step=0, recipe_hash="r", weights="ema", far_scale="0"),
+        training=TrainingMetadata(step=0, recipe_hash="r", weights="ema", far_scale="0"),
     )
     folder = tmp_path_factory.mktemp("model") / "model"
     save_model_dir(folder, CONFIG, state, card)

@@ -16,7 +16,7 @@ from launch import small_recipe
 from zygote import Zygote
 
 from far_scale.config.recipe import load_recipe
-from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote import fetch
@@ -24,7 +24,7 @@ from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.store import Staged
+from far_scale.data.shards.store import StagedStore
 from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import read_events
 
@@ -43,9 +43,9 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "FIRST_PAUSE", 0.01)
 
 
-def staged_set(folder: Path, disk: Path, limit: int = GB) -> tuple[ShardSet, Staged]:
+def staged_set(folder: Path, disk: Path, limit: int = GB) -> tuple[ShardSet, StagedStore]:
     shard_set = ShardSet.known(folder, Manifest.text(folder), NodeCache(disk, limit, "data.stage_local"))
-    assert isinstance(shard_set.store, Staged)
+    assert isinstance(shard_set.store, StagedStore)
     return shard_set, shard_set.store
 
 
@@ -57,9 +57,9 @@ def all_right(shard_set: ShardSet) -> None:
 
 
 def loader(shard_set: ShardSet, ahead_bytes: int = 0) -> PackLoader:
-    dealing = Dealing(lanes=4, frames=6, frame_stride=3, shuffle_window=4, seed=7, clips_per_pack=2)
+    packing = PackingConfig(lanes=4, frames=6, frame_stride=3, shuffle_window=4, seed=7, clips_per_pack=2)
     scaling = LatentScaling.of(shard_set.manifest, "channel")
-    return PackLoader(shard_set, scaling, range(4), dealing, ahead_bytes=ahead_bytes)
+    return PackLoader(shard_set, scaling, range(4), packing, ahead_bytes=ahead_bytes)
 
 
 def assert_same(ours: list[list[Pack]], theirs: list[list[Pack]]) -> None:

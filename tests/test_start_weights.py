@@ -11,7 +11,7 @@ from latent_sets import FACTS, write_set
 from refusal import refused
 
 from far_scale.config.recipe import Recipe, load_recipe
-from far_scale.convert.model_dir import ImportCard, ModelCard, TrainingCard, WeightsCard, save_model_dir
+from far_scale.convert.model_dir import ImportMetadata, ModelMetadata, TrainingMetadata, WeightsMetadata, save_model_dir
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.distributed.process_group import Processes
@@ -23,9 +23,9 @@ from far_scale.train.curriculum import stages
 from far_scale.train.loop import build_model
 from far_scale.train.resume import Resume
 from far_scale.train.start_weights import other_latents, start_from
-from far_scale.utils.event_log import Events, read_events
+from far_scale.utils.event_log import EventLog, read_events
 
-TRAINING = TrainingCard(step=7, recipe_hash="ab", weights="ema", far_scale="0")
+TRAINING = TrainingMetadata(step=7, recipe_hash="ab", weights="ema", far_scale="0")
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def save_model(tmp_path: Path, manifest: Manifest, **changes: Any) -> FAR:
         "fps": 8.0,
         "training": TRAINING,
     }
-    save_model_dir(tmp_path / "model", model.config, model.state_dict(), ModelCard(**(values | changes)))
+    save_model_dir(tmp_path / "model", model.config, model.state_dict(), ModelMetadata(**(values | changes)))
     return model
 
 
@@ -129,7 +129,7 @@ def test_weights_of_other_classes(tmp_path: Path, manifest: Manifest) -> None:
     names = ("autoencoder", "scaling", "latent_shape", "fps")
 
     def differing(theirs: tuple[str, ...] | None, ours: tuple[str, ...] | None, *overrides: str) -> list[str]:
-        card = ModelCard(**dict(zip(names, facts, strict=True)), training=TRAINING, classes=theirs)
+        card = ModelMetadata(**dict(zip(names, facts, strict=True)), training=TRAINING, classes=theirs)
         with_names = manifest.model_copy(update={"classes": ours})
         return other_latents(card, recipe_of(tmp_path, *overrides), with_names, scaling)
 
@@ -143,8 +143,8 @@ def test_weights_of_other_classes(tmp_path: Path, manifest: Manifest) -> None:
 
 def test_weights_that_do_not_say_what_they_know_are_taken_and_it_is_said(tmp_path: Path, manifest: Manifest) -> None:
     theirs = build_model(recipe_of(tmp_path, "seed=9"))
-    origin = ImportCard(imported_from="far.pth", sha256="a" * 64, far_scale="0")
-    save_model_dir(tmp_path / "model", theirs.config, theirs.state_dict(), WeightsCard(training=origin))
+    origin = ImportMetadata(imported_from="far.pth", sha256="a" * 64, far_scale="0")
+    save_model_dir(tmp_path / "model", theirs.config, theirs.state_dict(), WeightsMetadata(training=origin))
     model, said = started(tmp_path, manifest)
     assert same_weights(model, theirs)
     assert "imported from far.pth" in said and "does not say which latents" in said
@@ -162,7 +162,7 @@ def with_checkpoint(tmp_path: Path, start: str | None) -> None:
 def test_start_weights_for_a_run_that_has_checkpoints_are_refused(tmp_path: Path, before: str | None) -> None:
     with_checkpoint(tmp_path, before)
     recipe = recipe_of(tmp_path)
-    events = Events(tmp_path / "run", True)
+    events = EventLog(tmp_path / "run", True)
     resume = Resume(recipe, stages(recipe), Processes(0, 1, torch.device("cpu")), events)
     words = ["train.start_from=", "step-00000005", before or "random weights", "another run_dir"]
     refused(lambda: resume.check_start_from(5, accept_changes=False), *words)
@@ -178,7 +178,7 @@ def test_the_start_weights_of_the_run_itself_are_no_change(tmp_path: Path, monke
     for same in (f"{tmp_path}/model", "model", "./model"):
         recipe = recipe_of(tmp_path, f"train.start_from={same}")
         Resume(
-            recipe, stages(recipe), Processes(0, 1, torch.device("cpu")), Events(tmp_path / "run", True)
+            recipe, stages(recipe), Processes(0, 1, torch.device("cpu")), EventLog(tmp_path / "run", True)
         ).check_start_from(5, accept_changes=False)
     assert not (tmp_path / "run" / "events.jsonl").exists()
 

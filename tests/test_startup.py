@@ -13,7 +13,7 @@ from rank_processes import started
 from far_scale.config.recipe import load_recipe
 from far_scale.distributed.exit_codes import REFUSED
 from far_scale.health.bandwidth import BETWEEN, INSIDE, Links, better_links, rounds
-from far_scale.health.gemm_probe import KnownProduct
+from far_scale.health.gemm_probe import GemmProbe
 from far_scale.health.node_check import RankReport, code_hash, examine, refusals
 from far_scale.health.preflight import checkpoint_bytes, node_table, slow_nodes
 from far_scale.utils.event_log import read_events
@@ -194,16 +194,16 @@ def test_the_code_hash_sees_names_and_bytes(tmp_path: Path) -> None:
 def test_the_product_is_exact_and_one_wrong_number_is_found(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    product = KnownProduct(torch.device(kind), dtype)
+    product = GemmProbe(torch.device(kind), dtype)
     assert product.is_right() and product.seconds(2) > 0
     assert product._out.abs().max() < 512 and (product._out.int() % 2 == 0).all()
-    multiply = KnownProduct._multiply
+    multiply = GemmProbe._multiply
 
-    def multiply_wrongly(product: KnownProduct) -> None:
+    def multiply_wrongly(product: GemmProbe) -> None:
         multiply(product)
         product._out[7, 1] += 2
 
-    monkeypatch.setattr(KnownProduct, "_multiply", multiply_wrongly)
+    monkeypatch.setattr(GemmProbe, "_multiply", multiply_wrongly)
     assert not product.is_right()
 
 

@@ -35,7 +35,7 @@ from far_scale.train.flow_matching import CLEAN, add_noise
 from far_scale.train.held_out import HeldOut, open_held_out
 from far_scale.train.validation import summary
 from far_scale.utils.errors import UserError
-from far_scale.utils.event_log import Events, read_events
+from far_scale.utils.event_log import EventLog, read_events
 
 # Seven clips in three packs, so that one of two ranks computes a pack that is not counted; three clips sampled.
 VALIDATION = ["validation.every=2", "validation.clips=7", "validation.clips_per_pack=3"]
@@ -254,7 +254,7 @@ def opened(folder: Path, trained_on: Path, *more: str) -> tuple[HeldOut, Stage]:
     recipe = load_recipe("demo_cpu", [*TINY, f"validation.shards={folder}", *more])
     manifest, plan = Manifest.read(trained_on), stages(recipe)
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
-    events = Events(folder, main=False)
+    events = EventLog(folder, main=False)
     held_out = open_held_out(recipe, plan, manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos)
     assert held_out is not None
     return held_out, plan[0]
@@ -304,7 +304,7 @@ def test_lpips_is_that_of_its_network(recorded_shards: Path, tmp_path: Path, mon
     monkeypatch.setattr(validation_samples, "load_lpips", lambda net, device: network)
     spec, *overrides = small_recipe(recorded_shards, tmp_path, *VALIDATION, f"validation.shards={recorded_shards}")
     recipe, manifest = load_recipe(spec, [*overrides, *SAMPLES]), Manifest.read(recorded_shards)
-    scaling, events = LatentScaling.of(manifest, "channel"), Events(tmp_path, main=False)
+    scaling, events = LatentScaling.of(manifest, "channel"), EventLog(tmp_path, main=False)
     held_out = open_held_out(
         recipe, stages(recipe), manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos
     )

@@ -17,7 +17,7 @@ from far_scale.convert.official import from_far_scale
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.model import FAR, FARConfig
 from far_scale.model.attention import dense, flex, frame_attention
-from far_scale.model.layout import FrameGroup, FrameLayout, Order
+from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout
 from far_scale.sampling.sampler import cache_bytes, euler_sigmas, roll_out
 from far_scale.train.flops import forward_flops
 from far_scale.train.flow_matching import add_noise, pack_loss
@@ -82,11 +82,11 @@ def test_a_token_sees_its_whole_clip(kernel: str) -> None:
 
 def test_flex_sees_the_same() -> None:
     """float32: FlexAttention's forward runs on a CPU, and its block mask is the dense one."""
-    order = Order(FrameGroup.of((20, 3), (4, 4), causal=False))
+    plan = AttentionPlan(FrameGroup.of((20, 3), (4, 4), causal=False))
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(order.group.tokens, 2, 64, generator=draw) for _ in range(3))
-    exact, _ = dense.forward(q.double(), k.double(), v.double(), None, None, order)
-    torch.testing.assert_close(flex.attend(q, k, v, None, None, order.key).double(), exact, rtol=0, atol=2e-6)
+    q, k, v = (torch.randn(plan.group.tokens, 2, 64, generator=draw) for _ in range(3))
+    exact, _ = dense.forward(q.double(), k.double(), v.double(), None, None, plan)
+    torch.testing.assert_close(flex.attend(q, k, v, None, None, plan.handle).double(), exact, rtol=0, atol=2e-6)
 
 
 def test_layouts_count_what_is_seen() -> None:

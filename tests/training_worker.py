@@ -52,7 +52,7 @@ def main() -> None:
             assert group._get_backend(torch.device("cpu")).options._timeout == timeout, group.group_name
         if name == "zero3":
             weights = gathered_ema(engine, ema)
-            if processes.main:
+            if processes.is_main_process:
                 export(recipe.run_dir, None, "ema", Path(out) / "model")
                 config, card = read_config(Path(out) / "model")
                 model = FAR(config).eval()

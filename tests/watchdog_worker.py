@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from far_scale.health import watchdog
-from far_scale.utils.event_log import Events
+from far_scale.utils.event_log import EventLog
 
 
 def spin_forever() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
         "dead disk": lambda: time.sleep(1000),
     }
     dist.init_process_group("gloo")
-    with watchdog.Watchdog(run, rank, seconds, Events(run, rank == 0), [f"n{n}" for n in range(count)]) as dog:
+    with watchdog.Watchdog(run, rank, seconds, EventLog(run, rank == 0), [f"n{n}" for n in range(count)]) as dog:
         if case in ("slow start", "stuck start"):
             time.sleep(2 * seconds if case == "slow start" else 1000)
         for step in range(1, 7):

@@ -129,7 +129,7 @@ def main() -> None:
         scores = evaluate(open_it, processes, share, arguments.merge, arguments.keep_samples)
         if scores is None and share is not None:
             print(f"{arguments.out}: task {share.task} of {share.tasks} has computed its units")
-        elif scores is not None and processes.main:
+        elif scores is not None and processes.is_main_process:
             print(f"{table(scores)}\n{arguments.out}: {', '.join(made(arguments.out))}")
 
 

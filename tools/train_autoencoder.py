@@ -10,7 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
-from far_scale.distributed.exit_codes import DONE, REQUEUE, leave, status_of
+from far_scale.distributed.exit_codes import DONE, REQUEUE, exit_process, exit_status_of
 from far_scale.distributed.signals import StopSignals
 from far_scale.utils.command_line import never_fail_to_print
 
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, help="folder for checkpoints and log; default: runs/autoencoder/NAME")
     parser.add_argument("--episodes", type=Path, default=Path("runs/autoencoder/episodes"), help="folder for episodes")
     parser.add_argument("--workers", type=int, default=own_cores, help="processes that record, threads that read")
-    return status_of(lambda: _train(parser.parse_intermixed_args(), signals))
+    return exit_status_of(lambda: _train(parser.parse_intermixed_args(), signals))
 
 
 def _train(asked: argparse.Namespace, signals: StopSignals) -> int:
@@ -47,4 +47,4 @@ def _train(asked: argparse.Namespace, signals: StopSignals) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -27,7 +27,7 @@ from torch import Tensor
 from far_scale.convert.fit import check_fit, empty_model
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
-from far_scale.data.shards.typed import Digest, Positive, Typed, WithClasses, first_problem
+from far_scale.data.shards.typed import Digest, ModelWithClasses, Positive, StrictModel, first_problem
 from far_scale.model import FAR, FARConfig
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import parse_json, read_json, sha256, sync_folder
@@ -41,7 +41,7 @@ INDEX_FILE = "model.safetensors.index.json"
 OWN_FILES = re.compile(r"config\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors")
 
 
-class TrainingCard(Typed):
+class TrainingMetadata(StrictModel):
     """Where the weights come from: the step, the recipe, which of the two sets, and the version that exported them.
 
     Attributes:
@@ -55,14 +55,14 @@ class TrainingCard(Typed):
     checkpoint: Digest | None = None
 
 
-class WeightsFile(Typed):
+class WeightsFile(StrictModel):
     """Size and SHA-256 that a file of the weights was written with."""
 
     bytes: Annotated[int, Field(ge=0)]
     sha256: Digest
 
 
-class ImportCard(Typed):
+class ImportMetadata(StrictModel):
     """Where weights come from that were trained elsewhere: the file, its SHA-256, the version that imported it."""
 
     imported_from: str
@@ -70,13 +70,13 @@ class ImportCard(Typed):
     far_scale: str
 
 
-class WeightsCard(Typed):
+class WeightsMetadata(StrictModel):
     """The card of weights of which nobody has told yet what latents they go with."""
 
-    training: ImportCard
+    training: ImportMetadata
 
 
-class ModelCard(WithClasses):
+class ModelMetadata(ModelWithClasses):
     """What one has to know beside the model's shape to sample from its weights.
 
     Attributes:
@@ -94,10 +94,10 @@ class ModelCard(WithClasses):
     latent_shape: tuple[Positive, Positive, Positive]
     fps: Annotated[float, Field(gt=0)] | None
     frame_stride: Positive = 1
-    training: TrainingCard | ImportCard
+    training: TrainingMetadata | ImportMetadata
 
     @model_validator(mode="after")
-    def _channels_agree(self) -> ModelCard:
+    def _channels_agree(self) -> ModelMetadata:
         if len(self.scaling.scale) != self.latent_shape[0]:
             raise ValueError(f"scaling must have {self.latent_shape[0]} numbers, one a latent channel")
         return self
@@ -117,7 +117,7 @@ def is_model_dir(folder: str | Path) -> bool:
     return own and isinstance(config, dict) and config.get("format") == FORMAT
 
 
-def holds(folder: str | Path, config: FARConfig, card: ModelCard | WeightsCard) -> bool:
+def holds(folder: str | Path, config: FARConfig, card: ModelMetadata | WeightsMetadata) -> bool:
     """Whether `folder` is a model directory of this shape and card, whose files are all as they were written."""
     if not is_model_dir(folder):
         return False
@@ -131,7 +131,7 @@ def save_model_dir(
     folder: str | Path,
     config: FARConfig,
     state: Mapping[str, Tensor],
-    card: ModelCard | WeightsCard,
+    card: ModelMetadata | WeightsMetadata,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write a model directory beside `folder`, then rename it; an older model directory there is replaced.
@@ -187,7 +187,7 @@ def _swap_in(beside: Path, folder: Path, replaced: Path) -> None:
 
 def load_model_dir(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> tuple[FAR, ModelCard]:
+) -> tuple[FAR, ModelMetadata]:
     """The model of a model directory, in evaluation mode, and its card.
 
     Args:
@@ -207,10 +207,10 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
     return _load(Path(folder), read_any_config(folder)[0], device, dtype)
 
 
-def read_config(folder: str | Path) -> tuple[FARConfig, ModelCard]:
+def read_config(folder: str | Path) -> tuple[FARConfig, ModelMetadata]:
     """The model's shape and card from a model directory's config.json; errors as `load_model_dir`."""
     config, card = read_any_config(folder)
-    if isinstance(card, WeightsCard):
+    if isinstance(card, WeightsMetadata):
         raise UserError(
             f"{Path(folder) / CONFIG_FILE}: autoencoder, scaling and latent_shape are not set; run "
             f"tools/import_checkpoint.py on {card.training.imported_from} again with --shards, a shard set of the "
@@ -219,7 +219,7 @@ def read_config(folder: str | Path) -> tuple[FARConfig, ModelCard]:
     return config, card
 
 
-def read_any_config(folder: str | Path) -> tuple[FARConfig, ModelCard | WeightsCard]:
+def read_any_config(folder: str | Path) -> tuple[FARConfig, ModelMetadata | WeightsMetadata]:
     """As `read_config`, also of a directory that holds imported weights alone."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -230,7 +230,7 @@ def read_any_config(folder: str | Path) -> tuple[FARConfig, ModelCard | WeightsC
         found = values.get("format") if isinstance(values, dict) else None
         raise UserError(f"{path}: format is {found!r}, needed is {FORMAT!r}; export the model with this far_scale")
     rest = {key: value for key, value in values.items() if key not in ("format", "model", "files")}
-    kind = WeightsCard if rest.keys() == WeightsCard.model_fields.keys() else ModelCard
+    kind = WeightsMetadata if rest.keys() == WeightsMetadata.model_fields.keys() else ModelMetadata
     try:
         config = FARConfig.from_dict(values.get("model", {}))
         card = kind.model_validate_json(json.dumps(rest))  # from JSON, where a list may be a tuple
@@ -238,7 +238,7 @@ def read_any_config(folder: str | Path) -> tuple[FARConfig, ModelCard | WeightsC
         raise UserError(f"{path}: {first_problem(error)}; export the model again") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: model: {error}; export the model again") from None
-    if isinstance(card, ModelCard) and card.latent_shape[0] != config.channels:
+    if isinstance(card, ModelMetadata) and card.latent_shape[0] != config.channels:
         raise UserError(
             f"{path}: latent_shape has {card.latent_shape[0]} channels and model.channels is {config.channels}; "
             "export the model again"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import far_scale
-from far_scale.convert.model_dir import ImportCard, ModelCard, WeightsCard, save_model_dir
+from far_scale.convert.model_dir import ImportMetadata, ModelMetadata, WeightsMetadata, save_model_dir
 from far_scale.convert.official import to_far_scale
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
@@ -104,12 +104,12 @@ def import_file(
         config, state = to_far_scale(state, window, patch)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    origin = ImportCard(imported_from=Path(path).name, sha256=sha256(path), far_scale=far_scale.__version__)
-    card: ModelCard | WeightsCard = WeightsCard(training=origin)
+    origin = ImportMetadata(imported_from=Path(path).name, sha256=sha256(path), far_scale=far_scale.__version__)
+    card: ModelMetadata | WeightsMetadata = WeightsMetadata(training=origin)
     if shards is not None:
         manifest = Manifest.read(shards)
         _check_latents(Path(shards), manifest, config)
-        card = ModelCard(
+        card = ModelMetadata(
             autoencoder=manifest.autoencoder,
             scaling=LatentScaling.of(manifest, scaling),
             latent_shape=manifest.latent_shape,

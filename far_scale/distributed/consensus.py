@@ -1,4 +1,4 @@
-"""What all ranks find out together at the end of a step, so that they go on alike."""
+"""Flags that all ranks agree on at the end of a step, so that they go on alike."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from far_scale.distributed.process_group import Processes
 from far_scale.distributed.signals import StopSignals
 
 
-class Outcome(NamedTuple):
-    """Of a vote, the same on every rank.
+class StepFlags(NamedTuple):
+    """What the ranks agreed on; the same on every rank.
 
     Attributes:
         stop: some rank was asked to stop.
@@ -28,20 +28,20 @@ class Outcome(NamedTuple):
     save_due: bool
 
 
-class Vote:
-    """A vote of all ranks, over the hosts' own group: it goes on beside the step that the device computes.
+class Consensus:
+    """An all-reduce of `StepFlags` over the CPU group, which overlaps with the step on the device.
 
     Args:
         signals: what may ask this process to stop, or None.
-        processes: who votes.
+        processes: the ranks that agree.
     """
 
     def __init__(self, signals: StopSignals | None, processes: Processes) -> None:
         self._signals, self._group = signals, processes.host_group
         self._running: tuple[torch.Tensor, dist.Work] | None = None
 
-    def begin(self, saving: bool, damaged: bool, save_due: bool = False) -> None:
-        """Begin to vote.
+    def start(self, saving: bool, damaged: bool, save_due: bool = False) -> None:
+        """Start the all-reduce.
 
         Args:
             saving: whether this rank still writes a checkpoint.
@@ -53,9 +53,9 @@ class Vote:
         with phase("vote"):
             self._running = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
-    def outcome(self) -> Outcome:
-        """Of the vote that was begun last."""
-        assert self._running is not None, "begin first"
+    def flags(self) -> StepFlags:
+        """Wait for the all-reduce that was started last."""
+        assert self._running is not None, "call start first"
         flags, work = self._running
         work.wait()
-        return Outcome(*map(bool, flags.tolist()))
+        return StepFlags(*map(bool, flags.tolist()))

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from far_scale.utils.errors import SaidByMain, UserError, file_problem, say_error, speaker
+from far_scale.utils.errors import ReportedByMain, UserError, file_problem, print_error, rank_prefix
 
 DONE = 0
 """All steps are done."""
@@ -21,18 +21,18 @@ REQUEUE = 75
 """Stopped on purpose before the end (a signal, the watchdog): start the same command again. 75 is EX_TEMPFAIL."""
 
 
-def status_of(work: Callable[[], int]) -> int:
+def exit_status_of(work: Callable[[], int]) -> int:
     """The exit status that `work` returns, or that of the error that ends it, which is told; raises nothing."""
     try:
         return work()
     except UserError as error:
-        if not isinstance(error, SaidByMain):
-            say_error(error)
+        if not isinstance(error, ReportedByMain):
+            print_error(error)
         return REFUSED
     except OSError as error:
         if (problem := file_problem(error)) is None:
             return _crash()
-        say_error(UserError(problem))
+        print_error(UserError(problem))
         return REFUSED
     except KeyboardInterrupt:
         return 130
@@ -41,11 +41,11 @@ def status_of(work: Callable[[], int]) -> int:
 
 
 def _crash() -> int:
-    print(f"{speaker()}{traceback.format_exc()}", file=sys.stderr, flush=True)
+    print(f"{rank_prefix()}{traceback.format_exc()}", file=sys.stderr, flush=True)
     return CRASHED
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """End this process."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from far_scale.distributed.rendezvous import meet
-from far_scale.utils.errors import SaidByMain, UserError, file_problem
+from far_scale.distributed.rendezvous import rendezvous
+from far_scale.utils.errors import ReportedByMain, UserError, file_problem
 from far_scale.utils.hosts import first_host, host_name
 
 T = TypeVar("T")
+
+STUCK_SECONDS = 120.0
+"""After which what has not come never will; NCCL's first contact on thousands of ranks takes a minute."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +33,20 @@ class Processes:
 
     Attributes:
         rank: its number.
-        count: how many there are.
+        world_size: how many there are.
         device: what it computes on.
         host_group: all of them again, over gloo, for what is agreed on between hosts without the device.
         timeout: after which a collective of these processes fails; torch's defaults where None.
     """
 
     rank: int
-    count: int
+    world_size: int
     device: torch.device
     host_group: dist.ProcessGroup | None = None
     timeout: datetime.timedelta | None = None
 
     @property
-    def main(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the one that prints and writes."""
         return self.rank == 0
 
@@ -50,7 +54,7 @@ class Processes:
         """The mean of `values` over all processes, float64, the same on each."""
         summed = values.detach().to(torch.float64)
         dist.all_reduce(summed)
-        return summed / self.count
+        return summed / self.world_size
 
 
 def start_processes(timeout: datetime.timedelta | None = None) -> Processes:
@@ -64,7 +68,7 @@ def start_processes(timeout: datetime.timedelta | None = None) -> Processes:
     """
     rank, count = take_launcher_variables()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    store = meet(rank, count, device.type)
+    store = rendezvous(rank, count, device.type)
     if device.type == "cuda":
         try:
             torch.cuda.set_device(device)
@@ -107,7 +111,7 @@ def set_timeouts(processes: Processes) -> None:
             dist.distributed_c10d._set_pg_timeout(processes.timeout, group)
 
 
-def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's `value`, in the order of the ranks, on each of them; of this process alone without groups.
 
     Args:
@@ -119,6 +123,43 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     values = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+class StuckError(Exception):
+    """Some ranks hang.
+
+    Attributes:
+        ranks: which.
+        what: that they do, a clause after their names.
+    """
+
+    def __init__(self, ranks: list[int], what: str) -> None:
+        super().__init__(ranks, what)
+        self.ranks, self.what = ranks, what
+
+
+def wait_for_all_ranks(processes: Processes, at: str, seconds: float) -> None:
+    """Wait until every rank is here.
+
+    Args:
+        processes: who meets; over their host group, so no device is needed.
+        at: what they have done by then, a noun.
+        seconds: how long rank 0 waits.
+
+    Raises:
+        StuckError: some did not come. Only rank 0 learns who, so the others wait longer, for it to say so.
+    """
+    if processes.world_size == 1:
+        return
+    limit = datetime.timedelta(seconds=seconds if processes.is_main_process else 2 * seconds)
+    try:
+        dist.monitored_barrier(processes.host_group, limit, wait_all_ranks=True)
+    except RuntimeError as error:
+        late = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error)) if processes.is_main_process else None
+        if late is None:
+            raise StuckError([0], f"did not meet the others after {at}; it says why, or is what hangs") from error
+        ranks = sorted(int(rank) for rank in late.group(1).split(","))
+        raise StuckError(ranks, f"did not come through {at} in {seconds:g} s") from error
 
 
 def all_ranks_or_raise(work: Callable[[], T], processes: Processes) -> T:
@@ -135,22 +176,22 @@ def all_ranks_or_raise(work: Callable[[], T], processes: Processes) -> T:
     except OSError as error:
         if (problem := file_problem(error)) is None:
             raise
-    problems = gather(problem, processes.host_group)
+    problems = all_gather_objects(problem, processes.host_group)
     if (first := next((each for each in problems if each is not None), None)) is not None:
         raise UserError(first)
     return result  # type: ignore[return-value]
 
 
-def from_main(work: Callable[[], T], processes: Processes) -> T:
+def broadcast_from_main(work: Callable[[], T], processes: Processes) -> T:
     """What `work` returns on the main process, on all of them; where it raises a UserError there, all raise it.
 
     The main process alone says it: one line, however many ranks there are.
     """
     try:
-        value = all_ranks_or_raise(lambda: work() if processes.main else None, processes)
+        value = all_ranks_or_raise(lambda: work() if processes.is_main_process else None, processes)
     except UserError as error:
-        raise error if processes.main else SaidByMain(str(error)) from None
-    result: T = gather(value, processes.host_group)[0]
+        raise error if processes.is_main_process else ReportedByMain(str(error)) from None
+    result: T = all_gather_objects(value, processes.host_group)[0]
     return result
 
 

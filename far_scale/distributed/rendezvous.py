@@ -28,7 +28,7 @@ _READING = datetime.timedelta(seconds=20)
 _POLL = 0.05  # seconds between two looks at who has come
 
 
-def meet(rank: int, count: int, device: str) -> dist.Store:
+def rendezvous(rank: int, count: int, device: str) -> dist.Store:
     """Wait until all ranks are here; returns the store that they share, for the process group.
 
     Args:

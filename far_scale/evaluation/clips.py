@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from far_scale.convert.model_dir import ModelCard
+from far_scale.convert.model_dir import ModelMetadata
 from far_scale.data.shards.manifest import MANIFEST_NAME
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.video.pictures import Frames, Framing
@@ -29,7 +29,7 @@ from far_scale.data.video.videos import Video, read_label, read_video
 from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.rollouts.episodes import check_classes, check_set
 from far_scale.model import FARConfig
-from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import sha256
 from far_scale.utils.rng import generator
 
@@ -94,7 +94,7 @@ class ClipSet(Interface):
 
 
 def open_clips(
-    protocol: Protocol, config: FARConfig, card: ModelCard, downsample: int, source: ClipSource
+    protocol: Protocol, config: FARConfig, card: ModelMetadata, downsample: int, source: ClipSource
 ) -> tuple[ClipSet, Protocol]:
     """The clips that a protocol takes of a set, and the protocol with their fingerprint.
 
@@ -113,7 +113,7 @@ def open_clips(
             f"{size[1]}x{size[0]} pixels; take the protocol of that size, or a model of this one"
         )
     if card.frame_stride != protocol.clips.stride:
-        say_warning(
+        print_warning(
             f"the model was trained with a frame stride of {card.frame_stride}, and protocol {protocol.name} has "
             f"{protocol.clips.stride}"
         )
@@ -143,7 +143,7 @@ class _VideoClips:
     """Clips of video files."""
 
     def __init__(
-        self, protocol: Protocol, config: FARConfig, card: ModelCard, videos: Path, split: Path | None
+        self, protocol: Protocol, config: FARConfig, card: ModelMetadata, videos: Path, split: Path | None
     ) -> None:
         self._protocol = protocol
         self._conditioned = protocol.sampling.guidance != -1
@@ -210,7 +210,7 @@ class _VideoClips:
 class _ShardClips:
     """Clips of a shard set."""
 
-    def __init__(self, protocol: Protocol, config: FARConfig, card: ModelCard, shards: ShardSet) -> None:
+    def __init__(self, protocol: Protocol, config: FARConfig, card: ModelMetadata, shards: ShardSet) -> None:
         self._protocol, self._shards = protocol, shards
         self._conditioned = protocol.sampling.guidance != -1
         self._labels = config.labels if self._conditioned else 0

@@ -14,7 +14,7 @@ import torch
 
 from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.convert.model_dir import is_model_dir
-from far_scale.distributed.process_group import Processes, from_main
+from far_scale.distributed.process_group import Processes, broadcast_from_main
 from far_scale.evaluation.by_step import PLOT, is_evaluated, refuse_other_protocols, step_folders, write_scores_by_step
 from far_scale.evaluation.clips import ClipSource
 from far_scale.evaluation.protocol import Protocol
@@ -29,7 +29,7 @@ from far_scale.train.lease import NAME as LEASE
 from far_scale.train.lease import Lease
 from far_scale.train.wandb_run import WandbRun
 from far_scale.train.wandb_scores import STEP_KEY, ScoreRows
-from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.errors import UserError, print_warning
 
 MODEL = "model"
 POLL_SECONDS = 30.0
@@ -55,16 +55,16 @@ def follow(run: Path, protocol: Protocol, out: Path, clips: ClipSource, once: bo
     """
     check_count(protocol)
     following = _Following(run, protocol, out, clips, processes.device)
-    from_main(lambda: following.begin(once), processes)
+    broadcast_from_main(lambda: following.begin(once), processes)
     while True:
-        step = from_main(following.next_step, processes)
+        step = broadcast_from_main(following.next_step, processes)
         if step is not None:
             evaluate(functools.partial(following.open, step), processes, None, merge_only=False, keep_samples=False)
-            from_main(functools.partial(following.settle, step), processes)
-        elif (from_main(following.is_over, processes) and _log_rest(following, processes)) or once:
+            broadcast_from_main(functools.partial(following.settle, step), processes)
+        elif (broadcast_from_main(following.is_over, processes) and _log_rest(following, processes)) or once:
             return
         else:
-            from_main(following.wait, processes)
+            broadcast_from_main(following.wait, processes)
 
 
 @dataclass
@@ -136,7 +136,7 @@ class _Following:
                     name = f"{scores.protocol}-{scores.protocol_hash[:8]}-step-{number:08d}"
                     ScoreRows(self.run).put(name, _row(number, scores))
             except OSError as error:  # scores in wandb are never worth an evaluation
-                say_warning(f"{self.run}: scores cannot be left for wandb ({error})")
+                print_warning(f"{self.run}: scores cannot be left for wandb ({error})")
         if step is not None:
             print(f"step {step}: {_in_words(found[step])}; see {self.out / PLOT}", flush=True)
 
@@ -176,7 +176,7 @@ class _Following:
         try:
             WandbRun(recipe, run_identity(self.run)[0], self.run, folder).log_scores()
         except Exception as error:  # of whatever kind wandb's connection gives
-            say_warning(f"wandb: {type(error).__name__}: {error}; run this again to log the scores")
+            print_warning(f"wandb: {type(error).__name__}: {error}; run this again to log the scores")
 
     def rows_wait(self) -> bool:
         """Whether there are scores to log."""
@@ -210,7 +210,7 @@ class _Following:
                 raise
             if begun:
                 return True
-            say_warning(f"{problem}; step {step} is not evaluated")
+            print_warning(f"{problem}; step {step} is not evaluated")
             self.skipped.add((step, _changed(source) or 0))
             return False
         if written and (folder / SETTINGS).is_file():  # begun with other weights
@@ -222,11 +222,11 @@ class _Following:
 
 def _log_rest(following: _Following, processes: Processes) -> bool:
     """Log what is left for wandb; False while another job has the run's lease, and so may write to the wandb run."""
-    if not from_main(following.rows_wait, processes):
+    if not broadcast_from_main(following.rows_wait, processes):
         return True
     try:
         with Lease(following.run, processes):
-            from_main(following.log_rest, processes)
+            broadcast_from_main(following.log_rest, processes)
     except UserError:
         return False
     return True

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from far_scale.autoencoder import Autoencoder
-from far_scale.convert.model_dir import ModelCard
+from far_scale.convert.model_dir import ModelMetadata
 from far_scale.data.video.pictures import to_pixels
 from far_scale.evaluation.clips import Clip
 from far_scale.evaluation.protocol import Protocol
@@ -65,7 +65,7 @@ class FrameCoder:
 class Generator:
     """Samples batches of clips, always of `sampling.batch` rows, so that nothing depends on what is beside a clip."""
 
-    def __init__(self, model: FAR, card: ModelCard, coder: FrameCoder, protocol: Protocol) -> None:
+    def __init__(self, model: FAR, card: ModelMetadata, coder: FrameCoder, protocol: Protocol) -> None:
         self._model, self._card, self._coder, self._protocol = model, card, coder, protocol
         self._device = next(model.parameters()).device
 

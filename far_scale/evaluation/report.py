@@ -15,7 +15,7 @@ import numpy as np
 from far_scale.data.video.videos import write_mp4
 from far_scale.evaluation.curves import COLOURS, RECONSTRUCTION_STYLE, REPEAT_STYLE, Line, draw_curves
 from far_scale.evaluation.protocol import Protocol
-from far_scale.evaluation.rollouts.pictures import Film, Pixels, Sheet, Shown
+from far_scale.evaluation.rollouts.pictures import ContactSheet, GridSpec, Pixels, VideoGrid
 from far_scale.evaluation.scores import PAIRED, PerClip, Scores, frames_of, parse_scores, read_per_clip, read_scores
 from far_scale.evaluation.tables import (
     LABELS,
@@ -146,11 +146,11 @@ def _best_and_worst(clips: PerClip) -> list[_Picked]:
 
 
 def _draw_clips(out: Path, picked: list[_Picked], protocol: Protocol) -> None:
-    sheet: Sheet | None = None
+    sheet: ContactSheet | None = None
     for number, (key, _) in enumerate(picked):
         for index, (truth, prediction) in enumerate(_frames(out, key)):
             if sheet is None:
-                sheet = Sheet(_shown(protocol, len(picked), truth), [each.caption for each in picked])
+                sheet = ContactSheet(_shown(protocol, len(picked), truth), [each.caption for each in picked])
             sheet.add(index, truth[None], prediction[None], first=number)
     if sheet is not None:
         sheet.write(out / "best_worst.png")
@@ -158,10 +158,10 @@ def _draw_clips(out: Path, picked: list[_Picked], protocol: Protocol) -> None:
 
 def _write_film(out: Path, keys: list[str], protocol: Protocol) -> None:
     def pictures() -> Iterator[Pixels]:
-        film: Film | None = None
+        film: VideoGrid | None = None
         for index, pairs in enumerate(zip(*(_frames(out, key) for key in keys), strict=True)):
             truth, prediction = (np.stack(frames) for frames in zip(*pairs, strict=True))
-            film = film or Film(_shown(protocol, len(keys), truth[0]))
+            film = film or VideoGrid(_shown(protocol, len(keys), truth[0]))
             yield film.picture(index, truth, prediction)
 
     write_mp4(out / "samples.mp4", pictures(), FPS)
@@ -173,10 +173,10 @@ def _frames(out: Path, key: str) -> Iterator[tuple[Pixels, Pixels]]:
     return zip(frames_of(sample, "truth"), frames_of(sample, "frames"), strict=True)
 
 
-def _shown(protocol: Protocol, clips: int, frame: Pixels) -> Shown:
+def _shown(protocol: Protocol, clips: int, frame: Pixels) -> GridSpec:
     frames = protocol.total_frames
     # the model's window is not the evaluation's concern: no frame is marked as past it
-    return Shown(clips, frames, protocol.sampling.given, frames, (frame.shape[0], frame.shape[1]), truth=True)
+    return GridSpec(clips, frames, protocol.sampling.given, frames, (frame.shape[0], frame.shape[1]), truth=True)
 
 
 def _write_text(path: Path, text: str) -> None:

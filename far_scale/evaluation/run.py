@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from far_scale.convert.model_dir import CONFIG_FILE, ModelCard, TrainingCard, read_config
+from far_scale.convert.model_dir import CONFIG_FILE, ModelMetadata, TrainingMetadata, read_config
 from far_scale.distributed.process_group import (
     Processes,
     all_ranks_or_raise,
-    from_main,
+    broadcast_from_main,
     stop_processes,
     take_launcher_variables,
 )
@@ -34,7 +34,7 @@ from far_scale.evaluation.rollouts.evaluate import load_autoencoder
 from far_scale.evaluation.units import PRECISIONS, SETTINGS, Evaluation
 from far_scale.sampling.sampler import check_context_noise, check_guidance
 from far_scale.train.checkpoint.export import export_if_needed
-from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import read_json, sha256, write_json
 
 _PATIENCE = datetime.timedelta(days=7)  # for which processes wait for the slowest one
@@ -99,15 +99,15 @@ def evaluate(
         UserError: on all processes, what one of them cannot read or write.
     """
     opened: list[Evaluation] = []
-    from_main(lambda: opened.append(open_it(True)), processes)
+    broadcast_from_main(lambda: opened.append(open_it(True)), processes)
     evaluation = all_ranks_or_raise(lambda: opened[0] if opened else open_it(False), processes)
     scores = all_ranks_or_raise(lambda: finished(evaluation, keep_samples), processes)
     if scores is not None:
         return scores
     if not merge_only:
-        own = share or Share(processes.rank, processes.count)
+        own = share or Share(processes.rank, processes.world_size)
         all_ranks_or_raise(lambda: compute(evaluation, own), processes)
-    return None if share is not None else from_main(lambda: finish(evaluation, keep_samples), processes)
+    return None if share is not None else broadcast_from_main(lambda: finish(evaluation, keep_samples), processes)
 
 
 def open_evaluation(
@@ -218,12 +218,12 @@ def finished(evaluation: Evaluation, keep_samples: bool) -> dict[str, Any] | Non
     return scores if evaluation.differs(scores) is None else None
 
 
-def weights_of(source: Path, model_dir: Path, card: ModelCard) -> dict[str, Any]:
+def weights_of(source: Path, model_dir: Path, card: ModelMetadata) -> dict[str, Any]:
     """Which weights are evaluated: where they come from, and the SHA-256 of the files that they are in."""
     files = {path.name: sha256(path) for path in sorted(model_dir.glob("*.safetensors"))}
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     training = card.training
-    if isinstance(training, TrainingCard):
+    if isinstance(training, TrainingMetadata):
         return {"source": str(source), "kind": training.weights, "step": training.step, "sha256": digest}
     return {"source": str(source), "kind": "imported", "imported_from": training.imported_from, "sha256": digest}
 
@@ -237,10 +237,10 @@ def _step_before(out: Path) -> int | None:
     return step if type(step) is int else None
 
 
-def _check_model(model_dir: Path, card: ModelCard, protocol: Protocol) -> None:
+def _check_model(model_dir: Path, card: ModelMetadata, protocol: Protocol) -> None:
     training, wanted = card.training, protocol.sampling.weights
-    if not isinstance(training, TrainingCard):
-        say_warning(f"{model_dir}: imported weights are taken for the {wanted} weights of protocol {protocol.name}")
+    if not isinstance(training, TrainingMetadata):
+        print_warning(f"{model_dir}: imported weights are taken for the {wanted} weights of protocol {protocol.name}")
     elif training.weights != wanted:
         raise UserError(
             f"{model_dir}: holds the run's {training.weights} weights, and protocol {protocol.name} takes {wanted}; "

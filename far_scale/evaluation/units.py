@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 import far_scale
 from far_scale.autoencoder import Autoencoder
-from far_scale.convert.model_dir import ModelCard, load_model_dir
+from far_scale.convert.model_dir import ModelMetadata, load_model_dir
 from far_scale.evaluation.clips import Clip, ClipSet
 from far_scale.evaluation.generate import FrameCoder, Generator
 from far_scale.evaluation.measure import Arrays, Measure
@@ -77,7 +77,7 @@ class Evaluation:
     protocol: Protocol
     clips: ClipSet
     model_dir: Path
-    card: ModelCard
+    card: ModelMetadata
     weights: dict[str, Any]
     autoencoder: Autoencoder
     out: Path

@@ -23,10 +23,10 @@ from far_scale.autoencoder.lpips_network import SMALLEST
 from far_scale.config.recipe import Recipe
 from far_scale.config.schema import SampleSection
 from far_scale.convert.fit import empty_model
-from far_scale.convert.model_dir import ModelCard, TrainingCard
+from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.distributed.process_group import Processes, all_ranks_or_raise, gather
+from far_scale.distributed.process_group import Processes, all_gather_objects, all_ranks_or_raise
 from far_scale.evaluation.lpips import LPIPS
 from far_scale.evaluation.rollouts.episodes import Episodes, Wanted, shard_episodes
 from far_scale.evaluation.rollouts.evaluate import load_autoencoder
@@ -39,7 +39,7 @@ from far_scale.train.deepspeed_adapter import whole_shape
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments
 from far_scale.utils.errors import UserError
-from far_scale.utils.event_log import Events
+from far_scale.utils.event_log import EventLog
 from far_scale.utils.io import write_json
 
 SOURCES = ("prediction", "repeat_last")
@@ -60,7 +60,7 @@ class _Sampled:
     scores: NDArray[np.float64]
 
 
-class Samples:
+class VideoSampler:
     """Samples the first held-out clips: rank r of W takes clips r, r + W, ...; rank 0 writes and scores all of them.
 
     Args:
@@ -86,18 +86,18 @@ class Samples:
         frames: int,
         seed: int,
         dtype: torch.dtype,
-        card: ModelCard,
+        card: ModelMetadata,
         clips: int,
         opened: tuple[Autoencoder, Episodes] | None,
         processes: Processes,
-        events: Events,
+        events: EventLog,
     ) -> None:
         self._run, self._section, self._frames, self._seed, self._dtype = run, section, frames, seed, dtype
         self._card, self._clips, self._processes, self._events = card, clips, processes, events
         self._opened = opened
         self._lpips: LPIPS | None = None
         problem = None if opened is None else self._load_lpips(opened[0].downsample)
-        self.without_lpips = next(filter(None, gather(problem, processes.host_group)), None)
+        self.without_lpips = next(filter(None, all_gather_objects(problem, processes.host_group)), None)
         if self.without_lpips is not None:
             self._lpips = None
 
@@ -134,17 +134,17 @@ class Samples:
                 own = self._sample(roll_out, beat)
             except UserError as error:
                 own = str(error)
-        parts: list[Any] = [None] * self._processes.count
-        dist.gather_object(own, parts if self._processes.main else None, group=self._processes.host_group)
-        if not self._processes.main:
+        parts: list[Any] = [None] * self._processes.world_size
+        dist.gather_object(own, parts if self._processes.is_main_process else None, group=self._processes.host_group)
+        if not self._processes.is_main_process:
             return None
         if (problem := next((part for part in parts if isinstance(part, str)), None)) is not None:
-            self._events.tell("validation-failed", step, f"step {step}: no samples: {problem}")
+            self._events.emit("validation-failed", step, f"step {step}: no samples: {problem}")
             return None
         return self._write(step, roll_out, _in_order(parts), beat)
 
     def _sample(self, roll_out: RollOut, beat: Callable[[], None]) -> _Sampled:
-        clips = slice(self._processes.rank, None, self._processes.count)
+        clips = slice(self._processes.rank, None, self._processes.world_size)
         prediction, truth, scores = [], [], []
         last_given = None
         for frame in roll_out.frames_of(clips, progress=False):
@@ -197,7 +197,7 @@ class Samples:
             draw(roll_out.shown(self._clips), pictures(), roll_out.data.fps, video, folder / "samples.png")
             write_json(folder / "scores.json", report)
         except (UserError, OSError) as error:
-            self._events.tell("validation-failed", step, f"step {step}: the samples cannot be written: {error}")
+            self._events.emit("validation-failed", step, f"step {step}: the samples cannot be written: {error}")
             return {**means, "video": None}
         return {**means, "video": str(video.relative_to(self._run))}
 
@@ -220,8 +220,8 @@ def open_validation_videos(
     scaling: LatentScaling,
     dtype: torch.dtype,
     processes: Processes,
-    events: Events,
-) -> Samples:
+    events: EventLog,
+) -> VideoSampler:
     """Open the first clips of held-out `shards` to sample videos of them; every rank calls it.
 
     Args:
@@ -235,14 +235,14 @@ def open_validation_videos(
     """
     assert recipe.validation is not None
     manifest, sample, frames = shards.manifest, recipe.sample, recipe.sample_frames()
-    card = ModelCard(
+    card = ModelMetadata(
         autoencoder=manifest.autoencoder,
         scaling=scaling,
         latent_shape=manifest.latent_shape,
         fps=manifest.fps,
         frame_stride=recipe.data.frame_stride,
         classes=manifest.classes,
-        training=TrainingCard(step=0, recipe_hash=recipe.hash(), weights="ema", far_scale=far_scale.__version__),
+        training=TrainingMetadata(step=0, recipe_hash=recipe.hash(), weights="ema", far_scale=far_scale.__version__),
     )
     clips = min(recipe.validation.sample_clips, sum(shards.samples_per_shard))
     wanted = Wanted(sample.given, frames, clips, conditioned=sample.guidance != -1)
@@ -252,7 +252,9 @@ def open_validation_videos(
         return autoencoder, shard_episodes(shards, stage.config, card, autoencoder, wanted)
 
     opened = all_ranks_or_raise(lambda: open_clips() if processes.rank < clips else None, processes)
-    return Samples(Path(recipe.run_dir), sample, frames, recipe.seed, dtype, card, clips, opened, processes, events)
+    return VideoSampler(
+        Path(recipe.run_dir), sample, frames, recipe.seed, dtype, card, clips, opened, processes, events
+    )
 
 
 def whole_ema(engine: Any, ema: ShardedEMA, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:

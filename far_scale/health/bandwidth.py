@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from far_scale.distributed import meeting
-from far_scale.distributed.meeting import StuckError, meet
-from far_scale.distributed.process_group import Processes, gather
+from far_scale.distributed import process_group
+from far_scale.distributed.process_group import Processes, StuckError, all_gather_objects, wait_for_all_ranks
 from far_scale.utils.hosts import ranks_by_host
 
 INSIDE, BETWEEN = "in the node", "between nodes"
@@ -61,9 +60,9 @@ def measure_links(processes: Processes, hosts: Sequence[str]) -> Links:
     Raises:
         StuckError: some messages do not arrive, or ranks hang; the ranks' group is of no more use then.
     """
-    if processes.count == 1:
+    if processes.world_size == 1:
         return Links({}, float("inf"))
-    everyone = list(range(processes.count))
+    everyone = list(range(processes.world_size))
     numbers = _BYTES[processes.device.type] // 4
     outgoing, incoming = torch.ones(2, numbers, dtype=torch.float32, device=processes.device)
 
@@ -88,8 +87,8 @@ def measure_links(processes: Processes, hosts: Sequence[str]) -> Links:
         if partner is not None:
             measured[partner] = 4 * numbers / seconds
     seconds = _timed(processes, all_reduce(outgoing), _REPEATS, everyone)
-    bus = 2 * (processes.count - 1) / processes.count * 4 * numbers / seconds
-    of_ranks = gather((measured, bus), processes.host_group)
+    bus = 2 * (processes.world_size - 1) / processes.world_size * 4 * numbers / seconds
+    of_ranks = all_gather_objects((measured, bus), processes.host_group)
     return Links(better_links(plan, [speeds for speeds, _ in of_ranks]), min(bus for _, bus in of_ranks))
 
 
@@ -138,10 +137,12 @@ def _timed(processes: Processes, send: Callable[[], list[dist.Work]], repeats: i
         arrived = arrived and _arrive(send(), processes.device)
         best = min(best, time.perf_counter() - start)
     # Whoever waited for a message in vain comes later by that time.
-    meet(processes, "an exchange of messages", 2 * meeting.STUCK_SECONDS)
-    stuck = {rank for ranks in gather([] if arrived else involved, processes.host_group) for rank in ranks}
+    wait_for_all_ranks(processes, "an exchange of messages", 2 * process_group.STUCK_SECONDS)
+    stuck = {rank for ranks in all_gather_objects([] if arrived else involved, processes.host_group) for rank in ranks}
     if stuck:
-        raise StuckError(sorted(stuck), f"wait for each other's messages for more than {meeting.STUCK_SECONDS:g} s")
+        raise StuckError(
+            sorted(stuck), f"wait for each other's messages for more than {process_group.STUCK_SECONDS:g} s"
+        )
     return best
 
 
@@ -149,14 +150,14 @@ def _arrive(works: list[dist.Work], device: torch.device) -> bool:
     """Wait for messages, but not forever."""
     if device.type == "cuda":
         # NCCL's own wait is one of the GPU, not of this thread.
-        deadline = time.monotonic() + meeting.STUCK_SECONDS
+        deadline = time.monotonic() + process_group.STUCK_SECONDS
         while not all(work.is_completed() for work in works):
             if time.monotonic() > deadline:
                 return False
         return True
     try:
         for work in works:
-            work.wait(datetime.timedelta(seconds=meeting.STUCK_SECONDS))
+            work.wait(datetime.timedelta(seconds=process_group.STUCK_SECONDS))
     except RuntimeError:
         return False
     return True

@@ -8,7 +8,7 @@ import time
 import torch
 
 
-class KnownProduct:
+class GemmProbe:
     """The product of two matrices of +1 and -1 on one device.
 
     Its entries are even and, at these sizes, below 512, and so is what they are summed up from in even portions: they

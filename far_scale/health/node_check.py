@@ -17,7 +17,7 @@ import torch
 
 import far_scale
 from far_scale.config.recipe import Recipe
-from far_scale.health.gemm_probe import KnownProduct
+from far_scale.health.gemm_probe import GemmProbe
 from far_scale.utils.hosts import rank_list, ranks_on_hosts
 
 FAR_FROM_MEDIAN = 2.0
@@ -68,7 +68,7 @@ def examine(rank: int, host: str, device: torch.device, dtype: torch.dtype, reci
     fault, flops = None, 0.0
     try:
         free, total = _memory(device)
-        product = KnownProduct(device, dtype)
+        product = GemmProbe(device, dtype)
         if product.is_right():
             flops = product.flops / product.seconds(_BATCHES)
         else:

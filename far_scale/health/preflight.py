@@ -10,10 +10,9 @@ from typing import Any, NoReturn
 import torch
 
 from far_scale.config.recipe import Recipe
-from far_scale.distributed import meeting
+from far_scale.distributed import process_group
 from far_scale.distributed.exit_codes import REFUSED
-from far_scale.distributed.meeting import StuckError, meet
-from far_scale.distributed.process_group import Processes, gather
+from far_scale.distributed.process_group import Processes, StuckError, all_gather_objects, wait_for_all_ranks
 from far_scale.health.bandwidth import BETWEEN, INSIDE, Links, measure_links
 from far_scale.health.node_check import (
     FAR_FROM_MEDIAN,
@@ -25,13 +24,13 @@ from far_scale.health.node_check import (
     upper_median,
 )
 from far_scale.model import FAR
-from far_scale.utils.errors import UserError, say_error
-from far_scale.utils.event_log import Events
+from far_scale.utils.errors import UserError, print_error
+from far_scale.utils.event_log import EventLog
 from far_scale.utils.hosts import host_name, rank_list, ranks_by_host, ranks_on_hosts
 from far_scale.utils.io import flatten
 
 
-def check_nodes(recipe: Recipe, processes: Processes, dtype: torch.dtype, events: Events, step: int) -> list[str]:
+def check_nodes(recipe: Recipe, processes: Processes, dtype: torch.dtype, events: EventLog, step: int) -> list[str]:
     """Examine all ranks' nodes and the links between them, all ranks together; print a line for each node.
 
     A few seconds: half a second for the node, one or two for the links, and NCCL's first contact, which would
@@ -48,16 +47,16 @@ def check_nodes(recipe: Recipe, processes: Processes, dtype: torch.dtype, events
         UserError: on all ranks alike: a device calculates wrongly or is full, a disk is full, or the ranks do not all
             have the same code, recipe and versions. Names the ranks, their nodes and the mend.
     """
-    hosts = gather(host_name(), processes.host_group)
+    hosts = all_gather_objects(host_name(), processes.host_group)
     report = examine(processes.rank, hosts[processes.rank], processes.device, dtype, recipe)
     try:
-        meet(processes, "the examination of its node", meeting.STUCK_SECONDS)
+        wait_for_all_ranks(processes, "the examination of its node", process_group.STUCK_SECONDS)
     except StuckError as error:
         _end(error, hosts)
-    reports: list[RankReport] = gather(report, processes.host_group)
+    reports: list[RankReport] = all_gather_objects(report, processes.host_group)
     problems = refusals(reports, checkpoint_bytes(recipe))
     if len({report.recipe for report in reports}) > 1:
-        keys = _different_keys(gather(common_values(recipe), processes.host_group))
+        keys = _different_keys(all_gather_objects(common_values(recipe), processes.host_group))
         problems.append(f"the keys that differ: {', '.join(keys)}")
     if problems:
         raise UserError(f"{recipe.name}: start-up check: {'; '.join(problems)}")
@@ -65,15 +64,15 @@ def check_nodes(recipe: Recipe, processes: Processes, dtype: torch.dtype, events
         links = measure_links(processes, hosts)
     except StuckError as error:
         _end(error, hosts)
-    if processes.main:
+    if processes.is_main_process:
         for line in node_table(reports, links):
             print(line, flush=True)
         for text, slow in slow_nodes(reports, links):
             on = sorted({hosts[rank] for rank in slow})
-            events.tell("node", step, f"start-up check: {text}", ranks=slow, hosts=on)
+            events.emit("node", step, f"start-up check: {text}", ranks=slow, hosts=on)
         nodes = {host: rank_list(ranks) for host, ranks in ranks_by_host(hosts).items()}
         text = f"start-up check: nodes: {len(nodes)}, ranks: {len(hosts)}, all usable"
-        events.tell("nodes", step, text, nodes=nodes)
+        events.emit("nodes", step, text, nodes=nodes)
     return hosts
 
 
@@ -136,7 +135,7 @@ def _end(error: StuckError, hosts: Sequence[str]) -> NoReturn:
     bad = dict.fromkeys(hosts[rank] for rank in error.ranks)
     all_of_them = len(bad) == len(set(hosts))
     mend = "NCCL_DEBUG=INFO shows more" if all_of_them else f"leave the node out: sbatch --exclude={','.join(bad)}"
-    say_error(UserError(f"start-up check: {ranks_on_hosts(error.ranks, hosts)} {error.what}; {mend}"))
+    print_error(UserError(f"start-up check: {ranks_on_hosts(error.ranks, hosts)} {error.what}; {mend}"))
     os._exit(REFUSED)
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from far_scale.distributed.process_group import Processes
-from far_scale.health.gemm_probe import KnownProduct
-from far_scale.utils.event_log import Events
+from far_scale.health.gemm_probe import GemmProbe
+from far_scale.utils.event_log import EventLog
 
 TIMES = 1.5
 """A slow rank takes so many times the median."""
@@ -44,7 +44,7 @@ class Slow:
     times: float
 
 
-class SlowRanks:
+class StragglerDetector:
     """Compares the ranks at every log line and tells, once until it recovers, which one is slow and at what.
 
     Args:
@@ -54,15 +54,15 @@ class SlowRanks:
         hosts: every rank's host, by rank.
     """
 
-    def __init__(self, processes: Processes, dtype: torch.dtype, events: Events, hosts: Sequence[str]) -> None:
+    def __init__(self, processes: Processes, dtype: torch.dtype, events: EventLog, hosts: Sequence[str]) -> None:
         self._processes, self._events, self._hosts = processes, events, hosts
-        self._product = KnownProduct(processes.device, dtype)
+        self._product = GemmProbe(processes.device, dtype)
         self._waits: deque[list[float]] = deque(maxlen=LINES)
         self._products: deque[list[float]] = deque(maxlen=LINES)
         self._told: set[tuple[str, int]] = set()
         self._last: tuple[int, float] | None = None
 
-    def tell(self, step: int, waited: float) -> None:
+    def report(self, step: int, waited: float) -> None:
         """At a log line, on all ranks together.
 
         Args:
@@ -91,7 +91,7 @@ class SlowRanks:
             if (what, one.rank) not in self._told:
                 host = self._hosts[one.rank]
                 text = f"step {step}: rank {one.rank} on {host} is slow: it {what} {one.times:.1f} times the median"
-                self._events.tell("slow", step, text, rank=one.rank, host=host, what=what, times=one.times)
+                self._events.emit("slow", step, text, rank=one.rank, host=host, what=what, times=one.times)
         others = {key for key in self._told if key[0] != what}
         self._told = others | {(what, one.rank) for one in slow}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from far_scale.distributed.exit_codes import REQUEUE
-from far_scale.utils.event_log import Events
+from far_scale.utils.event_log import EventLog
 from far_scale.utils.hosts import rank_list, ranks_on_hosts
 
 START_SECONDS = 1800.0
@@ -61,7 +61,7 @@ class Watchdog:
         hosts: every rank's host, by rank.
     """
 
-    def __init__(self, run_dir: Path, rank: int, seconds: float, events: Events, hosts: Sequence[str]) -> None:
+    def __init__(self, run_dir: Path, rank: int, seconds: float, events: EventLog, hosts: Sequence[str]) -> None:
         self._run, self._rank, self._seconds, self._events, self._hosts = run_dir, rank, seconds, events, hosts
         self._step: int | None = None
         self._beats = 0
@@ -152,8 +152,8 @@ class Watchdog:
             text += f"; {where} wrote none: stopped, dead, or stuck in code that holds Python's lock"
         text += f"; ending with status {REQUEUE}, to be started again"
         # The process that usually tells may be the one that is stuck.
-        events = self._events if self._rank == 0 else Events(self._run, main=True)
-        events.tell("watchdog", self._step or 0, text, missing=missing, wrote=sorted(wrote))
+        events = self._events if self._rank == 0 else EventLog(self._run, is_main_process=True)
+        events.emit("watchdog", self._step or 0, text, missing=missing, wrote=sorted(wrote))
 
     def _what(self) -> str:
         return f"rank {self._rank} on {self._hosts[self._rank]}: {self._silence()}"

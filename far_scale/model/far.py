@@ -25,7 +25,7 @@ from far_scale.model.layers import (
     Output,
     TimestepEmbedding,
     Tokens,
-    Unread,
+    UnusedWeights,
     linear,
     rotations,
 )
@@ -133,7 +133,7 @@ class FAR(nn.Module):
         if context:
             context_channels = config.channels * config.context_patch**2
             self.context_patch_embedding = linear(context_channels, config.width)
-            self.context_output = Unread(
+            self.context_output = UnusedWeights(
                 weight=torch.zeros(context_channels, config.width), bias=torch.zeros(context_channels)
             )
 
@@ -190,7 +190,7 @@ class FAR(nn.Module):
 
         frames = latents.reshape(-1, channels, height, width)
         condition = self.condition(timesteps.flatten(), self._classes(actions, labels, layout))
-        device, order, context = latents.device, layout.window_order(latents.device), None
+        device, plan, context = latents.device, layout.window_plan(latents.device), None
         if self.config.context_patch:
             rows = layout.context_rows(device)
             patches = to_patches(frames[rows], self.config.context_patch)
@@ -198,12 +198,12 @@ class FAR(nn.Module):
                 self.context_patch_embedding(patches.to(condition.dtype)),
                 condition[rows],
                 self.rotations(layout.context),
-                layout.context_order.key,
+                layout.context_plan.handle,
             )
             rows = layout.window_rows(device)
             frames, condition = frames[rows], condition[rows]
         x = self.patch_embedding(to_patches(frames, self.config.patch).to(condition.dtype))
-        window = Tokens(x, condition, self.rotations(layout.window), order.key)
+        window = Tokens(x, condition, self.rotations(layout.window), plan.handle)
         kernel = self.kernel()
         for block in self.blocks:
             x, seen = block(kernel, *window, *(context or ()))

@@ -110,7 +110,7 @@ class TimestepEmbedding(nn.Module):
         return self.out(F.silu(self.up(sinusoids)))
 
 
-class Unread(nn.Module):
+class UnusedWeights(nn.Module):
     """Weights of the official model that its computation never reads, kept so that they come back unchanged.
 
     They are buffers: in the state dict, but neither trained nor sharded.
@@ -139,7 +139,9 @@ class Attention(nn.Module):
         self.out = linear(width, width)
         if context:
             self.context_qkv = linear(width, 3 * width, thirds=3)
-            self.context_norm_q = Unread(weight=torch.ones(HEAD_DIM)) if last else nn.RMSNorm(HEAD_DIM, eps=NORM_EPS)
+            self.context_norm_q = (
+                UnusedWeights(weight=torch.ones(HEAD_DIM)) if last else nn.RMSNorm(HEAD_DIM, eps=NORM_EPS)
+            )
             self.context_norm_k = nn.RMSNorm(HEAD_DIM, eps=NORM_EPS)
             if not last:
                 self.context_out = linear(width, width)
@@ -183,13 +185,13 @@ class Tokens(NamedTuple):
         x: `[F, P, E]`.
         condition: `[F, E]` what each frame is told, SiLU taken already.
         rotation: `[F * P, D/2, 2]` rotary cosine and sine.
-        order: the key of what they see (`Order`).
+        handle: of what they see (`AttentionPlan`).
     """
 
     x: Tensor
     condition: Tensor
     rotation: Tensor
-    order: Tensor
+    handle: Tensor
 
 
 class Block(nn.Module):
@@ -245,13 +247,13 @@ class Block(nn.Module):
         return self.window(window, k, v, kernel)[0], seen
 
     def window(
-        self, tokens: Tokens, earlier_k: Tensor | None, earlier_v: Tensor | None, kernel: str
+        self, tokens: Tokens, prefix_k: Tensor | None, prefix_v: Tensor | None, kernel: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The layer over window tokens, which also see earlier keys and values `[S, N, D]`: x, k and v `[T, N, D]`."""
-        x, condition, rotation, order = tokens
+        x, condition, rotation, handle = tokens
         shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
         q, k, v = self.attention.project(modulated_norm(x, scale, shift), rotation)
-        seen = attend(q, k, v, earlier_k, earlier_v, order, kernel).reshape(x.shape)
+        seen = attend(q, k, v, prefix_k, prefix_v, handle, kernel).reshape(x.shape)
         return self.add_mlp(gated(x, gate, self.attention.out(seen)), self.mlp_modulation(condition)), k, v
 
     def window_keys(self, x: Tensor, condition: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,15 +263,15 @@ class Block(nn.Module):
         return k, v
 
     def context(
-        self, tokens: Tokens, earlier_k: Tensor | None, earlier_v: Tensor | None, kernel: str
+        self, tokens: Tokens, prefix_k: Tensor | None, prefix_v: Tensor | None, kernel: str
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """The layer over context tokens, likewise; in the last block the new x is None."""
-        x, condition, rotation, order = tokens
+        x, condition, rotation, handle = tokens
         shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
         q, k, v = self.attention.project_context(modulated_norm(x, scale, shift), rotation)
         if q is None:
             return None, k, v
-        seen = attend(q, k, v, earlier_k, earlier_v, order, kernel).reshape(x.shape)
+        seen = attend(q, k, v, prefix_k, prefix_v, handle, kernel).reshape(x.shape)
         return self.add_mlp(gated(x, gate, self.attention.context_out(seen)), self.mlp_modulation(condition)), k, v
 
     def add_mlp(self, x: Tensor, modulation: Tensor) -> Tensor:

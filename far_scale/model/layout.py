@@ -217,38 +217,38 @@ class FrameGroup:
         return same_clip & (frame[:, None] >= frame[None, :]) if self.causal else same_clip
 
 
-class Order:
+class AttentionPlan:
     """Which keys the tokens of a group see: those of the group as it says, and those of the prefix.
 
-    torch's operators take tensors alone, and a compiled graph that took an order's lengths as constants would be
-    compiled anew for every pack. So an operator is handed `key`, a number in a tensor, and finds the order by it.
+    torch's operators take tensors alone, and a compiled graph that took a plan's lengths as constants would be
+    compiled anew for every pack. So an operator is handed `handle`, a number in a tensor, and finds the plan by it.
 
     Attributes:
         group: whose tokens they are.
         prefix: which of them see earlier keys; None where there are none.
-        key: int64 scalar tensor in host memory.
+        handle: int64 scalar tensor in host memory.
     """
 
-    _living: ClassVar[weakref.WeakValueDictionary[int, Order]] = weakref.WeakValueDictionary()
+    _living: ClassVar[weakref.WeakValueDictionary[int, AttentionPlan]] = weakref.WeakValueDictionary()
     _numbers: ClassVar[itertools.count[int]] = itertools.count()
 
     def __init__(self, group: FrameGroup, prefix: Prefix | None = None) -> None:
         self.group, self.prefix = group, prefix
-        number = next(Order._numbers)
-        self.key = torch.tensor(number)
-        Order._living[number] = self
+        number = next(AttentionPlan._numbers)
+        self.handle = torch.tensor(number)
+        AttentionPlan._living[number] = self
 
     @staticmethod
-    def find(key: Tensor) -> Order:
-        """The order of a key.
+    def find(handle: Tensor) -> AttentionPlan:
+        """The plan of a handle.
 
         Raises:
             RuntimeError: nobody holds it any more; whoever computes with a group keeps it until after the backward.
         """
-        order = Order._living.get(int(key))
-        if order is None:
+        plan = AttentionPlan._living.get(int(handle))
+        if plan is None:
             raise RuntimeError("the layout of this attention call was dropped before its backward; keep it until then")
-        return order
+        return plan
 
     @cached_property
     def pairs(self) -> int:
@@ -307,7 +307,7 @@ class FrameLayout:
         """All that computing on `device` asks for, made once: asked ahead, nothing is copied in the middle of it."""
         found = [self.clip_of_frame(device), self.window_rows(device), self.context_rows(device)]
         found.append(self.window.clip_of_frame(device))
-        for order in (self.window_order(device), self.context_order):
+        for order in (self.window_plan(device), self.context_plan):
             spans = [order.group.clips]
             found.append(order.group.positions_on(device))
             if (upper := order.group.upper_triangle(device)) is not None:
@@ -354,14 +354,14 @@ class FrameLayout:
         ]
         return torch.tensor([row for row, fine in enumerate(in_window) if fine == of_window], dtype=torch.int64)
 
-    def window_order(self, device: torch.device) -> Order:
+    def window_plan(self, device: torch.device) -> AttentionPlan:
         """What the window tokens see: their clip's whole context, and of the window what `window.causal` says."""
-        return _once(self._made, "window_order", device, lambda: Order(self.window, self.prefix(device)))
+        return _once(self._made, "window_plan", device, lambda: AttentionPlan(self.window, self.prefix(device)))
 
     @cached_property
-    def context_order(self) -> Order:
+    def context_plan(self) -> AttentionPlan:
         """What the context tokens see: each other, frame-block causally."""
-        return Order(self.context)
+        return AttentionPlan(self.context)
 
     def prefix(self, device: torch.device) -> Prefix | None:
         """What window tokens see of the contexts; None where no clip has any."""

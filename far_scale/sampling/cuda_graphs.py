@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 
-class Replay:
+class CUDAGraphRunner:
     """`function` of tensors, computed by replaying one capture of its kernels.
 
     The first call runs it as it is, so that libraries have made their workspaces when the second one captures it. What
     the function reads beside its arguments must stay where it is; it must not make the host wait.
     """
 
-    def __init__(self, function: Callable[..., Tensor], pool: Pool) -> None:
+    def __init__(self, function: Callable[..., Tensor], pool: GraphPool) -> None:
         self._function, self._pool = function, pool
         self._graph: torch.cuda.CUDAGraph | None = None
         self._called = False
@@ -39,7 +39,7 @@ class Replay:
         return self._result.clone()
 
 
-class Pool:
+class GraphPool:
     """Memory that captures share, one after the other: a new one may be made when the last is not replayed any more."""
 
     def __init__(self) -> None:

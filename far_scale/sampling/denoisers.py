@@ -18,9 +18,9 @@ from torch import Tensor
 from far_scale.model import FAR
 from far_scale.model.far import from_patches, to_patches
 from far_scale.model.layers import Block, Tokens, gated, modulated_norm
-from far_scale.model.layout import FrameGroup, Order, Prefix, Spans
+from far_scale.model.layout import AttentionPlan, FrameGroup, Prefix, Spans
 from far_scale.sampling.cache import MultiLevelCache
-from far_scale.sampling.cuda_graphs import Pool, Replay
+from far_scale.sampling.cuda_graphs import CUDAGraphRunner, GraphPool
 from far_scale.train.flow_matching import CLEAN, CLEAN_CONTEXT
 
 
@@ -97,7 +97,7 @@ class Cached:
         self._blocks = [cast(Block, block) for block in model.blocks]
         self._kernel = model.kernel(compiled=False)
         self._cache = MultiLevelCache(model.config, self._rows, frames, size, weight.device, weight.dtype)
-        self._pool = Pool() if weight.device.type == "cuda" else None
+        self._pool = GraphPool() if weight.device.type == "cuda" else None
         self._first = 0  # index in the clip of the window's first frame
         self._window_frames, self._context_frames = 0, 0  # clean frames held
 
@@ -139,10 +139,10 @@ class Cached:
         rotation = model.rotations(group)
         condition = model.condition(clean.new_full((group.frames,), CLEAN_CONTEXT), classes)
         x = model.context_patch_embedding(to_patches(clean.flatten(0, 1), model.config.context_patch))
-        order = Order(group, self._all_of(held * cache.coarse, frames * cache.coarse))
+        plan = AttentionPlan(group, self._all_of(held * cache.coarse, frames * cache.coarse))
         for layer, block in enumerate(self._blocks):
             k, v = (part.flatten(0, 1) for part in cache.context(layer, held))
-            new, k, v = block.context(Tokens(x, condition, rotation, order.key), k, v, self._kernel)
+            new, k, v = block.context(Tokens(x, condition, rotation, plan.handle), k, v, self._kernel)
             cache.write_context(layer, held, k, v)
             x = x if new is None else new
         self._context_frames += frames
@@ -155,14 +155,14 @@ class Cached:
         condition = model.condition(seen.new_full((group.frames,), self._seen_timestep), classes)
         x = model.patch_embedding(to_patches(seen.flatten(0, 1), model.config.patch))
         held_keys = held * cache.fine + self._context_frames * cache.coarse
-        order = Order(group, self._all_of(held_keys, frames * cache.fine))
+        plan = AttentionPlan(group, self._all_of(held_keys, frames * cache.fine))
         for layer, block in enumerate(self._blocks):
             if layer == len(self._blocks) - 1:
                 k, v = block.window_keys(x, condition, rotation)  # nothing reads what becomes of clean frames
             else:
                 k, v = cache.window(layer, held) if held else cache.context(layer, self._context_frames)
                 k, v = k.flatten(0, 1), v.flatten(0, 1)
-                x, k, v = block.window(Tokens(x, condition, rotation, order.key), k, v, self._kernel)
+                x, k, v = block.window(Tokens(x, condition, rotation, plan.handle), k, v, self._kernel)
             cache.write_window(layer, held, k, v)
         self._window_frames += frames
 
@@ -179,7 +179,7 @@ class Cached:
         of_layers = [(b.attention_modulation(self._condition), b.mlp_modulation(self._condition)) for b in self._blocks]
         self._modulations = torch.stack([torch.stack(pair, 1) for pair in of_layers], 1)  # [S, layers, 2, R, 3 E]
         self._rotation = self._model.rotations(group)
-        self._compute = self._velocity if self._pool is None else Replay(self._velocity, self._pool)
+        self._compute = self._velocity if self._pool is None else CUDAGraphRunner(self._velocity, self._pool)
 
     def velocity(self, x: Tensor, step: int) -> Tensor:
         return self._compute(x, self._condition[step], self._modulations[step])

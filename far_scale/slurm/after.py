@@ -10,7 +10,7 @@ from far_scale.distributed.exit_codes import DONE, REFUSED, REQUEUE
 from far_scale.slurm.job import Job, JobState, ask_state, early_warning, requeue
 from far_scale.slurm.progress import began_at, checkpoint_step
 from far_scale.slurm.snapshot import REFUSED_HERE, read_submission
-from far_scale.utils.event_log import Events
+from far_scale.utils.event_log import EventLog
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def after(snapshot: Path, status: int | None) -> int:
         follows = Next(False, REFUSED, f"a signal stopped training after a step at most. {early.text}")
     facts = {"job": job.number, "restarts": job.restarts, "status": status, "requeue": follows.requeue}
     text = f"job {job.number}: {follows.text} (step {step} of {submission.steps})"
-    Events(run, main=True).tell("end", step, text, **facts)
+    EventLog(run, is_main_process=True).emit("end", step, text, **facts)
     if follows.requeue:
         requeue(job.number)
     return follows.status

@@ -8,7 +8,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.errors import UserError, print_warning
 
 _PATIENCE = 20
 """Tries, 15 seconds apart, while the controller does not answer."""
@@ -131,7 +131,7 @@ def check_warning(number: str) -> None:
     if early.certain:
         raise UserError(early.text)
     unseen = "unless --signal on sbatch's command line asked for a later warning, which cannot be seen here"
-    say_warning(f"{early.text} ({unseen})")
+    print_warning(f"{early.text} ({unseen})")
 
 
 def early_warning(number: str) -> EarlyWarning | None:

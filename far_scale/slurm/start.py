@@ -12,7 +12,7 @@ from far_scale.slurm.job import Job
 from far_scale.slurm.progress import checkpoint_step, reached_step, starts_from
 from far_scale.slurm.snapshot import ACCEPT, REFUSED_HERE, make_snapshot, read_submission
 from far_scale.utils.errors import UserError
-from far_scale.utils.event_log import Events
+from far_scale.utils.event_log import EventLog
 
 NOTHING_LEFT = 3
 """Exit status that tells the batch script to end well without training: all steps are done."""
@@ -50,11 +50,11 @@ def start(snapshot: Path) -> int:
     job, submission = Job.this(), read_submission(snapshot)
     run = Path(submission.run_dir)
     (snapshot / REFUSED_HERE).unlink(missing_ok=True)  # of a start that was killed before it could be read
-    events = Events(run, main=True)
+    events = EventLog(run, is_main_process=True)
     step = checkpoint_step(run)
     if step >= submission.steps:
         text = f"job {job.number}: all {submission.steps} steps are done already"
-        events.tell("end", step, text, job=job.number, restarts=job.restarts, status=DONE, requeue=False)
+        events.emit("end", step, text, job=job.number, restarts=job.restarts, status=DONE, requeue=False)
         return NOTHING_LEFT
     step = reached_step(run)
     in_vain = starts_from(run, job, step)
@@ -63,11 +63,11 @@ def start(snapshot: Path) -> int:
             f"job {job.number}: {in_vain} starts in a row reached no checkpoint after step {step}, so this one stops; "
             f"look into the log of the last, then submit again"
         )
-        events.tell("no-progress", step, text, job=job.number, restarts=job.restarts, nodes=job.nodes)
+        events.emit("no-progress", step, text, job=job.number, restarts=job.restarts, nodes=job.nodes)
         raise UserError(text)
     begins = "starts" if not job.restarts else f"starts again (restart {job.restarts})"
     text = f"job {job.number}: {begins} from step {step} of {submission.steps}, {job.ranks} ranks on {job.nodes}"
-    events.tell(
+    events.emit(
         "start", step, text, job=job.number, restarts=job.restarts, nodes=job.nodes, ranks=job.ranks,
         snapshot=str(snapshot),
     )  # fmt: skip

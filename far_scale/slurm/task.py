@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from far_scale.distributed.exit_codes import DONE, REFUSED, leave
+from far_scale.distributed.exit_codes import DONE, REFUSED, exit_process
 from far_scale.slurm.snapshot import ACCEPT, REFUSED_HERE, read_submission
 from far_scale.train.__main__ import run
 
 
 def train(snapshot: Path) -> NoReturn:
     """Train by the snapshot's recipe and leave with the exit status, see `far_scale.distributed.exit_codes`."""
-    leave(train_in_process(snapshot))
+    exit_process(train_in_process(snapshot))
 
 
 def train_for_submitit(snapshot: str) -> int:
@@ -33,7 +33,7 @@ def train_for_submitit(snapshot: str) -> int:
     )
     status = train_in_process(Path(snapshot))
     if job.cluster == "slurm" and status != DONE:
-        leave(status)  # returning would tell submitit that there is a result
+        exit_process(status)  # returning would tell submitit that there is a result
     return status
 
 

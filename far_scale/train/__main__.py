@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from far_scale.config.recipe import load_recipe
-from far_scale.distributed.exit_codes import DONE, REQUEUE, leave, status_of
+from far_scale.distributed.exit_codes import DONE, REQUEUE, exit_process, exit_status_of
 from far_scale.distributed.signals import StopSignals
 from far_scale.utils.command_line import never_fail_to_print
 
@@ -18,7 +18,7 @@ def run(arguments: Sequence[str]) -> int:
 
     The signals that ask for a stop (see `StopSignals`) are taken over for the rest of the process, but for a dry run.
     Standard output and error are replaced by ones that never fail. Where the status is neither DONE nor REQUEUE other
-    ranks may still wait for this one: end the process by `leave`, which then waits for no thread.
+    ranks may still wait for this one: end the process by `exit_process`, which then waits for no thread.
     """
     never_fail_to_print()
     parser = argparse.ArgumentParser(prog="python -m far_scale.train", description="Train FAR by a recipe.")
@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     asked = parser.parse_intermixed_args(arguments)
     signals = None if asked.dry_run else StopSignals()  # a dry run has nothing to save, and ends as any program does
-    return status_of(lambda: _train(asked, signals))
+    return exit_status_of(lambda: _train(asked, signals))
 
 
 def _train(asked: argparse.Namespace, signals: StopSignals | None) -> int:
@@ -61,4 +61,4 @@ def _train(asked: argparse.Namespace, signals: StopSignals | None) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(sys.argv[1:]))
+    exit_process(run(sys.argv[1:]))

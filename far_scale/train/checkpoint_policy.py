@@ -7,16 +7,16 @@ from typing import Any
 
 from far_scale.config.recipe import Recipe
 from far_scale.data.loader.pack_loader import Pack
-from far_scale.distributed.consensus import Outcome
-from far_scale.distributed.process_group import Processes, gather
-from far_scale.train.checkpoint.saver import Saver
+from far_scale.distributed.consensus import StepFlags
+from far_scale.distributed.process_group import Processes, all_gather_objects
+from far_scale.train.checkpoint.saver import CheckpointSaver
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.lanes_again import LaneStates
 from far_scale.train.resume import Resume, pieces
-from far_scale.train.step_guard import Guard
+from far_scale.train.step_guard import StepGuard
 
 
-class Keeper:
+class CheckpointPolicy:
     """Saves when a checkpoint is due, never what may be spoilt, and goes back after too many skipped steps.
 
     Args:
@@ -34,8 +34,8 @@ class Keeper:
         recipe: Recipe,
         engine: Any,
         ema: ShardedEMA,
-        guard: Guard,
-        saver: Saver,
+        guard: StepGuard,
+        saver: CheckpointSaver,
         resume: Resume,
         card: dict[str, Any],
         processes: Processes,
@@ -50,7 +50,7 @@ class Keeper:
         minutes = self._recipe.checkpoint.every_minutes
         return minutes is not None and time.monotonic() - self._saved >= 60 * minutes
 
-    def after_step(self, done: int, packs: list[Pack], stage_card: dict[str, Any], outcome: Outcome) -> None:
+    def after_step(self, done: int, packs: list[Pack], stage_card: dict[str, Any], outcome: StepFlags) -> None:
         """Do what is due; all ranks do the same, by what they agree on.
 
         Args:
@@ -88,5 +88,5 @@ class Keeper:
 
 def gather_lane_states(packs: list[Pack], processes: Processes) -> LaneStates:
     """All lanes' states after these packs, this rank's, on every process."""
-    parts = gather({pack.lane: pack.lane_state for pack in packs}, processes.host_group)
+    parts = all_gather_objects({pack.lane: pack.lane_state for pack in packs}, processes.host_group)
     return {lane: state for part in parts for lane, state in sorted(part.items())}

@@ -14,7 +14,7 @@ from far_scale.distributed.process_group import Processes
 from far_scale.model import FAR
 from far_scale.train.deepspeed_adapter import communication_backend
 from far_scale.train.sharding import Sharding
-from far_scale.utils.event_log import Events
+from far_scale.utils.event_log import EventLog
 
 _STEADY = 3
 """The step, of those that are done in one go, from which on ZeRO-3 knows the order of the modules: steps are alike."""
@@ -84,8 +84,10 @@ class StepLedger:
         say: prints a text.
     """
 
-    def __init__(self, hosts: Sequence[str], processes: Processes, events: Events, say: Callable[[str], None]) -> None:
-        records = processes.main and processes.count > 1
+    def __init__(
+        self, hosts: Sequence[str], processes: Processes, events: EventLog, say: Callable[[str], None]
+    ) -> None:
+        records = processes.is_main_process and processes.world_size > 1
         self._ledger = Ledger(hosts, communication_backend()) if records else None
         self._events, self._say, self._step = events, say, 0
 
@@ -105,7 +107,7 @@ class StepLedger:
         calls, within, between = (
             sum(values) for values in zip(*((e.calls, e.within, e.between) for e in entries), strict=True)
         )
-        self._events.tell(
+        self._events.emit(
             "collectives",
             step,
             f"step {step}: {calls} collectives, of which a rank sends {within / 1e6:,.1f} MB in its node and "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from far_scale.config.recipe import Recipe
 from far_scale.config.schema import DataSection, ModelSection
 from far_scale.data.frame_counts import clip_tokens
-from far_scale.data.loader.filling import Dealing
+from far_scale.data.loader.filling import PackingConfig
 from far_scale.model import FARConfig
 from far_scale.model.layout import FrameLayout
 
@@ -51,9 +51,9 @@ class Stage:
         model = self.model
         return clip_tokens(frames, model.window, model.patch, model.context_patch, height, width)
 
-    def dealing(self, seed: int) -> Dealing:
+    def packing(self, seed: int) -> PackingConfig:
         """How this stage's samples become packs in a run of that seed."""
-        return Dealing(
+        return PackingConfig(
             lanes=self.data.lanes,
             frames=self.data.frames,
             frame_stride=self.data.frame_stride,

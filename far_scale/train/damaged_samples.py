@@ -7,8 +7,8 @@ from typing import Any
 
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.data.shards.damage import Skipped, over_budget
-from far_scale.distributed.process_group import Processes, gather
-from far_scale.utils.event_log import Events
+from far_scale.distributed.process_group import Processes, all_gather_objects
+from far_scale.utils.event_log import EventLog
 
 
 class DamagedSamples:
@@ -25,12 +25,12 @@ class DamagedSamples:
     """
 
     def __init__(
-        self, budget: int, lanes: Mapping[int, Mapping[str, Any]] | None, processes: Processes, events: Events
+        self, budget: int, lanes: Mapping[int, Mapping[str, Any]] | None, processes: Processes, events: EventLog
     ) -> None:
         self._budget, self._processes, self._events = budget, processes, events
         self.count = sum(state.get("damaged", 0) for state in (lanes or {}).values())
 
-    def tell(self, step: int, packs: Sequence[Pack]) -> None:
+    def report(self, step: int, packs: Sequence[Pack]) -> None:
         """After a step in which some rank left clips out; all ranks call it.
 
         Args:
@@ -41,11 +41,13 @@ class DamagedSamples:
             UserError: on all ranks alike: there are more than the budget allows.
         """
         own = [each for pack in packs for each in pack.skipped]
-        everyone: list[Skipped] = [each for part in gather(own, self._processes.host_group) for each in part]
+        everyone: list[Skipped] = [
+            each for part in all_gather_objects(own, self._processes.host_group) for each in part
+        ]
         for each in sorted(everyone, key=lambda skipped: skipped.lane):
             self.count += 1
             facts = {"lane": each.lane, "key": each.key, "file": each.file, "reason": each.reason}
             text = f"step {step}: {each} ({self.count} in all, data.max_damaged_samples is {self._budget})"
-            self._events.tell("damaged-sample", step, text, count=self.count, **facts)
+            self._events.emit("damaged-sample", step, text, count=self.count, **facts)
         if self.count > self._budget:
             raise over_budget(self.count, self._budget, everyone)

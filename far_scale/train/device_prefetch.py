@@ -27,7 +27,7 @@ class Batch:
     noisy: list[NoisyPack]
 
 
-class Feed:
+class DevicePrefetch:
     """Iterating yields, for every list of packs, the `Batch` made of it.
 
     A thread makes the next one while the caller computes; on a GPU it copies from pinned memory on a stream of its
@@ -60,7 +60,7 @@ class Feed:
                 tensor.record_stream(stream)  # or their memory could be given away while the step still reads it
         return batch
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> DevicePrefetch:
         return self
 
     def __exit__(self, *_: object) -> None:

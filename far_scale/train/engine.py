@@ -78,7 +78,7 @@ def deepspeed_config(recipe: Recipe, processes: Processes, sharding: Sharding) -
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         # Where the packs' gradients are summed before DeepSpeed sees them, it is to count them as one pass.
-        "gradient_accumulation_steps": 1 if sharding.reduce_once else recipe.data.lanes // processes.count,
+        "gradient_accumulation_steps": 1 if sharding.reduce_once else recipe.data.lanes // processes.world_size,
         "gradient_clipping": 0.0 if clips_here(stage, bf16) else recipe.optimizer.clip_norm,
         "zero_optimization": {"stage": stage, "overlap_comm": processes.device.type == "cuda"},
         "zero_allow_untested_optimizer": True,  # torch's own AdamW; DeepSpeed's would be compiled on the spot

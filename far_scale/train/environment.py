@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 
 import far_scale
-from far_scale.distributed.process_group import Processes, gather
+from far_scale.distributed.process_group import Processes, all_gather_objects
 from far_scale.utils.code_version import CodeVersion, running_code
-from far_scale.utils.errors import UserError, say_warning
-from far_scale.utils.event_log import Events
+from far_scale.utils.errors import UserError, print_warning
+from far_scale.utils.event_log import EventLog
 from far_scale.utils.hosts import host_name
-from far_scale.utils.io import LineFile, read_json, write_json
+from far_scale.utils.io import JsonlWriter, read_json, write_json
 
 NAME, HISTORY = "environment.json", "environments.jsonl"
 _VARIABLES = re.compile(r"(NCCL|GLOO|SLURM|CUDA|TORCH|PYTORCH|UCX|FI)_\w+|OMP_NUM_THREADS")
@@ -49,7 +49,7 @@ class Node(NamedTuple):
     device: str
 
 
-def record_environment(run: Path, processes: Processes, events: Events, step: int) -> None:
+def record_environment(run: Path, processes: Processes, events: EventLog, step: int) -> None:
     """Write environment.json and say what differs from the last start's; every rank calls it.
 
     What cannot be found out is left out: nothing of this is worth a run.
@@ -60,22 +60,22 @@ def record_environment(run: Path, processes: Processes, events: Events, step: in
         events: of the run.
         step: steps done before.
     """
-    nodes = gather(_own_node(processes.device), processes.host_group)
-    if not processes.main:
+    nodes = all_gather_objects(_own_node(processes.device), processes.host_group)
+    if not processes.is_main_process:
         return
     try:
         before, now = _last(run), environment(nodes, step)
         differences = [] if before is None else differences_of(before, now)
         if differences:
-            LineFile(run / HISTORY).append(before)
+            JsonlWriter(run / HISTORY).append(before)
         write_json(run / NAME, now)
     except Exception as error:  # of whatever kind odd installations give
-        say_warning(f"{run / NAME}: not written ({type(error).__name__}: {error})")
+        print_warning(f"{run / NAME}: not written ({type(error).__name__}: {error})")
         return
     if differences:
         more = len(differences) - _MOST_LISTED
         listed = "; ".join(differences[:_MOST_LISTED]) + (f"; and {more} more" if more > 0 else "")
-        events.tell("environment", step, f"changed since the last start: {listed}", changes=differences)
+        events.emit("environment", step, f"changed since the last start: {listed}", changes=differences)
 
 
 def environment(nodes: Sequence[Node], step: int) -> dict[str, Any]:

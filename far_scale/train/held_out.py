@@ -23,7 +23,7 @@ from far_scale.train.curriculum import Stage
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.sets import check_shards, open_set
 from far_scale.utils.errors import UserError
-from far_scale.utils.event_log import Events
+from far_scale.utils.event_log import EventLog
 
 
 class ValidationVideos(Protocol):
@@ -41,7 +41,7 @@ class ValidationVideos(Protocol):
         """Sample and write the videos of a step; all ranks call it. Rank 0 gets their scores."""
 
 
-OpenVideos = Callable[[Recipe, ShardSet, Stage, LatentScaling, torch.dtype, Processes, Events], ValidationVideos]
+OpenVideos = Callable[[Recipe, ShardSet, Stage, LatentScaling, torch.dtype, Processes, EventLog], ValidationVideos]
 """Opens what samples the videos of a recipe from held-out clips. It is given to the training, since sampling and its
 scores are built on top of the training's code."""
 
@@ -89,13 +89,13 @@ class HeldOut:
         Raises:
             UserError: on all ranks, where a clip cannot be read on one.
         """
-        firsts = range(0, self.pack_count, processes.count)
+        firsts = range(0, self.pack_count, processes.world_size)
         numbers = [(first + processes.rank) % self.pack_count for first in firsts]
         return all_ranks_or_raise(lambda: self._packs(stage, numbers), processes)
 
     def counts(self, position: int, processes: Processes) -> bool:
         """Whether this rank's pack at that position of `packs` counts, or is only computed to keep step."""
-        return position * processes.count + processes.rank < self.pack_count
+        return position * processes.world_size + processes.rank < self.pack_count
 
     def _packs(self, stage: Stage, numbers: Sequence[int]) -> list[Pack]:
         samples = ((shard, n) for shard, count in enumerate(self.shards.samples_per_shard) for n in range(count))
@@ -127,7 +127,7 @@ def open_held_out(
     scaling: LatentScaling,
     dtype: torch.dtype,
     processes: Processes,
-    events: Events,
+    events: EventLog,
     step: int,
     open_videos: OpenVideos,
 ) -> HeldOut | None:

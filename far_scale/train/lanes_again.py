@@ -21,7 +21,7 @@ LaneStates = dict[int, dict[str, Any]]
 """Where each lane stands, by its number."""
 
 
-class LanesAgain(NamedTuple):
+class ResumedLanes(NamedTuple):
     """Where the lanes go on.
 
     Attributes:
@@ -36,13 +36,13 @@ class LanesAgain(NamedTuple):
     change: str | None = None
 
 
-def lanes_again(
+def resume_lanes(
     where: Path,
     state: Mapping[str, Any],
     recipe: Recipe,
     plan: list[Stage],
     sources: Mapping[int, ShardSet | Mixture],
-) -> LanesAgain:
+) -> ResumedLanes:
     """Where the lanes of the run go on.
 
     Args:
@@ -63,19 +63,19 @@ def lanes_again(
     filled_otherwise = not over and any(("pending" in place) != by_tokens for place in states.values())
     if lanes_before == recipe.data.lanes and not filled_otherwise:
         if over or not beginnings:
-            return LanesAgain(states)
-        kept = go_on(replace(stage.dealing(recipe.seed), beginnings=beginnings), sources[stage.index], states)
-        return LanesAgain(kept.states, kept.dealing.beginnings)
+            return ResumedLanes(states)
+        kept = go_on(replace(stage.packing(recipe.seed), beginnings=beginnings), sources[stage.index], states)
+        return ResumedLanes(kept.states, kept.packing.beginnings)
     recipe_before = _recipe_of(where, state)
     before = stages(recipe_before)[stage.index]
     now = ", filled otherwise" if lanes_before == recipe.data.lanes else f" -> {recipe.data.lanes}"
     key = f"data.lanes {lanes_before}{now} ({_batches(before.data, stage.data)}; "
     if over:
-        return LanesAgain(states, change=f"{key}the next stage begins with them)")
-    dealing_before = replace(before.dealing(recipe_before.seed), beginnings=beginnings)
+        return ResumedLanes(states, change=f"{key}the next stage begins with them)")
+    packing_before = replace(before.packing(recipe_before.seed), beginnings=beginnings)
     weights = None if isinstance(before.data.shards, str) else mixture_weights(before.data.shards)
-    going = change_lanes(dealing_before, stage.dealing(recipe.seed), sources[stage.index], states, weights)
-    return LanesAgain(going.states, going.dealing.beginnings, f"{key}{_words(going.left)})")
+    going = change_lanes(packing_before, stage.packing(recipe.seed), sources[stage.index], states, weights)
+    return ResumedLanes(going.states, going.packing.beginnings, f"{key}{_words(going.left)})")
 
 
 def _recipe_of(where: Path, state: Mapping[str, Any]) -> Recipe:

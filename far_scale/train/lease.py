@@ -20,10 +20,10 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from far_scale.distributed.exit_codes import REFUSED
-from far_scale.distributed.process_group import Processes, from_main
+from far_scale.distributed.process_group import Processes, broadcast_from_main
 from far_scale.train.checkpoint.run_dir import is_copy, place_of
-from far_scale.utils.errors import UserError, say_error, say_warning
-from far_scale.utils.event_log import Events
+from far_scale.utils.errors import UserError, print_error, print_warning
+from far_scale.utils.event_log import EventLog
 from far_scale.utils.hosts import host_name
 from far_scale.utils.io import parse_json
 
@@ -60,15 +60,15 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
-        from_main(self._acquire, self._processes)
-        if self._processes.main:
+        broadcast_from_main(self._acquire, self._processes)
+        if self._processes.is_main_process:
             self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._processes.main:
+        if self._processes.is_main_process:
             self._over.set()
             self._thread.join()
             if _read(self._run / NAME).get("token") == self._holder["token"]:
@@ -97,7 +97,7 @@ class Lease:
                 if why is not None:
                     if self._take_over(candidate, holder, now):
                         text = f"took over {lease} from {_name(holder)}: {why}"
-                        Events(self._run, main=True).tell("lease", 0, text, holder=holder)
+                        EventLog(self._run, is_main_process=True).emit("lease", 0, text, holder=holder)
                         return
                     continue
             first_renewal = renewed if first_renewal is None else first_renewal
@@ -169,7 +169,7 @@ class Lease:
                 self._renew()
             except OSError as error:  # the file server may come back
                 if not warned:
-                    say_warning(f"{self._run / NAME}: cannot be renewed ({error.strerror}); trying again")
+                    print_warning(f"{self._run / NAME}: cannot be renewed ({error.strerror}); trying again")
                 warned = True
 
     def _renew(self) -> None:
@@ -189,7 +189,7 @@ class Lease:
         os.utime(lease)  # to now, by the file server's clock
 
     def _lost(self, holder: dict[str, Any]) -> NoReturn:
-        say_error(UserError(f"{self._run / NAME}: taken over by {_name(holder)}, so this job ends"))
+        print_error(UserError(f"{self._run / NAME}: taken over by {_name(holder)}, so this job ends"))
         os._exit(REFUSED)  # at once, for each further step would write into the other job's run
 
 

@@ -14,26 +14,26 @@ from far_scale.config.recipe import Recipe, check_ranks
 from far_scale.data.loader.mixture import summary
 from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.scaling import LatentScaling
-from far_scale.distributed.consensus import Vote
+from far_scale.distributed.consensus import Consensus
 from far_scale.distributed.ledger import phase
 from far_scale.distributed.process_group import Processes, set_timeouts
 from far_scale.distributed.signals import StopSignals
 from far_scale.health.preflight import check_nodes
-from far_scale.health.straggler import SlowRanks
+from far_scale.health.straggler import StragglerDetector
 from far_scale.health.watchdog import Watchdog
 from far_scale.model import FAR
 from far_scale.model.attention import choose
 from far_scale.model.layers import HEAD_DIM
 from far_scale.train.checkpoint import local
-from far_scale.train.checkpoint.saver import Saver
-from far_scale.train.checkpoint_policy import Keeper
+from far_scale.train.checkpoint.saver import CheckpointSaver
+from far_scale.train.checkpoint_policy import CheckpointPolicy
 from far_scale.train.collectives import StepLedger
 from far_scale.train.compiled import check_compiler
 from far_scale.train.costs import most_activation_bytes
 from far_scale.train.curriculum import Stage, stages
 from far_scale.train.damaged_samples import DamagedSamples
 from far_scale.train.deepspeed_adapter import grad_norm, one_step
-from far_scale.train.device_prefetch import Batch, Feed
+from far_scale.train.device_prefetch import Batch, DevicePrefetch
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments, set_learning_rate, start_engine
 from far_scale.train.environment import record_environment
@@ -43,13 +43,13 @@ from far_scale.train.held_out import OpenVideos, open_held_out
 from far_scale.train.lr_schedule import learning_rate
 from far_scale.train.metrics import Monitor
 from far_scale.train.profiler import Profiler
-from far_scale.train.resume import Resume, describe, describe_stage, identity
+from far_scale.train.resume import Resume, identity, run_metadata, stage_metadata
 from far_scale.train.sets import open_sets, say_staged
 from far_scale.train.sharding import choose_sharding
 from far_scale.train.start_weights import start_from
-from far_scale.train.step_guard import Guard
+from far_scale.train.step_guard import StepGuard
 from far_scale.train.validation import Validation
-from far_scale.utils.event_log import Events
+from far_scale.utils.event_log import EventLog
 
 
 class Trained(NamedTuple):
@@ -94,15 +94,15 @@ def train(
         UserError: ranks, shard sets, checkpoint, start weights or disk do not fit the recipe, or the attention kernel
             or the compiler that it asks for is missing; a node is not as the others; no good step is left to take.
     """
-    check_ranks(recipe, processes.count)
+    check_ranks(recipe, processes.world_size)
     attention = check_computation(recipe, processes)
     plan = stages(recipe)
-    run, events = Path(recipe.run_dir), Events(Path(recipe.run_dir), processes.main)
+    run, events = Path(recipe.run_dir), EventLog(Path(recipe.run_dir), processes.is_main_process)
     resume = Resume(recipe, plan, processes, events)
     start = resume.newest_whole()
     resume.check_start_from(start, accept_changes)
     if start >= recipe.train.steps:
-        if processes.main:
+        if processes.is_main_process:
             print(f"{run}: all {recipe.train.steps} steps are done; raise train.steps to go on")
         return None
     to_come = [stage for stage in plan if stage.end > start]
@@ -119,9 +119,9 @@ def train(
         model = build_model(recipe)
         if recipe.train.start_from is not None and start == 0:
             first_set = shard_sets[to_come[0].index].manifest
-            events.tell("started-from", 0, start_from(model, recipe, first_set, scaling, accept_changes))
-        card = describe(recipe, model, manifest, scaling, processes)
-        stage_cards = {index: describe_stage(plan[index], shards.manifest) for index, shards in shard_sets.items()}
+            events.emit("started-from", 0, start_from(model, recipe, first_set, scaling, accept_changes))
+        card = run_metadata(recipe, model, manifest, scaling, processes)
+        stage_cards = {index: stage_metadata(plan[index], shards.manifest) for index, shards in shard_sets.items()}
         sharding = choose_sharding(
             recipe,
             sum(parameter.numel() for parameter in model.parameters()),
@@ -134,26 +134,26 @@ def train(
         name = identity(run, processes, events)
         local_folder = local.folder_of(recipe.checkpoint, run, name)
         position = resume.restore(start, engine, ema, local_folder, card, stage_cards, shard_sets, accept_changes)
-        if processes.main:
+        if processes.is_main_process:
             recipe.save(run / "recipe.yaml")
         dist.barrier()
 
-        guard = Guard(engine, recipe.faults, processes, events)
+        guard = StepGuard(engine, recipe.faults, processes, events)
         if position.guard is not None:
             guard.load_state(position.guard)
         else:
             guard.updates = position.step  # of a checkpoint from before steps could be skipped, or of none
         if position.step == 0:
-            events.tell("began", 0, f"training {recipe.name} on {processes.count} ranks")
-        own_lanes = list(range(processes.rank, recipe.data.lanes, processes.count))
-        profiler, vote = Profiler(steps_to_profile, run, processes, position.step), Vote(signals, processes)
-        slow = SlowRanks(processes, compute_dtype(recipe), events, hosts)
+            events.emit("began", 0, f"training {recipe.name} on {processes.world_size} ranks")
+        own_lanes = list(range(processes.rank, recipe.data.lanes, processes.world_size))
+        profiler, consensus = Profiler(steps_to_profile, run, processes, position.step), Consensus(signals, processes)
+        slow = StragglerDetector(processes, compute_dtype(recipe), events, hosts)
         peak, done, stopping = peak_flops(processes.device, compute_dtype(recipe)), position.step, False
         with (
             Monitor(recipe, processes, peak, done, name, slow) as monitor,
-            Saver(run, recipe.checkpoint, processes, events, local_folder, resume.latest) as saver,
+            CheckpointSaver(run, recipe.checkpoint, processes, events, local_folder, resume.latest) as saver,
         ):
-            keeper = Keeper(recipe, engine, ema, guard, saver, resume, card, processes)
+            keeper = CheckpointPolicy(recipe, engine, ema, guard, saver, resume, card, processes)
             ledger = StepLedger(hosts, processes, events, monitor.say)
             monitor.say(attention)
             for line in sharding.why:
@@ -172,13 +172,15 @@ def train(
                 states, beginnings = (position.lanes, position.beginnings) if middle else (None, ())
                 if first == stage.first or position.lanes_changed:
                     guard.forget_levels()
-                dealing = replace(stage.dealing(recipe.seed), beginnings=beginnings)
+                packing = replace(stage.packing(recipe.seed), beginnings=beginnings)
                 stage_card = stage_cards[stage.index] | ({"beginnings": beginnings} if beginnings else {})
                 ahead = (stage.data.prefetch, stage.data.prefetch_bytes)
                 damaged = DamagedSamples(stage.data.max_damaged_samples, states, processes, events)
                 with (
-                    PackLoader(shard_set, scaling, own_lanes, dealing, first, states, *ahead) as packs_of_steps,
-                    Feed(packs_of_steps, recipe.objective, stage.config, recipe.seed, processes.device) as batches,
+                    PackLoader(shard_set, scaling, own_lanes, packing, first, states, *ahead) as packs_of_steps,
+                    DevicePrefetch(
+                        packs_of_steps, recipe.objective, stage.config, recipe.seed, processes.device
+                    ) as batches,
                     contextlib.closing(packs_of_steps),  # before the feed, which may be waiting for it
                 ):
                     for step in range(first, stage.end):
@@ -191,27 +193,27 @@ def train(
                         with ledger.watching(done):
                             with profiler.watching(done):
                                 loss = train_step(engine, batch, stage, processes, monitor, guard, sharding.reduce_once)
-                                ema.update(guard.kept)
-                            vote.begin(saver.busy, any(pack.skipped for pack in batch.packs), keeper.due)
+                                ema.update(guard.update_mask)
+                            consensus.start(saver.busy, any(pack.skipped for pack in batch.packs), keeper.due)
                         guard.end_step(done, batch.packs)
                         monitor.end_step(done, loss, rate, grad_norm(engine), guard.skipped, damaged.count)
                         watchdog.beat(done)
 
-                        outcome = vote.outcome()
-                        if outcome.damaged:
-                            damaged.tell(done, batch.packs)
+                        flags = consensus.flags()
+                        if flags.damaged:
+                            damaged.report(done, batch.packs)
                         with monitor.waiting_for_save():
-                            keeper.after_step(done, batch.packs, stage_card, outcome)
-                        stopping = outcome.stop
+                            keeper.after_step(done, batch.packs, stage_card, flags)
+                        stopping = flags.stop
                         if stopping:
                             break
                         validation.after_step(done)
                 say_staged(shard_set, done, processes, events)
             saver.finish(required=done == recipe.train.steps)
             if done == recipe.train.steps:
-                events.tell("finished", done, f"all {done} steps are done")
+                events.emit("finished", done, f"all {done} steps are done")
             else:
-                events.tell("stopped", done, f"step {done}: stopped as asked; the same command goes on from here")
+                events.emit("stopped", done, f"step {done}: stopped as asked; the same command goes on from here")
         dist.barrier()  # a launcher that sees one process end may kill the others in their last moments
         return Trained(engine, ema, done)
 
@@ -222,7 +224,7 @@ def train_step(
     stage: Stage,
     processes: Processes,
     monitor: Monitor | None = None,
-    guard: Guard | None = None,
+    guard: StepGuard | None = None,
     reduce_once: bool = False,
 ) -> torch.Tensor:
     """One optimizer step on this rank's packs of a global batch, unless the guard finds it bad.

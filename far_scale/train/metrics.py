@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from far_scale.config.recipe import Recipe
 from far_scale.distributed.process_group import Processes
-from far_scale.health.straggler import SlowRanks
+from far_scale.health.straggler import StragglerDetector
 from far_scale.train.compiled import compiled_graphs
 from far_scale.train.curriculum import Stage
 from far_scale.train.wandb_run import WandbRun
 from far_scale.utils.event_log import lines_up_to
-from far_scale.utils.io import LineFile, atomic_write
+from far_scale.utils.io import JsonlWriter, atomic_write
 
 
 class Monitor:
@@ -47,17 +47,17 @@ class Monitor:
         peak_flops: float,
         start: int,
         identity: str,
-        slow: SlowRanks | None = None,
+        slow: StragglerDetector | None = None,
     ) -> None:
         self._recipe, self._processes, self._peak, self._slow = recipe, processes, peak_flops, slow
         log = Path(recipe.run_dir) / "log.jsonl"
-        self._file = LineFile(log)
+        self._file = JsonlWriter(log)
         self._bar: tqdm[Any] | None = None
         self._wandb: WandbRun | None = None
         self._stage: Stage | None = None
         self._graphs, self._graphs_apart, self._start = 0, 0, start
         self.validated_steps: set[int] = set()
-        if processes.main:
+        if processes.is_main_process:
             lines = lines_up_to(log, start)
             self.validated_steps = {line["step"] for line in lines if "validation" in line}
             if log.exists():
@@ -136,7 +136,7 @@ class Monitor:
         global_losses = self._processes.mean(losses)
         loss_now, loss_mean = global_losses[-1].item(), global_losses[global_losses.isfinite()].mean().item()
         seconds = time.perf_counter() - self._since
-        ranks = self._processes.count
+        ranks = self._processes.world_size
         line: dict[str, Any] = {
             "step": step,
             **({} if self._stage is None else {"stage": self._stage.index + 1, "stage_name": self._stage.name}),
@@ -155,10 +155,10 @@ class Monitor:
             "seconds_per_step": seconds / self._steps,
             **({"compiled_graphs": self._graphs} if self._recipe.train.compile else {}),
         }
-        if self._processes.main:
+        if self._processes.is_main_process:
             self._tell({key: _or_none(value) for key, value in line.items()})
         if self._slow is not None:
-            self._slow.tell(step, self._waited / self._steps)
+            self._slow.report(step, self._waited / self._steps)
         self._begin_interval()
 
     def validated(self, step: int, values: dict[str, Any]) -> None:
@@ -169,7 +169,7 @@ class Monitor:
             values: `weights` and `ema` (see `validation.summary`), `samples` (see `Samples.write`), as far as they were
                 due, and `seconds`.
         """
-        if not self._processes.main:
+        if not self._processes.is_main_process:
             return
         line = {"step": step, "validation": values}
         self._file.append(line)
@@ -185,7 +185,7 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """A line on the console, from the main process alone."""
-        if self._processes.main:
+        if self._processes.is_main_process:
             tqdm.write(text)
 
     def __enter__(self) -> Monitor:

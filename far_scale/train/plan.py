@@ -11,7 +11,7 @@ from far_scale.config.recipe import Recipe, check_ranks
 from far_scale.data.loader.mixture import summary
 from far_scale.data.loader.pack_loader import PackLoader
 from far_scale.data.loader.scaling import LatentScaling
-from far_scale.distributed.process_group import Processes, gather
+from far_scale.distributed.process_group import Processes, all_gather_objects
 from far_scale.model import FAR
 from far_scale.train.collectives import expected_collectives
 from far_scale.train.costs import StageCosts, activation_bytes
@@ -25,8 +25,8 @@ from far_scale.train.loop import build_model, check_computation, compute_dtype, 
 from far_scale.train.sets import open_sets
 from far_scale.train.sharding import choose_sharding, free_memory, state_bytes
 from far_scale.train.start_weights import start_from
-from far_scale.utils.errors import UserError, say_warning
-from far_scale.utils.event_log import Events
+from far_scale.utils.errors import UserError, print_warning
+from far_scale.utils.event_log import EventLog
 from far_scale.utils.hosts import host_name
 
 _MFU = 0.4  # of the device's peak, for the estimate of a step's time
@@ -38,9 +38,9 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
     Raises:
         UserError: something does not fit; memory is judged before anything is allocated.
     """
-    check_ranks(recipe, processes.count)
+    check_ranks(recipe, processes.world_size)
     attention = check_computation(recipe, processes)
-    dtype, events = compute_dtype(recipe), Events(Path(recipe.run_dir), False)
+    dtype, events = compute_dtype(recipe), EventLog(Path(recipe.run_dir), False)
     shard_sets, manifest = open_sets(recipe.data, stages(recipe), processes, events, 0)
     plan = [(stage, shard_sets[stage.index]) for stage in stages(recipe)]
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
@@ -50,26 +50,26 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
     costs = [StageCosts.of(stage, shard_set, recipe.seed) for stage, shard_set in plan]
     activations = [activation_bytes(recipe, cost.largest) for cost in costs]
     sharding = choose_sharding(recipe, parameters, processes, lambda: max(activations))
-    nodes = len(set(gather(host_name(), processes.host_group)))
-    state = state_bytes(recipe.train.precision, sharding, parameters, processes.count)
+    nodes = len(set(all_gather_objects(host_name(), processes.host_group)))
+    state = state_bytes(recipe.train.precision, sharding, parameters, processes.world_size)
     needs = [state + activation for activation in activations]
     need, have = max(needs), free_memory(processes)
-    if processes.main:
+    if processes.is_main_process:
         train = recipe.train
         print(f"recipe      {recipe.name} ({recipe.hash()[:12]}), {train.steps} steps")
-        print(f"ranks       {processes.count} x {recipe.data.lanes // processes.count} packs a step")
+        print(f"ranks       {processes.world_size} x {recipe.data.lanes // processes.world_size} packs a step")
         for line in dict.fromkeys(line for _, shard_set in plan for line in summary(shard_set)):
             print(f"shard set   {line}")
         if held_out is not None:
             print(f"held-out    {held_out.clips} clips of {held_out.shards.folder}")
         print(f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{sharding.stage}, {train.precision}")
-        peak = processes.count * peak_flops(processes.device, dtype)
+        peak = processes.world_size * peak_flops(processes.device, dtype)
         print(attention)
         for line in sharding.why:
             print(line)
         for line in stage_table(costs, needs, peak):
             print(line)
-        for line in expected_collectives(recipe, sharding, processes.count, nodes):
+        for line in expected_collectives(recipe, sharding, processes.world_size, nodes):
             print(line)
         print(f"memory      about {need / 1e9:.2f} GB a rank at most, {have / 1e9:.2f} GB free")
     if need > have:
@@ -82,24 +82,24 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
     model = build_model(recipe)
     if recipe.train.start_from is not None:
         said = start_from(model, recipe, plan[0][1].manifest, scaling, accept_changes)
-        if processes.main:
+        if processes.is_main_process:
             print(said)
     engine = start_engine(model, recipe, processes, sharding)
-    own_lanes = list(range(processes.rank, recipe.data.lanes, processes.count))
+    own_lanes = list(range(processes.rank, recipe.data.lanes, processes.world_size))
     for stage, shard_set in plan:
-        with PackLoader(shard_set, scaling, own_lanes, stage.dealing(recipe.seed), stage.first, prefetch=1) as loader:
+        with PackLoader(shard_set, scaling, own_lanes, stage.packing(recipe.seed), stage.first, prefetch=1) as loader:
             packs = next(loader)
             for skipped in (each for pack in packs for each in pack.skipped):
-                say_warning(f"one batch: {skipped}")
+                print_warning(f"one batch: {skipped}")
             noisy = [add_noise(pack, recipe.objective, stage.config, recipe.seed) for pack in packs]
             start = time.perf_counter()
             batch = Batch(packs, [pack.to(processes.device) for pack in noisy])
             loss = processes.mean(train_step(engine, batch, stage, processes, reduce_once=sharding.reduce_once)).item()
             seconds = time.perf_counter() - start
-        if processes.main:
+        if processes.is_main_process:
             of = f"of {stage.name}: " if recipe.curriculum else ""
             print(f"one batch   {of}loss {loss:.4f}, {seconds:.2f} s (the first is the slowest)")
-    if processes.main:
+    if processes.is_main_process:
         print(f"dry run of {recipe.name} passed")
 
 

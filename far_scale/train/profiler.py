@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from far_scale.distributed.process_group import Processes
-from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.errors import UserError, print_warning
 
 
 class Profiler:
@@ -18,9 +18,9 @@ class Profiler:
 
     def __init__(self, steps: range, run: Path, processes: Processes, done: int = 0) -> None:
         """`steps` count from 1; empty for none. Where some are among the `done` ones, none is watched."""
-        self._steps = steps if processes.main else range(0)
+        self._steps = steps if processes.is_main_process else range(0)
         if self._steps and self._steps[0] <= done:
-            say_warning(
+            print_warning(
                 f"--profile: the run goes on from step {done}, so steps {steps[0]} to {steps[-1]} are not traced"
             )
             self._steps = range(0)

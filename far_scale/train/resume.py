@@ -19,7 +19,7 @@ from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.typed import classes_differ
-from far_scale.distributed.process_group import Processes, from_main, gather
+from far_scale.distributed.process_group import Processes, all_gather_objects, broadcast_from_main
 from far_scale.model import FAR, FARConfig
 from far_scale.train import checkpoint
 from far_scale.train.changes import changes
@@ -29,10 +29,10 @@ from far_scale.train.curriculum import Stage, stage_of
 from far_scale.train.deepspeed_adapter import use_loaded_weights, whole_shape
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import fragments, set_adam_step
-from far_scale.train.lanes_again import LaneStates, lanes_again
-from far_scale.train.step_guard import Guard
+from far_scale.train.lanes_again import LaneStates, resume_lanes
+from far_scale.train.step_guard import StepGuard
 from far_scale.utils.errors import UserError
-from far_scale.utils.event_log import Events
+from far_scale.utils.event_log import EventLog
 
 _ALL_DAMAGED = (
     "{}/checkpoints: every checkpoint is damaged; repair one and take .damaged off its name, or remove this folder to "
@@ -59,14 +59,14 @@ class Position:
     lanes_changed: bool = False
 
 
-def describe(
+def run_metadata(
     recipe: Recipe,
     model: FAR,
     manifest: Manifest | MixtureManifest,
     scaling: LatentScaling,
     processes: Processes,
 ) -> dict[str, Any]:
-    """The part of state.json that stays the same over a run; the other part is `describe_stage`.
+    """The part of state.json that stays the same over a run; the other part is `stage_metadata`.
 
     Together they are enough to export the model without the run's data. Call it before the engine shards `model`:
     afterwards the parameters' shapes are gone.
@@ -82,7 +82,7 @@ def describe(
         "autoencoder": manifest.autoencoder.model_dump(mode="json"),
         "scaling": scaling.to_dict(),
         "frame_stride": recipe.data.frame_stride,
-        "ranks": processes.count,
+        "ranks": processes.world_size,
         "versions": {
             "far_scale": far_scale.__version__,
             "python": platform.python_version(),
@@ -91,7 +91,7 @@ def describe(
     }
 
 
-def describe_stage(stage: Stage, manifest: Manifest | MixtureManifest) -> dict[str, Any]:
+def stage_metadata(stage: Stage, manifest: Manifest | MixtureManifest) -> dict[str, Any]:
     """The part of state.json that may change with the stage; `manifest` is that of the stage's shard set."""
     return {
         **_named(manifest),
@@ -158,10 +158,10 @@ class Resume:
         events: where damage and changes are told.
     """
 
-    def __init__(self, recipe: Recipe, plan: list[Stage], processes: Processes, events: Events) -> None:
+    def __init__(self, recipe: Recipe, plan: list[Stage], processes: Processes, events: EventLog) -> None:
         self._recipe, self._plan, self._processes, self._events = recipe, plan, processes, events
         self._run = Path(recipe.run_dir)
-        self.latest = from_main(lambda: latest_stamp(self._run), processes)
+        self.latest = broadcast_from_main(lambda: latest_stamp(self._run), processes)
         """`latest_stamp` of the run when it started, before damage could change it."""
 
     def newest_whole(self) -> int:
@@ -173,27 +173,29 @@ class Resume:
             UserError: all there are are damaged, or all up to the one that `latest` names.
         """
         group = self._processes.host_group
-        steps, named = from_main(self._steps_to_try, self._processes)
+        steps, named = broadcast_from_main(self._steps_to_try, self._processes)
         for number, step in enumerate(steps):
             folder = checkpoint.step_folder(self._run, step)
-            found = gather(checkpoint.damage(folder, self._processes.rank, self._processes.count), group)
+            found = all_gather_objects(
+                checkpoint.damage(folder, self._processes.rank, self._processes.world_size), group
+            )
             problem = next((line for line in found if line is not None), None)
             if problem is None:
-                if self._processes.main and step != named:
+                if self._processes.is_main_process and step != named:
                     if number == 0:
                         latest = f"{self._run}/checkpoints/latest"
                         what = (
                             f"{latest} is missing" if named is None else f"the checkpoint that {latest} names is gone"
                         )
-                        self._events.tell("latest", step, f"{what}; going on from the newest, step {step}")
+                        self._events.emit("latest", step, f"{what}; going on from the newest, step {step}")
                     checkpoint.point_at(folder)
                 return step
             before = f"going on from step {steps[number + 1]}" if number + 1 < len(steps) else "there is none before"
-            if self._processes.main:
-                aside = checkpoint.set_aside(folder)
-                self._events.tell("damaged", step, f"damaged checkpoint: {problem}; now {aside.name}; {before}")
+            if self._processes.is_main_process:
+                aside = checkpoint.quarantine(folder)
+                self._events.emit("damaged", step, f"damaged checkpoint: {problem}; now {aside.name}; {before}")
         if steps:
-            later = from_main(lambda: steps_there(self._run), self._processes)
+            later = broadcast_from_main(lambda: steps_there(self._run), self._processes)
             raise UserError(no_step_up_to(self._run, steps[0], later) if later else _ALL_DAMAGED.format(self._run))
         return 0
 
@@ -230,7 +232,7 @@ class Resume:
         if not accept_changes:
             fix = "use another run_dir to start from these weights, or leave the key as it was to go on"
             raise UserError(f"{problem}; {fix}")
-        self._events.tell("accepted-changes", step, problem, changes=[f"train.start_from {before} -> {asked}"])
+        self._events.emit("accepted-changes", step, problem, changes=[f"train.start_from {before} -> {asked}"])
 
     def restore(
         self,
@@ -249,15 +251,15 @@ class Resume:
             step: of the newest whole checkpoint, or 0.
             engine, ema: what to load into.
             local_folder: this run's on the node's own disk, or None.
-            card, stage_cards: what this run would write into its own checkpoints, by `describe` and, for the stages
-                that are not over, `describe_stage`.
+            card, stage_cards: what this run would write into its own checkpoints, by `run_metadata` and, for the stages
+                that are not over, `stage_metadata`.
             sources: what the stages read that are to come.
             accept_changes: go on even where something has changed that makes another result.
 
         Raises:
             UserError: it was written by another model, or by another recipe and that is not accepted.
         """
-        own, who = pieces(engine, ema), (self._processes.rank, self._processes.count)
+        own, who = pieces(engine, ema), (self._processes.rank, self._processes.world_size)
         later = None
         if local_folder is not None:
             later = local.newest(local_folder, step, *who, own, self.latest, self._processes.host_group)
@@ -271,7 +273,7 @@ class Resume:
         check_fits(where, state, self._recipe, self._plan)
         if self._recipe.model.condition == "label":
             check_same_classes(where, state, {**card, **stage_cards.get(state["stage"], {})})
-        lanes = lanes_again(where, state, self._recipe, self._plan, sources)
+        lanes = resume_lanes(where, state, self._recipe, self._plan, sources)
         self._compare(where, state, {**card, **stage_cards.get(state["stage"], {})}, lanes.change, accept_changes)
         if later is not None:
             local.load(where, later, *who, own)
@@ -280,10 +282,10 @@ class Resume:
         guard = state.get("guard")
         set_adam_step(engine, state["step"] if guard is None else guard["updates"])
         use_loaded_weights(engine)
-        self._events.tell("resumed", state["step"], f"going on from step {state['step']} of {where}")
+        self._events.emit("resumed", state["step"], f"going on from step {state['step']} of {where}")
         return Position(state["step"], lanes.states, guard, lanes.beginnings, lanes.change is not None)
 
-    def roll_back(self, done: int, engine: Any, ema: ShardedEMA, guard: Guard) -> None:
+    def roll_back(self, done: int, engine: Any, ema: ShardedEMA, guard: StepGuard) -> None:
         """After too many skipped steps: go back to the weights, moments and EMA of the newest checkpoint.
 
         Steps and data go on, past the batches that were skipped.
@@ -311,7 +313,7 @@ class Resume:
         guard.forget_row()
         set_adam_step(engine, guard.updates)
         use_loaded_weights(engine)
-        self._events.tell("rolled-back", done, f"{row}; going on with the weights of step {step}", weights_of=step)
+        self._events.emit("rolled-back", done, f"{row}; going on with the weights of step {step}", weights_of=step)
 
     def _compare(
         self, where: Path, state: dict[str, Any], now: dict[str, Any], of_lanes: str | None, accept: bool
@@ -330,14 +332,14 @@ class Resume:
             if lines:
                 what = "other results accepted" if event == "accepted-changes" else "the same result but for rounding"
                 text = f"changed since the checkpoint ({what}): {'; '.join(lines)}"
-                self._events.tell(event, state["step"], text, changes=lines)
+                self._events.emit(event, state["step"], text, changes=lines)
 
 
-def identity(run: Path, processes: Processes, events: Events) -> str:
+def identity(run: Path, processes: Processes, events: EventLog) -> str:
     """The run's identity, see `run_identity`, on all processes; that the directory is a copy is an event."""
-    own, copied = from_main(lambda: run_identity(run), processes)
+    own, copied = broadcast_from_main(lambda: run_identity(run), processes)
     if copied is not None:
-        events.tell("copied", 0, copied)
+        events.emit("copied", 0, copied)
     return own
 
 

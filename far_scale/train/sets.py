@@ -16,11 +16,11 @@ from far_scale.data.remote.fetch import is_remote
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.store import StagedCounts, manifest_text, name_of
-from far_scale.distributed.process_group import Processes, all_ranks_or_raise, gather
+from far_scale.data.shards.store import StagingCounts, manifest_text, name_of
+from far_scale.distributed.process_group import Processes, all_gather_objects, all_ranks_or_raise
 from far_scale.train.curriculum import Stage
 from far_scale.utils.errors import UserError
-from far_scale.utils.event_log import Events
+from far_scale.utils.event_log import EventLog
 
 
 class OpenedSets(NamedTuple):
@@ -35,7 +35,9 @@ class OpenedSets(NamedTuple):
     manifest: Manifest | MixtureManifest
 
 
-def open_sets(data: DataSection, plan: Sequence[Stage], processes: Processes, events: Events, step: int) -> OpenedSets:
+def open_sets(
+    data: DataSection, plan: Sequence[Stage], processes: Processes, events: EventLog, step: int
+) -> OpenedSets:
     """Open what the stages read, and refuse what does not fit them; every rank calls it.
 
     Each rank asks the file system for its share of the shards. A manifest far away is fetched by one rank.
@@ -117,7 +119,7 @@ def open_set(where: str, data: DataSection, processes: Processes, staged: bool =
 
     text = _manifest_text(where, processes)
     shard_set = all_ranks_or_raise(opened, processes)
-    digests = gather(hashlib.sha256(text).hexdigest(), processes.host_group)
+    digests = all_gather_objects(hashlib.sha256(text).hexdigest(), processes.host_group)
     if len(set(digests)) > 1:
         other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
         raise UserError(
@@ -129,22 +131,22 @@ def open_set(where: str, data: DataSection, processes: Processes, staged: bool =
 def _manifest_text(where: str, processes: Processes) -> bytes:
     if not is_remote(where):
         return all_ranks_or_raise(lambda: manifest_text(where), processes)
-    text = all_ranks_or_raise(lambda: manifest_text(where) if processes.main else b"", processes)
-    if processes.count > 1:
+    text = all_ranks_or_raise(lambda: manifest_text(where) if processes.is_main_process else b"", processes)
+    if processes.world_size > 1:
         box = [text]
         dist.broadcast_object_list(box, src=0, group=processes.host_group)
         text = box[0]
     return text
 
 
-def say_staged(source: ShardSet | Mixture, step: int, processes: Processes, events: Events) -> None:
+def say_staged(source: ShardSet | Mixture, step: int, processes: Processes, events: EventLog) -> None:
     """Log what the staged sets of a stage have read where so far, all ranks together; nothing where none is staged."""
     stores = [each.staged for each, _ in sets_of(source) if each.staged is not None]
     if not stores:
         return
-    of_ranks = gather([store.counts() for store in stores], processes.host_group)
-    total = StagedCounts(*map(sum, zip(*(counts for own in of_ranks for counts in own), strict=True)))
-    events.tell(
+    of_ranks = all_gather_objects([store.counts() for store in stores], processes.host_group)
+    total = StagingCounts(*map(sum, zip(*(counts for own in of_ranks for counts in own), strict=True)))
+    events.emit(
         "staged",
         step,
         f"data.stage_local: {total.copied_files} files ({total.copied_bytes / 1e9:.3g} GB) copied to the nodes' disks "
@@ -153,11 +155,11 @@ def say_staged(source: ShardSet | Mixture, step: int, processes: Processes, even
     )
 
 
-def check_shards(shard_set: ShardSet, budget: int, processes: Processes, events: Events, step: int) -> None:
+def check_shards(shard_set: ShardSet, budget: int, processes: Processes, events: EventLog, step: int) -> None:
     """Every rank looks at its share; what is missing is refused, or told where the budget may be enough for it."""
-    found = list(shard_set.missing_shards(processes.rank, processes.count))
+    found = list(shard_set.missing_shards(processes.rank, processes.world_size))
     samples = sum(shard_set.samples_per_shard[number] for number, _ in found)
-    parts = gather((len(found), samples, found[0][1] if found else None), processes.host_group)
+    parts = all_gather_objects((len(found), samples, found[0][1] if found else None), processes.host_group)
     shards, samples = (sum(part[column] for part in parts) for column in (0, 1))
     first: DamagedError | None = next((problem for _, _, problem in parts if problem is not None), None)
     if first is None:
@@ -165,6 +167,6 @@ def check_shards(shard_set: ShardSet, budget: int, processes: Processes, events:
     if samples > budget:
         more = f" ({shards} shards of {samples} samples are not whole)" if shards > 1 else ""
         raise DamagedError(first.file, first.problem + more)
-    everyone = gather([(number, str(problem)) for number, problem in found], processes.host_group)
+    everyone = all_gather_objects([(number, str(problem)) for number, problem in found], processes.host_group)
     for _, problem in sorted(each for part in everyone for each in part):
-        events.tell("damaged-shard", step, f"not whole, and its clips will be left out: {problem}")
+        events.emit("damaged-shard", step, f"not whole, and its clips will be left out: {problem}")

@@ -11,7 +11,7 @@ import torch
 
 from far_scale.config.recipe import Recipe
 from far_scale.config.schema import DeepSpeedSection
-from far_scale.distributed.process_group import Processes, gather
+from far_scale.distributed.process_group import Processes, all_gather_objects
 from far_scale.train.deepspeed_adapter import can_reduce_once
 from far_scale.utils.errors import UserError
 from far_scale.utils.hosts import host_name, ranks_by_host
@@ -124,7 +124,7 @@ def choose_sharding(
     """
     section = recipe.train.deepspeed or DeepSpeedSection()
     _check_installation(recipe, section, processes)
-    reports = gather((host_name(), free_memory(processes)), processes.host_group)
+    reports = all_gather_objects((host_name(), free_memory(processes)), processes.host_group)
     hosts, free = [host for host, _ in reports], min(bytes_free for _, bytes_free in reports)
     situation = _Situation(recipe, parameters, hosts, processes.device.type == "cuda", free, activations)
     stage, why_stage = _choose_stage(situation)
@@ -165,7 +165,7 @@ def free_memory(processes: Processes) -> float:
     if processes.device.type == "cuda":
         return torch.cuda.mem_get_info(processes.device)[0]
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(meminfo["MemAvailable"].split()[0]) * 1024 / processes.count
+    return int(meminfo["MemAvailable"].split()[0]) * 1024 / processes.world_size
 
 
 def _check_installation(recipe: Recipe, section: DeepSpeedSection, processes: Processes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from far_scale.config.recipe import Recipe
-from far_scale.convert.model_dir import ModelCard, TrainingCard, read_any_config
+from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, read_any_config
 from far_scale.data.loader.mixture import MixtureManifest
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
@@ -34,7 +34,7 @@ def start_from(
     """
     folder = str(recipe.train.start_from)
     card = read_any_config(folder)[1]
-    found = other_latents(card, recipe, manifest, scaling) if isinstance(card, ModelCard) else []
+    found = other_latents(card, recipe, manifest, scaling) if isinstance(card, ModelMetadata) else []
     if found and not accept:
         raise UserError(
             f"train.start_from={folder}: that model was trained on other latents: {'; '.join(found)}; or start with "
@@ -42,17 +42,17 @@ def start_from(
         )
     load_start_weights(model, folder)
     training = card.training
-    if isinstance(training, TrainingCard):
+    if isinstance(training, TrainingMetadata):
         whose = f"the {training.weights} weights of step {training.step} in {folder}"
     else:
         whose = f"the weights in {folder}, imported from {training.imported_from}"
-    if not isinstance(card, ModelCard):
+    if not isinstance(card, ModelMetadata):
         return f"starting from {whose}; it does not say which latents they were trained on"
     return f"starting from {whose}" + (f"; accepted: trained on other latents: {'; '.join(found)}" if found else "")
 
 
 def other_latents(
-    card: ModelCard, recipe: Recipe, manifest: Manifest | MixtureManifest, scaling: LatentScaling
+    card: ModelMetadata, recipe: Recipe, manifest: Manifest | MixtureManifest, scaling: LatentScaling
 ) -> list[str]:
     """In which the latents that a model knows differ from those of a run, a line each with both values and the fix."""
     lines = []

@@ -20,11 +20,11 @@ from torch import Tensor
 from far_scale.config.schema import FaultsSection
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.distributed.ledger import phase
-from far_scale.distributed.process_group import Processes, gather
+from far_scale.distributed.process_group import Processes, all_gather_objects
 from far_scale.train.deepspeed_adapter import grad_norm
 from far_scale.train.engine import before_adam
 from far_scale.train.spikes import RunningLevels
-from far_scale.utils.event_log import Events
+from far_scale.utils.event_log import EventLog
 
 _LANES_TOLD = 4  # on the console; events.jsonl has all
 
@@ -69,7 +69,7 @@ class _Pending:
     arrived: torch.cuda.Event | None
 
 
-class Guard:
+class StepGuard:
     """Judges every step of one engine.
 
     A step calls `watch` with the loss of each pack before `engine.step()`, and `end_step` at its end.
@@ -80,7 +80,7 @@ class Guard:
         skipped: steps skipped in the whole run.
     """
 
-    def __init__(self, engine: Any, faults: FaultsSection, processes: Processes, events: Events) -> None:
+    def __init__(self, engine: Any, faults: FaultsSection, processes: Processes, events: EventLog) -> None:
         self.updates, self.in_row, self.skipped = 0, 0, 0
         self._engine, self._faults, self._processes, self._events = engine, faults, processes, events
         self._levels = RunningLevels(faults.spike_deviations, processes.device)
@@ -94,7 +94,7 @@ class Guard:
         self._losses.append(loss.detach())
 
     @property
-    def kept(self) -> Tensor:
+    def update_mask(self) -> Tensor:
         """Between `engine.step()` and `end_step`: 1 if the step changed the weights, 0 if it was skipped; a scalar on
         the device."""
         assert self._verdict is not None, "no step has been taken"
@@ -171,7 +171,7 @@ class Guard:
         # The norm is the same on all ranks already, or should be; after this it is to the last bit.
         with phase("guard"):
             dist.all_reduce(now)
-        now /= self._processes.count
+        now /= self._processes.world_size
         skipped, spikes = ~now.isfinite().all(), torch.zeros_like(now, dtype=torch.bool)
         if self._faults.spikes != "off":
             spikes = self._levels.spikes(now) & ~skipped
@@ -186,7 +186,7 @@ class Guard:
 
     def _tell(self, trouble: Trouble, own: list[tuple[int, tuple[str, ...], float]]) -> None:
         """Write the event, with lanes and keys: those whose loss is not finite, or else all of the batch."""
-        everyone = [pack for part in gather(own, self._processes.host_group) for pack in part]
+        everyone = [pack for part in all_gather_objects(own, self._processes.host_group) for pack in part]
         culprits = [pack for pack in everyone if not math.isfinite(pack[2])] or everyone
         lanes = [{"lane": lane, "keys": list(keys), "loss": _for_json(loss)} for lane, keys, loss in sorted(culprits)]
         where = "; ".join(f"lane {lane['lane']}: {', '.join(lane['keys'])}" for lane in lanes)
@@ -195,7 +195,7 @@ class Guard:
         row = f"{trouble.in_row} in a row, {trouble.total} in all"
         what = f"skipped ({row})" if trouble.skipped else "warning"
         numbers = f"loss {trouble.loss:.4g}, gradient norm {trouble.grad_norm:.4g}"
-        self._events.tell(
+        self._events.emit(
             "skipped" if trouble.skipped else "spike",
             trouble.step,
             f"step {trouble.step}: {what}: {trouble.reason}; {numbers}; {where}",

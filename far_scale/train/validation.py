@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from far_scale.data.loader.pack_loader import Pack
-from far_scale.distributed.process_group import Processes, from_main, gather
+from far_scale.distributed.process_group import Processes, all_gather_objects, broadcast_from_main
 from far_scale.health.watchdog import Watchdog
 from far_scale.model.layers import Block
 from far_scale.train.curriculum import Stage, stage_of
@@ -70,7 +70,7 @@ class Validation:
         self._read: tuple[int, list[Pack]] | None = None  # a stage's index and this rank's packs of it
         if held_out is None:
             return
-        self._validated = from_main(lambda: monitor.validated_steps, processes)
+        self._validated = broadcast_from_main(lambda: monitor.validated_steps, processes)
         if held_out.videos is not None and held_out.videos.without_lpips is not None:
             monitor.say(f"validation: {held_out.videos.without_lpips}")
 
@@ -114,7 +114,9 @@ class Validation:
                 timesteps = drawn.timesteps[drawn.layout.window_rows(errors.device)]
                 rows.append(_rows(pack, stage.config.window, timesteps, errors)[drawn.has_loss.numpy()])
             beat()
-        return summary(np.concatenate(gather(np.concatenate(rows), self._processes.host_group)), held_out.clips)
+        return summary(
+            np.concatenate(all_gather_objects(np.concatenate(rows), self._processes.host_group)), held_out.clips
+        )
 
 
 @contextlib.contextmanager

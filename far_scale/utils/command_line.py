@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from far_scale.utils.errors import UserError, file_problem, say_error
+from far_scale.utils.errors import UserError, file_problem, print_error
 
 
 def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,12 +27,12 @@ def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            say_error(error)
+            print_error(error)
             sys.exit(2)
         except OSError as error:
             if (problem := file_problem(error)) is None:
                 raise
-            say_error(UserError(problem))
+            print_error(UserError(problem))
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)

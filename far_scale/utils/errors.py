@@ -12,7 +12,7 @@ class UserError(Exception):
     """An input (a recipe, shard, checkpoint, video or disk) cannot be used; the message says where and the mend."""
 
 
-class SaidByMain(UserError):
+class ReportedByMain(UserError):
     """The same on another rank, whose main process says it: this one ends with the same status and is silent."""
 
 
@@ -21,17 +21,17 @@ def file_problem(error: OSError) -> str | None:
     return None if error.errno is None or error.filename is None else f"{error.filename}: {error.strerror}"
 
 
-def say_error(error: BaseException) -> None:
+def print_error(error: BaseException) -> None:
     """Print `error: ...` on standard error in one piece, with rank and host where there are several ranks."""
-    print(f"{speaker()}error: {error}", file=sys.stderr, flush=True)
+    print(f"{rank_prefix()}error: {error}", file=sys.stderr, flush=True)
 
 
-def say_warning(text: str) -> None:
+def print_warning(text: str) -> None:
     """Print `warning: ...` on standard error in one piece, for what goes on all the same."""
-    print(f"{speaker()}warning: {text}", file=sys.stderr, flush=True)
+    print(f"{rank_prefix()}warning: {text}", file=sys.stderr, flush=True)
 
 
-def speaker() -> str:
+def rank_prefix() -> str:
     """`[rank 3 on n2] ` where there are several ranks, otherwise nothing: what a line of one of them begins with."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ""

@@ -7,28 +7,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from far_scale.utils.io import LineFile, read_json_lines
+from far_scale.utils.io import JsonlWriter, read_json_lines
 
 
-class Events:
-    """Tells an event on the console and keeps it in the run directory, on the main process; the others are silent.
+class EventLog:
+    """Prints events and appends them to `events.jsonl` of a run directory, on the main process alone.
 
     Args:
         run: the run directory.
-        main: whether this is the process that tells.
+        is_main_process: whether this process prints and writes; the others do nothing.
     """
 
-    def __init__(self, run: Path, main: bool) -> None:
-        self._file, self._main = LineFile(run / "events.jsonl"), main
+    def __init__(self, run: Path, is_main_process: bool) -> None:
+        self._file, self._main = JsonlWriter(run / "events.jsonl"), is_main_process
 
-    def tell(self, event: str, step: int, text: str, **facts: Any) -> None:
+    def emit(self, event: str, step: int, text: str, **facts: Any) -> None:
         """Print `text` and append one line.
 
         Args:
             event: one word for what happened, the same for all of its kind.
             step: steps done when it happened.
-            text: one line for a person.
-            facts: what else the line in the file holds.
+            text: one line for the console and the file.
+            facts: further keys of the line in the file.
         """
         if not self._main:
             return

@@ -57,7 +57,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise
 
 
-class LineFile:
+class JsonlWriter:
     """A file of JSON lines that is only appended to, and that outlives a full disk.
 
     Lines that do not fit are kept and written with a later one, when there is room again; no line is ever written in

@@ -17,7 +17,7 @@ from far_scale.distributed.process_group import Processes
 
 def share_batch_norms(network: nn.Module, processes: Processes) -> None:
     """Let the batch norms within `network` take their statistics over all ranks; names of weights stay."""
-    if processes.count == 1:
+    if processes.world_size == 1:
         return
     if processes.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place, since the network itself is none

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from far_scale.distributed.process_group import Processes, gather
+from far_scale.distributed.process_group import Processes, all_gather_objects
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write
 
@@ -37,7 +37,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, processes: Processes, say: Callable[[str], None]) -> None:
         self._folder, self._processes, self._say = folder, processes, say
-        if processes.main:
+        if processes.is_main_process:
             for part in folder.glob(".step-*.part.pt"):  # of a run that was killed while it wrote
                 part.unlink()
 
@@ -47,7 +47,7 @@ class Checkpoints:
         Raises:
             UserError: the disk is full.
         """
-        if not self._processes.main:
+        if not self._processes.is_main_process:
             return
         path = self._path(step)
         try:
@@ -67,9 +67,9 @@ class Checkpoints:
             UserError: there are some, and none can be read; or a later version wrote it.
         """
         found: tuple[Path, dict[str, Any]] | None = None
-        if self._processes.main:
+        if self._processes.is_main_process:
             found = self._read_newest()
-        path: Path | None = gather(found and found[0], self._processes.host_group)[0]
+        path: Path | None = all_gather_objects(found and found[0], self._processes.host_group)[0]
         if path is None:
             return None
         if found is None:

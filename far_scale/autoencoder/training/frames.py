@@ -79,16 +79,16 @@ class EpisodeFrames(Frames):
         def read(seeds: tuple[int, int]) -> Tensor:
             return read_frames(record_episodes(folder, range(*seeds), recipe.data.frames, workers))
 
-        if not processes.main:  # the others read what the main process has recorded
+        if not processes.is_main_process:  # the others read what the main process has recorded
             dist.barrier(processes.host_group)
         self._train, self._heldout = read(recipe.data.train_seeds), read(recipe.data.heldout_seeds)
-        if processes.main:
+        if processes.is_main_process:
             dist.barrier(processes.host_group)
 
     def batch(self, step: int) -> Tensor:
         random = generator(self._recipe.seed, "batch", step)
         chosen = torch.from_numpy(random.integers(0, len(self._train), self._recipe.train.batch))
-        return self._train[chosen.chunk(self._processes.count)[self._processes.rank]]
+        return self._train[chosen.chunk(self._processes.world_size)[self._processes.rank]]
 
     def sample(self, count: int) -> Tensor:
         chosen = generator(self._recipe.seed, "patches").permutation(len(self._train))[:count]
@@ -143,7 +143,7 @@ class VideoFrames(Frames):
 
     def batch(self, step: int) -> Tensor:
         clips = self._recipe.train.batch // self._data.clip_frames
-        own = clips // self._processes.count
+        own = clips // self._processes.world_size
         for ahead in range(step, min(step + 1 + _STEPS_AHEAD, self._recipe.train.steps)):
             if ahead not in self._coming:
                 first = ahead * clips + self._processes.rank * own

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from far_scale.distributed.process_group import Processes
 from far_scale.utils.event_log import lines_up_to
-from far_scale.utils.io import LineFile, atomic_write
+from far_scale.utils.io import JsonlWriter, atomic_write
 
 
 class Log:
@@ -25,7 +25,7 @@ class Log:
     """
 
     def __init__(self, file: Path, steps: int, start: int, processes: Processes) -> None:
-        self._lines, self._steps, self._main = LineFile(file), steps, processes.main
+        self._lines, self._steps, self._main = JsonlWriter(file), steps, processes.is_main_process
         self._told, self._since = start, time.perf_counter()
         if self._main and file.exists():
             lines = lines_up_to(file, start)

@@ -151,7 +151,7 @@ class Trainer:
         """Latents [N, C, H, W] with noise in proportion to each channel's deviation over the global batch."""
         if self._settings.latent_noise == 0:
             return latents
-        ranks, rank = self._processes.count, self._processes.rank
+        ranks, rank = self._processes.world_size, self._processes.rank
         values = latents.detach().float()
         centred = values - self._processes.mean(values.mean((0, 2, 3), keepdim=True)).float()
         count = ranks * values.numel() / values.shape[1]
@@ -174,10 +174,10 @@ class Trainer:
         optimizer.zero_grad()
         loss.backward()
         gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
-        if self._processes.count > 1:
+        if self._processes.world_size > 1:
             together = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(together)
-            together /= self._processes.count
+            together /= self._processes.world_size
             parts = together.split([gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))

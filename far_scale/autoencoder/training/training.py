@@ -23,10 +23,10 @@ from far_scale.autoencoder.training.frames import EpisodeFrames, Frames, VideoFr
 from far_scale.autoencoder.training.log import Log
 from far_scale.autoencoder.training.recipe import AutoencoderRecipe, CompactModel, EpisodeData, TrainSection
 from far_scale.autoencoder.training.trainer import Trainer, schedule
-from far_scale.distributed.consensus import Vote
+from far_scale.distributed.consensus import Consensus
 from far_scale.distributed.process_group import Processes
 from far_scale.distributed.signals import StopSignals
-from far_scale.utils.errors import UserError, speaker
+from far_scale.utils.errors import UserError, rank_prefix
 from far_scale.utils.io import flatten, read_json, write_json
 
 _FRAMES_FOR_START = 1024  # whose patches the principal components are of
@@ -91,10 +91,10 @@ def train_autoencoder(
     settings = recipe.train
 
     def say(text: str) -> None:
-        tqdm.write(f"{speaker()}{text}")
+        tqdm.write(f"{rank_prefix()}{text}")
 
     def say_once(text: str) -> None:
-        if processes.main:
+        if processes.is_main_process:
             tqdm.write(text)
 
     with frames_of(recipe, places, processes, say) as frames:
@@ -106,18 +106,18 @@ def train_autoencoder(
         card = {"recipe": json.dumps(recipe.model_dump(mode="json")), "frames": frames.fingerprint}
         card["perceptual"] = str(trainer.perceptual)
         start = restore(checkpoints, trainer, card, settings)
-        say_once(f"{recipe.name}: from step {start} to {settings.steps} on {processes.count} ranks")
-        if processes.main:
+        say_once(f"{recipe.name}: from step {start} to {settings.steps} on {processes.world_size} ranks")
+        if processes.is_main_process:
             write_json(places.run / "recipe.json", recipe.model_dump(mode="json"))
-        vote, done = Vote(signals, processes), start
+        consensus, done = Consensus(signals, processes), start
         with Log(places.run / "log.jsonl", settings.steps, start, processes) as log:
             for step in range(start, settings.steps):
                 told = trainer.step(step, frames.batch(step))
                 done, last = step + 1, step + 1 == settings.steps
-                vote.begin(saving=False, damaged=False)
+                consensus.start(saving=False, damaged=False)
                 log.end_step()
                 logging = last or done == 1 or done % settings.log_every == 0
-                stopping = vote.outcome().stop
+                stopping = consensus.flags().stop
                 saving = last or stopping or done % settings.checkpoint_every == 0
                 if logging or saving:
                     values = means(told, processes)
@@ -129,7 +129,7 @@ def train_autoencoder(
                 if stopping and not last:
                     say_once(f"step {done}: stopped as asked; the same command goes on from here")
                     break
-        if done == settings.steps and processes.main:
+        if done == settings.steps and processes.is_main_process:
             path = places.out / f"{recipe.name}.safetensors"
             weights = trainer.average
             made = export(path, recipe, network.card_config(), weights, frames, command, processes.device)
@@ -147,7 +147,7 @@ def frames_of(
     Raises:
         UserError: there are none, or the ranks do not divide the batch.
     """
-    batch, ranks = recipe.train.batch, processes.count
+    batch, ranks = recipe.train.batch, processes.world_size
     if isinstance(recipe.data, EpisodeData):
         shares, what = batch, f"train.batch: {batch} frames"
     else:
@@ -193,7 +193,9 @@ def first_network(recipe: AutoencoderRecipe[Any, Any], frames: Frames, processes
             f"{recipe.name}: data.size: {frames.size} is no multiple of {network.downsample}, which is how many pixels "
             "a side make one latent position"
         )
-    if isinstance(network, CompactAutoencoder) and processes.main:  # the others get the main process's weights
+    if (
+        isinstance(network, CompactAutoencoder) and processes.is_main_process
+    ):  # the others get the main process's weights
         network.start_from_patches(to_pixels(frames.sample(_FRAMES_FOR_START)))
     return network
 

@@ -36,8 +36,8 @@ from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.rejects import REJECTED_NAME, Reject, write_rejects
 from far_scale.data.shards.table import ShardTable
 from far_scale.data.shards.writer import shard_entry, shard_name
-from far_scale.utils.errors import UserError, say_warning
-from far_scale.utils.io import LineFile, read_json, read_json_lines, write_json
+from far_scale.utils.errors import UserError, print_warning
+from far_scale.utils.io import JsonlWriter, read_json, read_json_lines, write_json
 
 SETTINGS_NAME = "adoption.json"
 PROGRESS_NAME = "sources.jsonl"
@@ -135,7 +135,7 @@ def _warn_of_scale(out: Path, manifest: Manifest) -> None:
     over_all = math.sqrt(max(0.0, float((std**2 + mean**2).mean() - mean.mean() ** 2)))
     usual = 1 / manifest.autoencoder.scaling_factor
     if not usual / _UNUSUAL < over_all < usual * _UNUSUAL:
-        say_warning(
+        print_warning(
             f"{out}: the latents' std is {over_all:.3g}, and {usual:.3g} is usual of {manifest.autoencoder.name}; if "
             "they were scaled before they were stored, adopt them with that --scale-factor"
         )
@@ -174,7 +174,7 @@ def _start(
         # Nothing is kept before this: after an error the command may be run again with other options.
         found = [chosen.adoption.model_dump(mode="json"), chosen.latent_shape, chosen.latent_dtype]
         write_json(out / SETTINGS_NAME, {"given": given, "found": found})
-        LineFile(out / PROGRESS_NAME).append(_write(job, 0, shards[0], copy, scanned))
+        JsonlWriter(out / PROGRESS_NAME).append(_write(job, 0, shards[0], copy, scanned))
 
 
 def _kept(out: Path, given: dict[str, Any]) -> Chosen:
@@ -229,7 +229,7 @@ def _index(out: Path, file: str) -> AdoptedIndex | None:
 
 def _read_shards(job: _Job, shards: Sequence[FoundShard], done: dict[int, dict[str, Any]], jobs: int) -> None:
     """Read the shards that are not done; each is noted in `done` and on the disk when it is."""
-    progress = LineFile(job.out / PROGRESS_NAME)
+    progress = JsonlWriter(job.out / PROGRESS_NAME)
     missing = [number for number in range(len(shards)) if number not in done]
     with tqdm(total=len(missing), desc="adopt", unit="shard") as bar:
         for line in _each(job, shards, missing, jobs):

@@ -19,7 +19,7 @@ from far_scale.data.remote.unpack import compression_of
 from far_scale.data.shards.mds import STREAMING_INDEX_NAME
 from far_scale.data.shards.typed import MAX_MANIFEST_BYTES, Place, read_small
 from far_scale.data.video.find import files_below
-from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import text_lines
 
 _MAX_SHARDS = 300_000  # as many as a manifest may name
@@ -139,7 +139,7 @@ def _tars_below(folder: Path) -> list[Path]:
     if not tars:
         raise UserError(f"{folder}: there is no .tar or index.json in this folder; name the shards themselves")
     if packed:
-        say_warning(f"{folder}: passed over: {len(packed)} compressed tars, as {min(packed)}; unpack them first")
+        print_warning(f"{folder}: passed over: {len(packed)} compressed tars, as {min(packed)}; unpack them first")
     return sorted(tars)
 
 

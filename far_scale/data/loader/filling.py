@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from far_scale.data.frame_counts import FrameCounts, draw_frames, fewest
 from far_scale.data.loader.lanes import FIRST_EPOCH, Lane, LaneOrder, Place, in_stage
-from far_scale.data.loader.mixed_lane import MixedLane
+from far_scale.data.loader.mixed_lane import MixtureLane
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.loader.rest import load_beginning
 from far_scale.data.shards.damage import DamagedError, Skipped, over_budget
@@ -28,7 +28,7 @@ POOL = 12  # 2048 choices beside the oldest: of a budget of five long clips less
 
 
 @dataclass(frozen=True)
-class Dealing:
+class PackingConfig:
     """How samples become clips, and clips packs.
 
     Attributes:
@@ -75,7 +75,7 @@ class Dealing:
         if not isinstance(source, Mixture):
             return {lane: ClipLane(Lane(orders[0], lane), source, self) for lane in sorted(lanes)}
         parts = weights or source.parts
-        return {lane: ClipLane(MixedLane(orders, parts, lane), source, self) for lane in sorted(lanes)}
+        return {lane: ClipLane(MixtureLane(orders, parts, lane), source, self) for lane in sorted(lanes)}
 
     def orders(self, source: ShardSet | Mixture) -> list[LaneOrder]:
         """The order of each shard set.
@@ -134,8 +134,8 @@ class ClipLane:
         damaged: clips that were left out so far.
     """
 
-    def __init__(self, lane: Lane | MixedLane, source: ShardSet | Mixture, dealing: Dealing) -> None:
-        self.lane, self._source, self._dealing = lane, source, dealing
+    def __init__(self, lane: Lane | MixtureLane, source: ShardSet | Mixture, packing: PackingConfig) -> None:
+        self.lane, self._source, self._packing = lane, source, packing
         self._pending: list[Clip] = []
         self.damaged = 0
         self._skipped: list[Skipped] = []
@@ -146,13 +146,13 @@ class ClipLane:
         Raises:
             UserError: a sample has fewer frames than the shortest clip; or more is damaged than may be left out.
         """
-        if self._dealing.tokens_per_pack is None:
-            return [self._draw_sound() for _ in range(self._dealing.clips_per_pack or 0)]
+        if self._packing.tokens_per_pack is None:
+            return [self._draw_sound() for _ in range(self._packing.clips_per_pack or 0)]
         taken: list[Clip] = []
-        room = self._dealing.tokens_per_pack
+        room = self._packing.tokens_per_pack
         while True:
             self._pending += (self._draw_sound() for _ in range(POOL - len(self._pending)))
-            tokens = [self._dealing.tokens_of(clip.frames) for clip in self._pending]
+            tokens = [self._packing.tokens_of(clip.frames) for clip in self._pending]
             if 2 * room <= sum(tokens) or tokens[0] > room:
                 break
             # There is room for more than half of the pool: the oldest goes in and another clip comes up, since the
@@ -174,7 +174,7 @@ class ClipLane:
             UserError: more is damaged than may be left out.
         """
         self._skip(clip.place, problem)
-        return [self._draw_sound()] if self._dealing.tokens_per_pack is None else []
+        return [self._draw_sound()] if self._packing.tokens_per_pack is None else []
 
     def take_skipped(self) -> tuple[Skipped, ...]:
         """What was left out since this was asked last."""
@@ -186,7 +186,7 @@ class ClipLane:
         state: dict[str, Any] = self.lane.state_dict()
         if self.damaged:
             state["damaged"] = self.damaged
-        if self._dealing.tokens_per_pack is not None:
+        if self._packing.tokens_per_pack is not None:
             state["pending"] = [clip.number for clip in self._pending]
         return state
 
@@ -218,7 +218,7 @@ class ClipLane:
                 f"lane {self.lane.lane}: {damaged!r} is no count of damaged clips; take an older checkpoint"
             )
         self.damaged = damaged
-        if (pending is None) != (self._dealing.tokens_per_pack is None) or not self._possible(pending or []):
+        if (pending is None) != (self._packing.tokens_per_pack is None) or not self._possible(pending or []):
             raise UserError(
                 f"lane {self.lane.lane}: {pending} are no clips that wait at {place}; resume with the shard set and "
                 "the data section that the checkpoint was made with"
@@ -246,27 +246,27 @@ class ClipLane:
             return None
 
     def _skip(self, place: Place, problem: DamagedError) -> None:
-        if self._dealing.max_damaged == 0:
+        if self._packing.max_damaged == 0:
             raise problem
         self.damaged += 1
         key = problem.key or f"{place.sample} of shard {place.shard}"
         self._skipped.append(Skipped(self.lane.lane, key, problem.file, problem.problem))
-        if self.damaged > self._dealing.max_damaged:
-            raise over_budget(self.damaged, self._dealing.max_damaged, self._skipped)
+        if self.damaged > self._packing.max_damaged:
+            raise over_budget(self.damaged, self._packing.max_damaged, self._skipped)
 
     def _draw(self, number: int, place: Place) -> Clip:
-        dealing = self._dealing
-        draw = generator(dealing.seed, in_stage("clip", dealing.stage), number, self.lane.lane)
+        packing = self._packing
+        draw = generator(packing.seed, in_stage("clip", packing.stage), number, self.lane.lane)
         there = self._source.frames_of(*place)
-        count = min(draw_frames(dealing.frames, draw), (there - 1) // dealing.frame_stride + 1)
-        if count < fewest(dealing.frames):
+        count = min(draw_frames(packing.frames, draw), (there - 1) // packing.frame_stride + 1)
+        if count < fewest(packing.frames):
             raise UserError(
                 f"{self._source.name_of(place.shard)}: sample {place.sample} is too short for "
-                f"data.frames={fewest(dealing.frames)} with data.frame_stride={dealing.frame_stride}; lower them, or "
+                f"data.frames={fewest(packing.frames)} with data.frame_stride={packing.frame_stride}; lower them, or "
                 "encode with --min-frames"
             )
         # Any start from which the clip still fits, each as likely, as officially.
-        return Clip(number, place, int(draw.integers(there - (count - 1) * dealing.frame_stride)), count)
+        return Clip(number, place, int(draw.integers(there - (count - 1) * packing.frame_stride)), count)
 
 
 def best_subset(tokens: tuple[int, ...], room: int, first: bool) -> list[int]:

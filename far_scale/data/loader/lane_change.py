@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from far_scale.data.loader.filling import ClipLane, Dealing
+from far_scale.data.loader.filling import ClipLane, PackingConfig
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.loader.rest import Standing, after_change, beginning_state, without_rest_if_read
 from far_scale.data.shards.shard_set import ShardSet
@@ -30,37 +30,37 @@ class GoingOn(NamedTuple):
     """Where the lanes of a run go on.
 
     Attributes:
-        dealing: with the beginnings that the lanes have from now on.
+        packing: with the beginnings that the lanes have from now on.
         states: of all lanes, by their numbers.
         left: of each shard set, after a change.
     """
 
-    dealing: Dealing
+    packing: PackingConfig
     states: dict[int, dict[str, Any]]
     left: list[Left]
 
 
-def go_on(dealing: Dealing, source: ShardSet | Mixture, states: Mapping[int, dict[str, Any]]) -> GoingOn:
+def go_on(packing: PackingConfig, source: ShardSet | Mixture, states: Mapping[int, dict[str, Any]]) -> GoingOn:
     """Go on with as many lanes as before, after a change that may be long ago: a rest that all have read is dropped.
 
     Args:
-        dealing: with the beginnings that the checkpoint has.
+        packing: with the beginnings that the checkpoint has.
         source: what the lanes read.
         states: the checkpoint's, of all lanes.
 
     Raises:
         UserError: a state does not fit the source.
     """
-    orders = dealing.orders(source)
-    stood = _standings(dealing.clip_lanes(source, range(dealing.lanes)), states)
+    orders = packing.orders(source)
+    stood = _standings(packing.clip_lanes(source, range(packing.lanes)), states)
     kept = [without_rest_if_read(order, standing) for order, standing in zip(orders, stood, strict=True)]
     beginnings = tuple(beginning_state(order.begin) for order in kept)
-    return GoingOn(replace(dealing, beginnings=beginnings), dict(states), [])
+    return GoingOn(replace(packing, beginnings=beginnings), dict(states), [])
 
 
 def change_lanes(
-    before: Dealing,
-    dealing: Dealing,
+    before: PackingConfig,
+    packing: PackingConfig,
     source: ShardSet | Mixture,
     states: Mapping[int, dict[str, Any]],
     weights: Sequence[float] | None = None,
@@ -71,7 +71,7 @@ def change_lanes(
 
     Args:
         before: how samples became packs up to the checkpoint, with the beginnings that it has.
-        dealing: how they do from now on.
+        packing: how they do from now on.
         source: what the lanes read.
         states: the checkpoint's, of all lanes.
         weights: that a mixture's sets had.
@@ -81,7 +81,7 @@ def change_lanes(
     """
     orders, lanes = before.orders(source), before.clip_lanes(source, range(before.lanes), weights)
     begins = [after_change(order, standing) for order, standing in zip(orders, _standings(lanes, states), strict=True)]
-    now = replace(dealing, beginnings=tuple(beginning_state(begin) for begin in begins))
+    now = replace(packing, beginnings=tuple(beginning_state(begin) for begin in begins))
     new = now.clip_lanes(source, range(now.lanes))
     new[0].damaged = sum(lane.damaged for lane in lanes.values())
     left = [Left(begin.epoch - 1, begin.left, order.samples) for begin, order in zip(begins, orders, strict=True)]

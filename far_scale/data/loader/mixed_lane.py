@@ -12,7 +12,7 @@ from far_scale.utils.errors import UserError
 from far_scale.utils.rng import generator
 
 
-class MixedLane:
+class MixtureLane:
     """One endless stream of samples out of several sets. Its state is how many samples it has read of each.
 
     Which set a sample comes from is drawn at the counter (number of the sample in the lane, lane), so it depends on

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from far_scale.data.loader.filling import Clip, ClipLane, Dealing
+from far_scale.data.loader.filling import Clip, ClipLane, PackingConfig
 from far_scale.data.loader.mixture import Mixture, sets_of
-from far_scale.data.loader.prefetch import Prefetch
+from far_scale.data.loader.prefetch import ShardPrefetch
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote.fetch import Interrupted, interruptible
 from far_scale.data.shards.damage import DamagedError, Skipped, over_budget
@@ -59,7 +59,7 @@ class PackLoader:
         shard_set: ShardSet | Mixture,
         scaling: LatentScaling,
         lanes: Sequence[int],
-        dealing: Dealing,
+        packing: PackingConfig,
         step: int = 0,
         lane_states: dict[int, dict[str, Any]] | None = None,
         prefetch: int = 2,
@@ -73,18 +73,18 @@ class PackLoader:
             UserError: more lanes than samples, or a state that does not fit the shard set.
         """
         self._set, self._scaling = shard_set, scaling
-        self._stride, self._step, self._max_damaged = dealing.frame_stride, step, dealing.max_damaged
-        self._lanes = dealing.clip_lanes(shard_set, lanes)
+        self._stride, self._step, self._max_damaged = packing.frame_stride, step, packing.max_damaged
+        self._lanes = packing.clip_lanes(shard_set, lanes)
         if lane_states is not None:
             for lane, clips in self._lanes.items():
                 clips.load_state_dict(lane_states[lane])
         self._ready: queue.SimpleQueue[list[Pack] | BaseException] = queue.SimpleQueue()
         self._room = threading.Semaphore(max(1, prefetch))
-        self._prefetches: dict[int, Prefetch] = {}  # by the number of the set
+        self._prefetches: dict[int, ShardPrefetch] = {}  # by the number of the set
         for number, (each, share) in enumerate(sets_of(shard_set)):
             if each.cached and ahead_bytes and self._lanes:
                 order = next(iter(self._lanes.values())).lane.parts[number].order
-                self._prefetches[number] = Prefetch(each, order, list(self._lanes), int(share * ahead_bytes))
+                self._prefetches[number] = ShardPrefetch(each, order, list(self._lanes), int(share * ahead_bytes))
         self._closed = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._read_ahead, name="packs", daemon=True)

@@ -39,7 +39,7 @@ def shards_ahead(order: LaneOrder, lane: int, number: int) -> Iterator[tuple[int
             epoch, position = epoch + 1, 0
 
 
-class Prefetch:
+class ShardPrefetch:
     """Threads that fetch what a rank's lanes come to next. What they cannot fetch is left to who reads it.
 
     Args:

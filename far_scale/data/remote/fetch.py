@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from far_scale.data.remote.unpack import PackedError, most_packed, unpack
-from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.errors import UserError, print_warning
 
 T = TypeVar("T")
 ATTEMPTS = 6
@@ -270,7 +270,7 @@ def _until_it_works(url: str, attempt: Callable[[], T]) -> T:
                     f"{shown(url)}: cannot be fetched ({problem}; attempt {number}, {taken:.0f} s in all); look at the "
                     f"{look}, or copy the file there again"
                 ) from None
-            say_warning(f"{shown(url)}: attempt {number} of {ATTEMPTS}: {problem}; the next in {seconds:.1f} s")
+            print_warning(f"{shown(url)}: attempt {number} of {ATTEMPTS}: {problem}; the next in {seconds:.1f} s")
         pause(seconds)
     raise AssertionError("the last attempt ends in an error")
 

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, NamedTuple
 import pydantic
 
 from far_scale.data.shards.members import KEY_PATTERN
-from far_scale.data.shards.typed import MAX_TENSORS_BYTES, Count, Key, Positive, Typed
+from far_scale.data.shards.typed import MAX_TENSORS_BYTES, Count, Key, Positive, StrictModel
 
 MAX_NAME = 400  # characters of a sample's name in its shard
 
@@ -35,7 +35,7 @@ Name = Annotated[str, pydantic.Field(min_length=1, max_length=MAX_NAME)]
 PartBytes = Annotated[int, pydantic.Field(ge=0, le=MAX_TENSORS_BYTES)]
 
 
-class Part(Typed):
+class Part(StrictModel):
     """Where one part of each sample stands.
 
     Attributes:
@@ -53,7 +53,7 @@ class Part(Typed):
         return self.member if self.key is None else f"{self.member}:{self.key}"
 
 
-class Adoption(Typed):
+class Adoption(StrictModel):
     """How the samples of adopted shards are read.
 
     Attributes:

@@ -22,7 +22,7 @@ from far_scale.data.shards.typed import (
     Key,
     Positive,
     ShardName,
-    Typed,
+    StrictModel,
     first_problem,
     write_small,
 )
@@ -44,7 +44,7 @@ class IndexRow(NamedTuple):
     tensors_bytes: Annotated[int, pydantic.Field(ge=9, le=MAX_TENSORS_BYTES)]
 
 
-class ChannelSums(Typed):
+class ChannelSums(StrictModel):
     """Float64 sums per channel over `values` stored latent values a channel; they add up over shards."""
 
     values: Positive
@@ -79,7 +79,7 @@ def statistics(sums: Sequence[ChannelSums]) -> tuple[tuple[float, ...], tuple[fl
     return tuple(mean), tuple(math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean, square, strict=True))
 
 
-class IndexFacts(Typed):
+class IndexFacts(StrictModel):
     """What stands in a shard's `.index.json`: the samples' places, and the facts that the manifest is made from."""
 
     format: str

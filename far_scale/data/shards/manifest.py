@@ -34,10 +34,10 @@ from far_scale.data.shards.table import ENTRIES, ShardEntry, ShardTable, read_sh
 from far_scale.data.shards.typed import (
     MAX_MANIFEST_BYTES,
     Count,
+    ModelWithClasses,
     Positive,
     ShardFormat,
-    Typed,
-    WithClasses,
+    StrictModel,
     first_problem,
     read_small,
     write_small,
@@ -65,7 +65,7 @@ def _dump_table(shards: Sequence[ShardEntry]) -> list[dict[str, Any]]:
     return [shard.model_dump(exclude_none=True) for shard in shards]
 
 
-class AutoencoderInfo(Typed):
+class AutoencoderInfo(StrictModel):
     """The autoencoder that made the latents: its name, the SHA-256 of its weights, its official scaling factor."""
 
     name: str
@@ -73,7 +73,7 @@ class AutoencoderInfo(Typed):
     scaling_factor: float
 
 
-class Manifest(WithClasses):
+class Manifest(ModelWithClasses):
     """What a shard set is.
 
     Attributes:

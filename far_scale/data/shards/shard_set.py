@@ -32,7 +32,7 @@ from far_scale.data.shards.sample import (
     parse_header,
     view,
 )
-from far_scale.data.shards.store import Staged, adopted_store, manifest_text, missing, name_of, store_of
+from far_scale.data.shards.store import StagedStore, adopted_store, manifest_text, missing, name_of, store_of
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
 
@@ -152,7 +152,7 @@ class ShardSet:
         self.far = bool(manifest.shards.cached) if adopted else is_remote(where)
         # Of a local set whose shards are remote or compressed, the indexes are read where they lie.
         own = store_of(where, None if self.far and not is_remote(where) else node, self._again)
-        self.staged = own if isinstance(own, Staged) else None
+        self.staged = own if isinstance(own, StagedStore) else None
         self.store = adopted_store(own, node, self._again) if adopted else own
         self._adopted = SampleReader.of(manifest) if adopted else None
         largest = int(manifest.shards.bytes.max())

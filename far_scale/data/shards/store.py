@@ -16,7 +16,7 @@ from far_scale.data.remote.unpack import compression_of
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.typed import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, read_small
-from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.errors import UserError, print_warning
 
 PIPES_VARIABLE = "FAR_SCALE_PIPES"  # with 1 a manifest's pipe: commands are run
 
@@ -57,7 +57,7 @@ class Store(Protocol):
         ...
 
 
-class Folder:
+class LocalStore:
     """A folder of this machine; what lies there, or at an absolute path, is read as it is.
 
     Args:
@@ -90,7 +90,7 @@ class Folder:
         pass
 
 
-class StagedCounts(NamedTuple):
+class StagingCounts(NamedTuple):
     """Shards and their indexes: what a staged set has read where.
 
     Attributes:
@@ -105,7 +105,7 @@ class StagedCounts(NamedTuple):
     opened_at_source: int
 
 
-class Staged(Folder):
+class StagedStore(LocalStore):
     """A folder of this machine, on Lustre or NFS as a rule, whose files come into the node's cache as they are read.
 
     A copy has the manifest's size and SHA-256. Files that the node's disk has no room for are read where they lie,
@@ -144,9 +144,9 @@ class Staged(Folder):
             except FetchError:
                 return  # left to whoever asks for it
 
-    def counts(self) -> StagedCounts:
+    def counts(self) -> StagingCounts:
         """Of this process so far."""
-        return StagedCounts(self._node.fetched_files, self._node.fetched_bytes, self._on_node, self._at_source)
+        return StagingCounts(self._node.fetched_files, self._node.fetched_bytes, self._on_node, self._at_source)
 
     def _stage(self, file: str, size: int | None, digest: str) -> int | None:
         """A descriptor of the copy; None where there is none and no room for it, or no source."""
@@ -187,7 +187,7 @@ class Staged(Folder):
         with self._lock:
             said, self._said = self._said, True
         if not said:
-            say_warning(
+            print_warning(
                 f"data.stage_local={self._node.folder}: what is not copied yet is read from {self._folder}: {problem}"
             )
 
@@ -196,7 +196,7 @@ class Staged(Folder):
             self._at_source += 1
 
 
-class FarAway:
+class RemoteStore:
     """A URL; each file comes into the node's cache whole, and is checked on the way."""
 
     def __init__(self, url: str, node: NodeCache) -> None:
@@ -232,7 +232,7 @@ class FarAway:
             raise DamagedError(name, str(problem).removeprefix(f"{name}: ")) from None
 
 
-class _ByUrl(FarAway):
+class _ByUrl(RemoteStore):
     """Files at URLs of their own."""
 
     def __init__(self, node: NodeCache) -> None:
@@ -247,7 +247,7 @@ class _Adopted:
 
     def __init__(self, own: Store, node: NodeCache | None, again: str) -> None:
         self._own = own
-        self._paths = own if isinstance(own, Folder) else Folder(Path("/"), again)
+        self._paths = own if isinstance(own, LocalStore) else LocalStore(Path("/"), again)
         self._urls = None if node is None else _ByUrl(node)
 
     def name(self, file: str) -> str:
@@ -317,9 +317,9 @@ def store_of(where: str | Path, node: NodeCache | None, again: str = "encode the
         UserError: it is a URL, and there is no cache.
     """
     if not is_remote(where):
-        return Folder(Path(where), again) if node is None else Staged(Path(where), node, again)
+        return LocalStore(Path(where), again) if node is None else StagedStore(Path(where), node, again)
     if node is None:
         raise UserError(
             f"{shown(str(where))}: a shard set far away is read in training alone, through data.cache_dir; copy it here"
         )
-    return FarAway(str(where), node)
+    return RemoteStore(str(where), node)

@@ -12,13 +12,13 @@ import pydantic
 from numpy.typing import NDArray
 
 from far_scale.data.remote.unpack import compression_of
-from far_scale.data.shards.typed import Digest, Place, Positive, ShardName, Typed, first_problem
+from far_scale.data.shards.typed import Digest, Place, Positive, ShardName, StrictModel, first_problem
 
 _LIST_END, _COMMA = re.compile(r"\}\s*\]"), re.compile(r"\s*,")
 _PIECE = 1 << 20  # characters
 
 
-class ShardEntry(Typed):
+class ShardEntry(StrictModel):
     """One shard: its file, samples, frames in all, the fewest frames of a sample, its size and checksums.
 
     Attributes:

@@ -35,13 +35,13 @@ Place = Annotated[str, pydantic.Field(pattern=r"^(/|s3://|gs://|https?://|pipe:)
 Key = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_-]{1,80}$")]
 
 
-class Typed(pydantic.BaseModel):
+class StrictModel(pydantic.BaseModel):
     """A frozen record that refuses unknown keys, implicit conversions, infinities and NaN."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class WithClasses(Typed):
+class ModelWithClasses(StrictModel):
     """A record that may name the classes of its labels: files that do not, as all before there were names, stay so.
 
     Attributes:

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.errors import UserError, print_warning
 
 _MOVIES = (
     "mp4 m4v mov qt 3gp 3g2 f4v avi divx mkv mk3d webm ogv flv wmv asf mpg mpeg mpe m1v m2v vob ts m2t mts m2ts mxf"
@@ -134,7 +134,7 @@ def _passed_over(suffixes: Counter[str]) -> str:
 def _warn_once(text: str) -> None:
     """Of all ranks the first one says it, once: a folder may be looked at several times."""
     if os.environ.get("RANK", "0") == "0":
-        say_warning(text)
+        print_warning(text)
 
 
 def _refuse(error: OSError) -> NoReturn:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from far_scale.data.video.find import SUFFIXES, find_videos
 from far_scale.data.video.official_lists import is_path, label_number, read_official_list
 from far_scale.data.video.videos import read_label
-from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import read_text, text_lines
 
 OFFICIAL_LIST = ".json"
@@ -260,10 +260,10 @@ def check_folders(where: str | Path, found: Found, labels: int, given: Sequence[
     folders = len({source.path.parent for source in of_folder})
     own = found.classes is None and all(source.label_file for source in of_folder)
     if given is not None and len(given) != labels:
-        say_warning(f"{where}: {len(given)} class names, but --labels {labels}")
+        print_warning(f"{where}: {len(given)} class names, but --labels {labels}")
     elif given is None and of_folder and folders != labels and not own:
         what = "class folder" if folders == 1 else "class folders"
-        say_warning(f"{where}: {folders} {what}, but --labels {labels}; are all folders there?")
+        print_warning(f"{where}: {folders} {what}, but --labels {labels}; are all folders there?")
     if found.classes is not None and len(found.classes) > labels:  # then labels in the files are what counts
         return found._replace(classes=None, by_folder=False)
     return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from far_scale.autoencoder import Autoencoder
-from far_scale.convert.model_dir import ModelCard
+from far_scale.convert.model_dir import ModelMetadata
 from far_scale.data.shards.manifest import MANIFEST_NAME
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.typed import classes_differ
@@ -64,7 +64,7 @@ class Episodes:
 
 
 def find_episodes(
-    source: ShardSet | str | Path, config: FARConfig, card: ModelCard, autoencoder: Autoencoder, wanted: Wanted
+    source: ShardSet | str | Path, config: FARConfig, card: ModelMetadata, autoencoder: Autoencoder, wanted: Wanted
 ) -> Episodes:
     """Of an opened shard set, or of a path: a shard set's folder, a video file, or a folder of videos.
 
@@ -79,7 +79,7 @@ def find_episodes(
 
 
 def video_episodes(
-    path: Path, config: FARConfig, card: ModelCard, autoencoder: Autoencoder, wanted: Wanted
+    path: Path, config: FARConfig, card: ModelMetadata, autoencoder: Autoencoder, wanted: Wanted
 ) -> Episodes:
     """The first frames of the first videos of a file or folder; the given ones are encoded.
 
@@ -114,7 +114,7 @@ def video_episodes(
 
 
 def shard_episodes(
-    shards: ShardSet, config: FARConfig, card: ModelCard, autoencoder: Autoencoder, wanted: Wanted
+    shards: ShardSet, config: FARConfig, card: ModelMetadata, autoencoder: Autoencoder, wanted: Wanted
 ) -> Episodes:
     """The first frames of the first samples of a shard set; its latents decoded are the truth.
 
@@ -157,7 +157,7 @@ def _fit(file: Path, frames: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     return fit(frames, height)
 
 
-def encode(autoencoder: Autoencoder, frames: np.ndarray, card: ModelCard) -> Tensor:
+def encode(autoencoder: Autoencoder, frames: np.ndarray, card: ModelMetadata) -> Tensor:
     """Frames uint8 `[F, h, w, 3]` to unscaled latents `[F, C, H, W]`, float32 on the CPU; F may be 0."""
     latents = [torch.empty(0, *card.latent_shape)]
     for start in range(0, len(frames), _ENCODED_AT_ONCE):
@@ -189,7 +189,7 @@ def _given_and_known(
     return given, min(shortest, given + wanted.frames)
 
 
-def check_set(shards: ShardSet, config: FARConfig, card: ModelCard, conditioned: bool) -> None:
+def check_set(shards: ShardSet, config: FARConfig, card: ModelMetadata, conditioned: bool) -> None:
     """Raises UserError where the model cannot take a set's latents, or lacks its actions or labels."""
     actions = config.actions > 0 and conditioned
     manifest = shards.manifest
@@ -217,7 +217,7 @@ def check_set(shards: ShardSet, config: FARConfig, card: ModelCard, conditioned:
             )
 
 
-def check_classes(shards: ShardSet, card: ModelCard) -> None:
+def check_classes(shards: ShardSet, card: ModelMetadata) -> None:
     """Raises UserError where a set's labels are other classes than the model's."""
     if (difference := classes_differ(shards.manifest.classes, card.classes)) is not None:
         raise UserError(

@@ -9,7 +9,7 @@ import torch
 
 import far_scale.autoencoder
 from far_scale.autoencoder import Autoencoder
-from far_scale.convert.model_dir import ModelCard, load_model_dir
+from far_scale.convert.model_dir import ModelMetadata, load_model_dir
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.evaluation.rollouts.episodes import Wanted, find_episodes
 from far_scale.evaluation.rollouts.rollout import RollOut
@@ -20,7 +20,7 @@ from far_scale.utils.io import write_json
 from far_scale.utils.rng import MAX_SEED
 
 
-def load_for_sampling(folder: str | Path) -> tuple[FAR, ModelCard]:
+def load_for_sampling(folder: str | Path) -> tuple[FAR, ModelMetadata]:
     """The model of a model directory on the GPU in bfloat16 (its attention kernels take no float32), or on the CPU in
     float32 where there is no GPU."""
     if torch.cuda.is_available():
@@ -28,7 +28,7 @@ def load_for_sampling(folder: str | Path) -> tuple[FAR, ModelCard]:
     return load_model_dir(folder, "cpu", dtype=torch.float32)
 
 
-def load_autoencoder(card: ModelCard, device: torch.device, dtype: torch.dtype = torch.float32) -> Autoencoder:
+def load_autoencoder(card: ModelMetadata, device: torch.device, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """The autoencoder that the model was trained on, which then computes in `dtype`.
 
     Raises:
@@ -46,7 +46,7 @@ def load_autoencoder(card: ModelCard, device: torch.device, dtype: torch.dtype =
 
 def prepare(
     model: FAR,
-    card: ModelCard,
+    card: ModelMetadata,
     source: ShardSet | str | Path,
     given: int | None,
     frames: int,
@@ -88,7 +88,7 @@ def prepare(
 
 def evaluate(
     model: FAR,
-    card: ModelCard,
+    card: ModelMetadata,
     source: ShardSet | str | Path,
     given: int | None,
     frames: int,

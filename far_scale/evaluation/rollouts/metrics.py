@@ -58,7 +58,7 @@ class Meter:
         )
 
 
-class Judge:
+class MetricAccumulator:
     """Gathers the quality of a prediction and of the baseline."""
 
     def __init__(self, frames: int) -> None:

@@ -36,7 +36,7 @@ VIDEO_FRAME_HEIGHT = 192
 
 
 @dataclass(frozen=True)
-class Shown:
+class GridSpec:
     """The clips that a picture shows, as far as they are known before the first frame is there.
 
     Attributes:
@@ -61,10 +61,10 @@ class Shown:
         return ["truth", "FAR"] if self.truth else ["FAR"]
 
 
-class Sheet:
+class ContactSheet:
     """A PNG: for each episode a row of true frames above a row of predicted ones, given frames bordered."""
 
-    def __init__(self, shown: Shown, captions: Sequence[str] = ()) -> None:
+    def __init__(self, shown: GridSpec, captions: Sequence[str] = ()) -> None:
         """With `captions`, one an episode, each stands above its episode."""
         self._shown, self._captions = shown, captions
         chosen = np.linspace(0, shown.frames - 1, min(shown.frames, SHEET_COLUMNS)).round().astype(int)
@@ -125,10 +125,10 @@ class Sheet:
         _write(self._canvas, texts, size=20)
 
 
-class Film:
+class VideoGrid:
     """The pictures of an MP4: a grid of episodes, each the truth above the prediction, below a line of text."""
 
-    def __init__(self, shown: Shown) -> None:
+    def __init__(self, shown: GridSpec) -> None:
         self._shown = shown
         self._scale = max(1, VIDEO_FRAME_HEIGHT // shown.size[0])
         self._height, self._width = (side * self._scale + 2 * BORDER for side in shown.size)
@@ -144,7 +144,7 @@ class Film:
         _write(self._canvas, [_Text(CAPTION_WIDTH // 2, middle, name) for name, middle in middles], size=20)
 
     def picture(self, index: int, truth: Pixels | None, prediction: Pixels) -> Pixels:
-        """The picture of frame `index`; arguments as those of `Sheet.add`."""
+        """The picture of frame `index`; arguments as those of `ContactSheet.add`."""
         picture, given = self._canvas.copy(), index < self._shown.given
         rows = [truth, prediction] if self._shown.truth else [prediction]
         for row, frames in enumerate(rows):

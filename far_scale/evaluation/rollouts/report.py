@@ -8,14 +8,14 @@ from typing import Any
 
 import far_scale
 from far_scale.config.recipe import Recipe, load_recipe
-from far_scale.convert.model_dir import ModelCard, TrainingCard
+from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.video.videos import find_videos
 from far_scale.evaluation.rollouts.curve import loss_curve
 from far_scale.evaluation.rollouts.evaluate import evaluate, load_for_sampling
 from far_scale.model import FAR
 from far_scale.train.checkpoint.folders import CHECKSUMS, fingerprint, step_folder
-from far_scale.utils.errors import say_warning
+from far_scale.utils.errors import print_warning
 from far_scale.utils.io import check_writable, parse_json, sha256, write_json
 
 EPISODES = 32
@@ -71,7 +71,7 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
     loss_curve(out / "loss.png", run / "log.jsonl")
     model, card = load_for_sampling(model_dir)
     for difference in _not_of_run(run, model, card, recipe):
-        say_warning(f"{model_dir}: not exported from {run} as it is now: {difference}")
+        print_warning(f"{model_dir}: not exported from {run} as it is now: {difference}")
     report = evaluate(model, card, videos, **settings, out=out)
     report["made_from"] = made_from
     report["files"] = {name: sha256(out / name) for name in FILES}
@@ -96,7 +96,7 @@ def _source(videos: Path, episodes: int) -> dict[str, Any]:
     return {"videos": [[path.name, sha256(path)] for path in find_videos(videos)[:episodes]]}
 
 
-def _not_of_run(run: Path, model: FAR, card: ModelCard, recipe: Recipe) -> list[str]:
+def _not_of_run(run: Path, model: FAR, card: ModelMetadata, recipe: Recipe) -> list[str]:
     """In which a model's metadata are not what the run's recipe says, each with both values."""
     shapes = [stage.latent_shape or recipe.data.latent_shape for stage in recipe.curriculum] or [
         recipe.data.latent_shape
@@ -110,7 +110,7 @@ def _not_of_run(run: Path, model: FAR, card: ModelCard, recipe: Recipe) -> list[
     pairs.append(("data.frame_stride", card.frame_stride, recipe.data.frame_stride))
     pairs.append(("data.scaling", card.scaling.kind, recipe.data.scaling))
     lines = [f"{key} {own}, the recipe has {wanted}" for key, own, wanted in pairs if own != wanted]
-    if isinstance(card.training, TrainingCard):
+    if isinstance(card.training, TrainingMetadata):
         if not lines and card.training.recipe_hash != recipe.hash():
             lines.append("it was trained by another recipe")
         folder = step_folder(run, card.training.step)

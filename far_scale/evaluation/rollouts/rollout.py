@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from far_scale.autoencoder import Autoencoder
-from far_scale.convert.model_dir import ModelCard
+from far_scale.convert.model_dir import ModelMetadata
 from far_scale.data.video.videos import write_mp4
 from far_scale.evaluation.rollouts.episodes import Episodes
-from far_scale.evaluation.rollouts.metrics import Judge
-from far_scale.evaluation.rollouts.pictures import Film, Pixels, Sheet, Shown, to_uint8
+from far_scale.evaluation.rollouts.metrics import MetricAccumulator
+from far_scale.evaluation.rollouts.pictures import ContactSheet, GridSpec, Pixels, VideoGrid, to_uint8
 from far_scale.evaluation.rollouts.truth import decode
 from far_scale.model import FAR
 from far_scale.sampling.sampler import cache_bytes, predict_frames
@@ -48,7 +48,7 @@ class RollOut:
     """What is to be sampled, ready to run; `evaluate.prepare` makes it and says what is in it."""
 
     model: FAR
-    card: ModelCard
+    card: ModelMetadata
     autoencoder: Autoencoder
     data: Episodes
     frames: int
@@ -91,7 +91,7 @@ class RollOut:
             The settings, the episodes' keys, what the truth is ("recorded pixels", "decoded latents" or None),
             `truth_frames` and, with a truth, `prediction` and `repeat_last` (see `metrics.Comparison`).
         """
-        judge = Judge(self.truth_frames)
+        judge = MetricAccumulator(self.truth_frames)
         kept: list[Tensor] = []
         for first in range(0, len(self.data.keys), EPISODES_AT_ONCE):
             clips = slice(first, min(first + EPISODES_AT_ONCE, len(self.data.keys)))
@@ -154,7 +154,7 @@ class RollOut:
             known = index < self.given + self.truth_frames
             yield Frame(index, latents, pixels, data.truth.frame(clips, index) if known else None)
 
-    def _judged(self, clips: slice, judge: Judge, new: list[Tensor] | None) -> Iterator[Frame]:
+    def _judged(self, clips: slice, judge: MetricAccumulator, new: list[Tensor] | None) -> Iterator[Frame]:
         """Every frame of some clips, counted by `judge`; the latents of new ones are put into `new`."""
         last_given = self.data.truth.frame(clips, self.given - 1) if self.given else None
         for frame in self.frames_of(clips):
@@ -165,10 +165,10 @@ class RollOut:
                     new.append(frame.latents.cpu())
             yield frame
 
-    def shown(self, episodes: int) -> Shown:
+    def shown(self, episodes: int) -> GridSpec:
         """What a picture of the first `episodes` clips shows."""
         _, height, width = self.card.latent_shape
-        return Shown(
+        return GridSpec(
             episodes=episodes,
             frames=self.given + self.frames,
             given=self.given,
@@ -179,11 +179,11 @@ class RollOut:
 
 
 def draw(
-    shown: Shown, frames: Iterable[tuple[int, Pixels | None, Pixels]], fps: float, video: Path, sheet: Path
+    shown: GridSpec, frames: Iterable[tuple[int, Pixels | None, Pixels]], fps: float, video: Path, sheet: Path
 ) -> None:
     """Write the MP4 and the PNG of frames that come one by one: index, truth where it is known, and prediction, both
     uint8 `[B, H, W, 3]`. Each file is written atomically."""
-    some_frames, film = Sheet(shown), Film(shown)
+    some_frames, film = ContactSheet(shown), VideoGrid(shown)
 
     def pictures() -> Iterator[Pixels]:
         for frame in frames:

@@ -8,8 +8,7 @@ says which kernel is used where, and `dense` is the oracle that all are tested a
 """
 
 from far_scale.model.attention.choice import choose
-from far_scale.model.attention.earlier import Earlier
-from far_scale.model.attention.frame_attention import frame_attention
+from far_scale.model.attention.frame_attention import PrefixKV, frame_attention
 from far_scale.model.attention.operators import attend
 
-__all__ = ["Earlier", "attend", "choose", "frame_attention"]
+__all__ = ["PrefixKV", "attend", "choose", "frame_attention"]

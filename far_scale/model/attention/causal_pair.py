@@ -26,24 +26,30 @@ import torch
 from torch import Tensor
 
 from far_scale.model.attention.kernel import Kernel
-from far_scale.model.layout import Order
+from far_scale.model.layout import AttentionPlan
 
 
 def forward(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, earlier_k: Tensor | None, earlier_v: Tensor | None, order: Order
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    plan: AttentionPlan,
 ) -> tuple[Tensor, Tensor]:
     """q, k, v `[T, N, D]`, the earlier keys and values `[S, N, D]` -> out `[T, N, D]`, lse `[T, N]` (natural log)."""
-    clips, upper, prefix = order.group.clips, order.group.upper_triangle(q.device), order.prefix
-    out, lse = kernel.forward(q, k, v, clips, clips, causal=order.group.causal)
+    clips, upper, prefix = plan.group.clips, plan.group.upper_triangle(q.device), plan.prefix
+    out, lse = kernel.forward(q, k, v, clips, clips, causal=plan.group.causal)
     if upper is not None:
         rows, spans = upper.queries, upper.spans
         (upper_q,), (upper_k, upper_v) = _rows(rows, q), _rows(upper.keys, k, v)
         part = kernel.forward(upper_q, upper_k, upper_v, spans, spans, causal=True)
         _merge(out, lse, rows, *part)
     if prefix is not None:
-        assert earlier_k is not None and earlier_v is not None
+        assert prefix_k is not None and prefix_v is not None
         (seen_q,) = _rows(prefix.rows, q)
-        part = kernel.forward(seen_q, earlier_k, earlier_v, prefix.queries, prefix.keys, causal=False)
+        part = kernel.forward(seen_q, prefix_k, prefix_v, prefix.queries, prefix.keys, causal=False)
         _merge(out, lse, prefix.rows, *part)
     return out, lse
 
@@ -54,15 +60,15 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    earlier_k: Tensor | None,
-    earlier_v: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    order: Order,
+    plan: AttentionPlan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of q, k, v `[T, N, D]` and, with a prefix, of the earlier keys and values `[S, N, D]`."""
-    clips, upper, prefix = order.group.clips, order.group.upper_triangle(q.device), order.prefix
-    dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, clips, clips, causal=order.group.causal)
+    clips, upper, prefix = plan.group.clips, plan.group.upper_triangle(q.device), plan.prefix
+    dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, clips, clips, causal=plan.group.causal)
     if upper is not None:
         rows, keys, spans = upper.queries, upper.keys, upper.spans
         upper_dout, upper_q, upper_out, upper_lse = _rows(rows, dout, q, out, lse)
@@ -76,10 +82,10 @@ def backward(
         _add(dv, keys, upper_dv)
     if prefix is None:
         return dq, dk, dv, None, None
-    assert earlier_k is not None and earlier_v is not None
+    assert prefix_k is not None and prefix_v is not None
     seen_dout, seen_q, seen_out, seen_lse = _rows(prefix.rows, dout, q, out, lse)
     prefix_dq, earlier_dk, earlier_dv = kernel.backward(
-        seen_dout, seen_q, earlier_k, earlier_v, seen_out, seen_lse, prefix.queries, prefix.keys, causal=False
+        seen_dout, seen_q, prefix_k, prefix_v, seen_out, seen_lse, prefix.queries, prefix.keys, causal=False
     )
     _add(dq, prefix.rows, prefix_dq)
     return dq, dk, dv, earlier_dk, earlier_dv

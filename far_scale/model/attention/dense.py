@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from far_scale.model.layout import Order, Prefix
+from far_scale.model.layout import AttentionPlan, Prefix
 
 NAME = "dense"
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, earlier_k: Tensor | None, earlier_v: Tensor | None, order: Order
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, plan: AttentionPlan
 ) -> tuple[Tensor, Tensor]:
     """q, k, v `[T, N, D]`, the earlier keys and values `[S, N, D]` -> out `[T, N, D]`, lse `[T, N]`.
 
     Memory and work grow with T (S + T) whatever the mask lets through.
     """
-    keys, values = _all_keys(k, v, earlier_k, earlier_v, order)
-    scores = _scores(q, keys, order)
+    keys, values = _all_keys(k, v, prefix_k, prefix_v, plan)
+    scores = _scores(q, keys, plan)
     lse = scores.logsumexp(-1)
     out = torch.einsum("ntk,knd->tnd", (scores - lse.unsqueeze(-1)).exp().to(q.dtype), values)
     return out, lse.T
@@ -29,47 +29,47 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    earlier_k: Tensor | None,
-    earlier_v: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    order: Order,
+    plan: AttentionPlan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of q, k, v and, with a prefix, of the earlier keys and values."""
-    keys, values = _all_keys(k, v, earlier_k, earlier_v, order)
-    weights = (_scores(q, keys, order) - lse.T.unsqueeze(-1)).exp()  # [N, T, S + T]
+    keys, values = _all_keys(k, v, prefix_k, prefix_v, plan)
+    weights = (_scores(q, keys, plan) - lse.T.unsqueeze(-1)).exp()  # [N, T, S + T]
     d_weights = torch.einsum("tnd,knd->ntk", dout, values).to(weights.dtype)
     share = (dout * out).sum(-1, dtype=weights.dtype).T.unsqueeze(-1)  # [N, T, 1]
     d_scores = (weights * (d_weights - share) * q.shape[-1] ** -0.5).to(q.dtype)
     dq = torch.einsum("ntk,knd->tnd", d_scores, keys)
     d_keys = torch.einsum("ntk,tnd->knd", d_scores, q)
     d_values = torch.einsum("ntk,tnd->knd", weights.to(q.dtype), dout)
-    if order.prefix is None:
+    if plan.prefix is None:
         return dq, d_keys, d_values, None, None
     earlier = len(keys) - len(k)
     return dq, d_keys[earlier:], d_values[earlier:], d_keys[:earlier], d_values[:earlier]
 
 
 def _all_keys(
-    k: Tensor, v: Tensor, earlier_k: Tensor | None, earlier_v: Tensor | None, order: Order
+    k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, plan: AttentionPlan
 ) -> tuple[Tensor, Tensor]:
-    if order.prefix is None:
+    if plan.prefix is None:
         return k, v
-    assert earlier_k is not None and earlier_v is not None
-    return torch.cat([earlier_k, k]), torch.cat([earlier_v, v])
+    assert prefix_k is not None and prefix_v is not None
+    return torch.cat([prefix_k, k]), torch.cat([prefix_v, v])
 
 
-def _scores(q: Tensor, keys: Tensor, order: Order) -> Tensor:
+def _scores(q: Tensor, keys: Tensor, plan: AttentionPlan) -> Tensor:
     """`[N, T, S + T]` in float32 or better, -inf where the mask forbids."""
     precise = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("tnd,knd->ntk", q.to(precise), keys.to(precise)) * q.shape[-1] ** -0.5
-    return scores.masked_fill(~mask(order, q.device), -torch.inf)
+    return scores.masked_fill(~mask(plan, q.device), -torch.inf)
 
 
-def mask(order: Order, device: torch.device) -> Tensor:
+def mask(plan: AttentionPlan, device: torch.device) -> Tensor:
     """`[T, S + T]` bool, True where the query (row) may see the key (column), the prefix's keys first."""
-    group = order.group.mask(device)
-    return group if order.prefix is None else torch.cat([_prefix_mask(order.prefix, len(group), device), group], dim=1)
+    group = plan.group.mask(device)
+    return group if plan.prefix is None else torch.cat([_prefix_mask(plan.prefix, len(group), device), group], dim=1)
 
 
 def _prefix_mask(prefix: Prefix, tokens: int, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """FlexAttention: PyTorch's compiled attention with a block mask, beside the kernels. What they are measured against.
 
 What a token sees is at most two runs of keys, one of the earlier keys and one of the group's, so the mask is four
-numbers a token; the block mask is found from these, never from a dense mask, and kept as long as its order lives.
+numbers a token; the block mask is found from these, never from a dense mask, and kept as long as its plan lives.
 
     shape letters   T tokens of the group   S earlier keys   N heads   D head dim   R, C blocks of queries, of keys
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from far_scale.model.attention.kernel import GpuNeeds
-from far_scale.model.layout import FrameGroup, Order, Prefix
+from far_scale.model.layout import AttentionPlan, FrameGroup, Prefix
 
 NAME = "flex"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,9 +37,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 
 @torch.compiler.disable
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, earlier_k: Tensor | None, earlier_v: Tensor | None, order: Tensor
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor) -> Tensor:
     """See `operators.attend`: q, k, v `[T, N, D]`, the earlier keys and values `[S, N, D]` -> `[T, N, D]`.
 
     Differentiable through torch. A compiled caller's graph breaks here: the mask's tensors belong to the pack, not to
@@ -47,10 +45,10 @@ def attend(
     """
     if not len(q):
         return q + k + v  # as empty as they are, and every one of them gets its (empty) gradient
-    found = Order.find(order)
+    found = AttentionPlan.find(handle)
     if found.prefix is not None:
-        assert earlier_k is not None and earlier_v is not None
-        k, v = torch.cat([earlier_k, k]), torch.cat([earlier_v, v])
+        assert prefix_k is not None and prefix_v is not None
+        k, v = torch.cat([prefix_k, k]), torch.cat([prefix_v, v])
     heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out = _attention(q.device.type)(*heads_first, block_mask=block_mask(found, q.device))
     return out.squeeze(0).transpose(0, 1)
@@ -62,14 +60,14 @@ def _attention(device_type: str) -> Any:
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
 
 
-_masks: weakref.WeakKeyDictionary[Order, dict[torch.device, BlockMask]] = weakref.WeakKeyDictionary()
+_masks: weakref.WeakKeyDictionary[AttentionPlan, dict[torch.device, BlockMask]] = weakref.WeakKeyDictionary()
 
 
-def block_mask(order: Order, device: torch.device) -> BlockMask:
-    """What the order's tokens see, made once."""
-    masks = _masks.setdefault(order, {})
+def block_mask(plan: AttentionPlan, device: torch.device) -> BlockMask:
+    """What the plan's tokens see, made once."""
+    masks = _masks.setdefault(plan, {})
     if device not in masks:
-        masks[device] = _block_mask(_seen(order.group, order.prefix, device), order)
+        masks[device] = _block_mask(_seen(plan.group, plan.prefix, device), plan)
     return masks[device]
 
 
@@ -100,9 +98,9 @@ def _seen(group: FrameGroup, prefix: Prefix | None, device: torch.device) -> _Se
     return _Seen(*(x.to(device, torch.int32) for x in (first, last, group_first, group_last)))
 
 
-def _block_mask(seen: _Seen, order: Order) -> BlockMask:
+def _block_mask(seen: _Seen, plan: AttentionPlan) -> BlockMask:
     tokens = len(seen.first)
-    keys = tokens + (0 if order.prefix is None else order.prefix.keys.starts[-1])
+    keys = tokens + (0 if plan.prefix is None else plan.prefix.keys.starts[-1])
     block_starts = torch.arange(0, keys, _BLOCK, device=seen.first.device)  # [C]
     some = torch.zeros(-(-tokens // _BLOCK) * _BLOCK, len(block_starts), dtype=torch.bool, device=seen.first.device)
     every = some.clone()
@@ -119,7 +117,7 @@ def _block_mask(seen: _Seen, order: Order) -> BlockMask:
     def of_both(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return ((key >= first[query]) & (key < last[query])) | of_group(batch, head, query, key)
 
-    visible = of_group if order.prefix is None else of_both
+    visible = of_group if plan.prefix is None else of_both
     return BlockMask.from_kv_blocks(
         *_listed(some & ~every), *_listed(every), BLOCK_SIZE=_BLOCK, mask_mod=visible, seq_lengths=(tokens, keys)
     )

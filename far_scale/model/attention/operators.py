@@ -1,11 +1,11 @@
 """`attend`: frame-block causal attention as torch operators, which torch.compile, selective checkpointing and FLOP
 counters understand.
 
-    far_scale::frame_attention            q, k, v, earlier keys and values, order, kernel -> out, lse
+    far_scale::frame_attention            q, k, v, earlier keys and values, handle, kernel -> out, lse
     far_scale::frame_attention_backward   and the output's gradient, out, lse -> all gradients
 
 A compiled graph calls them without knowing the pack: what is a constant to it is the kernel's name alone, and the
-order is found by its key (see `Order`).
+plan is found by its handle (see `AttentionPlan`).
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from far_scale.model.attention import causal_pair, choice, dense, flex
-from far_scale.model.layout import Order
+from far_scale.model.layout import AttentionPlan
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? earlier_k, Tensor? earlier_v, Tensor order, str kernel"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor handle, str kernel"
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, earlier_k: Tensor | None, earlier_v: Tensor | None, order: Tensor, kernel: str
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str
 ) -> Tensor:
-    """Frame-block causal attention over the tokens of an order.
+    """Frame-block causal attention over the tokens of a plan.
 
     Args:
         q, k, v: `[T, N, D]`.
-        earlier_k, earlier_v: `[S, N, D]` keys and values of the order's prefix; S may be 0, where it has none.
-        order: the key of an `Order`.
+        prefix_k, prefix_v: `[S, N, D]` keys and values of the plan's prefix; S may be 0, where it has none.
+        handle: of an `AttentionPlan`.
         kernel: the name of a kernel that is usable here (`choice.choose`).
 
     Returns:
-        `[T, N, D]`, differentiable in all tensors but the order.
+        `[T, N, D]`, differentiable in all tensors but the handle.
     """
     if kernel == flex.NAME:
-        return flex.attend(q, k, v, earlier_k, earlier_v, order)
-    out, _ = torch.ops.far_scale.frame_attention(q, k, v, earlier_k, earlier_v, order, kernel)
+        return flex.attend(q, k, v, prefix_k, prefix_v, handle)
+    out, _ = torch.ops.far_scale.frame_attention(q, k, v, prefix_k, prefix_v, handle, kernel)
     return out
 
 
 @torch.library.custom_op("far_scale::frame_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, earlier_k: Tensor | None, earlier_v: Tensor | None, order: Tensor, kernel: str
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str
 ) -> tuple[Tensor, Tensor]:
     if not len(q):
         return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
     if kernel == dense.NAME:
-        out, lse = dense.forward(q, k, v, earlier_k, earlier_v, Order.find(order))
+        out, lse = dense.forward(q, k, v, prefix_k, prefix_v, AttentionPlan.find(handle))
     else:
-        out, lse = causal_pair.forward(choice.kernel(kernel), q, k, v, earlier_k, earlier_v, Order.find(order))
+        out, lse = causal_pair.forward(choice.kernel(kernel), q, k, v, prefix_k, prefix_v, AttentionPlan.find(handle))
     return out.contiguous(), lse.contiguous()
 
 
@@ -62,30 +62,30 @@ def _forward(
 )
 def _backward(
     dout: Tensor, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, earlier_k: Tensor | None, earlier_v: Tensor | None, order: Tensor, kernel: str,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if not len(q):
-        return _like(dout, out, lse, q, k, v, earlier_k, earlier_v, order, kernel)
+        return _like(dout, out, lse, q, k, v, prefix_k, prefix_v, handle, kernel)
     if kernel == dense.NAME:
-        found = dense.backward(dout, q, k, v, earlier_k, earlier_v, out, lse, Order.find(order))
+        found = dense.backward(dout, q, k, v, prefix_k, prefix_v, out, lse, AttentionPlan.find(handle))
     else:
         found = causal_pair.backward(
-            choice.kernel(kernel), dout, q, k, v, earlier_k, earlier_v, out, lse, Order.find(order)
+            choice.kernel(kernel), dout, q, k, v, prefix_k, prefix_v, out, lse, AttentionPlan.find(handle)
         )
     dq, dk, dv, earlier_dk, earlier_dv = (None if x is None else x.contiguous() for x in found)
     assert dq is not None and dk is not None and dv is not None
     # An operator always gives tensors: empty ones where there are no earlier keys, zeros where nobody saw them.
     none = q.new_empty(0)
     if earlier_dk is None:
-        earlier_dk = none if earlier_k is None else torch.zeros_like(earlier_k)
+        earlier_dk = none if prefix_k is None else torch.zeros_like(prefix_k)
     if earlier_dv is None:
-        earlier_dv = none.clone() if earlier_v is None else torch.zeros_like(earlier_v)
+        earlier_dv = none.clone() if prefix_v is None else torch.zeros_like(prefix_v)
     return dq, dk, dv, earlier_dk, earlier_dv
 
 
 @_forward.register_fake
 def _forward_shapes(
-    q: Tensor, k: Tensor, v: Tensor, earlier_k: Tensor | None, earlier_v: Tensor | None, order: Tensor, kernel: str
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
 
@@ -93,12 +93,12 @@ def _forward_shapes(
 @_backward.register_fake
 def _like(
     dout: Tensor, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, earlier_k: Tensor | None, earlier_v: Tensor | None, order: Tensor, kernel: str,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     earlier_dk, earlier_dv = (
         q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (earlier_k, earlier_v)
+        for x in (prefix_k, prefix_v)
     )
     return dq, dk, dv, earlier_dk, earlier_dv
 
@@ -113,10 +113,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, _, _, _, earlier_k, _, _ = saved = ctx.saved_tensors
+    _, _, _, _, _, prefix_k, _, _ = saved = ctx.saved_tensors
     found = torch.ops.far_scale.frame_attention_backward(dout, *saved, ctx.kernel)
     dq, dk, dv, earlier_dk, earlier_dv = found
-    if earlier_k is None:
+    if prefix_k is None:
         return dq, dk, dv, None, None, None, None
     return dq, dk, dv, earlier_dk, earlier_dv, None, None
 
@@ -126,16 +126,16 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 @register_flop_formula(torch.ops.far_scale.frame_attention, get_raw=True)
 def _forward_flops(
-    q: Tensor, k: Tensor, v: Tensor, earlier_k: Any, earlier_v: Any, order: Tensor, *_: Any, **__: Any
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Any, prefix_v: Any, handle: Tensor, *_: Any, **__: Any
 ) -> int:
     """Scores and values: two products of 2 D a pair and head."""
-    return 2 * 2 * Order.find(order).pairs * q.shape[1] * q.shape[2]
+    return 2 * 2 * AttentionPlan.find(handle).pairs * q.shape[1] * q.shape[2]
 
 
 @register_flop_formula(torch.ops.far_scale.frame_attention_backward, get_raw=True)
 def _backward_flops(
     dout: Tensor, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, earlier_k: Any, earlier_v: Any, order: Tensor, *_: Any, **__: Any,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Any, prefix_v: Any, handle: Tensor, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Scores once more, and the gradients of weights, values, keys and queries: five products."""
-    return 5 * 2 * Order.find(order).pairs * q.shape[1] * q.shape[2]
+    return 5 * 2 * AttentionPlan.find(handle).pairs * q.shape[1] * q.shape[2]

@@ -13,7 +13,7 @@ from torch import Tensor
 from far_scale.model.attention import choice, dense, flex
 from far_scale.model.attention.kernel import first_line, installed_version
 from far_scale.model.attention.operators import attend
-from far_scale.model.layout import FrameGroup, FrameLayout, Order
+from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout
 
 HEAD_DIM = 64
 _SMALL_HEADS = 2
@@ -21,30 +21,30 @@ _WARM_UP, _REPEATS = 3, 10
 
 
 class Inputs(NamedTuple):
-    """q, k, v, dout `[T, N, D]` and the earlier keys and values `[S, N, D]`, S 0 where the order has no prefix."""
+    """q, k, v, dout `[T, N, D]` and the earlier keys and values `[S, N, D]`, S 0 where the plan has no prefix."""
 
-    order: Order
+    plan: AttentionPlan
     q: Tensor
     k: Tensor
     v: Tensor
-    earlier_k: Tensor
-    earlier_v: Tensor
+    prefix_k: Tensor
+    prefix_v: Tensor
     dout: Tensor
 
     @staticmethod
-    def draw(order: Order, heads: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+    def draw(plan: AttentionPlan, heads: int, device: torch.device, dtype: torch.dtype) -> Inputs:
         """Normal numbers, the same in every dtype but for their rounding to bfloat16, which all of them hold."""
-        earlier = 0 if order.prefix is None else order.prefix.keys.starts[-1]
-        generator = torch.Generator().manual_seed(order.group.tokens)
-        sizes = [order.group.tokens] * 3 + [earlier] * 2 + [order.group.tokens]
+        earlier = 0 if plan.prefix is None else plan.prefix.keys.starts[-1]
+        generator = torch.Generator().manual_seed(plan.group.tokens)
+        sizes = [plan.group.tokens] * 3 + [earlier] * 2 + [plan.group.tokens]
         drawn = (torch.randn(size, heads, HEAD_DIM, generator=generator).bfloat16() for size in sizes)
-        return Inputs(order, *(x.to(device, dtype) for x in drawn))
+        return Inputs(plan, *(x.to(device, dtype) for x in drawn))
 
 
 def run(name: str, inputs: Inputs) -> list[Tensor]:
     """Output and gradients of q, k, v, earlier keys and values, by the kernel of this name."""
-    q, k, v, earlier_k, earlier_v = leaves = [x.detach().requires_grad_() for x in inputs[1:6]]
-    out = attend(q, k, v, earlier_k, earlier_v, inputs.order.key, name)
+    q, k, v, prefix_k, prefix_v = leaves = [x.detach().requires_grad_() for x in inputs[1:6]]
+    out = attend(q, k, v, prefix_k, prefix_v, inputs.plan.handle, name)
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs.dout, materialize_grads=True)]
 
 
@@ -52,20 +52,20 @@ def errors(name: str, device: torch.device, dtype: torch.dtype) -> tuple[float, 
     """The largest error against the dense mask in float64, of the output and of the gradients, where clips have
     different lengths and some of them a context of coarser frames."""
     layout = FrameLayout.of((5, 1, 3), (4, 4), window=3, coarser=2)
-    order = layout.window_order(device)
-    found = run(name, Inputs.draw(order, _SMALL_HEADS, device, dtype))
-    exact = run(dense.NAME, Inputs.draw(order, _SMALL_HEADS, device, torch.float64))
+    plan = layout.window_plan(device)
+    found = run(name, Inputs.draw(plan, _SMALL_HEADS, device, dtype))
+    exact = run(dense.NAME, Inputs.draw(plan, _SMALL_HEADS, device, torch.float64))
     out, *gradients = ((ours - oracle).abs().max().item() for ours, oracle in zip(found, exact, strict=True))
     return out, max(gradients)
 
 
 def milliseconds(name: str, inputs: Inputs) -> tuple[float, float]:
     """Medians of forward and backward."""
-    q, k, v, earlier_k, earlier_v = leaves = [x.detach().requires_grad_() for x in inputs[1:6]]
+    q, k, v, prefix_k, prefix_v = leaves = [x.detach().requires_grad_() for x in inputs[1:6]]
     forward, backward = [], []
     for _ in range(_WARM_UP + _REPEATS):
         started = _now(inputs.q.device)
-        out = attend(q, k, v, earlier_k, earlier_v, inputs.order.key, name)
+        out = attend(q, k, v, prefix_k, prefix_v, inputs.plan.handle, name)
         computed = _now(inputs.q.device)
         torch.autograd.grad(out, leaves, inputs.dout, materialize_grads=True)
         forward.append(computed - started)
@@ -84,7 +84,7 @@ def rows(device: torch.device, dtypes: Sequence[torch.dtype], clips: int, frames
     """The table's lines, timed on clips of frames of 64 tokens; each kernel is tried in all of the dtypes it takes."""
     yield f"{device}, torch {torch.__version__}; timed: {clips} x {frames} frames of 64 tokens, {heads} heads of 64"
     yield "kernel        installed      dtype        error of gradients  ms forward  backward"
-    order = Order(FrameGroup.of((frames,) * clips, (8, 8)))
+    plan = AttentionPlan(FrameGroup.of((frames,) * clips, (8, 8)))
     for name in choice.KERNELS:
         package = "torch" if name in (flex.NAME, dense.NAME) else choice.kernel(name).PACKAGE
         version = installed_version(package) or "-"
@@ -95,7 +95,7 @@ def rows(device: torch.device, dtypes: Sequence[torch.dtype], clips: int, frames
         for dtype in (dtype for dtype, reason in reasons.items() if reason is None):
             start = f"{name:13} {version:14} {str(dtype).removeprefix('torch.'):9}"
             try:
-                wrong, spent = errors(name, device, dtype), milliseconds(name, Inputs.draw(order, heads, device, dtype))
+                wrong, spent = errors(name, device, dtype), milliseconds(name, Inputs.draw(plan, heads, device, dtype))
             except Exception as error:  # libraries fail in any way; the other kernels' lines are wanted all the same
                 yield f"{start} fails: {type(error).__name__}: {first_line(error)}"
                 continue

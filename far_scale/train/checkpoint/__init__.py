@@ -8,7 +8,7 @@ ranks held; a reader asks for other pieces and gets them. So neither the rank co
 the format, and one process can read any of it.
 """
 
-from far_scale.train.checkpoint.folders import damage, fingerprint, point_at, read_state, set_aside
+from far_scale.train.checkpoint.folders import damage, fingerprint, point_at, quarantine, read_state
 from far_scale.train.checkpoint.metadata import read_metadata
 from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy, load
 from far_scale.train.checkpoint.run_dir import latest_step, step_folder, steps_to_try
@@ -22,10 +22,10 @@ __all__ = [
     "latest_step",
     "load",
     "point_at",
+    "quarantine",
     "read_metadata",
     "read_state",
     "save",
-    "set_aside",
     "step_folder",
     "steps_to_try",
 ]

@@ -12,8 +12,8 @@ import torch
 from far_scale.convert.fit import empty_model
 from far_scale.convert.model_dir import (
     CONFIG_FILE,
-    ModelCard,
-    TrainingCard,
+    ModelMetadata,
+    TrainingMetadata,
     holds,
     load_model,
     read_any_config,
@@ -54,14 +54,14 @@ def export_if_needed(
         UserError: no such checkpoint, or it is not whole.
     """
     folder, state, fingerprint = _find(Path(run), step)
-    card = ModelCard(
+    card = ModelMetadata(
         autoencoder=AutoencoderInfo(**state["autoencoder"]),
         scaling=LatentScaling.from_dict(state["scaling"]),
         latent_shape=tuple(state["latent_shape"]),
         fps=state["fps"],
         frame_stride=state["frame_stride"],
         classes=None if state.get("classes") is None else tuple(state["classes"]),
-        training=TrainingCard(
+        training=TrainingMetadata(
             step=state["step"],
             recipe_hash=state["recipe_hash"],
             weights=weights,
@@ -100,7 +100,7 @@ def export_official(source: str | Path, step: int | None, weights: Literal["ema"
         raise UserError(f"{source}: a model directory holds one set of weights; leave --step out, or name the run")
     config, card = read_any_config(source)
     write_official(out, from_far_scale(config, load_model(source).state_dict()))
-    if isinstance(card.training, TrainingCard):
+    if isinstance(card.training, TrainingMetadata):
         return f"{card.training.weights} weights of step {card.training.step}"
     return f"weights imported from {card.training.imported_from}"
 

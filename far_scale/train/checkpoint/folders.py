@@ -37,7 +37,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def seal(folder: Path, state: dict[str, Any], sums: dict[str, dict[str, Any]]) -> None:
+def finalize(folder: Path, state: dict[str, Any], sums: dict[str, dict[str, Any]]) -> None:
     """Write state.json and, over it and all other files, checksums.json; then make the folder durable.
 
     Args:
@@ -106,7 +106,7 @@ def is_ephemeral(folder: Path) -> bool:
     return isinstance(state, dict) and state.get(EPHEMERAL) is True
 
 
-def publish(beside: Path, folder: Path, keep: int, ephemeral: bool = False) -> None:
+def commit(beside: Path, folder: Path, keep: int, ephemeral: bool = False) -> None:
     """Give a written checkpoint its name, point `latest` at it, then remove all but the newest `keep` up to it.
 
     Ephemeral ones are not counted, and all before this one are removed. Later ones, of a run that went back to an
@@ -131,7 +131,7 @@ def point_at(folder: Path) -> None:
         latest.write_text(folder.name + "\n")
 
 
-def set_aside(folder: Path) -> Path:
+def quarantine(folder: Path) -> Path:
     """Rename a damaged checkpoint so that nothing takes it for a whole one; returns where it is now."""
     aside = damaged_folder(folder)
     if folder.exists():

@@ -10,7 +10,7 @@ from far_scale.config.recipe import load_recipe
 from far_scale.train.checkpoint.folders import damage, point_at
 from far_scale.train.checkpoint.run_dir import latest_step, step_folder
 from far_scale.utils.errors import UserError
-from far_scale.utils.event_log import Events, lines_up_to
+from far_scale.utils.event_log import EventLog, lines_up_to
 
 
 def fork(run: Path, step: int | None, out: Path) -> int:
@@ -47,7 +47,9 @@ def fork(run: Path, step: int | None, out: Path) -> int:
         (beside / "log.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in lines_up_to(run / "log.jsonl", step))
         )
-        Events(beside, main=True).tell("forked", step, f"{out} goes on from step {step} of {run}", source=str(run))
+        EventLog(beside, is_main_process=True).emit(
+            "forked", step, f"{out} goes on from step {step} of {run}", source=str(run)
+        )
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from far_scale.config.schema import CheckpointSection
-from far_scale.distributed.process_group import gather
+from far_scale.distributed.process_group import all_gather_objects
 from far_scale.train.checkpoint.folders import checksums
 from far_scale.train.checkpoint.hashed import save_tensors
 from far_scale.train.checkpoint.pieces import FlatPiece
@@ -99,7 +99,7 @@ def newest(
         step = int(sidecar.parent.name.removeprefix("step-"))
         if step > above and _is_whole(sidecar, pieces, latest):
             fitting.append(step)
-    of_all = gather(fitting, group)
+    of_all = all_gather_objects(fitting, group)
     return max(set(of_all[0]).intersection(*of_all[1:]), default=None)
 
 

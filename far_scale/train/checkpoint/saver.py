@@ -17,13 +17,13 @@ from far_scale.train.checkpoint.folders import EPHEMERAL
 from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy
 from far_scale.train.checkpoint.run_dir import step_folder
 from far_scale.train.checkpoint.write import save
-from far_scale.utils.errors import UserError, say_error
-from far_scale.utils.event_log import Events
+from far_scale.utils.errors import UserError, print_error
+from far_scale.utils.event_log import EventLog
 
 FAILURES = 3  # saves that fail in a row before the run gives up: a disk may be full for a while, not for days
 
 
-class Saver:
+class CheckpointSaver:
     """Writes the checkpoints of a run, in a thread and with a process group of its own.
 
     A save that fails (a full disk) does not end the run: it is told, and the next one is tried in its time. Only
@@ -43,7 +43,7 @@ class Saver:
         run: Path,
         section: CheckpointSection,
         processes: Processes,
-        events: Events,
+        events: EventLog,
         local_folder: Path | None = None,
         latest: str | None = None,
     ) -> None:
@@ -103,7 +103,7 @@ class Saver:
         """
         self._join(raise_after=1 if required else FAILURES + 1)
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> CheckpointSaver:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
@@ -129,12 +129,12 @@ class Saver:
         try:
             self._latest = save(self._run, step, copies, state, self._section.keep, self._group)
         except UserError as error:
-            self._events.tell("save-failed", step, f"step {step}: no checkpoint: {error}", stall_seconds=stall)
+            self._events.emit("save-failed", step, f"step {step}: no checkpoint: {error}", stall_seconds=stall)
             raise
         seconds = time.perf_counter() - start
         facts = {EPHEMERAL: True} if EPHEMERAL in state else {}
         stays = ", until the next one," if facts else ""
-        self._events.tell(
+        self._events.emit(
             "saved",
             step,
             f"step {step}: saved {step_folder(self._run, step)}{stays} in {seconds:.1f} s; training waited "
@@ -147,7 +147,7 @@ class Saver:
     def _write_locally(self, step: int, copies: Mapping[str, FlatPiece], state: dict[str, Any]) -> None:
         assert self._local_folder is not None
         try:
-            who = self._processes.rank, self._processes.count
+            who = self._processes.rank, self._processes.world_size
             local.save(self._local_folder, step, *who, copies, state, self._latest)
         except (UserError, OSError) as error:  # of one rank alone, so it must not change what the ranks do together
-            say_error(UserError(f"step {step}: no node-local checkpoint: {error}"))
+            print_error(UserError(f"step {step}: no node-local checkpoint: {error}"))

@@ -11,11 +11,11 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from far_scale.distributed.process_group import gather
-from far_scale.train.checkpoint.folders import EPHEMERAL, checksums, clear_parts, publish, seal
+from far_scale.distributed.process_group import all_gather_objects
+from far_scale.train.checkpoint.folders import EPHEMERAL, checksums, clear_parts, commit, finalize
 from far_scale.train.checkpoint.pieces import FlatPiece, explained, write
 from far_scale.train.checkpoint.run_dir import latest_stamp, step_folder
-from far_scale.utils.errors import UserError, say_warning
+from far_scale.utils.errors import UserError, print_warning
 
 
 def save(
@@ -61,17 +61,17 @@ def save(
             # PyTorch's writer tells a full disk as a file position it did not expect, so the disk itself is asked.
             need = sum(piece.data.numel() * piece.data.element_size() for piece in pieces.values())
             full = shutil.disk_usage(beside).free < need
-            raise _no_space(folder) if any(gather(full, group)) else explained(error, folder) from error
+            raise _no_space(folder) if any(all_gather_objects(full, group)) else explained(error, folder) from error
         with _Together(folder, group) as sums:
             rest = [path for path in beside.glob(f"__{rank}_*") if path.name not in written]
             for path in rest:
-                say_warning(f"{folder / path.name}: was not written in order, so it is read again for its SHA-256")
+                print_warning(f"{folder / path.name}: was not written in order, so it is read again for its SHA-256")
             sums.value = {**written, **checksums(rest)}
         parts = sums.check()
         with _Together(folder, group) as end:
             if rank == 0:
-                seal(beside, {"step": step, **state}, {name: sum_ for part in parts for name, sum_ in part.items()})
-                publish(beside, folder, keep, ephemeral=EPHEMERAL in state)
+                finalize(beside, {"step": step, **state}, {name: sum_ for part in parts for name, sum_ in part.items()})
+                commit(beside, folder, keep, ephemeral=EPHEMERAL in state)
                 end.value = latest_stamp(run)
         stamp: str | None = end.check()[0]
         return stamp
@@ -102,7 +102,7 @@ class _Together:
 
     def check(self) -> list[Any]:
         """All ranks' `value`s; raises UserError on all of them if one failed."""
-        told = gather((self._error, self.value), self._group)
+        told = all_gather_objects((self._error, self.value), self._group)
         errors = [error for error, _ in told if error is not None]
         if errors:
             raise UserError(errors[0])
