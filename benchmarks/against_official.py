@@ -17,13 +17,13 @@ from measure import Row, commit, environment, print_table, write_result
 from official import OfficialCode
 from options import DTYPES, add_measuring, count, start
 from parity import holds, parity
-from sampling import sample
 from steps import Case, Mode, measure_case
 
 from far_scale.model import FARConfig
 from far_scale.train.flops import peak_flops
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
+from sampling import sample
 
 PARTS = ("parity", "train", "sample")
 

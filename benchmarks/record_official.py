@@ -1,10 +1,10 @@
-"""Records what the official FAR code computes, for tests/test_official.py to compare with; no benchmark.
+"""Records what the official FAR code computes, for tests/convert/test_official.py to compare with; no benchmark.
 
     python benchmarks/record_official.py --official PATH_TO_A_CLONE
 
-Runs the official models on the cases of tests/official_cases.py and writes tests/data/official/NAME.safetensors: the
-velocities of the window frames `[B, Fw, C, H, W]` in float64, one tensor a frame count, and as metadata the names and
-shapes of the official state dict, its commit and the versions. The models are in training mode, so that they give all
+Runs the official models on the cases of tests/harness/official_cases.py and writes
+tests/recorded/official/NAME.safetensors: the velocities of the window frames `[B, Fw, C, H, W]` in float64, one tensor
+a frame count, and as metadata the names and shapes of the official state dict, its commit and the versions. The models are in training mode, so that they give all
 frames, their condition dropout is off, and what they would compute in float32 is computed in float64 (`InFloat64`).
 """
 
@@ -27,7 +27,7 @@ from far_scale.utils.command_line import command_line
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from official_cases import CASES, CLIPS, RECORDED, Case, InFloat64, inputs, official_weights
+from harness.official_cases import CASES, CLIPS, RECORDED, Case, InFloat64, inputs, official_weights
 
 
 @torch.no_grad()
@@ -49,7 +49,9 @@ def velocity(model: nn.Module, case: Case, frames: int) -> Tensor:
 
 @command_line
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Record the official code's velocities for tests/test_official.py.")
+    parser = argparse.ArgumentParser(
+        description="Record the official code's velocities for tests/convert/test_official.py."
+    )
     parser.add_argument("--official", type=Path, required=True, help="clone of github.com/showlab/FAR")
     parser.add_argument("--out", type=Path, default=RECORDED, help="folder to write to (default: %(default)s)")
     asked = parser.parse_args()

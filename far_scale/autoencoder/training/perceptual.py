@@ -1,7 +1,7 @@
 """The perceptual distance LPIPS on VGG16 as a loss, as the official FAR code has it (showlab/FAR, far/losses/lpips.py).
 
-Its weights come from two files that others publish, see far_scale/autoencoder/lpips_network.py; they may lie in one folder, or be
-joined in one file. VQGAN's vgg.pth has the same names as the lpips package's.
+Its weights come from two files that others publish (see far_scale/autoencoder/lpips_network.py). They may lie in one
+folder, or be joined in one file. VQGAN's vgg.pth has the same names as the lpips package's.
 """
 
 from __future__ import annotations
