@@ -4,8 +4,9 @@
 
 Runs the official models on the cases of tests/harness/official_cases.py and writes
 tests/recorded/official/NAME.safetensors: the velocities of the window frames `[B, Fw, C, H, W]` in float64, one tensor
-a frame count, and as metadata the names and shapes of the official state dict, its commit and the versions. The models are in training mode, so that they give all
-frames, their condition dropout is off, and what they would compute in float32 is computed in float64 (`InFloat64`).
+a frame count, and as metadata the names and shapes of the official state dict, its commit and the versions. The models
+are in training mode, so that they give all frames, their condition dropout is off, and what they would compute in
+float32 is computed in float64 (`InFloat64`).
 """
 
 from __future__ import annotations
