@@ -16,7 +16,7 @@ from far_scale.utils.errors import UserError
 
 KeyPath = tuple[str, ...]
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 """The folder that the package lies in (a checkout; an editable install points there)."""
 SHIPPED_RECIPES = CHECKOUT / "recipes"
 

@@ -570,7 +570,7 @@ def test_a_recipe_does_not_change_after_its_check(folder: Path) -> None:
 
 
 def test_reference_describes_every_key() -> None:
-    command = [sys.executable, "-m", "far_scale.config.recipe"]
+    command = [sys.executable, "-m", "far_scale.recipe"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for key, field in fields(Recipe):
         assert f"{'.'.join(key)}  (" in text or f"\n{'.'.join(key)}: " in text

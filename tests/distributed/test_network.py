@@ -193,7 +193,7 @@ def test_two_hosts_that_do_not_reach_each_other(tmp_path: Path) -> None:
         ([interface("net0"), interface("net0", "lost"), "cuda"], f"{lost.format(nccl)} {has1}"),
         ([interface("net0"), interface("net0"), "cpu"], ""),
     ]
-    worker = str(ROOT / "tests" / "network_worker.py")
+    worker = str(ROOT / "tests" / "harness" / "network_worker.py")
     with ranks_on_two_hosts(tmp_path, worker, json.dumps([case for case, _ in cases])) as ranks:
         ends = [rank.end(240) for rank in ranks]
     assert [status for status, _ in ends] == [0, 0], ends

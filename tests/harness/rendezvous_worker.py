@@ -21,7 +21,7 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     os.environ["WORLD_SIZE"] = str(count)
     rendezvous.PATIENCE = datetime.timedelta(seconds=patience)
-    store = rendezvous.meet(rank, count, devices[rank])
+    store = rendezvous.rendezvous(rank, count, devices[rank])
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
     dist.barrier()
     print("met")

@@ -16,7 +16,7 @@ import pytest
 
 from harness.launch import ROOT
 
-SCRIPT = ROOT / "tests" / "slurm_cluster.sh"
+SCRIPT = ROOT / "tests" / "harness" / "slurm_cluster.sh"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED")
 
 # FAR-XL's recipe with a model and a batch that two CPU processes train in seconds.

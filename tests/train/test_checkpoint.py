@@ -154,7 +154,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("far_scale.train.checkpoint.write.seal", full)
+    monkeypatch.setattr("far_scale.train.checkpoint.write.finalize", full)
     with pytest.raises(UserError, match="step-00000020: no space left on this disk; free some"):
         save(run, 20)
     assert steps_there(run) == ["latest", "step-00000010"]

@@ -27,7 +27,7 @@ def choose(
 ) -> Sharding:
     """The choice of ranks on `nodes`, a letter for each rank's."""
     each = free if isinstance(free, list) else [free] * len(nodes)
-    monkeypatch.setattr(sharding, "gather", lambda *_: list(zip(nodes, each, strict=True)))
+    monkeypatch.setattr(sharding, "all_gather_objects", lambda *_: list(zip(nodes, each, strict=True)))
     monkeypatch.setattr(sharding, "free_memory", lambda _: each[0])
     recipe = load_recipe("demo_cpu", overrides)
     processes = Processes(0, len(nodes), torch.device(device))
@@ -156,7 +156,7 @@ def test_gradients_are_reduced_once_over_several_nodes_where_they_fit(
 def test_memory_is_not_estimated_where_nothing_depends_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the packs of long stages takes seconds."""
     recipe = load_recipe("demo_cpu", ["train.zero_stage=3"])
-    monkeypatch.setattr(sharding, "gather", lambda *_: [("a", 1e9)] * 4)
+    monkeypatch.setattr(sharding, "all_gather_objects", lambda *_: [("a", 1e9)] * 4)
     choose_sharding(recipe, 1000, Processes(0, 4, torch.device("cpu")), lambda: pytest.fail("it is not needed"))
 
 
