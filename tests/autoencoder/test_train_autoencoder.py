@@ -7,10 +7,8 @@ import dataclasses
 import json
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +40,11 @@ from far_scale.config.yaml_loader import SHIPPED_RECIPES
 from far_scale.distributed.process_group import Processes
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import write_json
-from harness.autoencoder_ranks import TOOL, end, started
-from harness.launch import environment
+from harness import processes
+from harness.processes import Ranks, running_ranks
 
+TOOL = ROOT / "tools" / "train_autoencoder.py"
+PRELOAD = ["diffusers.models.autoencoders.autoencoder_dc"]
 VGG = [(0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256)]
 VGG += [(17, 256, 512), *[(number, 512, 512) for number in (19, 21, 24, 26, 28)]]
 
@@ -321,10 +321,11 @@ def test_ranks_kills_and_stops_change_nothing(recorded: Path, vgg: Path, tmp_pat
     file = recipe_file(tmp_path, recorded)
     overrides = ["train.steps=14", "train.batch=8", "train.discriminator_start=6", f"train.perceptual_weights={vgg}"]
 
-    def start(name: str, count: int) -> contextlib.AbstractContextManager[list[BaseProcess]]:
+    def start(name: str, count: int) -> contextlib.AbstractContextManager[Ranks]:
         out, run = tmp_path / name / "out", tmp_path / name / "run"
         arguments = [file, *overrides, "--out", out, "--run-dir", run, "--workers", "1"]
-        return started(count, tmp_path / name / "printed", arguments)
+        (tmp_path / name).mkdir(exist_ok=True)
+        return running_ranks(count, TOOL, *arguments, output=tmp_path / name / "printed", preload=PRELOAD)
 
     def wait_for(step: int, run: Path) -> None:
         end = time.monotonic() + 120
@@ -332,29 +333,26 @@ def test_ranks_kills_and_stops_change_nothing(recorded: Path, vgg: Path, tmp_pat
             assert time.monotonic() < end, (run.parent / "printed").read_text()
             time.sleep(0.02)
 
-    def ends(ranks: list[BaseProcess]) -> list[int | None]:
-        return [end(rank, 240) for rank in ranks]
-
     whole, broken = tmp_path / "whole" / "run", tmp_path / "broken" / "run"
     printed = tmp_path / "broken" / "printed"
     with start("whole", 2) as ranks:
-        assert ends(ranks) == [0, 0], (tmp_path / "whole" / "printed").read_text()
+        assert ranks.wait(240) == [0, 0], (tmp_path / "whole" / "printed").read_text()
     with start("broken", 2) as ranks:
         wait_for(4, broken)
         for rank in ranks:
             rank.kill()
-            rank.join()
+            rank.wait()
     killed_at = lines_of(broken)[-1]["step"]
     assert 4 <= killed_at < 14
     (broken / "checkpoints" / ".step-00000009.77.part.pt").write_bytes(b"half")
     with start("broken", 2) as ranks:
         wait_for(max(8, killed_at + 1), broken)
         ranks[1].terminate()
-        assert ends(ranks) == [75, 75], printed.read_text()
+        assert ranks.wait(240) == [75, 75], printed.read_text()
     stopped_at = lines_of(broken)[-1]["step"]
     assert stopped_at < 14 and (broken / "checkpoints" / f"step-{stopped_at:08d}.pt").exists()
     with start("broken", 2) as ranks:
-        assert ends(ranks) == [0, 0], printed.read_text()
+        assert ranks.wait(240) == [0, 0], printed.read_text()
     beginnings = [line for line in printed.read_text().splitlines() if line.startswith("narrow: from step")]
     assert beginnings[0] == "narrow: from step 0 to 14 on 2 ranks" and beginnings[1].startswith("narrow: from step ")
     assert 3 <= int(beginnings[1].split()[3]) <= killed_at
@@ -377,7 +375,7 @@ def test_ranks_kills_and_stops_change_nothing(recorded: Path, vgg: Path, tmp_pat
     checkpoints.mkdir(parents=True)
     shutil.copy(whole / "checkpoints" / names[0], checkpoints)
     with start("one", 1) as ranks:
-        assert ends(ranks) == [0]
+        assert ranks.wait(240) == [0]
     assert "from step 12 to 14 on 1 ranks" in (tmp_path / "one" / "printed").read_text()
     of_gradients = {"adversarial_weight": 1e-2, "grad_norm": 1e-2}
     assert lines_of(tmp_path / "one" / "run") == [
@@ -418,8 +416,7 @@ def small_recipe(folder: Path, **changes: str) -> Path:
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    return processes.run(TOOL, *arguments, preload=PRELOAD)
 
 
 def test_the_compact_one_gains_on_its_linear_start(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from far_scale.model.attention import dense
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
+from harness import processes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -25,10 +26,10 @@ Tables = dict[str, list[dict[str, Any]]]
 
 
 def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, BENCHMARKS / f"{name}.py", "--device", "cpu", "--threads", 1, *arguments]
+    command = [BENCHMARKS / f"{name}.py", "--device", "cpu", "--threads", 1, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     environment.pop("FAR_SCALE_ATTENTION", None)
-    return subprocess.run(map(str, command), env=environment, capture_output=True, text=True, timeout=240)
+    return processes.run(*command, env=environment)
 
 
 def tables_of(folder: Path, finished: subprocess.CompletedProcess[str]) -> Tables:
@@ -278,11 +279,11 @@ def test_the_fault_drill_sees_steps_and_losses(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_fault_drill_names_the_mend(tmp_path: Path) -> None:
-    command = [sys.executable, BENCHMARKS / "fault_drill.py", "--shards", tmp_path, "--out", tmp_path]
+    command = [BENCHMARKS / "fault_drill.py", "--shards", tmp_path, "--out", tmp_path]
     for arguments, told in (
         (["log.every=2"], "log.every: the drill sets this itself"),
         (["--ranks", "3"], "4 lanes cannot be shared evenly by 3 ranks"),
         ([], "manifest"),
     ):
-        finished = subprocess.run([*map(str, command), *arguments], capture_output=True, text=True, timeout=120)
+        finished = processes.run(*command, *arguments)
         assert finished.returncode == 2 and told in finished.stderr, finished.stderr

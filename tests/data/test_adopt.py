@@ -35,6 +35,7 @@ from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.exit_codes import REFUSED
+from harness import processes
 from harness.far_sets import served
 from harness.foreign_sets import (
     BOTH,
@@ -56,9 +57,9 @@ from harness.foreign_sets import (
 from harness.hostile import attempt, damage, watched
 from harness.latent_sets import make_sample, read_all, write_set
 from harness.launch import ROOT, small_recipe
+from harness.processes import start_training
 from harness.refusal import refused
 from harness.strangers import Evil
-from harness.zygote import Zygote
 
 pytestmark = pytest.mark.usefixtures("four_channels")
 __all__ = ["four_channels"]
@@ -417,7 +418,7 @@ def test_adoption_goes_on_after_a_kill_and_sees_what_changed(tmp_path: Path) -> 
         module._write = write_or_die
         foreign_sets.adopted({str(tmp_path / "theirs")!r}, module.Path({str(out)!r}), actions=4, labels=3)
     """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ended = processes.run("-c", code)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert not (out / "manifest.json").exists()
     times = {path: path.stat().st_mtime_ns for path in out.glob("*.index.json")}
@@ -573,16 +574,16 @@ def test_training_on_remote_shards_of_others_and_resume_on_fewer_ranks(recorded_
     for run in (whole, parts):
         run.parent.mkdir()
     few = ["optimizer.schedule=constant", "optimizer.warmup_steps=2", "train.steps=4"]
-    with served(theirs) as server, Zygote() as zygote:
+    with served(theirs) as server:
         adopted(f"{server.url}/{{0..3}}.tar", tmp_path / "set", autoencoder="compact-vizdoom-f8c32", actions=4)
         server.asked.clear()
         local = small_recipe(recorded_shards, whole, *few)
-        assert zygote.start(1, local, whole.parent / "out").wait() == [0]
+        assert start_training(1, local, whole.parent / "out").wait() == [0]
         remote = small_recipe(tmp_path / "set", parts, *few)
-        assert zygote.start(1, remote, tmp_path / "refused").wait() == [REFUSED]
+        assert start_training(1, remote, tmp_path / "refused").wait() == [REFUSED]
         remote += [f"data.cache_dir={tmp_path / 'cache'}"]
-        assert zygote.start(2, [*remote, "train.steps=2"], parts.parent / "out").wait() == [0, 0]
-        assert zygote.start(1, remote, parts.parent / "out").wait() == [0]
+        assert start_training(2, [*remote, "train.steps=2"], parts.parent / "out").wait() == [0, 0]
+        assert start_training(1, remote, parts.parent / "out").wait() == [0]
         assert set(server.asked.values()) == {1}
     assert "come through a cache; set data.cache_dir" in (tmp_path / "refused").read_text()
     read = [sorted((run.parent / "out.keys").read_text().splitlines()) for run in (whole, parts)]
@@ -655,8 +656,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "names").write_text("x\ny\nz\n")
     options = ["--out", tmp_path / "set", "--autoencoder", "compact-vizdoom-f8c32", "--fps", 5, "--jobs", 2]
     tool = Path(__file__).parents[2] / "tools" / "adopt_shards.py"
-    command = [sys.executable, tool, tmp_path / "{0..2}.tar", *options, "--classes", tmp_path / "names"]
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    ended = processes.run(tool, tmp_path / "{0..2}.tar", *options, "--classes", tmp_path / "names")
     assert ended.returncode == 0 and "3 shards, 3 samples, 18 frames" in ended.stdout, ended.stderr
     text = inspect.describe(ShardSet.open(tmp_path / "set"))
     assert "3 labels: 'x', 'y', 'z'" in text and "latent.pt as FCHW" in text and "at 5 frames/s" in text

@@ -23,6 +23,7 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.video.pictures import fit
 from far_scale.data.video.videos import find_videos, read_video, write_mp4
 from far_scale.utils.errors import UserError
+from harness import processes
 
 ROOT = Path(__file__).parents[2]
 AUTOENCODER = "compact-vizdoom-f8c32"
@@ -181,9 +182,7 @@ def test_a_short_video_is_told_in_one_line(episodes: Path, tmp_path: Path) -> No
     videos.mkdir()
     with np.load(episodes / f"episode-{SEED}.npz") as episode:
         np.savez(videos / "brief.npz", frames=episode["frames"][:7], actions=episode["actions"][:7], fps=8.0)
-    done = subprocess.run(
-        command(*arguments(videos, out, 1)), env=environment(), capture_output=True, text=True, check=False
-    )
+    done = processes.run(*command(*arguments(videos, out, 1))[1:])
     assert done.returncode == 2
     complaint = done.stderr.strip().splitlines()[-1]
     assert complaint.startswith("error: ") and "Traceback" not in done.stderr
@@ -244,19 +243,14 @@ def test_fit_scales_the_shorter_side_and_crops_the_centre() -> None:
 
 
 def test_inspect(encoded: Path, tmp_path: Path) -> None:
-    tool = [sys.executable, str(ROOT / "tools" / "inspect_shards.py")]
+    tool = ROOT / "tools" / "inspect_shards.py"
     sheet = tmp_path / "sheet.png"
-    done = subprocess.run(
-        [*tool, str(encoded), "--verify", "--png", str(sheet)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = processes.run(tool, encoded, "--verify", "--png", sheet)
+    done.check_returncode()
     assert "5 shards, 10 samples, 400 frames" in done.stdout and "verified" in done.stdout
     with Image.open(sheet) as picture:
         assert picture.size == (8 * 66, 8 * 66) and np.asarray(picture).std() > 10
-    done = subprocess.run([*tool, str(tmp_path)], env=environment(), capture_output=True, text=True, check=False)
+    done = processes.run(tool, tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 

@@ -24,6 +24,7 @@ from far_scale.data.video.sources import find_sources
 from far_scale.data.video.videos import find_videos, write_mp4
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
+from harness import processes
 
 TOOL = Path(__file__).parents[2] / "tools" / "encode_latents.py"
 AUTOENCODER = "compact-vizdoom-f8c32"
@@ -40,9 +41,7 @@ def environment() -> dict[str, str]:
 
 
 def run(videos: Path, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(videos, out, *more), env=environment(), capture_output=True, text=True, check=False, timeout=300
-    )
+    return processes.run(*command(videos, out, *more)[1:], timeout=300)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -35,8 +35,8 @@ from far_scale.train.lanes_again import ResumedLanes, resume_lanes
 from far_scale.utils.event_log import read_events
 from harness.latent_sets import FACTS, write_set
 from harness.launch import small_recipe
+from harness.processes import start_training
 from harness.refusal import refused
-from harness.zygote import Zygote
 
 CHANGES = [8, 64, 16, 3, 64, 1]  # lanes, one number after another
 DEALING = PackingConfig(8, (2, 4), 1, 8, 5, clips_per_pack=2, max_damaged=10**6)
@@ -334,16 +334,15 @@ def test_a_run_goes_on_with_other_lanes(tmp_path: Path) -> None:
         more = [f"data.lanes={lanes}", f"train.steps={steps}", "data.frames=4", "sample.given=2"]
         return small_recipe(shards, run, *more, "optimizer.schedule=constant", "optimizer.warmup_steps=0")
 
-    with Zygote() as zygote:
-        assert zygote.start(2, recipe(4, 3), log).wait() == [0, 0], log.read_text()
-        assert REFUSED in zygote.start(2, recipe(8, 5), log).wait()
-        (line,) = {line.split("error: ")[1] for line in log.read_text().splitlines() if "error: " in line}
-        for words in ("data.lanes 4 -> 8 (global batch 8 -> 16 clips; ", "13 of 37 samples", "--accept-changes"):
-            assert words in line
-        assert zygote.start(2, [*recipe(8, 5), "--accept-changes"], log).wait() == [0, 0], log.read_text()
-        state = checkpoint.read_state(checkpoint.step_folder(run, 5))
-        assert len(state["lanes"]) == 8 and len(state["beginnings"]) == 1
-        assert zygote.start(1, [*recipe(2, 9), "--accept-changes"], log).wait() == [0], log.read_text()
+    assert start_training(2, recipe(4, 3), log).wait() == [0, 0], log.read_text()
+    assert REFUSED in start_training(2, recipe(8, 5), log).wait()
+    (line,) = {line.split("error: ")[1] for line in log.read_text().splitlines() if "error: " in line}
+    for words in ("data.lanes 4 -> 8 (global batch 8 -> 16 clips; ", "13 of 37 samples", "--accept-changes"):
+        assert words in line
+    assert start_training(2, [*recipe(8, 5), "--accept-changes"], log).wait() == [0, 0], log.read_text()
+    state = checkpoint.read_state(checkpoint.step_folder(run, 5))
+    assert len(state["lanes"]) == 8 and len(state["beginnings"]) == 1
+    assert start_training(1, [*recipe(2, 9), "--accept-changes"], log).wait() == [0], log.read_text()
     changes = [event["changes"] for event in read_events(run) if event["event"] == "accepted-changes"]
     assert changes == [
         [

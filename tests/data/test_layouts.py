@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -30,6 +27,7 @@ from far_scale.data.video.sources import Source, find_sources, with_flips
 from far_scale.data.video.videos import BadVideo, Video, read_actions, read_video, write_mp4
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
+from harness import processes
 
 TOOL = Path(__file__).parents[2] / "tools" / "encode_latents.py"
 AUTOENCODER = "compact-vizdoom-f8c32"
@@ -459,13 +457,8 @@ def test_the_command_line_takes_all_of_it(recorded: Path, tmp_path: Path) -> Non
         "bf16",
     ]
     where = ["--videos", tmp_path / "list.json", "--out", tmp_path / "tool", "--autoencoder", AUTOENCODER]
-    done = subprocess.run(
-        [sys.executable, *map(str, [TOOL, *where, *framing, "--samples-per-shard", 2, "--workers", 1])],
-        env={**os.environ, "PYTHONPATH": str(TOOL.parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = processes.run(TOOL, *where, *framing, "--samples-per-shard", 2, "--workers", 1)
+    done.check_returncode()
     assert "2 shards, 4 samples, 32 frames" in done.stdout
     sources = with_flips(find_sources(tmp_path / "list.json"))
     encode(sources, tmp_path / "library", Framing(64, "torch", "random", 3), precision="bf16")

@@ -34,7 +34,8 @@ from far_scale.data.shards.writer import SetFacts, ShardWriter
 from far_scale.train.changes import changes
 from far_scale.train.sets import open_source
 from harness.latent_sets import FACTS, make_sample, write_set
-from harness.launch import launch, small_recipe
+from harness.launch import small_recipe
+from harness.processes import launch
 from harness.refusal import refused
 
 COUNTS = [[7, 1, 12], [30, 3], [9]]

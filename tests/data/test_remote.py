@@ -30,7 +30,7 @@ from far_scale.utils.errors import UserError
 from harness.far_sets import WebServer, served
 from harness.latent_sets import make_sample, write_set
 from harness.launch import small_recipe
-from harness.zygote import Zygote
+from harness.processes import start_training
 
 FRAMES = [20 + number % 5 for number in range(22)]
 GB = 10**9
@@ -342,12 +342,12 @@ def test_two_ranks_train_from_far_away_as_from_here(recorded_shards: Path, tmp_p
     few = ["train.steps=5", "optimizer.warmup_steps=2"]
     size = sum(path.stat().st_size for path in recorded_shards.glob("shard-*"))
     far = [f"data.cache_dir={tmp_path / 'cache'}", f"data.cache_gb={2 * size / GB}", f"data.prefetch_gb={size / GB}"]
-    with served(recorded_shards) as server, Zygote() as zygote:
+    with served(recorded_shards) as server:
         server.fails["shard-000001.tar"] = (1, "cut")
         local = small_recipe(recorded_shards, runs["here"], *few)
-        assert zygote.start(2, local, runs["here"].parent / "out").wait() == [0, 0]
+        assert start_training(2, local, runs["here"].parent / "out").wait() == [0, 0]
         there = [*small_recipe(recorded_shards, runs["far"], *few), f"data.shards={server.url}", *far]
-        assert zygote.start(2, there, runs["far"].parent / "out").wait() == [0, 0]
+        assert start_training(2, there, runs["far"].parent / "out").wait() == [0, 0]
         assert server.asked.pop("manifest.json") == 1, "one rank fetches it for all"
         assert server.asked.pop("shard-000001.tar") == 2 and set(server.asked.values()) == {1}
     assert "shard-000001.tar: attempt 1 of 6" in (runs["far"].parent / "out").read_text()
@@ -360,8 +360,7 @@ def test_two_ranks_train_from_far_away_as_from_here(recorded_shards: Path, tmp_p
 def test_all_ranks_refuse_what_one_could_not_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # where no aws is
     recipe = ["data.shards=s3://bucket/set", f"data.cache_dir={tmp_path / 'cache'}"]
-    with Zygote() as zygote:
-        statuses = zygote.start(2, [*small_recipe(tmp_path, tmp_path / "run"), *recipe], tmp_path / "out").wait()
+    statuses = start_training(2, [*small_recipe(tmp_path, tmp_path / "run"), *recipe], tmp_path / "out").wait()
     assert REFUSED in statuses and not set(statuses) - {REFUSED, -9}
     lines = (tmp_path / "out").read_text().splitlines()
     assert any("error: s3://bucket/set/manifest.json: needs the command `aws`" in line for line in lines)

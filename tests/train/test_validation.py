@@ -35,7 +35,8 @@ from far_scale.train.validation import summary
 from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import EventLog, read_events
 from harness.latent_sets import FACTS, write_set
-from harness.launch import ROOT, launch, small_recipe
+from harness.launch import ROOT, small_recipe
+from harness.processes import launch
 
 # Seven clips in three packs, so that one of two ranks computes a pack that is not counted; three clips sampled.
 VALIDATION = ["validation.every=2", "validation.clips=7", "validation.clips_per_pack=3"]
