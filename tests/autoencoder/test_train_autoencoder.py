@@ -41,6 +41,7 @@ from far_scale.distributed.process_group import Processes
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import write_json
 from harness import processes
+from harness.launch import ROOT
 from harness.processes import Ranks, running_ranks
 
 TOOL = ROOT / "tools" / "train_autoencoder.py"
@@ -459,7 +460,7 @@ def test_frames_follow_from_seed_and_step(alone: Processes, recorded: Path, tmp_
         assert batches[0].shape == (16, 3, 32, 32) and batches[0].dtype == torch.uint8
         assert torch.equal(others.batch(2), batches[2]) and not torch.equal(batches[0], batches[2])
     for rank in range(2):
-        with VideoFrames(recipe, 1, dataclasses.replace(alone, rank=rank, count=2), print) as share:
+        with VideoFrames(recipe, 1, dataclasses.replace(alone, rank=rank, world_size=2), print) as share:
             assert torch.equal(share.batch(1), batches[1].chunk(2)[rank])
     # Four clips a step and eight videos: two steps are an epoch, in which each video is seen once.
     for count in (8, 16):
@@ -569,7 +570,7 @@ def test_wrong_recipes_of_videos_are_refused_in_one_line(tmp_path: Path, overrid
 
 def test_what_does_not_fit_the_recipe_is_refused_in_one_line(alone: Processes, recorded: Path, tmp_path: Path) -> None:
     def refused(said: str, *overrides: str, ranks: int = 1) -> None:
-        processes = dataclasses.replace(alone, count=ranks)
+        processes = dataclasses.replace(alone, world_size=ranks)
         places = Places(tmp_path / "out", tmp_path / "run", tmp_path, 1)
         with pytest.raises(UserError, match=said) as caught:
             train_autoencoder(recipe_of(tmp_path, recorded, *overrides), places, "", processes)
