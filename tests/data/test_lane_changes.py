@@ -15,14 +15,20 @@ import pytest
 import torch
 
 from far_scale.config.recipe import Recipe, load_recipe
-from far_scale.data.loader.filling import PackingConfig
-from far_scale.data.loader.lane_change import GoingOn, change_lanes, go_on
-from far_scale.data.loader.lanes import FIRST_EPOCH, Beginning, Lane, LaneOrder, Place
+from far_scale.data.loader.epoch_remainder import (
+    EpochRemainder,
+    LanePositions,
+    beginning_after,
+    beginning_state,
+    load_beginning,
+)
+from far_scale.data.loader.lane_change import Continuation, change_lanes, continue_lanes
+from far_scale.data.loader.lanes import FIRST_EPOCH, Beginning, Lane, LaneOrder, SampleRef
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.loader.pack_loader import Pack, PackLoader
-from far_scale.data.loader.prefetch import shards_ahead
-from far_scale.data.loader.rest import Rest, Standing, after_change, beginning_state, load_beginning
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
+from far_scale.data.loader.shard_prefetch import shards_ahead
 from far_scale.data.shards.damage import DamagedError
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
@@ -54,8 +60,8 @@ def some_counts(rng: random.Random) -> list[int]:
     return [*counts, max(1, 64 - sum(counts))]
 
 
-def all_samples(counts: list[int], times: int) -> Counter[Place]:
-    places = [Place(shard, sample) for shard, count in enumerate(counts) for sample in range(count)]
+def all_samples(counts: list[int], times: int) -> Counter[SampleRef]:
+    places = [SampleRef(shard, sample) for shard, count in enumerate(counts) for sample in range(count)]
     return Counter(times * places)
 
 
@@ -64,7 +70,7 @@ def test_what_was_read_and_the_rest_are_whole_epochs(seed: int) -> None:
     """Lanes stand anywhere, in the rest of a change before or epochs apart, and some samples wait for their pack."""
     rng = random.Random(seed)
     counts = some_counts(rng)
-    read: Counter[Place] = Counter()
+    read: Counter[SampleRef] = Counter()
     begin, drawn = FIRST_EPOCH, set[tuple[int, int]]()
     for lanes in CHANGES:
         order = LaneOrder(counts, lanes, seed, rng.choice([1, 5, 64]), 0, begin)
@@ -72,18 +78,22 @@ def test_what_was_read_and_the_rest_are_whole_epochs(seed: int) -> None:
         base = rng.randint(0, 2 * run)
         numbers, waiting = list[int](), dict[int, list[int]]()
         for lane in map(Lane, [order] * lanes, range(lanes)):
-            got = [(lane.number, next(lane)) for _ in range(base + rng.randint(0, apart))]
-            own = {(lane.lane, number) for number, _ in got}
+            got = [(lane.next_number, next(lane)) for _ in range(base + rng.randint(0, apart))]
+            own = {(lane.index, number) for number, _ in got}
             assert drawn.isdisjoint(own), "no draw comes twice"
             drawn |= own
             waits = set(rng.sample(range(len(got)), min(len(got), rng.randint(0, 3))))
             read.update(place for index, (_, place) in enumerate(got) if index not in waits)
-            numbers.append(lane.number)
+            numbers.append(lane.next_number)
             if waits:
-                waiting[lane.lane] = [got[index][0] for index in sorted(waits)]
-        begin = after_change(order, Standing(numbers, waiting))
+                waiting[lane.index] = [got[index][0] for index in sorted(waits)]
+        begin = beginning_after(order, LanePositions(numbers, waiting))
         begin = load_beginning(again(beginning_state(begin)), counts, 0)
-        rest = Counter(begin.rest.place(index) for index in range(begin.left)) if begin.rest else Counter()
+        rest = (
+            Counter(begin.remainder.sample_at(index) for index in range(begin.remaining))
+            if begin.remainder
+            else Counter()
+        )
         assert read + rest == all_samples(counts, begin.epoch)
 
 
@@ -94,19 +104,21 @@ def test_a_lane_of_the_rest_goes_on_from_every_state(seed: int) -> None:
     begin = Beginning()
     for lanes in (8, 3, 5):
         before = LaneOrder(counts, lanes, seed, 4, 0, begin)
-        begin = after_change(before, Standing([before.begin.number + 1 + lane % 2 for lane in range(lanes)], {}))
+        begin = beginning_after(
+            before, LanePositions([before.beginning.number + 1 + lane % 2 for lane in range(lanes)], {})
+        )
     order = LaneOrder(counts, 6, seed, 4, 0, begin)
-    assert isinstance(begin.rest, Rest) and len(begin.rest) == begin.left > 30
+    assert isinstance(begin.remainder, EpochRemainder) and len(begin.remainder) == begin.remaining > 30
     for number in range(6):
         lane, other = Lane(order, number), Lane(order, number)
         states, places = [], []
         for _ in range(3 * order.samples // 6):
-            states.append((lane.number, again(lane.state_dict())))
+            states.append((lane.next_number, again(lane.state_dict())))
             places.append(next(lane))
         assert states[0][1] == {"epoch": begin.epoch - 1, "position": 0} and states[-1][1]["epoch"] > begin.epoch
         for index, (at, state) in enumerate(states):
             other.load_state_dict(state)
-            assert other.number == at and next(other) == places[index]
+            assert other.next_number == at and next(other) == places[index]
             other.go_to(at)
             assert other.state_dict() == state
         walk = list(islice(shards_ahead(order, number, states[5][0]), 200))
@@ -117,12 +129,12 @@ def test_a_lane_of_the_rest_goes_on_from_every_state(seed: int) -> None:
 
 def test_a_change_at_an_epochs_border_needs_no_rest() -> None:
     order = LaneOrder([5, 3, 8], 4, 0, 4)
-    begin = after_change(order, Standing([8] * 4, {}))
+    begin = beginning_after(order, LanePositions([8] * 4, {}))
     assert begin == Beginning(2, 0, 8) and beginning_state(begin) == {"epoch": 2, "left": 0, "number": 8}
     new = LaneOrder([5, 3, 8], 2, 0, 1, 0, begin)
     places = [place for lane in (0, 1) for place in islice(Lane(new, lane), 8)]
     straight = LaneOrder([5, 3, 8], 2, 0, 1)
-    assert places == [straight.place(2, lane, position) for lane in (0, 1) for position in range(8)]
+    assert places == [straight.sample_of_run(2, lane, position) for lane in (0, 1) for position in range(8)]
 
 
 SIZES = {"tar": [71], "mixture": [71, 65]}
@@ -159,7 +171,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(
-    source: ShardSet | Mixture, going: GoingOn | None, packing: PackingConfig, steps: int, ranks: int
+    source: ShardSet | Mixture, going: Continuation | None, packing: PackingConfig, steps: int, ranks: int
 ) -> list[list[Pack]]:
     """The packs of the next steps, in the order of their lanes."""
     packs: list[list[Pack]] = [[] for _ in range(steps)]
@@ -204,7 +216,7 @@ def test_packs_over_several_changes(
         if lanes in (16, 64):
             shared = read(source, going, packing, steps, ranks=4)
             assert states_after(shared) == states and keys_of(shared) == keys_of(packs)
-            kept = go_on(packing, source, states_after(packs[:1]))  # as a restart after the first step does
+            kept = continue_lanes(packing, source, states_after(packs[:1]))  # as a restart after the first step does
             resumed = read(source, kept, kept.packing, steps - 1, ranks=2)
             assert states_after(resumed) == states and keys_of(resumed) == keys_of(packs[1:])
         read_so_far.update(keys_of(packs))
@@ -216,11 +228,11 @@ def test_packs_over_several_changes(
     alone = replace(DEALING, seed=seed, lanes=1, clips_per_pack=1)
     going = change_lanes(packing, alone, source, states)
     assert going.states[0]["damaged"] == skipped
-    keys = keys_of(read(source, going, going.packing, 3 * sum(left.rest for left in going.left), ranks=1))
-    for number, (size, left) in enumerate(zip(SIZES[name], going.left, strict=True)):
+    keys = keys_of(read(source, going, going.packing, 3 * sum(left.remaining for left in going.unread), ranks=1))
+    for number, (size, left) in enumerate(zip(SIZES[name], going.unread, strict=True)):
         prefix = f"{number + 1}/" if name == "mixture" else ""
-        rest = [key for key in keys if key.startswith(prefix)][: left.rest]
-        assert len(rest) == left.rest
+        rest = [key for key in keys if key.startswith(prefix)][: left.remaining]
+        assert len(rest) == left.remaining
         total = Counter({key: count for key, count in read_so_far.items() if key.startswith(prefix)}) + Counter(rest)
         assert total == Counter({f"{prefix}clip_{clip:03d}": left.epoch + 1 for clip in range(size)})
 
@@ -230,14 +242,14 @@ def test_states_of_something_else(folder: Path, monkeypatch: pytest.MonkeyPatch)
     begin = {"lanes": 2, "seed": 0, "shuffle_window": 4, "numbers": [3, 4], "waiting": {"1": [2]}}
     going = replace(DEALING, beginnings=(begin, begin))
     state = {"read": [4, 4]}
-    lanes = going.clip_lanes(source, range(8))
+    lanes = going.make_lanes(source, range(8))
     assert lanes[0].state_dict() == state
     refused(lambda: lanes[0].load_state_dict({"read": [3, 4]}), "lane 0", "mixture of 2 shard sets")
-    budget = replace(TOKENS, beginnings=(begin, begin)).clip_lanes(source, [0])[0]
+    budget = replace(TOKENS, beginnings=(begin, begin)).make_lanes(source, [0])[0]
     refused(lambda: budget.load_state_dict({"read": [9, 9], "pending": [7]}), "no clips that wait")
     of_one_set = {lane: {"epoch": 0, "position": 0} for lane in range(8)}
     refused(lambda: change_lanes(DEALING, replace(DEALING, lanes=4), source, of_one_set), "mixture of 2 shard sets")
-    refused(lambda: replace(DEALING, beginnings=(begin,)).orders(source), "2 shard sets", "made with 1")
+    refused(lambda: replace(DEALING, beginnings=(begin,)).lane_orders(source), "2 shard sets", "made with 1")
     wrong: list[dict[str, Any]] = [{"numbers": [3]}, {"numbers": [3, -1]}, {"waiting": {"2": [1]}}, {"waiting": 3}]
     for values in (*wrong, {"lanes": "2"}):
         refused(partial(load_beginning, {**begin, **values}, [9, 9], 0), "take an older checkpoint")
@@ -248,10 +260,10 @@ def state_of(
     source: ShardSet | Mixture, recipe: Recipe, step: int, packing: PackingConfig, steps: int
 ) -> dict[str, Any]:
     """What a checkpoint of `step` says of lanes that have read so many packs each."""
-    lanes = packing.clip_lanes(source, range(packing.lanes))
+    lanes = packing.make_lanes(source, range(packing.lanes))
     for lane in lanes.values():
         for _ in range(steps):
-            lane.next_pack()
+            next(lane)
     states = {str(number): lane.state_dict() for number, lane in lanes.items()}
     return again({"step": step, "recipe": recipe.model_dump(mode="json"), "lanes": states})
 
@@ -285,7 +297,7 @@ def test_what_the_log_says_and_when_a_rest_is_forgotten(folder: Path) -> None:
     of_tokens = {**state_of(source, four_by_tokens, 11, packing, 2), "beginnings": again(filled.beginnings)}
     assert any(place["pending"] for place in of_tokens["lanes"].values())
     back = lanes_now(of_tokens, four, [stage])
-    lanes = replace(stage.packing(0), beginnings=back.beginnings).clip_lanes(source, range(4))
+    lanes = replace(stage.packing(0), beginnings=back.beginnings).make_lanes(source, range(4))
     for number, lane in lanes.items():
         lane.load_state_dict(back.states[number])
     read_by_tokens = sum(place["position"] - len(place["pending"]) for place in of_tokens["lanes"].values())

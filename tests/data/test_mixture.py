@@ -17,12 +17,12 @@ import torch
 
 from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.config.schema import WeightedShards
-from far_scale.data.loader import mixed_lane
-from far_scale.data.loader.filling import PackingConfig
-from far_scale.data.loader.lanes import Lane, LaneOrder, Place
-from far_scale.data.loader.mixed_lane import MixtureLane
+from far_scale.data.loader import mixture_lane
+from far_scale.data.loader.lanes import Lane, LaneOrder, SampleRef
 from far_scale.data.loader.mixture import Mixture, summary
+from far_scale.data.loader.mixture_lane import MixtureLane
 from far_scale.data.loader.pack_loader import PackLoader
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards.convert import convert
@@ -50,11 +50,11 @@ def mixed(lane: int = 1, stage: int = 0, seed: int = 3, shares: list[float] = SH
     return MixtureLane(orders(stage, seed), shares, lane)
 
 
-def set_of(place: Place) -> tuple[int, Place]:
+def set_of(place: SampleRef) -> tuple[int, SampleRef]:
     """Number of the set, and the place in it."""
     firsts = [0, 3, 5]
     number = max(index for index, first in enumerate(firsts) if first <= place.shard)
-    return number, Place(place.shard - firsts[number], place.sample)
+    return number, SampleRef(place.shard - firsts[number], place.sample)
 
 
 def test_sets_are_drawn_by_their_weights_and_read_in_their_own_order() -> None:
@@ -82,7 +82,7 @@ def test_a_lane_goes_on_from_every_state_and_to_every_sample() -> None:
     lane = mixed()
     states, places = [], []
     for number in range(300):
-        assert lane.number == number
+        assert lane.next_number == number
         states.append(json.loads(json.dumps(lane.state_dict())))
         places.append(next(lane))
     again = mixed()
@@ -97,11 +97,11 @@ def test_a_lane_goes_on_from_every_state_and_to_every_sample() -> None:
 def test_a_state_is_restored_without_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it is: no draw of which set is done again, but for the clips that wait."""
     draws = []
-    make = mixed_lane.generator
-    monkeypatch.setattr(mixed_lane, "generator", lambda *key: draws.append(key) or make(*key))
+    make = mixture_lane.generator
+    monkeypatch.setattr(mixture_lane, "generator", lambda *key: draws.append(key) or make(*key))
     lane = mixed()
     lane.load_state_dict({"read": [6 * 10**11, 3 * 10**11, 10**11]})
-    assert lane.number == 10**12 and not draws
+    assert lane.next_number == 10**12 and not draws
     next(lane)
     assert len(draws) == 1
     lane.go_to(10**12 - 50)
@@ -118,13 +118,13 @@ def test_states_of_something_else(state: dict[str, Any]) -> None:
     before = lane.state_dict()
     refused(lambda: lane.load_state_dict(state), "lane 1", "mixture of 3 shard sets", "data.shards")
     assert lane.state_dict() == before
-    refused(lambda: Lane(orders()[0], 0).load_state_dict({"read": [1, 2, 3]}), "no place")
+    refused(lambda: Lane(orders()[0], 0).load_state_dict({"read": [1, 2, 3]}), "no position")
 
 
 def test_samples_drawn_with_other_weights_are_not_made_up() -> None:
     lane = mixed(shares=[0.0, 0.0, 1.0])
     lane.load_state_dict({"read": [20, 0, 0]})
-    refused(lambda: lane.go_to(10), "by these weights")
+    refused(lambda: lane.go_to(10), "with these weights")
 
 
 # Sets on disk.
@@ -177,16 +177,16 @@ def test_any_ranks_read_the_same_and_resume_in_the_middle(tmp_path: Path, fillin
 
 def test_clips_are_cut_from_the_sample_that_their_key_names(tmp_path: Path) -> None:
     source = open_source(weighted(sets(tmp_path, 20, 9), [1, 1]))
-    lanes = packing().clip_lanes(source, range(LANES)).values()
+    lanes = packing().make_lanes(source, range(LANES)).values()
     seen = set()
-    for clip in (clip for lane in lanes for _ in range(20) for clip in lane.next_pack()):
-        sample = source.read(*clip.place, clip.start, clip.frames)
+    for clip in (clip for lane in lanes for _ in range(20) for clip in next(lane)):
+        sample = source.read(*clip.sample, clip.start, clip.frames)
         number, key = sample.key.split("/")
         made = make_sample(int(key[-3:]), 12)
         assert torch.equal(sample.latents, made.latents[clip.start : clip.start + clip.frames])
-        folder = Path(source.name_of(clip.place.shard)).parent
+        folder = Path(source.name_of(clip.sample.shard)).parent
         assert folder.name == f"set{int(number) - 1}"
-        assert source.frames_of(*clip.place) == 8 + (int(number) - 1 + int(key[-3:])) % 5
+        assert source.frames_of(*clip.sample) == 8 + (int(number) - 1 + int(key[-3:])) % 5
         seen.add((number, key))
     assert len(seen) == 29
 
@@ -264,7 +264,7 @@ def test_sets_of_either_type_make_one_pack(tmp_path: Path) -> None:
 def test_each_set_must_serve_the_recipe(tmp_path: Path) -> None:
     folders = sets(tmp_path, 20, 3)
     source = open_source(weighted(folders, [1, 1]))
-    refused(lambda: packing().clip_lanes(source, [0]), str(folders[1]), "data.lanes=4 is more than the 3 samples")
+    refused(lambda: packing().make_lanes(source, [0]), str(folders[1]), "data.lanes=4 is more than the 3 samples")
     stage: Any = type("Stage", (), {})()
     stage.data = type("Data", (), {"autoencoder": "other"})()
     stage.model = None

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.utils.errors import UserError
@@ -149,5 +149,5 @@ def test_a_sample_that_is_too_short(folder: Path) -> None:
 def test_more_lanes_than_samples_and_a_wrong_state(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data\.lanes=23 is more than the 22 samples"):
         loader(folder, lanes=23)
-    with pytest.raises(UserError, match="lane 2: there is no place"):
+    with pytest.raises(UserError, match="lane 2: there is no position"):
         loader(folder, [2], lane_states={2: {"epoch": 0, "position": 6}})

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from far_scale.config.schema import WeightedShards
-from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.shard_set import ShardSet
