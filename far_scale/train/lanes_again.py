@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from far_scale.config.recipe import Recipe
 from far_scale.config.schema import DataSection, mixture_weights
-from far_scale.data.loader.lane_change import Unread, change_lanes, continue_lanes
+from far_scale.data.loader.lane_change import UnreadSamples, change_lanes, continue_lanes
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.train.curriculum import Stage, stage_of, stages
@@ -101,7 +101,7 @@ def _batch(data: DataSection) -> tuple[int, str]:
     return data.lanes, f"packs of at most {data.tokens_per_pack} tokens"
 
 
-def _words(left: Sequence[Unread]) -> str:
+def _words(left: Sequence[UnreadSamples]) -> str:
     """What is left of the epochs begun, and comes first."""
     if not any(each.remaining for each in left):
         return "no epoch begun has anything left"

@@ -17,15 +17,15 @@ class _End(NamedTuple):
 
 
 class LookAhead(Generic[T]):
-    """Iterates over the items of `items`, in order, of which a thread makes the next ones ahead of time.
+    """Iterates over `items` in order; a thread makes the next items in advance.
 
-    - At most `ahead` items wait for the caller; the thread makes another one only when one of them is taken.
+    - At most `ahead` items wait for the caller; only when one is taken does the thread make another.
     - Neither the thread nor this object keeps a reference to an item that was taken.
-    - An error in `items` is raised by `next` after the items before it, and again by every later `next`.
-    - `close` ends the thread and drops the items that wait. It returns once the item that is being made is done, so
-      what can block for long in `items` has to be interrupted first.
-    - After `close`, `next` raises ValueError. A `next` that another thread is blocked in at that moment raises what
-      ended the items, or ValueError.
+    - An error of `items` is raised by `next` after the items before it, and again by every later `next`.
+    - `close` ends the thread and drops the items that wait. It waits for the item that is being made: if that can
+      block, interrupt it first.
+    - After `close`, `next` raises ValueError; so does a `next` that is blocked in another thread, unless `items` fail
+      at that moment.
     """
 
     def __init__(self, items: Iterable[T], ahead: int = 1, name: str = "look-ahead") -> None:

@@ -36,7 +36,7 @@ LONG = PackingConfig(
 
 
 def clip_lane(packing: PackingConfig, lane: int = 0, video_frames: int = 300, samples: int = 999) -> PackedLane:
-    """A lane of a shard set whose videos all have `video_frames` frames."""
+    """A lane of a shard set with videos of `video_frames` frames."""
     shard_set: Any = SimpleNamespace(samples_per_shard=[samples] * 2, frames_of=lambda shard, sample: video_frames)
     return packing.make_lanes(shard_set, [lane])[lane]
 
@@ -73,7 +73,7 @@ def test_every_clip_drawn_is_used_soon_and_lengths_keep_their_distribution() -> 
 
     lengths = np.array([clip.frames for clip in clips])
     assert lengths.min() == 16 and lengths.max() == 300
-    # Uniform on 16..300: mean 158, deviation 82.3; of 5000 clips the mean is within 4 standard errors.
+    # Uniform on 16..300: mean 158, standard deviation 82.3; of 5000 clips the mean is within 4 standard errors.
     assert abs(lengths.mean() - 158) < 4 * 82.3 / len(lengths) ** 0.5
     quarters = np.histogram(lengths, bins=[16, 87, 158, 229, 301])[0] / len(lengths)
     assert np.allclose(quarters, 0.25, atol=0.03)
@@ -90,7 +90,7 @@ def test_a_distribution_gives_each_length_its_weight_and_every_start_is_drawn() 
     assert {clip.start for clip in clips if clip.frames == 8} == set(range(4))
 
 
-def test_a_short_video_gives_what_it_has_but_never_less_than_the_fewest() -> None:
+def test_a_short_video_gives_all_its_frames_but_never_fewer_than_the_minimum() -> None:
     lengths = [clip.frames for pack in packs_of(LONG, 50, video_frames=40) for clip in pack]
     assert max(lengths) == 40 and lengths.count(40) > len(lengths) / 2 and min(lengths) < 40
     too_short: Any = SimpleNamespace(
@@ -102,7 +102,7 @@ def test_a_short_video_gives_what_it_has_but_never_less_than_the_fewest() -> Non
         next(LONG.make_lanes(too_short, [0])[0])
 
 
-def test_a_state_goes_on_exactly_from_every_step() -> None:
+def test_a_state_continues_exactly_from_every_step() -> None:
     lane = clip_lane(LONG, lane=1, samples=30)  # many epochs
     states, packs = [], []
     for _ in range(60):
@@ -131,14 +131,14 @@ def test_an_impossible_state_is_refused(state: dict[str, Any]) -> None:
         clip_lane(LONG).load_state_dict(state)
 
 
-def test_lanes_and_stages_draw_for_themselves() -> None:
+def test_lanes_and_stages_draw_independently() -> None:
     first = packs_of(LONG, 20)
     assert first == packs_of(LONG, 20)
     assert first != packs_of(LONG, 20, lane=1)
     other = packs_of(replace(LONG, stage=1), 20)
-    places = [[clip.sample for pack in packs for clip in pack] for packs in (first, other)]
+    samples = [[clip.sample for pack in packs for clip in pack] for packs in (first, other)]
     frames = [[clip.frames for pack in packs for clip in pack] for packs in (first, other)]
-    assert places[0] != places[1] and frames[0] != frames[1]
+    assert samples[0] != samples[1] and frames[0] != frames[1]
 
 
 def test_best_subset() -> None:

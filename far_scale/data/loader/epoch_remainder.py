@@ -21,7 +21,7 @@ import numpy as np
 from far_scale.data.loader.lanes import FIRST_EPOCH, Beginning, LaneOrder, SampleRef
 from far_scale.utils.errors import UserError
 
-_CACHED_SHUFFLES = 64  # enough for the new lanes of a rank, each of which reads a part of some old lane
+_CACHED_SHUFFLES = 64  # enough for a rank's new lanes, which each read a part of an old one
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LanePositions:
 
     Attributes:
         numbers: of each lane's next sample.
-        waiting: for the lanes that have any: numbers, rising, of the samples whose clips wait for a pack.
+        waiting: by lane, the numbers (rising) of samples drawn but not yet in a pack; lanes without any are absent.
     """
 
     numbers: Sequence[int]

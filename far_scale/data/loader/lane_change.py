@@ -1,4 +1,4 @@
-"""The lanes after a checkpoint: from its states, also where the recipe has another number of lanes now."""
+"""How the lanes continue from the states in a checkpoint, also if their number changes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from far_scale.data.loader.packing import PackedLane, PackingConfig
 from far_scale.data.shards.shard_set import ShardSet
 
 
-class Unread(NamedTuple):
-    """What the lanes of a shard set have not read when their number changes.
+class UnreadSamples(NamedTuple):
+    """Counts of what the lanes of a shard set have not read when their number changes.
 
     Attributes:
         epoch: the last one begun, from 0.
@@ -42,7 +42,7 @@ class Continuation(NamedTuple):
 
     packing: PackingConfig
     states: dict[int, dict[str, Any]]
-    unread: list[Unread]
+    unread: list[UnreadSamples]
 
 
 def continue_lanes(
@@ -93,7 +93,7 @@ def change_lanes(
     new_lanes = packing.make_lanes(source, range(packing.lanes))
     new_lanes[0].damaged = sum(lane.damaged for lane in old_lanes.values())
     unread = [
-        Unread(beginning.epoch - 1, beginning.remaining, order.samples)
+        UnreadSamples(beginning.epoch - 1, beginning.remaining, order.samples)
         for beginning, order in zip(beginnings, orders, strict=True)
     ]
     return Continuation(packing, {index: lane.state_dict() for index, lane in new_lanes.items()}, unread)

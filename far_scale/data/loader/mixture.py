@@ -172,6 +172,6 @@ def _check_alike(first_folder: Path | str, first: Manifest, folder: Path | str, 
     ):
         if expected != actual:
             raise UserError(
-                f"{folder} does not fit {first_folder}, with which it is mixed: its {name} is {actual}, there "
+                f"{folder} does not fit {first_folder}, with which it is mixed: its {name} is {actual}, not "
                 f"{expected}; {fix}, or remove one of them from data.shards"
             )

@@ -13,7 +13,7 @@ from far_scale.utils.rng import generator
 
 
 class MixtureLane:
-    """One endless stream of samples of several sets: an iterator whose state is a sample number a set.
+    """One endless stream of samples of several sets: an iterator with a state of one integer a set.
 
     The set of a sample is drawn at the counter (number of the sample in the lane, lane), so it depends on neither
     ranks nor history. A `SampleRef` counts the shards of all sets, one set after the other.

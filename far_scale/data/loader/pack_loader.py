@@ -146,7 +146,7 @@ class PackLoader:
         )
 
     def _read_clips(self, lane: PackedLane) -> list[tuple[Clip, Sample]]:
-        """The lane's next pack without its damaged clips; packs of which nothing is left are passed over."""
+        """The clips of the lane's next pack, without damaged ones; a pack without any other is passed over."""
         read: list[tuple[Clip, Sample]] = []
         while not read:
             clips = next(lane)

@@ -274,7 +274,7 @@ class PackedLane:
 
 
 def best_subset(tokens: tuple[int, ...], room: int, with_first: bool) -> list[int]:
-    """The indices, rising, whose tokens have the largest sum that is at most `room`.
+    """The indices (rising) of the tokens with the largest sum that is at most `room`.
 
     Of equal sums, the one with older clips wins.
 

@@ -57,7 +57,7 @@ class ShardPrefetch:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="prefetch")
 
     def move_to(self, numbers: dict[int, int]) -> None:
-        """Fetch what is ahead of the lanes, given the numbers of their next samples."""
+        """Fetch the shards ahead of the lanes, given the number of each lane's next sample."""
         planned, before = self.plan(numbers), self._planned
         self._planned = set(planned)
         for shard in planned:
@@ -92,4 +92,4 @@ class ShardPrefetch:
             with interruptible(self._closed):
                 self._shard_set.fetch_ahead(shard)
         except (Interrupted, UserError):
-            return  # whoever reads it meets the same error
+            return  # reading the shard raises the same error
