@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache

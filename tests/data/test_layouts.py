@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from far_scale import autoencoder as autoencoders
-from far_scale.data.encode.ahead import ahead
 from far_scale.data.encode.fingerprints import read_prints
 from far_scale.data.encode.latent_files import read_latents
 from far_scale.data.encode.plan import plan
@@ -542,26 +541,3 @@ def test_no_task_opens_the_videos_of_another(four: Path, tmp_path: Path, monkeyp
     encode_task(job, 0, 2, 1, 0.0)
     merge(job, 2, 0.0)
     assert opened == {"0.npz", "1.npz"}  # the merge looks at sizes and times alone
-
-
-def test_ahead_makes_one_while_another_is_used() -> None:
-    made: list[int] = []
-
-    def numbers(fail_at: int) -> object:
-        for number in range(5):
-            if number == fail_at:
-                raise UserError("no more")
-            made.append(number)
-            yield number
-
-    assert list(ahead(numbers(9))) == [0, 1, 2, 3, 4]
-    found = []
-    with pytest.raises(UserError, match="no more"):
-        for number in ahead(numbers(3)):
-            found.append(number)
-    assert found == [0, 1, 2]
-    made.clear()
-    early = ahead(numbers(9))
-    assert next(early) == 0
-    early.close()
-    assert made in ([0], [0, 1])  # never more than one beyond the one in use

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards import inspect
 from far_scale.data.shards.convert import convert

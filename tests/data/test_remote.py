@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from far_scale.config.recipe import load_recipe
-from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.lanes import Lane, LaneOrder
 from far_scale.data.loader.pack_loader import Pack, PackLoader
-from far_scale.data.loader.prefetch import ShardPrefetch, shards_ahead
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
+from far_scale.data.loader.shard_prefetch import ShardPrefetch, shards_ahead
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.remote.fetch import Interrupted, fetch_bytes, interruptible, is_remote, join, shown
@@ -281,11 +281,11 @@ def test_prefetch_is_bounded_by_bytes(server: WebServer, tmp_path: Path) -> None
     lane = Lane(order, 0)
     first = list(dict.fromkeys(next(lane).shard for _ in range(22)))
     assert ahead.plan({0: 0}) == first[:2]
-    ahead.move({0: 0})
+    ahead.move_to({0: 0})
     while len(list(node.folder.glob("[0-9a-f]*"))) < 4 or list(node.folder.glob("*.part")):
         time.sleep(0.01)
     assert ahead.plan({0: 5}) == first[1:3]
-    ahead.move({0: 5})
+    ahead.move_to({0: 5})
     while shard_set.manifest.shards[first[2]].sha256 not in node:
         time.sleep(0.01)
     ahead.close()

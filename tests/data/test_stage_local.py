@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from far_scale.config.recipe import load_recipe
-from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache

@@ -21,9 +21,9 @@ from far_scale import autoencoder as autoencoders
 from far_scale.data.adopt.adopt import adopt
 from far_scale.data.adopt.parts import Wishes
 from far_scale.data.adopt.sources import find_shards
-from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample

@@ -117,9 +117,9 @@ def test_one_rank_trains_the_same(folder: Path, printed: str) -> None:
     shard_set = opened(plan[1])
     with_context, clips = [], []
     for stage in plan[1:]:
-        lanes = stage.packing(0).clip_lanes(shard_set, range(2))
+        lanes = stage.packing(0).make_lanes(shard_set, range(2))
         for _ in range(stage.steps):
-            packs = [tuple(clip.frames for clip in lanes[lane].next_pack()) for lane in range(2)]
+            packs = [tuple(clip.frames for clip in next(lanes[lane])) for lane in range(2)]
             with_context.append({stage.layout(pack).context.frames > 0 for pack in packs})
             clips.append({len(pack) for pack in packs})
     assert {True, False} in with_context and {False} in with_context

@@ -6,7 +6,6 @@ Python's lock go. Latents that were extracted before are taken as they are.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from far_scale import autoencoder as autoencoders
-from far_scale.data.encode.ahead import ahead
 from far_scale.data.encode.fingerprints import SourcePrint, prints_of_shard, take_print, write_prints
 from far_scale.data.encode.latent_files import LATENTS_SUFFIX, read_latents
 from far_scale.data.shards.manifest import DTYPES
@@ -29,6 +27,7 @@ from far_scale.data.video.pictures import Framing, to_pixels
 from far_scale.data.video.sources import Source
 from far_scale.data.video.videos import DEFAULT_FPS, BadVideo, Video, read_actions, read_label, read_video
 from far_scale.utils.errors import UserError
+from far_scale.utils.look_ahead import LookAhead
 
 Precision = Literal["fp32", "bf16"]
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -119,7 +118,7 @@ class Worker:
                 except BadVideo as error:
                     yield _reject(source, error)
 
-        with contextlib.closing(ahead(read())) as found:
+        with LookAhead(read(), name="read-ahead") as found:
             for one in found:
                 if isinstance(one, Reject):
                     rejects.append(one)
