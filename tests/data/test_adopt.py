@@ -151,7 +151,7 @@ def counting(read: Callable[..., bytearray], sizes: list[int]) -> Callable[..., 
 
 def test_a_shape_that_allows_several_layouts_must_be_explained(tmp_path: Path) -> None:
     square = tar_of(tmp_path / "a.tar", {"a.npy": npy(latents(4))})
-    refused(lambda: adopted(square, tmp_path / "set", fps=5.0), "[4, 4, 3, 2], which may be FCHW or CFHW; say which")
+    refused(lambda: adopted(square, tmp_path / "set", fps=5.0), "[4, 4, 3, 2], which may be FCHW or CFHW; name one")
     adopted(square, tmp_path / "set", fps=5.0, layout="CFHW")
     assert np.array_equal(read_all(tmp_path / "set")[0].latents.numpy(), latents(4).transpose(1, 0, 2, 3))
 
@@ -229,7 +229,7 @@ def test_what_webdataset_would_not_read_is_no_silent_loss(tmp_path: Path) -> Non
 
 
 def places(sources: list[str]) -> list[str]:
-    return [shard.place for shard in find_shards(sources)]
+    return [shard.location for shard in find_shards(sources)]
 
 
 def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +275,7 @@ def test_folders_are_entered_through_links_and_nothing_is_lost_or_doubled(
     (folder / "linked").symlink_to(store)
     (store / "back").symlink_to(folder)
     assert places([str(folder)]) == [str(folder / "a.tar"), str(folder / "linked" / "d.tar")]
-    assert f"{folder}: passed over: 1 compressed tars, as {folder / 'c.tar.gz'}" in capfd.readouterr().err
+    assert f"{folder}: skipped 1 compressed tars, such as {folder / 'c.tar.gz'}" in capfd.readouterr().err
     (folder / "latest.tar").symlink_to("a.tar")
     refused(lambda: find_shards([str(folder)]), str(folder / "latest.tar"), f"the same file as {folder / 'a.tar'}")
     for name, text, word in [("empty", "\n", "names no shard"), ("self", "self.txt\n", "this list names itself")]:
@@ -314,7 +314,7 @@ def test_samples_that_cannot_be_adopted(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, bytes], dict[str, Any], str]] = [
         ({"a.json": fps}, {}, "none that is an array or tensor, but json"),
         ({"a.x.npy": good, "a.y.npy": good, "a.json": fps}, {}, "it has x.npy, y.npy; name it by --latents"),
-        ({"a.npy": good}, {}, "it has no json:fps or fps, but the members npy; say where by --fps"),
+        ({"a.npy": good}, {}, "it has no json:fps or fps, but the members npy; name one by --fps"),
         ({"a.npy": good, "a.json": b"["}, {}, "its json is no JSON"),
         ({"a.npy": good, "a.json": json_bytes(fps="fast")}, {}, "its json:fps is 'fast', which is no number"),
         ({"a.npy": good, "a.json": fps}, {"labels": 3}, "it has no cls or json:label or"),
@@ -409,12 +409,12 @@ def test_adoption_goes_on_after_a_kill_and_sees_what_changed(tmp_path: Path) -> 
         from far_scale.data.adopt import adopt as module
         known = foreign_sets.FACTS.autoencoder
         module.autoencoders.load = lambda name: SimpleNamespace(**known.model_dump(), latent_channels=4)
-        honest = module._write
+        honest = module._write_index
         def write_or_die(job, number, *rest):
             if number == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             return honest(job, number, *rest)
-        module._write = write_or_die
+        module._write_index = write_or_die
         foreign_sets.adopted({str(tmp_path / "theirs")!r}, module.Path({str(out)!r}), actions=4, labels=3)
     """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -20,8 +20,9 @@ from far_scale.data.encode.plan import encode_videos
 from far_scale.data.shards import inspect
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.video.pictures import fit
-from far_scale.data.video.videos import find_videos, read_video, write_mp4
+from far_scale.data.video.find import find_videos
+from far_scale.data.video.transforms import resize_and_crop
+from far_scale.data.video.videos import read_video, write_mp4
 from far_scale.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -233,14 +234,16 @@ def test_an_action_that_the_set_does_not_have(episodes: Path, tmp_path: Path) ->
 
 def test_fit_scales_the_shorter_side_and_crops_the_centre() -> None:
     columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (100, 200, 3))
-    fitted = fit(np.stack([columns, columns]), 50)
+    fitted = resize_and_crop(np.stack([columns, columns]), 50)
     assert fitted.shape == (2, 50, 50, 3) and fitted.dtype == np.uint8
     assert np.abs(fitted[0, 25, :, 0].astype(int) - (50 + 2 * np.arange(50))).max() <= 1  # the middle half, halved
     stripes = np.zeros((1, 128, 128, 3), np.uint8)
     stripes[:, :, ::2] = 255
-    assert np.abs(fit(stripes, 64)[0, :, 2:-2].astype(int) - 127).max() <= 2  # antialiased, not one of the stripes
+    assert (
+        np.abs(resize_and_crop(stripes, 64)[0, :, 2:-2].astype(int) - 127).max() <= 2
+    )  # antialiased, not one of the stripes
     square = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3)).astype(np.uint8)
-    assert np.array_equal(fit(square, 64), square)
+    assert np.array_equal(resize_and_crop(square, 64), square)
 
 
 def test_inspect(encoded: Path, tmp_path: Path) -> None:

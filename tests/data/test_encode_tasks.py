@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from far_scale.data.encode.plan import encode_videos, plan
-from far_scale.data.encode.tasks import encode_task, merge
-from far_scale.data.encode.worker import Job
+from far_scale.data.encode.job import EncodingJob
+from far_scale.data.encode.plan import encode_videos, plan_encoding
+from far_scale.data.encode.tasks import encode_task, merge_tasks
 from far_scale.data.shards import inspect
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.video.pictures import Framing
+from far_scale.data.video.find import find_videos
 from far_scale.data.video.sources import find_sources
-from far_scale.data.video.videos import find_videos, write_mp4
+from far_scale.data.video.transforms import FrameTransform
+from far_scale.data.video.videos import write_mp4
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
 
@@ -54,8 +55,10 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.strip().splitlines()[-1].removeprefix("error: ")
 
 
-def planned(videos: Path, out: Path, device: str | None = "cpu") -> Job:
-    return plan(find_sources(videos), out, AUTOENCODER, "bfloat16", PER_SHARD, 4, 0, 16, Framing(64), device)
+def planned(videos: Path, out: Path, device: str | None = "cpu") -> EncodingJob:
+    return plan_encoding(
+        find_sources(videos), out, AUTOENCODER, "bfloat16", PER_SHARD, 4, 0, 16, FrameTransform(64), device
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +118,7 @@ def test_any_number_of_tasks_makes_the_same_bytes(mixed: Path, alone: Path, tmp_
     for task in reversed(range(tasks)):
         assert encode_task(planned(mixed, out), task, tasks, 1, 0.4) == 6 // tasks
         assert not (out / "manifest.json").exists()
-    manifest = merge(planned(mixed, out, device=None), tasks, 0.4)
+    manifest = merge_tasks(planned(mixed, out, device=None), tasks, 0.4)
     assert (len(manifest.shards), manifest.samples, manifest.frames) == (5, 8, 192)
     assert digests(out) == digests(alone)
 
@@ -167,18 +170,18 @@ def test_a_merge_names_what_is_missing(mixed: Path, alone: Path, tmp_path: Path)
     with open(out / "shard-000001.tar", "r+b") as shard:
         shard.truncate(1000)
     with pytest.raises(UserError, match=r"2 of 6 shards .* not whole: 1, 4; run --task 0, 1 of --tasks 4 again"):
-        merge(job, 4, 0.4)
+        merge_tasks(job, 4, 0.4)
     shutil.copy(alone / "shard-000004.index.json", out)
     shutil.copy(alone / "shard-000001.tar", out)
     (out / "rejected.jsonl").write_text((alone / "rejected.jsonl").read_text().partition("\n")[2])  # 00-cut.npz is out
     with pytest.raises(UserError, match=r"1 of 6 shards .* not whole: 0; run --task 0 of --tasks 4 again"):
-        merge(job, 4, 0.4)
+        merge_tasks(job, 4, 0.4)
     (out / "rejected.jsonl").write_text("[]\n")
     with pytest.raises(UserError, match=r"rejected\.jsonl: not the list of rejects that was written"):
-        merge(job, 4, 0.4)
+        merge_tasks(job, 4, 0.4)
     assert not (out / "manifest.json").exists()
     shutil.copy(alone / "rejected.jsonl", out)
-    merge(job, 4, 0.4)
+    merge_tasks(job, 4, 0.4)
     assert digests(out) == digests(alone)
 
 
@@ -199,9 +202,9 @@ def test_too_many_rejects_fail(mixed: Path, alone: Path, tmp_path: Path) -> None
     shutil.copytree(alone, merged, ignore=shutil.ignore_patterns("manifest.json", "rejected.jsonl"))
     shutil.copy(alone / "rejected.jsonl", merged / "rejected-000000.jsonl")
     with pytest.raises(UserError, match="4 of 12 videos are rejected"):
-        merge(planned(mixed, merged), 2, 0.3)
+        merge_tasks(planned(mixed, merged), 2, 0.3)
     assert (merged / "rejected.jsonl").exists() and not (merged / "manifest.json").exists()
-    merge(planned(mixed, merged), 2, 0.34)
+    merge_tasks(planned(mixed, merged), 2, 0.34)
     assert digests(merged) == digests(alone)
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from far_scale.data.video.videos import BadVideo, read_video, write_mp4
+from far_scale.data.video.containers import BadVideo
+from far_scale.data.video.videos import read_video, write_mp4
 from harness.refusal import refused
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -91,7 +92,7 @@ def test_frames_are_turned_as_players_turn_them(frames: NDArray[np.uint8], tmp_p
         write_turned(path, frames[:3], (a, b, 0, c, d, 0, 0, 0, 1 << 30))
         read = read_video(path)
         assert np.array_equal(read.frames, upright(stored)), (a, b, c, d)
-        shrunk = read_video(path, shrink=lambda block: block[:, ::2, ::4]).frames
+        shrunk = read_video(path, transform=lambda block: block[:, ::2, ::4]).frames
         assert np.array_equal(shrunk, read.frames[:, ::2, ::4])
     write_turned(path, frames[:3], (46341, 46341, 0, -46341, 46341, 0, 0, 0, 1 << 30))
     refused(lambda: read_video(path), str(path), "45 degrees, no multiple of 90", "convert it")
@@ -481,13 +482,13 @@ def test_hostile_structures_are_refused(frames: NDArray[np.uint8], tmp_path: Pat
         for _ in range(depth):
             boxes = struct.pack(">I4s", 8 + len(boxes), b"moov") + boxes
         mp4.write_bytes(data + boxes)
-        refused(lambda: read_video(mp4), "boxes in boxes")
+        refused(lambda: read_video(mp4), "boxes are nested too deeply")
     write_video(avi, frames, "mpeg4")
     data, lists = avi.read_bytes(), b""
     for _ in range(5_000):
         lists = struct.pack("<4sI4s", b"LIST", 4 + len(lists), b"rec ") + lists
     avi.write_bytes(data[:4] + struct.pack("<I", len(data) + len(lists) - 8) + data[8:] + lists)
-    refused(lambda: read_video(avi), "lists in lists")
+    refused(lambda: read_video(avi), "lists are nested too deeply")
     write_video(gif, frames[:2], "gif")
     data = gif.read_bytes()
     picture = struct.pack("<BHHHHBB", 0x2C, 0, 0, 64, 48, 0, 60)  # codes of 60 bits, in parts of odd sizes

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from far_scale.data.demo.episodes import record_episode
-from far_scale.data.video.find import SUFFIXES, find_videos
-from far_scale.data.video.videos import BadVideo, Video, read_actions, read_video, write_mp4
+from far_scale.data.video.containers import BadVideo
+from far_scale.data.video.find import VIDEO_SUFFIXES, find_videos
+from far_scale.data.video.videos import Video, read_actions, read_video, write_mp4
 from far_scale.utils.errors import UserError
 
 
@@ -310,13 +311,11 @@ def test_what_is_passed_over_is_counted(tmp_path: Path, capsys: pytest.CaptureFi
         (tmp_path / name).write_bytes(b"x")
     for _ in range(2):
         assert below(tmp_path) == ["v.mp4"]
-    assert capsys.readouterr().err == f"warning: {tmp_path}: passed over: 3 files (.docx 2, .zip 1)\n"  # once
+    assert capsys.readouterr().err == f"warning: {tmp_path}: skipped 3 files (.docx 2, .zip 1)\n"  # once
     (tmp_path / "v.mp4").unlink()
     (tmp_path / "deep" / "README").write_bytes(b"x")
     (tmp_path / "deep" / "a.\n").write_bytes(b"x")
-    said = (
-        r"no videos in this folder: passed over: 5 files \(\.docx 2, \.zip 1, other 1, without suffix 1\); they end in "
-    )
+    said = r"no videos in this folder: skipped 5 files \(\.docx 2, \.zip 1, other 1, without suffix 1\); they end in "
     with pytest.raises(UserError, match=said):
         find_videos(tmp_path)
 
@@ -337,7 +336,7 @@ FORMATS = {"mjpeg": "yuvj420p", "gif": "rgb8", "apng": "rgb24"}
 
 
 def test_every_suffix_is_of_a_container_that_reads(tmp_path: Path) -> None:
-    assert {suffix[1:] for suffix in SUFFIXES} == set(CONTAINERS) | BY_LIBRARIES
+    assert {suffix[1:] for suffix in VIDEO_SUFFIXES} == set(CONTAINERS) | BY_LIBRARIES
     for suffix, how in CONTAINERS.items():
         (container_format, codec), path = how.split(), tmp_path / f"v.{suffix}"
         with av.open(str(path), "w", format=container_format) as container:
