@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the episodes' folder")
     parser.add_argument("--episodes", type=int, default=64, help="number of episodes")
     parser.add_argument("--frames", type=int, default=256, help="frames of an episode")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first episode; each further one has the next seed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first episode; the next ones count up")
     parser.add_argument("--workers", type=int, default=cores, help="processes; the result is the same")
     arguments = parser.parse_args()
     for name, least in (("episodes", 1), ("frames", 1), ("seed", 0), ("workers", 1)):

@@ -153,7 +153,7 @@ def test_held_out_folders_have_the_classes_of_the_training(
         encode(training, "--classes", tmp_path / "names.txt", "--labels", 2, out="fewer")
     assert "--labels 2: there are 3 class names" in capsys.readouterr().err
     (tmp_path / "names.txt").write_text("a\nb\na\n")
-    refused(lambda: read_class_names(tmp_path / "names.txt"), "names.txt:3: class a stands on line 1 already")
+    refused(lambda: read_class_names(tmp_path / "names.txt"), "names.txt:3: class a is on line 1 already")
 
 
 def test_names_and_bytes_do_not_depend_on_tasks_and_are_converted(clip: Path, tmp_path: Path, encode: Encode) -> None:

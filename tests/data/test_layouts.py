@@ -1,4 +1,4 @@
-"""Published layouts of data sets, the official code's lists, and how frames are resized, cropped, mirrored, thinned."""
+"""Published layouts of data sets, the official code's lists, and resizing, cropping, mirroring and frame stride."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_teco_minecraft(episodes: list[Video], tmp_path: Path) -> None:
         read_actions(folder / "000000.npz", FRAMES)
 
 
-def test_bair_whose_actions_are_vectors(episodes: list[Video], tmp_path: Path) -> None:
+def test_bair_with_actions_that_are_vectors(episodes: list[Video], tmp_path: Path) -> None:
     """Videos with the robot's commands, [F, 4] of floats, which the official code does not read either."""
     write_mp4(tmp_path / "bair" / "train" / "0.mp4", episodes[0].frames, 10)
     np.savez(tmp_path / "bair" / "train" / "0.npz", actions=np.zeros((FRAMES, 4), np.float32))
@@ -202,7 +202,7 @@ def test_files_that_hold_no_latents(tmp_path: Path) -> None:
     right = torch.arange(3 * 16).reshape(3, *shape) / 8
     torch.save(right.half(), path)
     assert read_latents(path, shape, "float16").equal(right.half())
-    for stored, said in [
+    for stored, message in [
         (right.half(), "latents in float16; give the --dtype that they have"),
         (right.double(), "latents in float64"),
         ({"latent": right}, "holds dict, not one dense tensor"),
@@ -213,7 +213,7 @@ def test_files_that_hold_no_latents(tmp_path: Path) -> None:
         (Harmful(), "no latents"),
     ]:
         torch.save(stored, path)
-        with pytest.raises(BadVideo, match=said):
+        with pytest.raises(BadVideo, match=message):
             read_latents(path, shape, "bfloat16")
     with pytest.raises(UserError, match="no such file of latents"):
         read_latents(tmp_path / "absent.pt", shape, "bfloat16")
@@ -223,12 +223,12 @@ def test_damaged_latents_are_refused(tmp_path: Path) -> None:
     """Fuzzed: every damaged file is refused in one line, or reads as the whole one does."""
     path, shape = tmp_path / "0.pt", (4, 2, 2)
     torch.save(torch.arange(64).reshape(4, *shape).bfloat16(), path)
-    whole, draw, refused = path.read_bytes(), random.Random(0), 0
+    whole, rng, refused = path.read_bytes(), random.Random(0), 0
     for _ in range(150):
         data = bytearray(whole)
-        for _ in range(draw.choice((1, 1, 4, 16))):
-            data[draw.randrange(len(data))] = draw.randrange(256)
-        path.write_bytes(data[: draw.choice((len(data), len(data), draw.randrange(len(data))))])
+        for _ in range(rng.choice((1, 1, 4, 16))):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(data[: rng.choice((len(data), len(data), rng.randrange(len(data))))])
         try:
             assert read_latents(path, shape, "bfloat16").shape[1:] == shape
         except BadVideo as error:
@@ -238,7 +238,7 @@ def test_damaged_latents_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[]", "not a list of objects"),
         ('{"video_path": "0.npz"}', "not a list of objects"),
@@ -254,10 +254,10 @@ def test_damaged_latents_are_refused(tmp_path: Path) -> None:
         ('[{"video_path": "a\\u0000b"}]', "entry 0 has no path"),
     ],
 )
-def test_wrong_official_lists_are_refused(recorded: Path, tmp_path: Path, text: str, said: str) -> None:
+def test_wrong_official_lists_are_refused(recorded: Path, tmp_path: Path, text: str, message: str) -> None:
     shutil.copy(next(recorded.glob("*.npz")), tmp_path / "0.npz")
     (tmp_path / "list.json").write_text(text)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         find_sources(tmp_path / "list.json")
     assert str(caught.value).startswith(f"{tmp_path / 'list.json'}: ") and "\n" not in str(caught.value)
 
@@ -289,14 +289,14 @@ PIECES = [
 def test_fuzzed_lists(tmp_path: Path, name: str) -> None:
     """Every damaged list is refused in one line that names it, or gives sources with proper keys."""
     (tmp_path / "0.npz").write_bytes(b"")
-    path, whole, draw, refused = tmp_path / name, LISTS[name].encode(), random.Random(1), 0
+    path, whole, rng, refused = tmp_path / name, LISTS[name].encode(), random.Random(1), 0
     path.write_bytes(whole)
     assert [source.key for source in find_sources(path)] == ["0", "b_1"]
     for _ in range(1000):
         data = bytearray(whole)
-        for _ in range(draw.choice((1, 1, 2, 5))):
-            at, end = sorted(draw.randrange(len(data) + 1) for _ in range(2))
-            data[at : draw.choice((at, at + 1, end))] = draw.choice(PIECES)
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            at, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+            data[at : rng.choice((at, at + 1, end))] = rng.choice(PIECES)
         path.write_bytes(data)
         try:
             for source in find_sources(path):
@@ -309,21 +309,21 @@ def test_fuzzed_lists(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["rejected.jsonl", "videos.jsonl"])
-def test_fuzzed_books(recorded: Path, tmp_path: Path, name: str) -> None:
-    """What a merged set keeps of its videos, damaged: refused in one line, or its shards are made anew."""
+def test_fuzzed_rejects_and_fingerprints(recorded: Path, tmp_path: Path, name: str) -> None:
+    """The rejects and fingerprints of a merged set, damaged: refused in one line, or its shards are made again."""
     for number, path in enumerate(sorted(recorded.glob("*.npz"))[:2]):
         shutil.copy(path, tmp_path / f"{number}.npz")
     (tmp_path / "broken.npz").write_bytes(b"nothing")
-    sources, out, draw = find_sources(tmp_path), tmp_path / "set", random.Random(2)
+    sources, out, rng = find_sources(tmp_path), tmp_path / "set", random.Random(2)
     job = planned(sources, out, FrameTransform(64))
     encode_task(job, 0, 1, 1, 0.5)
     merge_tasks(job, 1, 0.5)
     whole, refused = (out / name).read_bytes(), 0
     for _ in range(200):
         data = bytearray(whole)
-        for _ in range(draw.choice((1, 1, 2, 5))):
-            at, end = sorted(draw.randrange(len(data) + 1) for _ in range(2))
-            data[at : draw.choice((at, at + 1, end))] = draw.choice(PIECES)
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            at, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+            data[at : rng.choice((at, at + 1, end))] = rng.choice(PIECES)
         (out / name).write_bytes(data)
         try:
             merge_tasks(job, 1, 0.5)
@@ -358,8 +358,8 @@ def antialiased(line: np.ndarray, size: int) -> np.ndarray:
 )
 def test_torch_resize_is_the_official_one(height: int, width: int, scaled: tuple[int, int] | None) -> None:
     """Sizes as torchvision's Resize(int) gives them, values as a plain computation does."""
-    transform, draw = FrameTransform(128, "torch"), np.random.default_rng(0)
-    frames = draw.integers(0, 256, (1, height, width, 3)).astype(np.uint8)
+    transform, rng = FrameTransform(128, "torch"), np.random.default_rng(0)
+    frames = rng.integers(0, 256, (1, height, width, 3)).astype(np.uint8)
     found = transform.resize_frames(frames)
     assert found.dtype == np.float32 and found.shape[1:3] == (scaled or (128, int(128 * 128 / 100)))
     if scaled is not None:
@@ -375,9 +375,8 @@ def test_torch_resize_is_the_official_one(height: int, width: int, scaled: tuple
 def test_crops() -> None:
     frames = ramp(64, 87)
     assert np.array_equal(FrameTransform(64).crop_frames(frames, "any"), frames[:, :, 11:75])
-    assert np.array_equal(
-        FrameTransform(64, "torch").crop_frames(frames, "any"), frames[:, :, 12:76]
-    )  # round(23 / 2), as officially
+    # round(23 / 2), as officially
+    assert np.array_equal(FrameTransform(64, "torch").crop_frames(frames, "any"), frames[:, :, 12:76])
     transform = FrameTransform(64, crop="random")
     lefts = [int(transform.crop_frames(frames, f"clip-{number}")[0, 0, 0, 1]) for number in range(400)]
     assert set(lefts) == set(range(24)) and lefts == [
@@ -439,17 +438,17 @@ def test_any_number_of_tasks_with_flips(recorded: Path, tmp_path: Path, tasks: i
     settings = json.loads((tmp_path / "set" / "encoding.json").read_text())
     wanted = {"size": 64, "resize": "torch", "crop": "random", "frame-stride": 4, "flip": True, "precision": "fp32"}
     assert wanted.items() <= settings.items()
-    for changes, said in [
+    for changes, message in [
         ({"transform": FrameTransform(64, "torch", "random", 2)}, "frame-stride 4, not 2"),
         ({"transform": FrameTransform(64, "pillow", "random", 4)}, "resize torch, not pillow"),
         ({"transform": FrameTransform(64, "torch", "centre", 4)}, "crop random, not centre"),
         ({"transform": transform, "precision": "bf16"}, "precision fp32, not bf16"),
     ]:
-        with pytest.raises(UserError, match=f"was encoded with {said}"):
+        with pytest.raises(UserError, match=f"was encoded with {message}"):
             planned(sources, tmp_path / "set", **changes)
 
 
-def test_the_command_line_takes_all_of_it(recorded: Path, tmp_path: Path) -> None:
+def test_the_command_line_takes_every_option(recorded: Path, tmp_path: Path) -> None:
     rows = [{"video_path": f"recorded/{path.name}"} for path in sorted(recorded.glob("*.npz"))[:2]]
     (tmp_path / "recorded").symlink_to(recorded)
     (tmp_path / "list.json").write_text(json.dumps(rows))
@@ -481,7 +480,7 @@ def test_the_command_line_takes_all_of_it(recorded: Path, tmp_path: Path) -> Non
         assert sha256(path) == sha256(tmp_path / "tool" / path.name), path.name
 
 
-def test_flips_that_cannot_be(recorded: Path, tmp_path: Path) -> None:
+def test_flips_that_are_refused(recorded: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--flip: frames would turn left where their actions turn right"):
         planned(add_flipped(find_sources(recorded)), tmp_path / "set", FrameTransform(64), actions=4)
     for name in ("a.npz", "a-flip.npz"):
@@ -508,20 +507,20 @@ def test_changed_videos_are_refused(four: Path, tmp_path: Path) -> None:
     (four / "1.npz").rename(tmp_path / "kept.npz")
     shutil.copy(four / "2.npz", four / "1.npz")
     assert (four / "1.npz").stat().st_size == (tmp_path / "kept.npz").stat().st_size
-    said = (
+    message = (
         r"1\.npz: has changed since shard 0 was made of it; encode into another folder, or remove .*000000\.index\.json"
     )
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         encode_task(job, 0, 2, 1, 0.0)
     encode_task(job, 1, 2, 1, 0.0)  # has other videos, and opens no other's
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         merge_tasks(job, 2, 0.0)
     shutil.copyfile(tmp_path / "kept.npz", four / "1.npz")  # the same again, at another time
     merge_tasks(job, 2, 0.0)
     assert encode_task(job, 0, 1, 1, 0.0) == 2  # nothing to do
     shutil.copy(four / "2.npz", four / "1.npz")
     for again in (lambda: encode_task(job, 0, 1, 1, 0.0), lambda: merge_tasks(job, 1, 0.0)):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             again()
     (out / "shard-000000.index.json").unlink()
     encode_task(job, 0, 1, 1, 0.0)
@@ -530,7 +529,7 @@ def test_changed_videos_are_refused(four: Path, tmp_path: Path) -> None:
     assert samples["1"].latents.equal(samples["2"].latents) and not samples["0"].latents.equal(samples["2"].latents)
 
 
-def test_a_rejected_video_can_be_mended(four: Path, tmp_path: Path) -> None:
+def test_a_rejected_video_can_be_repaired(four: Path, tmp_path: Path) -> None:
     whole, out = (four / "3.npz").read_bytes(), tmp_path / "set"
     (four / "3.npz").write_bytes(whole[:5000])
     job = planned(find_sources(four), out, FrameTransform(64))
@@ -556,7 +555,7 @@ def test_no_task_opens_the_videos_of_another(four: Path, tmp_path: Path, monkeyp
     opened.clear()
     encode_task(job, 0, 2, 1, 0.0)
     merge_tasks(job, 2, 0.0)
-    assert opened == {"0.npz", "1.npz"}  # the merge looks at sizes and times alone
+    assert opened == {"0.npz", "1.npz"}  # the merge reads only sizes and times
 
 
 def test_ahead_makes_one_while_another_is_used() -> None:

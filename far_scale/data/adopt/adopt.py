@@ -68,7 +68,7 @@ def adopt(
     Args:
         shards: see `find_shards`.
         autoencoder_name: the autoencoder of the latents: a name or path for `far_scale.autoencoder.load`.
-        options: what the user says of the samples' format.
+        options: the user's options for the samples' format.
         classes: names of the label classes, if they are known.
         max_rejected: largest fraction of samples that may be broken; with 0 the first one is an error.
         jobs: processes that read shards.
@@ -282,7 +282,7 @@ def _scan(job: _AdoptionJob, number: int, shard: SourceShard, copy: LocalCopy) -
         sample, reason = scanned.rejects[0]
         more = f" ({len(scanned.rejects)} of its samples are broken)" if len(scanned.rejects) > 1 else ""
         raise UserError(
-            f"{name}: sample {sample!r}: {reason}{more}; write the shard again, or allow a share of broken "
+            f"{name}: sample {sample!r}: {reason}{more}; write the shard again, or allow a fraction of broken "
             "samples by --max-rejected"
         )
     if copy.stamp != file_stamp(shard):

@@ -86,7 +86,7 @@ def _fetch(shard: SourceShard, compression: str | None, path: Path) -> tuple[int
 
 def _read_unpacked(shard: SourceShard, compression: str) -> bytearray:
     if shard.bytes is None:
-        raise UserError(f"{shown(shard.location)}: is packed; name its index.json, which says how large it is")
+        raise UserError(f"{shown(shard.location)}: is compressed; name its index.json, which has its size")
     max_bytes = most_packed(shard.bytes)
     data = (
         fetch_bytes(shard.location, max_bytes)

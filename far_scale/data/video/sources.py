@@ -222,23 +222,23 @@ def _check_keys(sources: Iterable[Source]) -> None:
 
 
 def _number_classes(
-    folders: Sequence[Path], root: Path, common: Path, labels: int, given: Sequence[str] | None
+    folders: Sequence[Path], root: Path, common: Path, labels: int, class_names: Sequence[str] | None
 ) -> tuple[dict[Path, int | None], tuple[str, ...] | None]:
     """Number the classes of folders below `root`, which are all in `common`; also returns the names of all classes."""
     names = {folder: _class_name(folder.relative_to(root)) for folder in folders}
-    if given is None and list(names.values()) == ["."]:  # all videos in one folder, whose name is no class
+    if class_names is None and list(names.values()) == ["."]:  # all videos in one folder, whose name is no class
         return {folders[0]: 0}, None
     # without the common beginning, such as `train/` if that is the only folder
     base = common if len(folders) > 1 else common.parent
     short = {folder: _class_name(folder.relative_to(base)) for folder in folders}
     numbers: dict[Path, int | None] = {}
-    if given is not None:
-        known = {name: number for number, name in enumerate(given)}
+    if class_names is not None:
+        known = {name: number for number, name in enumerate(class_names)}
         for folder in folders:
             last = _class_name(Path(folder.name)) if names[folder] == "." else short[folder]
             matches = (name for name in (names[folder], last, _strip_zeros(last)) if name in known)
             numbers[folder] = known.get(next(matches, ""))
-        classes = tuple(given)
+        classes = tuple(class_names)
     elif all(is_class_number(name) for name in short.values()):
         numbers.update((folder, int(name)) for folder, name in short.items())
         classes = tuple(map(str, range(labels)))
@@ -347,7 +347,7 @@ def _read_own_label(entry: ListEntry) -> int:
     raise UserError(f"{entry.where}: {entry.path.name} {problem}; give it one, or take the line out")
 
 
-def _from_split(root: Path, sources: list[Source], split: Path, given: Sequence[str] | None) -> SourceSet:
+def _from_split(root: Path, sources: list[Source], split: Path, class_names: Sequence[str] | None) -> SourceSet:
     """The sources in one of UCF-101's lists, with the classes of the classInd.txt beside it.
 
     Classes are not numbered by folder names: classInd.txt has JumpingJack before JumpRope, whatever the case.
@@ -356,7 +356,7 @@ def _from_split(root: Path, sources: list[Source], split: Path, given: Sequence[
     classes = read_class_index(classes_file)
     is_complete = sorted(classes.values()) == list(range(len(classes)))
     names = tuple(sorted(classes, key=classes.__getitem__)) if is_complete else None
-    if given is not None and names != tuple(given):
+    if class_names is not None and names != tuple(class_names):
         raise UserError(
             f"{classes_file}: its classes are not those that were given; leave out --classes and --classes-of"
         )

@@ -79,7 +79,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     for number, line in text_lines(path, "list"):
         name = unicodedata.normalize("NFC", line)
         if lines.setdefault(name, number) != number:
-            raise UserError(f"{path}:{number}: class {name} stands on line {lines[name]} already; take one out")
+            raise UserError(f"{path}:{number}: class {name} is on line {lines[name]} already; take one out")
     if not lines:
         raise UserError(f"{path}: names no class; write one a line")
     return tuple(lines)
@@ -206,7 +206,7 @@ def _parse_json_line(path: Path, number: int, line: str) -> Any:
 def _read_official_list(path: Path) -> list[ListEntry]:
     """Read an official list.
 
-    The official code resolves paths against its working directory, and its lists lie below that folder. So paths are
+    The official code resolves paths against its working directory, and its lists are below that folder. So paths are
     resolved against the closest folder above the list in which the first entry's file exists.
 
     Raises:
