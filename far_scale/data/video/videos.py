@@ -57,10 +57,7 @@ def read_label(path: Path) -> int | None:
         BadVideo: the file is broken, or its label is not a class.
         UserError: the file cannot be read.
     """
-    label = _read_scalar(path, _load_arrays(path, ("label",)), "label", "iu")
-    if label is not None and label < 0:
-        raise BadVideo(f"{path}: `label` is {label}; classes count from 0")
-    return None if label is None else int(label)
+    return _check_label(path, _load_arrays(path, ("label",)))
 
 
 def read_video(
@@ -173,17 +170,14 @@ def _read_npz(path: Path, collector: FrameCollector, actions: bool) -> Video:
     for frame in frames:
         if collector.count_frame():
             collector.add(frame)
-    label = _read_scalar(path, arrays, "label", "iu")
     fps = _read_scalar(path, arrays, "fps", "iuf")
     if fps is not None and not fps > 0:
         raise BadVideo(f"{path}: `fps` is {fps}; it must be above 0")
-    if label is not None and label < 0:
-        raise BadVideo(f"{path}: `label` is {label}; classes count from 0")
     return Video(
         key=path.stem,
         frames=collector.stack(),
         actions=_check_actions(path, arrays["actions"], len(frames)) if "actions" in arrays else None,
-        label=None if label is None else int(label),
+        label=_check_label(path, arrays),
         fps=DEFAULT_FPS if fps is None else float(fps),
         source=path.name,
     )
@@ -233,6 +227,13 @@ def _check_actions(path: Path, actions: NDArray[Any], frames: int) -> NDArray[np
     if actions.min() < 0:
         raise BadVideo(f"{path}: action {actions.min()} in `actions`; actions count from 0")
     return actions.astype(np.int64)
+
+
+def _check_label(path: Path, arrays: Mapping[str, NDArray[Any]]) -> int | None:
+    label = _read_scalar(path, arrays, "label", "iu")
+    if label is not None and label < 0:
+        raise BadVideo(f"{path}: `label` is {label}; classes count from 0")
+    return None if label is None else int(label)
 
 
 def _read_scalar(path: Path, arrays: Mapping[str, NDArray[Any]], key: str, kinds: str) -> float | int | None:
