@@ -9,7 +9,7 @@ import torch
 
 from far_scale.data.demo.episodes import record_episodes
 from far_scale.data.encode.plan import encode_videos
-from far_scale.data.video.videos import find_videos
+from far_scale.data.video.find import find_videos
 
 EPISODE_SEED = 10_900  # held-out seeds, which the autoencoder was not trained on
 

@@ -21,7 +21,8 @@ from far_scale.convert.dc_ae import import_autoencoder
 from far_scale.data.encode.plan import encode_videos
 from far_scale.data.shards.inspect import matching_autoencoder
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.video.videos import find_videos, read_video
+from far_scale.data.video.find import find_videos
+from far_scale.data.video.videos import read_video
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256, write_json
 
