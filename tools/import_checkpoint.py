@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from far_scale.convert.dc_ae import import_autoencoder, is_autoencoder
-from far_scale.convert.official_file import import_file
+from far_scale.convert.official import import_model
 from far_scale.model.presets import describe
 from far_scale.utils.command_line import command_line
 
@@ -41,7 +41,7 @@ def main() -> None:
         preset = import_autoencoder(args.file, args.out)
         print(f"{args.out}: DC-AE {preset}, named {args.out.stem}")
         return
-    config = import_file(args.file, args.out, args.window, args.patch, args.shards, args.scaling, args.frame_stride)
+    config = import_model(args.file, args.out, args.window, args.patch, args.shards, args.scaling, args.frame_stride)
     print(f"{args.out}: {describe(config)}")
     if args.shards is None:
         print("weights alone: give --shards to sample from it")

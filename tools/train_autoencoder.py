@@ -31,14 +31,14 @@ def main() -> int:
 
 def _train(asked: argparse.Namespace, signals: StopSignals) -> int:
     # Late: threads must inherit what StopSignals has set.
-    from far_scale.autoencoder.training import Places, load_autoencoder_recipe, train_autoencoder
+    from far_scale.autoencoder.training import TrainingPaths, load_autoencoder_recipe, train_autoencoder
     from far_scale.distributed.process_group import start_processes, stop_processes
     from far_scale.train.lease import Lease
 
     recipe = load_autoencoder_recipe(asked.recipe, asked.overrides)
     run = asked.run_dir or Path("runs/autoencoder") / recipe.name
     command = " ".join(["python tools/train_autoencoder.py", asked.recipe, *asked.overrides, f"--out {asked.out}"])
-    places = Places(asked.out, run, asked.episodes, max(1, asked.workers))
+    places = TrainingPaths(asked.out, run, asked.episodes, max(1, asked.workers))
     processes = start_processes()
     with Lease(run, processes):
         done = train_autoencoder(recipe, places, command, processes, signals)

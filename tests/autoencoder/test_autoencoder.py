@@ -33,7 +33,7 @@ def shipped() -> autoencoders.Autoencoder:
 
 @pytest.fixture(scope="module")
 def card() -> dict:
-    return json.loads((autoencoders.WEIGHTS / f"{NAME}.json").read_text())
+    return json.loads((autoencoders.SHIPPED_WEIGHTS / f"{NAME}.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_shipped_decoder_bears_small_errors(shipped: autoencoders.Autoencoder, f
 
 
 def test_card_tells_the_truth(shipped: autoencoders.Autoencoder, frames: Tensor, card: dict, tmp_path: Path) -> None:
-    path = autoencoders.WEIGHTS / f"{NAME}.safetensors"
+    path = autoencoders.SHIPPED_WEIGHTS / f"{NAME}.safetensors"
     assert shipped.weight_hash == card["weights_sha256"] == sha256(path)
     assert path.stat().st_size < 5e6 and card["weights_dtype"] == "float16"
     assert card["psnr_db"] == pytest.approx(psnr(shipped, frames), abs=1.0)
@@ -71,7 +71,7 @@ def test_card_tells_the_truth(shipped: autoencoders.Autoencoder, frames: Tensor,
     assert off.abs().max() < 0.4  # four mazes are not ninety-six
     write_json(tmp_path / "recipe.yaml", card["recipe"])  # JSON is YAML, and keys of later versions have their defaults
     assert load_autoencoder_recipe(tmp_path / "recipe.yaml") == load_autoencoder_recipe(RECIPE)
-    assert f"--out {autoencoders.WEIGHTS.relative_to(ROOT)}" in card["command"]
+    assert f"--out {autoencoders.SHIPPED_WEIGHTS.relative_to(ROOT)}" in card["command"]
     for seeds in (card["recipe"]["data"]["train_seeds"], card["recipe"]["data"]["heldout_seeds"]):
         assert not set(range(*seeds)) & set(DEMO_SEEDS)
 
@@ -115,7 +115,7 @@ def test_starts_at_the_best_linear_code(frames: Tensor) -> None:
 
 
 def test_wrong_weights_are_refused_in_one_line(tmp_path: Path) -> None:
-    whole, card = (autoencoders.WEIGHTS / f"{NAME}{suffix}" for suffix in (".safetensors", ".json"))
+    whole, card = (autoencoders.SHIPPED_WEIGHTS / f"{NAME}{suffix}" for suffix in (".safetensors", ".json"))
 
     def refused(content: bytes, card_text: str | None, said: str) -> None:
         path = tmp_path / "mine.safetensors"
@@ -136,7 +136,7 @@ def test_wrong_weights_are_refused_in_one_line(tmp_path: Path) -> None:
     refused(whole.read_bytes(), json.dumps(other), "of another autoencoder")
     refused(whole.read_bytes()[:5000], card.read_text(), "weights are broken")
     refused(b"text", card.read_text(), "weights are broken")
-    with pytest.raises(UserError, match=f"compact-vizdom: there is none of this name; shipped: {NAME}"):
+    with pytest.raises(UserError, match=f"compact-vizdom: no such name; shipped: {NAME}"):
         autoencoders.load("compact-vizdom")
     with pytest.raises(UserError, match=r"mine.safetensors: there is no such file"):
         autoencoders.load("mine.safetensors")
@@ -144,8 +144,8 @@ def test_wrong_weights_are_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_a_file_of_ones_own_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for suffix in (".safetensors", ".json"):
-        shutil.copy(autoencoders.WEIGHTS / f"{NAME}{suffix}", tmp_path / f"mine{suffix}")
-    with pytest.raises(UserError, match=f"mine: there is none of this name; shipped: {NAME};.*FAR_SCALE_AUTOENCODERS"):
+        shutil.copy(autoencoders.SHIPPED_WEIGHTS / f"{NAME}{suffix}", tmp_path / f"mine{suffix}")
+    with pytest.raises(UserError, match=f"mine: no such name; shipped: {NAME};.*FAR_SCALE_AUTOENCODERS"):
         autoencoders.load("mine")
     monkeypatch.setenv("FAR_SCALE_AUTOENCODERS", str(tmp_path))
     assert autoencoders.load("mine").weight_hash == autoencoders.load(NAME).weight_hash

@@ -102,7 +102,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_have_the_official_state_dicts(preset: str) -> None:
     with torch.device("meta"):
-        network = autoencoders.network_of({"_class_name": CLASS_NAME, **PRESETS[preset]})
+        network = autoencoders.build_network({"_class_name": CLASS_NAME, **PRESETS[preset]})
     lines = [f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in sorted(network.state_dict().items())]
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == OFFICIAL_STATE_DICTS[preset]
     assert (network.downsample, network.latent_channels) == (DOWNSAMPLE[preset], 32)
@@ -111,7 +111,7 @@ def test_presets_have_the_official_state_dicts(preset: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_each_preset_computes_what_diffusers_does(preset: str, pixels: Tensor) -> None:
     model = theirs(preset, pixels)
-    network = autoencoders.network_of({"_class_name": CLASS_NAME, **narrow(preset)})
+    network = autoencoders.build_network({"_class_name": CLASS_NAME, **narrow(preset)})
     network.load_state_dict(model.state_dict())
     autoencoder = autoencoders.Autoencoder("narrow", "", 1.0, network, torch.device("cpu"))
     side = 64 // DOWNSAMPLE[preset]
@@ -123,11 +123,11 @@ def test_each_preset_computes_what_diffusers_does(preset: str, pixels: Tensor) -
 
 def test_the_last_layer_is_where_the_pixels_come_out(pixels: Tensor) -> None:
     for config in ({"_class_name": CLASS_NAME, **narrow("f8c32")}, {"channels": 8, "width": 16}):
-        network = autoencoders.network_of(config)
+        network = autoencoders.build_network(config)
         loss = network.decode(network.encode(pixels)).square().mean()
         (gradient,) = torch.autograd.grad(loss, network.last_layer)
         assert gradient.abs().max() > 0
-        again = autoencoders.network_of(json.loads(json.dumps(network.card_config())))
+        again = autoencoders.build_network(json.loads(json.dumps(network.config_dict())))
         assert again.load_state_dict(network.state_dict())
 
 
@@ -206,7 +206,7 @@ def test_folders_that_are_none_are_refused_in_one_line(folder: Path) -> None:
     weights.unlink()
     refused("has no diffusion_pytorch_model.safetensors; save it again")
     config_file.unlink()
-    with pytest.raises(UserError, match="there is none of this name"):
+    with pytest.raises(UserError, match="no such name"):
         autoencoders.load(folder)
 
 
@@ -225,7 +225,7 @@ def test_official_files_that_do_not_fit_are_refused_in_one_line(
     refused("--window is for FAR models, and", official, "--window", 8, "--out", out)
     other = official.with_name("other.pth")
     torch.save({name: tensor for name, tensor in state.items() if "conv_in" not in name}, other)
-    refused("taken for f8c32, which has as many stages, it misses tensors: encoder.conv_in", other, "--out", out)
+    refused("it has as many stages as f8c32, but misses tensors: encoder.conv_in", other, "--out", out)
     torch.save({"encoder.stages.0.weight": torch.zeros(1)}, other)
     refused("has unexpected tensors: encoder.stages.0.weight; it is not an official DC-AE", other, "--out", out)
     torch.save({"generator.weight": torch.zeros(1)}, other)
@@ -237,5 +237,5 @@ def test_weights_of_another_card_are_refused(official: Path, model: Any) -> None
     out = official.parent / "own.safetensors"
     import_autoencoder(official, out)
     save_file({name: tensor + 1 for name, tensor in model.state_dict().items()}, out)
-    with pytest.raises(UserError, match=r"own.safetensors: these are not the weights of its card own.json"):
+    with pytest.raises(UserError, match=r"own.safetensors: not the weights that own.json describes"):
         autoencoders.load(out)

@@ -99,12 +99,12 @@ def test_a_model_directory_is_replaced_and_anything_else_is_not(folder: Path, tm
     assert not (folder / "model.safetensors").exists()
 
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"no mere model directory"):
+    with pytest.raises(UserError, match=r"not only a model directory"):
         save_model_dir(folder, CONFIG, some_state(), CARD)
     assert (folder / "notes.txt").read_text() == "mine"
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(UserError, match=r"no mere model directory"):
+    with pytest.raises(UserError, match=r"not only a model directory"):
         save_model_dir(file, CONFIG, some_state(), CARD)
     assert file.read_text() == "mine"
     (tmp_path / "empty").mkdir()
@@ -172,13 +172,13 @@ def test_wrong_tensors_are_named(folder: Path) -> None:
     with pytest.raises(UserError, match=r"unexpected tensors: other.weight;"):
         load_model_dir(folder)
     save_file(state | {"output.out.bias": torch.zeros(5)}, weights)
-    with pytest.raises(UserError, match=r"another shape tensors: output.out.bias \(\[5\] in place of \[4\]\)"):
+    with pytest.raises(UserError, match=r"another shape tensors: output.out.bias \(\[5\] instead of \[4\]\)"):
         load_model_dir(folder)
     weights.write_bytes(weights.read_bytes()[:-7])
-    with pytest.raises(UserError, match=r"model.safetensors: is no whole safetensors file"):
+    with pytest.raises(UserError, match=r"model.safetensors: is not a complete file"):
         load_model_dir(folder)
     weights.unlink()
-    with pytest.raises(UserError, match=r"model.safetensors: this file of weights is missing"):
+    with pytest.raises(UserError, match=r"model.safetensors: this weights file is missing"):
         load_model_dir(folder)
 
 

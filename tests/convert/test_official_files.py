@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from far_scale.convert import official
 from far_scale.convert.model_dir import ModelMetadata, load_model, load_model_dir, read_any_config, read_config
-from far_scale.convert.official_file import import_file, read_official, write_official
+from far_scale.convert.official import import_model, read_official, write_official
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.model import FAR
 from far_scale.train.checkpoint.export import export, export_official
@@ -56,14 +56,14 @@ def test_what_is_no_file_of_weights_is_refused(file: Path, tmp_path: Path) -> No
             read_official(tmp_path / name)
     cut = tmp_path / "cut.pth"
     cut.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=r"cut.pth: is no whole file that torch.save wrote"):
+    with pytest.raises(UserError, match=r"cut.pth: is not a complete torch.save file"):
         read_official(cut)
     for value, found in (
         ({"state_dict": weights(), "epoch": 3}, "a dict with state_dict, epoch"),
         (torch.zeros(3), "Tensor"),
     ):
         torch.save(value, tmp_path / "other.pth")
-        with pytest.raises(UserError, match=rf"other.pth: holds {found} in place of tensors by name"):
+        with pytest.raises(UserError, match=rf"other.pth: holds {found} instead of named tensors"):
             read_official(tmp_path / "other.pth")
     torch.save(FAR(SMALL), tmp_path / "pickled.pth")  # an object, which weights_only does not build
     with pytest.raises(UserError, match=r"pickled.pth: cannot be read as weights"):
@@ -71,14 +71,14 @@ def test_what_is_no_file_of_weights_is_refused(file: Path, tmp_path: Path) -> No
 
 
 def test_import_then_export_returns_every_tensor(file: Path, tmp_path: Path) -> None:
-    assert import_file(file, tmp_path / "model", window=4) == LONG
+    assert import_model(file, tmp_path / "model", window=4) == LONG
     what = export_official(tmp_path / "model", None, "ema", tmp_path / "back.pth")
     assert what == "weights imported from official.pth"
     same_bits(torch.load(tmp_path / "back.pth", weights_only=True), weights())
 
 
 def test_weights_alone_load_but_do_not_sample(file: Path, tmp_path: Path) -> None:
-    import_file(file, tmp_path / "model", window=4)
+    import_model(file, tmp_path / "model", window=4)
     model = load_model(tmp_path / "model", dtype=torch.bfloat16)
     assert model.config == LONG and not model.training and model.output.out.weight.dtype == torch.bfloat16
     same_bits(load_model(tmp_path / "model").state_dict(), official.to_far_scale(weights(), 4)[1])
@@ -95,7 +95,7 @@ def test_weights_alone_load_but_do_not_sample(file: Path, tmp_path: Path) -> Non
 def test_a_shard_set_tells_what_sampling_needs(tmp_path: Path, scaling: str) -> None:
     manifest = write_set(tmp_path / "set", [6, 8], 1)
     torch.save(small_weights(), tmp_path / "official.pth")
-    import_file(tmp_path / "official.pth", tmp_path / "model", 4, 1, tmp_path / "set", scaling, 2)  # type: ignore[arg-type]
+    import_model(tmp_path / "official.pth", tmp_path / "model", 4, 1, tmp_path / "set", scaling, 2)  # type: ignore[arg-type]
     model, card = load_model_dir(tmp_path / "model")
     assert model.config == SMALL and isinstance(card, ModelMetadata)
     assert (card.autoencoder, card.latent_shape, card.fps) == (FACTS.autoencoder, FACTS.latent_shape, 8.0)
@@ -108,10 +108,10 @@ def test_a_shard_set_of_other_latents_is_refused(file: Path, tmp_path: Path) -> 
     with pytest.raises(
         UserError, match=r"set: frame latents of \[4, 2, 2\], the model takes 4 channels in patches of 4"
     ):
-        import_file(file, tmp_path / "model", window=4, shards=tmp_path / "set")
+        import_model(file, tmp_path / "model", window=4, shards=tmp_path / "set")
     torch.save(weights("far_action"), file)
-    with pytest.raises(UserError, match=r"set: 4 actions, the model knows 3"):
-        import_file(file, tmp_path / "model", shards=tmp_path / "set")
+    with pytest.raises(UserError, match=r"set: 4 actions, the model has 3"):
+        import_model(file, tmp_path / "model", shards=tmp_path / "set")
     assert not (tmp_path / "model").exists()
 
 
