@@ -145,7 +145,7 @@ def test_wrong_weights_are_refused_in_one_line(tmp_path: Path) -> None:
 def test_a_file_of_ones_own_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for suffix in (".safetensors", ".json"):
         shutil.copy(autoencoders.SHIPPED_WEIGHTS / f"{NAME}{suffix}", tmp_path / f"mine{suffix}")
-    with pytest.raises(UserError, match=f"mine: no such name; shipped: {NAME};.*FAR_SCALE_AUTOENCODERS"):
+    with pytest.raises(UserError, match=f"mine: no such name; shipped: {NAME}; .*FAR_SCALE_AUTOENCODERS"):
         autoencoders.load("mine")
     monkeypatch.setenv("FAR_SCALE_AUTOENCODERS", str(tmp_path))
     assert autoencoders.load("mine").weight_hash == autoencoders.load(NAME).weight_hash

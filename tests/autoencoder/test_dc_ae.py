@@ -197,7 +197,7 @@ def test_folders_that_are_none_are_refused_in_one_line(folder: Path) -> None:
             autoencoders.load(folder)
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
-    refused("_class_name is AutoencoderKL, and only AutoencoderDC is taken", _class_name="AutoencoderKL")
+    refused("_class_name is AutoencoderKL, only AutoencoderDC is supported", _class_name="AutoencoderKL")
     refused("not a config of diffusers' AutoencoderDC .*latent_chanels", latent_chanels=8)
     refused("not a config of diffusers' AutoencoderDC", encoder_block_out_channels=[32])
     refused("of another autoencoder", decoder_layers_per_block=[0, 1, 1, 2])
@@ -221,7 +221,7 @@ def test_official_files_that_do_not_fit_are_refused_in_one_line(
         assert stopped.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
 
     state = model.state_dict()
-    refused("an autoencoder is a file; name one that ends in .safetensors", official, "--out", official.parent / "out")
+    refused("an autoencoder is a file; give a name that ends in .safetensors", official, "--out", official.parent / "out")
     refused("--window is for FAR models, and", official, "--window", 8, "--out", out)
     other = official.with_name("other.pth")
     torch.save({name: tensor for name, tensor in state.items() if "conv_in" not in name}, other)
@@ -233,7 +233,7 @@ def test_official_files_that_do_not_fit_are_refused_in_one_line(
     assert not out.exists() and not out.with_suffix(".json").exists()
 
 
-def test_weights_of_another_card_are_refused(official: Path, model: Any) -> None:
+def test_weights_of_other_metadata_are_refused(official: Path, model: Any) -> None:
     out = official.parent / "own.safetensors"
     import_autoencoder(official, out)
     save_file({name: tensor + 1 for name, tensor in model.state_dict().items()}, out)

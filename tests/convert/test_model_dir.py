@@ -175,7 +175,7 @@ def test_wrong_tensors_are_named(folder: Path) -> None:
     with pytest.raises(UserError, match=r"another shape tensors: output.out.bias \(\[5\] instead of \[4\]\)"):
         load_model_dir(folder)
     weights.write_bytes(weights.read_bytes()[:-7])
-    with pytest.raises(UserError, match=r"model.safetensors: is not a complete file"):
+    with pytest.raises(UserError, match=r"model.safetensors: is not a complete safetensors file"):
         load_model_dir(folder)
     weights.unlink()
     with pytest.raises(UserError, match=r"model.safetensors: this weights file is missing"):
