@@ -221,7 +221,9 @@ def test_official_files_that_do_not_fit_are_refused_in_one_line(
         assert stopped.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
 
     state = model.state_dict()
-    refused("an autoencoder is a file; give a name that ends in .safetensors", official, "--out", official.parent / "out")
+    refused(
+        "an autoencoder is a file; give a name that ends in .safetensors", official, "--out", official.parent / "out"
+    )
     refused("--window is for FAR models, and", official, "--window", 8, "--out", out)
     other = official.with_name("other.pth")
     torch.save({name: tensor for name, tensor in state.items() if "conv_in" not in name}, other)
