@@ -57,7 +57,7 @@ def test_the_metadata_names_the_licence(tmp_path: Path) -> None:
         assert (info / "licenses" / name).read_bytes() == (PACKAGE.parent / name).read_bytes()
 
 
-def test_the_licence_is_the_standard_text_and_the_notice_names_what_is_of_others() -> None:
+def test_the_licence_is_the_standard_text_and_the_notice_names_third_parties() -> None:
     assert sha256(PACKAGE.parent / "LICENSE") == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
     notice = (PACKAGE.parent / "NOTICE").read_text()
     for name in ("Freedoom", "ViZDoom", "official FAR", "DC-AE", "VGG16", "LPIPS"):

@@ -67,7 +67,8 @@ class DeepCompressionAutoencoder(AutoencoderNetwork):
             raise UserError(
                 f"DC-AE needs diffusers, which does not import here ({error}); pip install 'far_scale[dcae]'"
             ) from None
-        model: Any = AutoencoderDC(**config)
+        autoencoder_class: Any = AutoencoderDC  # untyped
+        model = autoencoder_class(**config)
         self.encoder, self.decoder = model.encoder, model.decoder
         self.latent_channels = int(model.config.latent_channels)
         self.downsample = int(model.spatial_compression_ratio)

@@ -81,7 +81,7 @@ class Autoencoder:
         side = self.downsample
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] % side or pixels.shape[3] % side:
             raise ValueError(f"pixels {list(pixels.shape)}: must be [N, 3, H, W], H and W multiples of {side}")
-        parts = [self._network.encode(self._prepare(part)).float() for part in pixels.split(_BATCH)]
+        parts = [self._network.encode(self._prepare(part)).float() for part in torch.split(pixels, _BATCH)]
         return torch.cat(parts).contiguous()
 
     @torch.no_grad()
@@ -93,7 +93,9 @@ class Autoencoder:
         """
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
             raise ValueError(f"latents {list(latents.shape)}: must be [N, {self.latent_channels}, H, W]")
-        parts = [self._network.decode(self._prepare(part)).float().clamp(-1, 1) for part in latents.split(_BATCH)]
+        parts = [
+            self._network.decode(self._prepare(part)).float().clamp(-1, 1) for part in torch.split(latents, _BATCH)
+        ]
         return torch.cat(parts).contiguous()
 
     def _prepare(self, part: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def import_autoencoder(path: str | Path, out: str | Path) -> str:
     config = {"_class_name": CLASS_NAME, **PRESETS[preset]}
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in build_network(config).state_dict().items()}
-    fix = f"only {', '.join(PRESETS)} can be imported; use another configuration as a folder saved by diffusers"
+    fix = f"it is not an official DC-AE ({', '.join(PRESETS)}); use other configurations as a folder saved by diffusers"
     check_state_dict(f"{path}: it has as many stages as {preset}, but", expected, state, fix)
     with atomic_write(out) as staged:
         save_tensors({name: tensor.contiguous() for name, tensor in state.items()}, staged)

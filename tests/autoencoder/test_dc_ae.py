@@ -131,7 +131,7 @@ def test_the_last_layer_is_where_the_pixels_come_out(pixels: Tensor) -> None:
         assert again.load_state_dict(network.state_dict())
 
 
-def test_a_folder_of_diffusers_is_loaded_by_path_and_name(
+def test_a_diffusers_folder_is_loaded_by_path_and_name(
     folder: Path, model: Any, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_path = autoencoders.load(folder)
@@ -156,9 +156,9 @@ def test_official_weights_are_imported_bit_for_bit(
     imported = autoencoders.load(out)
     expect_same(imported, model, pixels)
     assert (imported.name, imported.scaling_factor) == ("dcae-test-64-f8c32", SCALING_FACTOR)
-    card = json.loads(out.with_suffix(".json").read_text())
-    assert card["weights_sha256"] == imported.weight_hash == sha256(out)
-    assert (card["imported_from"], card["imported_sha256"]) == ("DCAE_Res64.pth", sha256(official))
+    metadata = json.loads(out.with_suffix(".json").read_text())
+    assert metadata["weights_sha256"] == imported.weight_hash == sha256(out)
+    assert (metadata["imported_from"], metadata["imported_sha256"]) == ("DCAE_Res64.pth", sha256(official))
 
 
 def test_a_shard_set_finds_its_imported_autoencoder_by_name(
@@ -187,7 +187,7 @@ def test_bf16_is_close_to_fp32(kind: str, folder: Path, pixels: Tensor) -> None:
     assert (decoded - exact.decode(latents)).square().mean().sqrt() < 0.02
 
 
-def test_folders_that_are_none_are_refused_in_one_line(folder: Path) -> None:
+def test_invalid_folders_are_refused_in_one_line(folder: Path) -> None:
     config_file, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
     config = json.loads(config_file.read_text())
 

@@ -119,7 +119,7 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # Losses
 
 
-def test_perceptual_distance_is_that_of_the_paper(vgg: Path) -> None:
+def test_perceptual_loss_is_that_of_the_paper(vgg: Path) -> None:
     random = torch.Generator().manual_seed(1)
     first, second = (torch.rand(2, 3, 32, 32, generator=random) * 2 - 1 for _ in range(2))
     first.requires_grad_(True)
@@ -202,7 +202,7 @@ def test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer(alone: Proc
 # Steps
 
 
-def test_average_follows_the_weights(alone: Processes, recorded: Path, tmp_path: Path) -> None:
+def test_ema_follows_the_weights(alone: Processes, recorded: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, recorded, "train.discriminator_start=3", "train.loss.perceptual=0")
     trainer, frames = trainer_of(recipe, alone)
     expected = copied(trainer.ema_state_dict)
@@ -223,11 +223,11 @@ def test_average_follows_the_weights(alone: Processes, recorded: Path, tmp_path:
             assert name.endswith("bias") or not torch.equal(weight, live[name])
 
 
-def test_discriminator_joins_at_its_step_and_moves_the_decoder_alone(
+def test_discriminator_starts_at_its_step_and_updates_only_the_decoder(
     alone: Processes, recorded: Path, tmp_path: Path
 ) -> None:
     states: dict[str, list[dict[str, Any]]] = {}
-    told = []
+    metrics = []
     for weight in ("0", "0.5"):
         recipe = recipe_of(
             tmp_path,
@@ -240,13 +240,13 @@ def test_discriminator_joins_at_its_step_and_moves_the_decoder_alone(
         states[weight] = []
         with frames:
             for step in range(4):
-                told.append(trainer.step(step, frames.batch(step)))
+                metrics.append(trainer.step(step, frames.batch(step)))
                 state = trainer.state()
                 parts = {name: copied(state[name]) for name in ("network", "discriminator") if name in state}
                 states[weight].append(parts)
-    assert all("adversarial" not in losses for losses in told[:6])
-    assert all({"adversarial", "adversarial_weight", "discriminator"} <= losses.keys() for losses in told[6:])
-    assert told[6]["discriminator"].item() == pytest.approx(1, abs=0.5) and told[6]["adversarial_weight"] > 0
+    assert all("adversarial" not in losses for losses in metrics[:6])
+    assert all({"adversarial", "adversarial_weight", "discriminator"} <= losses.keys() for losses in metrics[6:])
+    assert metrics[6]["discriminator"].item() == pytest.approx(1, abs=0.5) and metrics[6]["adversarial_weight"] > 0
 
     without, with_it = states["0"], states["0.5"]
     for step in range(2):
@@ -294,10 +294,10 @@ def test_a_narrow_dc_ae_learns_and_is_exported(
     assert [line["step"] for line in lines] == [1, 20, 40, 60] and "perceptual" not in lines[0]
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
     trained = autoencoders.load(tmp_path / "out" / "narrow.safetensors")
-    card = json.loads((tmp_path / "out" / "narrow.json").read_text())
-    assert card["psnr_db"] == round(psnr(trained, heldout), 2) and psnr(trained, heldout) > before + 4
-    assert (card["weights_dtype"], card["command"], card["config"]) == ("float32", "the command", NARROW)
-    assert trained.scaling_factor == 1 / card["latent_std"] and len(card["channel_std"]) == 8
+    metadata = json.loads((tmp_path / "out" / "narrow.json").read_text())
+    assert metadata["psnr_db"] == round(psnr(trained, heldout), 2) and psnr(trained, heldout) > before + 4
+    assert (metadata["weights_dtype"], metadata["command"], metadata["config"]) == ("float32", "the command", NARROW)
+    assert trained.scaling_factor == 1 / metadata["latent_std"] and len(metadata["channel_std"]) == 8
     fewer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 50})})
     with pytest.raises(UserError, match=r"step-00000060\.pt: train\.steps: 50 are fewer than this checkpoint has"):
         train_autoencoder(fewer, places, "the command", alone)
@@ -421,19 +421,19 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
 
 
-def test_the_compact_one_gains_on_its_linear_start(tmp_path: Path) -> None:
+def test_the_compact_one_improves_on_its_linear_start(tmp_path: Path) -> None:
     path, episodes = small_recipe(tmp_path), tmp_path / "episodes"
     folders = ("--run-dir", tmp_path / "run", "--episodes", episodes, "--workers", "1")
     done = run_tool(path, "--out", tmp_path / "weights", *folders)
     assert done.returncode == 0, done.stderr
     written = tmp_path / "weights" / "small.safetensors"
     trained = autoencoders.load(written)
-    card = json.loads(written.with_suffix(".json").read_text())
+    metadata = json.loads(written.with_suffix(".json").read_text())
     heldout = read_frames([episodes / "episode-030000.npz"])
-    assert card["psnr_db"] == round(psnr(trained, heldout), 2) and f"{card['psnr_db']} dB" in done.stdout
-    assert trained.name == "small" and trained.scaling_factor == 1 / card["latent_std"]
-    assert card["weights_dtype"] == "float16" and card["recipe"]["train"]["loss"]["absolute"] == 0.05
-    assert card["command"] == f"python tools/train_autoencoder.py {path} --out {tmp_path / 'weights'}"
+    assert metadata["psnr_db"] == round(psnr(trained, heldout), 2) and f"{metadata['psnr_db']} dB" in done.stdout
+    assert trained.name == "small" and trained.scaling_factor == 1 / metadata["latent_std"]
+    assert metadata["weights_dtype"] == "float16" and metadata["recipe"]["train"]["loss"]["absolute"] == 0.05
+    assert metadata["command"] == f"python tools/train_autoencoder.py {path} --out {tmp_path / 'weights'}"
 
     frames = read_frames(sorted(episodes.glob("episode-02*.npz")))
     assert len(frames) == 80
@@ -497,9 +497,7 @@ def test_cutting_clips() -> None:
     assert 3 < sum(rising) < 17
 
 
-def test_broken_videos_are_told_and_stepped_over_up_to_a_budget(
-    alone: Processes, recorded: Path, tmp_path: Path
-) -> None:
+def test_broken_videos_are_logged_and_skipped_up_to_a_budget(alone: Processes, recorded: Path, tmp_path: Path) -> None:
     videos = shutil.copytree(recorded, tmp_path / "videos")
     first, second = sorted(videos.iterdir())[:2]
     first.write_bytes(first.read_bytes()[:3000])

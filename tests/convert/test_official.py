@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_named(changes: dict[str, torch.Tensor | None], mes
     assert message in refusal(official_weights(recorded_shapes("long_action")), changes)
 
 
-def test_a_missing_block_is_told_by_a_few_names_and_a_count() -> None:
+def test_a_missing_block_is_reported_by_a_few_names_and_a_count() -> None:
     weights = official_weights(recorded_shapes("long_action"))
     message = refusal(weights, dict.fromkeys(name for name in weights if name.startswith("transformer_blocks.1.")))
     # block 2 is one too many for two blocks, and the last one has no to_add_out

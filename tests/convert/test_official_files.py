@@ -47,7 +47,7 @@ def test_pth_and_safetensors_are_read(file: Path, tmp_path: Path) -> None:
     same_bits(read_official(tmp_path / "model.safetensors"), weights())
 
 
-def test_what_is_no_file_of_weights_is_refused(file: Path, tmp_path: Path) -> None:
+def test_files_without_weights_are_refused(file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.pth: there is no such file"):
         read_official(tmp_path / "nowhere.pth")
     for name in ("text.pth", "text.safetensors"):
@@ -77,7 +77,7 @@ def test_import_then_export_returns_every_tensor(file: Path, tmp_path: Path) -> 
     same_bits(torch.load(tmp_path / "back.pth", weights_only=True), weights())
 
 
-def test_weights_alone_load_but_do_not_sample(file: Path, tmp_path: Path) -> None:
+def test_a_directory_of_only_weights_loads_but_does_not_sample(file: Path, tmp_path: Path) -> None:
     import_model(file, tmp_path / "model", window=4)
     model = load_model(tmp_path / "model", dtype=torch.bfloat16)
     assert model.config == LONG and not model.training and model.output.out.weight.dtype == torch.bfloat16
@@ -92,15 +92,15 @@ def test_weights_alone_load_but_do_not_sample(file: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("scaling", ["factor", "channel"])
-def test_a_shard_set_tells_what_sampling_needs(tmp_path: Path, scaling: str) -> None:
+def test_a_shard_set_gives_what_sampling_needs(tmp_path: Path, scaling: str) -> None:
     manifest = write_set(tmp_path / "set", [6, 8], 1)
     torch.save(small_weights(), tmp_path / "official.pth")
     import_model(tmp_path / "official.pth", tmp_path / "model", 4, 1, tmp_path / "set", scaling, 2)  # type: ignore[arg-type]
-    model, card = load_model_dir(tmp_path / "model")
-    assert model.config == SMALL and isinstance(card, ModelMetadata)
-    assert (card.autoencoder, card.latent_shape, card.fps) == (FACTS.autoencoder, FACTS.latent_shape, 8.0)
-    assert card.frame_stride == 2
-    assert card.scaling == LatentScaling.of(manifest, scaling)  # type: ignore[arg-type]
+    model, metadata = load_model_dir(tmp_path / "model")
+    assert model.config == SMALL and isinstance(metadata, ModelMetadata)
+    assert (metadata.autoencoder, metadata.latent_shape, metadata.fps) == (FACTS.autoencoder, FACTS.latent_shape, 8.0)
+    assert metadata.frame_stride == 2
+    assert metadata.scaling == LatentScaling.of(manifest, scaling)  # type: ignore[arg-type]
 
 
 def test_a_shard_set_of_other_latents_is_refused(file: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_the_tools(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         assert stopped.value.code == 2 and error.startswith("error: ") and message in error
 
 
-def test_a_file_that_cannot_be_written_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_completely_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(state: object, path: Path) -> None:
         path.write_bytes(b"half")
         raise RuntimeError("unexpected pos 64 vs 0")

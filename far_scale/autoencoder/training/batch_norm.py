@@ -6,6 +6,7 @@ no CPU kernels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ def sync_batch_norms(network: nn.Module, processes: Processes) -> None:
     if processes.world_size == 1:
         return
     if processes.device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place, as the network itself is no batch norm
+        convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+        convert(network)  # in place, as the network itself is no batch norm
         return
     for name, child in network.named_children():
         if isinstance(child, nn.BatchNorm2d):

@@ -55,7 +55,7 @@ def export(
     network.load_state_dict(stored)
     autoencoder = Autoencoder(recipe.name, "", 1.0, network, device)
     sample = frames.sample(_FRAMES_FOR_STATISTICS)
-    latents = torch.cat([autoencoder.encode(to_pixels(part)).cpu() for part in sample.split(_BATCH)])
+    latents = torch.cat([autoencoder.encode(to_pixels(part)).cpu() for part in torch.split(sample, _BATCH)])
     heldout = frames.heldout()
     with atomic_write(path) as staged:
         save_tensors({name: tensor.contiguous() for name, tensor in stored.items()}, staged)
@@ -83,7 +83,7 @@ def psnr(autoencoder: Autoencoder, frames: Tensor) -> float:
     10 log10(255^2 / mean squared error) per frame, of reconstructions rounded to 8 bits.
     """
     ratios = []
-    for part in frames.split(_BATCH):
+    for part in torch.split(frames, _BATCH):
         decoded = ((autoencoder.decode(autoencoder.encode(to_pixels(part))) + 1) * 127.5).round().cpu()
         error = (decoded - part.float()).square().mean((1, 2, 3))
         ratios.append(10 * torch.log10(255**2 / error.clamp_min(1e-6)))

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from far_scale.autoencoder.training.recipe import EpisodeData, VideoData
 from far_scale.data.demo.episodes import SIZE, record_episodes
+from far_scale.data.video.containers import BadVideo
 from far_scale.data.video.sources import Source, find_sources
-from far_scale.data.video.videos import BadVideo, read_video
+from far_scale.data.video.videos import read_video
 from far_scale.distributed.process_group import Processes
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import generator

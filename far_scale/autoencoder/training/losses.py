@@ -122,4 +122,5 @@ def adaptive_weight(loss: Tensor, adversarial: Tensor, last_layer: nn.Parameter,
     for value in (loss, adversarial):
         (gradient,) = torch.autograd.grad(value, last_layer, retain_graph=True)
         norms.append(processes.mean(gradient.flatten()).norm())
-    return (norms[0] / (norms[1] + _EPSILON)).clamp(0, _MAX_ADAPTIVE_WEIGHT).float()
+    weight: Tensor = (norms[0] / (norms[1] + _EPSILON)).clamp(0, _MAX_ADAPTIVE_WEIGHT)
+    return weight.float()

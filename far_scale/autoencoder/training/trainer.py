@@ -170,13 +170,13 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = self._settings.learning_rate * lr_factor(step, self._settings)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
         if self._processes.world_size > 1:
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat)
             flat /= self._processes.world_size
-            parts = flat.split([gradient.numel() for gradient in gradients])
+            parts = torch.split(flat, [gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
