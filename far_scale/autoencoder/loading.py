@@ -96,7 +96,7 @@ def _find_weights(name_or_path: str | Path) -> Path:
     if path.suffix == ".safetensors":
         if path.is_file():
             return path
-        raise UserError(f"autoencoder {path}: no such file")
+        raise UserError(f"autoencoder {path}: there is no such file")
     user_folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER))
     for file in (SHIPPED_WEIGHTS / f"{path}.safetensors", user_folder / f"{path}.safetensors"):
         if file.is_file():
