@@ -1,4 +1,4 @@
-"""How near a model's predictions of held-out episodes are to what really followed, clip by clip."""
+"""Scores of a model's predictions of held-out episodes against the truth, clip by clip."""
 
 from __future__ import annotations
 

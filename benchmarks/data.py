@@ -1,4 +1,4 @@
-"""Reading a shard set in both formats, against plain tar reading and WebDataset's loop; and the way back to a state."""
+"""Reading a shard set in both formats, against plain tar reading and WebDataset; and restoring a lane's state."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def plain_tar(shards: Sequence[str]) -> int:
 
 
 def webdataset_loop(shards: Sequence[str]) -> int:
-    """Every sample as WebDataset gives it, bytes that nobody decodes."""
+    """Every sample from WebDataset, as undecoded bytes."""
     import webdataset
 
     found = webdataset.WebDataset(list(shards), shardshuffle=False)

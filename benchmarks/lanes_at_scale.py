@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 
 
 class PaperSet(ShardSet):
-    """A shard set whose indexes are made up, always the same; it counts what is asked for."""
+    """A shard set with synthetic, deterministic indexes; it counts the requests."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         super().__init__(folder, manifest)
@@ -132,7 +132,7 @@ def start_up(folder: Path, args: argparse.Namespace) -> tuple[list[Row], Manifes
 
     parts: dict[str, Callable[[], object]] = {
         "manifest read and checked": lambda: Manifest.read(folder),
-        "size of every shard asked for, as by one rank alone": lambda: list(shard_set.missing_shards()),
+        "size of every shard asked for, as by a single rank": lambda: list(shard_set.missing_shards()),
         f"size of one rank's share of {args.ranks} asked for": lambda: list(shard_set.missing_shards(0, args.ranks)),
         "manifest's fingerprint": manifest.fingerprint,
         "order of an epoch": order,
@@ -197,7 +197,7 @@ def walk(folder: Path, manifest: Manifest, packing: PackingConfig, name: str, ar
         "read beyond what a node needs, %": 100 * (statistics.mean(node_ratio) - 1),
         "worst node, %": 100 * (max(node_ratio) - 1),
         "tokens of a step, most / mean": float((per_step.max(0) / per_step.mean(0)).mean()),
-        "deviation / mean": float((per_step.std(0) / per_step.mean(0)).mean()),
+        "std / mean": float((per_step.std(0) / per_step.mean(0)).mean()),
     }
 
 
