@@ -206,9 +206,8 @@ def _parse_override(override: str) -> tuple[KeyPath, Any, list[KeyPath]]:
 
 
 def _nested(key: KeyPath, value: Any) -> dict[str, Any]:
-    for name in reversed(key):
-        value = {name: value}
-    return value
+    name, *rest = key
+    return {name: _nested(tuple(rest), value) if rest else value}
 
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 from far_scale.config.recipe import load_recipe
-from far_scale.slurm.after import after, decide
 from far_scale.slurm.job import Job, JobState, check_warning, clock, early_warning
-from far_scale.slurm.progress import starts_from
-from far_scale.slurm.snapshot import REFUSED_HERE, make_snapshot, read_submission
-from far_scale.slurm.submit import JobSize, draft, parse_minutes, submit, train_here
+from far_scale.slurm.job_request import JobSize, parse_minutes
+from far_scale.slurm.lifecycle import after, count_starts, decide
+from far_scale.slurm.snapshot import REFUSED_MARKER, make_snapshot, read_submission
+from far_scale.slurm.submit import check_size, draft, submit, train_here
 from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import EventLog, read_events
 from harness.launch import ROOT, environment, small_recipe
@@ -59,13 +59,13 @@ def test_a_snapshot_runs_its_own_code_wherever_it_is_started(tmp_path: Path) -> 
     assert (submission.run_dir, submission.steps, submission.starts_without_progress) == (str(run), 7, 4)
     assert submission.command == arguments
 
-    (snapshot / "far_scale" / "launch" / "__main__.py").write_text("def main():\n    print(__file__)\n")
+    (snapshot / "far_scale" / "slurm" / "__main__.py").write_text("def main():\n    print(__file__)\n")
     # The working folder and PYTHONPATH both offer the checkout's far_scale.
     done = subprocess.run([sys.executable, snapshot], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.stdout.strip() == str(snapshot / "far_scale" / "launch" / "__main__.py"), done.stderr
+    assert done.stdout.strip() == str(snapshot / "far_scale" / "slurm" / "__main__.py"), done.stderr
 
     make_snapshot(recipe, arguments, "123")
-    assert "prepare" in (snapshot / "far_scale" / "launch" / "__main__.py").read_text()
+    assert "prepare" in (snapshot / "far_scale" / "slurm" / "__main__.py").read_text()
     assert [path.name for path in (run / "snapshots").iterdir()] == ["123"]
 
 
@@ -74,7 +74,7 @@ def test_starts_in_vain_are_counted_since_the_last_progress(tmp_path: Path) -> N
         EventLog(tmp_path, is_main_process=True).emit("start", step, "", job=job, restarts=restarts)
 
     def count(restarts: int, step: int, job: str = "7") -> int:
-        return starts_from(tmp_path, Job(job, restarts, "n1", 1), step)
+        return count_starts(tmp_path, Job(job, restarts, "n1", 1), step)
 
     assert count(0, 0) == 0
     note("7", 0, 0)
@@ -108,8 +108,8 @@ def test_starts_in_vain_are_counted_since_the_last_progress(tmp_path: Path) -> N
     ],
 )
 def test_what_follows(status: int, done: bool, state: JobState, requeue: bool, leaves: int) -> None:
-    follows = decide(status, done, state)
-    assert (follows.requeue, follows.status) == (requeue, leaves)
+    decision = decide(status, done, state)
+    assert (decision.requeue, decision.status) == (requeue, leaves)
 
 
 def test_a_refusal_counts_although_srun_tells_a_higher_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_a_refusal_counts_although_srun_tells_a_higher_status(tmp_path: Path, mo
     snapshot = make_snapshot(load_recipe(arguments[0], arguments[1:]), arguments, "7")
     before = signal.getsignal(signal.SIGTERM)
     try:
-        (snapshot / REFUSED_HERE).touch()
+        (snapshot / REFUSED_MARKER).touch()
         assert after(snapshot, 137) == 2
         assert (tmp_path / "asked").read_text().split() == ["show"]
         assert after(snapshot, 137) == 137, "the next start is judged by itself"
@@ -161,9 +161,13 @@ def test_a_time_limit_that_the_warning_swallows_is_refused(time: str, refused: s
     recipe = load_recipe("demo_cpu", [f"run_dir={tmp_path / 'run'}"])
     size = JobSize(nodes=1, gpus_per_node=0, cpus_per_task=1, minutes=parse_minutes(time), partition=None)
     if refused is None:
-        size.check(recipe)
+        check_size(recipe, size)
         return
-    for action in (size.check, lambda _: draft(recipe, size, None, ROOT, []), lambda _: train_here(recipe, [], size)):
+    for action in (
+        lambda _: check_size(recipe, size),
+        lambda _: draft(recipe, size, None, ROOT, []),
+        lambda _: train_here(recipe, [], size),
+    ):
         with pytest.raises(UserError) as error:
             action(recipe)
         assert str(error.value) == (
@@ -175,7 +179,7 @@ def test_a_time_limit_that_the_warning_swallows_is_refused(time: str, refused: s
 
 def test_without_slurm_a_time_limit_is_needed(tmp_path: Path) -> None:
     size = JobSize(nodes=1, gpus_per_node=0, cpus_per_task=1, minutes=0, partition=None)
-    with pytest.raises(UserError, match="--time 0: means no limit to SLURM alone"):
+    with pytest.raises(UserError, match="--time 0: means no limit only to SLURM"):
         train_here(load_recipe("demo_cpu", [f"run_dir={tmp_path / 'run'}"]), [], size)
 
 
@@ -276,7 +280,7 @@ def test_a_job_that_its_warning_stops_at_once_does_not_start_again(
             signal.signal(signal.SIGTERM, before)
     first, second = (event for event in read_events(run) if event["event"] == "end")
     assert first["requeue"] and not second["requeue"]
-    assert "job 7: a signal stopped training after a step at most. job 7: --signal=USR1@300 and" in second["text"]
+    assert "job 7: a signal stopped training after at most one step. job 7: --signal=USR1@300 and" in second["text"]
 
 
 def test_the_warning_of_the_environment_counts_and_no_answer_stops_nobody(

@@ -139,7 +139,7 @@ def test_beside_a_container_a_node_needs_the_standard_library_alone() -> None:
     """Nothing but Python's own modules and far_scale's is loaded by what calls SLURM's commands."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from far_scale.slurm import __main__, after, job, start\n"
+        "from far_scale.slurm import __main__, job, lifecycle\n"
         "known = {*sys.stdlib_module_names, 'far_scale', '__main__'}\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules} - known))"
     )

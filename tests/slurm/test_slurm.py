@@ -57,7 +57,7 @@ def test_stopped_then_requeued_it_goes_on_with_its_own_code(
     checkout, run = copied_checkout(tmp_path), tmp_path / "run"
     job = cluster.sbatch(SCRIPT, TWO_NODES, tiny(recorded_shards, run, 60), FAR_SCALE=checkout)
     cluster.until(job, "step 3", lambda: len(steps_logged(run)) >= 3)
-    (checkout / "far_scale" / "launch" / "__main__.py").write_text("raise RuntimeError('not the snapshot')\n")
+    (checkout / "far_scale" / "slurm" / "__main__.py").write_text("raise RuntimeError('not the snapshot')\n")
     (checkout / "far_scale" / "train" / "loop.py").write_text("raise RuntimeError('not the snapshot')\n")
     (checkout / "recipes" / "base.yaml").write_text("no: recipe\n")
     cluster.run("scancel", "--signal=USR1", job)
