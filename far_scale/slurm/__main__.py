@@ -11,7 +11,8 @@ slurm/launch.sh and the jobs of tools/submit.py call these; encode_latents.sh an
 `prepare` and `start` exit with status 3 where all steps are done, so that there is nothing to train.
 
 `prepare` and `train` run where far_scale's packages are installed: in the site's container, if it has one. `start`,
-`after` and `check` call SLURM's commands, so they run on the node itself, with only Python 3.9 and the standard library.
+`after` and `check` call SLURM's commands, so they run on the node itself, with only Python 3.9 and its standard
+library.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def expected_collectives(recipe: Recipe, sharding: Sharding, ranks: int, nodes: 
     """What a step of `recipe` sends on so many ranks, as lines of text; none for a process alone."""
     if ranks == 1:
         return []
-    given = {} if recipe.train.deepspeed is None else recipe.train.deepspeed.given()
+    given = {} if recipe.train.deepspeed is None else recipe.train.deepspeed.explicit_values()
     for name, value in _ASSUMED.items():
         if given.get(name, value) != value:
             return [f"collectives: not worked out for train.deepspeed.{name}={given[name]}"]
@@ -46,7 +46,7 @@ def expected_collectives(recipe: Recipe, sharding: Sharding, ranks: int, nodes: 
 
 def setup_of(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> Setup:
     """What the formula needs to know of a run."""
-    given = {} if recipe.train.deepspeed is None else recipe.train.deepspeed.given()
+    given = {} if recipe.train.deepspeed is None else recipe.train.deepspeed.explicit_values()
     number_bytes = {"bf16": 2, "fp32": 4}
     known = {  # a field of Setup, and DeepSpeed's key
         "reduce_bucket": "reduce_bucket_size",

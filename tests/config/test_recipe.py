@@ -14,9 +14,10 @@ import yaml
 from far_scale.config.recipe import Recipe, check_ranks, load_recipe
 from far_scale.config.reference import fields
 from far_scale.config.schema import ModelSection
-from far_scale.config.yaml_loader import SHIPPED_RECIPES
+from far_scale.config.yaml_loader import CHECKOUT, SHIPPED_RECIPES
 from far_scale.model import FAR, FARConfig
 from far_scale.model.presets import PRESETS
+from far_scale.recipe import config_page
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import flatten
 
@@ -303,7 +304,7 @@ WRONG_VALUES = {
     "data.frames={4: 0}": "data.frames: must be a number of frames, a range",
     "data.frames={four: 1}": "data.frames: must be a number of frames, a range",
     "data.frames={}": "data.frames: must be a number of frames, a range",
-    "sample.guidance=0.5": "sample.guidance: must be at least 1, or -1 for the null class alone, got 0.5",
+    "sample.guidance=0.5": "sample.guidance: must be at least 1, or -1 for only the null class, got 0.5",
     "curriculum=3": "curriculum: must be a valid tuple, got 3",
     "curriculum=[3]": "curriculum: must be a section of `key: value` lines, got 3",
     "curriculum=[{steps: 10}, {steps: 0}]": "curriculum.2.steps: must be greater than or equal to 1, got 0",
@@ -460,7 +461,7 @@ def test_missing_keys_name_the_file(folder: Path) -> None:
     path = write("bad", WHOLE.replace("  layers: 2\n", "").replace("log: {every: 1}\n", ""))
     message = refusal("bad")
     assert (
-        f"{path}:1: model.layers: this required key is missing; set it (Transformer layers; given by model.preset"
+        f"{path}:1: model.layers: this required key is missing; set it (Transformer layers; default: those of"
         in message
     )
     assert f"{path}: log: this required key is missing" in message
@@ -503,7 +504,7 @@ def test_extends_in_a_circle(folder: Path) -> None:
     write("a", "extends: b\n")
     write("b", "extends: a\n")
     assert refusal("a").startswith(
-        "recipes/a.yaml: extends: goes round in a circle (recipes/a.yaml -> recipes/b.yaml -> "
+        "recipes/a.yaml: extends: is circular (recipes/a.yaml -> recipes/b.yaml -> "
     )
 
 
@@ -577,9 +578,15 @@ def test_reference_describes_every_key() -> None:
         assert field.description or "Section" in str(field.annotation)
     assert "  train.zero_stage  (0 | 1 | 2 | 3 | auto; required)\n" in text
     assert "  optimizer.final_factor  (float >= 0 and <= 1; default 0.0)\n" in text
-    assert "  data.latent_shape  ([int, int, int]; required)\n" in text
+    assert "  data.latent_shape  ([int >= 1, int >= 1, int >= 1]; required)\n" in text
     assert "  data.frames  (int | [int, int] | {int: float}; default 16)\n" in text
     assert "  curriculum.learning_rate_scale  (float > 0; default 1.0)\n" in text
+
+
+def test_the_page_of_all_keys_is_up_to_date() -> None:
+    assert (CHECKOUT / "docs" / "config.md").read_text() == config_page(), (
+        "run python -m far_scale.recipe --markdown > docs/config.md"
+    )
 
 
 def test_validation_is_written_only_where_there_is_any(folder: Path) -> None:
