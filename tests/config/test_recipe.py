@@ -503,9 +503,7 @@ def test_recipes_that_are_not_there(folder: Path) -> None:
 def test_extends_in_a_circle(folder: Path) -> None:
     write("a", "extends: b\n")
     write("b", "extends: a\n")
-    assert refusal("a").startswith(
-        "recipes/a.yaml: extends: is circular (recipes/a.yaml -> recipes/b.yaml -> "
-    )
+    assert refusal("a").startswith("recipes/a.yaml: extends: is circular (recipes/a.yaml -> recipes/b.yaml -> ")
 
 
 SAME_RESULT = ["name=n", "run_dir=r", "log.every=9", "log.wandb.mode=offline", "checkpoint.keep=9", "data.prefetch=9"]
