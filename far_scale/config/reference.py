@@ -108,7 +108,7 @@ def reference(recipe: type[BaseModel]) -> str:
 def markdown_reference(recipe: type[BaseModel]) -> str:
     """All keys of a recipe in Markdown, a table for each section."""
     tables: dict[KeyPath, list[str]] = {}
-    headings = {(): "## Top level"}
+    headings: dict[KeyPath, str] = {(): "## Top level"}
     for key, field in fields(recipe):
         if _section(field) is not None:
             optional = "" if field.is_required() or field.get_default(call_default_factory=True) else " Optional."
