@@ -112,13 +112,13 @@ def find_recipe(path_or_name: str, folder: Path | None = None, kind: Kind = RECI
 
 def _read_chain(path: Path, children: list[Path], kind: Kind) -> Document:
     """Read `path` over the file that it extends; `children` are the files that extend it."""
-    shown = _display_path(path)
+    source = _display_path(path)
     if path.resolve() in children:
         circle = " -> ".join(_display_path(file) for file in [*children, path.resolve()])
-        raise UserError(f"{shown}: extends: is circular ({circle}); remove one extends:")
-    values, locations = _read_file(path, shown)
+        raise UserError(f"{source}: extends: is circular ({circle}); remove one extends:")
+    values, locations = _read_file(path, source)
     parent = values.pop("extends", None)
-    document = Document(shown, kind=kind)
+    document = Document(source, kind=kind)
     if parent is not None:
         location = locations[("extends",)]
         if not isinstance(parent, str):
@@ -128,22 +128,22 @@ def _read_chain(path: Path, children: list[Path], kind: Kind) -> Document:
         except UserError as error:
             raise UserError(f"{location}: extends: {error}") from None
         document = _read_chain(parent_path, [*children, path.resolve()], kind)
-        document.file = shown
+        document.file = source
     document.values["name"] = path.stem
     document.override(values, locations)
     return document
 
 
-def _read_file(path: Path, shown: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+def _read_file(path: Path, source: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{shown}: this recipe cannot be read ({error})") from None
-    values, locations = _parse(text, shown)
+        raise UserError(f"{source}: this recipe cannot be read ({error})") from None
+    values, locations = _parse(text, source)
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise UserError(f"{shown}: a recipe is sections of `key: value` lines; this file holds {str(values)[:40]!r}")
+        raise UserError(f"{source}: a recipe is sections of `key: value` lines; this file holds {str(values)[:40]!r}")
     return values, locations
 
 
@@ -156,40 +156,40 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, shown: str) -> tuple[Any, dict[KeyPath, str]]:
+def _parse(text: str, source: str) -> tuple[Any, dict[KeyPath, str]]:
     """The values of a YAML text, and the location of every key."""
     locations: dict[KeyPath, str] = {}
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        return (None if node is None else _construct(loader, node, (), locations, shown)), locations
+        return (None if node is None else _construct(loader, node, (), locations, source)), locations
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{shown}{line}: this is not YAML: {error.problem}") from None
+        raise UserError(f"{source}{line}: this is not YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # an alias may hold itself
-        raise UserError(f"{shown}: this is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{source}: this is not YAML: {' '.join(str(error).split())}") from None
 
 
-def _construct(loader: _Loader, node: yaml.Node, key: KeyPath, locations: dict[KeyPath, str], shown: str) -> Any:
+def _construct(loader: _Loader, node: yaml.Node, key: KeyPath, locations: dict[KeyPath, str], source: str) -> Any:
     """The value of a node; keys stay strings (YAML would read `on:` as true)."""
     if isinstance(node, yaml.SequenceNode):
         items = []
         for number, item in enumerate(node.value, start=1):
             item_key = (*key, str(number))
             if isinstance(item, yaml.MappingNode):
-                locations[item_key] = f"{shown}:{item.start_mark.line + 1}"
-            items.append(_construct(loader, item, item_key, locations, shown))
+                locations[item_key] = f"{source}:{item.start_mark.line + 1}"
+            items.append(_construct(loader, item, item_key, locations, source))
         return items
     if not isinstance(node, yaml.MappingNode):
         return loader.construct_object(node)
     mapping: dict[str, Any] = {}
     for name_node, value_node in node.value:
         sub = (*key, str(name_node.value))
-        location = f"{shown}:{name_node.start_mark.line + 1}"
+        location = f"{source}:{name_node.start_mark.line + 1}"
         if sub[-1] in mapping:
             raise UserError(f"{location}: {'.'.join(sub)}: written twice (first at {locations[sub]}); keep one")
         locations[sub] = location
-        mapping[sub[-1]] = _construct(loader, value_node, sub, locations, shown)
+        mapping[sub[-1]] = _construct(loader, value_node, sub, locations, source)
     return mapping
 
 

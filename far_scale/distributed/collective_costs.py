@@ -127,8 +127,8 @@ def step_collectives(shapes: ModelShapes, setup: ParallelSetup) -> list[Entry]:
         add("clips", "all-reduce", [4])
     padded = [_pad(size, ranks) for size in shapes.sizes]
     if setup.stage == 3:
-        kept = frozenset(number for number, size in enumerate(shapes.sizes) if size <= setup.whole_below)
-        for gather in _step_gathers(shapes, setup, kept):
+        persistent = frozenset(number for number, size in enumerate(shapes.sizes) if size <= setup.whole_below)
+        for gather in _step_gathers(shapes, setup, persistent):
             size = setup.number_bytes * sum(padded[number] for number in gather.parameters)
             add(gather.phase, "all-gather", [size], setup.hpz if gather.secondary else ranks)
     operation, gradients = ("reduce-scatter", padded) if setup.stage == 3 else ("all-reduce", shapes.sizes)
@@ -142,7 +142,7 @@ def step_collectives(shapes: ModelShapes, setup: ParallelSetup) -> list[Entry]:
         add("norm", "all-reduce", [4] * (_sub_groups(padded, setup) if setup.stage == 3 else 1))
     add("guard", "all-reduce", [8])
     if setup.stage == 3:
-        add("update", "all-gather", [setup.number_bytes * padded[number] for number in sorted(kept)])
+        add("update", "all-gather", [setup.number_bytes * padded[number] for number in sorted(persistent)])
     elif setup.stage > 0:
         add("update", "all-gather", [setup.number_bytes * _pad(total, 2 * ranks)])
     add("vote", "all-reduce", [32])
@@ -152,10 +152,10 @@ def step_collectives(shapes: ModelShapes, setup: ParallelSetup) -> list[Entry]:
     return [Entry(key, calls[key], sizes[key]) for key in calls]
 
 
-def _step_gathers(shapes: ModelShapes, setup: ParallelSetup, kept: frozenset[int]) -> list[Gather]:
+def _step_gathers(shapes: ModelShapes, setup: ParallelSetup, persistent: frozenset[int]) -> list[Gather]:
     rules = GatherRules(setup.prefetch_bucket, setup.reuse_distance, setup.live)
     first, later = (
-        pack_gathers(shapes.root, shapes.sizes, kept, rules, setup.hpz > 1, first) for first in (True, False)
+        pack_gathers(shapes.root, shapes.sizes, persistent, rules, setup.hpz > 1, first) for first in (True, False)
     )
     return first + later * (setup.packs - 1)
 

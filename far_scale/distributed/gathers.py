@@ -70,18 +70,18 @@ class GatherRules:
 
 
 def pack_gathers(
-    root: ModuleNode, sizes: Sequence[int], kept: frozenset[int], rules: GatherRules, hpz: bool, first: bool
+    root: ModuleNode, sizes: Sequence[int], persistent: frozenset[int], rules: GatherRules, hpz: bool, first: bool
 ) -> list[Gather]:
     """The gathers of one pack's forward and backward pass, once DeepSpeed has recorded the order of the modules.
 
     Args:
         root: the model.
         sizes: elements of each parameter.
-        kept: the parameters that are unsharded on every rank.
+        persistent: indices of the parameters that are unsharded on every rank.
         hpz: whether there are hpZ groups.
         first: whether it is the first pack of the step, when hpZ groups hold no shards yet.
     """
-    simulation = _Simulation(root, sizes, kept, rules, hpz, first)
+    simulation = _Simulation(root, sizes, persistent, rules, hpz, first)
     simulation.forward(root)
     simulation.backward(root)
     return simulation.gathers
@@ -89,14 +89,20 @@ def pack_gathers(
 
 class _Simulation:
     def __init__(
-        self, root: ModuleNode, sizes: Sequence[int], kept: frozenset[int], rules: GatherRules, hpz: bool, first: bool
+        self,
+        root: ModuleNode,
+        sizes: Sequence[int],
+        persistent: frozenset[int],
+        rules: GatherRules,
+        hpz: bool,
+        first: bool,
     ) -> None:
-        self._sizes, self._kept, self._rules, self._hpz = sizes, kept, rules, hpz
+        self._sizes, self._persistent, self._rules, self._hpz = sizes, persistent, rules, hpz
         self._order = [*_visited(root, False), *_visited(root, True)]
         self._queue = deque((number, step) for step, module in enumerate(self._order) for number in sorted(module.own))
-        self._secondary = set() if first or not hpz else set(range(len(sizes))) - kept
-        self._available = set(kept)
-        self._gathered = 0  # elements that are available and not kept
+        self._secondary = set() if first or not hpz else set(range(len(sizes))) - persistent
+        self._available = set(persistent)
+        self._gathered = 0  # elements that are available and not persistent
         self._in_use: dict[int, int] = {}
         self._fetched_for: dict[int, int] = {}
         self._step, self._phase = 0, "forward"
@@ -149,7 +155,9 @@ class _Simulation:
         self._gathered += sum(self._sizes[number] for number in numbers)
 
     def _leave(self, module: ModuleNode) -> None:
-        dropped = {number for number in module.own if self._fetched_for.get(number, -1) <= self._step} - self._kept
+        dropped = {
+            number for number in module.own if self._fetched_for.get(number, -1) <= self._step
+        } - self._persistent
         distance = 0
         for later in self._order[self._step :]:
             if distance >= self._rules.reuse_distance:

@@ -139,7 +139,7 @@ def _check_neighbour(store: dist.Store, own: Sequence[Endpoint], neighbour: tupl
     try:
         store.wait([f"network/at/{next_rank}"], _NEIGHBOUR_TIMEOUT)
     except RuntimeError:
-        return f"{next_host}: rank {next_rank} has not said where it listens; look at what it printed"
+        return f"{next_host}: rank {next_rank} has not published its addresses; look at its output"
     published = json.loads(store.get(f"network/at/{next_rank}"))
     for fields in published["listening"]:
         port = fields.pop("port")

@@ -84,14 +84,14 @@ class StragglerDetector:
     def _report_slow(self, what: str, step: int, lines: deque[list[float]], min_excess: float) -> None:
         if len(lines) < MIN_LOG_LINES:
             return
-        found = slow_ranks([median_low(seconds) for seconds in zip(*lines, strict=True)], min_excess)
-        for slow in found:
+        stragglers = slow_ranks([median_low(seconds) for seconds in zip(*lines, strict=True)], min_excess)
+        for slow in stragglers:
             if (what, slow.rank) not in self._reported:
                 host = self._hosts[slow.rank]
                 text = f"step {step}: rank {slow.rank} on {host} is slow: it {what} {slow.times:.1f} times the median"
                 self._events.emit("slow", step, text, rank=slow.rank, host=host, what=what, times=slow.times)
         others = {key for key in self._reported if key[0] != what}
-        self._reported = others | {(what, slow.rank) for slow in found}
+        self._reported = others | {(what, slow.rank) for slow in stragglers}
 
 
 def slow_ranks(seconds: Sequence[float], min_excess: float = 0.0) -> list[SlowRank]:

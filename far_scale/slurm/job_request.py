@@ -114,7 +114,7 @@ def _takes_value(option: str) -> bool:
 
 
 def _replacement(option: str) -> str | None:
-    """The option of tools/submit.py to use in place of `option`; None where sbatch may have it."""
+    """The option of tools/submit.py that replaces `option`, "" for none; None if sbatch may have it."""
     return next((tool for tool, names in _OWN_OPTIONS.items() if _matches(option, names)), None)
 
 

@@ -101,7 +101,7 @@ def test_every_shipped_recipe_is_covered() -> None:
 
 
 @pytest.mark.parametrize("name", COMPARED)
-def test_what_is_compared_differs_in_nothing_else(name: str) -> None:
+def test_compared_recipes_differ_only_in_the_named_keys(name: str) -> None:
     base, keys = COMPARED[name]
     ours, theirs = (flatten(load_recipe(each).result_values()) for each in (name, base))
     changed = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
@@ -192,7 +192,7 @@ def test_presets() -> None:
     assert set(get_args(literal)) == set(PRESETS)
 
 
-def test_base_says_what_it_lacks() -> None:
+def test_base_lists_its_missing_keys() -> None:
     message = refusal("base")
     assert "base.yaml: model: this required key is missing" in message
     assert "data.autoencoder: this required key is missing; set it (Name of the autoencoder" in message
@@ -397,13 +397,13 @@ def test_frames_in_every_form(folder: Path) -> None:
     assert load_recipe("child", ["data.frames={6: 1}"]).data.frames == {6: 1.0}
 
 
-def test_a_token_budget_takes_the_place_of_clips(folder: Path) -> None:
+def test_a_token_budget_replaces_clips(folder: Path) -> None:
     data = load_recipe("whole", ["data.tokens_per_pack=256"]).data
     assert (data.clips_per_pack, data.tokens_per_pack) == (None, 256)
     assert load_recipe("whole").data.clips_per_pack == 4
 
 
-def test_guidance_may_be_the_null_class_alone(folder: Path) -> None:
+def test_guidance_may_be_only_the_null_class(folder: Path) -> None:
     overrides = ["sample.guidance=-1", "model.condition=label", "model.classes=3", "sample.frames=14"]
     recipe = load_recipe("whole", overrides)
     assert (recipe.sample.guidance, recipe.sample_frames()) == (-1, 14)

@@ -78,7 +78,7 @@ def recorded(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_step_sends_what_was_worked_out(runs: Path, name: str) -> None:
+def test_a_step_sends_what_was_predicted(runs: Path, name: str) -> None:
     recipe = recipe_of(RUNS[name])
     assert recipe.train.zero_stage != "auto"
     hpz = recipe.train.zero_stage == 3 and WITHOUT_HPZ not in RUNS[name]

@@ -88,7 +88,7 @@ def test_a_step_on_one_node_needs_no_name(nodes: str, address: str, monkeypatch:
 
 
 @pytest.mark.parametrize(("names", "odd"), [("^lo", "^lo"), ("=eth0", "=eth0"), ("eth0,", ""), ("eth0, ib2", " ib2")])
-def test_gloo_takes_names_alone(host: pytest.MonkeyPatch, names: str, odd: str) -> None:
+def test_gloo_takes_only_names(host: pytest.MonkeyPatch, names: str, odd: str) -> None:
     host.setenv("GLOO_SOCKET_IFNAME", names)
     said = f"GLOO_SOCKET_IFNAME holds {odd!r}; it takes whole names with only commas between them"
     assert endpoints(cuda=False, named_only=True)[-1].problem(single_host=True) == said
@@ -125,10 +125,10 @@ def first_of_two(monkeypatch: pytest.MonkeyPatch) -> dist.HashStore:
 
 def test_a_host_that_falls_silent_is_named(first_of_two: dist.HashStore) -> None:
     with checked_network(first_of_two, 0, [(0, "n7"), (8, "n8")], cuda=False) as problem:
-        assert problem == "n8: rank 8 has not said where it listens; look at what it printed (also: n8)"
+        assert problem == "n8: rank 8 has not published its addresses; look at its output (also: n8)"
 
 
-def test_whoever_else_answers_is_not_the_host(first_of_two: dist.HashStore) -> None:
+def test_an_answer_of_another_host_is_recognised(first_of_two: dist.HashStore) -> None:
     """As where each host has a bridge of the same address, such as docker0."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         listens = {"address": "127.0.0.1", "origin": "interface eth0", "variable": addresses.GLOO}

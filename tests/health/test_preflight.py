@@ -52,7 +52,7 @@ def test_sound_nodes_are_printed_line_by_line(checks: tuple[Path, str]) -> None:
     assert event["nodes"] == {"n0": "rank 0", "n1": "rank 1"}
 
 
-def test_a_device_that_calculates_wrongly_is_refused(checks: tuple[Path, str]) -> None:
+def test_a_device_with_wrong_results_is_refused(checks: tuple[Path, str]) -> None:
     text = result(checks, "wrong product")
     assert "rank 1 on n1" in text and "came out wrong" in text and "sbatch --exclude=n1" in text
 
@@ -117,7 +117,7 @@ def report(rank: int, host: str, **others: object) -> RankReport:
     return replace(sound, **others)  # type: ignore[arg-type]
 
 
-def test_of_thousands_only_the_odd_one_is_named() -> None:
+def test_of_thousands_only_the_outlier_is_named() -> None:
     reports = [report(rank, f"n{rank // 8}") for rank in range(4096)]
     assert refusals(reports, 10**9) == []
     reports[17] = report(17, "n2", free_memory=20 * 10**9)
@@ -143,7 +143,7 @@ def test_a_checkpoint_takes_sixteen_bytes_a_parameter() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (8,), (1, 1, 1), (2, 2), (4, 4, 4), (3, 2, 1, 2, 5)], ids=str)
-def test_every_rank_talks_with_two_neighbours_of_each_kind(sizes: tuple[int, ...]) -> None:
+def test_every_rank_exchanges_messages_with_two_neighbours_of_each_kind(sizes: tuple[int, ...]) -> None:
     hosts = [f"n{node}" for node, ranks in enumerate(sizes) for _ in range(ranks)]
     partners: dict[tuple[str, int], set[int]] = {}
     for turn in rounds(hosts):
