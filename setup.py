@@ -56,7 +56,7 @@ setup(
         "flash4": ["flash-attn-4>=4.0.0b10"],  # only pre-releases exist; pip takes them when named
         "xformers": ["xformers>=0.0.33"],
         "mds": ["cramjam>=2.8"],
-        "slurm": ["submitit>=1.5"],
+        "slurm": ["submitit>=1.5", "cloudpickle>=2.0"],
         "wandb": ["wandb>=0.18"],
         "dcae": ["diffusers>=0.33"],
         "demo": ["vizdoom>=1.2.4"],

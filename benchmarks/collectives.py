@@ -21,7 +21,7 @@ from far_scale.config.recipe import load_recipe
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.writer import SetFacts, ShardWriter
-from far_scale.distributed.collective_costs import Setup, Shapes, step_collectives
+from far_scale.distributed.collective_costs import ModelShapes, ParallelSetup, step_collectives
 from far_scale.model import FAR, FARConfig
 from far_scale.model.presets import PRESETS
 from far_scale.train.collectives import setup_of
@@ -44,9 +44,9 @@ RECORDED = {
 """On two nodes of two ranks."""
 
 
-def shapes_of(size: str) -> Shapes:
+def shapes_of(size: str) -> ModelShapes:
     with torch.device("meta"):
-        return Shapes.of(FAR(FARConfig(*PRESETS[size])))
+        return ModelShapes.from_model(FAR(FARConfig(*PRESETS[size])))
 
 
 def worked_out(size: str, nodes: int, node: int) -> list[Row]:
@@ -62,7 +62,7 @@ def worked_out(size: str, nodes: int, node: int) -> list[Row]:
         }.items():
             if packs == 1 and "once" in name:
                 continue  # it is anyhow
-            entries = step_collectives(shapes, Setup(**common, packs=packs, **given))
+            entries = step_collectives(shapes, ParallelSetup(**common, packs=packs, **given))
             total = sum(entry.between for entry in entries) / 1e6
             weights = {
                 phase: sum(e.between for e in entries if e.key[:2] == (phase, "all-gather")) / 1e6

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Encodes videos to one latent shard set by a job array: element i makes its share of the shards, and a last job merges.
+# Encodes videos to one latent shard set with a job array: element i writes its part of the shards; a last job merges.
 #
 #     job=$(sbatch --parsable --array=0-63 slurm/encode_latents.sh --videos V --out SHARDS --autoencoder NAME)
 #     sbatch --dependency=afterany:$job slurm/encode_latents.sh --videos V --out SHARDS --autoencoder NAME --merge --tasks 64
 #
-# The options are those of tools/encode_latents.py, the same for both. Where shards are missing, the merge names the
-# tasks to run again: --array=5,17 and the option --tasks 64. An element that is killed or meets its time limit goes on
-# where it was. Without --array the job encodes all and merges. Submit from the checkout, or set FAR_SCALE to it.
+# The options are those of tools/encode_latents.py, the same for both. If shards are missing, the merge names the tasks to
+# run again: --array=5,17 and the option --tasks 64. An element that is killed or reaches its time limit resumes where it
+# stopped. Without --array the job encodes all and merges. Submit from the checkout, or set FAR_SCALE to it.
 #SBATCH --job-name=encode_latents
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -28,7 +28,7 @@ main() {
     local options=(--workers "${SLURM_CPUS_PER_TASK:-1}")
     [ -z "${SLURM_JOB_GPUS:-}" ] || options+=(--device cuda)
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-        # of an array from 0; a --tasks of the caller comes later and is taken instead
+        # for an array that starts at 0; a --tasks of the user comes later and overrides this
         options+=(--task "$SLURM_ARRAY_TASK_ID" --tasks "$((SLURM_ARRAY_TASK_MAX + 1))")
     fi
     local warned="" status=0

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Evaluates the checkpoints of a run beside its training, which never waits for it: scores by step, as a file and a plot.
+# Evaluates the checkpoints of a run while it trains, without delaying it: scores by step, as a file and a plot.
 #
 #     sbatch slurm/evaluate.sh RUN --protocol NAME --videos V
-#     sbatch --ntasks-per-node=8 --gpus-per-node=8 slurm/evaluate.sh RUN ...      # a task for each GPU
+#     sbatch --ntasks-per-node=8 --gpus-per-node=8 slurm/evaluate.sh RUN ...      # one task a GPU
 #
 # The options are those of tools/evaluate.py --follow; results are in RUN/evaluation/NAME. The job may be submitted before
-# the training starts, and it ends when all steps are done and evaluated. One that is killed or meets its time limit goes
-# on where it was. Submit from the checkout, or set FAR_SCALE to it.
+# the training starts, and it ends when all steps are done and evaluated. If it is killed or reaches its time limit, it
+# resumes where it stopped. Submit from the checkout, or set FAR_SCALE to it.
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -26,9 +26,9 @@ main() {
     PYTHONPATH=$path "$host_python" -m far_scale.slurm check
 
     local of_srun=(--kill-on-bad-exit=1) options=(--follow)
-    # Since SLURM 22.05 srun no longer takes this from the job by itself.
+    # Since SLURM 22.05 srun does not inherit this from the job.
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || of_srun+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
-    # Each process sees all GPUs of its node and takes the one of its local rank.
+    # Each process sees all GPUs of its node and uses the one of its local rank.
     [ -z "${SLURM_JOB_GPUS:-}" ] || of_srun+=(--gpu-bind=none) options+=(--device cuda)
     local warned="" status=0
     trap 'warned=1' USR1

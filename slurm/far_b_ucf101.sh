@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# FAR-B, UCF-101 at 64 px, video prediction: one node of 8 GPUs, a rank for each of the recipe's 8 lanes.
+# FAR-B, UCF-101 at 64 px, video prediction: one node of 8 GPUs, one rank for each of the recipe's 8 lanes.
 #
 #     sbatch slurm/far_b_ucf101.sh
 #     sbatch --nodes=4 slurm/far_b_ucf101.sh data.lanes=32 data.clips_per_pack=1     # four nodes: 32 lanes x 1 clip a batch
 #
-# Ranks must divide the lanes. A run that has checkpoints takes another number of lanes with --accept-changes.
+# The number of ranks must divide the lanes. A run with checkpoints can change its lanes with --accept-changes.
 # Submit from the checkout, or set FAR_SCALE to it.
 #SBATCH --job-name=far_b_ucf101
 #SBATCH --nodes=1

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# FAR-XL, UCF-101 at 256 px by class: one node of 8 GPUs, a rank for each of the recipe's 8 lanes.
+# FAR-XL, UCF-101 at 256 px by class: one node of 8 GPUs, one rank for each of the recipe's 8 lanes.
 #
 #     sbatch slurm/far_xl.sh                                                   # 8 lanes x 4 clips a batch
-#     sbatch --nodes=4 slurm/far_xl.sh data.lanes=32 data.clips_per_pack=1     # four nodes: 32 lanes x 1 clip, as many
+#     sbatch --nodes=4 slurm/far_xl.sh data.lanes=32 data.clips_per_pack=1     # four nodes: 32 lanes x 1 clip a batch
 #
-# far_xl_8_nodes.sh has a recipe of its own for 8 nodes.
-# Ranks must divide the lanes. A run that has checkpoints takes another number of lanes with --accept-changes.
+# For 8 nodes there is far_xl_8_nodes.sh with its own recipe.
+# The number of ranks must divide the lanes. A run with checkpoints can change its lanes with --accept-changes.
 # Submit from the checkout, or set FAR_SCALE to it.
 #SBATCH --job-name=far_xl
 #SBATCH --nodes=1

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# FAR-XL, UCF-101 at 256 px by class: 8 nodes of 8 GPUs, a rank for each of the recipe's 64 lanes.
+# FAR-XL, UCF-101 at 256 px by class: 8 nodes of 8 GPUs, one rank for each of the recipe's 64 lanes.
 #
 #     sbatch slurm/far_xl_8_nodes.sh                                           # 64 lanes x 4 clips a batch
 #
-# Ranks must divide the lanes. A run that has checkpoints takes another number of lanes with --accept-changes: from step
-# 200000 of far_xl.sh's 400000, 25000 steps of 8 times the batch are as many clips as were to come.
+# The number of ranks must divide the lanes. A run with checkpoints can change its lanes with --accept-changes. From
+# step 200000 of far_xl.sh's 400000, 25000 steps with 8 times the batch have as many clips as the remaining steps.
 #
 #     sbatch slurm/far_xl_8_nodes.sh run_dir=runs/far_xl_ucf101_256_cond train.steps=225000 --accept-changes
 #

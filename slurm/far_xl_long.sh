@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# FAR-XL-Long by a curriculum, to 300 frames: one node of 8 GPUs, a rank for each of the recipe's 8 lanes.
+# FAR-XL-Long by a curriculum, to 300 frames: one node of 8 GPUs, one rank for each of the recipe's 8 lanes.
 #
 #     sbatch slurm/far_xl_long.sh
 #     sbatch --nodes=4 slurm/far_xl_long.sh data.lanes=32     # four nodes, four times the batch
 #
-# Ranks must divide the lanes. A run that has checkpoints takes another number of lanes with --accept-changes.
+# The number of ranks must divide the lanes. A run with checkpoints can change its lanes with --accept-changes.
 # Submit from the checkout, or set FAR_SCALE to it.
 #SBATCH --job-name=far_xl_long
 #SBATCH --nodes=1

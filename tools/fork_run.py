@@ -11,8 +11,8 @@ from far_scale.utils.command_line import command_line
 
 @command_line
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make a run directory that goes on from a checkpoint of another.")
-    parser.add_argument("run", type=Path, help="the run's folder, with checkpoints/ in it; it is not changed")
+    parser = argparse.ArgumentParser(description="Make a run directory that resumes from a checkpoint of another run.")
+    parser.add_argument("run", type=Path, help="the run directory, with checkpoints/ in it; it is not changed")
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the latest)")
     parser.add_argument("--out", type=Path, required=True, help="the new run directory, which must not exist")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Combinations of keys that cannot work, and a curriculum's stages as whole sections."""
+"""Keys that conflict with each other, and the stages of a curriculum as complete sections."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from far_scale.utils.errors import UserError
 
 @dataclass(frozen=True)
 class StageSections:
-    """One stage with all that it takes over from the recipe.
+    """One stage, with its overrides applied to the sections of the recipe.
 
     Attributes:
-        number: of the stage, from 1; 0 where the recipe has no curriculum.
-        stage: what the recipe gives for it.
-        model: the recipe's, with the stage's window.
-        data: the recipe's, with all that the stage gives in its place.
+        number: from 1; 0 if the recipe has no curriculum.
+        stage: the stage's own section.
+        model: with the stage's window.
+        data: with the stage's overrides.
     """
 
     number: int
@@ -39,29 +39,29 @@ class StageSections:
     data: DataSection
 
     def key(self, section: str, name: str) -> str:
-        """The key that decided `section.name` here: the stage's own, or the recipe's."""
-        own = name in StageSection.model_fields and getattr(self.stage, name) is not None
-        return f"curriculum.{self.number}.{name}" if own and self.number else f"{section}.{name}"
+        """The key that sets `section.name` in this stage: its own, or that of the section."""
+        overridden = name in StageSection.model_fields and getattr(self.stage, name) is not None
+        return f"curriculum.{self.number}.{name}" if overridden and self.number else f"{section}.{name}"
 
 
 def stage_sections(
     model: ModelSection, data: DataSection, train: TrainSection, curriculum: Sequence[StageSection]
 ) -> list[StageSections]:
-    """The stages of a recipe with these sections; without a curriculum there is one stage."""
+    """The stages of a recipe with these sections; one stage without a curriculum."""
     if not curriculum:
         return [StageSections(0, StageSection(steps=train.steps), model, data)]
-    found = []
+    stages = []
     for number, stage in enumerate(curriculum, start=1):
-        given = {name: getattr(stage, name) for name in ("frames", "shards", "latent_shape")}
-        own = {name: value for name, value in given.items() if value is not None}
+        values = {name: getattr(stage, name) for name in ("frames", "shards", "latent_shape")}
+        overrides = {name: value for name, value in values.items() if value is not None}
         if stage.clips_per_pack is not None or stage.tokens_per_pack is not None:
-            own |= {"clips_per_pack": stage.clips_per_pack, "tokens_per_pack": stage.tokens_per_pack}
+            overrides |= {"clips_per_pack": stage.clips_per_pack, "tokens_per_pack": stage.tokens_per_pack}
         staged_model = model.model_copy(update={"window": stage.window or model.window})
-        found.append(StageSections(number, stage, staged_model, data.model_copy(update=own)))
-    return found
+        stages.append(StageSections(number, stage, staged_model, data.model_copy(update=overrides)))
+    return stages
 
 
-def impossible(
+def conflicts(
     model: ModelSection,
     data: DataSection,
     objective: ObjectiveSection,
@@ -71,22 +71,20 @@ def impossible(
     validation: ValidationSection | None,
     curriculum: Sequence[StageSection],
 ) -> Iterator[tuple[str, str]]:
-    """Every combination of a recipe's keys that cannot work, as the key to fix and what is wrong."""
-    yield from _impossible_model(model, optimizer, train)
-    yield from _impossible_deepspeed(train)
-    yield from _impossible_objective(objective, model)
-    yield from _impossible_curriculum(curriculum, train)
+    """All combinations of keys that cannot work: the key to fix, and what is wrong."""
+    yield from _check_model(model, optimizer, train)
+    yield from _check_deepspeed(train)
+    yield from _check_objective(objective, model)
+    yield from _check_curriculum(curriculum, train)
     for stage in stage_sections(model, data, train, curriculum):
-        yield from _impossible_stage(stage)
-        yield from _impossible_source(stage)
-    yield from _impossible_sample(sample, model, data)
+        yield from _check_stage(stage)
+        yield from _check_source(stage)
+    yield from _check_sample(sample, model, data)
     if validation is not None:
-        yield from _impossible_validation(validation.shards or sample.shards, data)
+        yield from _check_validation(validation.shards or sample.shards, data)
 
 
-def _impossible_model(
-    model: ModelSection, optimizer: OptimizerSection, train: TrainSection
-) -> Iterator[tuple[str, str]]:
+def _check_model(model: ModelSection, optimizer: OptimizerSection, train: TrainSection) -> Iterator[tuple[str, str]]:
     if model.condition == "none" and model.classes:
         yield "model.classes", f"{model.classes} classes, but model.condition is none; set it to label or action"
     if model.condition != "none" and not model.classes:
@@ -112,19 +110,18 @@ def _impossible_model(
         )
 
 
-def _impossible_deepspeed(train: TrainSection) -> Iterator[tuple[str, str]]:
+def _check_deepspeed(train: TrainSection) -> Iterator[tuple[str, str]]:
     """Keys of `train.deepspeed` that have no effect at the ZeRO stage, or contradict each other."""
-    section, stage = train.deepspeed, train.zero_stage
+    section, zero_stage = train.deepspeed, train.zero_stage
     if section is None:
         return
-    given = section.given()
-    for name, value in given.items():
-        if stage != "auto" and stage not in KEY_STAGES[name]:
+    for name, value in section.explicit_values().items():
+        if zero_stage != "auto" and zero_stage not in KEY_STAGES[name]:
             stages = " or ".join(map(str, KEY_STAGES[name]))
             yield (
                 f"train.deepspeed.{name}",
-                f"{value}, but it has no effect with train.zero_stage {stage}; leave it out, or set train.zero_stage "
-                f"to {stages}",
+                f"{value}, but it has no effect with train.zero_stage {zero_stage}; leave it out, or set "
+                f"train.zero_stage to {stages}",
             )
     if section.zero_quantized_gradients and section.reduce_scatter is False:
         yield (
@@ -133,7 +130,7 @@ def _impossible_deepspeed(train: TrainSection) -> Iterator[tuple[str, str]]:
         )
 
 
-def _impossible_objective(objective: ObjectiveSection, model: ModelSection) -> Iterator[tuple[str, str]]:
+def _check_objective(objective: ObjectiveSection, model: ModelSection) -> Iterator[tuple[str, str]]:
     if objective.clean_frame_ratio and not model.causal:
         yield (
             "objective.clean_frame_ratio",
@@ -148,7 +145,7 @@ def _impossible_objective(objective: ObjectiveSection, model: ModelSection) -> I
         )
 
 
-def _impossible_curriculum(curriculum: Sequence[StageSection], train: TrainSection) -> Iterator[tuple[str, str]]:
+def _check_curriculum(curriculum: Sequence[StageSection], train: TrainSection) -> Iterator[tuple[str, str]]:
     steps = sum(stage.steps for stage in curriculum)
     if curriculum and steps != train.steps:
         yield (
@@ -162,7 +159,7 @@ def _impossible_curriculum(curriculum: Sequence[StageSection], train: TrainSecti
             yield f"curriculum.{number}.name", f"{name!r} is stage {names[name]}'s name already; choose another"
 
 
-def _impossible_stage(sections: StageSections) -> Iterator[tuple[str, str]]:
+def _check_stage(sections: StageSections) -> Iterator[tuple[str, str]]:
     model, data, key = sections.model, sections.data, sections.key
     channels, height, width = data.latent_shape
     if channels != model.channels:
@@ -200,10 +197,10 @@ def _impossible_stage(sections: StageSections) -> Iterator[tuple[str, str]]:
             )
 
 
-def _impossible_source(sections: StageSections) -> Iterator[tuple[str, str]]:
+def _check_source(sections: StageSections) -> Iterator[tuple[str, str]]:
     data, key = sections.data, sections.key("data", "shards")
     try:
-        remote = any([is_remote(where) for where in shard_urls(data.shards)])
+        remote = any([is_remote(url) for url in shard_urls(data.shards)])
     except UserError as problem:  # a URL of an unknown kind
         yield key, str(problem)
         return
@@ -213,7 +210,7 @@ def _impossible_source(sections: StageSections) -> Iterator[tuple[str, str]]:
         yield "data.prefetch_gb", f"{data.prefetch_gb:g} is more than data.cache_gb, {data.cache_gb:g}; lower it"
 
 
-def _impossible_sample(sample: SampleSection, model: ModelSection, data: DataSection) -> Iterator[tuple[str, str]]:
+def _check_sample(sample: SampleSection, model: ModelSection, data: DataSection) -> Iterator[tuple[str, str]]:
     longest = max_frames(data.frames)
     if sample.frames is None and sample.given >= longest:
         yield (
@@ -239,13 +236,13 @@ def _impossible_sample(sample: SampleSection, model: ModelSection, data: DataSec
         )
 
 
-def _impossible_validation(where: str | None, data: DataSection) -> Iterator[tuple[str, str]]:
+def _check_validation(shards: str | None, data: DataSection) -> Iterator[tuple[str, str]]:
     key = "validation.shards"
-    if where is None:
+    if shards is None:
         yield key, "neither this key nor sample.shards names a held-out shard set; set one of them"
         return
     try:
-        remote = is_remote(where)
+        remote = is_remote(shards)
     except UserError as problem:  # a URL of an unknown kind
         yield key, str(problem)
         return

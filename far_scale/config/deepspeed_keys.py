@@ -1,7 +1,7 @@
-"""DeepSpeed keys that `train.deepspeed` refuses since other recipe keys set them, and the ZeRO stages of the others.
+"""DeepSpeed keys that `train.deepspeed` refuses because other recipe keys set them, and the ZeRO stages of the others.
 
-The keys that it takes are fields of `DeepSpeedSection`. Every key of DeepSpeed's `zero_optimization` is either there or
-here; tests/train/test_deepspeed_keys.py holds both against the installed DeepSpeed.
+The keys that it accepts are the fields of `DeepSpeedSection`. tests/train/test_deepspeed_keys.py checks that these and
+the refused ones are all keys of the installed DeepSpeed's `zero_optimization`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ SET_ELSEWHERE = {
     "parameter_alignment": _FIXED,
     "pipeline_loading_checkpoint": _FIXED,
     "contiguous_gradients": "without it ZeRO-2 of DeepSpeed 0.19.0 counts the last pack of a step only; leave it out",
-    "round_robin_gradients": "DeepSpeed's map of the parameters, by which EMA and checkpoints are read, is wrong then; "
-    "leave it out",
+    "round_robin_gradients": "it breaks DeepSpeed's map of the parameters, that EMA and checkpoints read; leave it out",
     "load_from_fp32_weights": _NO_NATIVE_CHECKPOINTS,
     "elastic_checkpoint": _NO_NATIVE_CHECKPOINTS,
     "stage3_gather_16bit_weights_on_model_save": "tools/export_checkpoint.py gathers the weights; leave it out",
@@ -42,7 +41,7 @@ SET_ELSEWHERE = {
     "cpu_offload_param": "DeepSpeed calls it offload_param now; set that",
     "cpu_offload_use_pin_memory": "DeepSpeed calls it pin_memory of offload_optimizer or offload_param now; set that",
     # Of DeepSpeed's whole configuration.
-    "zero_optimization": "its keys stand in train.deepspeed itself; take them out of it",
+    "zero_optimization": "train.deepspeed has its keys directly; write them there",
     "train_batch_size": _PACKS,
     "train_micro_batch_size_per_gpu": _PACKS,
     "gradient_accumulation_steps": "it is data.lanes divided by the ranks; set data.lanes",
@@ -62,7 +61,7 @@ SET_ELSEWHERE = {
     "flops_profiler": "use --profile",
     "wandb": "set log.wandb",
 }
-"""Keys of DeepSpeed that `train.deepspeed` refuses, with what to do about it."""
+"""Refused keys, with the reason and the fix."""
 
 _ZERO_1_2, _ZERO_2_3, _ZERO_3, _SHARDED = (1, 2), (2, 3), (3,), (1, 2, 3)
 KEY_STAGES = {
@@ -89,4 +88,4 @@ KEY_STAGES = {
     "overlap_comm": _SHARDED,
     "communication_data_type": _SHARDED,
 }
-"""The ZeRO stages in which a key of `train.deepspeed` has an effect."""
+"""The ZeRO stages in which each accepted key has an effect."""

@@ -1,7 +1,7 @@
-"""The typed recipe: everything a training run is told. `python -m far_scale.recipe` prints all keys.
+"""The typed recipe: the configuration of a training run. docs/config.md lists all keys.
 
 A recipe is a YAML file that may extend another (`extends: NAME`); `key.sub=value` overrides it on the command line.
-A wrong one is refused before any work, in one line with file, line, key and mend.
+A wrong one is refused before any work, in one line with file, line, key and fix.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from far_scale.config.checks import StageSections, impossible, stage_sections
+from far_scale.config.checks import StageSections, conflicts, stage_sections
 from far_scale.config.reference import explain
 from far_scale.config.schema import (
     CheckpointSection,
@@ -52,14 +52,14 @@ if TYPE_CHECKING:
 
 
 class Recipe(Section):
-    """A whole training run."""
+    """The configuration of a training run."""
 
     name: str
-    """The run's name; not inherited by extends: without it, the file's name."""
+    """Name of the run; not inherited through extends, default: the name of the file."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    """Seed of all randomness: weights, order of samples, noise, timesteps, dropout."""
+    """Seed of all random numbers: weights, sample order, noise, timesteps, dropout."""
     run_dir: str = Field(default="runs/{name}", validate_default=True)
-    """Folder for all that the run writes; {name} stands for the name."""
+    """Output folder of the run; {name} is replaced by the name."""
     model: ModelSection
     data: DataSection
     objective: ObjectiveSection = ObjectiveSection()
@@ -71,28 +71,28 @@ class Recipe(Section):
     sample: SampleSection
     validation: ValidationSection | None = None
     curriculum: Annotated[tuple[StageSection, ...], Field(strict=False)] = ()
-    """Stages that are trained one after another; without any, the whole run is one."""
+    """A list of stages that are trained one after another; without any, the run is one stage."""
 
     @field_validator("run_dir")
     @classmethod
-    def _put_name(cls, run_dir: str, info: ValidationInfo) -> str:
+    def _insert_name(cls, run_dir: str, info: ValidationInfo) -> str:
         return run_dir.replace("{name}", str(info.data.get("name")))
 
     @model_validator(mode="before")
     @classmethod
     def _count_steps(cls, values: Any) -> Any:
-        """With a curriculum train.steps may be left out."""
+        """Default train.steps to the sum of the curriculum's steps."""
         train, stages = values.get("train"), values.get("curriculum")
         if isinstance(train, dict) and train.get("steps") is None and isinstance(stages, list) and stages:
             steps = [stage.get("steps") if isinstance(stage, dict) else None for stage in stages]
-            # Steps that are no number are told by the stage's own check.
+            # Steps that are not integers are reported by the check of their stage.
             total = max(1, sum(count for count in steps if type(count) is int))
             return {**values, "train": {**train, "steps": total}}
         return values
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
-        for key, problem in impossible(
+        for key, problem in conflicts(
             self.model,
             self.data,
             self.objective,
@@ -106,34 +106,34 @@ class Recipe(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _leave_out_no_validation(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A recipe without validation is written as before there was any."""
+    def _omit_null_validation(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without validation stay as versions before validation wrote them."""
         values: dict[str, Any] = serialize(self)
         if self.validation is None:
             values.pop("validation", None)
         return values
 
     def far_config(self) -> FARConfig:
-        """The model's configuration (a curriculum's stage may have another window)."""
+        """Configuration of the model; a stage of a curriculum may have another window."""
         return self.model.far_config()
 
     def stages(self) -> list[StageSections]:
-        """The stages of training with their sections; without a curriculum there is one stage."""
+        """The stages of training with their sections; one stage without a curriculum."""
         return stage_sections(self.model, self.data, self.train, self.curriculum)
 
     def sample_frames(self) -> int:
-        """Frames to predict in evaluation, after the given ones."""
+        """Number of frames to predict after the given ones."""
         return self.sample.frames or max_frames(self.data.frames) - self.sample.given
 
     def held_out_shards(self) -> str | None:
-        """Where the held-out shard set of validation lies; None without validation."""
+        """Folder or URL of validation's shard set; None without validation."""
         return None if self.validation is None else self.validation.shards or self.sample.shards
 
     def resolved_yaml(self) -> str:
-        """This recipe as one YAML text that needs no other file; load_recipe reads it back as an equal recipe."""
+        """This recipe as YAML that extends no other file; load_recipe reads an equal recipe from it."""
         values = self.model_dump(mode="json")
         if self.model.preset is not None:
-            # Only where they differ from the preset, so that a preset laid over the resolved recipe still counts.
+            # Only if they differ from the preset, so that overriding the preset of a resolved recipe has an effect.
             preset = ModelSection.model_validate({"preset": self.model.preset})
             for key in ("layers", "heads"):
                 if values["model"][key] == getattr(preset, key):
@@ -146,8 +146,11 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def result_values(self) -> dict[str, Any]:
-        """All keys that change the trained weights (beyond rounding): not names, folders, logs, sampling or
-        validation, nor how it is computed (ZeRO, activation checkpointing, compiler, attention kernel)."""
+        """All keys that change the trained weights beyond rounding.
+
+        These are not names, folders, logging, sampling, validation, ZeRO, activation checkpointing, compiler and
+        attention kernel.
+        """
         values = self.model_dump(
             mode="json",
             exclude={
@@ -180,14 +183,14 @@ class Recipe(Section):
                 },
             },
         )
-        # How sets are mixed changes the result, whatever their folders are called.
-        mixed: list[tuple[dict[str, Any], Shards | None]] = [(values["data"], self.data.shards)]
-        mixed += [(values["curriculum"][index], stage.shards) for index, stage in enumerate(self.curriculum)]
-        for section, shards in mixed:
+        # The weights of a mixture change the result, the names of its folders do not.
+        sections: list[tuple[dict[str, Any], Shards | None]] = [(values["data"], self.data.shards)]
+        sections += [(values["curriculum"][index], stage.shards) for index, stage in enumerate(self.curriculum)]
+        for section, shards in sections:
             if isinstance(shards, tuple):
                 section["weights"] = list(mixture_weights(shards))
         _drop_later_keys(values)
-        if self.train.deepspeed is not None and (quantised := self.train.deepspeed.of_result()):
+        if self.train.deepspeed is not None and (quantised := self.train.deepspeed.result_values()):
             values["train"]["deepspeed"] = quantised
         if self.faults.spikes == "skip":
             values["faults"] = {"spike_deviations": self.faults.spike_deviations}
@@ -207,7 +210,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         overrides: `key.sub=value`, the value written as in YAML; later ones win.
 
     Raises:
-        UserError: one line with file, line, key and mend for all that is wrong.
+        UserError: one line with file, line, key and fix of every error.
     """
     document = read_document(path_or_name, overrides)
     try:
@@ -217,10 +220,10 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:
-    """Refuse a number of ranks (processes) that does not divide the lanes.
+    """Refuse a number of ranks that does not divide the lanes.
 
     Raises:
-        UserError: lists the numbers that do, and numbers of lanes that these ranks could share.
+        UserError: lists numbers of ranks for these lanes, and numbers of lanes for these ranks.
     """
     lanes = recipe.data.lanes
     if lanes % ranks:
@@ -234,17 +237,17 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
 
 
 def _drop_later_keys(values: dict[str, Any]) -> None:
-    """Take keys that version 0.1 did not have out of a recipe's values where they change nothing.
+    """Drop keys that version 0.1 did not have if they have no effect.
 
-    So a recipe that does without them keeps the hash that its checkpoints carry.
+    So the hash of a recipe without them stays that of its older checkpoints.
     """
-    without: dict[str, dict[str, Any]] = {
+    no_effect: dict[str, dict[str, Any]] = {
         "model": {"context_patch": 0, "causal": True},
         "data": {"tokens_per_pack": None},
         "objective": {"context_noise": 0},
         "train": {"start_from": None},
     }
-    for section, keys in without.items():
+    for section, keys in no_effect.items():
         for key, value in keys.items():
             if values[section][key] == value:
                 del values[section][key]
@@ -253,12 +256,12 @@ def _drop_later_keys(values: dict[str, Any]) -> None:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Block sections, but short lists such as betas on one line."""
+    """Writes sections as blocks, but lists of plain values, such as betas, on one line."""
 
 
 def _write_list(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
-    short = not any(isinstance(value, dict) for value in values)
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=short)
+    is_plain = not any(isinstance(value, dict) for value in values)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=is_plain)
 
 
 _Dumper.add_representer(list, _write_list)

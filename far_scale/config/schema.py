@@ -1,6 +1,6 @@
 """The sections of a recipe: every key with its type, limits, default and meaning.
 
-The text under a key is what `python -m far_scale.recipe` prints for it.
+`python -m far_scale.recipe` and docs/config.md print the text under each key.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def valid_guidance(value: float) -> float:
-    """A guidance scale that has a meaning."""
+    """Validate a scale of classifier-free guidance."""
     if value < 1 and value != -1:
-        raise PydanticCustomError("guidance", "must be at least 1, or -1 for the null class alone")
+        raise PydanticCustomError("guidance", "must be at least 1, or -1 for only the null class")
     return value
 
 
@@ -29,40 +29,40 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """What all sections share: unknown keys are refused and nothing changes after the check."""
+    """Base of all sections: refuses unknown keys, and is immutable."""
 
-    # strict: no "8" for 8 and no true for 1; a whole number still does where a float is due.
+    # strict: no "8" for 8 and no true for 1; an int is still accepted for a float.
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
 class ModelSection(Section):
-    """The size and the condition of FAR."""
+    """Size and condition of the model."""
 
     preset: Literal["B", "M", "L", "XL", "1.3B", "3B", "7B"] | None = None
-    """A size, official up to XL, which gives layers and heads unless they are set here."""
+    """Model size, which sets layers and heads unless they are given. B to XL are the official sizes."""
     layers: Count
-    """Transformer layers; given by model.preset unless set."""
+    """Transformer layers; default: those of model.preset."""
     heads: Count
-    """Attention heads of 64 each, so the width is 64 x heads; given by model.preset unless set."""
+    """Attention heads of dimension 64, so the width is 64 x heads; default: those of model.preset."""
     patch: Count = 1
-    """Side of the square of latent positions that makes one window token."""
+    """Patch size of window frames: a token is a patch x patch square of latent positions."""
     context_patch: Annotated[int, Field(ge=0)] = 0
-    """Side of the square that makes one context token, a multiple of model.patch; 0 for a model of the window alone."""
+    """Patch size of context frames, a multiple of model.patch; 0 for a model without context."""
     channels: Count = 32
     """Channels of a frame latent."""
     window: Count = 16
-    """How many of a clip's last frames are window frames; those before are context."""
+    """Number of window frames: the last frames of a clip. Earlier ones are context."""
     causal: bool = True
-    """Whether a frame sees itself and earlier frames alone. False makes a video diffusion transformer: all frames of a
-    clip see each other, have one timestep and are sampled together; needs objective.clean_frame_ratio 0."""
+    """Whether a frame attends only to itself and earlier frames. False makes a video diffusion transformer: all frames
+    of a clip attend to each other, share one timestep and are sampled together; needs objective.clean_frame_ratio 0."""
     condition: Literal["none", "label", "action"] = "none"
-    """What the model is told besides the frames: nothing, a label for each clip or an action for each frame."""
+    """Condition of the model: none, a label per clip or an action per frame."""
     classes: Annotated[int, Field(ge=0)] = 0
-    """Number of labels or of actions; 0 without a condition."""
+    """Number of labels or actions; 0 without a condition."""
     condition_dropout: Fraction = 0.1
-    """Probability that a condition is dropped to the null class in training, which guidance needs."""
+    """Probability that training replaces a condition by the null class; guidance needs it above 0."""
 
     @model_validator(mode="before")
     @classmethod
@@ -96,16 +96,16 @@ class ModelSection(Section):
 
 
 class WeightedShards(Section):
-    """A shard set of a mixture."""
+    """One shard set of a mixture."""
 
     shards: Annotated[str, Field(min_length=1)]
     """Folder or URL of the shard set."""
     weight: Annotated[float, Field(gt=0)]
-    """Its part of the clips, relative to those of the other sets."""
+    """Its part of the clips, relative to the weights of the other sets."""
 
 
 def _parse_shards(value: Any) -> Any:
-    """`value` as a folder or as a tuple of sets with weights."""
+    """Parse a folder or a list of weighted sets."""
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, list | tuple) or not value:
@@ -135,7 +135,7 @@ def shard_urls(shards: Shards) -> list[str]:
 
 
 def mixture_weights(shards: Shards) -> list[float]:
-    """The fraction of the clips that each shard set gives; they add up to 1."""
+    """The fraction of the clips that comes from each shard set; they sum to 1."""
     if isinstance(shards, str):
         return [1.0]
     total = sum(weighted.weight for weighted in shards)
@@ -143,48 +143,46 @@ def mixture_weights(shards: Shards) -> list[float]:
 
 
 class DataSection(Section):
-    """The clips and how they are dealt out."""
+    """The clips: where they come from, and how they are read and packed."""
 
     shards: Shards
-    """The shard set to train on: a folder (a relative path starts at the working folder), or far away, s3://, gs:// or
-    http(s):// and what comes before the files' names, or pipe: and a command with {file} in place of the name. Or a
-    list with weights, [{shards: SET, weight: 3}, {shards: SET, weight: 1}], by which clips are drawn from the sets."""
+    """Shard set to train on: a folder (a relative path starts at the working folder); a remote URL prefix, s3://, gs://
+    or http(s)://; or pipe: and a command with {file} for the file's name. For a mixture, a list with weights:
+    [{shards: SET, weight: 3}, {shards: SET, weight: 1}]."""
     autoencoder: str
-    """Name of the autoencoder whose latents the shard set must hold."""
+    """Name of the autoencoder that encoded the shard set."""
     latent_shape: Annotated[tuple[Count, Count, Count], Field(strict=False)]
     """Shape [C, H, W] of a frame latent."""
     frames: FrameCounts = 16
-    """Frames of a clip: as many, or drawn from a range [16, 300] or by weights {16: 3, 64: 1}; at most model.window
-    without context. A shorter video gives what it has, if that is the fewest at least."""
+    """Frames of a clip: a number, a range [16, 300] or weights {16: 3, 64: 1} to draw from; without context at most
+    model.window. A shorter video gives all its frames, if they are at least the smallest number."""
     frame_stride: Count = 1
-    """Take every n-th frame of a video for a clip."""
+    """A clip takes every n-th frame of a video."""
     lanes: Count = 8
-    """Sample streams; a global batch is one pack from every lane, and the ranks must divide the lanes. A run that has
-    checkpoints takes another number with --accept-changes."""
+    """Sample streams: a global batch is one pack from every lane. The number of ranks must divide it. A run with
+    checkpoints can change it with --accept-changes."""
     clips_per_pack: Count | None = 4
-    """Clips in a pack; lanes x clips_per_pack is the global batch. Null where tokens_per_pack is set."""
+    """Clips in a pack; the global batch is lanes x clips_per_pack. Null if tokens_per_pack is set."""
     tokens_per_pack: Count | None = None
-    """In place of clips_per_pack: the most tokens of a pack, which takes as many clips as fill it best."""
+    """Token budget of a pack, which is filled with as many clips as fit; replaces clips_per_pack."""
     shuffle_window: Count = 256
-    """Samples among which a lane shuffles; 1 keeps the shards' order."""
+    """Size of a lane's shuffle window, in samples; 1 keeps the order of the shards."""
     scaling: Literal["factor", "channel"] = "factor"
-    """Scale latents by the autoencoder's one factor (as officially) or to mean 0 and deviation 1 per channel."""
+    """Scale latents by the autoencoder's one factor (as the official FAR), or each channel to mean 0 and std 1."""
     prefetch: Count = 2
-    """Steps whose packs are read ahead of the model."""
+    """Steps of packs to read ahead."""
     cache_dir: str | None = None
-    """Folder on each node's own disk for what is remote, or compressed as MDS shards may be; its ranks share it. Other
-    sets need none."""
+    """Cache folder on each node's own disk, shared by its ranks; needed for remote and for compressed (MDS) shards."""
     stage_local: str | None = None
-    """Folder on each node's own disk to which the shards of local sets (on Lustre or NFS) are copied as they are read,
-    so that later epochs read nothing from the source; may be data.cache_dir. Null reads them where they lie."""
+    """Folder on each node's own disk to which shards on a shared file system (Lustre, NFS) are copied as they are
+    read, so that later epochs read only the copies; may be data.cache_dir. Null reads them from the source."""
     cache_gb: Annotated[float, Field(gt=0)] = 200.0
-    """The most that data.cache_dir holds, in GB (10^9 bytes), what was read longest ago goes first; and the most that
-    data.stage_local holds, what does not fit is read where it lies."""
+    """Size limit in GB (10^9 bytes) of data.cache_dir, which evicts the least recently read, and of data.stage_local,
+    which leaves what does not fit at the source."""
     prefetch_gb: Annotated[float, Field(ge=0)] = 4.0
-    """GB of shards that a rank has in data.cache_dir or data.stage_local before its lanes come to them; 0 fetches each
-    when needed."""
+    """GB of shards that a rank fetches ahead into data.cache_dir or data.stage_local; 0 fetches each on demand."""
     max_damaged_samples: Annotated[int, Field(ge=0)] = 0
-    """Clips of damaged samples that a stage may leave out, each told in events.jsonl; one more ends the run."""
+    """Clips with damaged samples that a stage may skip, each logged in events.jsonl; one more ends the run."""
 
     @property
     def prefetch_bytes(self) -> int:
@@ -198,72 +196,72 @@ class DataSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _tokens_in_place_of_clips(cls, values: Any) -> Any:
+    def _clear_clips_for_tokens(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("tokens_per_pack") is not None:
             return {"clips_per_pack": None, **values}
         return values
 
 
 class StageSection(Section):
-    """One stage of a curriculum; what it does not give is as in data and model."""
+    """One stage of a curriculum; keys that it does not set are taken from data and model."""
 
     steps: Count
     """Optimizer steps of this stage."""
     name: str | None = None
-    """What the log calls it; null for stage-1, stage-2, ..."""
+    """Name in the log; null for stage-1, stage-2, ..."""
     frames: FrameCounts | None = None
-    """In place of data.frames."""
+    """Overrides data.frames."""
     clips_per_pack: Count | None = None
-    """In place of data.clips_per_pack or data.tokens_per_pack."""
+    """Overrides data.clips_per_pack and data.tokens_per_pack."""
     tokens_per_pack: Count | None = None
-    """In place of data.tokens_per_pack or data.clips_per_pack."""
+    """Overrides data.tokens_per_pack and data.clips_per_pack."""
     window: Count | None = None
-    """In place of model.window."""
+    """Overrides model.window."""
     shards: Shards | None = None
-    """In place of data.shards; latents are scaled by the numbers of data.shards all the same."""
+    """Overrides data.shards; latents are still scaled by the statistics of data.shards."""
     latent_shape: Annotated[tuple[Count, Count, Count], Field(strict=False)] | None = None
-    """In place of data.latent_shape, where the stage's shard set has another resolution."""
+    """Overrides data.latent_shape, for a shard set of another resolution."""
     learning_rate_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Factor on the learning rate that the optimizer section gives."""
+    """Factor on optimizer.learning_rate."""
 
 
 class ObjectiveSection(Section):
     """Flow matching."""
 
     timesteps: Literal["logit_normal", "uniform"] = "logit_normal"
-    """How the timestep of a noisy frame is drawn."""
+    """Distribution of a noisy frame's timestep."""
     logit_mean: float = 0.0
-    """Mean of the normal draw whose sigmoid u gives the timestep 1000 (1 - u): lower is noisier (logit_normal)."""
+    """logit_normal: mean of the normal variable z in timestep = 1000 (1 - sigmoid(z)); lower is noisier."""
     logit_std: Annotated[float, Field(gt=0)] = 1.0
-    """Deviation of that normal draw (logit_normal)."""
+    """logit_normal: standard deviation of z."""
     clean_frame_ratio: Fraction = 0.1
-    """Probability that a frame is given without noise, and so without loss."""
+    """Probability that a frame is given clean: without noise, and so without loss."""
     context_noise: Fraction = 0.0
-    """Share of noise s in such a clean frame of the window, which is then given as noise level 1000 s, still without
-    loss, against drift in long roll-outs; coarse context stays clean."""
+    """Fraction s of noise added to clean window frames, which then have timestep 1000 s and still no loss. It reduces
+    drift in long roll-outs. Context frames stay clean."""
 
 
 class OptimizerSection(Section):
-    """AdamW, its learning rate over the steps, and the EMA of the weights."""
+    """AdamW, its learning rate schedule, and the EMA of the weights."""
 
     learning_rate: Annotated[float, Field(gt=0)]
     """Learning rate after the warm-up."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
-    """AdamW's decay rates of the first and second moment."""
+    """AdamW's decay rates of the first and second moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's term that keeps its division finite."""
+    """AdamW's epsilon."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    """The gradient is scaled down to this global norm where it is larger."""
+    """Gradients are clipped to this global norm."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """The learning rate after the warm-up: constant, or a half cosine down to final_factor at the last step."""
+    """Learning rate after the warm-up: constant, or cosine decay to final_factor at the last step."""
     warmup_steps: Annotated[int, Field(ge=0)]
-    """Steps over which the learning rate rises from 0 in a straight line; 0 for none."""
+    """Steps of linear warm-up from 0."""
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Where cosine ends, as a fraction of learning_rate."""
+    """Final learning rate of cosine, as a fraction of learning_rate."""
     ema_decay: Fraction
-    """Decay of the exponential moving average of the weights, each step."""
+    """Decay per step of the exponential moving average (EMA) of the weights."""
 
 
 def _parse_hpz(value: Any) -> Any:
@@ -279,73 +277,73 @@ def _parse_reduce_once(value: Any) -> Any:
 
 
 def _parse_size(value: Any) -> Any:
-    """Configurations of DeepSpeed write 5e8."""
+    """Accept whole floats: DeepSpeed configurations have 5e8."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Size = Annotated[int, Field(ge=0), BeforeValidator(_parse_size)]
-"""How many numbers."""
+"""A number of elements."""
 PositiveSize = Annotated[int, Field(ge=1), BeforeValidator(_parse_size)]
 
 
 class OffloadSection(Section):
-    """Where DeepSpeed keeps something beside the GPU's memory."""
+    """Offload of DeepSpeed's state from the GPU's memory."""
 
     device: Literal["cpu"]
-    """The node's main memory. Not NVMe: EMA and checkpoints read the tensors where they lie."""
+    """The node's main memory. NVMe is not supported: EMA and checkpoints read the tensors in memory."""
     pin_memory: bool = True
-    """Lock these pages in memory, for fast copies to the GPU; false where a limit of the node forbids it."""
+    """Pin the memory, for fast copies to the GPU; false if the node limits pinned memory."""
 
 
 class DeepSpeedSection(Section):
-    """Keys of DeepSpeed's zero_optimization, under DeepSpeed's own names: how the ranks communicate. Null leaves a key
-    at DeepSpeed's default. Keys that are missing here are set by other keys of the recipe."""
+    """How the ranks communicate: keys of DeepSpeed's zero_optimization, under their own names. Null keeps DeepSpeed's
+    default. Other keys of the recipe set the keys that are missing here."""
 
     zero_hpz_partition_size: Annotated[int | Literal["auto"], BeforeValidator(_parse_hpz)] = "auto"
-    """ZeRO-3: ranks, counted from rank 0, that keep one more copy of the weights among them after a forward pass, so
-    that backward gathers within them alone (hpZ). Auto: the ranks of a node where there are several nodes and up to
-    1.4 billion parameters; else 1, which is without."""
+    """ZeRO-3: hpZ group size. Each group of so many consecutive ranks keeps a second copy of the weights after forward,
+    so that backward gathers only within the group. 1 is off. Auto: the ranks of a node if there are several nodes and
+    at most 1.4 billion parameters, else 1."""
     zero_quantized_weights: bool | None = None
     """ZeRO-3 on GPUs: gather weights as int8 (ZeRO++). Changes the result."""
     zero_quantized_gradients: bool | None = None
     """ZeRO-3 on GPUs: reduce gradients as int4 (ZeRO++). Changes the result."""
     communication_data_type: Literal["fp32", "bf16"] | None = None
-    """Type that gradients are reduced in; null for that of train.precision. Changes the result."""
+    """Data type of gradient reduction; null for that of train.precision. Changes the result."""
     overlap_comm: bool | None = None
     """Reduce gradients during backward; null for true on GPUs and false on CPUs."""
     reduce_bucket_size: PositiveSize | None = None
-    """Numbers that are reduced at a time; DeepSpeed's default is 5e8."""
+    """Elements reduced at a time; DeepSpeed's default is 5e8."""
     reduce_scatter: bool | None = None
-    """ZeRO-2 and -3: reduce to the rank that owns a part, not to all."""
+    """ZeRO-2 and -3: reduce-scatter gradients, not all-reduce."""
     allgather_bucket_size: Annotated[PositiveSize, Field(multiple_of=2)] | None = None
-    """ZeRO-1 and -2: numbers that are gathered at a time after a step, an even number; DeepSpeed's default is 5e8."""
+    """ZeRO-1 and -2: elements gathered at a time after a step; DeepSpeed's default is 5e8."""
     allgather_partitions: bool | None = None
-    """ZeRO-1 and -2: gather the updated weights by all-gather, not by broadcasts."""
+    """ZeRO-1 and -2: collect the updated weights by all-gather, not by broadcasts."""
     use_multi_rank_bucket_allreduce: bool | None = None
     """ZeRO-1 and -2: reduce buckets of several ranks in one all-reduce."""
     sub_group_size: PositiveSize | None = None
-    """ZeRO-3: parameters that the optimizer steps at a time; DeepSpeed's default is 1e9."""
+    """ZeRO-3: elements that the optimizer updates at a time; DeepSpeed's default is 1e9."""
     stage3_prefetch_bucket_size: Size | None = None
-    """ZeRO-3: numbers that are gathered ahead of use; DeepSpeed's default is 5e7."""
+    """ZeRO-3: elements gathered ahead of their use; DeepSpeed's default is 5e7."""
     stage3_max_live_parameters: Size | None = None
-    """ZeRO-3: the most gathered parameters that a rank holds at a time; DeepSpeed's default is 1e9."""
+    """ZeRO-3: maximum of gathered elements on a rank at a time; DeepSpeed's default is 1e9."""
     stage3_max_reuse_distance: Size | None = None
-    """ZeRO-3: keep gathered a parameter that is needed again within so many; DeepSpeed's default is 1e9."""
+    """ZeRO-3: keep a gathered parameter that is used again within so many elements; DeepSpeed's default is 1e9."""
     stage3_model_persistence_threshold: Size | None = None
-    """ZeRO-3: the most numbers that train.whole_below keeps whole in all."""
+    """ZeRO-3: maximum of elements that train.whole_below keeps unsharded in total."""
     stage3_use_all_reduce_for_fetch_params: bool | None = None
-    """ZeRO-3: gather by all-reduce, which spares copies on the host and sends twice as much."""
+    """ZeRO-3: gather by all-reduce, which saves host copies and sends twice as much."""
     stage3_allgather_sequential: bool | None = None
-    """ZeRO-3: gather parameters one by one, without a buffer for several."""
+    """ZeRO-3: gather parameters one by one, without a common buffer."""
     log_trace_cache_warnings: bool | None = None
-    """ZeRO-3: warn where the order in which layers are used changes, which costs a new trace of it."""
+    """ZeRO-3: warn if the order of the layers changes, which costs a new trace."""
     enable_sanity_checks: bool | None = None
-    """ZeRO-3: check DeepSpeed's own bookkeeping at every gather, to look for a bug."""
+    """ZeRO-3: check DeepSpeed's bookkeeping at every gather, for debugging."""
     offload_optimizer: OffloadSection | None = None
-    """ZeRO-3: keep master weights, moments and EMA in main memory and step there, by torch's AdamW. Each step then
-    waits for the copies."""
+    """ZeRO-3: keep master weights, moments and EMA in main memory and update them there with torch's AdamW. Each step
+    then waits for the copies."""
     offload_param: OffloadSection | None = None
-    """ZeRO-3: keep this rank's part of the weights in main memory between uses."""
+    """ZeRO-3: keep this rank's shard of the weights in main memory between uses."""
 
     @model_validator(mode="before")
     @classmethod
@@ -356,43 +354,43 @@ class DeepSpeedSection(Section):
                 raise PydanticCustomError("set_elsewhere", "{problem}", context)
         return values
 
-    def given(self) -> dict[str, Any]:
-        """The keys that the recipe sets, but for an automatic zero_hpz_partition_size."""
+    def explicit_values(self) -> dict[str, Any]:
+        """The keys that the recipe sets, without an automatic zero_hpz_partition_size."""
         return {name: value for name, value in self.model_dump().items() if value is not None and value != "auto"}
 
-    def of_result(self) -> dict[str, Any]:
-        """Those that change the trained weights beyond rounding."""
+    def result_values(self) -> dict[str, Any]:
+        """The explicit values that change the trained weights beyond rounding."""
         names = ("zero_quantized_weights", "zero_quantized_gradients", "communication_data_type")
-        return {name: value for name, value in self.given().items() if name in names and value is not False}
+        return {name: value for name, value in self.explicit_values().items() if name in names and value is not False}
 
 
 class TrainSection(Section):
-    """How long and how to compute."""
+    """Length of the training, and how it computes."""
 
     steps: Count
-    """Optimizer steps, each on one global batch; with a curriculum the sum of its stages, unless set."""
+    """Optimizer steps, each on one global batch; null for the sum of the curriculum's stages."""
     precision: Literal["bf16", "fp32"]
-    """Arithmetic of the model; optimizer and EMA are float32 in either."""
+    """Precision of the model; optimizer and EMA are always float32."""
     zero_stage: Literal[0, 1, 2, 3, "auto"]
-    """DeepSpeed ZeRO stage: shards nothing, the optimizer, also gradients, also weights; auto: the lowest from 1 that
-    fits the memory by estimate, chosen at each start."""
+    """ZeRO stage of DeepSpeed: 0 shards nothing, 1 the optimizer, 2 also gradients, 3 also weights. Auto: the lowest
+    from 1 that fits the memory by estimate, chosen at each start."""
     whole_below: Annotated[int, Field(ge=0)] = 100_000
-    """ZeRO-3 keeps parameters of fewer numbers than this whole on every rank, to spare small gathers; 0 shards all."""
+    """ZeRO-3 keeps parameters with fewer elements unsharded, to avoid small gathers; 0 shards all."""
     reduce_once: Annotated[bool | Literal["auto"], BeforeValidator(_parse_reduce_once)] = "auto"
-    """ZeRO-2 and -3 where a rank has several packs a step: sum their gradients first and reduce them once, which keeps
-    whole gradients on every rank; false reduces each pack's while the next is computed. Auto: where there are several
-    nodes and the memory is there."""
+    """ZeRO-2 and -3 with several packs per rank and step: sum the gradients of the packs and reduce them once, which
+    keeps unsharded gradients on every rank. False reduces those of each pack while the next one is computed. Auto: true
+    if there are several nodes and enough memory."""
     activation_checkpointing: Literal["none", "attention-kept", "full"] = "none"
-    """What backward computes again in place of keeping it: nothing, all of a layer but attention's output (which is
-    what takes longest), or all of a layer, of which then only the input is kept. FlexAttention's output is not kept."""
+    """What backward recomputes: nothing; all of a layer except the output of attention, the slowest part; or all of a
+    layer. FlexAttention's output is always recomputed."""
     compile: bool = False
-    """Compile the layers by torch.compile, one graph for all of them, made in the first steps; needs a C++ compiler."""
+    """Compile the layers with torch.compile: one graph for all, in the first steps; needs a C++ compiler."""
     attention: str = "auto"
-    """Attention kernel: auto, or a name from `python -m far_scale.model.attention`."""
+    """Attention kernel: auto, or a name that `python -m far_scale.model.attention` lists."""
     start_from: str | None = None
-    """Model directory whose weights a new run starts from, such as an imported official model; null for random ones."""
+    """Model directory with a new run's initial weights, such as an imported official model; null for random ones."""
     deepspeed: DeepSpeedSection | None = None
-    """DeepSpeed's own keys, for a cluster's network; null for their defaults."""
+    """Keys of DeepSpeed, to tune communication; null for their defaults."""
 
 
 class CheckpointSection(Section):
@@ -401,82 +399,82 @@ class CheckpointSection(Section):
     every: Count
     """Steps between checkpoints; the last step always writes one."""
     keep: Count
-    """How many of the newest checkpoints stay."""
+    """Number of checkpoints to keep, the newest ones."""
     every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
-    """Minutes after the last checkpoint at which another is written, so that a crash costs no more however long the
-    steps take. It stays only until the next one, and is not among those of keep. Null for none."""
+    """Maximum minutes between checkpoints, which limits what a crash costs if steps are slow. Such a checkpoint is
+    deleted after the next one and does not count for keep. Null for no limit."""
     local_dir: str | None = None
-    """Folder on each node's own disk for checkpoints beside these, cheaper and more frequent, that a restart with the
-    same ranks on the same nodes goes on from where they are newer; null for none."""
+    """Folder on each node's own disk for additional checkpoints, cheaper and more frequent. A restart with the same
+    ranks on the same nodes resumes from them if they are newer. Null for none."""
     local_every: Count = 100
     """Steps between checkpoints in local_dir."""
 
 
 class FaultsSection(Section):
-    """What a run does when something goes wrong."""
+    """Handling of faults."""
 
     watchdog_seconds: Annotated[float, Field(ge=0)] = 1800.0
-    """A run that ends no step for so long writes all ranks' Python stacks and ends, to be started again; 0: never."""
+    """Seconds without a step until the run writes all ranks' Python stacks and exits, to be restarted; 0: never."""
     skipped_in_row: Count = 5
-    """Steps skipped in a row after which the run takes its last checkpoint's weights and goes on past these batches."""
+    """Consecutive skipped steps after which the run reloads its last checkpoint and continues after these batches."""
     spikes: Literal["off", "warn", "skip"] = "warn"
-    """What to do about a step whose loss or gradient norm is a spike; one that is not finite is always skipped."""
+    """What to do with a spike in loss or gradient norm. Steps that are not finite are always skipped."""
     spike_deviations: Annotated[float, Field(gt=0)] = 10.0
-    """A spike lies as many robust deviations above the running median (the last 128 steps)."""
+    """A spike is so many robust standard deviations above the median of the last 128 steps."""
     starts_without_progress: Count = 3
-    """Restarts in a row that reach no new checkpoint, after which the job stops and says so."""
+    """Consecutive starts without a new checkpoint after which the job stops with an error."""
 
 
 class WandbSection(Section):
     """Weights & Biases."""
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
-    """Whether to log there at all, only into files, or live."""
+    """Off, into files only, or live."""
     project: str = "far_scale"
-    """The project to log into."""
+    """Project of the run."""
     name: str | None = None
-    """The run's name there; null takes the recipe's name."""
+    """Name of the run; null for the recipe's name."""
 
 
 class LogSection(Section):
-    """Console and log.jsonl."""
+    """Log lines on the console and in log.jsonl."""
 
     every: Count
-    """Steps between lines."""
+    """Steps between log lines."""
     wandb: WandbSection = WandbSection()
 
 
 class SampleSection(Section):
-    """Evaluation by sampling after training."""
+    """Sampling after training and in validation."""
 
     steps: Count
-    """Euler steps a frame."""
+    """Euler steps per frame."""
     guidance: Annotated[float, AfterValidator(valid_guidance)]
-    """Classifier-free guidance scale; 1 is without, -1 takes the null class alone."""
+    """Scale of classifier-free guidance: 1 is without guidance, -1 uses only the null class."""
     given: Annotated[int, Field(ge=0)]
-    """True frames that are given; those after are predicted. 0 generates from nothing."""
+    """Ground-truth frames that are given; the frames after them are predicted. 0 generates without any."""
     frames: Count | None = None
-    """Frames to predict; null for up to the longest clip of data.frames."""
+    """Frames to predict; null for the rest of the longest clip of data.frames."""
     context_noise: Fraction = 0.0
-    """Share of noise s in the frames of the window that a new frame follows, given as noise level 1000 s; coarse
-    context stays clean. For models trained with objective.context_noise, or without clean frames."""
+    """Fraction s of noise added to the finished window frames, which then have timestep 1000 s; context frames stay
+    clean. For models trained with objective.context_noise, or without clean frames."""
     shards: str | None = None
-    """Folder of the held-out shard set, on this machine; null for none. Validation reads it, too."""
+    """Folder of the held-out shard set, also used by validation; null for none."""
 
 
 class ValidationSection(Section):
-    """Validation while training, on held-out clips; without this section there is none. It changes no weights."""
+    """Validation during training on held-out clips; null for none. It does not change the weights."""
 
     every: Count
-    """Steps between losses on the held-out clips, at fixed noise and timesteps, of the weights and of the EMA; the last
-    step always has them."""
+    """Steps between validation losses of the weights and of the EMA, at fixed noise and timesteps; the last step always
+    has them."""
     shards: Annotated[str, Field(min_length=1)] | None = None
     """Folder or URL of the held-out shard set; null for sample.shards."""
     clips: Count = 64
-    """Held-out clips: the first ones of the set, each from its first frame."""
+    """Held-out clips: the first of the set, each from its first frame."""
     clips_per_pack: Count = 8
-    """Of these in a pack. No gradients are kept, so that more fit than in training."""
+    """Held-out clips in a pack. Without gradients more fit than in training."""
     sample_every: Count | None = None
-    """Steps between sampled videos of the EMA, with PSNR, SSIM and LPIPS, by the sample section; null for none."""
+    """Steps between videos sampled with the EMA, scored by PSNR, SSIM and LPIPS; null for none."""
     sample_clips: Count = 4
-    """Clips to sample: the first ones of the set, shared out over the ranks."""
+    """Clips to sample: the first of the set, distributed over the ranks."""

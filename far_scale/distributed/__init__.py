@@ -1,1 +1,1 @@
-"""How the processes of a run reach each other, and what they send."""
+"""The processes of a run: how they meet, agree and stop, and what they send."""

@@ -1,21 +1,21 @@
-"""What a training step sends: the collectives of a model's shapes on a number of ranks and nodes, before it is run.
+"""Prediction of the collectives of a training step from the shapes of a model and the number of ranks and nodes.
 
-The entries are those that a ledger has of the same step (far_scale/distributed/ledger.py), from the third step on, when
-DeepSpeed knows the order of the modules. P is the sum of the parameters, n the ranks, and p(n) pads to a multiple of n:
+The entries equal those that a ledger records (far_scale/distributed/ledger.py) from the third step on, when DeepSpeed
+has recorded the order of the modules. P is the number of parameters, n the ranks, and p(n) pads to a multiple of n:
 
     stage 0     gradients: all-reduce of P, once a step
     stage 1, 2  gradients: all-reduce of P (stage 1 in bf16: p(2 n) of P), once a step in stage 1, with each pack in 2
                 weights, after the update: all-gather of p(2 n) of P
     stage 3     gradients: reduce-scatter of the sum of each parameter's p(n), with each pack
-                weights: all-gathers in forward and backward, see gathers.py; after the update, one for each parameter
-                that is whole on every rank
+                weights: all-gathers in forward and backward, see gathers.py; after the update, one for each unsharded
+                parameter
 
-Stages 2 and 3 reduce once a step where the packs' gradients are summed up first. Each group of collectives is split by
-buckets. The norm of the gradient (stages 1 to 3), the guard's verdict, the vote on stopping, and, where packs differ in
-clips, their number take a few bytes each. The EMA, the activations' checkpointing (it recomputes a block while its
-weights are there) and compiling take none.
+Stages 2 and 3 reduce once a step if the packs' gradients are summed first. Collectives are split into buckets. The norm
+of the gradient (stages 1 to 3), the step guard, the consensus on stopping, and the number of clips (if it differs
+between packs) take a few bytes each. EMA, activation checkpointing (it recomputes a block while its weights are
+gathered) and compilation send nothing.
 
-Not covered: quantised collectives (ZeRO++), and checkpoints, validation and log lines, which are not of every step.
+Not covered: quantised collectives (ZeRO++), and checkpoints, validation and log lines, which are not in every step.
 """
 
 from __future__ import annotations
@@ -27,72 +27,72 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from far_scale.distributed.gathers import Gather, GatherRules, Part, pack_gathers
+from far_scale.distributed.gathers import Gather, GatherRules, ModuleNode, pack_gathers
 from far_scale.distributed.ledger import Entry, Key
 from far_scale.model import FAR
 
-_CALLED = (
+_CALL_ORDER = (
     "timestep_embedding", "condition_embedding", "context_patch_embedding", "patch_embedding", "blocks", "output",
 )  # fmt: skip
-"""The parts of FAR in the order in which its forward pass calls them."""
+"""The children of FAR in the order of its forward pass."""
 
-_READ = {"": "patch_embedding.weight", "timestep_embedding": "timestep_embedding.up.weight"}
-"""Weights that a module reads of a part itself, for their dtype."""
+_DTYPE_READS = {"": "patch_embedding.weight", "timestep_embedding": "timestep_embedding.up.weight"}
+"""Weights of a child that a module reads itself, for their dtype."""
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """What the collectives depend on in a model.
+class ModelShapes:
+    """The sizes and the module tree of a model.
 
     Attributes:
-        sizes: numbers in each parameter, in the model's order.
-        root: its modules.
+        sizes: elements of each parameter, in the model's order.
+        root: the module tree.
     """
 
     sizes: tuple[int, ...]
-    root: Part
+    root: ModuleNode
 
     @staticmethod
-    def of(model: FAR) -> Shapes:
-        """Of a model that is not sharded yet; it may be on the meta device. Its blocks are gathered in one go."""
-        numbers = {name: number for number, (name, _) in enumerate(model.named_parameters())}
+    def from_model(model: FAR) -> ModelShapes:
+        """Of a model that is not sharded, also on the meta device. Its blocks are leaf modules."""
+        indices = {name: number for number, (name, _) in enumerate(model.named_parameters())}
 
-        def part(name: str, module: nn.Module) -> Part:
+        def node(name: str, module: nn.Module) -> ModuleNode:
             prefix = f"{name}." if name else ""
             if name.startswith("blocks."):
-                return Part(tuple(n for each, n in numbers.items() if each.startswith(prefix)), whole=True)
-            own = [numbers[prefix + each] for each, _ in module.named_parameters(recurse=False)]
-            own += [numbers[_READ[name]]] if name in _READ else []
-            children = dict(module.named_children())
-            called = [each for each in _CALLED if children.get(each) is not None] if not name else list(children)
-            parts: list[Part] = []
-            for each in called:
-                if each == "blocks":
-                    parts += [part(f"blocks.{index}", block) for index, block in enumerate(model.blocks)]
+                return ModuleNode(tuple(i for key, i in indices.items() if key.startswith(prefix)), is_leaf=True)
+            own = [indices[prefix + key] for key, _ in module.named_parameters(recurse=False)]
+            own += [indices[_DTYPE_READS[name]]] if name in _DTYPE_READS else []
+            modules = dict(module.named_children())
+            called = [key for key in _CALL_ORDER if modules.get(key) is not None] if not name else list(modules)
+            children: list[ModuleNode] = []
+            for key in called:
+                if key == "blocks":
+                    children += [node(f"blocks.{index}", block) for index, block in enumerate(model.blocks)]
                 else:
-                    parts.append(part(prefix + each, children[each]))
-            return Part(tuple(own), tuple(parts))
+                    children.append(node(prefix + key, modules[key]))
+            return ModuleNode(tuple(own), tuple(children))
 
-        return Shapes(tuple(parameter.numel() for parameter in model.parameters()), part("", model))
+        return ModelShapes(tuple(parameter.numel() for parameter in model.parameters()), node("", model))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class ParallelSetup:
     """How a model is trained.
 
     Attributes:
-        ranks, nodes: the ranks are numbered node by node, with as many on each.
-        stage: of ZeRO.
-        number_bytes: of a weight, as the model computes with it: 4 or 2.
-        gradient_bytes: of a gradient, as it is reduced.
-        packs: that a rank goes through in a step.
-        reduces_once: whether gradients are reduced once a step, rather than with each pack.
+        ranks, nodes: the ranks are numbered node by node, equally many on each.
+        stage: ZeRO stage.
+        number_bytes: bytes of a weight in the model's precision: 4 or 2.
+        gradient_bytes: bytes of a gradient element in reductions.
+        packs: per rank and step.
+        reduces_once: whether gradients are reduced once a step, not with each pack.
         hpz: ranks of an hpZ group; 1 for none.
-        whole_below: parameters of up to so many numbers are whole on every rank (stage 3).
-        reduce_bucket: numbers that are reduced at a time.
-        sub_group: numbers of a rank's part that the optimizer steps at a time, each with a norm of its own (stage 3).
-        prefetch_bucket, reuse_distance, live: what decides on stage 3's gathers, see `GatherRules`.
-        counts_clips: whether packs differ in clips, so that the ranks add them up.
+        whole_below: parameters of up to so many elements are unsharded (stage 3).
+        reduce_bucket: elements reduced at a time.
+        sub_group: elements of a rank's shard that the optimizer updates at a time, each with its own norm (stage 3).
+        prefetch_bucket, reuse_distance, live: see `GatherRules`.
+        counts_clips: whether packs differ in their number of clips, which the ranks then add up.
     """
 
     ranks: int
@@ -112,12 +112,12 @@ class Setup:
     counts_clips: bool = False
 
 
-def step_collectives(shapes: Shapes, setup: Setup) -> list[Entry]:
-    """The collectives of a step, for one rank; none where it is alone."""
+def step_collectives(shapes: ModelShapes, setup: ParallelSetup) -> list[Entry]:
+    """The collectives of a step, for one rank; none for a single process."""
     if setup.ranks == 1:
         return []
     total, ranks = sum(shapes.sizes), setup.ranks
-    messages: list[tuple[Key, int]] = []  # a collective's key and its message's bytes
+    messages: list[tuple[Key, int]] = []  # the key and the message bytes of each collective
 
     def add(phase: str, operation: str, sizes: Iterable[int], group: int = ranks) -> None:
         key = Key(phase, operation, group, math.ceil(group * setup.nodes / ranks))
@@ -127,13 +127,13 @@ def step_collectives(shapes: Shapes, setup: Setup) -> list[Entry]:
         add("clips", "all-reduce", [4])
     padded = [_pad(size, ranks) for size in shapes.sizes]
     if setup.stage == 3:
-        kept = frozenset(number for number, size in enumerate(shapes.sizes) if size <= setup.whole_below)
-        for gather in _step_gathers(shapes, setup, kept):
+        persistent = frozenset(number for number, size in enumerate(shapes.sizes) if size <= setup.whole_below)
+        for gather in _step_gathers(shapes, setup, persistent):
             size = setup.number_bytes * sum(padded[number] for number in gather.parameters)
             add(gather.phase, "all-gather", [size], setup.hpz if gather.secondary else ranks)
     operation, gradients = ("reduce-scatter", padded) if setup.stage == 3 else ("all-reduce", shapes.sizes)
     if setup.stage == 1 and setup.number_bytes == 2:
-        buckets = [_pad(total, 2 * ranks)]  # in bf16 DeepSpeed has another optimizer, which reduces all in one
+        buckets = [_pad(total, 2 * ranks)]  # DeepSpeed's bf16 optimizer reduces all gradients in one message
     else:
         buckets = _buckets(shapes.sizes, gradients, setup.reduce_bucket)
     once = setup.reduces_once or setup.stage < 2
@@ -142,7 +142,7 @@ def step_collectives(shapes: Shapes, setup: Setup) -> list[Entry]:
         add("norm", "all-reduce", [4] * (_sub_groups(padded, setup) if setup.stage == 3 else 1))
     add("guard", "all-reduce", [8])
     if setup.stage == 3:
-        add("update", "all-gather", [setup.number_bytes * padded[number] for number in sorted(kept)])
+        add("update", "all-gather", [setup.number_bytes * padded[number] for number in sorted(persistent)])
     elif setup.stage > 0:
         add("update", "all-gather", [setup.number_bytes * _pad(total, 2 * ranks)])
     add("vote", "all-reduce", [32])
@@ -152,16 +152,16 @@ def step_collectives(shapes: Shapes, setup: Setup) -> list[Entry]:
     return [Entry(key, calls[key], sizes[key]) for key in calls]
 
 
-def _step_gathers(shapes: Shapes, setup: Setup, kept: frozenset[int]) -> list[Gather]:
+def _step_gathers(shapes: ModelShapes, setup: ParallelSetup, persistent: frozenset[int]) -> list[Gather]:
     rules = GatherRules(setup.prefetch_bucket, setup.reuse_distance, setup.live)
     first, later = (
-        pack_gathers(shapes.root, shapes.sizes, kept, rules, setup.hpz > 1, first) for first in (True, False)
+        pack_gathers(shapes.root, shapes.sizes, persistent, rules, setup.hpz > 1, first) for first in (True, False)
     )
     return first + later * (setup.packs - 1)
 
 
 def _buckets(sizes: Sequence[int], messages: Sequence[int], limit: int) -> list[int]:
-    """Numbers of each reduction: gradients come from the last parameter to the first and fill buckets of `limit`."""
+    """Elements of each reduction: gradients come from the last parameter to the first and fill buckets of `limit`."""
     buckets, filled = [0], 0
     for size, message in zip(reversed(sizes), reversed(messages), strict=True):
         if filled and filled + size > limit:
@@ -172,8 +172,8 @@ def _buckets(sizes: Sequence[int], messages: Sequence[int], limit: int) -> list[
     return buckets
 
 
-def _sub_groups(padded: Sequence[int], setup: Setup) -> int:
-    """How many groups of parameters stage 3 makes, each closed when it holds `sub_group` numbers of a rank's part."""
+def _sub_groups(padded: Sequence[int], setup: ParallelSetup) -> int:
+    """Number of stage 3's parameter groups; a group is full when it has `sub_group` elements of a rank's shard."""
     groups, filled = 1, 0
     for size in padded:
         if filled >= setup.sub_group:

@@ -1,4 +1,4 @@
-"""Flags that all ranks agree on at the end of a step, so that they go on alike."""
+"""Flags that all ranks agree on at the end of a step, so that they take the same branch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from far_scale.distributed.signals import StopSignals
 
 
 class StepFlags(NamedTuple):
-    """What the ranks agreed on; the same on every rank.
+    """Flags that are set if they are set on any rank; the same on every rank.
 
     Attributes:
-        stop: some rank was asked to stop.
-        saving: some rank is still writing a checkpoint.
-        damaged: some rank's packs are without clips that were damaged.
-        save_due: by some rank's clock it is time for a checkpoint.
+        stop: a stop signal arrived.
+        saving: a checkpoint is still being written.
+        damaged: damaged clips were left out of the packs.
+        save_due: it is time for a checkpoint.
     """
 
     stop: bool
@@ -29,11 +29,11 @@ class StepFlags(NamedTuple):
 
 
 class Consensus:
-    """An all-reduce of `StepFlags` over the CPU group, which overlaps with the step on the device.
+    """An all-reduce of `StepFlags` over the CPU group, which overlaps with the device's work.
 
     Args:
-        signals: what may ask this process to stop, or None.
-        processes: the ranks that agree.
+        signals: the stop signals of this process, or None.
+        processes: the ranks.
     """
 
     def __init__(self, signals: StopSignals | None, processes: Processes) -> None:
@@ -44,11 +44,9 @@ class Consensus:
         """Start the all-reduce.
 
         Args:
-            saving: whether this rank still writes a checkpoint.
-            damaged: whether this rank's packs of the step are without clips that were damaged.
-            save_due: whether it is time for a checkpoint, by this rank's clock.
+            saving, damaged, save_due: this rank's `StepFlags`.
         """
-        stop = self._signals is not None and self._signals.wanted is not None
+        stop = self._signals is not None and self._signals.received is not None
         flags = torch.tensor([int(stop), int(saving), int(damaged), int(save_due)])
         with phase("vote"):
             self._running = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)

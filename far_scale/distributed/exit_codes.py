@@ -1,4 +1,4 @@
-"""The exit statuses of a training process, which the launchers act on, and how a process leaves with one."""
+"""The exit statuses of a training process, on which the launchers act."""
 
 import os
 import sys
@@ -12,17 +12,17 @@ DONE = 0
 """All steps are done."""
 
 CRASHED = 1
-"""An error that the program does not know: starting again may help, as after a device's."""
+"""An unexpected error, such as of a device: a restart may help."""
 
 REFUSED = 2
-"""An input is wrong, or restarting makes no progress: a person must look; starting again would not help."""
+"""A wrong input, or restarts without progress: a restart would not help, a person must look."""
 
 REQUEUE = 75
-"""Stopped on purpose before the end (a signal, the watchdog): start the same command again. 75 is EX_TEMPFAIL."""
+"""Stopped on purpose before the last step (signal, watchdog): restart the same command. 75 is EX_TEMPFAIL."""
 
 
 def exit_status_of(work: Callable[[], int]) -> int:
-    """The exit status that `work` returns, or that of the error that ends it, which is told; raises nothing."""
+    """Run `work` and return its exit status, or that of its error, which is printed; never raises."""
     try:
         return work()
     except UserError as error:
@@ -46,9 +46,9 @@ def _crash() -> int:
 
 
 def exit_process(status: int) -> NoReturn:
-    """End this process."""
+    """Exit with `status`."""
     sys.stdout.flush()
     sys.stderr.flush()
     if status in (DONE, REQUEUE):
         sys.exit(status)
-    os._exit(status)  # other ranks may wait for this one, so nothing here may wait for them
+    os._exit(status)  # without cleanup, which could wait for ranks that wait for this one

@@ -1,12 +1,12 @@
-"""Which weights ZeRO-3 gathers in a step, when and among whom: a replay of DeepSpeed's own bookkeeping.
+"""The all-gathers of weights in a ZeRO-3 step: a simulation of DeepSpeed's bookkeeping.
 
-DeepSpeed does not simply gather each module's weights before its forward and again before its backward. It knows the
-order of the modules from the first steps, and by it
-- gathers ahead: with each module, weights of the next ones, up to `prefetch_bucket` numbers at a time;
-- keeps after forward what is used again within `reuse_distance` numbers, which is everything in models of up to 1e9
-  parameters at its default: then backward gathers nothing.
-With hpZ a rank also keeps, when it first drops a weight in a step, a part of it for the ranks of its hpZ group, which
-from then on gather it among themselves alone.
+DeepSpeed does not simply gather each module's weights before its forward and again before its backward. It records the
+order of the modules in the first steps, and then
+- prefetches: with each module it gathers weights of the next ones, up to `prefetch_bucket` elements at a time;
+- keeps weights after forward that are used again within `reuse_distance` elements. At the default these are all weights
+  of models of up to 1e9 parameters, and backward gathers nothing.
+With hpZ, when a rank first drops a weight in a step, it keeps a shard of it for its hpZ group. Later gathers of that
+weight stay within the group.
 
 Source: deepspeed/runtime/zero/partitioned_param_coordinator.py (0.19.8), `fetch_sub_module` and `__params_to_release`.
 """
@@ -20,33 +20,33 @@ from typing import NamedTuple
 
 
 @dataclass(frozen=True)
-class Part:
+class ModuleNode:
     """A module as ZeRO-3 sees it.
 
     Attributes:
-        own: the parameters, by number, that must be there while it runs: its own, those of its parts that it reads
-            itself, and all of a module that is gathered in one go.
-        parts: the modules that it calls, in that order; none of a module that is gathered in one go.
-        whole: whether it is gathered in one go (DeepSpeed's "leaf module").
+        own: indices of the parameters that must be gathered while it runs: its own, those of its children that it reads
+            itself, and all of a leaf.
+        children: the modules that it calls, in that order; empty for a leaf.
+        is_leaf: whether it is gathered as a whole (DeepSpeed's "leaf module").
     """
 
     own: tuple[int, ...]
-    parts: tuple[Part, ...] = ()
-    whole: bool = False
+    children: tuple[ModuleNode, ...] = ()
+    is_leaf: bool = False
 
     @property
-    def below(self) -> tuple[int, ...]:
-        """Its parameters and its parts', as DeepSpeed walks them: one that the module reads of a part comes twice."""
-        return self.own + tuple(number for part in self.parts for number in part.below)
+    def subtree(self) -> tuple[int, ...]:
+        """The parameters of the module and its subtree; one that the module reads of a child comes twice."""
+        return self.own + tuple(index for child in self.children for index in child.subtree)
 
 
 class Gather(NamedTuple):
     """One all-gather of weights.
 
     Attributes:
-        phase: "forward" or "backward", in which it is started.
-        parameters: what it gathers.
-        secondary: among the ranks of an hpZ group, rather than among all.
+        phase: "forward" or "backward".
+        parameters: indices of the gathered parameters.
+        secondary: whether it is within an hpZ group, not over all ranks.
     """
 
     phase: str
@@ -56,12 +56,12 @@ class Gather(NamedTuple):
 
 @dataclass(frozen=True)
 class GatherRules:
-    """Keys of DeepSpeed's that decide, all in numbers.
+    """DeepSpeed's settings for gathers, in elements.
 
     Attributes:
         prefetch_bucket: stage3_prefetch_bucket_size.
         reuse_distance: stage3_max_reuse_distance.
-        live: stage3_max_live_parameters, which limits what is gathered ahead.
+        live: stage3_max_live_parameters, which limits prefetching.
     """
 
     prefetch_bucket: int
@@ -70,56 +70,62 @@ class GatherRules:
 
 
 def pack_gathers(
-    root: Part, sizes: Sequence[int], kept: frozenset[int], rules: GatherRules, hpz: bool, first: bool
+    root: ModuleNode, sizes: Sequence[int], persistent: frozenset[int], rules: GatherRules, hpz: bool, first: bool
 ) -> list[Gather]:
-    """The gathers of one pack's forward and backward pass, once DeepSpeed knows the order of the modules.
+    """The gathers of one pack's forward and backward pass, once DeepSpeed has recorded the order of the modules.
 
     Args:
         root: the model.
-        sizes: numbers in each parameter.
-        kept: the parameters that are whole on every rank.
+        sizes: elements of each parameter.
+        persistent: indices of the parameters that are unsharded on every rank.
         hpz: whether there are hpZ groups.
-        first: whether it is the step's first pack, before which hpZ groups hold nothing.
+        first: whether it is the first pack of the step, when hpZ groups hold no shards yet.
     """
-    replay = _Replay(root, sizes, kept, rules, hpz, first)
-    replay.forward(root)
-    replay.backward(root)
-    return replay.gathers
+    simulation = _Simulation(root, sizes, persistent, rules, hpz, first)
+    simulation.forward(root)
+    simulation.backward(root)
+    return simulation.gathers
 
 
-class _Replay:
+class _Simulation:
     def __init__(
-        self, root: Part, sizes: Sequence[int], kept: frozenset[int], rules: GatherRules, hpz: bool, first: bool
+        self,
+        root: ModuleNode,
+        sizes: Sequence[int],
+        persistent: frozenset[int],
+        rules: GatherRules,
+        hpz: bool,
+        first: bool,
     ) -> None:
-        self._sizes, self._kept, self._rules, self._hpz = sizes, kept, rules, hpz
-        self._order = [*_entered(root, False), *_entered(root, True)]
-        self._queue = deque((number, step) for step, part in enumerate(self._order) for number in sorted(part.own))
-        self._secondary = set() if first or not hpz else set(range(len(sizes))) - kept
-        self._available = set(kept)
-        self._gathered = 0  # numbers that are available and not kept
+        self._sizes, self._persistent, self._rules, self._hpz = sizes, persistent, rules, hpz
+        self._order = [*_visited(root, False), *_visited(root, True)]
+        self._queue = deque((number, step) for step, module in enumerate(self._order) for number in sorted(module.own))
+        self._secondary = set() if first or not hpz else set(range(len(sizes))) - persistent
+        self._available = set(persistent)
+        self._gathered = 0  # elements that are available and not persistent
         self._in_use: dict[int, int] = {}
         self._fetched_for: dict[int, int] = {}
         self._step, self._phase = 0, "forward"
         self.gathers: list[Gather] = []
 
-    def forward(self, part: Part) -> None:
-        self._enter(part)
-        for each in part.parts:
-            self.forward(each)
-        self._leave(part)
+    def forward(self, module: ModuleNode) -> None:
+        self._enter(module)
+        for child in module.children:
+            self.forward(child)
+        self._leave(module)
 
-    def backward(self, part: Part) -> None:
+    def backward(self, module: ModuleNode) -> None:
         self._phase = "backward"
-        self._enter(part)
-        for each in reversed(part.parts):
-            self.backward(each)
-        self._leave(part)
+        self._enter(module)
+        for child in reversed(module.children):
+            self.backward(child)
+        self._leave(module)
 
-    def _enter(self, part: Part) -> None:
-        self._gather({number for number in part.own if number not in self._available})
-        for number in part.own:
+    def _enter(self, module: ModuleNode) -> None:
+        self._gather({number for number in module.own if number not in self._available})
+        for number in module.own:
             self._in_use[number] = self._in_use.get(number, 0) + 1
-        due = sum(self._fetched_for.get(number, -1) < self._step for number in set(part.own))
+        due = sum(self._fetched_for.get(number, -1) < self._step for number in set(module.own))
         taken: set[int] = set()
         while self._queue and len(taken) < due:
             number, step = self._queue.popleft()
@@ -142,23 +148,25 @@ class _Replay:
 
     def _gather(self, numbers: set[int]) -> None:
         for secondary in (True, False):
-            together = tuple(sorted(number for number in numbers if (number in self._secondary) == secondary))
-            if together:
-                self.gathers.append(Gather(self._phase, together, secondary))
+            gathered = tuple(sorted(number for number in numbers if (number in self._secondary) == secondary))
+            if gathered:
+                self.gathers.append(Gather(self._phase, gathered, secondary))
         self._available |= numbers
         self._gathered += sum(self._sizes[number] for number in numbers)
 
-    def _leave(self, part: Part) -> None:
-        dropped = {number for number in part.own if self._fetched_for.get(number, -1) <= self._step} - self._kept
+    def _leave(self, module: ModuleNode) -> None:
+        dropped = {
+            number for number in module.own if self._fetched_for.get(number, -1) <= self._step
+        } - self._persistent
         distance = 0
         for later in self._order[self._step :]:
             if distance >= self._rules.reuse_distance:
                 break
-            # As DeepSpeed walks them: seen from any other module, one that is gathered in one go holds no parameters.
-            walked = later.below if part.whole else () if later.whole else later.own
+            # As DeepSpeed counts them: for other modules a leaf has no parameters of its own.
+            walked = later.subtree if module.is_leaf else () if later.is_leaf else later.own
             dropped -= set(walked)
             distance += sum(self._sizes[number] for number in walked)
-        for number in part.own:
+        for number in module.own:
             self._in_use[number] -= 1
             if number in dropped and number in self._available and not self._in_use[number]:
                 self._available.remove(number)
@@ -167,8 +175,8 @@ class _Replay:
                     self._secondary.add(number)
 
 
-def _entered(part: Part, backward: bool) -> Iterator[Part]:
-    """The part and all below it in the order in which a pass comes to them."""
-    yield part
-    for each in reversed(part.parts) if backward else part.parts:
-        yield from _entered(each, backward)
+def _visited(module: ModuleNode, backward: bool) -> Iterator[ModuleNode]:
+    """The module and its subtree in the order of a pass."""
+    yield module
+    for child in reversed(module.children) if backward else module.children:
+        yield from _visited(child, backward)

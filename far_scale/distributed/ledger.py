@@ -1,12 +1,12 @@
-"""A ledger of collectives: what a rank sends in a training step, within its node and between nodes.
+"""A ledger of collectives: the bytes that a rank sends in a training step, within its node and between nodes.
 
-It notes the size, the group and the phase of each collective when it is called. It looks at sizes only, so no device is
-waited for and the figures hold for CUDA as for CPUs. Collectives are intercepted while a step is recorded, and not
-otherwise. Not noted: barriers, and collectives of Python objects (none of them belongs to a regular step).
+While a step is recorded, calls of collectives are intercepted, and their sizes, groups and phases are recorded. Only
+sizes are read, so there is no synchronization with the device. Barriers and collectives of Python objects are not
+recorded; a regular step has none.
 
-Bytes are given in two ways. `message_bytes` is exact: the larger of the tensors that a rank gives to the call, which is
-the whole gathered tensor of an all-gather and the whole unreduced tensor of a reduce-scatter. The bytes sent are a
-model, that of a ring (see `sent_bytes`).
+Bytes are given in two ways. `message_bytes` is exact: the largest tensor that a rank passes to the call, which is the
+gathered tensor of an all-gather and the unreduced tensor of a reduce-scatter. The bytes sent are those of a ring
+algorithm (see `sent_bytes`).
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ OPERATIONS = {
     "broadcast": "broadcast",
     "reduce": "reduce",
 }
-"""The kind of collective that a function of torch.distributed or a method of DeepSpeed's backend starts."""
+"""The collective of each function of torch.distributed and method of DeepSpeed's backend."""
 
 _phase = "other"
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Collectives that are started inside, by any thread, belong to this phase of the step.
+    """Assign the collectives that any thread starts inside to this phase of the step.
 
-    It is no context variable, since autograd runs DeepSpeed's hooks in threads of its own.
+    Not a context variable, since autograd runs DeepSpeed's hooks in its own threads.
     """
     global _phase
     outer, _phase = _phase, name
@@ -56,13 +56,13 @@ def phase(name: str) -> Iterator[None]:
 
 
 class Key(NamedTuple):
-    """What entries of a ledger are summed up by.
+    """The key by which collectives are added up.
 
     Attributes:
-        phase: the part of the step, such as "forward" or "norm".
-        operation: the kind of collective, a value of `OPERATIONS`.
-        ranks: of the group.
-        nodes: that the group's ranks are on.
+        phase: part of the step, such as "forward" or "norm".
+        operation: a value of `OPERATIONS`.
+        ranks: number of ranks in the group.
+        nodes: number of nodes of these ranks.
     """
 
     phase: str
@@ -73,12 +73,11 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """Collectives of one key, of one rank.
+    """The collectives of one key, of one rank.
 
     Attributes:
-        key: what they have in common.
-        calls: how many.
-        message_bytes: their tensors' bytes, see above.
+        calls: their number.
+        message_bytes: bytes of their tensors, see above.
     """
 
     key: Key
@@ -92,10 +91,10 @@ class Entry:
 
     @property
     def between(self) -> float:
-        """Those of `sent` that go to another node, in the mean over the group's ranks.
+        """The part of `sent` that goes to other nodes, averaged over the group's ranks.
 
-        A ring goes through the ranks node by node, as NCCL lays it, so that of its n links one a node leads to
-        another node, and each link carries the same. Of an all-to-all, a rank sends an equal part to each rank.
+        NCCL's rings go through the ranks node by node, so one link per node leads to another node, and all links carry
+        the same. In an all-to-all, a rank sends an equal part to each rank.
         """
         ranks, nodes = self.key.ranks, self.key.nodes
         if self.key.operation == "all-to-all":
@@ -104,22 +103,22 @@ class Entry:
 
     @property
     def within(self) -> float:
-        """Those of `sent` that stay on the node."""
+        """The part of `sent` that stays on the node."""
         return self.sent - self.between
 
 
 def sent_bytes(operation: str, ranks: int, message_bytes: float) -> float:
-    """Bytes that each of n ranks sends in a ring: (n - 1) / n of the message, twice as much for an all-reduce.
+    """Bytes that each of n ranks sends in a ring: (n - 1) / n of the message, twice that for an all-reduce.
 
     The factors are those of nccl-tests (doc/PERFORMANCE.md, "bus bandwidth") for all-gather, reduce-scatter, all-to-all
-    and all-reduce. A broadcast or reduce passes the whole message n - 1 times along a chain, which is the same
-    (n - 1) / n in the mean over the ranks. Algorithms other than rings (trees, SHARP) differ.
+    and all-reduce. A broadcast or reduce sends the whole message n - 1 times along a chain, on average also (n - 1) / n
+    per rank. Other algorithms (trees, SHARP) differ.
     """
     return (2 if operation == "all-reduce" else 1) * (ranks - 1) / ranks * message_bytes
 
 
 def table(entries: Sequence[Entry]) -> list[str]:
-    """The entries as lines of text, with their sum."""
+    """The entries as a text table, with their sum."""
     rows: list[tuple[str, ...]] = [
         ("collectives of a rank", "ranks", "nodes", "calls", "message MB", "MB sent in the node", "to other nodes")
     ]
@@ -138,12 +137,12 @@ def _megabytes(size: float) -> str:
 
 
 class Ledger:
-    """Collectives of this rank, from `recording` blocks.
+    """Records the collectives of this rank.
 
     Args:
         hosts: every rank's node, by rank.
-        backends: objects beside torch.distributed whose methods start collectives and may hold earlier references to
-            torch's functions, such as DeepSpeed's communication backend.
+        backends: further objects with methods that start collectives, such as DeepSpeed's communication backend, which
+            may hold references to the original functions of torch.
     """
 
     def __init__(self, hosts: Sequence[str], *backends: Any) -> None:
@@ -154,55 +153,55 @@ class Ledger:
         self._lock = threading.Lock()
 
     def entries(self) -> list[Entry]:
-        """One a key, in the order in which the keys were first seen."""
+        """The recorded collectives, one entry per key, in the order of their first calls."""
         return list(self._entries.values())
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Note what is started inside, and forget what was noted before."""
+        """Record the collectives that are started inside; clears earlier entries."""
         self._entries = {}
         with contextlib.ExitStack() as stack:
             for owner in self._owners:
                 for name, operation in OPERATIONS.items():
                     if callable(function := getattr(owner, name, None)):
                         stack.callback(_restore, owner, name, vars(owner).get(name))
-                        setattr(owner, name, self._noting(function, operation))
+                        setattr(owner, name, self._recorded(function, operation))
             yield
 
-    def _noting(self, function: Callable[..., Any], operation: str) -> Callable[..., Any]:
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            if getattr(self._inside, "call", False):  # a backend's method calls torch's function in its turn
+    def _recorded(self, function: Callable[..., Any], operation: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if getattr(self._inside, "call", False):  # torch's function, called by a backend's method
                 return function(*args, **kwargs)
-            self._note(operation, [*args, *kwargs.values()])
+            self._record(operation, [*args, *kwargs.values()])
             self._inside.call = True
             try:
                 return function(*args, **kwargs)
             finally:
                 self._inside.call = False
 
-        return noted
+        return call
 
-    def _note(self, operation: str, arguments: list[Any]) -> None:
-        group = next((each for each in arguments if isinstance(each, dist.ProcessGroup)), dist.group.WORLD)
+    def _record(self, operation: str, arguments: list[Any]) -> None:
+        group = next((value for value in arguments if isinstance(value, dist.ProcessGroup)), dist.group.WORLD)
         if group not in self._groups:
             ranks = dist.get_process_group_ranks(group)
             self._groups[group] = len(ranks), len({self._hosts[rank] for rank in ranks})
         key = Key(_phase, operation, *self._groups[group])
-        size = max(_bytes_of(each) for each in arguments)
+        size = max(_tensor_bytes(value) for value in arguments)
         with self._lock:
             entry = self._entries.get(key, Entry(key, 0, 0))
             self._entries[key] = replace(entry, calls=entry.calls + 1, message_bytes=entry.message_bytes + size)
 
 
-def _bytes_of(argument: Any) -> int:
+def _tensor_bytes(argument: Any) -> int:
     if isinstance(argument, torch.Tensor):
         return argument.numel() * argument.element_size()
-    return sum(_bytes_of(each) for each in argument) if isinstance(argument, (list, tuple)) else 0
+    return sum(_tensor_bytes(item) for item in argument) if isinstance(argument, (list, tuple)) else 0
 
 
-def _restore(owner: Any, name: str, own: Any) -> None:
-    """Set an attribute back to the owner's own, or, where that is None, to what its class has."""
-    if own is None:
+def _restore(owner: Any, name: str, original: Any) -> None:
+    """Restore an attribute; None if the original was an attribute of the class."""
+    if original is None:
         delattr(owner, name)
     else:
-        setattr(owner, name, own)
+        setattr(owner, name, original)

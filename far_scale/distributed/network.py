@@ -1,8 +1,8 @@
-"""Whether the hosts reach each other at the addresses that gloo and NCCL take, found before these find out.
+"""Check that the hosts reach each other at the addresses that gloo and NCCL use, before the process group is made.
 
-Gloo takes the address that a host's own name resolves to. Where that is 127.0.1.1, as in Debian's /etc/hosts, or an
-interface that leads nowhere, it fails after 10 to 30 minutes with a message that names neither. So the first rank on
-each host listens at its addresses, and connects to those of the next host, before there is a process group.
+Gloo uses the address that a host's own name resolves to. If that is 127.0.1.1, as in Debian's /etc/hosts, or belongs to
+an interface without a route, gloo fails after 10 to 30 minutes with a message that names neither. So the first rank on
+each host listens at its addresses, and connects to those of the next host.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from far_scale.distributed.addresses import Endpoint, endpoints, interface_list
 from far_scale.utils.errors import UserError
 from far_scale.utils.hosts import host_name
 
-_CONNECTING = 8.0
-"""Seconds for one connection; there are two as a rule, gloo's and NCCL's."""
+_CONNECT_SECONDS = 8.0
+"""For one connection; usually there are two, of gloo and NCCL."""
 
-_PUBLISHING = timedelta(seconds=15)
-"""For the next host to say where it listens."""
+_NEIGHBOUR_TIMEOUT = timedelta(seconds=15)
+"""For the next host to publish its addresses."""
 
-_ALL = 35.0
-"""Seconds for all hosts to report, with both of the above; so every refusal comes within a minute."""
+_TOTAL_SECONDS = 35.0
+"""For all hosts to report, including the two timeouts above; so every refusal comes within a minute."""
 
 _SHARED = "in slurm/site.sh to an interface that all hosts share"
 
 
 def wait_for_route(rank: int, address: str, port: int) -> None:
-    """Wait until the host of rank 0 answers, be it by refusing: then it is there, and its rank 0 may come late.
+    """Wait until the host of rank 0 answers. It may refuse the connection, since its rank 0 may start later.
 
     Raises:
-        UserError: for 35 seconds its name does not resolve, or leads back to this host, or there is no route to it, or
-            nothing answers.
+        UserError: for 35 seconds its name does not resolve, or resolves to this host, or there is no route, or no
+            answer.
     """
-    end = time.monotonic() + _ALL
-    while reason := _no_answer(address, port):
+    end = time.monotonic() + _TOTAL_SECONDS
+    while reason := _unreachable_reason(address, port):
         if time.monotonic() > end:
             raise UserError(
                 f"rank {rank} on {host_name()} cannot reach rank 0 at {address}:{port}: {reason}; set MASTER_ADDR in "
@@ -54,22 +54,22 @@ def wait_for_route(rank: int, address: str, port: int) -> None:
         time.sleep(1)
 
 
-def _no_answer(name: str, port: int) -> str:
-    """Why nothing answers there; empty where something does at any address of `name`, be it by refusing."""
+def _unreachable_reason(name: str, port: int) -> str:
+    """Why no address of `name` answers; empty if one does, also by refusing the connection."""
     try:
-        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+        candidates = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     except OSError as error:
         return _reason(error)
-    addresses = [str(where[0]) for *_, where in found]
-    # Where somebody wrote an address, and not a name, all may run on one machine.
+    addresses = [str(address[0]) for *_, address in candidates]
+    # If MASTER_ADDR is a loopback address and not a name, the user may run all ranks on one machine.
     if os.environ.get("SLURM_NODEID", "0") != "0" and name not in addresses and all(map(_is_loopback, addresses)):
         return f"{name} resolves to {addresses[0]}, which is this host itself"
     reason = ""
-    for family, kind, protocol, _, where in found:
+    for family, kind, protocol, _, address in candidates:
         with socket.socket(family, kind, protocol) as probe:
-            probe.settimeout(_CONNECTING)
+            probe.settimeout(_CONNECT_SECONDS)
             try:
-                probe.connect(where)
+                probe.connect(address)
             except ConnectionRefusedError:
                 return ""
             except OSError as error:
@@ -85,78 +85,80 @@ def _is_loopback(address: str) -> bool:
 
 @contextlib.contextmanager
 def checked_network(store: dist.Store, rank: int, leaders: Sequence[tuple[int, str]], cuda: bool) -> Iterator[str]:
-    """Check the network while the context is open; every rank must stay in it until rank 0's result is known to all.
+    """Check the network. Every rank must stay in the context until all ranks know the result of rank 0.
 
     Args:
-        store: what all ranks share.
-        rank: this process's.
-        leaders: for each host the lowest of its ranks, which checks for all of them, and the host's name.
-        cuda: whether the ranks compute on GPUs, so that NCCL is used.
+        store: shared by all ranks.
+        rank: of this process.
+        leaders: for each host its lowest rank, which checks for all of its ranks, and its name.
+        cuda: whether NCCL is used.
 
     Yields:
-        On rank 0 what is wrong, one line, empty where nothing is; on others an empty text.
+        On rank 0 the problems, in one line, or an empty text; on other ranks an empty text.
     """
     ranks = [leader for leader, _ in leaders]
     if rank not in ranks:
         yield ""
         return
-    end = time.monotonic() + _ALL
+    end = time.monotonic() + _TOTAL_SECONDS
     neighbour = leaders[(ranks.index(rank) + 1) % len(leaders)]
-    with contextlib.ExitStack() as listening:
-        problem = _check_host(store, rank, neighbour, cuda, listening)
+    with contextlib.ExitStack() as listeners:
+        problem = _check_host(store, rank, neighbour, cuda, listeners)
         store.set(f"network/result/{rank}", problem)
         yield _all_problems(store, leaders, end) if rank == 0 else ""
 
 
 def _check_host(
-    store: dist.Store, rank: int, neighbour: tuple[int, str], cuda: bool, listening: contextlib.ExitStack
+    store: dist.Store, rank: int, neighbour: tuple[int, str], cuda: bool, listeners: contextlib.ExitStack
 ) -> str:
-    """What is wrong with this host, or between it and the next; listens until `listening` is closed."""
-    host, alone = host_name(), neighbour[0] == rank
-    own, token = endpoints(cuda, named_alone=alone), uuid.uuid4().hex
-    there = []
-    for each in own:
-        problem, port = each.problem(alone), 0
-        if problem is None and not alone:
+    """The problem of this host, or of its connection to the next one; listens until `listeners` is closed."""
+    host, single_host = host_name(), neighbour[0] == rank
+    own, token = endpoints(cuda, named_only=single_host), uuid.uuid4().hex
+    published = []
+    for endpoint in own:
+        problem, port = endpoint.problem(single_host), 0
+        if problem is None and not single_host:
             try:
-                port = listening.enter_context(_listening(each, token))
+                port = listeners.enter_context(_listening(endpoint, token))
             except OSError as error:
-                problem = f"nothing can listen at {each.address}, {each.origin}: {_reason(error)}"
+                problem = f"nothing can listen at {endpoint.address}, {endpoint.origin}: {_reason(error)}"
         if problem is not None:
             store.set(f"network/at/{rank}", json.dumps({"listening": []}))
-            return f"{host}: {problem}; set {each.variable} {_SHARED}; {host} has {interface_list()}"
-        there.append({**asdict(each), "port": port})
-    if alone:
+            return f"{host}: {problem}; set {endpoint.variable} {_SHARED}; {host} has {interface_list()}"
+        published.append({**asdict(endpoint), "port": port})
+    if single_host:
         return ""
-    store.set(f"network/at/{rank}", json.dumps({"listening": there, "token": token, "interfaces": interface_list()}))
+    store.set(
+        f"network/at/{rank}", json.dumps({"listening": published, "token": token, "interfaces": interface_list()})
+    )
     return _check_neighbour(store, own, neighbour)
 
 
 def _check_neighbour(store: dist.Store, own: Sequence[Endpoint], neighbour: tuple[int, str]) -> str:
     host, (next_rank, next_host) = host_name(), neighbour
     try:
-        store.wait([f"network/at/{next_rank}"], _PUBLISHING)
+        store.wait([f"network/at/{next_rank}"], _NEIGHBOUR_TIMEOUT)
     except RuntimeError:
-        return f"{next_host}: rank {next_rank} has not said where it listens; look at what it printed"
-    said = json.loads(store.get(f"network/at/{next_rank}"))
-    for at in said["listening"]:
-        port = at.pop("port")
-        there = Endpoint(**at)
-        same = [each for each in own if each.variable == there.variable]
-        reason = _connect(there, port, said["token"])
-        if not reason and same and there.family not in [each.family for each in same]:
-            reason = f"{host} itself takes {same[0].address}, of the other kind"
+        return f"{next_host}: rank {next_rank} has not published its addresses; look at its output"
+    published = json.loads(store.get(f"network/at/{next_rank}"))
+    for fields in published["listening"]:
+        port = fields.pop("port")
+        remote = Endpoint(**fields)
+        same_variable = [local for local in own if local.variable == remote.variable]
+        reason = _connect(remote, port, published["token"])
+        if not reason and same_variable and remote.family not in [local.family for local in same_variable]:
+            reason = f"{host} itself uses {same_variable[0].address}, of the other IP version"
         if reason:
             return (
-                f"{host} does not reach {next_host} at {there.address} ({there.origin}): {reason}; set "
-                f"{there.variable} {_SHARED}; {next_host} has {said['interfaces']}"
+                f"{host} does not reach {next_host} at {remote.address} ({remote.origin}): {reason}; set "
+                f"{remote.variable} {_SHARED}; {next_host} has {published['interfaces']}"
             )
     return ""
 
 
 @contextlib.contextmanager
 def _listening(endpoint: Endpoint, token: str) -> Iterator[int]:
-    """Answer `token` to whoever connects to `endpoint`; yields the port."""
+    """Send `token` to every connection at `endpoint`; yields the port."""
 
     def answer() -> None:
         with contextlib.suppress(OSError):  # the socket is shut down
@@ -177,13 +179,13 @@ def _listening(endpoint: Endpoint, token: str) -> Iterator[int]:
 
 
 def _connect(endpoint: Endpoint, port: int, token: str) -> str:
-    """Why `endpoint` cannot be reached; empty where it can."""
+    """Why `endpoint` cannot be reached; empty if it can."""
     try:
-        with socket.create_connection((endpoint.address, port), timeout=_CONNECTING) as connection:
-            answered = connection.recv(len(token), socket.MSG_WAITALL).decode(errors="replace")
+        with socket.create_connection((endpoint.address, port), timeout=_CONNECT_SECONDS) as connection:
+            answer = connection.recv(len(token), socket.MSG_WAITALL).decode(errors="replace")
     except OSError as error:
         return _reason(error)
-    return "" if answered == token else "another host answers at this address"
+    return "" if answer == token else "another host answers at this address"
 
 
 def _reason(error: OSError) -> str:
@@ -193,7 +195,7 @@ def _reason(error: OSError) -> str:
 
 
 def _all_problems(store: dist.Store, leaders: Sequence[tuple[int, str]], end: float) -> str:
-    """The first problem that any host has found until `end` on the monotonic clock, and which others have one."""
+    """The first problem that hosts report until `end` on the monotonic clock, and the other hosts with problems."""
     problems: dict[str, str] = {}
     for rank, host in leaders:
         with contextlib.suppress(RuntimeError):

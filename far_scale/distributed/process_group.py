@@ -1,7 +1,7 @@
-"""The processes of a run: who this one is, and the group they talk in.
+"""The processes of a run and their process groups: NCCL on GPUs, gloo on CPUs.
 
-Whatever started them (torchrun, deepspeed, srun, or nothing: then this process is alone), afterwards RANK,
-WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set and torch.distributed is up: NCCL on GPUs, gloo on CPUs.
+They may be started by torchrun, deepspeed or srun, or be a single process. Afterwards RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT are set and torch.distributed is initialized.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from far_scale.utils.hosts import first_host, host_name
 T = TypeVar("T")
 
 STUCK_SECONDS = 120.0
-"""After which what has not come never will; NCCL's first contact on thousands of ranks takes a minute."""
+"""Time after which a rank counts as stuck; NCCL's first contact on thousands of ranks takes a minute."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Who this process is.
+    """The rank of this process, and the process groups.
 
     Attributes:
-        rank: its number.
-        world_size: how many there are.
-        device: what it computes on.
-        host_group: all of them again, over gloo, for what is agreed on between hosts without the device.
-        timeout: after which a collective of these processes fails; torch's defaults where None.
+        rank: of this process.
+        world_size: number of processes.
+        device: of this process.
+        host_group: all processes over gloo, for CPU tensors.
+        timeout: of collectives; torch's defaults where None.
     """
 
     rank: int
@@ -47,28 +47,28 @@ class Processes:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this process is the one that prints and writes."""
         return self.rank == 0
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean of `values` over all processes, float64, the same on each."""
+        """The mean of `values` over all processes, float64."""
         summed = values.detach().to(torch.float64)
         dist.all_reduce(summed)
         return summed / self.world_size
 
 
 def start_processes(timeout: datetime.timedelta | None = None) -> Processes:
-    """Join the group. Call once a process.
+    """Initialize the process groups. Call once per process.
 
     Args:
-        timeout: after which a collective fails; torch's defaults (NCCL 10 minutes, gloo 30) where None.
+        timeout: of collectives; torch's defaults (NCCL 10 minutes, gloo 30) where None.
 
     Raises:
         UserError: the launcher's variables are incomplete, or the processes do not find each other.
     """
-    rank, count = take_launcher_variables()
+    rank, world_size = read_launcher_variables()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    store = rendezvous(rank, count, device.type)
+    store = rendezvous(rank, world_size, device.type)
     if device.type == "cuda":
         try:
             torch.cuda.set_device(device)
@@ -81,18 +81,18 @@ def start_processes(timeout: datetime.timedelta | None = None) -> Processes:
         backend = "nccl"
     else:
         backend = "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
-    return Processes(rank, count, device, dist.new_group(backend="gloo", timeout=timeout), timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return Processes(rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout), timeout)
 
 
-def take_launcher_variables() -> tuple[int, int]:
-    """This process's rank and the world size, by what its launcher has set; the environment has torchrun's names then.
+def read_launcher_variables() -> tuple[int, int]:
+    """The rank and the world size, from the launcher's variables; sets those that torchrun sets.
 
     Raises:
         UserError: the launcher's variables are incomplete.
     """
     if "RANK" not in os.environ:
-        _take_from_slurm() if "SLURM_STEP_ID" in os.environ else _take_alone()
+        _set_from_slurm() if "SLURM_STEP_ID" in os.environ else _set_for_single_process()
     missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
@@ -102,9 +102,10 @@ def take_launcher_variables() -> tuple[int, int]:
 
 
 def set_timeouts(processes: Processes) -> None:
-    """Give all process groups that there are the timeout of `processes`: a library's own groups have torch's default.
+    """Set the timeout of `processes` for all existing process groups.
 
-    A new group does not inherit its parent's timeout, and DeepSpeed passes none (0.19.8, `deepspeed.comm.new_group`).
+    A new group does not inherit its parent's timeout but has torch's default, and DeepSpeed passes none for its groups
+    (0.19.8, `deepspeed.comm.new_group`).
     """
     if processes.timeout is not None:
         for group in list(dist.distributed_c10d._world.pg_map):
@@ -112,11 +113,11 @@ def set_timeouts(processes: Processes) -> None:
 
 
 def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's `value`, in the order of the ranks, on each of them; of this process alone without groups.
+    """The `value` of every rank, by rank; of only this process where there are no process groups.
 
     Args:
-        value: anything that can be pickled.
-        group: of CPU tensors, such as `Processes.host_group`; the default one where None.
+        value: picklable.
+        group: for CPU tensors, such as `Processes.host_group`; the default one where None.
     """
     if not dist.is_initialized():
         return [value]
@@ -129,8 +130,8 @@ class StuckError(Exception):
     """Some ranks hang.
 
     Attributes:
-        ranks: which.
-        what: that they do, a clause after their names.
+        ranks: the ranks.
+        what: what they do, a predicate for the message.
     """
 
     def __init__(self, ranks: list[int], what: str) -> None:
@@ -138,16 +139,15 @@ class StuckError(Exception):
         self.ranks, self.what = ranks, what
 
 
-def wait_for_all_ranks(processes: Processes, at: str, seconds: float) -> None:
-    """Wait until every rank is here.
+def wait_for_all_ranks(processes: Processes, after: str, seconds: float) -> None:
+    """Wait until every rank is here, over the host group.
 
     Args:
-        processes: who meets; over their host group, so no device is needed.
-        at: what they have done by then, a noun.
+        after: what the ranks have done before, a noun for the message.
         seconds: how long rank 0 waits.
 
     Raises:
-        StuckError: some did not come. Only rank 0 learns who, so the others wait longer, for it to say so.
+        StuckError: some ranks did not come. Only rank 0 knows which, so the others wait longer, to let it report them.
     """
     if processes.world_size == 1:
         return
@@ -155,17 +155,17 @@ def wait_for_all_ranks(processes: Processes, at: str, seconds: float) -> None:
     try:
         dist.monitored_barrier(processes.host_group, limit, wait_all_ranks=True)
     except RuntimeError as error:
-        late = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error)) if processes.is_main_process else None
-        if late is None:
-            raise StuckError([0], f"did not meet the others after {at}; it says why, or is what hangs") from error
-        ranks = sorted(int(rank) for rank in late.group(1).split(","))
-        raise StuckError(ranks, f"did not come through {at} in {seconds:g} s") from error
+        missing = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error)) if processes.is_main_process else None
+        if missing is None:
+            raise StuckError([0], f"did not meet the others after {after}; its output says why, or it hangs") from error
+        ranks = sorted(int(rank) for rank in missing.group(1).split(","))
+        raise StuckError(ranks, f"did not come through {after} in {seconds:g} s") from error
 
 
 def all_ranks_or_raise(work: Callable[[], T], processes: Processes) -> T:
-    """What `work` returns; where it raises a UserError on some rank, all ranks raise the first one.
+    """Run `work` on all ranks and return its result; if any rank raises a UserError, all raise the first one.
 
-    So they do where a file cannot be read or written: the others would wait for this rank, and crash when it ends.
+    An OSError of a file counts as a UserError. Without this, the other ranks would wait for the failed one.
     """
     result: T | None = None
     problem: str | None = None
@@ -177,15 +177,15 @@ def all_ranks_or_raise(work: Callable[[], T], processes: Processes) -> T:
         if (problem := file_problem(error)) is None:
             raise
     problems = all_gather_objects(problem, processes.host_group)
-    if (first := next((each for each in problems if each is not None), None)) is not None:
+    if (first := next((text for text in problems if text is not None), None)) is not None:
         raise UserError(first)
     return result  # type: ignore[return-value]
 
 
 def broadcast_from_main(work: Callable[[], T], processes: Processes) -> T:
-    """What `work` returns on the main process, on all of them; where it raises a UserError there, all raise it.
+    """Run `work` on the main process and return its result on all; if it raises a UserError, all processes raise one.
 
-    The main process alone says it: one line, however many ranks there are.
+    Only the main process prints it: one line for any number of ranks.
     """
     try:
         value = all_ranks_or_raise(lambda: work() if processes.is_main_process else None, processes)
@@ -196,25 +196,25 @@ def broadcast_from_main(work: Callable[[], T], processes: Processes) -> T:
 
 
 def stop_processes() -> None:
-    """Leave the group, so that nothing is left waiting for this process."""
+    """Destroy the process groups."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _take_from_slurm() -> None:
-    """The rendezvous of an srun step: its first host, and a port that follows from the job's number.
+def _set_from_slurm() -> None:
+    """Set the variables from an srun step: its first host, and a port derived from the job's number.
 
-    On one node no name need resolve.
+    On one node no host name has to resolve.
     """
-    alone = os.environ.get("SLURM_STEP_NUM_NODES") == "1"
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1" if alone else first_host(os.environ["SLURM_STEP_NODELIST"]))
+    single_node = os.environ.get("SLURM_STEP_NUM_NODES") == "1"
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1" if single_node else first_host(os.environ["SLURM_STEP_NODELIST"]))
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
 
 
-def _take_alone() -> None:
+def _set_for_single_process() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

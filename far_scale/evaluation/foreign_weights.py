@@ -25,8 +25,7 @@ from far_scale.autoencoder.lpips_network import Net, convert_published
 from far_scale.evaluation.i3d import I3D
 from far_scale.evaluation.lpips import LPIPS
 from far_scale.utils.errors import UserError
-from far_scale.utils.pickles import Record, RecordUnpickler
-from far_scale.utils.tensor_files import read_tensors
+from far_scale.utils.tensor_files import Record, RecordUnpickler, read_tensors
 
 _TORCH_SAVE_BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number that such a file begins with
 _NUMPY_NAMES = re.compile(r"numpy\._?core\.multiarray\._reconstruct|numpy\.(ndarray|dtype)")

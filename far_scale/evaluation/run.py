@@ -22,8 +22,8 @@ from far_scale.distributed.process_group import (
     Processes,
     all_ranks_or_raise,
     broadcast_from_main,
+    read_launcher_variables,
     stop_processes,
-    take_launcher_variables,
 )
 from far_scale.evaluation.clips import ClipSource, open_clips
 from far_scale.evaluation.generate import guidance_of
@@ -57,7 +57,7 @@ def started_processes(device: str | None) -> Iterator[Processes]:
     Raises:
         UserError: the launcher's variables are incomplete, or there is no GPU.
     """
-    rank, count = take_launcher_variables()
+    rank, count = read_launcher_variables()
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here that PyTorch can use; take --device cpu")
     chosen = torch.device("cpu")

@@ -1,1 +1,1 @@
-"""What keeps a run going: stop signals, the guard against bad steps, the watchdog, the check of the nodes."""
+"""Checks of the nodes before training, detection of slow ranks, and the watchdog."""

@@ -1,4 +1,4 @@
-"""A small matrix product whose result is known: finds a device that calculates wrongly, or slowly."""
+"""A matrix product with exact result, to find devices that compute wrong results or are slow."""
 
 from __future__ import annotations
 
@@ -9,20 +9,15 @@ import torch
 
 
 class GemmProbe:
-    """The product of two matrices of +1 and -1 on one device.
+    """The product of two matrices of +1 and -1 on a device.
 
-    Its entries are even and, at these sizes, below 512, and so is what they are summed up from in even portions: they
-    are exact in bfloat16 as in float32, in whatever order the device sums. So a right device has no rounding to
-    excuse a difference with.
-
-    Args:
-        device: what calculates.
-        dtype: in which arithmetic.
+    Its entries and their partial sums over even numbers of terms are even and, at these sizes, below 512. So they are
+    exact in bfloat16 and float32 in any order of summation, and any difference is an error of the device.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        # About a millisecond a batch; on a GPU in one row, so that the launches are hidden.
-        self._size, self._a_batch = (2048, 32) if device.type == "cuda" else (256, 2)
+        # About a millisecond per batch; queued on a GPU, to hide the kernel launches.
+        self._size, self._batch_size = (2048, 32) if device.type == "cuda" else (256, 2)
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, (2, self._size, self._size), generator=generator, dtype=torch.int8) * 2 - 1
         self._left, self._right = signs.to(device, dtype)
@@ -32,8 +27,8 @@ class GemmProbe:
     def is_right(self) -> bool:
         """Multiply, and check the result on the CPU.
 
-        By Freivalds' check, which needs no second product: (A B) r = A (B r) for a random vector r. A wrong A B passes
-        with a probability of 2^-20. All numbers stay below 2^53, so float64 holds them exactly.
+        Freivalds' algorithm needs no second product: (A B) r = A (B r) for a random vector r. A wrong A B passes with a
+        probability of 2^-20. All numbers are below 2^53, so exact in float64.
         """
         self._multiply()
         vector = torch.randint(0, 2**20, (self._size,), generator=torch.Generator().manual_seed(1)).double()
@@ -41,10 +36,10 @@ class GemmProbe:
         return torch.equal(out @ vector, left @ (right @ vector))
 
     def seconds(self, batches: int) -> float:
-        """Seconds of one product: the best of so many batches, which leaves out what disturbed only some."""
+        """Seconds of one product: the fastest of so many batches, which excludes disturbances."""
         if self._device.type == "cuda":
-            return min(self._cuda_batches(batches)) / self._a_batch
-        return min(self._cpu_batches(batches)) / self._a_batch
+            return min(self._cuda_batches(batches)) / self._batch_size
+        return min(self._cpu_batches(batches)) / self._batch_size
 
     @property
     def flops(self) -> int:
@@ -55,11 +50,11 @@ class GemmProbe:
         torch.mm(self._left, self._right, out=self._out)
 
     def _cuda_batches(self, batches: int) -> list[float]:
-        times = [torch.cuda.Event(enable_timing=True) for _ in range(batches + 1)]
+        times = [torch.cuda.Event(enable_timing=True) for _ in range(batches + 1)]  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device):
             times[0].record()
             for end in times[1:]:
-                for _ in range(self._a_batch):
+                for _ in range(self._batch_size):
                     self._multiply()
                 end.record()
             times[-1].synchronize()
@@ -69,7 +64,7 @@ class GemmProbe:
         seconds = []
         for _ in range(batches):
             start = time.perf_counter()
-            for _ in range(self._a_batch):
+            for _ in range(self._batch_size):
                 self._multiply()
             seconds.append(time.perf_counter() - start)
         return seconds

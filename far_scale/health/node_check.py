@@ -1,4 +1,4 @@
-"""What each rank finds on its node before training starts, and which ranks it speaks against."""
+"""Examination of each rank's node before training, and the ranks that it disqualifies."""
 
 from __future__ import annotations
 
@@ -20,27 +20,25 @@ from far_scale.config.recipe import Recipe
 from far_scale.health.gemm_probe import GemmProbe
 from far_scale.utils.hosts import rank_list, ranks_on_hosts
 
-FAR_FROM_MEDIAN = 2.0
-"""How many times worse than the median of all ranks a rank is told, or refused for memory that others hold."""
+MAX_MEDIAN_RATIO = 2.0
+"""A rank so many times worse than the median is logged as slow, or refused if other processes use its GPU's memory."""
 
-_BATCHES = 100  # of the known product: long enough for a GPU to leave its resting clock
+_BATCHES = 100  # of the GEMM probe: long enough for a GPU to leave its idle clock
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank found.
+    """The state of one rank's node.
 
     Attributes:
-        rank: its number.
-        host: the node it runs on.
-        device: the device's name.
+        device: name of the device.
         kind: cuda or cpu.
-        free_memory, total_memory: bytes on the device; for a CPU of the host's main memory.
-        fault: what is wrong with the device, None where it calculates rightly.
-        flops: FLOP/s of the known product.
-        free_disk: bytes free for the run directory, and for checkpoint.local_dir where there is one, by recipe key.
-        code: SHA-256 over the package's sources.
-        recipe: SHA-256 over the recipe.
+        free_memory, total_memory: bytes on the device; of main memory for a CPU.
+        fault: an error of the device; None if there is none.
+        flops: FLOP/s of the GEMM probe.
+        free_disk: free bytes by recipe key: of run_dir, and of checkpoint.local_dir if there is one.
+        code: SHA-256 of the package's sources.
+        recipe: SHA-256 of the recipe.
         versions: of Python and the libraries.
     """
 
@@ -98,13 +96,13 @@ def examine(rank: int, host: str, device: torch.device, dtype: torch.dtype, reci
 
 
 def refusals(reports: Sequence[RankReport], checkpoint_bytes: int) -> list[str]:
-    """What must not start, a text with its mend for each; empty where all is well.
+    """The problems with which training must not start, each with its fix; empty if there are none.
 
-    Whoever differs from most ranks is named; where none are the most, whoever differs from the lowest rank.
+    Names the ranks that differ from the majority; without a majority, those that differ from the lowest rank.
 
     Args:
-        reports: of all ranks, by rank.
-        checkpoint_bytes: what one checkpoint takes.
+        reports: by rank.
+        checkpoint_bytes: size of one checkpoint.
     """
     hosts = [report.host for report in reports]
     texts = []
@@ -117,14 +115,14 @@ def refusals(reports: Sequence[RankReport], checkpoint_bytes: int) -> list[str]:
             f"{report.total_memory / 1e9:.1f} GB are free; end what holds the rest, or {_exclude([report])}"
         )
     texts += _short_of_disk(reports, checkpoint_bytes)
-    texts += _odd_ones(
+    texts += _differences(
         reports, hosts, "the code of far_scale", lambda report: report.code[:12], "install the same on all nodes"
     )
-    texts += _odd_ones(
+    texts += _differences(
         reports, hosts, "the recipe", lambda report: report.recipe[:12], "start all ranks with the same recipe and keys"
     )
     for library in reports[0].versions:
-        texts += _odd_ones(
+        texts += _differences(
             reports,
             hosts,
             library,
@@ -135,18 +133,18 @@ def refusals(reports: Sequence[RankReport], checkpoint_bytes: int) -> list[str]:
 
 
 def slow_devices(reports: Sequence[RankReport]) -> list[RankReport]:
-    """The ranks whose known product is far slower than the median."""
-    middle = upper_median([report.flops for report in reports])
-    return [report for report in reports if report.flops < middle / FAR_FROM_MEDIAN]
+    """The ranks with a GEMM much slower than the median."""
+    median = upper_median([report.flops for report in reports])
+    return [report for report in reports if report.flops < median / MAX_MEDIAN_RATIO]
 
 
 def upper_median(values: Sequence[float]) -> float:
-    """The median; the greater of two in the middle, so that of two ranks the better one is the measure."""
+    """The median, or the greater of the two middle values: of two ranks the better one is the reference."""
     return sorted(values)[len(values) // 2]
 
 
 def common_values(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe must be the same on all ranks: all but folders that may lie on a node's own disk."""
+    """The recipe's values that must be the same on all ranks: all but folders that may be on node-local disks."""
     return recipe.model_dump(
         mode="json",
         exclude={
@@ -158,7 +156,7 @@ def common_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def code_hash(package: Path) -> str:
-    """SHA-256 over names and bytes of the Python files in `package`."""
+    """SHA-256 of the names and contents of the Python files in `package`."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0")
@@ -175,7 +173,7 @@ def _memory(device: torch.device) -> tuple[int, int]:
 
 
 def _free_disk(folder: Path) -> int:
-    """Bytes free where `folder` is, or will be made."""
+    """Free bytes on the disk where `folder` is or will be created."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -187,26 +185,26 @@ def _exclude(reports: Sequence[RankReport]) -> str:
 
 
 def _short_of_memory(reports: Sequence[RankReport]) -> list[RankReport]:
-    """GPUs of which others hold far more than is usual. Main memory serves others by right and is only told."""
-    sound = [report for report in reports if report.kind == "cuda" and report.fault is None]
-    if not sound:
+    """GPUs with much more memory in use than the median. Not for main memory, which other processes may use."""
+    usable = [report for report in reports if report.kind == "cuda" and report.fault is None]
+    if not usable:
         return []
-    middle = upper_median([report.free_memory / report.total_memory for report in sound])
-    return [report for report in sound if report.free_memory / report.total_memory < middle / FAR_FROM_MEDIAN]
+    median = upper_median([report.free_memory / report.total_memory for report in usable])
+    return [report for report in usable if report.free_memory / report.total_memory < median / MAX_MEDIAN_RATIO]
 
 
 def _short_of_disk(reports: Sequence[RankReport], checkpoint_bytes: int) -> list[str]:
-    a_host = Counter(report.host for report in reports)
+    ranks_per_host = Counter(report.host for report in reports)
     short: dict[str, dict[str, float]] = {}
     for report in reports:
         for key, free in report.free_disk.items():
-            # A node's own checkpoints hold its own ranks' parts.
-            share = 1.0 if key == "run_dir" else a_host[report.host] / len(reports)
-            if free < share * checkpoint_bytes:
-                short.setdefault(key, {})[report.host] = share * checkpoint_bytes
+            # Node-local checkpoints hold only the parts of the node's ranks.
+            fraction = 1.0 if key == "run_dir" else ranks_per_host[report.host] / len(reports)
+            if free < fraction * checkpoint_bytes:
+                short.setdefault(key, {})[report.host] = fraction * checkpoint_bytes
     texts = []
     for key, needs in short.items():
-        where = "all nodes" if len(needs) == len(a_host) else ", ".join(needs)
+        where = "all nodes" if len(needs) == len(ranks_per_host) else ", ".join(needs)
         free = min(report.free_disk[key] for report in reports if report.host in needs)
         texts.append(
             f"{key}: on {where} a checkpoint needs {max(needs.values()) / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; "
@@ -215,14 +213,14 @@ def _short_of_disk(reports: Sequence[RankReport], checkpoint_bytes: int) -> list
     return texts
 
 
-def _odd_ones(
-    reports: Sequence[RankReport], hosts: Sequence[str], what: str, of: Callable[[RankReport], str], mend: str
+def _differences(
+    reports: Sequence[RankReport], hosts: Sequence[str], what: str, value_of: Callable[[RankReport], str], fix: str
 ) -> list[str]:
     groups: dict[str, list[int]] = {}
     for report in reports:
-        groups.setdefault(of(report), []).append(report.rank)
+        groups.setdefault(value_of(report), []).append(report.rank)
     if len(groups) == 1:
         return []
-    usual = max(groups, key=lambda value: len(groups[value]))  # of equals the first, which holds the lowest rank
+    usual = max(groups, key=lambda value: len(groups[value]))  # of equally large groups the one with the lowest rank
     odd = ", ".join(f"{value} on {ranks_on_hosts(ranks, hosts)}" for value, ranks in groups.items() if value != usual)
-    return [f"{what} is not the same everywhere: {odd}, but {usual} on {rank_list(groups[usual])}; {mend}"]
+    return [f"{what} is not the same everywhere: {odd}, but {usual} on {rank_list(groups[usual])}; {fix}"]

@@ -1,4 +1,4 @@
-"""The start-up check of the nodes: names a bad one before training starts."""
+"""The start-up check: finds bad nodes before training starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from far_scale.distributed.exit_codes import REFUSED
 from far_scale.distributed.process_group import Processes, StuckError, all_gather_objects, wait_for_all_ranks
 from far_scale.health.bandwidth import BETWEEN, INSIDE, Links, measure_links
 from far_scale.health.node_check import (
-    FAR_FROM_MEDIAN,
+    MAX_MEDIAN_RATIO,
     RankReport,
     common_values,
     examine,
@@ -52,7 +52,7 @@ def check_nodes(recipe: Recipe, processes: Processes, dtype: torch.dtype, events
     try:
         wait_for_all_ranks(processes, "the examination of its node", process_group.STUCK_SECONDS)
     except StuckError as error:
-        _end(error, hosts)
+        _exit(error, hosts)
     reports: list[RankReport] = all_gather_objects(report, processes.host_group)
     problems = refusals(reports, checkpoint_bytes(recipe))
     if len({report.recipe for report in reports}) > 1:
@@ -63,7 +63,7 @@ def check_nodes(recipe: Recipe, processes: Processes, dtype: torch.dtype, events
     try:
         links = measure_links(processes, hosts)
     except StuckError as error:
-        _end(error, hosts)
+        _exit(error, hosts)
     if processes.is_main_process:
         for line in node_table(reports, links):
             print(line, flush=True)
@@ -77,44 +77,45 @@ def check_nodes(recipe: Recipe, processes: Processes, dtype: torch.dtype, events
 
 
 def slow_nodes(reports: Sequence[RankReport], links: Links) -> list[tuple[str, list[int]]]:
-    """What is much slower than elsewhere: a text, and the ranks it is about."""
+    """Devices and links much slower than the median: a text, and the ranks."""
     hosts = [report.host for report in reports]
-    found = []
+    problems = []
     slow = [report.rank for report in slow_devices(reports)]
     if slow:
-        middle = upper_median([report.flops for report in reports]) / 1e12
+        median = upper_median([report.flops for report in reports]) / 1e12
         worst = min(reports[rank].flops for rank in slow) / 1e12
-        found.append(
-            (f"{ranks_on_hosts(slow, hosts)} calculates at {worst:.3g} TFLOP/s, the median is {middle:.3g}", slow)
+        problems.append(
+            (f"{ranks_on_hosts(slow, hosts)} calculates at {worst:.3g} TFLOP/s, the median is {median:.3g}", slow)
         )
-    for kind, speeds in links.better.items():
-        middle = upper_median(list(speeds.values()))
-        slow = [rank for rank, speed in speeds.items() if speed < middle / FAR_FROM_MEDIAN]
+    for kind, speeds in links.fastest.items():
+        median = upper_median(list(speeds.values()))
+        slow = [rank for rank, speed in speeds.items() if speed < median / MAX_MEDIAN_RATIO]
         if slow:
             worst = min(speeds[rank] for rank in slow) / 1e9
-            who = ranks_on_hosts(slow, hosts)
-            found.append((f"the links of {who} {kind} carry {worst:.3g} GB/s, the median is {middle / 1e9:.3g}", slow))
-    return found
+            names = ranks_on_hosts(slow, hosts)
+            text = f"the links of {names} {kind} carry {worst:.3g} GB/s, the median is {median / 1e9:.3g}"
+            problems.append((text, slow))
+    return problems
 
 
 def node_table(reports: Sequence[RankReport], links: Links) -> list[str]:
-    """A line for each node, with its worst rank's numbers."""
+    """A line for each node, with the numbers of its worst rank."""
     rows: list[tuple[str, ...]] = [
         ("node", "ranks", "device", "GB free", "TFLOP/s", f"GB/s {INSIDE}", BETWEEN, "disk GB free")
     ]
     for host, ranks in ranks_by_host([report.host for report in reports]).items():
-        own = [reports[rank] for rank in ranks]
-        of_kinds = [links.better.get(kind, {}) for kind in (INSIDE, BETWEEN)]
-        speeds = [[of_kind[rank] for rank in ranks if rank in of_kind] for of_kind in of_kinds]
+        on_host = [reports[rank] for rank in ranks]
+        by_kind = [links.fastest.get(kind, {}) for kind in (INSIDE, BETWEEN)]
+        speeds = [[by_rank[rank] for rank in ranks if rank in by_rank] for by_rank in by_kind]
         rows.append(
             (
                 host,
                 rank_list(ranks).split(" ", 1)[1],
-                f"{len(ranks)} x {own[0].device}",
-                f"{min(report.free_memory for report in own) / 1e9:.1f}",
-                f"{min(report.flops for report in own) / 1e12:.3g}",
+                f"{len(ranks)} x {on_host[0].device}",
+                f"{min(report.free_memory for report in on_host) / 1e9:.1f}",
+                f"{min(report.flops for report in on_host) / 1e12:.3g}",
                 *(f"{min(speed) / 1e9:.3g}" if speed else "-" for speed in speeds),
-                f"{min(free for report in own for free in report.free_disk.values()) / 1e9:.1f}",
+                f"{min(free for report in on_host for free in report.free_disk.values()) / 1e9:.1f}",
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -125,22 +126,22 @@ def node_table(reports: Sequence[RankReport], links: Links) -> list[str]:
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """What a checkpoint takes: weights, two moments and the EMA in float32."""
+    """Size of a checkpoint: weights, two moments and the EMA in float32."""
     with torch.device("meta"):
         return 16 * sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())
 
 
-def _end(error: StuckError, hosts: Sequence[str]) -> NoReturn:
-    """Say who hangs, and end without Python's own end, which would wait for it."""
+def _exit(error: StuckError, hosts: Sequence[str]) -> NoReturn:
+    """Print which ranks hang, and exit without Python's cleanup, which would wait for them."""
     bad = dict.fromkeys(hosts[rank] for rank in error.ranks)
-    all_of_them = len(bad) == len(set(hosts))
-    mend = "NCCL_DEBUG=INFO shows more" if all_of_them else f"leave the node out: sbatch --exclude={','.join(bad)}"
-    print_error(UserError(f"start-up check: {ranks_on_hosts(error.ranks, hosts)} {error.what}; {mend}"))
+    is_every_host = len(bad) == len(set(hosts))
+    fix = "NCCL_DEBUG=INFO shows more" if is_every_host else f"leave the node out: sbatch --exclude={','.join(bad)}"
+    print_error(UserError(f"start-up check: {ranks_on_hosts(error.ranks, hosts)} {error.what}; {fix}"))
     os._exit(REFUSED)
 
 
 def _different_keys(recipes: Sequence[dict[str, Any]]) -> list[str]:
-    """The recipe keys that do not have the same value on all ranks."""
+    """The recipe keys with different values on the ranks."""
     by_key = [flatten(values) for values in recipes]
     keys = dict.fromkeys(key for values in by_key for key in values)
     return [key for key in keys if len({json.dumps(values.get(key)) for values in by_key}) > 1]

@@ -1,4 +1,4 @@
-"""Names the ranks that keep the others waiting: by their wait for data, and by a known product on their device."""
+"""Detects stragglers: ranks that wait longer for data than others, or have a slower device."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from far_scale.distributed.process_group import Processes
 from far_scale.health.gemm_probe import GemmProbe
 from far_scale.utils.event_log import EventLog
 
-TIMES = 1.5
-"""A slow rank takes so many times the median."""
+MEDIANS = 1.5
+"""A slow rank takes more than so many times the median of all ranks."""
 
-DEVIATIONS = 8.0
-"""And lies so many median absolute deviations above it: where the ranks differ widely, being far off is usual."""
+MADS = 8.0
+"""It is also so many median absolute deviations above the median, since ranks may differ widely by nature."""
 
-LINES = 5
-"""Log lines of which each rank's median counts, as one hiccup among thousands of ranks is usual."""
+LOG_LINES = 5
+"""A rank's time is its median over so many log lines: among thousands of ranks single hiccups are common."""
 
-FEWEST_LINES = 3
-"""And as many there must be."""
+MIN_LOG_LINES = 3
+"""Slow ranks are reported from so many log lines on."""
 
-_SHARE = 0.1  # of a step's time that a rank must wait for data longer than the median, or it delays nobody
-_BATCHES = 5  # of the known product, of which the best counts: a few milliseconds a log line
+_WAIT_FRACTION = 0.1  # of a step's time: ranks that wait for data less than this above the median delay nobody
+_BATCHES = 5  # of the GEMM probe: a few milliseconds per log line
 
 
 @dataclass(frozen=True)
-class Slow:
-    """A rank that is slow at something.
+class SlowRank:
+    """A slow rank.
 
     Attributes:
-        rank: its number.
-        times: of the median (infinite where that is 0).
+        rank: the rank.
+        times: its time over the median (infinite if that is 0).
     """
 
     rank: int
@@ -45,69 +45,64 @@ class Slow:
 
 
 class StragglerDetector:
-    """Compares the ranks at every log line and tells, once until it recovers, which one is slow and at what.
+    """Compares the ranks at every log line; logs each slow rank once until it recovers.
 
     Args:
-        processes: who runs.
-        dtype: that training computes in.
-        events: of this process.
+        dtype: of the training's computation.
         hosts: every rank's host, by rank.
     """
 
     def __init__(self, processes: Processes, dtype: torch.dtype, events: EventLog, hosts: Sequence[str]) -> None:
         self._processes, self._events, self._hosts = processes, events, hosts
-        self._product = GemmProbe(processes.device, dtype)
-        self._waits: deque[list[float]] = deque(maxlen=LINES)
-        self._products: deque[list[float]] = deque(maxlen=LINES)
-        self._told: set[tuple[str, int]] = set()
+        self._probe = GemmProbe(processes.device, dtype)
+        self._waits: deque[list[float]] = deque(maxlen=LOG_LINES)
+        self._gemms: deque[list[float]] = deque(maxlen=LOG_LINES)
+        self._reported: set[tuple[str, int]] = set()
         self._last: tuple[int, float] | None = None
 
     def report(self, step: int, waited: float) -> None:
-        """At a log line, on all ranks together.
+        """Compare the ranks; collective, at a log line.
 
         Args:
             step: steps done.
-            waited: seconds that this rank waited for data, per step since the last line.
+            waited: seconds per step that this rank waited for data since the last line.
         """
-        own = torch.tensor([waited, self._product.seconds(_BATCHES)], dtype=torch.float64)
+        own = torch.tensor([waited, self._probe.seconds(_BATCHES)], dtype=torch.float64)
         all_ranks = [torch.empty_like(own) for _ in self._hosts]
         dist.all_gather(all_ranks, own, group=self._processes.host_group)
-        waits, products = torch.stack(all_ranks).T.tolist()
+        waits, gemms = torch.stack(all_ranks).T.tolist()
 
         now = time.monotonic()
-        if self._last is not None and step > self._last[0]:  # the first line's waits are the loader's start
+        if self._last is not None and step > self._last[0]:  # the first waits are the start of the loader
             step_seconds = (now - self._last[1]) / (step - self._last[0])
             self._waits.append(waits)
-            self._name("waits for data", step, self._waits, _SHARE * step_seconds)
+            self._report_slow("waits for data", step, self._waits, _WAIT_FRACTION * step_seconds)
         self._last = step, now
-        self._products.append(products)
-        self._name("calculates", step, self._products, 0.0)
+        self._gemms.append(gemms)
+        self._report_slow("calculates", step, self._gemms, 0.0)
 
-    def _name(self, what: str, step: int, lines: deque[list[float]], at_least: float) -> None:
-        if len(lines) < FEWEST_LINES:
+    def _report_slow(self, what: str, step: int, lines: deque[list[float]], min_excess: float) -> None:
+        if len(lines) < MIN_LOG_LINES:
             return
-        slow = slow_ranks([median_low(of_rank) for of_rank in zip(*lines, strict=True)], at_least)
-        for one in slow:
-            if (what, one.rank) not in self._told:
-                host = self._hosts[one.rank]
-                text = f"step {step}: rank {one.rank} on {host} is slow: it {what} {one.times:.1f} times the median"
-                self._events.emit("slow", step, text, rank=one.rank, host=host, what=what, times=one.times)
-        others = {key for key in self._told if key[0] != what}
-        self._told = others | {(what, one.rank) for one in slow}
+        stragglers = slow_ranks([median_low(seconds) for seconds in zip(*lines, strict=True)], min_excess)
+        for slow in stragglers:
+            if (what, slow.rank) not in self._reported:
+                host = self._hosts[slow.rank]
+                text = f"step {step}: rank {slow.rank} on {host} is slow: it {what} {slow.times:.1f} times the median"
+                self._events.emit("slow", step, text, rank=slow.rank, host=host, what=what, times=slow.times)
+        others = {key for key in self._reported if key[0] != what}
+        self._reported = others | {(what, slow.rank) for slow in stragglers}
 
 
-def slow_ranks(seconds: Sequence[float], at_least: float = 0.0) -> list[Slow]:
-    """Who is far above the median.
-
-    The median is the lower of two in the middle, so that of two ranks the faster one is the measure.
+def slow_ranks(seconds: Sequence[float], min_excess: float = 0.0) -> list[SlowRank]:
+    """The ranks far above the median; of two ranks the faster one is the median.
 
     Args:
-        seconds: of each rank.
-        at_least: seconds above the median below which nobody is slow.
+        seconds: by rank.
+        min_excess: a slow rank is at least so many seconds above the median.
     """
     median = median_low(seconds)
-    deviation = median_low([abs(value - median) for value in seconds])
-    limit = max(TIMES * median, median + DEVIATIONS * deviation, median + at_least)
-    return [
-        Slow(rank, value / median if median else float("inf")) for rank, value in enumerate(seconds) if value > limit
-    ]
+    mad = median_low([abs(value - median) for value in seconds])
+    limit = max(MEDIANS * median, median + MADS * mad, median + min_excess)
+    times = [value / median if median else float("inf") for value in seconds]
+    return [SlowRank(rank, times[rank]) for rank, value in enumerate(seconds) if value > limit]

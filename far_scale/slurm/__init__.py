@@ -1,1 +1,1 @@
-"""What a SLURM job runs besides training: its snapshot, the record of its starts, what follows when training ends."""
+"""The life cycle of a SLURM job: snapshot, start, requeue, submission."""

@@ -1,4 +1,4 @@
-"""The SLURM job that this process belongs to: what its environment says, and what the controller says of it."""
+"""The SLURM job that this process belongs to, from its environment and from the controller."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from dataclasses import dataclass
 
 from far_scale.utils.errors import UserError, print_warning
 
-_PATIENCE = 20
+_CONTROLLER_TRIES = 20
 """Tries, 15 seconds apart, while the controller does not answer."""
 
 _SENT_EARLY = 60
-"""Seconds by which SLURM may send the warning ahead of its time, as sbatch's manual says."""
+"""Seconds that SLURM may send the warning too early, according to sbatch's manual."""
 
 _DEFAULT_LEAD = 60
-"""Seconds of a `--signal` that names none."""
+"""Seconds before the time limit of a `--signal` that gives none."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job, as its environment describes it.
+    """A job, as the environment describes it.
 
     Attributes:
         number: its id.
         restarts: how often it was requeued and started again.
-        nodes: the nodes that it runs on, as SLURM writes them.
+        nodes: as SLURM writes them, such as `n[1-4]`.
         ranks: training processes that it will start.
     """
 
@@ -50,7 +50,7 @@ class Job:
             )
         variable = os.environ.get
         nodes = int(variable("SLURM_JOB_NUM_NODES", "1"))
-        # SLURM_NTASKS is not set where the job does not say how many tasks a node gets; then it is one.
+        # SLURM_NTASKS is not set where the job leaves the tasks of a node to the default, one.
         ranks = int(variable("SLURM_NTASKS", str(nodes)))
         restarts = int(variable("SLURM_RESTART_COUNT", "0"))
         return Job(variable("SLURM_JOB_ID", ""), restarts, variable("SLURM_JOB_NODELIST", ""), ranks)
@@ -58,12 +58,12 @@ class Job:
 
 @dataclass(frozen=True)
 class JobState:
-    """What the controller says of a job.
+    """The controller's state of a job.
 
     Attributes:
-        state: RUNNING while it is the job's own to decide; COMPLETING when SLURM is ending it.
-        reason: TimeLimit where that is why.
-        may_requeue: whether the job was submitted so that it may be started again.
+        state: RUNNING, or COMPLETING when SLURM is ending the job.
+        reason: TimeLimit where the job reached it.
+        may_requeue: whether the job was submitted as one that may be requeued.
     """
 
     state: str
@@ -71,19 +71,19 @@ class JobState:
     may_requeue: bool
 
 
-def ask_state(number: str) -> JobState:
-    """The controller's word on a job.
+def query_state(number: str) -> JobState:
+    """Ask the controller for the state of a job.
 
     Raises:
         UserError: it does not answer for minutes.
     """
     text = _scontrol("show", "job", "--oneliner", number)
-    found = dict(re.findall(r"(?:^| )(JobState|Reason|Requeue)=(\S+)", text))
-    return JobState(found.get("JobState", "UNKNOWN"), found.get("Reason", "None"), found.get("Requeue") == "1")
+    fields = dict(re.findall(r"(?:^| )(JobState|Reason|Requeue)=(\S+)", text))
+    return JobState(fields.get("JobState", "UNKNOWN"), fields.get("Reason", "None"), fields.get("Requeue") == "1")
 
 
 def requeue(number: str) -> None:
-    """Have the job started again, on the nodes that SLURM then gives it. SLURM ends what is left of this start.
+    """Requeue the job; SLURM ends its processes, and starts it on the nodes that it then gets.
 
     Raises:
         UserError: the controller refuses, or does not answer for minutes.
@@ -93,11 +93,11 @@ def requeue(number: str) -> None:
 
 @dataclass(frozen=True)
 class EarlyWarning:
-    """A warning that stops each start of a job at once: it saves after a step and starts again, for ever.
+    """A warning so early that each start of a job stops after a step, saves and starts again, forever.
 
     Attributes:
-        text: what is wrong and what to ask for, one line.
-        certain: False where a `--signal` on sbatch's command line may have asked for a later one.
+        text: what is wrong and the fix, one line.
+        certain: False if sbatch's command line may have had a `--signal` with a later warning.
     """
 
     text: str
@@ -105,25 +105,25 @@ class EarlyWarning:
 
 
 def refuse_early_warning(limit: int, lead: int, subject: str) -> None:
-    """Refuse a time limit that the warning comes ahead of by all of it, or nearly so.
+    """Refuse a time limit so short that the warning comes as soon as the job runs.
 
     Args:
         limit: seconds.
         lead: seconds between warning and limit.
-        subject: what the message begins with, up to the limit.
+        subject: the beginning of the message, up to the limit.
 
     Raises:
-        UserError: the time limit is one.
+        UserError: it is so short.
     """
-    if (text := _early(limit, lead, subject)) is not None:
+    if (text := _early_text(limit, lead, subject)) is not None:
         raise UserError(text)
 
 
 def check_warning(number: str) -> None:
-    """Refuse a job whose warning stops each start at once; print a warning where that is not certain.
+    """Refuse a job if its warning stops each start at once; only print a warning if that is not certain.
 
     Raises:
-        UserError: it is such a job.
+        UserError: it does.
     """
     early = early_warning(number)
     if early is None:
@@ -135,30 +135,30 @@ def check_warning(number: str) -> None:
 
 
 def early_warning(number: str) -> EarlyWarning | None:
-    """Whether the warning of a job comes too early, as far as can be seen from inside it; None where it does not.
+    """Whether the warning of a job comes too early, as far as the job itself can find out; None where it does not.
 
-    The controller does not say when it warns (SLURM 22.05). It keeps the batch script, whose `#SBATCH --signal` counts
-    unless sbatch's command line had another, which is seen nowhere. SBATCH_SIGNAL, which takes the script's place, is
-    in the environment.
+    The controller does not show when it warns (SLURM 22.05), but it keeps the batch script with its `#SBATCH --signal`.
+    SBATCH_SIGNAL overrides that, and is in the environment. A `--signal` on sbatch's command line overrides both, and
+    is recorded nowhere.
     """
     try:
-        text = _scontrol("show", "job", "--oneliner", number, tries=1)
+        description = _scontrol("show", "job", "--oneliner", number, tries=1)
         script = _scontrol("write", "batch_script", number, "-", tries=1)
-    except (UserError, OSError):  # a check that cannot be made stops nobody
+    except (UserError, OSError):  # a check that cannot be made stops no job
         return None
     from_environment = os.environ.get("SBATCH_SIGNAL")
-    limit, warning = _time_limit(text), from_environment or _asked_signal(script)
+    limit, warning = _time_limit(description), from_environment or _script_signal(script)
     if not limit or not warning:
         return None
     signal, _, lead = warning.partition("@")
-    early = _early(limit, int(lead or _DEFAULT_LEAD), f"job {number}: --signal={warning} and a time limit of")
-    if early is None:
+    text = _early_text(limit, int(lead or _DEFAULT_LEAD), f"job {number}: --signal={warning} and a time limit of")
+    if text is None:
         return None
     fix = f" by --time, or for a later warning submit by SBATCH_SIGNAL={signal}@SECONDS sbatch"
-    return EarlyWarning(early + fix, certain=from_environment is not None)
+    return EarlyWarning(text + fix, certain=from_environment is not None)
 
 
-def _early(limit: int, lead: int, subject: str) -> str | None:
+def _early_text(limit: int, lead: int, subject: str) -> str | None:
     if limit > lead + _SENT_EARLY:
         return None
     return (
@@ -174,16 +174,16 @@ def clock(seconds: int) -> str:
     return f"{f'{days}-' if days else ''}{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
 
 
-def _time_limit(shown: str) -> int | None:
-    """Seconds of TimeLimit in what `scontrol show job` prints; None where there is no limit."""
-    match = re.search(r"(?:^| )TimeLimit=(?:(\d+)-)?(\d+):(\d+):(\d+)(?: |$)", shown)
+def _time_limit(description: str) -> int | None:
+    """The TimeLimit in the output of `scontrol show job`, in seconds; None where there is no limit."""
+    match = re.search(r"(?:^| )TimeLimit=(?:(\d+)-)?(\d+):(\d+):(\d+)(?: |$)", description)
     if match is None:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _asked_signal(script: str) -> str | None:
+def _script_signal(script: str) -> str | None:
     """The value of `--signal` in a batch script's `#SBATCH` lines; None without one."""
     value = None
     for line in script.splitlines():
@@ -194,14 +194,14 @@ def _asked_signal(script: str) -> str | None:
     return value
 
 
-def _scontrol(*arguments: str, tries: int = _PATIENCE) -> str:
-    """Run scontrol; a controller that is just being restarted is waited for, since nobody else may be there to."""
+def _scontrol(*arguments: str, tries: int = _CONTROLLER_TRIES) -> str:
+    """Run scontrol; wait for a controller that is being restarted, since without an answer the run would end."""
     for tries_left in reversed(range(tries)):
         done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False)
-        if done.returncode == 0 or "pending execution" in done.stdout + done.stderr:  # that is, requeued already
+        if done.returncode == 0 or "pending execution" in done.stdout + done.stderr:  # requeued already
             return done.stdout
-        said = " ".join((done.stderr or done.stdout).split())
-        if not tries_left or not re.search(r"contact|connect|timed out", said, re.IGNORECASE):
+        message = " ".join((done.stderr or done.stdout).split())
+        if not tries_left or not re.search(r"contact|connect|timed out", message, re.IGNORECASE):
             break
         time.sleep(15)
-    raise UserError(f"scontrol {' '.join(arguments)}: {said}")
+    raise UserError(f"scontrol {' '.join(arguments)}: {message}")

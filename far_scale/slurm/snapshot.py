@@ -5,9 +5,9 @@
       far_scale/        the code
       recipe.yaml       the resolved recipe
       code_version.json the commit of the code, and what differs from it
-      submission.json   the command line, and what the launcher must know of the recipe without loading torch
+      submission.json   the command line, and the values of the recipe that the launcher needs without loading torch
 
-So edits of the checkout never change a run that is under way, at none of its restarts.
+So edits of the checkout never change a run that has started, not even when it restarts.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ from far_scale.utils import code_version
 from far_scale.utils.io import read_json, sync_folder, write_json
 
 if TYPE_CHECKING:
-    from far_scale.config.recipe import (
-        Recipe,  # needs more than the standard library, which is all that a job's host may have
-    )
+    from far_scale.config.recipe import Recipe  # a job's host may have no third-party packages
 
 ACCEPT = "--accept-changes"
-"""The flag of `python -m far_scale.train` that may stand among a job's overrides."""
+"""The flag of `python -m far_scale.train` that a job's overrides may include."""
 
-REFUSED_HERE = "refused"
-"""The file in a snapshot by which a training process says that it refused to go on."""
+REFUSED_MARKER = "refused"
+"""The file that a training process leaves in the snapshot when it refuses to go on."""
 
 _MAIN = '''"""Runs the code of this folder: Python puts the folder of what it runs first on its path."""
 
@@ -44,10 +42,10 @@ main()
 
 @dataclass(frozen=True)
 class Submission:
-    """What a snapshot was made for.
+    """The command that a snapshot was made for.
 
     Attributes:
-        command: the recipe and the overrides that were asked for, and ACCEPT if that was.
+        command: the recipe and the overrides as the user wrote them, with ACCEPT if given.
         run_dir: the run directory, absolute.
         steps: train.steps of the recipe.
         starts_without_progress: faults.starts_without_progress of the recipe.
@@ -62,7 +60,7 @@ class Submission:
 def make_snapshot(recipe: Recipe, command: Sequence[str], name: str) -> Path:
     """Copy code and recipe into the run directory; returns the snapshot's folder, absolute.
 
-    It is there wholly or not at all. One of that name is replaced: it is of an older job that had the same number.
+    Atomic. A snapshot of that name is replaced: it is of an older job that had the same number.
     """
     run = Path(recipe.run_dir).absolute()
     folder = run / "snapshots" / name
@@ -82,7 +80,7 @@ def make_snapshot(recipe: Recipe, command: Sequence[str], name: str) -> Path:
 
 
 def read_submission(snapshot: Path) -> Submission:
-    """What a snapshot was made for.
+    """Read a snapshot's submission.json.
 
     Raises:
         UserError: it is not a snapshot.

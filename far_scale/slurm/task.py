@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from far_scale.distributed.exit_codes import DONE, REFUSED, exit_process
-from far_scale.slurm.snapshot import ACCEPT, REFUSED_HERE, read_submission
+from far_scale.slurm.snapshot import ACCEPT, REFUSED_MARKER, read_submission
 from far_scale.train.__main__ import run
 
 
@@ -17,12 +17,12 @@ def train(snapshot: Path) -> NoReturn:
 
 
 def train_for_submitit(snapshot: str) -> int:
-    """The same in a process that submitit started; only without SLURM it returns, with the exit status."""
+    """Train in a process that submitit started; on SLURM it returns only where the exit status is 0."""
     from submitit import JobEnvironment
 
     job = JobEnvironment()
     port = 20000 + int(job.raw_job_id) % 20000
-    # MASTER_ADDR: the site may have named an address of the first host that others reach
+    # The site may have set MASTER_ADDR to an address of the first host that the others reach.
     host = "127.0.0.1" if job.num_nodes == 1 else os.environ.get("MASTER_ADDR", job.hostnames[0])
     os.environ.update(
         RANK=str(job.global_rank),
@@ -33,19 +33,19 @@ def train_for_submitit(snapshot: str) -> int:
     )
     status = train_in_process(Path(snapshot))
     if job.cluster == "slurm" and status != DONE:
-        exit_process(status)  # returning would tell submitit that there is a result
+        exit_process(status)  # after a return submitit would store a result
     return status
 
 
 def train_in_process(snapshot: Path) -> int:
     """Train by the snapshot's recipe; returns the exit status."""
-    # Only what is not set: the site or the user knows better.
+    # Only where they are not set: the site or the user knows better.
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
-    os.environ.setdefault("NCCL_DEBUG", "WARN")  # says which host and link failed
+    os.environ.setdefault("NCCL_DEBUG", "WARN")  # names the host and link that failed
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a failed collective ends the process
     accept = [ACCEPT] if ACCEPT in read_submission(snapshot).command else []
     status = run([str(snapshot / "recipe.yaml"), *accept])
     if status == REFUSED:
-        # srun tells the highest status of all processes, and those that it then kills have higher ones.
-        (snapshot / REFUSED_HERE).touch()
+        # srun returns the highest status of all processes, and those that it then kills have higher ones.
+        (snapshot / REFUSED_MARKER).touch()
     return status

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from far_scale.config.recipe import Recipe
-from far_scale.distributed.collective_costs import Setup, Shapes, step_collectives
+from far_scale.distributed.collective_costs import ModelShapes, ParallelSetup, step_collectives
 from far_scale.distributed.ledger import Ledger, table
 from far_scale.distributed.process_group import Processes
 from far_scale.model import FAR
@@ -35,20 +35,20 @@ def expected_collectives(recipe: Recipe, sharding: Sharding, ranks: int, nodes: 
     """What a step of `recipe` sends on so many ranks, as lines of text; none for a process alone."""
     if ranks == 1:
         return []
-    given = {} if recipe.train.deepspeed is None else recipe.train.deepspeed.given()
+    given = {} if recipe.train.deepspeed is None else recipe.train.deepspeed.explicit_values()
     for name, value in _ASSUMED.items():
         if given.get(name, value) != value:
             return [f"collectives: not worked out for train.deepspeed.{name}={given[name]}"]
     with torch.device("meta"):
-        shapes = Shapes.of(FAR(recipe.far_config()))
+        shapes = ModelShapes.from_model(FAR(recipe.far_config()))
     return table(step_collectives(shapes, setup_of(recipe, sharding, ranks, nodes)))
 
 
-def setup_of(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> Setup:
+def setup_of(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> ParallelSetup:
     """What the formula needs to know of a run."""
-    given = {} if recipe.train.deepspeed is None else recipe.train.deepspeed.given()
+    given = {} if recipe.train.deepspeed is None else recipe.train.deepspeed.explicit_values()
     number_bytes = {"bf16": 2, "fp32": 4}
-    known = {  # a field of Setup, and DeepSpeed's key
+    known = {  # a field of ParallelSetup, and DeepSpeed's key
         "reduce_bucket": "reduce_bucket_size",
         "sub_group": "sub_group_size",
         "prefetch_bucket": "stage3_prefetch_bucket_size",
@@ -56,7 +56,7 @@ def setup_of(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> Setu
         "live": "stage3_max_live_parameters",
     }
     values = {name: given[key] for name, key in known.items() if key in given}
-    return Setup(
+    return ParallelSetup(
         ranks=ranks,
         nodes=nodes,
         stage=sharding.stage,

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from far_scale.distributed.ledger import phase
-from far_scale.distributed.process_group import Processes, start_processes, take_launcher_variables
+from far_scale.distributed.process_group import Processes, read_launcher_variables, start_processes
 from far_scale.utils.errors import UserError
 
 FIRST_TESTED, LAST_TESTED = (0, 19, 0), (0, 19, 8)
@@ -172,7 +172,7 @@ def start_deepspeed_processes(timeout: datetime.timedelta | None = None) -> Proc
     Raises:
         UserError: as by `start_processes` and `check_symbols`.
     """
-    take_launcher_variables()
+    read_launcher_variables()
     # DeepSpeed calls these by their old names, which is not for its users to read at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not torch.cuda.is_available():

@@ -92,7 +92,9 @@ def deepspeed_config(recipe: Recipe, processes: Processes, sharding: Sharding) -
     if bf16 and stage > 0:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if recipe.train.deepspeed is not None:
-        given = {name: value for name, value in recipe.train.deepspeed.given().items() if stage in KEY_STAGES[name]}
+        given = {
+            name: value for name, value in recipe.train.deepspeed.explicit_values().items() if stage in KEY_STAGES[name]
+        }
         if "communication_data_type" in given:
             config["communication_data_type"] = given.pop("communication_data_type")
         config["zero_optimization"] |= given

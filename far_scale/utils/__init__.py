@@ -1,1 +1,1 @@
-"""What every other part may use, and what uses none of them."""
+"""Helpers for all other parts; they import none of them."""

@@ -1,4 +1,4 @@
-"""Which code this is: the commit of its checkout and what differs from it. Loads no torch, for the launchers."""
+"""The version of the running code: the commit and the differences from it. Needs no torch, for the launchers."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from far_scale.utils.errors import UserError
 from far_scale.utils.io import read_json, write_json
 
 MAX_DIFF_BYTES = 1_000_000
-_NAME = "code_version.json"
-_PATIENCE = 30.0  # seconds for a command of git, on a slow file system
+_FILE_NAME = "code_version.json"
+_GIT_TIMEOUT = 30.0  # seconds, for slow file systems
 
 
 @dataclass(frozen=True)
 class CodeVersion:
-    """Of a checkout.
+    """The commit of a checkout, and its changes.
 
     Attributes:
-        commit: None where the code is not in a checkout, or there is no git.
-        diff: of the tracked files against the commit; empty where nothing is known.
-        diff_cut: whether `diff` is only the first `MAX_DIFF_BYTES` of it.
+        commit: None without a checkout or git.
+        diff: of the tracked files against the commit; empty without one.
+        diff_cut: whether `diff` was cut to `MAX_DIFF_BYTES`.
     """
 
     commit: str | None = None
@@ -34,25 +34,25 @@ class CodeVersion:
 
     @property
     def diff_lines(self) -> int:
-        """Lines that `diff` adds or removes."""
+        """Number of lines that `diff` adds or removes."""
         lines = self.diff.splitlines()
         return sum(line.startswith(("+", "-")) and not line.startswith(("+++ ", "--- ")) for line in lines)
 
 
 def running_code() -> CodeVersion:
-    """Of the package that is loaded: of its checkout, or as its snapshot has recorded it."""
+    """The version of the imported package: of its checkout, or as recorded in its snapshot."""
     root = Path(far_scale.__file__).resolve().parent.parent
-    return _recorded(root) if (root / _NAME).is_file() else of_checkout(root)
+    return _recorded(root) if (root / _FILE_NAME).is_file() else of_checkout(root)
 
 
 def record(version: CodeVersion, folder: Path) -> None:
-    """Leave it in a folder that the package is copied into."""
-    write_json(folder / _NAME, asdict(version))
+    """Record the version in a folder with a copy of the package."""
+    write_json(folder / _FILE_NAME, asdict(version))
 
 
 def of_checkout(root: Path) -> CodeVersion:
-    """Of the checkout at `root`; nothing is known of a folder that is none, such as one that pip installed into."""
-    # Asked for the package itself: the folder may well lie in somebody else's repository.
+    """The version of the checkout at `root`; empty if it is none, such as where pip installed the package."""
+    # Check the package itself: the folder may be inside another repository.
     if _git(root, "ls-files", "--error-unmatch", "far_scale/__init__.py") is None:
         return CodeVersion()
     commit = _git(root, "rev-parse", "HEAD")
@@ -64,14 +64,14 @@ def of_checkout(root: Path) -> CodeVersion:
 
 
 def _git(root: Path, *arguments: str) -> bytes | None:
-    """What git prints, up to one byte more than `MAX_DIFF_BYTES`; None where it fails."""
+    """The output of git, up to `MAX_DIFF_BYTES` and one byte; None if it fails."""
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     with tempfile.TemporaryFile() as output:
         try:
             done = subprocess.run(
                 ["git", "-C", str(root), *arguments],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.DEVNULL, env=environment, timeout=_PATIENCE,
-                check=False,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.DEVNULL, env=environment,
+                timeout=_GIT_TIMEOUT, check=False,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired):
             return None
@@ -81,7 +81,7 @@ def _git(root: Path, *arguments: str) -> bytes | None:
 
 def _recorded(root: Path) -> CodeVersion:
     try:
-        found: Any = read_json(root / _NAME, "code version")
-        return CodeVersion(**found)
+        values: Any = read_json(root / _FILE_NAME, "code version")
+        return CodeVersion(**values)
     except (UserError, TypeError):
         return CodeVersion()

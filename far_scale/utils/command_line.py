@@ -1,4 +1,4 @@
-"""What the command lines share: how a command ends, output that never ends a process, types of arguments."""
+"""Shared by the command lines: exit statuses, output that never fails, and argument types."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from far_scale.utils.errors import UserError, file_problem, print_error
 
 
 def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a command's main function: a UserError becomes one line and exit status 2, Ctrl-C exit status 130.
+    """Decorate a main function: a UserError is printed in one line with exit status 2; Ctrl-C exits with 130.
 
-    A full disk, found by the operating system in mid-write, is reported the same way. Printing never fails, see
+    Errors of the operating system about a file, such as a full disk, count as UserErrors. Printing never fails, see
     `never_fail_to_print`.
     """
 
@@ -41,7 +41,7 @@ def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _LossyFile(io.FileIO):
-    """A file descriptor to which writing always succeeds: what cannot be written is dropped."""
+    """A file descriptor that drops what cannot be written instead of raising."""
 
     def write(self, data: Any) -> int:
         written = None
@@ -53,15 +53,14 @@ class _LossyFile(io.FileIO):
 def never_fail_to_print() -> None:
     """Make standard output and error drop what they cannot write, instead of raising.
 
-    A full disk, a reader that is gone, a terminal that was closed, or a character that the locale does not have then
-    costs lines of output and no more. Lines are written at once, also into a file. Call it first of all, for loggers
-    and progress bars keep the streams that they find. Streams that something else has replaced, such as a test's
-    capture, are left alone.
+    A full disk, a reader that has exited, a closed terminal, or a character that the locale lacks then only costs lines
+    of output. Lines are written at once, also into a file. Call it first, since loggers and progress bars keep
+    references to the streams. Streams that something else has replaced, such as a test's capture, stay.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
-        except OSError:  # closed: the next file that is opened would get this number, and be printed to
+        except OSError:  # closed: the next opened file would get this number, and the output
             os.open(os.devnull, os.O_RDWR)
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
@@ -75,10 +74,10 @@ def never_fail_to_print() -> None:
             io.BufferedWriter(file),
             encoding=None if stream is None else stream.encoding,
             errors="backslashreplace",
-            line_buffering=True,  # so that a process that is killed leaves what it printed
+            line_buffering=True,  # so that the output of a killed process is complete
         )
         setattr(sys, name, lossy)
-        setattr(sys, f"__{name}__", lossy)  # so that it is flushed once, and a second call finds its own
+        setattr(sys, f"__{name}__", lossy)  # flushed only once, and found by a second call
 
 
 def share(text: str) -> float:
@@ -96,7 +95,7 @@ def above_zero(text: str) -> float:
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """The type of whole numbers from `minimum` on."""
+    """The argument type of integers of at least `minimum`."""
 
     def number(text: str) -> int:
         if int(text) < minimum:

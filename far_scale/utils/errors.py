@@ -1,4 +1,4 @@
-"""How far_scale tells a user that an input is wrong: one line that names the file, the key and the mend."""
+"""Errors of the user's input, reported in one line with file, key and fix."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from far_scale.utils.hosts import host_name
 
 
 class UserError(Exception):
-    """An input (a recipe, shard, checkpoint, video or disk) cannot be used; the message says where and the mend."""
+    """An input (recipe, shard, checkpoint, video, disk) cannot be used; the message has the location and the fix."""
 
 
 class ReportedByMain(UserError):
-    """The same on another rank, whose main process says it: this one ends with the same status and is silent."""
+    """A UserError that the main process prints; this rank only exits with its status."""
 
 
 def file_problem(error: OSError) -> str | None:
-    """One line for an error that the operating system gave of a file; None where it is of none."""
+    """One line for an operating system error about a file; None for other errors."""
     return None if error.errno is None or error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def print_error(error: BaseException) -> None:
-    """Print `error: ...` on standard error in one piece, with rank and host where there are several ranks."""
+    """Print `error: ...` on standard error in one write, with rank and host if there are several ranks."""
     print(f"{rank_prefix()}error: {error}", file=sys.stderr, flush=True)
 
 
 def print_warning(text: str) -> None:
-    """Print `warning: ...` on standard error in one piece, for what goes on all the same."""
+    """Print `warning: ...` on standard error in one write."""
     print(f"{rank_prefix()}warning: {text}", file=sys.stderr, flush=True)
 
 
 def rank_prefix() -> str:
-    """`[rank 3 on n2] ` where there are several ranks, otherwise nothing: what a line of one of them begins with."""
+    """The prefix of a rank's lines, `[rank 3 on n2] `; empty for a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ""
     return f"[rank {os.environ['RANK']} on {host_name()}] "

@@ -1,4 +1,4 @@
-"""`events.jsonl` of a run: starts, stops, saves, skipped steps and whatever else an operator asks about afterwards."""
+"""`events.jsonl` of a run: starts, stops, saves, skipped steps and other events for operators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from far_scale.utils.io import JsonlWriter, read_json_lines
 
 
 class EventLog:
-    """Prints events and appends them to `events.jsonl` of a run directory, on the main process alone.
+    """Prints events and appends them to `events.jsonl` of a run directory, on the main process only.
 
     Args:
         run: the run directory.
@@ -25,10 +25,10 @@ class EventLog:
         """Print `text` and append one line.
 
         Args:
-            event: one word for what happened, the same for all of its kind.
-            step: steps done when it happened.
-            text: one line for the console and the file.
-            facts: further keys of the line in the file.
+            event: the kind of event, one word.
+            step: steps done at that time.
+            text: one line, for the console and the file.
+            facts: further keys for the file.
         """
         if not self._main:
             return
@@ -38,7 +38,7 @@ class EventLog:
 
 
 def _print_line(text: str) -> None:
-    """Print `text` above the progress bar; where nothing has loaded tqdm, as on a job's host, there is no bar."""
+    """Print `text` above the progress bar; without tqdm in memory, as on a job's host, there is none."""
     if "tqdm" in sys.modules:
         sys.modules["tqdm"].tqdm.write(text)
     else:
@@ -46,12 +46,12 @@ def _print_line(text: str) -> None:
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
-    """All events of a run, oldest first; a last line that a crash cut short is left out."""
+    """All events of a run, oldest first, without lines that a crash cut short."""
     path = run / "events.jsonl"
     return [line for line in read_json_lines(path) if line is not None] if path.exists() else []
 
 
 def lines_up_to(log: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of log.jsonl up to that step; one that a crash cut short, or that is of no step, is left out."""
+    """The lines of log.jsonl up to a step, without lines that a crash cut short or that have no step."""
     lines = [line for line in read_json_lines(log) if line is not None] if log.exists() else []
     return [line for line in lines if type(line.get("step")) is int and line["step"] <= step]

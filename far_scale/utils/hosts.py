@@ -1,4 +1,4 @@
-"""Names of hosts, and ranks as an operator reads them: `rank 3`, `ranks 0-7, 12`, and the hosts that they run on."""
+"""Names of hosts, and text about ranks and their hosts for operators: `ranks 0-7, 12 on n2`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Sequence
 
 
 def host_name() -> str:
-    """This machine's name: as SLURM calls the node, for `sbatch --exclude`, where it runs under SLURM."""
+    """This host's name; under SLURM that of the node, as for `sbatch --exclude`."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a list as SLURM writes it: `n001` of `n[001-004,7],login1`.
+    """The first host of SLURM's list of nodes: `n001` of `n[001-004,7],login1`.
 
-    `scontrol show hostnames` gives the same, but a container has no scontrol.
+    As `scontrol show hostnames`, which a container does not have.
     """
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "")
 
 
 def rank_list(ranks: Sequence[int]) -> str:
-    """Ascending `ranks` as text, runs of them drawn together."""
+    """Ascending `ranks` as text with ranges: `rank 3`, `ranks 0-7, 12`."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:
@@ -35,7 +35,7 @@ def rank_list(ranks: Sequence[int]) -> str:
 
 
 def ranks_by_host(hosts: Sequence[str]) -> dict[str, list[int]]:
-    """The ranks on each host, in their order, from every rank's host."""
+    """The ranks on each host, from every rank's host by rank."""
     nodes: dict[str, list[int]] = {}
     for rank, host in enumerate(hosts):
         nodes.setdefault(host, []).append(rank)
@@ -43,12 +43,7 @@ def ranks_by_host(hosts: Sequence[str]) -> dict[str, list[int]]:
 
 
 def ranks_on_hosts(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """Ascending `ranks` as text, by host.
-
-    Args:
-        ranks: which.
-        hosts: every rank's host, by rank.
-    """
+    """Ascending `ranks` as text with their hosts, from every rank's host by rank."""
     by_host: dict[str, list[int]] = {}
     for rank in ranks:
         by_host.setdefault(hosts[rank], []).append(rank)

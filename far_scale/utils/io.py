@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written beside, synced, renamed."""
+"""Files: atomic writes, text, JSON, JSON lines and digests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from far_scale.utils.errors import UserError
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Make the names inside `folder` durable (a rename is only safe once its folder is synced)."""
+    """Sync a folder, which makes renames inside it durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -30,16 +30,16 @@ def sync_folder(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; on success sync it and rename it to `path`, on any error remove it.
+    """Yield a temporary path to write to; then sync it and rename it to `path`, or on an error remove it.
 
-    The path yielded keeps the suffix of `path`, since encoders choose their format by it.
+    It has the suffix of `path`, by which encoders choose their format.
 
     Raises:
         UserError: the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # not by the process id: two hosts may write to one folder with the same one
+    # not the process id, which may be the same on two hosts
     beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.part{path.suffix}")
     try:
         yield beside
@@ -58,21 +58,20 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 class JsonlWriter:
-    """A file of JSON lines that is only appended to, and that outlives a full disk.
+    """Appends JSON lines to a file, and survives a full disk.
 
-    Lines that do not fit are kept and written with a later one, when there is room again; no line is ever written in
-    part. May be used from several threads.
+    Lines that do not fit on the disk are written later, with another one; no line is written partially. Thread-safe.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path, self._lock = Path(path), threading.Lock()
-        self._kept: list[str] = []
+        self._pending: list[str] = []
 
     def append(self, value: Any) -> None:
-        """Add a line, once it fits."""
+        """Append a line."""
         with self._lock:
-            self._kept.append(_json(value) + "\n")
-            data = "".join(self._kept).encode()
+            self._pending.append(_json(value) + "\n")
+            data = "".join(self._pending).encode()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with open(self._path, "ab", buffering=0) as file:  # a buffer would try again when it is closed
@@ -84,27 +83,30 @@ class JsonlWriter:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 return
-            self._kept.clear()
+            self._pending.clear()
 
 
 def text_lines(path: str | Path, what: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text file in UTF-8 that are not empty, with their numbers, without space and marks around them.
+    """The non-empty lines of a UTF-8 file with their numbers, stripped of spaces and byte order marks.
 
-    Lines end at line feeds and carriage returns alone: U+2028 and others may stand in a string.
+    Only line feeds and carriage returns end lines: U+2028 and others may be part of a string.
 
     Raises:
-        UserError: as by `read_text`.
+        UserError: as `read_text`.
     """
     for number, line in enumerate(read_text(path, what).split("\n"), 1):
-        if stripped := line.strip(" \t\ufeff"):  # files that were joined have byte order marks inside
+        if stripped := line.strip(" \t\ufeff"):  # concatenated files have byte order marks inside
             yield number, stripped
 
 
 def read_text(path: str | Path, what: str) -> str:
-    """A text file in UTF-8, with a line feed at the end of each line, and no byte order mark.
+    """Read a UTF-8 file, with line feeds as line ends and without byte order mark.
+
+    Args:
+        what: the kind of file, for errors.
 
     Raises:
-        UserError: the file, which is `what`, is not there, or is no text in UTF-8.
+        UserError: it does not exist, or is not UTF-8.
     """
     try:
         data = Path(path).read_bytes()
@@ -117,12 +119,12 @@ def read_text(path: str | Path, what: str) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: no text in UTF-8 ({error.reason}); write it anew") from None
+        raise UserError(f"{path}: is not UTF-8 ({error.reason}); save it in UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write_json(path: str | Path, value: Any) -> str:
-    """Write `value` as JSON, atomically; a number that is not finite as null. Returns the text."""
+    """Write `value` as JSON, atomically, with non-finite numbers as null; returns the text."""
     text = _json(value, indent=2) + "\n"
     with atomic_write(path) as beside:
         beside.write_text(text)
@@ -130,7 +132,7 @@ def write_json(path: str | Path, value: Any) -> str:
 
 
 def _json(value: Any, indent: int | None = None) -> str:
-    """JSON has no word for a number that is not finite, and Python's own NaN and Infinity stop other readers."""
+    """JSON without NaN and Infinity: Python writes them, but other readers refuse them."""
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
@@ -146,9 +148,9 @@ def _finite(value: Any) -> Any:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any] | None]:
-    """The objects in a file of JSON lines; None for a line that holds none, such as one that a crash cut short.
+    """The objects in a file of JSON lines; None for other lines, such as one that a crash cut short.
 
-    Lines end at a line feed alone: other characters that end a line in some texts may stand within a JSON string.
+    Only line feeds end lines: other line separators may be part of a JSON string.
     """
     text = Path(path).read_text(encoding="utf-8", errors="replace")
     return [_json_object(line) for line in text.removesuffix("\n").split("\n")] if text else []
@@ -163,10 +165,10 @@ def _json_object(line: str) -> dict[str, Any] | None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says.
+    """Parse JSON.
 
     Raises:
-        ValueError: it is no JSON, or nested deeper than Python reads.
+        ValueError: it is not JSON, or nested too deep for Python.
     """
     try:
         return json.loads(text)
@@ -175,15 +177,15 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def check_writable(path: str | Path) -> None:
-    """Refuse a file that could not be written, before the work that it is to hold; leaves no trace.
+    """Check before long work that its output file can be written; creates nothing.
 
     Raises:
-        UserError: says why.
+        UserError: it cannot.
     """
     path = Path(path).absolute()
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file to write")
-    made = [folder for folder in path.parents if not os.path.lexists(folder)]
+    missing = [folder for folder in path.parents if not os.path.lexists(folder)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -191,16 +193,19 @@ def check_writable(path: str | Path) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another place") from None
     finally:
-        for folder in made:
+        for folder in missing:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
 def read_json(path: str | Path, what: str) -> Any:
-    """Read a JSON file that is `what` (for the error).
+    """Read a JSON file.
+
+    Args:
+        what: the kind of file, for errors.
 
     Raises:
-        UserError: the file is not there, cannot be read, or is no JSON.
+        UserError: it does not exist, cannot be read, or is not JSON.
     """
     try:
         return parse_json(Path(path).read_text(encoding="utf-8-sig"))
@@ -213,12 +218,12 @@ def read_json(path: str | Path, what: str) -> Any:
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal."""
     return file_digest(path, "sha256")
 
 
 def file_digest(path: str | Path, name: str) -> str:
-    """The digest of a file's bytes by the hash of that name, in hexadecimal."""
+    """The digest of a file by the hash function `name`, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, name).hexdigest() if hasattr(hashlib, "file_digest") else _digest(file, name)
 
@@ -231,9 +236,9 @@ def _digest(file: Any, name: str) -> str:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted keys: `{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    found: dict[str, Any] = {}
+    """Flatten nested values to dotted keys: `{"a": {"b": 1}}` to `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         inner = value if isinstance(value, dict) else None
-        found |= flatten(inner, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
+        flat |= flatten(inner, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat

@@ -14,9 +14,10 @@ import yaml
 from far_scale.config.recipe import Recipe, check_ranks, load_recipe
 from far_scale.config.reference import fields
 from far_scale.config.schema import ModelSection
-from far_scale.config.yaml_loader import SHIPPED_RECIPES
+from far_scale.config.yaml_loader import CHECKOUT, SHIPPED_RECIPES
 from far_scale.model import FAR, FARConfig
 from far_scale.model.presets import PRESETS
+from far_scale.recipe import config_page
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import flatten
 
@@ -100,7 +101,7 @@ def test_every_shipped_recipe_is_covered() -> None:
 
 
 @pytest.mark.parametrize("name", COMPARED)
-def test_what_is_compared_differs_in_nothing_else(name: str) -> None:
+def test_compared_recipes_differ_only_in_the_named_keys(name: str) -> None:
     base, keys = COMPARED[name]
     ours, theirs = (flatten(load_recipe(each).result_values()) for each in (name, base))
     changed = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
@@ -191,7 +192,7 @@ def test_presets() -> None:
     assert set(get_args(literal)) == set(PRESETS)
 
 
-def test_base_says_what_it_lacks() -> None:
+def test_base_lists_its_missing_keys() -> None:
     message = refusal("base")
     assert "base.yaml: model: this required key is missing" in message
     assert "data.autoencoder: this required key is missing; set it (Name of the autoencoder" in message
@@ -303,7 +304,7 @@ WRONG_VALUES = {
     "data.frames={4: 0}": "data.frames: must be a number of frames, a range",
     "data.frames={four: 1}": "data.frames: must be a number of frames, a range",
     "data.frames={}": "data.frames: must be a number of frames, a range",
-    "sample.guidance=0.5": "sample.guidance: must be at least 1, or -1 for the null class alone, got 0.5",
+    "sample.guidance=0.5": "sample.guidance: must be at least 1, or -1 for only the null class, got 0.5",
     "curriculum=3": "curriculum: must be a valid tuple, got 3",
     "curriculum=[3]": "curriculum: must be a section of `key: value` lines, got 3",
     "curriculum=[{steps: 10}, {steps: 0}]": "curriculum.2.steps: must be greater than or equal to 1, got 0",
@@ -396,13 +397,13 @@ def test_frames_in_every_form(folder: Path) -> None:
     assert load_recipe("child", ["data.frames={6: 1}"]).data.frames == {6: 1.0}
 
 
-def test_a_token_budget_takes_the_place_of_clips(folder: Path) -> None:
+def test_a_token_budget_replaces_clips(folder: Path) -> None:
     data = load_recipe("whole", ["data.tokens_per_pack=256"]).data
     assert (data.clips_per_pack, data.tokens_per_pack) == (None, 256)
     assert load_recipe("whole").data.clips_per_pack == 4
 
 
-def test_guidance_may_be_the_null_class_alone(folder: Path) -> None:
+def test_guidance_may_be_only_the_null_class(folder: Path) -> None:
     overrides = ["sample.guidance=-1", "model.condition=label", "model.classes=3", "sample.frames=14"]
     recipe = load_recipe("whole", overrides)
     assert (recipe.sample.guidance, recipe.sample_frames()) == (-1, 14)
@@ -460,7 +461,7 @@ def test_missing_keys_name_the_file(folder: Path) -> None:
     path = write("bad", WHOLE.replace("  layers: 2\n", "").replace("log: {every: 1}\n", ""))
     message = refusal("bad")
     assert (
-        f"{path}:1: model.layers: this required key is missing; set it (Transformer layers; given by model.preset"
+        f"{path}:1: model.layers: this required key is missing; set it (Transformer layers; default: those of"
         in message
     )
     assert f"{path}: log: this required key is missing" in message
@@ -502,9 +503,7 @@ def test_recipes_that_are_not_there(folder: Path) -> None:
 def test_extends_in_a_circle(folder: Path) -> None:
     write("a", "extends: b\n")
     write("b", "extends: a\n")
-    assert refusal("a").startswith(
-        "recipes/a.yaml: extends: goes round in a circle (recipes/a.yaml -> recipes/b.yaml -> "
-    )
+    assert refusal("a").startswith("recipes/a.yaml: extends: is circular (recipes/a.yaml -> recipes/b.yaml -> ")
 
 
 SAME_RESULT = ["name=n", "run_dir=r", "log.every=9", "log.wandb.mode=offline", "checkpoint.keep=9", "data.prefetch=9"]
@@ -577,9 +576,15 @@ def test_reference_describes_every_key() -> None:
         assert field.description or "Section" in str(field.annotation)
     assert "  train.zero_stage  (0 | 1 | 2 | 3 | auto; required)\n" in text
     assert "  optimizer.final_factor  (float >= 0 and <= 1; default 0.0)\n" in text
-    assert "  data.latent_shape  ([int, int, int]; required)\n" in text
+    assert "  data.latent_shape  ([int >= 1, int >= 1, int >= 1]; required)\n" in text
     assert "  data.frames  (int | [int, int] | {int: float}; default 16)\n" in text
     assert "  curriculum.learning_rate_scale  (float > 0; default 1.0)\n" in text
+
+
+def test_the_page_of_all_keys_is_up_to_date() -> None:
+    assert (CHECKOUT / "docs" / "config.md").read_text() == config_page(), (
+        "run python -m far_scale.recipe --markdown > docs/config.md"
+    )
 
 
 def test_validation_is_written_only_where_there_is_any(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from far_scale.config.recipe import Recipe, load_recipe
-from far_scale.distributed.collective_costs import Setup, Shapes, step_collectives
+from far_scale.distributed.collective_costs import ModelShapes, ParallelSetup, step_collectives
 from far_scale.distributed.ledger import Entry, Key, sent_bytes
 from far_scale.model import FAR, FARConfig
 from far_scale.train.collectives import expected_collectives, setup_of
@@ -78,13 +78,13 @@ def recorded(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_step_sends_what_was_worked_out(runs: Path, name: str) -> None:
+def test_a_step_sends_what_was_predicted(runs: Path, name: str) -> None:
     recipe = recipe_of(RUNS[name])
     assert recipe.train.zero_stage != "auto"
     hpz = recipe.train.zero_stage == 3 and WITHOUT_HPZ not in RUNS[name]
     sharding = Sharding(recipe.train.zero_stage, 2 if hpz else 1, reduce_once=ONCE in RUNS[name])
     with torch.device("meta"):
-        shapes = Shapes.of(FAR(recipe.far_config()))
+        shapes = ModelShapes.from_model(FAR(recipe.far_config()))
     expected = step_collectives(shapes, setup_of(recipe, sharding, 4, 2))
     event = recorded(runs / name)
     assert event["step"] == 3
@@ -139,9 +139,9 @@ def test_a_ring_sends_all_but_its_own_part() -> None:
 def sent(config: FARConfig, **given: Any) -> Callable[[str], float]:
     """A function of the phase: megabytes to other nodes from a rank of 8 nodes of 8, ZeRO-3 in bf16."""
     with torch.device("meta"):
-        shapes = Shapes.of(FAR(config))
+        shapes = ModelShapes.from_model(FAR(config))
     values = {"ranks": 64, "nodes": 8, "stage": 3, "number_bytes": 2, "gradient_bytes": 2, **given}
-    entries = step_collectives(shapes, Setup(**values))
+    entries = step_collectives(shapes, ParallelSetup(**values))
     return lambda phase: sum(entry.between for entry in entries if entry.key.phase == phase) / 1e6
 
 

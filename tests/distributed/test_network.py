@@ -19,7 +19,7 @@ import torch.distributed as dist
 from far_scale.distributed import addresses, network
 from far_scale.distributed.addresses import Endpoint, endpoints, network_stack
 from far_scale.distributed.network import checked_network
-from far_scale.distributed.process_group import take_launcher_variables
+from far_scale.distributed.process_group import read_launcher_variables
 from harness.launch import ROOT, environment
 from harness.namespaces import joined_hosts
 from harness.processes import Rank
@@ -40,24 +40,24 @@ def host(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def resolve_to(patch: pytest.MonkeyPatch, *found: str) -> None:
+def resolve_to(patch: pytest.MonkeyPatch, *addresses: str) -> None:
     """Whatever name is asked for."""
-    infos = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in found]
+    infos = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
     patch.setattr(socket, "getaddrinfo", lambda *_, **__: infos)
 
 
 def test_the_address_of_the_hosts_name(host: pytest.MonkeyPatch) -> None:
     """The first that is this host's own, as gloo takes it."""
-    (endpoint,) = endpoints(cuda=True, named_alone=False)
+    (endpoint,) = endpoints(cuda=True, named_only=False)
     assert endpoint == Endpoint("127.0.1.1", "what the name n7 resolves to", "GLOO_SOCKET_IFNAME")
-    assert endpoint.problem(alone=False) == "other hosts cannot reach 127.0.1.1, what the name n7 resolves to"
-    assert endpoint.problem(alone=True) is None
+    assert endpoint.problem(single_host=False) == "other hosts cannot reach 127.0.1.1, what the name n7 resolves to"
+    assert endpoint.problem(single_host=True) is None
     resolve_to(host, "192.0.2.1", "127.0.0.3")  # the first belongs to nobody
-    assert endpoints(cuda=True, named_alone=False)[0].address == "127.0.0.3"
+    assert endpoints(cuda=True, named_only=False)[0].address == "127.0.0.3"
     resolve_to(host)
-    (endpoint,) = endpoints(cuda=True, named_alone=False)
+    (endpoint,) = endpoints(cuda=True, named_only=False)
     assert (endpoint.address, endpoint.origin) == ("127.0.0.1", "since the name n7 resolves to no address of this host")
-    assert endpoints(cuda=True, named_alone=True) == []
+    assert endpoints(cuda=True, named_only=True) == []
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_interfaces_that_are_named(host: pytest.MonkeyPatch, gloo: str, nccl: st
     host.setenv("GLOO_SOCKET_IFNAME", gloo)
     if nccl is not None:
         host.setenv("NCCL_SOCKET_IFNAME", nccl)
-    assert [each.address for each in endpoints(cuda=True, named_alone=True)] == taken
-    assert all(each.variable == "GLOO_SOCKET_IFNAME" for each in endpoints(cuda=False, named_alone=True))
+    assert [each.address for each in endpoints(cuda=True, named_only=True)] == taken
+    assert all(each.variable == "GLOO_SOCKET_IFNAME" for each in endpoints(cuda=False, named_only=True))
 
 
 @pytest.mark.parametrize(("nodes", "address"), [("1", "127.0.0.1"), ("2", "n7")])
@@ -83,21 +83,21 @@ def test_a_step_on_one_node_needs_no_name(nodes: str, address: str, monkeypatch:
     step = {"STEP_ID": "0", "STEP_NUM_NODES": nodes, "STEP_NODELIST": "n[7-8]", "JOB_ID": "41234", "PROCID": "3"}
     kept = {"PATH": "/bin"} | {f"SLURM_{key}": value for key, value in step.items()}
     monkeypatch.setattr("os.environ", kept | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"})
-    assert take_launcher_variables() == (3, 4)
+    assert read_launcher_variables() == (3, 4)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (address, "21234")
 
 
 @pytest.mark.parametrize(("names", "odd"), [("^lo", "^lo"), ("=eth0", "=eth0"), ("eth0,", ""), ("eth0, ib2", " ib2")])
-def test_gloo_takes_names_alone(host: pytest.MonkeyPatch, names: str, odd: str) -> None:
+def test_gloo_takes_only_names(host: pytest.MonkeyPatch, names: str, odd: str) -> None:
     host.setenv("GLOO_SOCKET_IFNAME", names)
     said = f"GLOO_SOCKET_IFNAME holds {odd!r}; it takes whole names with only commas between them"
-    assert endpoints(cuda=False, named_alone=True)[-1].problem(alone=True) == said
+    assert endpoints(cuda=False, named_only=True)[-1].problem(single_host=True) == said
 
 
 def test_interfaces_that_are_not_there(host: pytest.MonkeyPatch) -> None:
     host.setenv("GLOO_SOCKET_IFNAME", "ib0")
     host.setenv("NCCL_SOCKET_IFNAME", "ib1")
-    assert [each.problem(alone=True) for each in endpoints(cuda=True, named_alone=True)] == [
+    assert [each.problem(single_host=True) for each in endpoints(cuda=True, named_only=True)] == [
         "there is no interface ib0, which GLOO_SOCKET_IFNAME names",
         "the interface ib1, which NCCL_SOCKET_IFNAME names, has no address",
     ]
@@ -117,18 +117,18 @@ def first_of_two(monkeypatch: pytest.MonkeyPatch) -> dist.HashStore:
         network, "endpoints", lambda *_, **__: [Endpoint("127.0.0.1", "interface eth0", addresses.GLOO)]
     )
     monkeypatch.setattr(Endpoint, "problem", lambda *_: None)
-    monkeypatch.setattr(network, "_PUBLISHING", timedelta(seconds=0.1))
-    monkeypatch.setattr(network, "_ALL", 0.2)
+    monkeypatch.setattr(network, "_NEIGHBOUR_TIMEOUT", timedelta(seconds=0.1))
+    monkeypatch.setattr(network, "_TOTAL_SECONDS", 0.2)
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
     return dist.HashStore()
 
 
 def test_a_host_that_falls_silent_is_named(first_of_two: dist.HashStore) -> None:
     with checked_network(first_of_two, 0, [(0, "n7"), (8, "n8")], cuda=False) as problem:
-        assert problem == "n8: rank 8 has not said where it listens; look at what it printed (also: n8)"
+        assert problem == "n8: rank 8 has not published its addresses; look at its output (also: n8)"
 
 
-def test_whoever_else_answers_is_not_the_host(first_of_two: dist.HashStore) -> None:
+def test_an_answer_of_another_host_is_recognised(first_of_two: dist.HashStore) -> None:
     """As where each host has a bridge of the same address, such as docker0."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         listens = {"address": "127.0.0.1", "origin": "interface eth0", "variable": addresses.GLOO}

@@ -10,7 +10,7 @@ from harness.processes import started
 WORKER = ROOT / "tests/harness/rendezvous_worker.py"
 
 
-def test_all_that_come_meet(tmp_path: Path) -> None:
+def test_all_ranks_meet(tmp_path: Path) -> None:
     with started(2, tmp_path, WORKER, 2, "cpu,cpu", 60) as ranks:
         assert [rank.end(60) for rank in ranks] == [(0, "met\n")] * 2
 

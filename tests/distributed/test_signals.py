@@ -21,11 +21,11 @@ child.start()
 time.sleep(0.5)  # Python forgets signals that come while it forks
 child.terminate()  # a forked process still ends by it
 child.join()
-print(child.exitcode, signals.wanted, flush=True)
+print(child.exitcode, signals.received, flush=True)
 os.kill(os.getpid(), signal.SIGTERM)
-while signals.wanted is None:
+while signals.received is None:
     time.sleep(0.01)
-print(signals.wanted, signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)
+print(signals.received, signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 time.sleep(3.2)
 os.kill(os.getpid(), signal.SIGINT)

@@ -37,7 +37,7 @@ def main() -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     dist.barrier()
     if rank == 1:
-        network._ALL = 1.0
+        network._TOTAL_SECONDS = 1.0
         os.environ["SLURM_NODEID"] = "1"
         for address in UNREACHABLE:
             try:

@@ -58,9 +58,9 @@ class Cluster:
 
     def run(self, *command: object, **environment: object) -> str:
         """The output of a command, which must succeed."""
-        told = {**self.environment, **{name: str(value) for name, value in environment.items()}}
+        own = {**self.environment, **{name: str(value) for name, value in environment.items()}}
         done = subprocess.run(
-            list(map(str, command)), env=told, cwd=self.folder, capture_output=True, text=True, timeout=60
+            list(map(str, command)), env=own, cwd=self.folder, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0, f"{' '.join(map(str, command))}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -77,8 +77,8 @@ class Cluster:
         """Wait until `holds`; a test fails, with the output of `job`, where that takes too long."""
         end = time.monotonic() + timeout
         while not holds():
-            told = f"\njob {job}:\n{self.output(job)}" if job else ""
-            assert time.monotonic() < end, f"{what}: not within {timeout} s{told}"
+            output = f"\njob {job}:\n{self.output(job)}" if job else ""
+            assert time.monotonic() < end, f"{what}: not within {timeout} s{output}"
             time.sleep(0.2)
 
     def wait(self, job: str, states: tuple[str, ...] = ENDED) -> dict[str, str]:

@@ -83,16 +83,16 @@ def main() -> None:
     process_group.STUCK_SECONDS = 30.0 if len(cases) > 1 else 3.0
     for case in cases:
         recipe = load_recipe("demo_cpu", [f"run_dir={out / case}"])
-        told = "sound"
+        result = "sound"
         with broken(case, recipe) if rank == count - 1 else contextlib.nullcontext(recipe) as own:
             try:
                 hosts = startup.check_nodes(
                     own, processes, torch.float32, EventLog(out / case, processes.is_main_process), 0
                 )
-                told += f" {hosts}"
+                result += f" {hosts}"
             except UserError as error:
-                told = str(error)
-        (out / f"{case}-{rank}.txt").write_text(told)
+                result = str(error)
+        (out / f"{case}-{rank}.txt").write_text(result)
     dist.destroy_process_group()
 
 

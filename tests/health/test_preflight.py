@@ -10,7 +10,7 @@ import torch
 
 from far_scale.config.recipe import load_recipe
 from far_scale.distributed.exit_codes import REFUSED
-from far_scale.health.bandwidth import BETWEEN, INSIDE, Links, better_links, rounds
+from far_scale.health.bandwidth import BETWEEN, INSIDE, Links, fastest_links, rounds
 from far_scale.health.gemm_probe import GemmProbe
 from far_scale.health.node_check import RankReport, code_hash, examine, refusals
 from far_scale.health.preflight import checkpoint_bytes, node_table, slow_nodes
@@ -35,15 +35,15 @@ def checks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, ends[0][1]
 
 
-def told(checks: tuple[Path, str], case: str) -> str:
+def result(checks: tuple[Path, str], case: str) -> str:
     """What a case raised, on both ranks alike."""
     first, second = ((checks[0] / f"{case}-{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
     return first
 
 
-def test_sound_nodes_are_told_line_by_line(checks: tuple[Path, str]) -> None:
-    assert told(checks, "sound") == "sound ['n0', 'n1']"
+def test_sound_nodes_are_printed_line_by_line(checks: tuple[Path, str]) -> None:
+    assert result(checks, "sound") == "sound ['n0', 'n1']"
     table = checks[1].splitlines()
     assert table[0].split()[:3] == ["node", "ranks", "device"]
     assert table[1].split()[:4] == ["n0", "0", "1", "x"] and table[2].split()[:2] == ["n1", "1"]
@@ -52,46 +52,46 @@ def test_sound_nodes_are_told_line_by_line(checks: tuple[Path, str]) -> None:
     assert event["nodes"] == {"n0": "rank 0", "n1": "rank 1"}
 
 
-def test_a_device_that_calculates_wrongly_is_refused(checks: tuple[Path, str]) -> None:
-    text = told(checks, "wrong product")
+def test_a_device_with_wrong_results_is_refused(checks: tuple[Path, str]) -> None:
+    text = result(checks, "wrong product")
     assert "rank 1 on n1" in text and "came out wrong" in text and "sbatch --exclude=n1" in text
 
 
 def test_a_device_that_fails_is_refused(checks: tuple[Path, str]) -> None:
-    text = told(checks, "device error")
+    text = result(checks, "device error")
     assert "rank 1 on n1" in text and "ECC error encountered; leave the node out: sbatch --exclude=n1" in text
 
 
-def test_a_slow_device_is_told(checks: tuple[Path, str]) -> None:
-    assert told(checks, "slow product").startswith("sound")
+def test_a_slow_device_is_logged(checks: tuple[Path, str]) -> None:
+    assert result(checks, "slow product").startswith("sound")
     (event,) = [event for event in read_events(checks[0] / "slow product") if event["event"] == "node"]
     assert event["ranks"] == [1] and event["hosts"] == ["n1"] and "rank 1 on n1 calculates at" in event["text"]
 
 
 def test_other_code_is_refused(checks: tuple[Path, str]) -> None:
-    assert "the code of far_scale is not the same everywhere: 0123456789ab on rank 1 on n1" in told(
+    assert "the code of far_scale is not the same everywhere: 0123456789ab on rank 1 on n1" in result(
         checks, "other code"
     )
 
 
 def test_another_recipe_is_refused_with_the_keys_that_differ(checks: tuple[Path, str]) -> None:
-    text = told(checks, "other recipe")
+    text = result(checks, "other recipe")
     assert "the recipe is not the same everywhere" in text and "on rank 1 on n1" in text
     assert text.endswith("the keys that differ: train.zero_stage")
 
 
 def test_folders_on_a_nodes_own_disk_may_differ(checks: tuple[Path, str]) -> None:
-    assert told(checks, "other local folders").startswith("sound")
+    assert result(checks, "other local folders").startswith("sound")
 
 
 @pytest.mark.parametrize(("library", "version"), [("torch", "2.9.0"), ("deepspeed", "0.1.2")])
 def test_other_versions_are_refused(checks: tuple[Path, str], library: str, version: str) -> None:
-    text = told(checks, f"other {library}")
+    text = result(checks, f"other {library}")
     assert f"{library} is not the same everywhere: {version} on rank 1 on n1" in text and "environment" in text
 
 
 def test_a_full_disk_is_refused(checks: tuple[Path, str]) -> None:
-    text = told(checks, "full disk")
+    text = result(checks, "full disk")
     assert "run_dir: on n1 a checkpoint needs" in text and "0 GB are free; free some" in text
 
 
@@ -117,7 +117,7 @@ def report(rank: int, host: str, **others: object) -> RankReport:
     return replace(sound, **others)  # type: ignore[arg-type]
 
 
-def test_of_thousands_only_the_odd_one_is_named() -> None:
+def test_of_thousands_only_the_outlier_is_named() -> None:
     reports = [report(rank, f"n{rank // 8}") for rank in range(4096)]
     assert refusals(reports, 10**9) == []
     reports[17] = report(17, "n2", free_memory=20 * 10**9)
@@ -143,7 +143,7 @@ def test_a_checkpoint_takes_sixteen_bytes_a_parameter() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (8,), (1, 1, 1), (2, 2), (4, 4, 4), (3, 2, 1, 2, 5)], ids=str)
-def test_every_rank_talks_with_two_neighbours_of_each_kind(sizes: tuple[int, ...]) -> None:
+def test_every_rank_exchanges_messages_with_two_neighbours_of_each_kind(sizes: tuple[int, ...]) -> None:
     hosts = [f"n{node}" for node, ranks in enumerate(sizes) for _ in range(ranks)]
     partners: dict[tuple[str, int], set[int]] = {}
     for turn in rounds(hosts):
@@ -165,8 +165,8 @@ def test_the_node_between_two_slow_links_is_the_one_named() -> None:
     measured: list[dict[int, float]] = [{} for _ in reports]
     for (one, other), speed in edges.items():
         measured[one][other], measured[other][one] = speed, 5 * speed  # a message may have come early
-    better = better_links(rounds([report.host for report in reports]), measured)
-    ((text, ranks),) = slow_nodes(reports, Links(better, 40e9))
+    fastest = fastest_links(rounds([report.host for report in reports]), measured)
+    ((text, ranks),) = slow_nodes(reports, Links(fastest, 40e9))
     assert ranks == [1] and text == "the links of rank 1 on n1 between nodes carry 3 GB/s, the median is 50"
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from far_scale.health.straggler import Slow, slow_ranks
+from far_scale.health.straggler import SlowRank, slow_ranks
 from far_scale.utils.event_log import read_events
 from harness.launch import ROOT
 from harness.processes import started
 
 
-def test_of_two_ranks_the_faster_is_the_measure() -> None:
-    assert slow_ranks([1.0, 2.0]) == [Slow(1, 2.0)]
+def test_of_two_ranks_the_faster_is_the_reference() -> None:
+    assert slow_ranks([1.0, 2.0]) == [SlowRank(1, 2.0)]
     assert slow_ranks([1.0, 1.4]) == [] and slow_ranks([5.0]) == []
 
 
@@ -24,14 +24,14 @@ def test_few_of_thousands_are_found_and_the_usual_spread_is_not() -> None:
     assert [slow.rank for slow in slow_ranks(seconds)] == [17, 4000]
 
 
-def test_where_ranks_differ_widely_being_far_off_is_usual() -> None:
+def test_an_outlier_among_widely_differing_ranks_is_not_slow() -> None:
     draw = random.Random(0)
     assert slow_ranks([draw.uniform(0.0, 1.0) for _ in range(4096)]) == []
 
 
-def test_a_wait_that_delays_nobody_is_not_told() -> None:
-    assert slow_ranks([0.0, 0.001], at_least=0.01) == []
-    assert slow_ranks([0.0, 0.02], at_least=0.01) == [Slow(1, float("inf"))]
+def test_a_wait_that_delays_nobody_is_not_reported() -> None:
+    assert slow_ranks([0.0, 0.001], min_excess=0.01) == []
+    assert slow_ranks([0.0, 0.02], min_excess=0.01) == [SlowRank(1, float("inf"))]
 
 
 def test_a_slow_rank_is_named_with_its_node_once_until_it_recovers(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_stopped_rank_is_named_and_the_others_end_to_be_started_again(tmp_path
     assert "rank 1 on n1 wrote none" in event["text"]
 
 
-def test_the_rank_that_tells_may_be_the_stopped_one(tmp_path: Path) -> None:
+def test_the_rank_that_reports_may_be_the_stopped_one(tmp_path: Path) -> None:
     with started(2, tmp_path / "out", WORKER, tmp_path, 3, "waits for the test") as ranks:
         wait_for(tmp_path / "step-3", ranks)
         ranks[0].stop()
@@ -126,11 +126,11 @@ def test_stacks_of_an_earlier_start_are_not_taken_for_those_of_this_one(tmp_path
 @pytest.mark.parametrize(
     ("ranks", "text"), [([3], "rank 3"), ([0, 1, 2, 7], "ranks 0-2, 7"), ([1, 3], "ranks 1, 3")], ids=str
 )
-def test_ranks_are_told_in_runs(ranks: list[int], text: str) -> None:
+def test_ranks_are_listed_in_runs(ranks: list[int], text: str) -> None:
     assert rank_list(ranks) == text
 
 
-def test_ranks_are_told_by_host() -> None:
+def test_ranks_are_listed_by_host() -> None:
     assert ranks_on_hosts([1, 2, 3], ["a", "a", "b", "b"]) == "rank 1 on a, ranks 2-3 on b"
 
 

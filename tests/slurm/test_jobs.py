@@ -1,4 +1,4 @@
-"""The launcher without SLURM: snapshots, the rule against starts in vain, what follows an exit status, submission."""
+"""The launcher without SLURM: snapshots, the limit of starts without progress, requeue decisions, submission."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 from far_scale.config.recipe import load_recipe
-from far_scale.slurm.after import after, decide
 from far_scale.slurm.job import Job, JobState, check_warning, clock, early_warning
-from far_scale.slurm.progress import starts_from
-from far_scale.slurm.snapshot import REFUSED_HERE, make_snapshot, read_submission
-from far_scale.slurm.submit import JobSize, draft, parse_minutes, submit, train_here
+from far_scale.slurm.job_request import JobSize, parse_minutes
+from far_scale.slurm.lifecycle import after, count_starts, decide
+from far_scale.slurm.snapshot import REFUSED_MARKER, make_snapshot, read_submission
+from far_scale.slurm.submit import check_size, draft, submit, train_here
 from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import EventLog, read_events
 from harness.launch import ROOT, environment, small_recipe
@@ -59,22 +59,22 @@ def test_a_snapshot_runs_its_own_code_wherever_it_is_started(tmp_path: Path) -> 
     assert (submission.run_dir, submission.steps, submission.starts_without_progress) == (str(run), 7, 4)
     assert submission.command == arguments
 
-    (snapshot / "far_scale" / "launch" / "__main__.py").write_text("def main():\n    print(__file__)\n")
+    (snapshot / "far_scale" / "slurm" / "__main__.py").write_text("def main():\n    print(__file__)\n")
     # The working folder and PYTHONPATH both offer the checkout's far_scale.
     done = subprocess.run([sys.executable, snapshot], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.stdout.strip() == str(snapshot / "far_scale" / "launch" / "__main__.py"), done.stderr
+    assert done.stdout.strip() == str(snapshot / "far_scale" / "slurm" / "__main__.py"), done.stderr
 
     make_snapshot(recipe, arguments, "123")
-    assert "prepare" in (snapshot / "far_scale" / "launch" / "__main__.py").read_text()
+    assert "prepare" in (snapshot / "far_scale" / "slurm" / "__main__.py").read_text()
     assert [path.name for path in (run / "snapshots").iterdir()] == ["123"]
 
 
-def test_starts_in_vain_are_counted_since_the_last_progress(tmp_path: Path) -> None:
+def test_starts_are_counted_since_the_last_progress(tmp_path: Path) -> None:
     def note(job: str, restarts: int, step: int) -> None:
         EventLog(tmp_path, is_main_process=True).emit("start", step, "", job=job, restarts=restarts)
 
     def count(restarts: int, step: int, job: str = "7") -> int:
-        return starts_from(tmp_path, Job(job, restarts, "n1", 1), step)
+        return count_starts(tmp_path, Job(job, restarts, "n1", 1), step)
 
     assert count(0, 0) == 0
     note("7", 0, 0)
@@ -107,12 +107,12 @@ def test_starts_in_vain_are_counted_since_the_last_progress(tmp_path: Path) -> N
         (0, True, JobState("COMPLETING", "TimeLimit", True), False, 0),
     ],
 )
-def test_what_follows(status: int, done: bool, state: JobState, requeue: bool, leaves: int) -> None:
-    follows = decide(status, done, state)
-    assert (follows.requeue, follows.status) == (requeue, leaves)
+def test_requeue_decision(status: int, done: bool, state: JobState, requeue: bool, leaves: int) -> None:
+    decision = decide(status, done, state)
+    assert (decision.requeue, decision.status) == (requeue, leaves)
 
 
-def test_a_refusal_counts_although_srun_tells_a_higher_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_counts_if_srun_returns_a_higher_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that srun kills because one of them refused end with statuses above 2."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/asked\necho "JobState=RUNNING Reason=None Requeue=1"\n')
@@ -123,7 +123,7 @@ def test_a_refusal_counts_although_srun_tells_a_higher_status(tmp_path: Path, mo
     snapshot = make_snapshot(load_recipe(arguments[0], arguments[1:]), arguments, "7")
     before = signal.getsignal(signal.SIGTERM)
     try:
-        (snapshot / REFUSED_HERE).touch()
+        (snapshot / REFUSED_MARKER).touch()
         assert after(snapshot, 137) == 2
         assert (tmp_path / "asked").read_text().split() == ["show"]
         assert after(snapshot, 137) == 137, "the next start is judged by itself"
@@ -156,14 +156,18 @@ def test_times_as_sbatch_takes_them() -> None:
         ("5", "0:05:00"), ("6:00", "0:06:00"), ("6:01", None), ("0-1", None), ("2-00:00:00", None), ("0", None),
     ],
 )  # fmt: skip
-def test_a_time_limit_that_the_warning_swallows_is_refused(time: str, refused: str | None, tmp_path: Path) -> None:
+def test_a_time_limit_shorter_than_the_warning_is_refused(time: str, refused: str | None, tmp_path: Path) -> None:
     """The warning comes 300 seconds ahead, give or take a minute; a limit of 0 is none."""
     recipe = load_recipe("demo_cpu", [f"run_dir={tmp_path / 'run'}"])
     size = JobSize(nodes=1, gpus_per_node=0, cpus_per_task=1, minutes=parse_minutes(time), partition=None)
     if refused is None:
-        size.check(recipe)
+        check_size(recipe, size)
         return
-    for action in (size.check, lambda _: draft(recipe, size, None, ROOT, []), lambda _: train_here(recipe, [], size)):
+    for action in (
+        lambda _: check_size(recipe, size),
+        lambda _: draft(recipe, size, None, ROOT, []),
+        lambda _: train_here(recipe, [], size),
+    ):
         with pytest.raises(UserError) as error:
             action(recipe)
         assert str(error.value) == (
@@ -175,13 +179,13 @@ def test_a_time_limit_that_the_warning_swallows_is_refused(time: str, refused: s
 
 def test_without_slurm_a_time_limit_is_needed(tmp_path: Path) -> None:
     size = JobSize(nodes=1, gpus_per_node=0, cpus_per_task=1, minutes=0, partition=None)
-    with pytest.raises(UserError, match="--time 0: means no limit to SLURM alone"):
+    with pytest.raises(UserError, match="--time 0: means no limit only to SLURM"):
         train_here(load_recipe("demo_cpu", [f"run_dir={tmp_path / 'run'}"]), [], size)
 
 
 @pytest.fixture
 def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """`controller(limit, script)`: what a stand-in for scontrol says from now on of the job around this process."""
+    """`controller(limit, script)` sets what a fake scontrol prints about the job around this process."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f"#!/bin/sh\n[ -e {tmp_path}/$1 ] || exit 1\ncat {tmp_path}/$1\n")
     scontrol.chmod(0o755)
@@ -189,12 +193,12 @@ def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SBATCH_SIGNAL", raising=False)
 
-    def says(limit: str, script: str) -> None:
+    def set_output(limit: str, script: str) -> None:
         shown = f"JobId=7 RunTime=00:00:01 TimeLimit={limit} TimeMin=N/A EndTime=2026-11-25T17:56:16\n"
         (tmp_path / "show").write_text(shown)
         (tmp_path / "write").write_text(script)
 
-    return says
+    return set_output
 
 
 SCRIPTS = {
@@ -240,7 +244,7 @@ def test_a_running_job_is_checked(limit: str, line: str, refused: bool, controll
 def test_only_a_warning_that_is_certain_refuses_a_job(
     controller: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """By the command that the scripts call: a --signal on sbatch's command line may take the place of the script's."""
+    """By the command that the scripts call: a --signal on sbatch's command line may override that of the script."""
     controller("00:04:00", "#SBATCH --signal=USR1@300\n")
     text = (
         "job 7: --signal=USR1@300 and a time limit of 0:04:00: the warning comes 300 seconds ahead of "
@@ -276,10 +280,10 @@ def test_a_job_that_its_warning_stops_at_once_does_not_start_again(
             signal.signal(signal.SIGTERM, before)
     first, second = (event for event in read_events(run) if event["event"] == "end")
     assert first["requeue"] and not second["requeue"]
-    assert "job 7: a signal stopped training after a step at most. job 7: --signal=USR1@300 and" in second["text"]
+    assert "job 7: a signal stopped training after at most one step. job 7: --signal=USR1@300 and" in second["text"]
 
 
-def test_the_warning_of_the_environment_counts_and_no_answer_stops_nobody(
+def test_the_warning_of_the_environment_counts_and_no_answer_stops_no_job(
     controller: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     controller("00:04:00", "#SBATCH --signal=USR1@300\n")
@@ -315,14 +319,14 @@ def test_a_draft_needs_no_slurm_and_writes_nothing(tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_follows_two_dashes_goes_to_sbatch(tmp_path: Path) -> None:
+def test_options_after_two_dashes_go_to_sbatch(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     recipe = load_recipe("demo_cpu", [f"run_dir={tmp_path / 'run'}"])
     size = JobSize(nodes=1, gpus_per_node=0, cpus_per_task=1, minutes=60, partition=None)
     options = ["--account=x", "-A", "x", "--exclude", "n[3-4]", "--exclusive", "--time-min=30", "--comment=a b"]
     text = draft(recipe, size, None, ROOT, options)
     assert text.endswith("\n# submitted by: sbatch " + shlex.join(options) + " FILE")
-    for refused, said in {
+    for refused, message in {
         "--nodes=4": "use --nodes before the --",
         "-N4": "use --nodes before the --",
         "--gpus=4": "use --gpus-per-node before the --",
@@ -337,7 +341,7 @@ def test_what_follows_two_dashes_goes_to_sbatch(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError) as error:
             draft(recipe, size, None, ROOT, ["--qos=high", refused])
-        assert str(error.value) == f"-- {refused}: {said}"
+        assert str(error.value) == f"-- {refused}: {message}"
     for before in ("--exclusive", "-H", "-Ax", "--account=x"):  # sbatch would run the word as a script
         with pytest.raises(UserError, match=r"^-- n3: is no option of sbatch;"):
             draft(recipe, size, None, ROOT, [before, "n3"])

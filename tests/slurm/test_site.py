@@ -1,4 +1,4 @@
-"""The settings of a site: what slurm/site.sh may say, and jobs in a container on nodes that have no packages."""
+"""The settings of a site: slurm/site.sh, and jobs in a container on nodes without packages."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def checkout_with(folder: Path, site: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("site", "said", "refused"),
+    ("site", "expected", "refused"),
     [
         ("export VISIBLE=$UNSET[1\n[ 1 = 2 ] && export VISIBLE=2", "HERE/ds | HERE/ds | --export=ALL", None),
         ("SITE_SRUN_OPTIONS=(--mpi=none)\nexport VISIBLE=1", "HERE/ds | HERE/ds | --export=ALL --mpi=none", None),
@@ -77,7 +77,7 @@ def checkout_with(folder: Path, site: str) -> Path:
         ("PYTHON=/no/such", "", "/no/such: is no Python with DeepSpeed; run tools/setup_env.sh in"),
     ],
 )  # fmt: skip
-def test_what_a_site_may_say(site: str, said: str, refused: str | None, tmp_path: Path) -> None:
+def test_settings_of_a_site(site: str, expected: str, refused: str | None, tmp_path: Path) -> None:
     has_deepspeed = program(tmp_path / "ds", '[ "$1" != --version ] || exec echo Python 3.8.1; [[ $2 = *deepspeed* ]]')
     path = tmp_path / "checkout" / "slurm" / "site.sh"
     path.parent.mkdir(parents=True)
@@ -88,8 +88,8 @@ def test_what_a_site_may_say(site: str, said: str, refused: str | None, tmp_path
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     output = done.stdout.replace(str(tmp_path), "HERE")
     if refused is None:
-        visible = "2" if "env VISIBLE=2" in said else "1" if "mpi" in said else "[1"
-        assert (done.returncode, output) == (0, f"{said} | ehuBc \n{visible}\n"), done.stderr
+        visible = "2" if "env VISIBLE=2" in expected else "1" if "mpi" in expected else "[1"
+        assert (done.returncode, output) == (0, f"{expected} | ehuBc \n{visible}\n"), done.stderr
     else:
         host = subprocess.run(["hostname"], capture_output=True, text=True, check=True).stdout.strip()
         refused = refused.replace("HERE", str(tmp_path)).replace("SITE:", f"{path}:").replace("HOST", host)
@@ -112,7 +112,7 @@ def test_what_a_site_may_say(site: str, said: str, refused: str | None, tmp_path
         ),
     ],
 )
-def test_a_container_that_does_not_do(container: str, status: int, last: str, tmp_path: Path) -> None:
+def test_a_container_that_cannot_be_used(container: str, status: int, last: str, tmp_path: Path) -> None:
     bare = program(tmp_path / "bare", f'exec {shlex.quote(os.path.realpath(sys.executable))} -S "$@"')
     python = sys.executable if "-i" in container else bare
     site = f"SITE_CONTAINER=({container})\nHOST_PYTHON={bare} PYTHON={python}\n"
@@ -135,11 +135,11 @@ def test_the_code_is_that_of_the_checkout(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"error: {tmp_path}: holds a far_scale of its own, which Python would take, not that")
 
 
-def test_beside_a_container_a_node_needs_the_standard_library_alone() -> None:
+def test_with_a_container_a_node_needs_only_the_standard_library() -> None:
     """Nothing but Python's own modules and far_scale's is loaded by what calls SLURM's commands."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from far_scale.slurm import __main__, after, job, start\n"
+        "from far_scale.slurm import __main__, job, lifecycle\n"
         "known = {*sys.stdlib_module_names, 'far_scale', '__main__'}\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules} - known))"
     )

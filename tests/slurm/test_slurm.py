@@ -50,14 +50,14 @@ def test_a_cluster_goes_with_its_owner(cluster: Cluster) -> None:
         cluster.until(None, "the daemons are gone", lambda: not any(runs(daemon) for daemon in daemons))
 
 
-def test_stopped_then_requeued_it_goes_on_with_its_own_code(
+def test_stopped_then_requeued_it_resumes_with_its_own_code(
     cluster: Cluster, recorded_shards: Path, tmp_path: Path
 ) -> None:
     """Two nodes: a signal to the processes, then `scontrol requeue`, and no step is lost or done twice."""
     checkout, run = copied_checkout(tmp_path), tmp_path / "run"
     job = cluster.sbatch(SCRIPT, TWO_NODES, tiny(recorded_shards, run, 60), FAR_SCALE=checkout)
     cluster.until(job, "step 3", lambda: len(steps_logged(run)) >= 3)
-    (checkout / "far_scale" / "launch" / "__main__.py").write_text("raise RuntimeError('not the snapshot')\n")
+    (checkout / "far_scale" / "slurm" / "__main__.py").write_text("raise RuntimeError('not the snapshot')\n")
     (checkout / "far_scale" / "train" / "loop.py").write_text("raise RuntimeError('not the snapshot')\n")
     (checkout / "recipes" / "base.yaml").write_text("no: recipe\n")
     cluster.run("scancel", "--signal=USR1", job)
@@ -142,14 +142,14 @@ def test_a_crash_loop_stops_and_a_bad_recipe_never_starts(
     )
     options_short, warned = options.replace("--time=10", "--time=4"), {"SBATCH_SIGNAL": "USR1@300"}
     short = cluster.sbatch(SCRIPT, options_short, tiny(recorded_shards, run, 9), **warned)
-    for job, said in (
+    for job, text in (
         (bad, "train.stepps"),
         (lanes, "4 lanes cannot be shared evenly by 3 ranks"),
         (short, "--signal=USR1@300 and a time limit of 0:04:00"),
     ):
         shown = cluster.wait(job)
         assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "2:0", "0")
-        assert cluster.output(job).startswith("error: ") and said in cluster.output(job)
+        assert cluster.output(job).startswith("error: ") and text in cluster.output(job)
         assert len(cluster.output(job).splitlines()) == 1
     assert not (tmp_path / "bad").exists()
 
@@ -166,7 +166,7 @@ def submit(cluster: Cluster, *arguments: object) -> list[str]:
                        PYTHONPATH=ROOT).splitlines()  # fmt: skip
 
 
-def test_submitit_goes_on_after_preemption(cluster: Cluster, recorded_shards: Path, tmp_path: Path) -> None:
+def test_submitit_resumes_after_preemption(cluster: Cluster, recorded_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (job,) = submit(cluster, *tiny(recorded_shards, run, 40), "--nodes", 2, "--gpus-per-node", 1)
     cluster.folder, folder = run, cluster.folder  # submitit keeps a job's output in the run directory
@@ -181,7 +181,7 @@ def test_submitit_goes_on_after_preemption(cluster: Cluster, recorded_shards: Pa
     cluster.folder = folder
 
 
-def test_a_chain_of_jobs_takes_the_place_of_requeues(cluster: Cluster, recorded_shards: Path, tmp_path: Path) -> None:
+def test_a_chain_of_jobs_replaces_requeues(cluster: Cluster, recorded_shards: Path, tmp_path: Path) -> None:
     """The first is warned and stops, the second ends the training, the third does not even start it."""
     run = tmp_path / "run"
     first, second, third = submit(cluster, *tiny(recorded_shards, run, 60), "--gpus-per-node", 0, "--chain", 3)

@@ -106,7 +106,7 @@ def test_another_models_checkpoint(trained: Path, recorded_shards: Path) -> None
     assert sorted(path.name for path in trained.rglob("*")) == before
 
 
-def test_a_checkpoint_of_an_older_version_is_gone_on_from(trained: Path, recorded_shards: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_older_version_is_resumed(trained: Path, recorded_shards: Path, tmp_path: Path) -> None:
     """Without checksums, and from before steps could be skipped: all its steps count as updates."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
@@ -137,7 +137,7 @@ def test_a_change_of_the_result_needs_a_flag(trained: Path, recorded_shards: Pat
     assert checkpoint.latest_step(run) == 3
 
 
-def test_a_checkpoint_that_is_not_there_or_half_written(trained: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_missing_or_incomplete(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such checkpoint; there are: step-00000001, step-00000002"):
         export(trained, 7, "ema", tmp_path / "model")
     with pytest.raises(UserError, match="no checkpoint in this run yet"):
@@ -178,7 +178,7 @@ def test_start_weights_for_a_finished_run_are_refused(trained: Path, recorded_sh
     assert "train.start_from=" in error and "started from random weights; use another run_dir" in error
 
 
-def test_a_strangers_checkpoint_runs_nothing(trained: Path, recorded_shards: Path, tmp_path: Path) -> None:
+def test_an_untrusted_checkpoint_runs_no_code(trained: Path, recorded_shards: Path, tmp_path: Path) -> None:
     """Its metadata is a pickle that would make a file."""
     run, mark = tmp_path / "run", tmp_path / "mark"
     shutil.copytree(trained, run)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from far_scale.distributed.signals import SAME
+from far_scale.distributed.signals import DUPLICATE_SECONDS
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
 from far_scale.train.checkpoint.fork import fork
@@ -176,7 +176,7 @@ def test_a_second_signal_ends_at_once(recorded_shards: Path, tmp_path: Path) -> 
     os.kill(launch.pids[1], signal.SIGSTOP)
     time.sleep(0.5)
     os.kill(launch.pids[0], signal.SIGUSR1)
-    time.sleep(SAME + 0.5)
+    time.sleep(DUPLICATE_SECONDS + 0.5)
     os.kill(launch.pids[0], signal.SIGTERM)
     assert wait_until(lambda: "SIGTERM again: ending at once" in (tmp_path / "out").read_text())
     os.kill(launch.pids[1], signal.SIGKILL)

@@ -66,7 +66,7 @@ def test_events_with_lines_that_are_none(tmp_path: Path) -> None:
     assert [event["event"] for event in read_events(tmp_path)] == ["began"]
 
 
-def test_lists_of_videos_end_their_lines_at_line_feeds_alone(tmp_path: Path) -> None:
+def test_lists_of_videos_end_lines_only_at_line_feeds(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a\u2028b.mp4\r\n\nc\x85d.mp4", encoding="utf-8", newline="")
     assert list(text_lines(tmp_path / "list.txt", "list")) == [(1, "a\u2028b.mp4"), (3, "c\x85d.mp4")]
 

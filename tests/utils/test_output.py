@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from far_scale.distributed.signals import SAME_KEY
+from far_scale.distributed.signals import DUPLICATE_CTRL_C_SECONDS
 from far_scale.train import checkpoint
 from harness.launch import ROOT, environment, small_recipe
 from harness.processes import start
@@ -79,9 +79,9 @@ if sys.argv[1] == "nohup":
 from far_scale.distributed.signals import StopSignals
 signals = StopSignals()
 print("ready", flush=True)
-while signals.wanted is None:
+while signals.received is None:
     time.sleep(0.01)
-print(signals.wanted, flush=True)
+print(signals.received, flush=True)
 time.sleep(60)
 """
 
@@ -101,7 +101,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
     process.send_signal(signal.SIGINT)
     assert process.stdout is not None and process.stdout.readline() == "SIGINT\n"
     process.send_signal(signal.SIGINT)  # as torchrun forwards it
-    time.sleep(SAME_KEY + 0.3)
+    time.sleep(DUPLICATE_CTRL_C_SECONDS + 0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)

@@ -174,7 +174,7 @@ def _check(recipe: AutoencoderRecipe[Any, Any], document: Document) -> None:
     """Raise UserError where values contradict each other."""
 
     def refuse(key: str, problem: str) -> UserError:
-        return UserError(f"{document.place(tuple(key.split('.')))}: {key}: {problem}")
+        return UserError(f"{document.location(tuple(key.split('.')))}: {key}: {problem}")
 
     model, data, train = recipe.model, recipe.data, recipe.train
     if isinstance(model, DCAEModel) and (model.preset is None) == (model.config is None):

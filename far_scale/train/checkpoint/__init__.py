@@ -8,11 +8,17 @@ ranks held; a reader asks for other pieces and gets them. So neither the rank co
 the format, and one process can read any of it.
 """
 
-from far_scale.train.checkpoint.folders import damage, fingerprint, point_at, quarantine, read_state
-from far_scale.train.checkpoint.metadata import read_metadata
-from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy, load
-from far_scale.train.checkpoint.run_dir import latest_step, step_folder, steps_to_try
-from far_scale.train.checkpoint.write import save
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from far_scale.train.checkpoint.folders import damage, fingerprint, point_at, quarantine, read_state
+    from far_scale.train.checkpoint.metadata import read_metadata
+    from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy, load
+    from far_scale.train.checkpoint.run_dir import latest_step, step_folder, steps_to_try
+    from far_scale.train.checkpoint.write import save
 
 __all__ = [
     "FlatPiece",
@@ -29,3 +35,26 @@ __all__ = [
     "step_folder",
     "steps_to_try",
 ]
+
+_MODULES = {
+    "FlatPiece": "pieces",
+    "HostCopy": "pieces",
+    "damage": "folders",
+    "fingerprint": "folders",
+    "latest_step": "run_dir",
+    "load": "pieces",
+    "point_at": "folders",
+    "quarantine": "folders",
+    "read_metadata": "metadata",
+    "read_state": "folders",
+    "save": "write",
+    "step_folder": "run_dir",
+    "steps_to_try": "run_dir",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name on first use: the launchers import `run_dir` on hosts without torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

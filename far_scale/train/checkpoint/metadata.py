@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from far_scale.utils.errors import UserError
-from far_scale.utils.pickles import Record, RecordUnpickler
+from far_scale.utils.tensor_files import Record, RecordUnpickler
 
 METADATA_FILE = ".metadata"
 # Of PyTorch 2.9 and later, on Python 3.10 and later; some Pythons pickle an enum's member as getattr(class, name).
