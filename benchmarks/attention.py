@@ -37,7 +37,8 @@ from kernels import usable
 from measure import OUT_OF_MEMORY, Row, attempt, environment, interleaved, peak_beyond, print_table, timed, write_result
 from options import DTYPES, add_measuring, count, start
 
-from far_scale.model.attention import choice, flex
+from far_scale.model.attention import flex
+from far_scale.model.attention import selection as choice
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 

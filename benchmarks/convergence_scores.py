@@ -13,10 +13,10 @@ from torch import Tensor
 
 from far_scale.convert.model_dir import load_model_dir
 from far_scale.data.video.videos import find_videos, read_video
-from far_scale.evaluation.lpips import LPIPS
-from far_scale.evaluation.rollouts.evaluate import prepare
-from far_scale.evaluation.rollouts.metrics import frame_ssim, psnr
-from far_scale.evaluation.rollouts.truth import decode
+from far_scale.evaluation.metric_networks import LPIPS
+from far_scale.evaluation.rollouts.episodes import decode
+from far_scale.evaluation.rollouts.psnr_ssim import frame_ssim, psnr
+from far_scale.evaluation.rollouts.runner import prepare
 from far_scale.sampling.sampler import cache_bytes, roll_out
 
 SAMPLING_SEED = 0

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from far_scale.model.attention import choice, dense
+from far_scale.model.attention import dense
+from far_scale.model.attention import selection as choice
 from far_scale.model.layers import HEAD_DIM
 from far_scale.utils.errors import UserError
 

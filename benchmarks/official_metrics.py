@@ -22,9 +22,9 @@ from options import count
 from torch import Tensor
 
 from far_scale.evaluation.codec import through_h264, with_border
-from far_scale.evaluation.frechet import FeatureStatistics, frechet_distance
-from far_scale.evaluation.measure import Arrays, Measure
+from far_scale.evaluation.metrics import Arrays, Measure
 from far_scale.evaluation.protocol import METRICS, Protocol, load_protocol
+from far_scale.evaluation.score_statistics import FeatureStatistics, frechet_distance
 from far_scale.evaluation.weights import load_i3d, load_lpips
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError

@@ -21,7 +21,7 @@ from options import DTYPES, add_measuring, count, start
 from steps import Case, Mode, measure_case
 
 from far_scale.model import FARConfig
-from far_scale.model.attention import choice
+from far_scale.model.attention import selection as choice
 from far_scale.model.layers import HEAD_DIM
 from far_scale.model.presets import PRESETS
 from far_scale.train.compiled import check_compiler

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import get_args
 
 from far_scale.convert.model_dir import CONFIG_FILE
-from far_scale.evaluation.clips import ClipSource
+from far_scale.evaluation.aggregate import SCORES
+from far_scale.evaluation.clip_sets import ClipSource
 from far_scale.evaluation.compare import compare
 from far_scale.evaluation.follow import follow
-from far_scale.evaluation.merge import SCORES
+from far_scale.evaluation.pipeline import Share, evaluate, open_evaluation, started_processes
 from far_scale.evaluation.protocol import Metric, Protocol, load_protocol
 from far_scale.evaluation.report import FILES, table
-from far_scale.evaluation.run import Share, evaluate, open_evaluation, started_processes
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import check_writable

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from far_scale.evaluation.rollouts.curve import validation_losses
-from far_scale.evaluation.rollouts.report import report_run
+from far_scale.evaluation.rollouts.loss_curve import validation_losses
+from far_scale.evaluation.rollouts.run_report import report_run
 from far_scale.utils.command_line import command_line
 
 

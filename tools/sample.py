@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from far_scale.evaluation.rollouts.evaluate import load_for_sampling, prepare, sample
+from far_scale.evaluation.rollouts.runner import load_for_sampling, prepare, sample
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import check_writable

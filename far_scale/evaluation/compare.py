@@ -9,7 +9,7 @@ from pathlib import Path
 
 from far_scale.evaluation.curves import COLOURS, REPEAT_STYLE, Line, draw_curves
 from far_scale.evaluation.protocol import METRICS
-from far_scale.evaluation.scores import PerClip, Scores, System, read_per_clip, read_scores
+from far_scale.evaluation.results import PerClip, Scores, System, read_per_clip, read_scores
 from far_scale.evaluation.tables import (
     LEGEND,
     RECONSTRUCTION,

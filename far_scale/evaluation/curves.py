@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from far_scale.evaluation.protocol import Metric
-from far_scale.evaluation.scores import PAIRED, PerClip, System, Values, to_mse, to_psnr
-from far_scale.evaluation.uncertainty import bootstrap_interval
+from far_scale.evaluation.results import PAIRED, PerClip, System, Values, to_mse, to_psnr
+from far_scale.evaluation.score_statistics import bootstrap_interval
 from far_scale.utils.io import atomic_write
 
 if TYPE_CHECKING:

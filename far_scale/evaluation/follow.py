@@ -15,13 +15,19 @@ import torch
 from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.convert.model_dir import is_model_dir
 from far_scale.distributed.process_group import Processes, broadcast_from_main
-from far_scale.evaluation.by_step import PLOT, is_evaluated, refuse_other_protocols, step_folders, write_scores_by_step
-from far_scale.evaluation.clips import ClipSource
+from far_scale.evaluation.batches import SETTINGS, Evaluation
+from far_scale.evaluation.clip_sets import ClipSource
+from far_scale.evaluation.pipeline import check_count, evaluate, open_model
 from far_scale.evaluation.protocol import Protocol
-from far_scale.evaluation.run import check_count, evaluate, open_model
-from far_scale.evaluation.scores import Scores
+from far_scale.evaluation.results import Scores
+from far_scale.evaluation.scores_by_step import (
+    PLOT,
+    is_evaluated,
+    refuse_other_protocols,
+    step_folders,
+    write_scores_by_step,
+)
 from far_scale.evaluation.tables import LABELS, in_digits
-from far_scale.evaluation.units import SETTINGS, Evaluation
 from far_scale.train.checkpoint.export import export_if_needed
 from far_scale.train.checkpoint.folders import damage, is_ephemeral
 from far_scale.train.checkpoint.run_dir import run_identity, step_folder, steps_there

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from far_scale.autoencoder.lpips_network import Net, from_published
-from far_scale.evaluation.i3d import I3D
-from far_scale.evaluation.lpips import LPIPS
+from far_scale.evaluation.metric_networks import I3D, LPIPS
 from far_scale.utils.errors import UserError
 from far_scale.utils.pickles import Record, RecordUnpickler
 from far_scale.utils.tensor_files import read_tensors

@@ -19,7 +19,7 @@ from far_scale.config.reference import explain, reference
 from far_scale.config.schema import Count, Fraction, Section, valid_guidance
 from far_scale.config.yaml_loader import PROTOCOL, read_document
 from far_scale.evaluation.codec import H264_BLOCK
-from far_scale.evaluation.i3d import MIN_FRAMES
+from far_scale.evaluation.metric_networks import MIN_FRAMES
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 

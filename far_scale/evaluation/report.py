@@ -15,8 +15,8 @@ import numpy as np
 from far_scale.data.video.videos import write_mp4
 from far_scale.evaluation.curves import COLOURS, RECONSTRUCTION_STYLE, REPEAT_STYLE, Line, draw_curves
 from far_scale.evaluation.protocol import Protocol
-from far_scale.evaluation.rollouts.pictures import ContactSheet, GridSpec, Pixels, VideoGrid
-from far_scale.evaluation.scores import PAIRED, PerClip, Scores, frames_of, parse_scores, read_per_clip, read_scores
+from far_scale.evaluation.results import PAIRED, PerClip, Scores, frames_of, parse_scores, read_per_clip, read_scores
+from far_scale.evaluation.rollouts.video_grid import ContactSheet, GridSpec, Pixels, VideoGrid
 from far_scale.evaluation.tables import (
     LABELS,
     LEGEND,

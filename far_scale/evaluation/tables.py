@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from far_scale.evaluation.protocol import METRICS, Metric, Published
-from far_scale.evaluation.scores import Score, Scores
+from far_scale.evaluation.results import Score, Scores
 
 FEATURES = 400  # logits of FVD's network: N clips give a covariance of rank N - 1 at most
 REPEAT_LAST = "repeat the last given frame"

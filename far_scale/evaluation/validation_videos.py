@@ -27,12 +27,12 @@ from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import Processes, all_gather_objects, all_ranks_or_raise
-from far_scale.evaluation.lpips import LPIPS
+from far_scale.evaluation.metric_networks import LPIPS
 from far_scale.evaluation.rollouts.episodes import Episodes, Wanted, shard_episodes
-from far_scale.evaluation.rollouts.evaluate import load_autoencoder
-from far_scale.evaluation.rollouts.metrics import frame_ssim, psnr
-from far_scale.evaluation.rollouts.pictures import Pixels, to_uint8
+from far_scale.evaluation.rollouts.psnr_ssim import frame_ssim, psnr
 from far_scale.evaluation.rollouts.rollout import RollOut, draw
+from far_scale.evaluation.rollouts.runner import load_autoencoder
+from far_scale.evaluation.rollouts.video_grid import Pixels, to_uint8
 from far_scale.evaluation.weights import load_lpips
 from far_scale.train.curriculum import Stage
 from far_scale.train.deepspeed_adapter import whole_shape

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from far_scale.autoencoder.lpips_network import Net
 from far_scale.evaluation.foreign_weights import i3d_of_jax, lpips_of_jax, read_i3d, read_lpips, read_numpy_pickle
-from far_scale.evaluation.i3d import I3D
-from far_scale.evaluation.lpips import LPIPS
+from far_scale.evaluation.metric_networks import I3D, LPIPS
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, check_writable, sha256
 from far_scale.utils.tensor_files import save_tensors

@@ -22,9 +22,9 @@ from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.writer import SetFacts, ShardWriter
-from far_scale.evaluation.rollouts import report as reports
 from far_scale.evaluation.rollouts import rollout
-from far_scale.evaluation.rollouts.evaluate import evaluate, prepare, sample
+from far_scale.evaluation.rollouts import run_report as reports
+from far_scale.evaluation.rollouts.runner import evaluate, prepare, sample
 from far_scale.model import FAR, FARConfig
 from far_scale.utils.errors import UserError
 from harness.refusal import refused

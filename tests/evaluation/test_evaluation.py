@@ -22,12 +22,14 @@ from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import Processes
-from far_scale.evaluation import measure, units, weights
-from far_scale.evaluation.clips import ClipSource, select
-from far_scale.evaluation.frechet import FeatureStatistics, frechet_distance
+from far_scale.evaluation import batches as units
+from far_scale.evaluation import metrics as measure
+from far_scale.evaluation import weights
+from far_scale.evaluation.clip_sets import ClipSource, select
+from far_scale.evaluation.pipeline import Share, evaluate, open_evaluation
 from far_scale.evaluation.protocol import Protocol, load_protocol
-from far_scale.evaluation.rollouts.metrics import frame_ssim, psnr
-from far_scale.evaluation.run import Share, evaluate, open_evaluation
+from far_scale.evaluation.rollouts.psnr_ssim import frame_ssim, psnr
+from far_scale.evaluation.score_statistics import FeatureStatistics, frechet_distance
 from far_scale.model import FAR, FARConfig
 from far_scale.sampling.sampler import roll_out
 from harness.foreign_sets import adopted, tar_of

@@ -16,16 +16,16 @@ from far_scale.evaluation.compare import APART, compare
 from far_scale.evaluation.curves import curve
 from far_scale.evaluation.protocol import Metric, Protocol, Published, load_protocol
 from far_scale.evaluation.report import table, write_report
-from far_scale.evaluation.rollouts.metrics import PSNR_CAP
-from far_scale.evaluation.rollouts.pictures import (
+from far_scale.evaluation.results import PAIRED, SYSTEMS, PerClip, System, Values, read_per_clip
+from far_scale.evaluation.rollouts.psnr_ssim import PSNR_CAP
+from far_scale.evaluation.rollouts.video_grid import (
     BORDER,
     CAPTION_WIDTH,
     GIVEN_COLOUR,
     LINE_HEIGHT,
     SHEET_CAPTION_HEIGHT,
 )
-from far_scale.evaluation.scores import PAIRED, SYSTEMS, PerClip, System, Values, read_per_clip
-from far_scale.evaluation.uncertainty import bootstrap_interval
+from far_scale.evaluation.score_statistics import bootstrap_interval
 from far_scale.utils.errors import UserError
 
 CLIPS, GIVEN, PREDICTED, SIDE = 5, 8, 8, 16

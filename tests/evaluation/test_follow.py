@@ -20,11 +20,11 @@ from PIL import Image
 from far_scale.config.recipe import load_recipe
 from far_scale.distributed.process_group import Processes
 from far_scale.evaluation import follow as following
-from far_scale.evaluation.clips import ClipSource
+from far_scale.evaluation.batches import Evaluation
+from far_scale.evaluation.clip_sets import ClipSource
 from far_scale.evaluation.follow import follow
+from far_scale.evaluation.pipeline import evaluate, open_evaluation
 from far_scale.evaluation.protocol import Protocol, load_protocol
-from far_scale.evaluation.run import evaluate, open_evaluation
-from far_scale.evaluation.units import Evaluation
 from far_scale.train.wandb_offline import last_step, offline_files, read_records
 from far_scale.train.wandb_run import WandbRun
 from far_scale.train.wandb_scores import ScoreRows

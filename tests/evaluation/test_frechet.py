@@ -9,8 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from far_scale.evaluation.frechet import FeatureStatistics, frechet_distance, frechet_infinity
-from far_scale.evaluation.uncertainty import Interval, Spread, bootstrap_interval, over_seeds
+from far_scale.evaluation.score_statistics import (
+    FeatureStatistics,
+    Interval,
+    Spread,
+    bootstrap_interval,
+    frechet_distance,
+    frechet_infinity,
+    over_seeds,
+)
 from harness.refusal import refused
 
 

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from far_scale.autoencoder.lpips_network import Net
 from far_scale.evaluation import weights
 from far_scale.evaluation.foreign_weights import read_i3d, read_lpips, read_torchscript
-from far_scale.evaluation.i3d import I3D
-from far_scale.evaluation.lpips import LPIPS
+from far_scale.evaluation.metric_networks import I3D, LPIPS
 from harness.launch import ROOT
 from harness.random_networks import random_lpips
 from harness.refusal import refused

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from far_scale.evaluation.rollouts.curve import loss_curve, validation_losses
-from far_scale.evaluation.rollouts.metrics import PSNR_CAP, Meter, MetricAccumulator, Quality, frame_ssim
-from far_scale.evaluation.rollouts.pictures import (
+from far_scale.evaluation.rollouts.loss_curve import loss_curve, validation_losses
+from far_scale.evaluation.rollouts.psnr_ssim import PSNR_CAP, Meter, MetricAccumulator, Quality, frame_ssim
+from far_scale.evaluation.rollouts.video_grid import (
     BORDER,
     CAPTION_WIDTH,
     GAP,

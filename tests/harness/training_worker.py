@@ -16,7 +16,7 @@ from far_scale.config.recipe import load_recipe
 from far_scale.convert.model_dir import read_config
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import stop_processes
-from far_scale.evaluation.rollouts.evaluate import evaluate
+from far_scale.evaluation.rollouts.runner import evaluate
 from far_scale.health.watchdog import collective_timeout
 from far_scale.model import FAR
 from far_scale.train.checkpoint.export import export

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from far_scale.model.attention import choice
-from far_scale.model.attention.choice import KERNELS, choose
+from far_scale.model.attention import selection as choice
+from far_scale.model.attention.selection import KERNELS, choose
 from far_scale.utils.errors import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from far_scale.model.attention import __main__, choice, install
+from far_scale.model.attention import __main__, install
+from far_scale.model.attention import selection as choice
 from far_scale.model.attention.install import LIBRARIES, Machine, advice, flash_attn_4_command, xformers_command
 from harness.launch import ROOT
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from far_scale.model.attention import (
     causal_pair,
-    choice,
     cpu,
     dense,
     flash_attn_2,
@@ -24,6 +23,9 @@ from far_scale.model.attention import (
     kernel,
     torch_varlen,
     xformers_blocks,
+)
+from far_scale.model.attention import (
+    selection as choice,
 )
 from far_scale.model.attention.kernel import Kernel
 from far_scale.model.attention.table import HEAD_DIM, Inputs, rows, run

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from far_scale.config.recipe import load_recipe
-from far_scale.evaluation.clips import ClipSource
+from far_scale.evaluation.clip_sets import ClipSource
 from far_scale.evaluation.follow import _Following
 from far_scale.evaluation.protocol import load_protocol
 from far_scale.train import checkpoint

@@ -174,7 +174,7 @@ def test_a_sample_from_the_exported_directory_equals_the_training_process(
     runs: Path, recorded_shards: Path, tmp_path: Path
 ) -> None:
     script = (
-        "import sys; from far_scale.evaluation.rollouts.evaluate import evaluate, load_for_sampling; "
+        "import sys; from far_scale.evaluation.rollouts.runner import evaluate, load_for_sampling; "
         "model, shards, out = sys.argv[1:]; "
         "evaluate(*load_for_sampling(model), shards, 4, 4, 3, 1.0, 5, 3, out)"
     )

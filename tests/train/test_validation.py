@@ -23,9 +23,9 @@ from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import Processes
 from far_scale.evaluation import validation_videos as validation_samples
-from far_scale.evaluation.lpips import LPIPS
-from far_scale.evaluation.rollouts.evaluate import evaluate
-from far_scale.evaluation.rollouts.metrics import frame_ssim
+from far_scale.evaluation.metric_networks import LPIPS
+from far_scale.evaluation.rollouts.psnr_ssim import frame_ssim
+from far_scale.evaluation.rollouts.runner import evaluate
 from far_scale.evaluation.validation_videos import open_validation_videos
 from far_scale.train.checkpoint.export import export
 from far_scale.train.curriculum import Stage, stages

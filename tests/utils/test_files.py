@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from far_scale.data.demo import episodes
-from far_scale.evaluation.rollouts.curve import loss_curve
+from far_scale.evaluation.rollouts.loss_curve import loss_curve
 from far_scale.utils.event_log import lines_up_to, read_events
 from far_scale.utils.io import JsonlWriter, check_writable, read_json_lines, text_lines, write_json
 from harness.refusal import refused

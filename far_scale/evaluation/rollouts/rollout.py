@@ -20,10 +20,9 @@ from torch import Tensor
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelMetadata
 from far_scale.data.video.videos import write_mp4
-from far_scale.evaluation.rollouts.episodes import Episodes
-from far_scale.evaluation.rollouts.metrics import MetricAccumulator
-from far_scale.evaluation.rollouts.pictures import ContactSheet, GridSpec, Pixels, VideoGrid, to_uint8
-from far_scale.evaluation.rollouts.truth import decode
+from far_scale.evaluation.rollouts.episodes import Episodes, decode
+from far_scale.evaluation.rollouts.psnr_ssim import MetricAccumulator
+from far_scale.evaluation.rollouts.video_grid import ContactSheet, GridSpec, Pixels, VideoGrid, to_uint8
 from far_scale.model import FAR
 from far_scale.sampling.sampler import cache_bytes, predict_frames
 from far_scale.utils.errors import UserError

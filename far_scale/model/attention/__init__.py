@@ -7,8 +7,7 @@ says which kernel is used where, and `dense` is the oracle that all are tested a
     python -m far_scale.model.attention     what is installed, usable, right and how fast here
 """
 
-from far_scale.model.attention.choice import choose
-from far_scale.model.attention.frame_attention import PrefixKV, frame_attention
-from far_scale.model.attention.operators import attend
+from far_scale.model.attention.operators import PrefixKV, attend, frame_attention
+from far_scale.model.attention.selection import choose
 
 __all__ = ["PrefixKV", "attend", "choose", "frame_attention"]

@@ -8,9 +8,9 @@ import argparse
 import torch
 
 from far_scale.model.attention import choose
-from far_scale.model.attention.choice import kernel
 from far_scale.model.attention.install import LIBRARIES, Machine, advice
 from far_scale.model.attention.kernel import installed_version
+from far_scale.model.attention.selection import kernel
 from far_scale.model.attention.table import HEAD_DIM, rows
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from far_scale.model.attention import padded_lse
 from far_scale.model.attention.install import FLASH_ATTN_2_COMMAND
-from far_scale.model.attention.kernel import GpuNeeds, why_not_importable
+from far_scale.model.attention.kernel import GpuNeeds, pad_lse, unpad_lse, why_not_importable
 from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "flash-attn-2", "flash-attn", FLASH_ATTN_2_COMMAND
@@ -70,7 +69,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal
         dropout_p=0.0, softmax_scale=q.shape[-1] ** -0.5, causal=causal, **library.forward_options,
     )  # fmt: skip
     lse = rest[library.lse_index - 1]
-    return out, padded_lse.unpad(lse, queries) if library.padded else lse.transpose(0, 1)
+    return out, unpad_lse(lse, queries) if library.padded else lse.transpose(0, 1)
 
 
 def backward(
@@ -79,7 +78,7 @@ def backward(
     """See `Kernel.backward`."""
     library = _library()
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    lse = padded_lse.pad(lse, queries, queries.longest) if library.padded else lse.transpose(0, 1).contiguous()
+    lse = pad_lse(lse, queries, queries.longest) if library.padded else lse.transpose(0, 1).contiguous()
     library.backward(
         dout, q, k, v, out, lse, dq, dk, dv,
         queries.cumulative(q.device), keys.cumulative(q.device), queries.longest, keys.longest,

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from far_scale.model.attention import choice, dense, flex
+from far_scale.model.attention import dense, flex
+from far_scale.model.attention import selection as choice
 from far_scale.model.attention.kernel import first_line, installed_version
 from far_scale.model.attention.operators import attend
 from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout

@@ -17,9 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from far_scale.model.attention import padded_lse
 from far_scale.model.attention.install import xformers_command
-from far_scale.model.attention.kernel import GpuNeeds, compute_capability, dotted, why_not_importable
+from far_scale.model.attention.kernel import (
+    GpuNeeds,
+    compute_capability,
+    dotted,
+    pad_lse,
+    unpad_lse,
+    why_not_importable,
+)
 from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "xformers", "xformers", xformers_command(torch.__version__)
@@ -71,7 +77,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal
     library, mask = _library(), _mask(queries, keys, causal, q.device)
     operator = (library.flash if _flash(q.device, q.dtype) else library.cutlass).FwOp
     out, lse = library.memory_efficient_attention_forward_requires_grad(q[None], k[None], v[None], mask, op=operator)
-    return out[0], lse[0].transpose(0, 1) if operator.VARLEN_LSE_PACKED else padded_lse.unpad(lse, queries)
+    return out[0], lse[0].transpose(0, 1) if operator.VARLEN_LSE_PACKED else unpad_lse(lse, queries)
 
 
 def backward(
@@ -84,7 +90,7 @@ def backward(
     if operator.VARLEN_LSE_PACKED:
         lse = lse.transpose(0, 1).contiguous()[None]
     else:
-        lse = padded_lse.pad(lse, queries, -(-queries.longest // _PADDING) * _PADDING)
+        lse = pad_lse(lse, queries, -(-queries.longest // _PADDING) * _PADDING)
     dq, dk, dv = library.memory_efficient_attention_backward(
         dout.contiguous()[None], out.contiguous()[None], lse, q[None], k[None], v[None], mask, op=operator
     )

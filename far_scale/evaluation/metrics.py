@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from far_scale.evaluation.codec import through_h264, with_border
-from far_scale.evaluation.i3d import I3D
-from far_scale.evaluation.lpips import LPIPS
+from far_scale.evaluation.metric_networks import I3D, LPIPS
 from far_scale.evaluation.protocol import FVDSection, LPIPSSection, Protocol
-from far_scale.evaluation.rollouts.metrics import frame_ssim
+from far_scale.evaluation.rollouts.psnr_ssim import frame_ssim
 from far_scale.evaluation.weights import load_i3d, load_lpips, weights_sha256
 from far_scale.utils.errors import UserError
 

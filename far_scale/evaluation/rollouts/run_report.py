@@ -11,8 +11,8 @@ from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.video.videos import find_videos
-from far_scale.evaluation.rollouts.curve import loss_curve
-from far_scale.evaluation.rollouts.evaluate import evaluate, load_for_sampling
+from far_scale.evaluation.rollouts.loss_curve import loss_curve
+from far_scale.evaluation.rollouts.runner import evaluate, load_for_sampling
 from far_scale.model import FAR
 from far_scale.train.checkpoint.folders import CHECKSUMS, fingerprint, step_folder
 from far_scale.utils.errors import print_warning

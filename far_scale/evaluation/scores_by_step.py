@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from far_scale.evaluation.aggregate import SCORES
 from far_scale.evaluation.curves import COLOURS, RECONSTRUCTION_STYLE, REPEAT_STYLE
-from far_scale.evaluation.merge import SCORES
 from far_scale.evaluation.protocol import METRICS, Metric, Protocol
 from far_scale.evaluation.report import FILES
-from far_scale.evaluation.scores import Score, Scores, System, read_scores
+from far_scale.evaluation.results import Score, Scores, System, read_scores
 from far_scale.evaluation.tables import LABELS, RECONSTRUCTION, REPEAT_LAST
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, write_json

@@ -1,17 +1,50 @@
-"""I3D (Carreira and Zisserman 2017, arXiv 1705.07750) on RGB, whose 400 logits FVD compares.
-
-The function of the network on tf.hub that FVD was defined with (Unterthiner et al. 2018, arXiv 1812.01717), with the
-names of piergiaj's pytorch-i3d: TensorFlow's SAME padding, batch norms with eps 1e-3, logits averaged over time.
-"""
+"""The networks of FVD and LPIPS: I3D, LPIPS, and the range of pixels that they take."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far_scale.evaluation.pixels import full_float32, unit_range
+from far_scale.autoencoder.lpips_network import SMALLEST, LPIPSNetwork, Net
 from far_scale.utils.errors import UserError
+
+
+def unit_range(pixels: Tensor, what: str) -> Tensor:
+    """`pixels` as float32 in [0, 1]: uint8 ones are divided by 255, floating ones must lie in that range already.
+
+    Raises:
+        UserError: another dtype, or values outside of [0, 1], as those of pixels in [-1, 1] or [0, 255] are.
+    """
+    if pixels.dtype == torch.uint8:
+        return pixels.to(torch.float32) / 255
+    if not pixels.is_floating_point():
+        raise UserError(f"{what}: {pixels.dtype} pixels; give uint8, or floats in [0, 1]")
+    if pixels.numel() == 0:
+        return pixels.to(torch.float32)
+    low, high = (value.item() for value in torch.aminmax(pixels))
+    if not (low >= 0 and high <= 1):  # also where one is not a number
+        raise UserError(f"{what}: pixels from {low:g} to {high:g}; give uint8, or floats in [0, 1]")
+    return pixels.to(torch.float32)
+
+
+@contextlib.contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """No gradients, autocast, TF32 or bfloat16 in convolutions: scores do not depend on the settings of a training."""
+    backends = (torch.backends.cudnn.conv, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
 
 LOGITS = 400
 SIDE = 224
@@ -126,3 +159,36 @@ def _same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor
         total = max((-(-size // s) - 1) * s + k - size, 0)
         padding += [total // 2, total - total // 2]
     return F.pad(x, padding) if any(padding) else x
+
+
+class LPIPS(LPIPSNetwork):
+    """Perceptual distance on AlexNet ("alex", what papers report) or VGG16 ("vgg"). Always in float32."""
+
+    def __init__(self, net: Net = "alex") -> None:
+        super().__init__(net)
+        self.net = net
+        self.to(torch.float32)
+
+    def forward(self, frames: Tensor, truth: Tensor) -> Tensor:
+        """Distances `[N]` of frames `[N, 3, H, W]` from others, both RGB, uint8 or floats in [0, 1].
+
+        They are scaled to [-1, 1] here, for which LPIPS was made.
+
+        Raises:
+            UserError: shapes that differ or are too small, another dtype or range.
+        """
+        if frames.shape != truth.shape or frames.ndim != 4 or frames.shape[1] != 3:
+            shapes = f"{list(frames.shape)} and {list(truth.shape)}"
+            raise UserError(f"LPIPS: frames of shapes {shapes}; give two of [frames, 3, height, width]")
+        if min(frames.shape[2:]) < SMALLEST[self.net]:
+            height, width = frames.shape[2:]
+            raise UserError(f"LPIPS: frames of {height}x{width}; {self.net} needs at least {SMALLEST[self.net]} pixels")
+        return self.distances(*(unit_range(each, "LPIPS") * 2 - 1 for each in (frames, truth)))
+
+    def distances(self, pixels: Tensor, others: Tensor) -> Tensor:
+        """Distances `[N]` of float32 pixels `[N, 3, H, W]` that are in the network's range already, without checks."""
+        distance = torch.zeros(len(pixels), device=pixels.device, dtype=torch.float32)
+        with full_float32(pixels.device):
+            for unit, other, share in zip(self.units(pixels), self.units(others), self.shares, strict=True):
+                distance = distance + ((unit - other).square() * share).sum(1).mean((1, 2))
+        return distance

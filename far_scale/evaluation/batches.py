@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 import far_scale
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelMetadata, load_model_dir
-from far_scale.evaluation.clips import Clip, ClipSet
+from far_scale.evaluation.clip_sets import Clip, ClipSet
 from far_scale.evaluation.generate import FrameCoder, Generator
-from far_scale.evaluation.measure import Arrays, Measure
+from far_scale.evaluation.metrics import Arrays, Measure
 from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.weights import cache_folder
 from far_scale.utils.errors import UserError

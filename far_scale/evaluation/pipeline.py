@@ -25,13 +25,13 @@ from far_scale.distributed.process_group import (
     stop_processes,
     take_launcher_variables,
 )
-from far_scale.evaluation.clips import ClipSource, open_clips
+from far_scale.evaluation.aggregate import SCORES, seconds_by_kind, write_scores
+from far_scale.evaluation.batches import PRECISIONS, SETTINGS, Evaluation
+from far_scale.evaluation.clip_sets import ClipSource, open_clips
 from far_scale.evaluation.generate import guidance_of
-from far_scale.evaluation.merge import SCORES, seconds_by_kind, write_scores
 from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.report import FILES, write_report
-from far_scale.evaluation.rollouts.evaluate import load_autoencoder
-from far_scale.evaluation.units import PRECISIONS, SETTINGS, Evaluation
+from far_scale.evaluation.rollouts.runner import load_autoencoder
 from far_scale.sampling.sampler import check_context_noise, check_guidance
 from far_scale.train.checkpoint.export import export_if_needed
 from far_scale.utils.errors import UserError, print_warning

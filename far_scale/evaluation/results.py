@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from far_scale.evaluation.protocol import Metric, Protocol, Sha256
-from far_scale.evaluation.rollouts.metrics import PSNR_CAP
+from far_scale.evaluation.rollouts.psnr_ssim import PSNR_CAP
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import read_json
 

@@ -13,12 +13,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from far_scale.evaluation.frechet import MIN_CLIPS_TO_EXTRAPOLATE, FeatureStatistics, frechet_distance, frechet_infinity
-from far_scale.evaluation.measure import Arrays
+from far_scale.evaluation.batches import BASELINES, Evaluation, Unit, read_unit
+from far_scale.evaluation.metrics import Arrays
 from far_scale.evaluation.protocol import Protocol
-from far_scale.evaluation.rollouts.metrics import psnr
-from far_scale.evaluation.uncertainty import bootstrap_interval, over_seeds
-from far_scale.evaluation.units import BASELINES, Evaluation, Unit, read_unit
+from far_scale.evaluation.rollouts.psnr_ssim import psnr
+from far_scale.evaluation.score_statistics import (
+    MIN_CLIPS_TO_EXTRAPOLATE,
+    FeatureStatistics,
+    bootstrap_interval,
+    frechet_distance,
+    frechet_infinity,
+    over_seeds,
+)
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, write_json
 
