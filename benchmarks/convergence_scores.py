@@ -14,9 +14,9 @@ from torch import Tensor
 from far_scale.convert.model_dir import load_model_dir
 from far_scale.data.video.videos import find_videos, read_video
 from far_scale.evaluation.metric_networks import LPIPS
-from far_scale.evaluation.rollouts.episodes import decode
+from far_scale.evaluation.rollouts.episodes import decode_frame
 from far_scale.evaluation.rollouts.psnr_ssim import frame_ssim, psnr
-from far_scale.evaluation.rollouts.runner import prepare
+from far_scale.evaluation.rollouts.runner import prepare_rollout
 from far_scale.sampling.sampler import cache_bytes, roll_out
 
 SAMPLING_SEED = 0
@@ -70,7 +70,7 @@ class Held:
         """Of a model directory's model, in float32 on the CPU."""
         model, card = load_model_dir(model_dir, "cpu", dtype=torch.float32)
         settings = {**asdict(scoring), "steps": self._steps, "guidance": 1.0, "seed": SAMPLING_SEED}
-        made = prepare(model, card, self.source, episodes=self._episodes, **settings)
+        made = prepare_rollout(model, card, self.source, episodes=self._episodes, **settings)
         data, found = made.data, Score([], [], [])
         for start in range(0, len(data.keys), _CLIPS_AT_ONCE):
             clips = slice(start, min(start + _CLIPS_AT_ONCE, len(data.keys)))
@@ -86,7 +86,8 @@ class Held:
             )
             truth = [data.truth.frame(clips, scoring.given + index) for index in range(scoring.frames)]
             pixels = [
-                decode(made.autoencoder, card.scaling.restore(latents)).clamp(0, 1) for latents in frames.unbind(1)
+                decode_frame(made.autoencoder, card.scaling.restore(latents)).clamp(0, 1)
+                for latents in frames.unbind(1)
             ]
             self._add(found, pixels, truth)
         size = (card.latent_shape[1], card.latent_shape[2])

@@ -22,7 +22,7 @@ from options import count
 from torch import Tensor
 
 from far_scale.evaluation.codec import through_h264, with_border
-from far_scale.evaluation.metrics import Arrays, Measure
+from far_scale.evaluation.metrics import Arrays, Metrics
 from far_scale.evaluation.protocol import METRICS, Protocol, load_protocol
 from far_scale.evaluation.score_statistics import FeatureStatistics, frechet_distance
 from far_scale.evaluation.weights import load_i3d, load_lpips
@@ -90,7 +90,7 @@ def compare(
 def our_scores(samples: Pixels, truth: Pixels, given: int, through_mp4: bool) -> dict[str, float]:
     """far_scale's scores of samples `[N, S, F, h, w, 3]`, with the official choices."""
     protocol = official_choices(given, truth.shape[1] - given, through_mp4)
-    measure = Measure(protocol, torch.device("cpu"))
+    measure = Metrics(protocol, torch.device("cpu"))
     arrays = measure.batch(samples, truth)
     real = arrays if through_mp4 else measure.real_logits(truth)
     psnr = -10 * np.log10(arrays["mse"])

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import get_args
 
 from far_scale.convert.model_dir import CONFIG_FILE
-from far_scale.evaluation.aggregate import SCORES
+from far_scale.evaluation.aggregate import SCORES_FILE
 from far_scale.evaluation.clip_sets import ClipSource
 from far_scale.evaluation.compare import compare
 from far_scale.evaluation.follow import follow
-from far_scale.evaluation.pipeline import Share, evaluate, open_evaluation, started_processes
+from far_scale.evaluation.pipeline import WorkShard, evaluate, open_evaluation, start_processes
 from far_scale.evaluation.protocol import Metric, Protocol, load_protocol
-from far_scale.evaluation.report import FILES, table
+from far_scale.evaluation.report import REPORT_FILES, format_table
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import check_writable
@@ -95,13 +95,13 @@ def follow_run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{run}: is a model directory, and --follow takes a run; leave --follow out")
     out = arguments.out or run / "evaluation" / protocol.name
     clips = ClipSource(arguments.videos, arguments.shards, arguments.split)
-    with started_processes(arguments.device) as processes:
+    with start_processes(arguments.device) as processes:
         follow(run, protocol, out, clips, arguments.once, processes)
 
 
 def made(out: Path) -> list[str]:
     """The files to look at that an evaluation has left in its folder."""
-    return [name for name in (SCORES, "by_frame.png", *FILES) if (out / name).is_file()]
+    return [name for name in (SCORES_FILE, "by_frame.png", *REPORT_FILES) if (out / name).is_file()]
 
 
 @command_line
@@ -115,7 +115,7 @@ def main() -> None:
         print(compare(arguments.compare, arguments.out))
         return
     protocol = chosen_protocol(arguments)
-    with started_processes(arguments.device) as processes:
+    with start_processes(arguments.device) as processes:
         open_it = functools.partial(
             open_evaluation,
             arguments.source,
@@ -125,12 +125,12 @@ def main() -> None:
             ClipSource(arguments.videos, arguments.shards, arguments.split),
             processes.device,
         )
-        share = None if arguments.task is None else Share(arguments.task, arguments.tasks)
+        share = None if arguments.task is None else WorkShard(arguments.task, arguments.tasks)
         scores = evaluate(open_it, processes, share, arguments.merge, arguments.keep_samples)
         if scores is None and share is not None:
             print(f"{arguments.out}: task {share.task} of {share.tasks} has computed its units")
         elif scores is not None and processes.is_main_process:
-            print(f"{table(scores)}\n{arguments.out}: {', '.join(made(arguments.out))}")
+            print(f"{format_table(scores)}\n{arguments.out}: {', '.join(made(arguments.out))}")
 
 
 if __name__ == "__main__":

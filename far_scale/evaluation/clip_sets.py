@@ -27,7 +27,7 @@ from far_scale.data.video.pictures import Frames, Framing
 from far_scale.data.video.sources import Source, find_labelled
 from far_scale.data.video.videos import Video, read_label, read_video
 from far_scale.evaluation.protocol import Protocol
-from far_scale.evaluation.rollouts.episodes import check_classes, check_set
+from far_scale.evaluation.rollouts.episodes import check_classes, check_shard_set
 from far_scale.model import FARConfig
 from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import sha256
@@ -122,9 +122,9 @@ def open_clips(
         if not (source.shards / MANIFEST_NAME).is_file():
             raise UserError(f"--shards {source.shards}: there is no shard set here; give --videos for videos")
         protocol = protocol.with_clips(pixels="decoded")
-        found = _ShardClips(protocol, config, card, ShardSet.open(source.shards))
+        found = _ShardClipSet(protocol, config, card, ShardSet.open(source.shards))
     elif source.videos is not None:
-        found = _VideoClips(protocol, config, card, source.videos, source.split)
+        found = _VideoClipSet(protocol, config, card, source.videos, source.split)
     else:
         raise UserError("the clips are missing; name them by --videos or --shards")
     if len(set(found.keys)) < len(found.keys):
@@ -139,7 +139,7 @@ def open_clips(
     return found, protocol.with_clips(fingerprint=found.fingerprint)
 
 
-class _VideoClips:
+class _VideoClipSet:
     """Clips of video files."""
 
     def __init__(
@@ -151,9 +151,9 @@ class _VideoClips:
         self._actions = config.actions if self._conditioned else 0
         self._framing = Framing(protocol.clips.size, protocol.clips.resize)
         found = find_labelled(videos, split, self._labels, card.classes if self._labels else None, as_listed=True)
-        self._sources = select(found.sources, _label_in_list, protocol, str(videos))
+        self._sources = select_clips(found.sources, _listed_label, protocol, str(videos))
         self.keys = [_FILE_NAME.sub("_", source.key) for source in self._sources]
-        self.fingerprint = _joined([self._print(source) for source in self._sources])
+        self.fingerprint = _combined_hash([self._print(source) for source in self._sources])
 
     def read(self, number: int) -> Clip:
         source, clips, total = self._sources[number], self._protocol.clips, self._protocol.total_frames
@@ -199,15 +199,15 @@ class _VideoClips:
 
     def _print(self, source: Source) -> str:
         """Of a source's content: its file, those of its actions and label, and the class that its list gives it."""
-        parts = [_content(source.path)]
+        parts = [_content_hash(source.path)]
         if self._actions and source.actions is not None:
-            parts.append(_content(source.actions))
+            parts.append(_content_hash(source.actions))
         if self._labels:
             parts.append(str(source.label if source.label is not None else source.folder_label))
-        return _joined(parts)
+        return _combined_hash(parts)
 
 
-class _ShardClips:
+class _ShardClipSet:
     """Clips of a shard set."""
 
     def __init__(self, protocol: Protocol, config: FARConfig, card: ModelMetadata, shards: ShardSet) -> None:
@@ -215,15 +215,19 @@ class _ShardClips:
         self._conditioned = protocol.sampling.guidance != -1
         self._labels = config.labels if self._conditioned else 0
         self._actions = config.actions if self._conditioned else 0
-        check_set(shards, config, card, self._conditioned)
+        check_shard_set(shards, config, card, self._conditioned)
         if self._labels:
             check_classes(shards, card)
         places = [(shard, sample) for shard, n in enumerate(shards.samples_per_shard) for sample in range(n)]
-        self._places = select(places, lambda place: shards.read(*place, frames=1).label, protocol, str(shards.folder))
+        self._places = select_clips(
+            places, lambda place: shards.read(*place, frames=1).label, protocol, str(shards.folder)
+        )
         self.keys = [_FILE_NAME.sub("_", shards.index(shard).samples[row].key) for shard, row in self._places]
         if len(set(self.keys)) < len(self.keys):  # shards of others may each begin to count anew
             self.keys = [f"{shard}-{key}" for (shard, _), key in zip(self._places, self.keys, strict=True)]
-        self.fingerprint = _joined([shards.manifest.fingerprint(), *(f"{shard}/{row}" for shard, row in self._places)])
+        self.fingerprint = _combined_hash(
+            [shards.manifest.fingerprint(), *(f"{shard}/{row}" for shard, row in self._places)]
+        )
 
     def read(self, number: int) -> Clip:
         place, clips, total = self._places[number], self._protocol.clips, self._protocol.total_frames
@@ -243,7 +247,7 @@ class _ShardClips:
         )
 
 
-def select(items: Sequence[T], label_of: Callable[[T], int | None], protocol: Protocol, where: str) -> list[T]:
+def select_clips(items: Sequence[T], label_of: Callable[[T], int | None], protocol: Protocol, where: str) -> list[T]:
     """The items that a protocol's `clips` takes, in its order.
 
     Args:
@@ -257,7 +261,7 @@ def select(items: Sequence[T], label_of: Callable[[T], int | None], protocol: Pr
     clips = protocol.clips
     chosen = list(items[:: clips.every])
     if clips.per_class is not None:
-        chosen = _balanced(chosen, label_of, clips.per_class, clips.seed, where)
+        chosen = _draw_balanced(chosen, label_of, clips.per_class, clips.seed, where)
     if len(chosen) < clips.count:
         raise UserError(
             f"{where}: has {len(chosen)} clips for protocol {protocol.name}, which takes {clips.count}; give the whole "
@@ -266,7 +270,7 @@ def select(items: Sequence[T], label_of: Callable[[T], int | None], protocol: Pr
     return chosen[: clips.count]
 
 
-def _balanced(
+def _draw_balanced(
     items: Sequence[T], label_of: Callable[[T], int | None], per_class: int, seed: int, where: str
 ) -> list[T]:
     """`per_class` items of each class, all in one drawn order."""
@@ -286,11 +290,11 @@ def _balanced(
     return [drawn[index] for index in generator(seed, "order of clips").permutation(len(drawn))]
 
 
-def _label_in_list(source: Source) -> int | None:
+def _listed_label(source: Source) -> int | None:
     return source.label if source.label is not None else source.folder_label
 
 
-def _content(path: Path) -> str:
+def _content_hash(path: Path) -> str:
     """SHA-256 of a file; of an .npz file that of its arrays, which does not depend on the compressor."""
     if path.suffix.lower() != ".npz":
         return sha256(path)
@@ -306,5 +310,5 @@ def _content(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _joined(digests: Sequence[str]) -> str:
+def _combined_hash(digests: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()

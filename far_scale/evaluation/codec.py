@@ -49,11 +49,11 @@ def through_h264(sample: NDArray[np.uint8], truth: NDArray[np.uint8]) -> tuple[N
             f"frames.codec: h264 needs sides that are multiples of {H264_BLOCK}, and frames are {height}x{width}; "
             f"set it to none, or clips.size to such a multiple"
         )
-    frames = _decoded(_encoded(np.concatenate([sample, truth], axis=2)))
+    frames = _decode_mp4(_encode_mp4(np.concatenate([sample, truth], axis=2)))
     return frames[:, :, :width], frames[:, :, width:]
 
 
-def _encoded(frames: NDArray[np.uint8]) -> io.BytesIO:
+def _encode_mp4(frames: NDArray[np.uint8]) -> io.BytesIO:
     file, to_yuv = io.BytesIO(), VideoReformatter()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=_FPS, options={"crf": _CRF})
@@ -74,7 +74,7 @@ def _encoded(frames: NDArray[np.uint8]) -> io.BytesIO:
     return file
 
 
-def _decoded(file: io.BytesIO) -> NDArray[np.uint8]:
+def _decode_mp4(file: io.BytesIO) -> NDArray[np.uint8]:
     to_rgb = VideoReformatter()
     with av.open(file, "r") as container:
         decoded = [

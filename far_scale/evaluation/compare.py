@@ -17,13 +17,13 @@ from far_scale.evaluation.tables import (
     Row,
     Table,
     cell_text,
-    notes,
+    comparison_notes,
     published_row,
     scores_table,
 )
 from far_scale.utils.io import atomic_write
 
-APART = "Scores of different protocol hashes cannot be compared, so each hash has a table of its own."
+SEPARATE_TABLES = "Scores of different protocol hashes cannot be compared, so each hash has a table of its own."
 
 
 def compare(folders: Sequence[Path], out: Path) -> str:
@@ -43,17 +43,17 @@ def compare(folders: Sequence[Path], out: Path) -> str:
     """
     scores = [read_scores(folder) for folder in folders]
     clips = [read_per_clip(folder, each.settings) for folder, each in zip(folders, scores, strict=True)]
-    models = [_Model(*each) for each in zip(_names(folders, scores), scores, clips, strict=True)]
-    groups: dict[tuple[str, int], list[_Model]] = {}
+    models = [_EvaluatedModel(*each) for each in zip(_names(folders, scores), scores, clips, strict=True)]
+    groups: dict[tuple[str, int], list[_EvaluatedModel]] = {}
     for model in models:
         groups.setdefault((model.scores.protocol_hash, model.scores.n), []).append(model)
     draw_curves(out / "comparison.png", [(_title(group), _lines(group)) for group in groups.values()])
-    apart = [APART] if len(groups) > 1 else []
+    apart = [SEPARATE_TABLES] if len(groups) > 1 else []
     markdown = ["# Comparison", *apart]
     console = apart.copy()
     for group in groups.values():
         table = _table(group)
-        remarks = [LEGEND, *notes([model.scores for model in group])]
+        remarks = [LEGEND, *comparison_notes([model.scores for model in group])]
         markdown += [f"## {_title(group)}", table.markdown().rstrip("\n"), *remarks]
         console.append("\n".join([_title(group), table.plain().rstrip("\n"), *remarks]))
     with atomic_write(out / "comparison.md") as beside:
@@ -62,7 +62,7 @@ def compare(folders: Sequence[Path], out: Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Model:
+class _EvaluatedModel:
     name: str
     scores: Scores
     clips: PerClip
@@ -77,20 +77,20 @@ def _names(folders: Sequence[Path], scores: Sequence[Scores]) -> list[str]:
     return [next((name for name in names if counts[name] == 1), names[-1]) for names in candidates]
 
 
-def _title(group: Sequence[_Model]) -> str:
+def _title(group: Sequence[_EvaluatedModel]) -> str:
     scores = group[0].scores
     return f"{scores.protocol}, hash {scores.protocol_hash[:12]}, {scores.n} clips"
 
 
-def _table(group: Sequence[_Model]) -> Table:
+def _table(group: Sequence[_EvaluatedModel]) -> Table:
     rows = [Row(model.name, model.scores.scores) for model in group]
-    rows += _once(group, "repeat_last", REPEAT_LAST) + _once(group, "reconstruction", RECONSTRUCTION)
+    rows += _shared_row(group, "repeat_last", REPEAT_LAST) + _shared_row(group, "reconstruction", RECONSTRUCTION)
     published = dict.fromkeys(each for model in group for each in model.scores.settings.published)
     order = dict.fromkeys(metric for model in group for metric in model.scores.settings.metrics)
     return scores_table([*rows, *map(published_row, published)], list(order))
 
 
-def _once(group: Sequence[_Model], system: System, name: str) -> list[Row]:
+def _shared_row(group: Sequence[_EvaluatedModel], system: System, name: str) -> list[Row]:
     """A row for scores that all models share as printed; a row each where they differ, as with other autoencoders."""
     found: dict[tuple[str, ...], Row] = {}
     for model in group:
@@ -100,7 +100,7 @@ def _once(group: Sequence[_Model], system: System, name: str) -> list[Row]:
     return [replace(row, name=name) for row in found.values()] if len(found) == 1 else list(found.values())
 
 
-def _lines(group: Sequence[_Model]) -> list[Line]:
+def _lines(group: Sequence[_EvaluatedModel]) -> list[Line]:
     lines = [
         Line(model.name, model.clips, "prediction", COLOURS[number % len(COLOURS)])
         for number, model in enumerate(group)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from far_scale.evaluation.protocol import Metric
-from far_scale.evaluation.results import PAIRED, PerClip, System, Values, to_mse, to_psnr
+from far_scale.evaluation.results import PAIRED, PerClip, System, Values, mse_to_psnr, psnr_to_mse
 from far_scale.evaluation.score_statistics import bootstrap_interval
 from far_scale.utils.io import atomic_write
 
@@ -51,17 +51,17 @@ class Line:
     dashes: str = "-"
 
 
-def curve(clips: PerClip, system: System, metric: Metric) -> Curve:
+def mean_curve(clips: PerClip, system: System, metric: Metric) -> Curve:
     """The mean over clips at each predicted frame; of PSNR over a set, that of the mean squared error."""
     values = clips.values[system, metric]
     pooled = metric == "psnr" and clips.psnr_of == "set"
     if pooled:
-        values = to_mse(values)
+        values = psnr_to_mse(values)
     mean, low, high = values.mean(axis=0), None, None
     if len(values) > 1:
         low, high = np.array([bootstrap_interval(column) for column in values.T]).T
     if pooled:  # a small error is a high PSNR
-        mean, low, high = to_psnr(mean), *(None if end is None else to_psnr(end) for end in (high, low))
+        mean, low, high = mse_to_psnr(mean), *(None if end is None else mse_to_psnr(end) for end in (high, low))
     return Curve(mean, low, high)
 
 
@@ -84,7 +84,7 @@ def draw_curves(path: Path, plots: Sequence[tuple[str, Sequence[Line]]]) -> None
         row.suptitle(title, fontsize=12)
         all_axes = row.subplots(1, columns, squeeze=False)[0]
         for axes, metric in zip(all_axes, _metrics(lines), strict=False):
-            _panel(axes, metric, lines)
+            _draw_panel(axes, metric, lines)
         for axes in all_axes[len(_metrics(lines)) :]:
             axes.set_visible(False)
         named = {
@@ -101,13 +101,13 @@ def _metrics(lines: Sequence[Line]) -> list[Metric]:
     return [metric for metric in PAIRED if any((line.system, metric) in line.clips.values for line in lines)]
 
 
-def _panel(axes: Axes, metric: Metric, lines: Sequence[Line]) -> None:
+def _draw_panel(axes: Axes, metric: Metric, lines: Sequence[Line]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for line in lines:
         if (line.system, metric) not in line.clips.values:
             continue
-        drawn = curve(line.clips, line.system, metric)
+        drawn = mean_curve(line.clips, line.system, metric)
         frames = line.clips.given + np.arange(len(drawn.mean))
         (drawn_line,) = axes.plot(frames, drawn.mean, color=line.colour, linestyle=line.dashes, label=line.name)
         if len(frames) <= _DOTTED_UP_TO:

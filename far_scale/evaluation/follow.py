@@ -15,19 +15,19 @@ import torch
 from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.convert.model_dir import is_model_dir
 from far_scale.distributed.process_group import Processes, broadcast_from_main
-from far_scale.evaluation.batches import SETTINGS, Evaluation
+from far_scale.evaluation.batches import SETTINGS_FILE, Evaluation
 from far_scale.evaluation.clip_sets import ClipSource
-from far_scale.evaluation.pipeline import check_count, evaluate, open_model
+from far_scale.evaluation.pipeline import check_clip_count, evaluate, open_model_evaluation
 from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.results import Scores
 from far_scale.evaluation.scores_by_step import (
     PLOT,
+    check_same_protocol,
     is_evaluated,
-    refuse_other_protocols,
     step_folders,
     write_scores_by_step,
 )
-from far_scale.evaluation.tables import LABELS, in_digits
+from far_scale.evaluation.tables import LABELS, format_score
 from far_scale.train.checkpoint.export import export_if_needed
 from far_scale.train.checkpoint.folders import damage, is_ephemeral
 from far_scale.train.checkpoint.run_dir import run_identity, step_folder, steps_there
@@ -37,11 +37,11 @@ from far_scale.train.wandb_run import WandbRun
 from far_scale.train.wandb_scores import STEP_KEY, ScoreRows
 from far_scale.utils.errors import UserError, print_warning
 
-MODEL = "model"
+MODEL_FOLDER = "model"
 POLL_SECONDS = 30.0
-PATIENCE_HOURS = 12.0
+INACTIVITY_HOURS = 12.0
 """How long a run may show no sign of a training before this ends."""
-_SIGNS = ("log.jsonl", LEASE, "checkpoints/latest")  # what a training writes to
+_ACTIVITY_FILES = ("log.jsonl", LEASE, "checkpoints/latest")  # what a training writes to
 
 
 def follow(run: Path, protocol: Protocol, out: Path, clips: ClipSource, once: bool, processes: Processes) -> None:
@@ -56,25 +56,27 @@ def follow(run: Path, protocol: Protocol, out: Path, clips: ClipSource, once: bo
         once: end where there is nothing to do now.
 
     Raises:
-        UserError: on all processes: clips, protocol, model and `out` do not fit together; or for `PATIENCE_HOURS` there
+        UserError: on all processes: clips, protocol, model and `out` do not fit together; or for `INACTIVITY_HOURS` there
             was no sign of a training.
     """
-    check_count(protocol)
-    following = _Following(run, protocol, out, clips, processes.device)
+    check_clip_count(protocol)
+    following = _RunFollower(run, protocol, out, clips, processes.device)
     broadcast_from_main(lambda: following.begin(once), processes)
     while True:
         step = broadcast_from_main(following.next_step, processes)
         if step is not None:
             evaluate(functools.partial(following.open, step), processes, None, merge_only=False, keep_samples=False)
             broadcast_from_main(functools.partial(following.settle, step), processes)
-        elif (broadcast_from_main(following.is_over, processes) and _log_rest(following, processes)) or once:
+        elif (
+            broadcast_from_main(following.is_over, processes) and _log_remaining_scores(following, processes)
+        ) or once:
             return
         else:
             broadcast_from_main(following.wait, processes)
 
 
 @dataclass
-class _Following:
+class _RunFollower:
     """A run, and the folder of its evaluations. The main process alone calls what is not `open`."""
 
     run: Path
@@ -94,7 +96,7 @@ class _Following:
         """
         if once and self.recipe() is None:
             raise UserError(f"{self.run}: there is no run here; give a run directory, which has a recipe.yaml")
-        refuse_other_protocols(self.out, self.protocol, clips_known=False)
+        check_same_protocol(self.out, self.protocol, clips_known=False)
         self.settle()
 
     def recipe(self) -> Recipe | None:
@@ -115,12 +117,14 @@ class _Following:
         """The evaluation of a checkpoint that `next_step` returned; every process calls this.
 
         Raises:
-            UserError: `out` holds evaluations by another protocol; and as `open_model`.
+            UserError: `out` holds evaluations by another protocol; and as `open_model_evaluation`.
         """
         folder = self._folder(step)
-        evaluation = open_model(self.run, folder / MODEL, self.protocol, folder, self.clips, self.device)
+        evaluation = open_model_evaluation(
+            self.run, folder / MODEL_FOLDER, self.protocol, folder, self.clips, self.device
+        )
         if first:
-            refuse_other_protocols(self.out, evaluation.protocol, clips_known=True)
+            check_same_protocol(self.out, evaluation.protocol, clips_known=True)
             evaluation.begin()
         return evaluation
 
@@ -134,17 +138,17 @@ class _Following:
         for folder in step_folders(self.out).values():
             if is_evaluated(folder):
                 # a killed export has left its part
-                for big in (folder / MODEL, folder / "samples", *folder.glob(f".{MODEL}.*.part")):
+                for big in (folder / MODEL_FOLDER, folder / "samples", *folder.glob(f".{MODEL_FOLDER}.*.part")):
                     shutil.rmtree(big, ignore_errors=True)
         if self._asks_for_wandb():
             try:
                 for number, scores in found.items():
                     name = f"{scores.protocol}-{scores.protocol_hash[:8]}-step-{number:08d}"
-                    ScoreRows(self.run).put(name, _row(number, scores))
+                    ScoreRows(self.run).put(name, _wandb_row(number, scores))
             except OSError as error:  # scores in wandb are never worth an evaluation
                 print_warning(f"{self.run}: scores cannot be left for wandb ({error})")
         if step is not None:
-            print(f"step {step}: {_in_words(found[step])}; see {self.out / PLOT}", flush=True)
+            print(f"step {step}: {_format_scores(found[step])}; see {self.out / PLOT}", flush=True)
 
     def is_over(self) -> bool:
         """Whether all steps are done: the last checkpoint is there, or was."""
@@ -159,12 +163,12 @@ class _Following:
             UserError: the training seems to be dead.
         """
         signs = [self.started]
-        for name in _SIGNS:
+        for name in _ACTIVITY_FILES:
             with contextlib.suppress(OSError):
                 signs.append((self.run / name).stat().st_mtime)
-        if time.time() - max(signs) > 3600 * PATIENCE_HOURS:
+        if time.time() - max(signs) > 3600 * INACTIVITY_HOURS:
             raise UserError(
-                f"{self.run}: no sign of a training for {PATIENCE_HOURS:g} hours ({', '.join(_SIGNS)} are old); "
+                f"{self.run}: no sign of a training for {INACTIVITY_HOURS:g} hours ({', '.join(_ACTIVITY_FILES)} are old); "
                 "run this again when it trains"
             )
         last = max(steps_there(self.run), default=0)
@@ -198,18 +202,18 @@ class _Following:
     def _export(self, step: int) -> bool:
         """Export a checkpoint, unless it was before; False, with one line, where it is removed or damaged."""
         source, folder = step_folder(self.run, step), self._folder(step)
-        begun = (folder / SETTINGS).is_file() and is_model_dir(folder / MODEL)
-        changed = _changed(source)
+        begun = (folder / SETTINGS_FILE).is_file() and is_model_dir(folder / MODEL_FOLDER)
+        changed = _modified_ns(source)
         if changed is None and begun:  # removed since
             return True
         if (step, changed or 0) in self.skipped:
             return False
         try:
-            _, written = export_if_needed(self.run, step, self.protocol.sampling.weights, folder / MODEL)
+            _, written = export_if_needed(self.run, step, self.protocol.sampling.weights, folder / MODEL_FOLDER)
         except Exception:  # of whatever kind files give that are removed while they are read
             problem: str | None = f"{source}: was removed"
-            if _changed(source) is not None:
-                if _changed(source) != changed:
+            if _modified_ns(source) is not None:
+                if _modified_ns(source) != changed:
                     return False  # written anew: it is tried again
                 problem = damage(source)
             if problem is None:
@@ -217,16 +221,16 @@ class _Following:
             if begun:
                 return True
             print_warning(f"{problem}; step {step} is not evaluated")
-            self.skipped.add((step, _changed(source) or 0))
+            self.skipped.add((step, _modified_ns(source) or 0))
             return False
-        if written and (folder / SETTINGS).is_file():  # begun with other weights
+        if written and (folder / SETTINGS_FILE).is_file():  # begun with other weights
             shutil.rmtree(folder / "units", ignore_errors=True)
             shutil.rmtree(folder / "samples", ignore_errors=True)
-            (folder / SETTINGS).unlink()
+            (folder / SETTINGS_FILE).unlink()
         return True
 
 
-def _log_rest(following: _Following, processes: Processes) -> bool:
+def _log_remaining_scores(following: _RunFollower, processes: Processes) -> bool:
     """Log what is left for wandb; False while another job has the run's lease, and so may write to the wandb run."""
     if not broadcast_from_main(following.rows_wait, processes):
         return True
@@ -238,7 +242,7 @@ def _log_rest(following: _Following, processes: Processes) -> bool:
     return True
 
 
-def _changed(folder: Path) -> int | None:
+def _modified_ns(folder: Path) -> int | None:
     """When a folder got or lost a file, in nanoseconds; None where there is no such folder."""
     try:
         return folder.stat().st_mtime_ns
@@ -246,13 +250,13 @@ def _changed(folder: Path) -> int | None:
         return None
 
 
-def _row(step: int, scores: Scores) -> dict[str, Any]:
+def _wandb_row(step: int, scores: Scores) -> dict[str, Any]:
     values = {f"evaluation/{scores.protocol}/{metric}": score.mean for metric, score in scores.scores.items()}
     return {STEP_KEY: step, **{key: value for key, value in values.items() if value is not None}}
 
 
-def _in_words(scores: Scores) -> str:
+def _format_scores(scores: Scores) -> str:
     return ", ".join(
-        f"{LABELS[metric]} {'not finite' if score.mean is None else in_digits(metric, score.mean)}"
+        f"{LABELS[metric]} {'not finite' if score.mean is None else format_score(metric, score.mean)}"
         for metric, score in scores.scores.items()
     )

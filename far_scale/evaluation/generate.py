@@ -26,7 +26,7 @@ Pixels = NDArray[np.uint8]
 _FRAMES_AT_ONCE = 32  # through the autoencoder; fixed, since another batch size may round differently
 
 
-class FrameCoder:
+class FrameCodec:
     """The autoencoder between uint8 frames and latents, by a protocol's rules."""
 
     def __init__(self, autoencoder: Autoencoder, protocol: Protocol) -> None:
@@ -62,10 +62,10 @@ class FrameCoder:
         return frames
 
 
-class Generator:
+class SampleGenerator:
     """Samples batches of clips, always of `sampling.batch` rows, so that nothing depends on what is beside a clip."""
 
-    def __init__(self, model: FAR, card: ModelMetadata, coder: FrameCoder, protocol: Protocol) -> None:
+    def __init__(self, model: FAR, card: ModelMetadata, coder: FrameCodec, protocol: Protocol) -> None:
         self._model, self._card, self._coder, self._protocol = model, card, coder, protocol
         self._device = next(model.parameters()).device
 
@@ -108,8 +108,8 @@ class Generator:
             sampling.predicted,
             sampling.steps,
             guidance_of(self._protocol, self._model.config),
-            actions=_stacked([clip.actions for clip in rows]),
-            labels=_stacked([None if clip.label is None else torch.tensor(clip.label) for clip in rows]),
+            actions=_stack_conditions([clip.actions for clip in rows]),
+            labels=_stack_conditions([None if clip.label is None else torch.tensor(clip.label) for clip in rows]),
             seed=seed,
             clip_ids=[clip.number * sampling.trajectories + trajectory for clip in rows],
             context_noise=sampling.context_noise,
@@ -131,7 +131,7 @@ def guidance_of(protocol: Protocol, config: FARConfig) -> float:
     return protocol.sampling.guidance if config.actions or config.labels else 1.0
 
 
-def _stacked(conditions: Sequence[Tensor | None]) -> Tensor | None:
+def _stack_conditions(conditions: Sequence[Tensor | None]) -> Tensor | None:
     """The clips' actions `[B, F]` or labels `[B]`; None where they have none."""
     there = [each for each in conditions if each is not None]
     return torch.stack(there) if there else None

@@ -70,9 +70,9 @@ class I3D(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv3d_1a_7x7 = _Unit(3, 64, 7, stride=2)
-        self.Conv3d_2b_1x1 = _Unit(64, 64, 1)
-        self.Conv3d_2c_3x3 = _Unit(64, 192, 3)
+        self.Conv3d_1a_7x7 = _ConvUnit(3, 64, 7, stride=2)
+        self.Conv3d_2b_1x1 = _ConvUnit(64, 64, 1)
+        self.Conv3d_2c_3x3 = _ConvUnit(64, 192, 3)
         for name, widths in _MIXED.items():
             self.add_module(name, _Inception(*widths))
         self.logits = nn.ModuleDict({"conv3d": nn.Conv3d(1024, LOGITS, 1)})
@@ -120,7 +120,7 @@ class I3D(nn.Module):
         return x
 
 
-class _Unit(nn.Module):
+class _ConvUnit(nn.Module):
     """Convolution without bias, batch norm, ReLU."""
 
     def __init__(self, channels: int, width: int, kernel: int, stride: int = 1) -> None:
@@ -129,7 +129,7 @@ class _Unit(nn.Module):
         self.bn = nn.BatchNorm3d(width, eps=_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv3d(_same(x, self.conv3d.kernel_size, self.conv3d.stride))))
+        return F.relu(self.bn(self.conv3d(_pad_same(x, self.conv3d.kernel_size, self.conv3d.stride))))
 
 
 class _Inception(nn.Module):
@@ -137,10 +137,10 @@ class _Inception(nn.Module):
 
     def __init__(self, channels: int, b0: int, b1a: int, b1b: int, b2a: int, b2b: int, b3b: int) -> None:
         super().__init__()
-        self.b0 = _Unit(channels, b0, 1)
-        self.b1a, self.b1b = _Unit(channels, b1a, 1), _Unit(b1a, b1b, 3)
-        self.b2a, self.b2b = _Unit(channels, b2a, 1), _Unit(b2a, b2b, 3)
-        self.b3b = _Unit(channels, b3b, 1)
+        self.b0 = _ConvUnit(channels, b0, 1)
+        self.b1a, self.b1b = _ConvUnit(channels, b1a, 1), _ConvUnit(b1a, b1b, 3)
+        self.b2a, self.b2b = _ConvUnit(channels, b2a, 1), _ConvUnit(b2a, b2b, 3)
+        self.b3b = _ConvUnit(channels, b3b, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = _max_pool(x, (3, 3, 3), (1, 1, 1))
@@ -149,10 +149,10 @@ class _Inception(nn.Module):
 
 def _max_pool(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """Only ever after a ReLU, so that the zeros of the padding change no maximum."""
-    return F.max_pool3d(_same(x, kernel, stride), kernel, stride)
+    return F.max_pool3d(_pad_same(x, kernel, stride), kernel, stride)
 
 
-def _same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+def _pad_same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """TensorFlow's SAME padding with zeros: ceil(size / stride) outputs; an odd zero goes to the end."""
     padding: list[int] = []
     for size, k, s in zip(reversed(x.shape[2:]), reversed(kernel), reversed(stride), strict=True):

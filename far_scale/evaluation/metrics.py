@@ -23,7 +23,7 @@ Pixels = NDArray[np.uint8]
 Arrays = dict[str, NDArray[np.generic]]
 
 
-class Measure:
+class Metrics:
     """A protocol's metrics with their networks.
 
     Raises:
@@ -34,9 +34,9 @@ class Measure:
         self._protocol, self._device = protocol, device
         self._lpips, self._i3d = None, None
         if "lpips" in protocol.metrics and protocol.lpips is not None:
-            self._lpips = _lpips_of(protocol.lpips, device)
+            self._lpips = _load_lpips(protocol.lpips, device)
         if "fvd" in protocol.metrics and protocol.fvd is not None:
-            self._i3d = _i3d_of(protocol.fvd, device)
+            self._i3d = _load_i3d(protocol.fvd, device)
 
     def batch(self, samples: Pixels, truth: Pixels) -> Arrays:
         """Everything that is measured of some clips' samples.
@@ -123,19 +123,19 @@ class Measure:
         return torch.from_numpy(video).to(self._device).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-def _lpips_of(section: LPIPSSection, device: torch.device) -> LPIPS:
+def _load_lpips(section: LPIPSSection, device: torch.device) -> LPIPS:
     network = load_lpips(section.net, "cpu", section.name)
-    _check("lpips", section.network, weights_sha256(network))
+    _check_network("lpips", section.network, weights_sha256(network))
     return network.to(device)
 
 
-def _i3d_of(section: FVDSection, device: torch.device) -> I3D:
+def _load_i3d(section: FVDSection, device: torch.device) -> I3D:
     network = load_i3d("cpu", section.name)
-    _check("fvd", section.network, weights_sha256(network))
+    _check_network("fvd", section.network, weights_sha256(network))
     return network.to(device)
 
 
-def _check(key: str, wanted: str, found: str) -> None:
+def _check_network(key: str, wanted: str, found: str) -> None:
     if found != wanted:
         raise UserError(
             f"{key}.network: the protocol names {wanted[:12]}, and the network in the cache folder is {found[:12]}; "

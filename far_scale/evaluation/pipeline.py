@@ -25,22 +25,22 @@ from far_scale.distributed.process_group import (
     stop_processes,
     take_launcher_variables,
 )
-from far_scale.evaluation.aggregate import SCORES, seconds_by_kind, write_scores
-from far_scale.evaluation.batches import PRECISIONS, SETTINGS, Evaluation
+from far_scale.evaluation.aggregate import SCORES_FILE, seconds_by_kind, write_scores
+from far_scale.evaluation.batches import PRECISIONS, SETTINGS_FILE, Evaluation
 from far_scale.evaluation.clip_sets import ClipSource, open_clips
 from far_scale.evaluation.generate import guidance_of
 from far_scale.evaluation.protocol import Protocol
-from far_scale.evaluation.report import FILES, write_report
+from far_scale.evaluation.report import REPORT_FILES, write_report
 from far_scale.evaluation.rollouts.runner import load_autoencoder
 from far_scale.sampling.sampler import check_context_noise, check_guidance
 from far_scale.train.checkpoint.export import export_if_needed
 from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import read_json, sha256, write_json
 
-_PATIENCE = datetime.timedelta(days=7)  # for which processes wait for the slowest one
+_PROCESS_TIMEOUT = datetime.timedelta(days=7)  # for which processes wait for the slowest one
 
 
-class Share(NamedTuple):
+class WorkShard(NamedTuple):
     """Which units one process computes: number `task`, `task + tasks`, and so on."""
 
     task: int
@@ -48,7 +48,7 @@ class Share(NamedTuple):
 
 
 @contextlib.contextmanager
-def started_processes(device: str | None) -> Iterator[Processes]:
+def start_processes(device: str | None) -> Iterator[Processes]:
     """The processes that torchrun or srun started, or this one alone.
 
     Args:
@@ -67,7 +67,7 @@ def started_processes(device: str | None) -> Iterator[Processes]:
     else:
         torch.set_num_threads(1)  # with more, sums depend on how many
     if count > 1:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        dist.init_process_group("gloo", timeout=_PROCESS_TIMEOUT)
     try:
         yield Processes(rank, count, chosen)
     finally:
@@ -77,7 +77,7 @@ def started_processes(device: str | None) -> Iterator[Processes]:
 def evaluate(
     open_it: Callable[[bool], Evaluation],
     processes: Processes,
-    share: Share | None,
+    share: WorkShard | None,
     merge_only: bool,
     keep_samples: bool,
 ) -> dict[str, Any] | None:
@@ -101,13 +101,17 @@ def evaluate(
     opened: list[Evaluation] = []
     broadcast_from_main(lambda: opened.append(open_it(True)), processes)
     evaluation = all_ranks_or_raise(lambda: opened[0] if opened else open_it(False), processes)
-    scores = all_ranks_or_raise(lambda: finished(evaluation, keep_samples), processes)
+    scores = all_ranks_or_raise(lambda: read_finished(evaluation, keep_samples), processes)
     if scores is not None:
         return scores
     if not merge_only:
-        own = share or Share(processes.rank, processes.world_size)
-        all_ranks_or_raise(lambda: compute(evaluation, own), processes)
-    return None if share is not None else broadcast_from_main(lambda: finish(evaluation, keep_samples), processes)
+        own = share or WorkShard(processes.rank, processes.world_size)
+        all_ranks_or_raise(lambda: compute_shard(evaluation, own), processes)
+    return (
+        None
+        if share is not None
+        else broadcast_from_main(lambda: merge_and_report(evaluation, keep_samples), processes)
+    )
 
 
 def open_evaluation(
@@ -130,21 +134,21 @@ def open_evaluation(
     Raises:
         UserError: model, clips, protocol and folder do not fit together.
     """
-    check_count(protocol)
+    check_clip_count(protocol)
     model_dir = source
     if not (source / CONFIG_FILE).is_file() and (source / "checkpoints").is_dir():
         model_dir = out / "model"
         if first:
-            export_if_needed(source, step or _step_before(out), protocol.sampling.weights, model_dir)
+            export_if_needed(source, step or _previous_step(out), protocol.sampling.weights, model_dir)
     elif step is not None:
         raise UserError(f"{source}: a model directory holds one set of weights; leave --step out, or name the run")
-    evaluation = open_model(source, model_dir, protocol, out, clip_source, device)
+    evaluation = open_model_evaluation(source, model_dir, protocol, out, clip_source, device)
     if first:
         evaluation.begin()
     return evaluation
 
 
-def open_model(
+def open_model_evaluation(
     source: Path,
     model_dir: Path,
     protocol: Protocol,
@@ -164,11 +168,11 @@ def open_model(
     dtype = PRECISIONS[protocol.sampling.autoencoder_precision]
     autoencoder = load_autoencoder(card, device, dtype)
     clips, protocol = open_clips(protocol, config, card, autoencoder.downsample, clip_source)
-    weights = weights_of(source, model_dir, card)
+    weights = describe_weights(source, model_dir, card)
     return Evaluation(protocol, clips, model_dir, card, weights, autoencoder, out, device)
 
 
-def check_count(protocol: Protocol) -> None:
+def check_clip_count(protocol: Protocol) -> None:
     """Refuse a protocol whose scores are not defined for so few clips.
 
     Raises:
@@ -178,7 +182,7 @@ def check_count(protocol: Protocol) -> None:
         raise UserError(f"protocol {protocol.name}: FVD compares sets of at least 2 clips; take more, or leave fvd out")
 
 
-def compute(evaluation: Evaluation, share: Share) -> None:
+def compute_shard(evaluation: Evaluation, share: WorkShard) -> None:
     """Compute this process's units that are missing, with the time left on standard error."""
     units = evaluation.units()[share.task :: share.tasks]
     missing = evaluation.missing(units)
@@ -191,7 +195,7 @@ def compute(evaluation: Evaluation, share: Share) -> None:
             bar.update()
 
 
-def finish(evaluation: Evaluation, keep_samples: bool) -> dict[str, Any]:
+def merge_and_report(evaluation: Evaluation, keep_samples: bool) -> dict[str, Any]:
     """Merge the units into scores.json, write the report, and remove the samples unless they are to be kept.
 
     Raises:
@@ -205,20 +209,20 @@ def finish(evaluation: Evaluation, keep_samples: bool) -> dict[str, Any]:
     return scores
 
 
-def finished(evaluation: Evaluation, keep_samples: bool) -> dict[str, Any] | None:
+def read_finished(evaluation: Evaluation, keep_samples: bool) -> dict[str, Any] | None:
     """What scores.json says where this evaluation is finished, with all that is to be kept; else None."""
     out, seeds = evaluation.out, evaluation.protocol.sampling.seeds
-    if not all((out / name).is_file() for name in (SCORES, *FILES)):
+    if not all((out / name).is_file() for name in (SCORES_FILE, *REPORT_FILES)):
         return None
     if keep_samples and not all(
         evaluation.sample_file(clip, seed).is_file() for clip in range(len(evaluation.clips.keys)) for seed in seeds
     ):
         return None
-    scores: dict[str, Any] = read_json(out / SCORES, "scores")
+    scores: dict[str, Any] = read_json(out / SCORES_FILE, "scores")
     return scores if evaluation.differs(scores) is None else None
 
 
-def weights_of(source: Path, model_dir: Path, card: ModelMetadata) -> dict[str, Any]:
+def describe_weights(source: Path, model_dir: Path, card: ModelMetadata) -> dict[str, Any]:
     """Which weights are evaluated: where they come from, and the SHA-256 of the files that they are in."""
     files = {path.name: sha256(path) for path in sorted(model_dir.glob("*.safetensors"))}
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
@@ -228,11 +232,11 @@ def weights_of(source: Path, model_dir: Path, card: ModelMetadata) -> dict[str, 
     return {"source": str(source), "kind": "imported", "imported_from": training.imported_from, "sha256": digest}
 
 
-def _step_before(out: Path) -> int | None:
+def _previous_step(out: Path) -> int | None:
     """The step of the run that the folder was begun with: a later start evaluates the same."""
-    if not (out / SETTINGS).is_file():
+    if not (out / SETTINGS_FILE).is_file():
         return None
-    before = read_json(out / SETTINGS, "evaluation")
+    before = read_json(out / SETTINGS_FILE, "evaluation")
     step = before.get("weights", {}).get("step") if isinstance(before, dict) else None
     return step if type(step) is int else None
 

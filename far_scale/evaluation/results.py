@@ -26,13 +26,13 @@ Values = NDArray[np.float64]
 _FIX = "run tools/evaluate.py into this folder again"
 
 
-class _Part(BaseModel):
+class _Section(BaseModel):
     """A part of scores.json, which may hold more than is read here."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class Score(_Part):
+class Score(_Section):
     """One metric over all clips; a number that was not finite is None."""
 
     mean: float | None
@@ -44,7 +44,7 @@ class Score(_Part):
     """FVD extrapolated to infinitely many clips."""
 
 
-class Weights(_Part):
+class Weights(_Section):
     """Which weights were evaluated."""
 
     source: str
@@ -53,7 +53,7 @@ class Weights(_Part):
     sha256: str
 
 
-class Scores(_Part):
+class Scores(_Section):
     """scores.json; a metric that was not computed has no entry."""
 
     protocol: str
@@ -117,7 +117,7 @@ class PerClip:
         """`[N]`: each clip's score over its frames, as the protocol defines it."""
         values = self.values[system, metric]
         if metric == "psnr" and self.psnr_of != "frames":
-            return to_psnr(to_mse(values).mean(axis=1))
+            return mse_to_psnr(psnr_to_mse(values).mean(axis=1))
         return np.asarray(values.mean(axis=1))
 
 
@@ -135,7 +135,7 @@ def read_per_clip(folder: Path, protocol: Protocol) -> PerClip:
             for system in SYSTEMS:
                 for metric in PAIRED:
                     if (name := f"{system}/{metric}") in archive:
-                        values[system, metric] = _checked(path, name, archive[name], len(keys))
+                        values[system, metric] = _check_values(path, name, archive[name], len(keys))
     except FileNotFoundError:
         raise UserError(f"{path}: there are no scores of clips here; {_FIX}") from None
     except (KeyError, ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
@@ -143,7 +143,7 @@ def read_per_clip(folder: Path, protocol: Protocol) -> PerClip:
     return PerClip(keys, given, values, "frames" if protocol.psnr is None else protocol.psnr.mean_of)
 
 
-def frames_of(sample: Path, name: str) -> Iterator[NDArray[np.uint8]]:
+def read_frames(sample: Path, name: str) -> Iterator[NDArray[np.uint8]]:
     """The frames `[H, W, 3]` of one array `[F, H, W, 3]` in an .npz file, read one at a time.
 
     Of an array `[N, F, H, W, 3]` the frames of the first of N trajectories come first.
@@ -169,17 +169,17 @@ def frames_of(sample: Path, name: str) -> Iterator[NDArray[np.uint8]]:
         raise UserError(f"{sample}: not a sample of an evaluation ({error}); {_FIX}") from None
 
 
-def to_mse(psnr: Values) -> Values:
+def psnr_to_mse(psnr: Values) -> Values:
     """The mean squared error, of pixels in 0..1, of a PSNR in dB."""
     return np.asarray(10 ** (-psnr / 10))
 
 
-def to_psnr(mse: Values) -> Values:
-    """The inverse of `to_mse`."""
+def mse_to_psnr(mse: Values) -> Values:
+    """The inverse of `psnr_to_mse`."""
     return np.asarray(-10 * np.log10(mse))
 
 
-def _checked(path: Path, name: str, values: NDArray[Any], clips: int) -> Values:
+def _check_values(path: Path, name: str, values: NDArray[Any], clips: int) -> Values:
     if values.ndim != 2 or len(values) != clips:
         raise ValueError(f"{name} is {list(values.shape)} for {clips} keys")
     # frames that are exactly equal have an infinite PSNR

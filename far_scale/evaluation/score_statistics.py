@@ -113,13 +113,16 @@ def frechet_infinity(first: Tensor, second: Tensor, seed: int) -> float:
         )
     sizes = np.rint(1 / np.linspace(2 / largest, 1 / largest, _SUBSETS)).astype(int)
     distances = [
-        frechet_distance(_drawn(first, size, seed, number, lane=0), _drawn(second, size, seed, number, lane=1))
+        frechet_distance(
+            _subset_statistics(first, size, seed, number, lane=0),
+            _subset_statistics(second, size, seed, number, lane=1),
+        )
         for number, size in enumerate(sizes)
     ]
     return float(np.polynomial.Polynomial.fit(1 / sizes, distances, 1)(0.0))
 
 
-def _drawn(features: Tensor, size: int, seed: int, number: int, lane: int) -> FeatureStatistics:
+def _subset_statistics(features: Tensor, size: int, seed: int, number: int, lane: int) -> FeatureStatistics:
     """Of `size` of the features: draw `number` from set `lane`."""
     order = generator(seed, "frechet-infinity", step=number, lane=lane).permutation(len(features))
     return FeatureStatistics.of(features[torch.from_numpy(order[:size])])

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from far_scale.evaluation.aggregate import SCORES
+from far_scale.evaluation.aggregate import SCORES_FILE
 from far_scale.evaluation.curves import COLOURS, RECONSTRUCTION_STYLE, REPEAT_STYLE
 from far_scale.evaluation.protocol import METRICS, Metric, Protocol
-from far_scale.evaluation.report import FILES
+from far_scale.evaluation.report import REPORT_FILES
 from far_scale.evaluation.results import Score, Scores, System, read_scores
 from far_scale.evaluation.tables import LABELS, RECONSTRUCTION, REPEAT_LAST
 from far_scale.utils.errors import UserError
@@ -44,10 +44,10 @@ def step_folders(out: Path) -> dict[int, Path]:
 
 def is_evaluated(folder: Path) -> bool:
     """Whether the evaluation of one checkpoint is finished: the last of its files is there."""
-    return (folder / SCORES).is_file() and (folder / FILES[-1]).is_file()
+    return (folder / SCORES_FILE).is_file() and (folder / REPORT_FILES[-1]).is_file()
 
 
-def refuse_other_protocols(out: Path, protocol: Protocol, clips_known: bool) -> None:
+def check_same_protocol(out: Path, protocol: Protocol, clips_known: bool) -> None:
     """Refuse a folder that holds scores by another protocol.
 
     Args:
@@ -63,7 +63,7 @@ def refuse_other_protocols(out: Path, protocol: Protocol, clips_known: bool) -> 
     for folder in step_folders(out).values():
         if is_evaluated(folder) and hash_of(read_scores(folder).settings) != hash_of(protocol):
             raise UserError(
-                f"{folder / SCORES}: is of another protocol or of other clips than {protocol.name} is now; such scores "
+                f"{folder / SCORES_FILE}: is of another protocol or of other clips than {protocol.name} is now; such scores "
                 "cannot stand in one curve: give another --out"
             )
 
@@ -94,20 +94,20 @@ def write_scores_by_step(out: Path) -> dict[int, Scores]:
             "protocol": last.protocol,
             "protocol_hash": last.protocol_hash,
             "n": last.n,
-            "steps": [{"step": step, "scores": _values(scores.scores)} for step, scores in found.items()],
-            "repeat_last": _values(last.repeat_last),
-            "reconstruction": _values(last.reconstruction),
+            "steps": [{"step": step, "scores": _dump_scores(scores.scores)} for step, scores in found.items()],
+            "repeat_last": _dump_scores(last.repeat_last),
+            "reconstruction": _dump_scores(last.reconstruction),
         },
     )
-    _draw(out / PLOT, found, last)
+    _draw_plot(out / PLOT, found, last)
     return found
 
 
-def _values(scores: dict[Metric, Score] | None) -> dict[str, Any] | None:
+def _dump_scores(scores: dict[Metric, Score] | None) -> dict[str, Any] | None:
     return None if scores is None else {key: score.model_dump(exclude_unset=True) for key, score in scores.items()}
 
 
-def _draw(path: Path, found: dict[int, Scores], last: Scores) -> None:
+def _draw_plot(path: Path, found: dict[int, Scores], last: Scores) -> None:
     from matplotlib.figure import Figure  # imported here: slow, and only wanted for pictures
 
     metrics = [metric for metric in METRICS if any(metric in scores.scores for scores in found.values())]
@@ -117,7 +117,7 @@ def _draw(path: Path, found: dict[int, Scores], last: Scores) -> None:
     )
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
-        _panel(axes, metric, found, last)
+        _draw_panel(axes, metric, found, last)
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -126,7 +126,7 @@ def _draw(path: Path, found: dict[int, Scores], last: Scores) -> None:
         figure.savefig(beside, dpi=120, format="png")
 
 
-def _panel(axes: Axes, metric: Metric, found: dict[int, Scores], last: Scores) -> None:
+def _draw_panel(axes: Axes, metric: Metric, found: dict[int, Scores], last: Scores) -> None:
     steps = [step for step, scores in found.items() if metric in scores.scores]
     mean, low, high = _band([found[step].scores[metric] for step in steps])
     axes.plot(steps, mean, color=COLOURS[0], marker="o", markersize=4, label="model")

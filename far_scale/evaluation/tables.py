@@ -51,14 +51,14 @@ def scores_table(rows: Sequence[Row], order: Sequence[Metric]) -> Table:
 
     FVD-infinity has a column of its own where a row has it.
     """
-    metrics = [metric for metric in _order(order) if any(metric in row.scores for row in rows)]
+    metrics = [metric for metric in _lpips_first(order) if any(metric in row.scores for row in rows)]
     extrapolated = any(score.infinity is not None for row in rows for score in row.scores.values())
     lines = [["", *(_HEADS[metric] for metric in metrics), *(["FVD-infinity ↓"] if extrapolated else [])]]
     for row in rows:
         cells = [cell_text(row, metric) for metric in metrics]
         if extrapolated:
             infinity = row.scores["fvd"].infinity if "fvd" in row.scores else None
-            cells.append("-" if infinity is None else in_digits("fvd", infinity))
+            cells.append("-" if infinity is None else format_score("fvd", infinity))
         lines.append([f"{row.name} (published)" if row.published else row.name, *cells])
     return Table(lines)
 
@@ -70,18 +70,18 @@ def cell_text(row: Row, metric: Metric) -> str:
         return "-"
     if row.published:
         return f"{score.mean:g}"  # with the digits that were published
-    text = in_digits(metric, score.mean)
+    text = format_score(metric, score.mean)
     if score.ci95 is not None:
-        text += f" [{', '.join(in_digits(metric, end) for end in score.ci95)}]"
-    return text if score.std is None else f"{text} ± {in_digits(metric, score.std)}"
+        text += f" [{', '.join(format_score(metric, end) for end in score.ci95)}]"
+    return text if score.std is None else f"{text} ± {format_score(metric, score.std)}"
 
 
-def in_digits(metric: Metric, value: float | None) -> str:
+def format_score(metric: Metric, value: float | None) -> str:
     """A score with as many digits as papers give; None is one that was not finite."""
     return "not finite" if value is None else f"{value:.{_DIGITS[metric]}f}"
 
 
-def rows_of(scores: Scores) -> list[Row]:
+def score_rows(scores: Scores) -> list[Row]:
     """The rows of one evaluation: the model, what it stands between, and what was published for the protocol."""
     rows = [Row("model", scores.scores)]
     if scores.repeat_last is not None:
@@ -98,7 +98,7 @@ def published_row(published: Published) -> Row:
     return Row(published.model, scores, published=True)
 
 
-def notes(group: Sequence[Scores]) -> list[str]:
+def comparison_notes(group: Sequence[Scores]) -> list[str]:
     """What has to be known before scores, of one protocol hash and number of clips, are compared with others."""
     lines = ["Compare these scores only with others of the same protocol hash."]
     if any("fvd" in scores.scores for scores in group):
@@ -112,5 +112,5 @@ def notes(group: Sequence[Scores]) -> list[str]:
     return lines
 
 
-def _order(order: Sequence[Metric]) -> list[Metric]:
+def _lpips_first(order: Sequence[Metric]) -> list[Metric]:
     return sorted(order, key=lambda metric: metric != "lpips")  # stable

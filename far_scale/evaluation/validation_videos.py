@@ -28,9 +28,9 @@ from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import Processes, all_gather_objects, all_ranks_or_raise
 from far_scale.evaluation.metric_networks import LPIPS
-from far_scale.evaluation.rollouts.episodes import Episodes, Wanted, shard_episodes
+from far_scale.evaluation.rollouts.episodes import Episodes, EpisodeSelection, load_shard_episodes
 from far_scale.evaluation.rollouts.psnr_ssim import frame_ssim, psnr
-from far_scale.evaluation.rollouts.rollout import RollOut, draw
+from far_scale.evaluation.rollouts.rollout import Rollout, write_pictures
 from far_scale.evaluation.rollouts.runner import load_autoencoder
 from far_scale.evaluation.rollouts.video_grid import Pixels, to_uint8
 from far_scale.evaluation.weights import load_lpips
@@ -47,7 +47,7 @@ SOURCES = ("prediction", "repeat_last")
 
 
 @dataclass(frozen=True)
-class _Sampled:
+class _SampledClips:
     """What a rank sampled.
 
     Attributes:
@@ -112,14 +112,14 @@ class VideoSampler:
             On rank 0 the mean scores, and `video`, the MP4's path in the run directory (None where it could not be
             written); None on the others, and where the model gives numbers that are not finite.
         """
-        state = whole_ema(engine, ema, self._dtype, keep=self._opened is not None)
-        own: _Sampled | str | None = None
+        state = gather_ema(engine, ema, self._dtype, keep=self._opened is not None)
+        own: _SampledClips | str | None = None
         if self._opened is not None:
             model = empty_model(stage.config).eval()
             model.load_state_dict(state, assign=True)
             autoencoder, clips = self._opened
             steps, guidance = self._section.steps, self._section.guidance
-            roll_out = RollOut(
+            roll_out = Rollout(
                 model,
                 self._card,
                 autoencoder,
@@ -141,9 +141,9 @@ class VideoSampler:
         if (problem := next((part for part in parts if isinstance(part, str)), None)) is not None:
             self._events.emit("validation-failed", step, f"step {step}: no samples: {problem}")
             return None
-        return self._write(step, roll_out, _in_order(parts), beat)
+        return self._write(step, roll_out, _merge_ranks(parts), beat)
 
-    def _sample(self, roll_out: RollOut, beat: Callable[[], None]) -> _Sampled:
+    def _sample(self, roll_out: Rollout, beat: Callable[[], None]) -> _SampledClips:
         clips = slice(self._processes.rank, None, self._processes.world_size)
         prediction, truth, scores = [], [], []
         last_given = None
@@ -158,7 +158,7 @@ class VideoSampler:
             beat()
         frames = np.stack(prediction, axis=1)
         table = np.array(scores).transpose(1, 2, 3, 0) if scores else np.empty((len(SOURCES), 3, len(frames), 0))
-        return _Sampled(frames, np.stack(truth, axis=1) if truth else frames[:, :0], table)
+        return _SampledClips(frames, np.stack(truth, axis=1) if truth else frames[:, :0], table)
 
     def _score(self, pixels: Tensor, truth: Tensor) -> NDArray[np.float64]:
         """`[3, b]`: squared error, SSIM and LPIPS of frames `[b, 3, h, w]`; not a number where there is no network."""
@@ -169,10 +169,10 @@ class VideoSampler:
             lpips = self._lpips(pixels.to(device), truth.to(device)).double().cpu()
         return torch.stack([error, frame_ssim(pixels, truth).double(), lpips]).numpy()
 
-    def _write(self, step: int, roll_out: RollOut, sampled: _Sampled, beat: Callable[[], None]) -> dict[str, Any]:
+    def _write(self, step: int, roll_out: Rollout, sampled: _SampledClips, beat: Callable[[], None]) -> dict[str, Any]:
         folder = self._run / "validation" / f"step-{step:08d}"
-        means = _scores(sampled.scores)
-        each = [_scores(sampled.scores[:, :, [clip]]) for clip in range(self._clips)]
+        means = _mean_scores(sampled.scores)
+        each = [_mean_scores(sampled.scores[:, :, [clip]]) for clip in range(self._clips)]
         report = {
             "step": step,
             "given": roll_out.given,
@@ -180,7 +180,7 @@ class VideoSampler:
             "steps": roll_out.steps,
             "guidance": roll_out.guidance,
             "seed": roll_out.seed,
-            "truth": roll_out.data.truth.is_what if roll_out.truth_frames else None,
+            "truth": roll_out.data.truth.kind if roll_out.truth_frames else None,
             "truth_frames": roll_out.truth_frames,
             **means,
             "clips": [{"key": key, **scores} for key, scores in zip(roll_out.data.keys, each, strict=True)],
@@ -194,7 +194,7 @@ class VideoSampler:
 
         video = folder / "samples.mp4"
         try:
-            draw(roll_out.shown(self._clips), pictures(), roll_out.data.fps, video, folder / "samples.png")
+            write_pictures(roll_out.shown(self._clips), pictures(), roll_out.data.fps, video, folder / "samples.png")
             write_json(folder / "scores.json", report)
         except (UserError, OSError) as error:
             self._events.emit("validation-failed", step, f"step {step}: the samples cannot be written: {error}")
@@ -245,11 +245,11 @@ def open_validation_videos(
         training=TrainingMetadata(step=0, recipe_hash=recipe.hash(), weights="ema", far_scale=far_scale.__version__),
     )
     clips = min(recipe.validation.sample_clips, sum(shards.samples_per_shard))
-    wanted = Wanted(sample.given, frames, clips, conditioned=sample.guidance != -1)
+    wanted = EpisodeSelection(sample.given, frames, clips, conditioned=sample.guidance != -1)
 
     def open_clips() -> tuple[Autoencoder, Episodes]:
         autoencoder = load_autoencoder(card, processes.device)
-        return autoencoder, shard_episodes(shards, stage.config, card, autoencoder, wanted)
+        return autoencoder, load_shard_episodes(shards, stage.config, card, autoencoder, wanted)
 
     opened = all_ranks_or_raise(lambda: open_clips() if processes.rank < clips else None, processes)
     return VideoSampler(
@@ -257,7 +257,7 @@ def open_validation_videos(
     )
 
 
-def whole_ema(engine: Any, ema: ShardedEMA, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
+def gather_ema(engine: Any, ema: ShardedEMA, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
     """The state dict of the model with the EMA's weights, in `dtype`; all ranks call it.
 
     One parameter after the other is put together, so that no rank ever holds the whole in float32.
@@ -279,20 +279,20 @@ def whole_ema(engine: Any, ema: ShardedEMA, dtype: torch.dtype, keep: bool) -> d
     return state
 
 
-def _in_order(parts: Sequence[_Sampled | None]) -> _Sampled:
+def _merge_ranks(parts: Sequence[_SampledClips | None]) -> _SampledClips:
     """All clips in their order, of what each rank sampled of every W-th."""
     there = [part for part in parts if part is not None]
     order = np.argsort(
         np.concatenate([np.arange(len(part.prediction)) * len(parts) + r for r, part in enumerate(there)])
     )
-    return _Sampled(
+    return _SampledClips(
         np.concatenate([part.prediction for part in there])[order],
         np.concatenate([part.truth for part in there])[order],
         np.concatenate([part.scores for part in there], axis=2)[:, :, order],
     )
 
 
-def _scores(table: NDArray[np.float64]) -> dict[str, Any]:
+def _mean_scores(table: NDArray[np.float64]) -> dict[str, Any]:
     """By source `psnr`, `ssim` and `lpips` of `[sources, 3, clips, frames]`, each None where it is not known.
 
     PSNR is that of the mean squared error over all frames, the others are means over the frames, as in `Meter`.

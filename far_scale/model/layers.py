@@ -48,7 +48,7 @@ def zero_linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-def rotations(positions: Tensor) -> Tensor:
+def rotary_embedding(positions: Tensor) -> Tensor:
     """Cosine and sine `[T, D/2, 2]` (float64) by which a token's channel pairs turn: 3-axis RoPE as in Flux.
 
     Args:
@@ -62,7 +62,7 @@ def rotations(positions: Tensor) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn neighbouring channel pairs of x `[T, N, D]` by `rotation` `[T, D/2, 2]`, in float32 or better."""
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
@@ -82,7 +82,7 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1))
 
 
-def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """x + gate * update: x, update `[F, P, E]`, gate `[F, E]`."""
     return torch.addcmul(x, gate.unsqueeze(1), update)
 
@@ -149,7 +149,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Window tokens x `[F, P, E]`, rotation `[T, D/2, 2]` -> q, k, v `[T, N, D]`, q and k rotated."""
         q, k, v = self._heads(self.qkv(x), 3)
-        return rotate(self.norm_q(q), rotation), rotate(self.norm_k(k), rotation), v
+        return apply_rotary(self.norm_q(q), rotation), apply_rotary(self.norm_k(k), rotation), v
 
     def project_context(self, x: Tensor, rotation: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Context tokens x `[F, Q, E]`, rotation `[T, D/2, 2]` -> q (None in the last block), k, v `[T, N, D]`."""
@@ -157,9 +157,9 @@ class Attention(nn.Module):
             width = x.shape[-1]
             kv = F.linear(x, self.context_qkv.weight[width:], self.context_qkv.bias[width:])
             k, v = self._heads(kv, 2)
-            return None, rotate(self.context_norm_k(k), rotation), v
+            return None, apply_rotary(self.context_norm_k(k), rotation), v
         q, k, v = self._heads(self.context_qkv(x), 3)
-        return rotate(self.context_norm_q(q), rotation), rotate(self.context_norm_k(k), rotation), v
+        return apply_rotary(self.context_norm_q(q), rotation), apply_rotary(self.context_norm_k(k), rotation), v
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """`[F, P, parts * E]` -> parts of `[F * P, N, D]`, views."""
@@ -254,9 +254,9 @@ class Block(nn.Module):
         shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
         q, k, v = self.attention.project(modulated_norm(x, scale, shift), rotation)
         seen = attend(q, k, v, prefix_k, prefix_v, handle, kernel).reshape(x.shape)
-        return self.add_mlp(gated(x, gate, self.attention.out(seen)), self.mlp_modulation(condition)), k, v
+        return self.add_mlp(gated_residual(x, gate, self.attention.out(seen)), self.mlp_modulation(condition)), k, v
 
-    def window_keys(self, x: Tensor, condition: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    def window_kv(self, x: Tensor, condition: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """Only the k and v that `window` gives."""
         shift, scale, _ = self.attention_modulation(condition).chunk(3, dim=-1)
         _, k, v = self.attention.project(modulated_norm(x, scale, shift), rotation)
@@ -272,25 +272,29 @@ class Block(nn.Module):
         if q is None:
             return None, k, v
         seen = attend(q, k, v, prefix_k, prefix_v, handle, kernel).reshape(x.shape)
-        return self.add_mlp(gated(x, gate, self.attention.context_out(seen)), self.mlp_modulation(condition)), k, v
+        return (
+            self.add_mlp(gated_residual(x, gate, self.attention.context_out(seen)), self.mlp_modulation(condition)),
+            k,
+            v,
+        )
 
     def add_mlp(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x `[F, P, E]`, modulation `[F, 3 E]` -> `[F, P, E]`."""
         shift, scale, gate = modulation.chunk(3, dim=-1)
-        return gated(x, gate, self.mlp(modulated_norm(x, scale, shift)))
+        return gated_residual(x, gate, self.mlp(modulated_norm(x, scale, shift)))
 
 
 def _layer(block: Block, window: Tokens, context: Tokens | None, kernel: str) -> tuple[Tensor, Tensor | None]:
     if block.checkpointing == "none" or not block.training:
         return block.compute(window, context, kernel)
-    keep: dict[str, Any] = {"context_fn": _keep_attention} if block.checkpointing == "attention-kept" else {}
+    keep: dict[str, Any] = {"context_fn": _save_attention_outputs} if block.checkpointing == "attention-kept" else {}
     computed: tuple[Tensor, Tensor | None] = checkpoint(
         block.compute, window, context, kernel, use_reentrant=False, preserve_rng_state=False, **keep
     )
     return computed
 
 
-def _keep_attention() -> Any:
+def _save_attention_outputs() -> Any:
     return create_selective_checkpoint_contexts([torch.ops.far_scale.frame_attention.default])
 
 
@@ -300,7 +304,7 @@ def _compiled_layer() -> Callable[..., tuple[Tensor, Tensor | None]]:
     return torch.compile(_layer)
 
 
-class Output(nn.Module):
+class OutputHead(nn.Module):
     """The last modulated norm (scale first here, then shift, as officially) and the linear layer to a patch."""
 
     def __init__(self, width: int, patch_channels: int) -> None:

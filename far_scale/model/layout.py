@@ -24,7 +24,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -184,18 +184,18 @@ class FrameGroup:
 
     def clip_of_frame(self, device: torch.device) -> Tensor:
         """`[F]` int64: the clip each frame belongs to."""
-        return _once(self._made, "clip_of_frame", device, lambda: _clip_of_frame(self.clip_frames).to(device))
+        return _get_or_make(self._made, "clip_of_frame", device, lambda: _clip_of_frame(self.clip_frames).to(device))
 
     def positions_on(self, device: torch.device) -> Tensor:
         """`positions` on `device`."""
-        return _once(self._made, "positions", device, lambda: self.positions.to(device))
+        return _get_or_make(self._made, "positions", device, lambda: self.positions.to(device))
 
     def upper_triangle(self, device: torch.device) -> UpperTriangle | None:
         """The part of each frame that token-causal attention leaves out.
 
         None where it leaves out nothing: all frames have one token, or the group is not causal.
         """
-        return _once(self._made, "upper_triangle", device, lambda: self._upper_triangle(device))
+        return _get_or_make(self._made, "upper_triangle", device, lambda: self._upper_triangle(device))
 
     def _upper_triangle(self, device: torch.device) -> UpperTriangle | None:
         lengths = torch.tensor(self.frame_tokens) - 1
@@ -336,15 +336,15 @@ class FrameLayout:
 
     def clip_of_frame(self, device: torch.device) -> Tensor:
         """`[F]` int64: the clip each frame of the pack belongs to."""
-        return _once(self._made, "clip_of_frame", device, lambda: _clip_of_frame(self.clip_frames).to(device))
+        return _get_or_make(self._made, "clip_of_frame", device, lambda: _clip_of_frame(self.clip_frames).to(device))
 
     def window_rows(self, device: torch.device) -> Tensor:
         """`[Fw]` int64: which of the pack's frames are the window group's."""
-        return _once(self._made, "window_rows", device, lambda: self._rows(of_window=True).to(device))
+        return _get_or_make(self._made, "window_rows", device, lambda: self._rows(of_window=True).to(device))
 
     def context_rows(self, device: torch.device) -> Tensor:
         """`[Fc]` int64: which of the pack's frames are the context group's."""
-        return _once(self._made, "context_rows", device, lambda: self._rows(of_window=False).to(device))
+        return _get_or_make(self._made, "context_rows", device, lambda: self._rows(of_window=False).to(device))
 
     def _rows(self, of_window: bool) -> Tensor:
         in_window = [
@@ -356,7 +356,7 @@ class FrameLayout:
 
     def window_plan(self, device: torch.device) -> AttentionPlan:
         """What the window tokens see: their clip's whole context, and of the window what `window.causal` says."""
-        return _once(self._made, "window_plan", device, lambda: AttentionPlan(self.window, self.prefix(device)))
+        return _get_or_make(self._made, "window_plan", device, lambda: AttentionPlan(self.window, self.prefix(device)))
 
     @cached_property
     def context_plan(self) -> AttentionPlan:
@@ -365,7 +365,7 @@ class FrameLayout:
 
     def prefix(self, device: torch.device) -> Prefix | None:
         """What window tokens see of the contexts; None where no clip has any."""
-        return _once(self._made, "prefix", device, lambda: self._prefix(device))
+        return _get_or_make(self._made, "prefix", device, lambda: self._prefix(device))
 
     def _prefix(self, device: torch.device) -> Prefix | None:
         if not self.context.frames:
@@ -406,7 +406,9 @@ def _clip_of_frame(clip_frames: tuple[int, ...]) -> Tensor:
     return torch.arange(len(clip_frames)).repeat_interleave(torch.tensor(clip_frames))
 
 
-def _once(made: dict[tuple[str, torch.device], Any], what: str, device: torch.device, make: Callable[[], Made]) -> Made:
+def _get_or_make(
+    made: dict[tuple[str, torch.device], Any], what: str, device: torch.device, make: Callable[[], T]
+) -> T:
     if (what, device) not in made:
         made[what, device] = make()
     return made[what, device]  # type: ignore[no-any-return]

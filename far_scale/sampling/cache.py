@@ -36,16 +36,16 @@ class MultiLevelCache:
         dtype: torch.dtype,
     ) -> None:
         """`frames` counts the given and the new ones; `size` is the height and width of a latent."""
-        self.fine, self.coarse = _frame_tokens(config, size)
+        self.fine, self.coarse = tokens_per_frame(config, size)
         self._context_start = min(frames, config.window) * self.fine
-        shape = (config.layers, clips, _capacity(config, frames, size), config.heads, HEAD_DIM)
+        shape = (config.layers, clips, _tokens_per_clip(config, frames, size), config.heads, HEAD_DIM)
         self._keys = torch.empty(shape, device=device, dtype=dtype)
         self._values = torch.empty(shape, device=device, dtype=dtype)
 
     @staticmethod
     def bytes_needed(config: FARConfig, clips: int, frames: int, size: tuple[int, int], dtype: torch.dtype) -> int:
         """Memory of such a cache."""
-        tokens = clips * _capacity(config, frames, size)
+        tokens = clips * _tokens_per_clip(config, frames, size)
         return 2 * config.layers * tokens * config.width * dtype.itemsize
 
     def write_window(self, layer: int, frame: int, k: Tensor, v: Tensor) -> None:
@@ -78,13 +78,13 @@ class MultiLevelCache:
         return self._keys[layer, :, start:stop], self._values[layer, :, start:stop]
 
 
-def _frame_tokens(config: FARConfig, size: tuple[int, int]) -> tuple[int, int]:
+def tokens_per_frame(config: FARConfig, size: tuple[int, int]) -> tuple[int, int]:
     """Tokens of a window and of a context frame; 0 of the latter in a window-only model."""
     area = size[0] * size[1]
     return area // config.patch**2, area // config.context_patch**2 if config.context_patch else 0
 
 
-def _capacity(config: FARConfig, frames: int, size: tuple[int, int]) -> int:
+def _tokens_per_clip(config: FARConfig, frames: int, size: tuple[int, int]) -> int:
     """Tokens of a clip of `frames` frames."""
-    fine, coarse = _frame_tokens(config, size)
+    fine, coarse = tokens_per_frame(config, size)
     return min(frames, config.window) * fine + max(0, frames - config.window) * coarse

@@ -1,7 +1,7 @@
 """The velocity of a clip's newest frame given all earlier ones, with the multi-level KV cache and without it.
 
-Both compute what the training layout defines, so that the cache is a matter of speed alone: `Uncached` runs the
-whole clip through the model at every denoising step, `Cached` keeps keys and values of the clean frames.
+Both compute what the training layout defines, so that the cache is a matter of speed alone: `UncachedDenoiser` runs the
+whole clip through the model at every denoising step, `CachedDenoiser` keeps keys and values of the clean frames.
 
     shape letters   B clips   R rows of the model's batch: each clip `copies` times (guidance needs it twice)
                     f clean frames   S denoising steps   C/H/W latent channels/height/width
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from far_scale.model import FAR
-from far_scale.model.far import from_patches, to_patches
-from far_scale.model.layers import Block, Tokens, gated, modulated_norm
+from far_scale.model.far import patchify, unpatchify
+from far_scale.model.layers import Block, Tokens, gated_residual, modulated_norm
 from far_scale.model.layout import AttentionPlan, FrameGroup, Prefix, Spans
 from far_scale.sampling.cache import MultiLevelCache
 from far_scale.sampling.cuda_graphs import CUDAGraphRunner, GraphPool
@@ -43,7 +43,7 @@ class Denoiser(Protocol):
         ...
 
 
-class Uncached:
+class UncachedDenoiser:
     """All frames that the new one sees go through the model at every step."""
 
     def __init__(self, model: FAR, timesteps: Tensor, copies: int, seen_timestep: float = CLEAN) -> None:
@@ -69,7 +69,7 @@ class Uncached:
         return self._model(latents, self._frame_timesteps, self._actions, self._labels)[:, -1].float()
 
 
-class Cached:
+class CachedDenoiser:
     """Only the new frame goes through the model at a denoising step.
 
     While the clip fits the window, a finished frame is appended to level 1. From then on the window moves with
@@ -136,9 +136,9 @@ class Cached:
         """Append frames `[R, n, C, H, W]` to level 2."""
         model, cache, held, frames = self._model, self._cache, self._context_frames, clean.shape[1]
         group = self._group(frames, coarse=True, first_frame=held)
-        rotation = model.rotations(group)
+        rotation = model.rotary_embedding(group)
         condition = model.condition(clean.new_full((group.frames,), CLEAN_CONTEXT), classes)
-        x = model.context_patch_embedding(to_patches(clean.flatten(0, 1), model.config.context_patch))
+        x = model.context_patch_embedding(patchify(clean.flatten(0, 1), model.config.context_patch))
         plan = AttentionPlan(group, self._all_of(held * cache.coarse, frames * cache.coarse))
         for layer, block in enumerate(self._blocks):
             k, v = (part.flatten(0, 1) for part in cache.context(layer, held))
@@ -151,14 +151,14 @@ class Cached:
         """Append frames `[R, n, C, H, W]` to level 1. They see the frames held there, or else the context."""
         model, cache, held, frames = self._model, self._cache, self._window_frames, seen.shape[1]
         group = self._group(frames, coarse=False, first_frame=self._window_index())
-        rotation = model.rotations(group)
+        rotation = model.rotary_embedding(group)
         condition = model.condition(seen.new_full((group.frames,), self._seen_timestep), classes)
-        x = model.patch_embedding(to_patches(seen.flatten(0, 1), model.config.patch))
+        x = model.patch_embedding(patchify(seen.flatten(0, 1), model.config.patch))
         held_keys = held * cache.fine + self._context_frames * cache.coarse
         plan = AttentionPlan(group, self._all_of(held_keys, frames * cache.fine))
         for layer, block in enumerate(self._blocks):
             if layer == len(self._blocks) - 1:
-                k, v = block.window_keys(x, condition, rotation)  # nothing reads what becomes of clean frames
+                k, v = block.window_kv(x, condition, rotation)  # nothing reads what becomes of clean frames
             else:
                 k, v = cache.window(layer, held) if held else cache.context(layer, self._context_frames)
                 k, v = k.flatten(0, 1), v.flatten(0, 1)
@@ -178,7 +178,7 @@ class Cached:
         self._condition = condition.unflatten(0, (steps, self._rows))  # [S, R, E]
         of_layers = [(b.attention_modulation(self._condition), b.mlp_modulation(self._condition)) for b in self._blocks]
         self._modulations = torch.stack([torch.stack(pair, 1) for pair in of_layers], 1)  # [S, layers, 2, R, 3 E]
-        self._rotation = self._model.rotations(group)
+        self._rotation = self._model.rotary_embedding(group)
         self._compute = self._velocity if self._pool is None else CUDAGraphRunner(self._velocity, self._pool)
 
     def velocity(self, x: Tensor, step: int) -> Tensor:
@@ -187,7 +187,7 @@ class Cached:
     def _velocity(self, x: Tensor, condition: Tensor, modulations: Tensor) -> Tensor:
         """x `[B, C, H, W]`; of one step the condition `[R, E]` and the modulations `[layers, 2, R, 3 E]`."""
         model, config, slot = self._model, self._model.config, self._window_frames
-        tokens = model.patch_embedding(to_patches(x.to(self._dtype), config.patch).repeat(self._copies, 1, 1))
+        tokens = model.patch_embedding(patchify(x.to(self._dtype), config.patch).repeat(self._copies, 1, 1))
         for layer, (block, (attention, mlp)) in enumerate(zip(self._blocks, modulations, strict=True)):
             shift, scale, gate = attention.chunk(3, dim=-1)
             q, k, v = block.attention.project(modulated_norm(tokens, scale, shift), self._rotation)
@@ -195,5 +195,5 @@ class Cached:
             keys, values = self._cache.visible(layer, slot + 1, self._context_frames)
             q, keys, values = (part.transpose(1, 2) for part in (q.unflatten(0, (self._rows, -1)), keys, values))
             seen = F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2)
-            tokens = block.add_mlp(gated(tokens, gate, block.attention.out(seen)), mlp)
-        return from_patches(model.output(tokens, condition), self._size, config.patch).float()
+            tokens = block.add_mlp(gated_residual(tokens, gate, block.attention.out(seen)), mlp)
+        return unpatchify(model.output(tokens, condition), self._size, config.patch).float()

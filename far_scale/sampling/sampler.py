@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from far_scale.model import FAR, FARConfig
 from far_scale.sampling.cache import MultiLevelCache
-from far_scale.sampling.denoisers import Cached, Denoiser, Uncached
+from far_scale.sampling.denoisers import CachedDenoiser, Denoiser, UncachedDenoiser
 from far_scale.train.flow_matching import CLEAN
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import generator
@@ -153,10 +153,10 @@ def predict_frames(
         return
 
     seen_timestep = TRAIN_TIMESTEPS * context_noise if context_noise else CLEAN
-    denoiser: Denoiser = Uncached(model, timesteps, copies, seen_timestep)
+    denoiser: Denoiser = UncachedDenoiser(model, timesteps, copies, seen_timestep)
     if cache:
         size = (frame_shape[1], frame_shape[2])
-        denoiser = Cached(model, timesteps, copies, batch, given + frames, size, seen_timestep)
+        denoiser = CachedDenoiser(model, timesteps, copies, batch, given + frames, size, seen_timestep)
 
     clean = torch.empty(batch, given + frames, *frame_shape, device=device)
     clean[:, :given] = context

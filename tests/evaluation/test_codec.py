@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from far_scale.evaluation.codec import _encoded, through_h264, with_border
+from far_scale.evaluation.codec import _encode_mp4, through_h264, with_border
 from far_scale.utils.errors import UserError
 
 Pixels = NDArray[np.uint8]
@@ -59,7 +59,7 @@ def test_greys_keep_their_values_and_sides() -> None:
 @pytest.mark.parametrize(("side", "threads"), [(16, 1), (64, 2), (128, 4)])
 def test_libx264_gets_the_official_settings(side: int, threads: int) -> None:
     """libx264 writes its settings into the file."""
-    file = _encoded(waves(2, side)).getvalue()
+    file = _encode_mp4(waves(2, side)).getvalue()
     found = re.search(rb"cabac=1 [ -~]*", file)
     assert found is not None
     settings = dict(each.split("=") for each in found.group().decode().split())

@@ -24,7 +24,7 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.writer import SetFacts, ShardWriter
 from far_scale.evaluation.rollouts import rollout
 from far_scale.evaluation.rollouts import run_report as reports
-from far_scale.evaluation.rollouts.runner import evaluate, prepare, sample
+from far_scale.evaluation.rollouts.runner import evaluate_rollout, prepare_rollout, write_rollout
 from far_scale.model import FAR, FARConfig
 from far_scale.utils.errors import UserError
 from harness.refusal import refused
@@ -114,7 +114,7 @@ def shards(tmp_path: Path) -> ShardSet:
 
 def test_videos_give_samples_pictures_and_figures(model: FAR, videos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = evaluate(model, card(), videos, **SETTINGS, out=out)
+    report = evaluate_rollout(model, card(), videos, **SETTINGS, out=out)
     assert sorted(os.listdir(out)) == ["metrics.json", "samples.mp4", "samples.png", "samples.safetensors"]
     assert json.loads((out / "metrics.json").read_text()) == report
     assert report["truth"] == "recorded pixels"
@@ -135,8 +135,8 @@ def test_videos_give_samples_pictures_and_figures(model: FAR, videos: Path, tmp_
 def test_shards_give_the_same_samples_as_their_videos(
     model: FAR, videos: Path, shards: ShardSet, tmp_path: Path
 ) -> None:
-    from_videos = evaluate(model, card(), videos, **SETTINGS, out=tmp_path / "a")
-    from_shards = evaluate(model, card(), shards, **SETTINGS, out=tmp_path / "b")
+    from_videos = evaluate_rollout(model, card(), videos, **SETTINGS, out=tmp_path / "a")
+    from_shards = evaluate_rollout(model, card(), shards, **SETTINGS, out=tmp_path / "b")
     assert from_shards["truth"] == "decoded latents"
     one, other = (load_file(tmp_path / name / "samples.safetensors")["latents"] for name in "ab")
     assert torch.allclose(one, other, atol=1e-2)  # the shards hold float16
@@ -145,9 +145,9 @@ def test_shards_give_the_same_samples_as_their_videos(
 
 
 def test_a_saved_model_samples_the_same_bytes(model: FAR, videos: Path, tmp_path: Path) -> None:
-    evaluate(model, card(), videos, **SETTINGS, out=tmp_path / "a")
+    evaluate_rollout(model, card(), videos, **SETTINGS, out=tmp_path / "a")
     save_model_dir(tmp_path / "model", CONFIG, model.state_dict(), card())
-    evaluate(*load_model_dir(tmp_path / "model"), videos, **SETTINGS, out=tmp_path / "b")
+    evaluate_rollout(*load_model_dir(tmp_path / "model"), videos, **SETTINGS, out=tmp_path / "b")
     for name in ("samples.safetensors", "samples.png", "metrics.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
@@ -155,20 +155,22 @@ def test_a_saved_model_samples_the_same_bytes(model: FAR, videos: Path, tmp_path
 def test_without_a_truth_there_are_no_figures(videos: Path, tmp_path: Path) -> None:
     settings = SETTINGS | {"given": 12}  # all that was recorded
     (tmp_path / "metrics.json").write_text("{}")
-    report = evaluate(FAR(PLAIN), card(), videos, **settings, out=tmp_path)
+    report = evaluate_rollout(FAR(PLAIN), card(), videos, **settings, out=tmp_path)
     assert report["truth"] is None and report["truth_frames"] == 0 and "prediction" not in report
     assert not (tmp_path / "metrics.json").exists()
     assert load_file(tmp_path / "samples.safetensors")["latents"].shape[1] == FRAMES
-    from_nothing = evaluate(FAR(PLAIN), card(), videos, **(SETTINGS | {"given": 0, "episodes": 1}), out=tmp_path)
+    from_nothing = evaluate_rollout(
+        FAR(PLAIN), card(), videos, **(SETTINGS | {"given": 0, "episodes": 1}), out=tmp_path
+    )
     assert from_nothing["truth"] is None and len(from_nothing["episodes"]) == 1
     assert (tmp_path / "samples.mp4").stat().st_size > 0
 
 
 def test_the_truth_counts_as_far_as_it_goes(videos: Path, shards: ShardSet, tmp_path: Path) -> None:
-    known = evaluate(FAR(PLAIN), card(), videos, **(SETTINGS | {"frames": 10}), out=tmp_path / "known")
+    known = evaluate_rollout(FAR(PLAIN), card(), videos, **(SETTINGS | {"frames": 10}), out=tmp_path / "known")
     np.savez(videos / "episode_1.npz", frames=pixels(1, 14), fps=8.0)  # the other one ends earlier
     for source, truth in ((videos, "recorded pixels"), (shards, "decoded latents")):
-        report = evaluate(FAR(PLAIN), card(), source, **(SETTINGS | {"frames": 25}), out=tmp_path / "further")
+        report = evaluate_rollout(FAR(PLAIN), card(), source, **(SETTINGS | {"frames": 25}), out=tmp_path / "further")
         assert report["truth"] == truth and report["truth_frames"] == 10
         assert load_file(tmp_path / "further" / "samples.safetensors")["latents"].shape[1] == 25
         for name in ("prediction", "repeat_last"):
@@ -179,9 +181,9 @@ def test_the_truth_counts_as_far_as_it_goes(videos: Path, shards: ShardSet, tmp_
 def test_more_episodes_than_go_through_at_once_give_what_each_gives_by_itself(
     model: FAR, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = evaluate(model, card(), videos, **SETTINGS, out=tmp_path / "a")
-    monkeypatch.setattr(rollout, "EPISODES_AT_ONCE", 1)
-    one_by_one = evaluate(model, card(), videos, **SETTINGS, out=tmp_path / "b")
+    together = evaluate_rollout(model, card(), videos, **SETTINGS, out=tmp_path / "a")
+    monkeypatch.setattr(rollout, "EPISODES_PER_BATCH", 1)
+    one_by_one = evaluate_rollout(model, card(), videos, **SETTINGS, out=tmp_path / "b")
     latents = [load_file(tmp_path / name / "samples.safetensors")["latents"] for name in "ab"]
     assert latents[1].shape == latents[0].shape and torch.allclose(latents[1], latents[0], atol=1e-5)
     for name in ("prediction", "repeat_last"):
@@ -192,26 +194,26 @@ def test_more_episodes_than_go_through_at_once_give_what_each_gives_by_itself(
 def test_the_given_frames_follow_from_the_recording(model: FAR, videos: Path) -> None:
     settings = SETTINGS | {"given": None}
     for frames, given in ((3, 4), (8, 4), (10, 2), (11, 1)):  # of 12, for a window of 4
-        assert prepare(model, card(), videos, **(settings | {"frames": frames})).given == given
-    assert prepare(FAR(PLAIN), card(), videos, **(settings | {"frames": 300})).given == 1
-    assert prepare(model, card(frame_stride=3), videos, **(settings | {"frames": 3})).given == 1
+        assert prepare_rollout(model, card(), videos, **(settings | {"frames": frames})).given == given
+    assert prepare_rollout(FAR(PLAIN), card(), videos, **(settings | {"frames": 300})).given == 1
+    assert prepare_rollout(model, card(frame_stride=3), videos, **(settings | {"frames": 3})).given == 1
 
 
 def test_unconditional_sampling_needs_no_actions(model: FAR, tmp_path: Path) -> None:
     np.savez(tmp_path / "silent.npz", frames=pixels(0, 12))
     settings = SETTINGS | {"guidance": -1.0, "frames": 14}
-    report = evaluate(model, card(), tmp_path / "silent.npz", **settings, out=tmp_path / "out")
+    report = evaluate_rollout(model, card(), tmp_path / "silent.npz", **settings, out=tmp_path / "out")
     assert report["truth_frames"] == 10 and load_file(tmp_path / "out" / "samples.safetensors")["latents"].std() > 0.1
 
 
 def test_the_summary_tells_the_memory(model: FAR, videos: Path) -> None:
     # 2 for k and v, 64 wide, float32: a window of 4 frames of 4 tokens, two rows a clip for the guidance
-    said = prepare(model, card(), videos, **(SETTINGS | {"guidance": 1.5})).summary()
+    said = prepare_rollout(model, card(), videos, **(SETTINGS | {"guidance": 1.5})).summary()
     assert f"cache {2 * 64 * 4 * 4 * 4 * EPISODES * 2 / 1e6:.1f} MB" in said
     for part in ("1 layers", "window 4, no context", "2 clips", "2 frames given + 3 new", "2 steps", "guidance 1.5"):
         assert part in said
     long = FAR(dataclasses.replace(CONFIG, context_patch=2))
-    said = prepare(long, card(), videos, **(SETTINGS | {"frames": 10, "episodes": 1})).summary()
+    said = prepare_rollout(long, card(), videos, **(SETTINGS | {"frames": 10, "episodes": 1})).summary()
     # eight frames of context, of one token each
     assert "window 4, context patch 2: 1 clips" in said and f"cache {2 * 64 * 4 * (16 + 8) / 1e6:.1f} MB" in said
 
@@ -228,15 +230,15 @@ def test_a_long_roll_out_keeps_no_decoded_frames(tmp_path: Path, means: type[Mea
     monkeypatch.setattr(means, "downsample", 128)
     np.savez(tmp_path / "one.npz", frames=np.zeros((1, 256, 256, 3), np.uint8))
     monkeypatch.setattr(means, "encode", lambda self, pixels: functional.avg_pool2d(pixels, 128))
-    roll_out = prepare(FAR(PLAIN), card(), tmp_path / "one.npz", 1, 299, 1, 1.0, 0, 1)
-    report = sample(roll_out, tmp_path / "long.mp4")
+    roll_out = prepare_rollout(FAR(PLAIN), card(), tmp_path / "one.npz", 1, 299, 1, 1.0, 0, 1)
+    report = write_rollout(roll_out, tmp_path / "long.mp4")
     assert len(resident) == 300 and report["truth"] is None
     settled = 60  # frames, after which the encoder has filled its queues
     assert max(resident[settled:]) - resident[settled] < 20e6
 
 
 def test_the_models_frame_stride_is_kept(model: FAR, videos: Path, tmp_path: Path) -> None:
-    report = evaluate(model, card(frame_stride=2), videos, **SETTINGS, out=tmp_path / "out")
+    report = evaluate_rollout(model, card(frame_stride=2), videos, **SETTINGS, out=tmp_path / "out")
     real = np.stack([pixels(episode, 12)[::2, ::8, ::8] for episode in range(EPISODES)]) / 255
     expected = -10 * np.log10(((real[:, GIVEN - 1 : GIVEN] - real[:, GIVEN : GIVEN + FRAMES]) ** 2).mean())
     assert report["repeat_last"]["psnr"] == pytest.approx(expected, abs=1e-2)
@@ -266,14 +268,14 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
     ]
     for model_card, source, changes, message in cases:
         with pytest.raises(UserError, match=message):
-            evaluate(model, model_card, source, **(SETTINGS | changes), out=out)
+            evaluate_rollout(model, model_card, source, **(SETTINGS | changes), out=out)
     monkeypatch.setattr(means, "weight_hash", "ff" * 32)
     with pytest.raises(UserError, match="the latents are by means"):
-        evaluate(model, card(autoencoder=other), shards, **SETTINGS, out=out)
+        evaluate_rollout(model, card(autoencoder=other), shards, **SETTINGS, out=out)
     np.savez(videos / "a_without_actions.npz", frames=pixels(0, 12))
     monkeypatch.setattr(means, "weight_hash", INFO.weight_hash)
     with pytest.raises(UserError, match=r"a_without_actions.npz: holds no actions"):
-        evaluate(model, card(), videos, **SETTINGS, out=out)
+        evaluate_rollout(model, card(), videos, **SETTINGS, out=out)
     assert not out.exists()
 
 
@@ -285,7 +287,7 @@ def test_a_run_is_reported_once_and_long_clips_by_fewer_episodes(
 
     def watched(*arguments: object, **settings: object) -> dict[str, object]:
         sampled.append(settings)
-        return evaluate(*arguments, **settings)
+        return evaluate_rollout(*arguments, **settings)
 
     monkeypatch.setattr(reports, "evaluate", watched)
 
@@ -298,7 +300,7 @@ def test_a_run_is_reported_once_and_long_clips_by_fewer_episodes(
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 1.0, "learning_rate": 0.1}\n')
     first = reported()
     assert (first["given"], first["frames"], first["truth_frames"], len(first["episodes"])) == (2, 3, 3, EPISODES)
-    assert all((tmp_path / "out" / name).stat().st_size for name in reports.FILES)
+    assert all((tmp_path / "out" / name).stat().st_size for name in reports.REPORT_FILES)
     assert reported() == first and len(sampled) == 1
     assert sampled[0]["episodes"] == reports.EPISODES
 
@@ -326,7 +328,7 @@ def test_a_report_is_kept_for_the_same_content_alone(
 
     def watched(*arguments: object, **settings: object) -> dict[str, object]:
         sampled.append(settings)
-        return evaluate(*arguments, **settings)
+        return evaluate_rollout(*arguments, **settings)
 
     monkeypatch.setattr(reports, "evaluate", watched)
     folder, out = tmp_path / "model", tmp_path / "out"
@@ -373,24 +375,32 @@ def test_a_report_says_where_the_model_is_not_the_runs(
 
 def test_a_set_of_other_classes_than_the_models_is_refused(model: FAR, shards: ShardSet) -> None:
     more = FAR(dataclasses.replace(CONFIG, actions=6))
-    refused(lambda: prepare(more, card(), shards, **SETTINGS), "4 actions, the model was trained on 6", "guidance -1")
-    assert prepare(more, card(), shards, **(SETTINGS | {"guidance": -1.0})).given == GIVEN
+    refused(
+        lambda: prepare_rollout(more, card(), shards, **SETTINGS),
+        "4 actions, the model was trained on 6",
+        "guidance -1",
+    )
+    assert prepare_rollout(more, card(), shards, **(SETTINGS | {"guidance": -1.0})).given == GIVEN
 
 
 @pytest.mark.parametrize("guidance", [float("inf"), float("nan"), float("-inf")])
 def test_a_guidance_that_is_no_number_is_refused(model: FAR, videos: Path, guidance: float) -> None:
-    refused(lambda: prepare(model, card(), videos, **(SETTINGS | {"guidance": guidance})), "guidance", "no meaning")
+    refused(
+        lambda: prepare_rollout(model, card(), videos, **(SETTINGS | {"guidance": guidance})), "guidance", "no meaning"
+    )
 
 
 def test_seeds_have_64_bits(model: FAR, videos: Path) -> None:
     for seed in (2**64, -1):
-        refused(lambda seed=seed: prepare(model, card(), videos, **(SETTINGS | {"seed": seed})), "seed", "2^64 - 1")
-    assert prepare(model, card(), videos, **(SETTINGS | {"seed": 2**64 - 1})).seed == 2**64 - 1
+        refused(
+            lambda seed=seed: prepare_rollout(model, card(), videos, **(SETTINGS | {"seed": seed})), "seed", "2^64 - 1"
+        )
+    assert prepare_rollout(model, card(), videos, **(SETTINGS | {"seed": 2**64 - 1})).seed == 2**64 - 1
 
 
 def test_samples_that_are_not_finite_are_refused(model: FAR, videos: Path, tmp_path: Path) -> None:
     model.output.out.bias.data[0] = float("nan")
-    refused(lambda: evaluate(model, card(), videos, **SETTINGS, out=tmp_path / "out"), "frame 2", "not finite")
+    refused(lambda: evaluate_rollout(model, card(), videos, **SETTINGS, out=tmp_path / "out"), "frame 2", "not finite")
     assert not (tmp_path / "out" / "metrics.json").exists() and not list(tmp_path.glob("out/*.mp4"))
 
 
@@ -399,5 +409,5 @@ def test_a_model_of_frames_that_are_no_squares(model: FAR, videos: Path, tmp_pat
     wide = card(latent_shape=(3, 2, 4))
     np.savez(tmp_path / "wide.npz", frames=np.tile(pixels(0, 12), (1, 1, 2, 1)), actions=actions(0, 12), fps=8.0)
     settings = SETTINGS | {"episodes": 1}
-    assert prepare(model, wide, tmp_path / "wide.npz", **settings).data.context.shape == (1, GIVEN, 3, 2, 4)
-    refused(lambda: prepare(model, wide, videos, **settings), "episode_0.npz", "16x16", "32x16", "shard set")
+    assert prepare_rollout(model, wide, tmp_path / "wide.npz", **settings).data.context.shape == (1, GIVEN, 3, 2, 4)
+    refused(lambda: prepare_rollout(model, wide, videos, **settings), "episode_0.npz", "16x16", "32x16", "shard set")

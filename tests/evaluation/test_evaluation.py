@@ -22,11 +22,9 @@ from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import Processes
-from far_scale.evaluation import batches as units
-from far_scale.evaluation import metrics as measure
-from far_scale.evaluation import weights
-from far_scale.evaluation.clip_sets import ClipSource, select
-from far_scale.evaluation.pipeline import Share, evaluate, open_evaluation
+from far_scale.evaluation import batches, metrics, weights
+from far_scale.evaluation.clip_sets import ClipSource, select_clips
+from far_scale.evaluation.pipeline import WorkShard, evaluate, open_evaluation
 from far_scale.evaluation.protocol import Protocol, load_protocol
 from far_scale.evaluation.rollouts.psnr_ssim import frame_ssim, psnr
 from far_scale.evaluation.score_statistics import FeatureStatistics, frechet_distance
@@ -101,7 +99,7 @@ def protocol_file(networks: tuple[Path, str], tmp_path: Path) -> Callable[..., P
 
 
 def run(
-    model: Path, protocol: Protocol, out: Path, videos: Path, share: Share | None = None, merge: bool = False
+    model: Path, protocol: Protocol, out: Path, videos: Path, share: WorkShard | None = None, merge: bool = False
 ) -> dict[str, Any] | None:
     """`evaluate` in this process; the samples stay."""
     open_it = functools.partial(open_evaluation, model, None, protocol, out, ClipSource(videos), CPU)
@@ -125,10 +123,10 @@ def test_scores_are_the_same_on_any_number_of_processes_and_after_a_kill(
 
     tasks = tmp_path / "tasks"
     for task in (2, 0):
-        assert run(model_dir, protocol, tasks, recorded, Share(task, 3)) is None
+        assert run(model_dir, protocol, tasks, recorded, WorkShard(task, 3)) is None
     refused(lambda: run(model_dir, protocol, tasks, recorded, merge=True), "tasks", "3 of 9 units are missing")
     shutil.rmtree(cache / "evaluation")
-    assert run(model_dir, protocol, tasks, recorded, Share(1, 3)) is None
+    assert run(model_dir, protocol, tasks, recorded, WorkShard(1, 3)) is None
     assert run(model_dir, protocol, tasks, recorded, merge=True) == scores and same(tasks)
 
     # A kill leaves files that are cut off, and some that are not there.
@@ -190,7 +188,7 @@ def test_baselines_are_computed_once_for_all_models(
 ) -> None:
     protocol = load_protocol(protocol_file())
     first = run(model_dir, protocol, tmp_path / "first", recorded)
-    monkeypatch.setattr(units._Worker, "_compute_baseline", None)
+    monkeypatch.setattr(batches._BatchWorker, "_compute_baseline", None)
     assert run(model_dir, load_protocol(protocol_file("other", sampling={"steps": 1})), tmp_path / "b", recorded)
     # Other videos under the same names are not taken for them.
     changed = tmp_path / "changed"
@@ -292,7 +290,7 @@ def test_the_best_sample_counts_and_fvd_is_a_mean_over_samples(
             assert video.dtype == torch.uint8 and len(video) == 3
             return video.float().mean(dim=(3, 4)).flatten(1)
 
-    monkeypatch.setattr(measure, "_i3d_of", lambda section, device: Colours())
+    monkeypatch.setattr(metrics, "_load_i3d", lambda section, device: Colours())
     monkeypatch.setattr("far_scale.evaluation.protocol.MIN_FRAMES", 4)
     path = protocol_file(
         sampling={"trajectories": 2, "seeds": [0, 3]},
@@ -336,7 +334,7 @@ def test_generation_from_nothing_by_class(
     _, card = load_model_dir(model_dir)
     save_model_dir(tmp_path / "labels", config, state, card.model_copy(update={"classes": ("a", "b")}))
     monkeypatch.setattr(
-        measure, "_i3d_of", lambda section, device: lambda video: video.float().mean(dim=(3, 4)).flatten(1)
+        metrics, "_load_i3d", lambda section, device: lambda video: video.float().mean(dim=(3, 4)).flatten(1)
     )
     protocol = load_protocol(
         protocol_file(
@@ -355,11 +353,11 @@ def test_generation_from_nothing_by_class(
 
 def test_selection_follows_the_list(protocol_file: Callable[..., Path]) -> None:
     protocol = load_protocol(protocol_file(clips={"every": 3, "count": 3}))
-    assert select(list(range(10)), lambda item: None, protocol, "set") == [0, 3, 6]
+    assert select_clips(list(range(10)), lambda item: None, protocol, "set") == [0, 3, 6]
     protocol = load_protocol(protocol_file(clips={"per_class": 2, "count": 4, "seed": 5}))
-    chosen = select(list(range(20)), lambda item: item % 2, protocol, "set")
+    chosen = select_clips(list(range(20)), lambda item: item % 2, protocol, "set")
     assert len(set(chosen)) == 4 and sorted(item % 2 for item in chosen) == [0, 0, 1, 1]
-    assert chosen == select(list(range(20)), lambda item: item % 2, protocol, "set")
+    assert chosen == select_clips(list(range(20)), lambda item: item % 2, protocol, "set")
     other = load_protocol(protocol_file(clips={"per_class": 2, "count": 4, "seed": 6}))
-    assert chosen != select(list(range(20)), lambda item: item % 2, other, "set")
-    refused(lambda: select([1, 2], lambda item: None, protocol, "set"), "clips.per_class", "class")
+    assert chosen != select_clips(list(range(20)), lambda item: item % 2, other, "set")
+    refused(lambda: select_clips([1, 2], lambda item: None, protocol, "set"), "clips.per_class", "class")

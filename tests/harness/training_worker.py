@@ -16,7 +16,7 @@ from far_scale.config.recipe import load_recipe
 from far_scale.convert.model_dir import read_config
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import stop_processes
-from far_scale.evaluation.rollouts.runner import evaluate
+from far_scale.evaluation.rollouts.runner import evaluate_rollout
 from far_scale.health.watchdog import collective_timeout
 from far_scale.model import FAR
 from far_scale.train.checkpoint.export import export
@@ -58,7 +58,9 @@ def main() -> None:
                 model = FAR(config).eval()
                 model.load_state_dict(weights)
                 torch.set_num_threads(1)
-                evaluate(model, card, ShardSet.open(shards), 4, 4, 3, 1.0, 5, 3, Path(out) / "sampled_in_training")
+                evaluate_rollout(
+                    model, card, ShardSet.open(shards), 4, 4, 3, 1.0, 5, 3, Path(out) / "sampled_in_training"
+                )
             dist.barrier()
         engine.destroy()
     stop_processes()

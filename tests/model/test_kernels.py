@@ -28,7 +28,7 @@ from far_scale.model.attention import (
     selection as choice,
 )
 from far_scale.model.attention.kernel import Kernel
-from far_scale.model.attention.table import HEAD_DIM, Inputs, rows, run
+from far_scale.model.attention.table import HEAD_DIM, Inputs, attention_with_gradients, table_rows
 from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout, Prefix, Spans
 from harness import fake_libraries, plain_kernel
 
@@ -126,7 +126,7 @@ def test_the_plain_kernel_aligns_bottom_right() -> None:
 def clear_caches() -> None:
     for cached in (
         flash_attn_2._library, flash_attn_3._operators, flash_attn_4._library, xformers_blocks._library,
-        xformers_blocks._mask, kernel.why_not_importable, choice._choose,
+        xformers_blocks._mask, kernel.import_failure, choice._choose_cached,
     ):  # fmt: skip
         cached.cache_clear()
 
@@ -300,15 +300,15 @@ def test_why_not(
 ) -> None:
     fake_libraries.xformers(monkeypatch)
     on(monkeypatch, capability, {"flash-attn": "2.4.2", "flash-attn-4": "4.0.0b9", "xformers": "0.0.35"})
-    found = adapter.why_not(GPU, dtype, head_dim)
+    found = adapter.unusable_reason(GPU, dtype, head_dim)
     assert found is None if reason is None else str(found).startswith(reason)
 
 
 def test_why_not_on_a_cpu() -> None:
     for adapter in (flash_attn_2, flash_attn_3, flash_attn_4, torch_varlen, xformers_blocks):
-        assert adapter.why_not(CPU, torch.bfloat16, 64) == "runs on NVIDIA GPUs alone"
-    assert flex.why_not(CPU, torch.float32, 64) == "FlexAttention has no backward on a CPU"
-    assert cpu.why_not(CPU, torch.int8, 64) == "takes float32, float64, bfloat16 and float16, not int8"
+        assert adapter.unusable_reason(CPU, torch.bfloat16, 64) == "runs on NVIDIA GPUs alone"
+    assert flex.unusable_reason(CPU, torch.float32, 64) == "FlexAttention has no backward on a CPU"
+    assert cpu.unusable_reason(CPU, torch.int8, 64) == "takes float32, float64, bfloat16 and float16, not int8"
 
 
 def test_xformers_built_for_another_torch(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
@@ -316,7 +316,7 @@ def test_xformers_built_for_another_torch(monkeypatch: pytest.MonkeyPatch, fresh
     fake_libraries.xformers(monkeypatch)
     monkeypatch.setitem(sys.modules, "xformers._cpp_lib", SimpleNamespace(_built_with_cuda=False))
     on(monkeypatch, (9, 0), {"xformers": "0.0.35"})
-    reason = xformers_blocks.why_not(GPU, torch.bfloat16, 64)
+    reason = xformers_blocks.unusable_reason(GPU, torch.bfloat16, 64)
     assert reason == f"the installed one was built for another torch than {torch.__version__}"
 
 
@@ -328,7 +328,7 @@ def test_a_library_that_does_not_import(monkeypatch: pytest.MonkeyPatch, fresh: 
         raise ImportError("undefined symbol: _ZN3c10\nand more of it")
 
     monkeypatch.setattr(kernel.importlib, "import_module", broken)
-    reason = flash_attn_2.why_not(GPU, torch.bfloat16, 64)
+    reason = flash_attn_2.unusable_reason(GPU, torch.bfloat16, 64)
     assert reason == "flash-attn 2.8.3 cannot be imported: undefined symbol: _ZN3c10"
 
 
@@ -374,7 +374,7 @@ def test_flex_breaks_a_compiled_callers_graph() -> None:
 
 def test_the_table() -> None:
     """On a CPU: a line for each kernel and dtype, with small errors where it runs and a reason where it does not."""
-    lines = list(rows(CPU, [torch.float32], clips=1, frames=1, heads=1))
+    lines = list(table_rows(CPU, [torch.float32], clips=1, frames=1, heads=1))
     by_name = {line.split()[0]: line for line in lines[2:]}
     assert list(by_name) == list(choice.KERNELS)
     assert "no: runs on NVIDIA GPUs alone" in by_name["flash-attn-3"]
@@ -386,7 +386,7 @@ def test_the_table_when_a_library_fails(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("no kernel image\nand more of it")
 
     monkeypatch.setattr(cpu, "forward", failing)
-    lines = [line for line in rows(CPU, [torch.float32], clips=1, frames=1, heads=1) if line.startswith("cpu ")]
+    lines = [line for line in table_rows(CPU, [torch.float32], clips=1, frames=1, heads=1) if line.startswith("cpu ")]
     assert len(lines) == 1 and lines[0].endswith("fails: RuntimeError: no kernel image")
 
 
@@ -402,8 +402,8 @@ def assert_as_precise_as_the_mask(name: str, plan: AttentionPlan, device: torch.
     precision, and nowhere more than four roundings of the largest number, or of 1: where a token sees itself alone, its
     gradients of q and k are zero but made of terms of the inputs' size. In float32 kernels multiply with fewer digits.
     """
-    found, plain = (run(of, Inputs.draw(plan, HEADS, device, dtype)) for of in (name, dense.NAME))
-    exact = run(dense.NAME, Inputs.draw(plan, HEADS, device, torch.float64))
+    found, plain = (attention_with_gradients(of, Inputs.draw(plan, HEADS, device, dtype)) for of in (name, dense.NAME))
+    exact = attention_with_gradients(dense.NAME, Inputs.draw(plan, HEADS, device, torch.float64))
     roundings = 64 if dtype == torch.float32 else 4
     for ours, rounded, oracle in zip(found, plain, exact, strict=True):
         assert ours.shape == oracle.shape and ours.dtype == dtype
@@ -429,7 +429,7 @@ GPU_ORDERS = ORDERS | {
 
 
 def usable_or_skip(name: str, dtype: torch.dtype) -> None:
-    reason = choice.why_not(name, GPU, dtype, HEAD_DIM)
+    reason = choice.unusable_reason(name, GPU, dtype, HEAD_DIM)
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
 
@@ -452,7 +452,7 @@ def test_deterministic_on_a_gpu(name: str) -> None:
     inputs = Inputs.draw(long_order((20, 3, 9), 16, window=6, coarser=4)(GPU), 12, GPU, torch.bfloat16)
     torch.use_deterministic_algorithms(True)
     try:
-        first, second = run(name, inputs), run(name, inputs)
+        first, second = attention_with_gradients(name, inputs), attention_with_gradients(name, inputs)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
@@ -467,12 +467,12 @@ def test_a_kernels_causal_call_on_a_gpu(name: str) -> None:
     tokens = spans.starts[-1]
     drawn = torch.randn(tokens, 5, HEADS, HEAD_DIM, device=GPU).bfloat16()
     q, k, v, dout, other = drawn.unbind(1)
-    out, lse = choice.kernel(name).forward(q, k, v, spans, spans, causal=True)
+    out, lse = choice.get_kernel(name).forward(q, k, v, spans, spans, causal=True)
     exact, exact_lse = plain_kernel.forward(*(x.double() for x in (q, k, v)), spans, spans, causal=True)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-3)
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=3e-2)
     merged = other.contiguous(), (lse + 1).contiguous()
-    gradients = choice.kernel(name).backward(dout, q, k, v, *merged, spans, spans, causal=True)
+    gradients = choice.get_kernel(name).backward(dout, q, k, v, *merged, spans, spans, causal=True)
     inputs = (x.double() for x in (dout, q, k, v, *merged))
     for ours, oracle in zip(gradients, plain_kernel.backward(*inputs, spans, spans, causal=True), strict=True):
         torch.testing.assert_close(ours.double(), oracle, rtol=2e-2, atol=2e-2)

@@ -103,7 +103,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
     gradients = []
     for checkpointing in CHECKPOINTING:
         model = trained_like(CONFIG).train()
-        model.run_as(checkpointing=checkpointing)
+        model.configure_execution(checkpointing=checkpointing)
         model(*clip(7)).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, *others in zip(*gradients, strict=True):

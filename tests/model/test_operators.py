@@ -105,9 +105,9 @@ def test_one_graph_for_all_layers_and_packs(checkpointing: str, monkeypatch: pyt
     monkeypatch.setattr(layers, "_compiled_layer", lambda: compiled)
     model, graphs = trained_like(LONG), []
     for clip_frames in PACKS:
-        model.run_as()
+        model.configure_execution()
         plain = outputs(model, clip_frames)
-        model.run_as(compiled=True, checkpointing=checkpointing)
+        model.configure_execution(compiled=True, checkpointing=checkpointing)
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         for ours, expected in zip(outputs(model, clip_frames), plain, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
@@ -129,7 +129,7 @@ def test_generated_code_gives_the_same() -> None:
     torch._dynamo.reset()
     model = trained_like(FARConfig(layers=2, heads=1, patch=2, channels=8))
     plain = outputs(model, (3, 5))
-    model.run_as(compiled=True)
+    model.configure_execution(compiled=True)
     for ours, expected in zip(outputs(model, (3, 5)), plain, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
     torch._dynamo.reset()
@@ -151,7 +151,7 @@ class Calls(TorchDispatchMode):
 def test_checkpointing_computes_again_what_it_says() -> None:
     model, calls = trained_like(LONG), {}
     for checkpointing in ("none", "attention-kept", "full"):
-        model.run_as(checkpointing=checkpointing)
+        model.configure_execution(checkpointing=checkpointing)
         with Calls() as counted:
             outputs(model, (12, 9, 3))
         calls[checkpointing] = (counted.forward, counted.linear)

@@ -8,7 +8,7 @@ import torch
 from far_scale.model import FAR, FARConfig
 from far_scale.model.layout import FrameLayout
 from far_scale.sampling.cache import MultiLevelCache
-from far_scale.sampling.denoisers import Cached
+from far_scale.sampling.denoisers import CachedDenoiser
 from far_scale.sampling.sampler import cache_bytes, roll_out
 
 SIZE = (4, 4)
@@ -69,7 +69,7 @@ def test_one_step_is_the_training_layout_s_velocity(frames: int) -> None:
     timesteps[:, -1] = timestep
     with torch.no_grad():
         expected = model(clip, timesteps, actions)[:, -1]
-        denoiser = Cached(model, torch.tensor([900.0, timestep]), copies=1, clips=2, frames=frames, size=SIZE)
+        denoiser = CachedDenoiser(model, torch.tensor([900.0, timestep]), copies=1, clips=2, frames=frames, size=SIZE)
         for frame in range(frames):
             denoiser.begin_frame(clip[:, :frame], clip[:, :frame], actions[:, : frame + 1], None)
             denoiser.velocity(torch.full_like(clip[:, frame], 7.0), 0)  # must leave nothing behind

@@ -22,11 +22,11 @@ from far_scale.data.video.videos import find_videos, read_video
 from far_scale.model import FARConfig
 from far_scale.utils.errors import UserError
 
-_ENCODED_AT_ONCE = 32  # frames
+_ENCODE_BATCH = 32  # frames
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EpisodeSelection:
     """What is asked of each episode.
 
     Attributes:
@@ -58,14 +58,18 @@ class Episodes:
 
     keys: list[str]
     context: Tensor
-    truth: Truth
+    truth: GroundTruth
     actions: Tensor | None
     labels: Tensor | None
     fps: float
 
 
-def find_episodes(
-    source: ShardSet | str | Path, config: FARConfig, card: ModelMetadata, autoencoder: Autoencoder, wanted: Wanted
+def load_episodes(
+    source: ShardSet | str | Path,
+    config: FARConfig,
+    card: ModelMetadata,
+    autoencoder: Autoencoder,
+    wanted: EpisodeSelection,
 ) -> Episodes:
     """Of an opened shard set, or of a path: a shard set's folder, a video file, or a folder of videos.
 
@@ -73,14 +77,14 @@ def find_episodes(
         UserError: what the path holds does not fit the model, or is not enough of it.
     """
     if isinstance(source, ShardSet):
-        return shard_episodes(source, config, card, autoencoder, wanted)
+        return load_shard_episodes(source, config, card, autoencoder, wanted)
     if (Path(source) / MANIFEST_NAME).is_file():
-        return shard_episodes(ShardSet.open(source), config, card, autoencoder, wanted)
-    return video_episodes(Path(source), config, card, autoencoder, wanted)
+        return load_shard_episodes(ShardSet.open(source), config, card, autoencoder, wanted)
+    return load_video_episodes(Path(source), config, card, autoencoder, wanted)
 
 
-def video_episodes(
-    path: Path, config: FARConfig, card: ModelMetadata, autoencoder: Autoencoder, wanted: Wanted
+def load_video_episodes(
+    path: Path, config: FARConfig, card: ModelMetadata, autoencoder: Autoencoder, wanted: EpisodeSelection
 ) -> Episodes:
     """The first frames of the first videos of a file or folder; the given ones are encoded.
 
@@ -102,20 +106,24 @@ def video_episodes(
     given, known = _given_and_known(lengths, card.frame_stride, config.window, wanted, actions)
     taken = slice(0, known * card.frame_stride, card.frame_stride)
     size = tuple(side * autoencoder.downsample for side in card.latent_shape[1:])
-    pixels = np.stack([_fit(file, video.frames[taken], size) for file, video in zip(files, videos, strict=True)])
+    pixels = np.stack([_resize(file, video.frames[taken], size) for file, video in zip(files, videos, strict=True)])
     labels = [(str(file), video.label) for file, video in zip(files, videos, strict=True)]
     return Episodes(
         keys=[video.key for video in videos],
-        context=card.scaling.normalise(torch.stack([encode(autoencoder, video[:given], card) for video in pixels])),
+        context=card.scaling.normalise(
+            torch.stack([encode_frames(autoencoder, video[:given], card) for video in pixels])
+        ),
         truth=RecordedPixels(pixels),
-        actions=_stack([video.actions[taken] for video in videos if video.actions is not None]) if actions else None,
-        labels=_labels(labels) if config.labels and wanted.conditioned else None,
+        actions=_stack_actions([video.actions[taken] for video in videos if video.actions is not None])
+        if actions
+        else None,
+        labels=_label_tensor(labels) if config.labels and wanted.conditioned else None,
         fps=videos[0].fps / card.frame_stride,
     )
 
 
-def shard_episodes(
-    shards: ShardSet, config: FARConfig, card: ModelMetadata, autoencoder: Autoencoder, wanted: Wanted
+def load_shard_episodes(
+    shards: ShardSet, config: FARConfig, card: ModelMetadata, autoencoder: Autoencoder, wanted: EpisodeSelection
 ) -> Episodes:
     """The first frames of the first samples of a shard set; its latents decoded are the truth.
 
@@ -123,7 +131,7 @@ def shard_episodes(
         UserError: a set of another autoencoder or latent shape, too few frames, or without the conditions needed.
     """
     actions = config.actions > 0 and wanted.conditioned
-    check_set(shards, config, card, wanted.conditioned)
+    check_shard_set(shards, config, card, wanted.conditioned)
     counts = enumerate(shards.samples_per_shard)
     places = [(shard, sample) for shard, n in counts for sample in range(n)][: wanted.episodes]
     lengths = [
@@ -140,12 +148,12 @@ def shard_episodes(
         context=card.scaling.normalise(latents[:, :given]),
         truth=DecodedLatents(latents, autoencoder),
         actions=torch.stack([s.actions for s in samples if s.actions is not None]) if actions else None,
-        labels=_labels(labels) if config.labels and wanted.conditioned else None,
+        labels=_label_tensor(labels) if config.labels and wanted.conditioned else None,
         fps=samples[0].fps / card.frame_stride,
     )
 
 
-def _fit(file: Path, frames: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+def _resize(file: Path, frames: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Frames `[F, H, W, 3]` in the model's size (height, width)."""
     height, width = size
     if frames.shape[1:3] == size:
@@ -158,17 +166,17 @@ def _fit(file: Path, frames: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     return fit(frames, height)
 
 
-def encode(autoencoder: Autoencoder, frames: np.ndarray, card: ModelMetadata) -> Tensor:
+def encode_frames(autoencoder: Autoencoder, frames: np.ndarray, card: ModelMetadata) -> Tensor:
     """Frames uint8 `[F, h, w, 3]` to unscaled latents `[F, C, H, W]`, float32 on the CPU; F may be 0."""
     latents = [torch.empty(0, *card.latent_shape)]
-    for start in range(0, len(frames), _ENCODED_AT_ONCE):
-        pixels = torch.from_numpy(frames[start : start + _ENCODED_AT_ONCE]).permute(0, 3, 1, 2).float()
+    for start in range(0, len(frames), _ENCODE_BATCH):
+        pixels = torch.from_numpy(frames[start : start + _ENCODE_BATCH]).permute(0, 3, 1, 2).float()
         latents.append(autoencoder.encode(pixels / 127.5 - 1).cpu())
     return torch.cat(latents)
 
 
 def _given_and_known(
-    lengths: list[tuple[str, int]], stride: int, window: int, wanted: Wanted, all_needed: bool
+    lengths: list[tuple[str, int]], stride: int, window: int, wanted: EpisodeSelection, all_needed: bool
 ) -> tuple[int, int]:
     """How many frames are given, and how many are known of every episode; all are needed where they carry actions.
 
@@ -190,7 +198,7 @@ def _given_and_known(
     return given, min(shortest, given + wanted.frames)
 
 
-def check_set(shards: ShardSet, config: FARConfig, card: ModelMetadata, conditioned: bool) -> None:
+def check_shard_set(shards: ShardSet, config: FARConfig, card: ModelMetadata, conditioned: bool) -> None:
     """Raises UserError where the model cannot take a set's latents, or lacks its actions or labels."""
     actions = config.actions > 0 and conditioned
     manifest = shards.manifest
@@ -227,11 +235,11 @@ def check_classes(shards: ShardSet, card: ModelMetadata) -> None:
         )
 
 
-def _stack(actions: Sequence[np.ndarray]) -> Tensor:
+def _stack_actions(actions: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(actions)).long()
 
 
-def _labels(labels: list[tuple[str, int | None]]) -> Tensor:
+def _label_tensor(labels: list[tuple[str, int | None]]) -> Tensor:
     for where, label in labels:
         if label is None:
             raise UserError(
@@ -240,14 +248,14 @@ def _labels(labels: list[tuple[str, int | None]]) -> Tensor:
     return torch.tensor([label for _, label in labels], dtype=torch.int64)
 
 
-class Truth(Protocol):
+class GroundTruth(Protocol):
     """The first frames of B episodes, as many of each.
 
     Attributes:
-        is_what: "recorded pixels" or "decoded latents".
+        kind: "recorded pixels" or "decoded latents".
     """
 
-    is_what: str
+    kind: str
 
     def __len__(self) -> int:
         """How many frames are known of each episode."""
@@ -263,7 +271,7 @@ class RecordedPixels:
     """uint8 `[B, K, h, w, 3]`, as the video has them."""
 
     pixels: NDArray[np.uint8]
-    is_what = "recorded pixels"
+    kind = "recorded pixels"
 
     def __len__(self) -> int:
         return self.pixels.shape[1]
@@ -278,15 +286,15 @@ class DecodedLatents:
 
     latents: Tensor
     autoencoder: Autoencoder
-    is_what = "decoded latents"
+    kind = "decoded latents"
 
     def __len__(self) -> int:
         return self.latents.shape[1]
 
     def frame(self, episodes: slice, index: int) -> Tensor:
-        return decode(self.autoencoder, self.latents[episodes, index].float())
+        return decode_frame(self.autoencoder, self.latents[episodes, index].float())
 
 
-def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+def decode_frame(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
     """Unscaled latents `[b, C, H, W]` to pixels `[b, 3, h, w]` in 0..1, float32 on the CPU."""
     return autoencoder.decode(latents).cpu() / 2 + 0.5

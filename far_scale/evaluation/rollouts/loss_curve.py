@@ -12,7 +12,7 @@ from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, read_json_lines
 
 
-def loss_curve(path: str | Path, log: str | Path) -> None:
+def draw_loss_curve(path: str | Path, log: str | Path) -> None:
     """Draw the loss (logarithmic axis) and the learning rate over the steps of a JSONL log as a PNG.
 
     A line of the log is an object with `step`, `loss` and `learning_rate`; lines without a loss are left out, and of

@@ -27,7 +27,7 @@ class Comparison(TypedDict):
     repeat_last: Quality
 
 
-class Meter:
+class QualityMeter:
     """Gathers the quality of frames that come one at a time, and keeps two numbers of each."""
 
     def __init__(self, frames: int) -> None:
@@ -63,7 +63,7 @@ class MetricAccumulator:
 
     def __init__(self, frames: int) -> None:
         """`frames` is how many frame indices will come."""
-        self._prediction, self._repeat_last = Meter(frames), Meter(frames)
+        self._prediction, self._repeat_last = QualityMeter(frames), QualityMeter(frames)
 
     def add(self, index: int, prediction: Tensor, truth: Tensor, last_given: Tensor) -> None:
         """Count new frame `index` of some clips, all `[B, 3, H, W]` in 0..1; `last_given` is the last given frame."""

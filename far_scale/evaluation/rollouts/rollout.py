@@ -20,7 +20,7 @@ from torch import Tensor
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelMetadata
 from far_scale.data.video.videos import write_mp4
-from far_scale.evaluation.rollouts.episodes import Episodes, decode
+from far_scale.evaluation.rollouts.episodes import Episodes, decode_frame
 from far_scale.evaluation.rollouts.psnr_ssim import MetricAccumulator
 from far_scale.evaluation.rollouts.video_grid import ContactSheet, GridSpec, Pixels, VideoGrid, to_uint8
 from far_scale.model import FAR
@@ -29,11 +29,11 @@ from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write
 from far_scale.utils.tensor_files import save_tensors
 
-EPISODES_AT_ONCE = 8  # through the model; the first of them are in the pictures, all count in the figures
+EPISODES_PER_BATCH = 8  # through the model; the first of them are in the pictures, all count in the figures
 
 
 @dataclass(frozen=True)
-class Frame:
+class RolloutFrame:
     """One frame of some clips, given or new."""
 
     index: int
@@ -43,7 +43,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class RollOut:
+class Rollout:
     """What is to be sampled, ready to run; `evaluate.prepare` makes it and says what is in it."""
 
     model: FAR
@@ -69,7 +69,7 @@ class RollOut:
     def summary(self) -> str:
         """One line that says what will be sampled, and in how much memory."""
         config, clips = self.model.config, len(self.data.keys)
-        at_once = min(clips, EPISODES_AT_ONCE)
+        at_once = min(clips, EPISODES_PER_BATCH)
         _, height, width = self.card.latent_shape
         cache = cache_bytes(self.model, at_once, self.given + self.frames, (height, width), self.guidance)
         context = f"context patch {config.context_patch}" if config.context_patch else "no context"
@@ -92,15 +92,15 @@ class RollOut:
         """
         judge = MetricAccumulator(self.truth_frames)
         kept: list[Tensor] = []
-        for first in range(0, len(self.data.keys), EPISODES_AT_ONCE):
-            clips = slice(first, min(first + EPISODES_AT_ONCE, len(self.data.keys)))
+        for first in range(0, len(self.data.keys), EPISODES_PER_BATCH):
+            clips = slice(first, min(first + EPISODES_PER_BATCH, len(self.data.keys)))
             new: list[Tensor] = []
             frames = self._judged(clips, judge, None if latents is None else new)
             if first == 0:
                 pictures = (
                     (f.index, None if f.truth is None else to_uint8(f.truth), to_uint8(f.pixels)) for f in frames
                 )
-                draw(self.shown(clips.stop), pictures, self.data.fps, video, sheet)
+                write_pictures(self.shown(clips.stop), pictures, self.data.fps, video, sheet)
             deque(frames, maxlen=0)
             kept.extend([torch.stack(new, dim=1)] if new else [])
         if latents is not None:
@@ -114,14 +114,14 @@ class RollOut:
             "guidance": self.guidance,
             "seed": self.seed,
             "model": self.card.training.model_dump(),
-            "truth": self.data.truth.is_what if self.truth_frames else None,
+            "truth": self.data.truth.kind if self.truth_frames else None,
             "truth_frames": self.truth_frames,
         }
         if self.context_noise:
             report["context_noise"] = self.context_noise
         return report | judge.comparison() if self.truth_frames else report
 
-    def frames_of(self, clips: slice, progress: bool = True) -> Iterator[Frame]:
+    def frames_of(self, clips: slice, progress: bool = True) -> Iterator[RolloutFrame]:
         """Every frame of some clips, the given ones first; what a clip becomes does not depend on the others.
 
         Raises:
@@ -149,11 +149,11 @@ class RollOut:
                     f"frame {index}: the model gives numbers that are not finite at guidance {self.guidance:g}; lower "
                     "the guidance, or take the weights of an earlier step"
                 )
-            pixels = decode(self.autoencoder, self.card.scaling.restore(latents))
+            pixels = decode_frame(self.autoencoder, self.card.scaling.restore(latents))
             known = index < self.given + self.truth_frames
-            yield Frame(index, latents, pixels, data.truth.frame(clips, index) if known else None)
+            yield RolloutFrame(index, latents, pixels, data.truth.frame(clips, index) if known else None)
 
-    def _judged(self, clips: slice, judge: MetricAccumulator, new: list[Tensor] | None) -> Iterator[Frame]:
+    def _judged(self, clips: slice, judge: MetricAccumulator, new: list[Tensor] | None) -> Iterator[RolloutFrame]:
         """Every frame of some clips, counted by `judge`; the latents of new ones are put into `new`."""
         last_given = self.data.truth.frame(clips, self.given - 1) if self.given else None
         for frame in self.frames_of(clips):
@@ -177,7 +177,7 @@ class RollOut:
         )
 
 
-def draw(
+def write_pictures(
     shown: GridSpec, frames: Iterable[tuple[int, Pixels | None, Pixels]], fps: float, video: Path, sheet: Path
 ) -> None:
     """Write the MP4 and the PNG of frames that come one by one: index, truth where it is known, and prediction, both

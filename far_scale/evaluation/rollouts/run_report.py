@@ -11,16 +11,18 @@ from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.video.videos import find_videos
-from far_scale.evaluation.rollouts.loss_curve import loss_curve
-from far_scale.evaluation.rollouts.runner import evaluate, load_for_sampling
+from far_scale.evaluation.rollouts.loss_curve import draw_loss_curve
+from far_scale.evaluation.rollouts.runner import evaluate_rollout, load_for_sampling
 from far_scale.model import FAR
 from far_scale.train.checkpoint.folders import CHECKSUMS, fingerprint, step_folder
 from far_scale.utils.errors import print_warning
 from far_scale.utils.io import check_writable, parse_json, sha256, write_json
 
 EPISODES = 32
-FRAMES_IN_ALL = 1280  # predicted at most, so that long clips take minutes on two cores, too: of these, fewer episodes
-FILES = ("samples.mp4", "samples.png", "samples.safetensors", "loss.png")
+MAX_PREDICTED_FRAMES = (
+    1280  # predicted at most, so that long clips take minutes on two cores, too: of these, fewer episodes
+)
+REPORT_FILES = ("samples.mp4", "samples.png", "samples.safetensors", "loss.png")
 
 
 def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: str | Path) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
         out: folder for samples.mp4, samples.png, samples.safetensors, loss.png and metrics.json.
 
     Returns:
-        What metrics.json holds: see `evaluate`, and `made_from`, what the report was made from, and `files`, the
+        What metrics.json holds: see `evaluate_rollout`, and `made_from`, what the report was made from, and `files`, the
         SHA-256 of those beside it.
 
     Raises:
@@ -51,7 +53,7 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
         "steps": recipe.sample.steps,
         "guidance": recipe.sample.guidance,
         "seed": recipe.seed,
-        "episodes": max(1, min(EPISODES, FRAMES_IN_ALL // frames)),
+        "episodes": max(1, min(EPISODES, MAX_PREDICTED_FRAMES // frames)),
     }
     if recipe.sample.context_noise:
         settings["context_noise"] = recipe.sample.context_noise
@@ -60,43 +62,43 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
         "far_scale": far_scale.__version__,
         "model": {path.name: sha256(path) for path in sorted(Path(model_dir).glob("*")) if path.is_file()},
         "log": _digest(run / "log.jsonl"),
-        **_source(Path(videos), settings["episodes"]),
+        **_episodes_content(Path(videos), settings["episodes"]),
     }
     metrics = out / "metrics.json"
-    if (report := _made_before(metrics)) is not None and report["made_from"] == made_from:
+    if (report := _existing_report(metrics)) is not None and report["made_from"] == made_from:
         return report
 
-    for name in (*FILES, metrics.name):
+    for name in (*REPORT_FILES, metrics.name):
         check_writable(out / name)
-    loss_curve(out / "loss.png", run / "log.jsonl")
+    draw_loss_curve(out / "loss.png", run / "log.jsonl")
     model, card = load_for_sampling(model_dir)
-    for difference in _not_of_run(run, model, card, recipe):
+    for difference in _differences_from_run(run, model, card, recipe):
         print_warning(f"{model_dir}: not exported from {run} as it is now: {difference}")
-    report = evaluate(model, card, videos, **settings, out=out)
+    report = evaluate_rollout(model, card, videos, **settings, out=out)
     report["made_from"] = made_from
-    report["files"] = {name: sha256(out / name) for name in FILES}
+    report["files"] = {name: sha256(out / name) for name in REPORT_FILES}
     write_json(metrics, report)
     return report
 
 
-def _made_before(metrics: Path) -> dict[str, Any] | None:
+def _existing_report(metrics: Path) -> dict[str, Any] | None:
     """The report of metrics.json, if the files beside it are still those that were written with it."""
     try:
         report = parse_json(metrics.read_text())
-        files = {name: _digest(metrics.with_name(name)) for name in FILES}
+        files = {name: _digest(metrics.with_name(name)) for name in REPORT_FILES}
         return report if report["files"] == files and "made_from" in report else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def _source(videos: Path, episodes: int) -> dict[str, Any]:
+def _episodes_content(videos: Path, episodes: int) -> dict[str, Any]:
     """The content of the episodes that are sampled from."""
     if (videos / MANIFEST_NAME).is_file():
         return {"shards": Manifest.read(videos).fingerprint()}
     return {"videos": [[path.name, sha256(path)] for path in find_videos(videos)[:episodes]]}
 
 
-def _not_of_run(run: Path, model: FAR, card: ModelMetadata, recipe: Recipe) -> list[str]:
+def _differences_from_run(run: Path, model: FAR, card: ModelMetadata, recipe: Recipe) -> list[str]:
     """In which a model's metadata are not what the run's recipe says, each with both values."""
     shapes = [stage.latent_shape or recipe.data.latent_shape for stage in recipe.curriculum] or [
         recipe.data.latent_shape

@@ -11,8 +11,8 @@ import far_scale.autoencoder
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelMetadata, load_model_dir
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.evaluation.rollouts.episodes import Wanted, find_episodes
-from far_scale.evaluation.rollouts.rollout import RollOut
+from far_scale.evaluation.rollouts.episodes import EpisodeSelection, load_episodes
+from far_scale.evaluation.rollouts.rollout import Rollout
 from far_scale.model import FAR
 from far_scale.sampling.sampler import check_context_noise, check_guidance, check_steps
 from far_scale.utils.errors import UserError
@@ -44,7 +44,7 @@ def load_autoencoder(card: ModelMetadata, device: torch.device, dtype: torch.dty
     return autoencoder
 
 
-def prepare(
+def prepare_rollout(
     model: FAR,
     card: ModelMetadata,
     source: ShardSet | str | Path,
@@ -55,7 +55,7 @@ def prepare(
     seed: int,
     episodes: int,
     context_noise: float = 0.0,
-) -> RollOut:
+) -> Rollout:
     """Read and encode all that sampling needs.
 
     Args:
@@ -81,12 +81,12 @@ def prepare(
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"seed: {seed} is not from 0 to 2^64 - 1; give one that is")
     autoencoder = load_autoencoder(card, next(model.parameters()).device)
-    wanted = Wanted(given, frames, episodes, conditioned=guidance != -1)
-    data = find_episodes(source, model.config, card, autoencoder, wanted)
-    return RollOut(model, card, autoencoder, data, frames, steps, guidance, seed, context_noise)
+    wanted = EpisodeSelection(given, frames, episodes, conditioned=guidance != -1)
+    data = load_episodes(source, model.config, card, autoencoder, wanted)
+    return Rollout(model, card, autoencoder, data, frames, steps, guidance, seed, context_noise)
 
 
-def evaluate(
+def evaluate_rollout(
     model: FAR,
     card: ModelMetadata,
     source: ShardSet | str | Path,
@@ -99,7 +99,7 @@ def evaluate(
     out: str | Path,
     context_noise: float = 0.0,
 ) -> dict[str, Any]:
-    """Sample as `prepare` is told to, into a folder.
+    """Sample as `prepare_rollout` is told to, into a folder.
 
     Into `out` go samples.safetensors (`latents` `[B, F, C, H, W]`, as the model sees them, float32), samples.png,
     samples.mp4 and, where frames that really followed are known and one was given, metrics.json. Each file is
@@ -109,10 +109,10 @@ def evaluate(
         See `RollOut.run`. metrics.json holds the same.
 
     Raises:
-        UserError: as `prepare`; nothing is written then.
+        UserError: as `prepare_rollout`; nothing is written then.
     """
     out = Path(out)
-    roll_out = prepare(model, card, source, given, frames, steps, guidance, seed, episodes, context_noise)
+    roll_out = prepare_rollout(model, card, source, given, frames, steps, guidance, seed, episodes, context_noise)
     report = roll_out.run(out / "samples.mp4", out / "samples.png", out / "samples.safetensors")
     if report["truth"] is None:
         (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run, it would be taken for this one's
@@ -121,7 +121,7 @@ def evaluate(
     return report
 
 
-def sample(roll_out: RollOut, video: Path) -> dict[str, Any]:
+def write_rollout(roll_out: Rollout, video: Path) -> dict[str, Any]:
     """Run `roll_out` into VIDEO.mp4, its sheet VIDEO.png and its report VIDEO.json, which is what is returned."""
     report = roll_out.run(video, video.with_suffix(".png"))
     write_json(video.with_suffix(".json"), report)

@@ -29,7 +29,7 @@ GAP = 4 * BORDER  # between episodes, and for the line
 CAPTION_WIDTH = 64  # left of the rows: "truth", "FAR"
 LINE_HEIGHT = 28  # of a line of text
 SHEET_CAPTION_HEIGHT = 2 * LINE_HEIGHT  # above the columns: what begins here, and frame numbers
-PAST_WIDTH = 160  # of the words "past the window" there
+PAST_WINDOW_WIDTH = 160  # of the words "past the window" there
 SHEET_COLUMNS = 24  # of a longer clip the sheet shows this many frames, evenly chosen
 SHEET_FRAME_HEIGHT = 128  # small frames are enlarged up to this
 VIDEO_FRAME_HEIGHT = 192
@@ -74,8 +74,8 @@ class ContactSheet:
         self._past = next((frame for frame in self._columns if frame >= shown.window), None)
         right = max(map(self._left, self._columns)) + self._width
         if self._past is not None:
-            right = max(right, self._left(self._past) + PAST_WIDTH)
-        self._canvas = _canvas(self._top(shown.episodes, 0) - self._caption_height - GAP + BORDER, right + BORDER)
+            right = max(right, self._left(self._past) + PAST_WINDOW_WIDTH)
+        self._canvas = _blank_canvas(self._top(shown.episodes, 0) - self._caption_height - GAP + BORDER, right + BORDER)
         self._label()
 
     def add(self, index: int, truth: Pixels | None, prediction: Pixels, first: int = 0) -> None:
@@ -89,7 +89,7 @@ class ContactSheet:
         for row, frames in enumerate(rows):
             for episode, frame in enumerate(() if frames is None else frames, first):
                 place = self._top(episode, row), self._left(index)
-                _put(self._canvas, frame, place, self._scale, index < self._shown.given)
+                _paste_frame(self._canvas, frame, place, self._scale, index < self._shown.given)
 
     def write(self, path: str | Path) -> None:
         """Write the PNG, atomically."""
@@ -122,7 +122,7 @@ class ContactSheet:
             left = self._left(self._past)
             texts.append(_Text(left + BORDER, middle, "past the window", LINE_COLOUR, "lm"))
             self._canvas[:, left - GAP // 2 - 1 : left - GAP // 2 + 1] = LINE_COLOUR
-        _write(self._canvas, texts, size=20)
+        _write_texts(self._canvas, texts, size=20)
 
 
 class VideoGrid:
@@ -135,13 +135,13 @@ class VideoGrid:
         grid_rows = max(1, round(math.sqrt(shown.episodes / 4)))  # about 16:9 with two square frames an episode
         self._grid_columns = math.ceil(shown.episodes / grid_rows)
         bottom = self._place(grid_rows * self._grid_columns, 0)[0]
-        self._canvas = _canvas(bottom, CAPTION_WIDTH + self._grid_columns * (self._width + GAP))
+        self._canvas = _blank_canvas(bottom, CAPTION_WIDTH + self._grid_columns * (self._width + GAP))
         middles = [
             (name, self._place(episode, row)[0] + self._height // 2)
             for episode in range(0, shown.episodes, self._grid_columns)
             for row, name in enumerate(shown.rows)
         ]
-        _write(self._canvas, [_Text(CAPTION_WIDTH // 2, middle, name) for name, middle in middles], size=20)
+        _write_texts(self._canvas, [_Text(CAPTION_WIDTH // 2, middle, name) for name, middle in middles], size=20)
 
     def picture(self, index: int, truth: Pixels | None, prediction: Pixels) -> Pixels:
         """The picture of frame `index`; arguments as those of `ContactSheet.add`."""
@@ -149,13 +149,13 @@ class VideoGrid:
         rows = [truth, prediction] if self._shown.truth else [prediction]
         for row, frames in enumerate(rows):
             for episode, frame in enumerate(() if frames is None else frames):
-                _put(picture, frame, self._place(episode, row), self._scale, given)
+                _paste_frame(picture, frame, self._place(episode, row), self._scale, given)
         texts = [_Text(GAP, LINE_HEIGHT // 2, f"frame {index}", anchor="lm")]
         if given:
             texts.append(_Text(GAP + 85, LINE_HEIGHT // 2, "given", GIVEN_COLOUR, "lm"))
         if index >= self._shown.window:
             texts.append(_Text(GAP + 132, LINE_HEIGHT // 2, "past the window", LINE_COLOUR, "lm"))
-        _write(picture[:LINE_HEIGHT], texts, size=16)
+        _write_texts(picture[:LINE_HEIGHT], texts, size=16)
         return picture
 
     def _place(self, episode: int, row: int) -> tuple[int, int]:
@@ -180,12 +180,12 @@ class _Text(NamedTuple):
     anchor: str = "mm"
 
 
-def _canvas(height: int, width: int) -> Pixels:
+def _blank_canvas(height: int, width: int) -> Pixels:
     """An empty picture with even sides, as H.264 needs them."""
     return np.full((height + height % 2, width + width % 2, 3), BACKGROUND, dtype=np.uint8)
 
 
-def _put(canvas: Pixels, frame: Pixels, corner: tuple[int, int], scale: int, given: bool) -> None:
+def _paste_frame(canvas: Pixels, frame: Pixels, corner: tuple[int, int], scale: int, given: bool) -> None:
     """Enlarge a frame into the canvas; `corner` is (top, left) of its border."""
     top, left = corner
     enlarged = frame.repeat(scale, axis=0).repeat(scale, axis=1)
@@ -195,7 +195,7 @@ def _put(canvas: Pixels, frame: Pixels, corner: tuple[int, int], scale: int, giv
     canvas[top + BORDER : top + BORDER + height, left + BORDER : left + BORDER + width] = enlarged
 
 
-def _write(canvas: Pixels, texts: list[_Text], size: int) -> None:
+def _write_texts(canvas: Pixels, texts: list[_Text], size: int) -> None:
     picture = Image.fromarray(canvas)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
     for x, y, text, colour, anchor in texts:

@@ -8,6 +8,6 @@ says which kernel is used where, and `dense` is the oracle that all are tested a
 """
 
 from far_scale.model.attention.operators import PrefixKV, attend, frame_attention
-from far_scale.model.attention.selection import choose
+from far_scale.model.attention.selection import choose_kernel
 
-__all__ = ["PrefixKV", "attend", "choose", "frame_attention"]
+__all__ = ["PrefixKV", "attend", "choose_kernel", "frame_attention"]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from far_scale.model.attention.kernel import not_this_dtype
+from far_scale.model.attention.kernel import unsupported_dtype
 from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "cpu", "torch", ""
@@ -22,11 +22,11 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """See `Kernel.why_not`."""
+def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.unusable_reason`."""
     if device.type != "cpu":
         return "runs on CPUs alone"
-    return None if dtype in DTYPES else not_this_dtype(dtype, DTYPES)
+    return None if dtype in DTYPES else unsupported_dtype(dtype, DTYPES)
 
 
 def _dense(x: Tensor, spans: Spans) -> Tensor:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from far_scale.model.attention.install import FLASH_ATTN_2_COMMAND
-from far_scale.model.attention.kernel import GpuNeeds, pad_lse, unpad_lse, why_not_importable
+from far_scale.model.attention.kernel import GPURequirements, import_failure, pad_lse, unpad_lse
 from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "flash-attn-2", "flash-attn", FLASH_ATTN_2_COMMAND
 DTYPES = (torch.bfloat16, torch.float16)
 
-_NEEDS = GpuNeeds(DTYPES, lowest=(8, 0))
+_NEEDS = GPURequirements(DTYPES, lowest=(8, 0))
 _MODULE = "flash_attn.flash_attn_interface"
 
 
@@ -56,9 +56,9 @@ def _library() -> _Library:
     return _Library(forward, backward, forward_options, options, lse_index=5, padded=(major, minor) < (2, 6))
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """See `Kernel.why_not`."""
-    return _NEEDS.why_not(device, dtype, head_dim) or why_not_importable(PACKAGE, "2.5.7", _MODULE)
+def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.unusable_reason`."""
+    return _NEEDS.unusable_reason(device, dtype, head_dim) or import_failure(PACKAGE, "2.5.7", _MODULE)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from far_scale.model.attention.install import FLASH_ATTN_3_COMMAND
-from far_scale.model.attention.kernel import GpuNeeds, why_not_importable
+from far_scale.model.attention.kernel import GPURequirements, import_failure
 from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "flash-attn-3", "flash-attn-3", FLASH_ATTN_3_COMMAND
 DTYPES = (torch.bfloat16, torch.float16)
 
-_NEEDS = GpuNeeds(DTYPES, lowest=(9, 0), highest=(9, 0), largest_head=192)
+_NEEDS = GPURequirements(DTYPES, lowest=(9, 0), highest=(9, 0), largest_head=192)
 _MODULE = "flash_attn_3._C"
 
 
@@ -34,9 +34,9 @@ def _operators() -> Any:
     return torch.ops.flash_attn_3
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """See `Kernel.why_not`."""
-    return _NEEDS.why_not(device, dtype, head_dim) or why_not_importable(PACKAGE, "3.0.0b1", _MODULE)
+def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.unusable_reason`."""
+    return _NEEDS.unusable_reason(device, dtype, head_dim) or import_failure(PACKAGE, "3.0.0b1", _MODULE)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:

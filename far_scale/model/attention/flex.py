@@ -16,24 +16,24 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from far_scale.model.attention.kernel import GpuNeeds
+from far_scale.model.attention.kernel import GPURequirements
 from far_scale.model.layout import AttentionPlan, FrameGroup, Prefix
 
 NAME = "flex"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_NEEDS = GpuNeeds(DTYPES, lowest=(8, 0))
+_NEEDS = GPURequirements(DTYPES, lowest=(8, 0))
 _BLOCK = 128
 _SMALLEST_HEAD = 16  # of the compiled kernels' matrix products
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """See `Kernel.why_not`."""
+def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.unusable_reason`."""
     if device.type == "cpu":
         return "FlexAttention has no backward on a CPU"
     if head_dim < _SMALLEST_HEAD:
         return f"takes heads from {_SMALLEST_HEAD} on, not of {head_dim}"
-    return _NEEDS.why_not(device, dtype, head_dim)
+    return _NEEDS.unusable_reason(device, dtype, head_dim)
 
 
 @torch.compiler.disable
@@ -67,11 +67,11 @@ def block_mask(plan: AttentionPlan, device: torch.device) -> BlockMask:
     """What the plan's tokens see, made once."""
     masks = _masks.setdefault(plan, {})
     if device not in masks:
-        masks[device] = _block_mask(_seen(plan.group, plan.prefix, device), plan)
+        masks[device] = _block_mask(_visible_ranges(plan.group, plan.prefix, device), plan)
     return masks[device]
 
 
-class _Seen(NamedTuple):
+class _VisibleRanges(NamedTuple):
     """`[T]` each: of the S + T keys a token sees those in `[first, last)` and in `[group_first, group_last)`."""
 
     first: Tensor
@@ -80,7 +80,7 @@ class _Seen(NamedTuple):
     group_last: Tensor
 
 
-def _seen(group: FrameGroup, prefix: Prefix | None, device: torch.device) -> _Seen:
+def _visible_ranges(group: FrameGroup, prefix: Prefix | None, device: torch.device) -> _VisibleRanges:
     earlier = 0 if prefix is None else prefix.keys.starts[-1]
     frame_tokens, clip_tokens = torch.tensor(group.frame_tokens), torch.tensor(group.clips.lengths)
     group_first = earlier + torch.tensor(group.clips.starts[:-1]).repeat_interleave(clip_tokens)
@@ -95,10 +95,10 @@ def _seen(group: FrameGroup, prefix: Prefix | None, device: torch.device) -> _Se
         first[rows] = ends[:-1].repeat_interleave(query_tokens)
         last[rows] = ends[1:].repeat_interleave(query_tokens)
     # The kernels read these in their innermost loop, so they are no wider than needed.
-    return _Seen(*(x.to(device, torch.int32) for x in (first, last, group_first, group_last)))
+    return _VisibleRanges(*(x.to(device, torch.int32) for x in (first, last, group_first, group_last)))
 
 
-def _block_mask(seen: _Seen, plan: AttentionPlan) -> BlockMask:
+def _block_mask(seen: _VisibleRanges, plan: AttentionPlan) -> BlockMask:
     tokens = len(seen.first)
     keys = tokens + (0 if plan.prefix is None else plan.prefix.keys.starts[-1])
     block_starts = torch.arange(0, keys, _BLOCK, device=seen.first.device)  # [C]
@@ -119,11 +119,15 @@ def _block_mask(seen: _Seen, plan: AttentionPlan) -> BlockMask:
 
     visible = of_group if plan.prefix is None else of_both
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~every), *_listed(every), BLOCK_SIZE=_BLOCK, mask_mod=visible, seq_lengths=(tokens, keys)
+        *_block_lists(some & ~every),
+        *_block_lists(every),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=visible,
+        seq_lengths=(tokens, keys),
     )
 
 
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """`[R, C]` bool -> how many blocks each row has `[1, 1, R]`, and which, first those, `[1, 1, R, C]`."""
     count = blocks.sum(1, dtype=torch.int32)
     listed = blocks.int().argsort(dim=1, descending=True, stable=True).int()

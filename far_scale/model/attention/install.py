@@ -63,7 +63,7 @@ LIBRARIES = ("flash-attn-4", "flash-attn-3", "flash-attn-2", "xformers")
 """Kernels by name that are not in torch."""
 
 
-def advice(machine: Machine, installed: Collection[str] = ()) -> list[str]:
+def install_advice(machine: Machine, installed: Collection[str] = ()) -> list[str]:
     """A line for each library: whether to install it on this machine, why, and how.
 
     Args:

@@ -35,7 +35,7 @@ class Kernel(Protocol):
     PACKAGE: str
     INSTALL: str
 
-    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def unusable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why it cannot compute this here, in a few words; None where it can."""
         ...
 
@@ -62,7 +62,7 @@ class Kernel(Protocol):
 
 
 @dataclass(frozen=True)
-class GpuNeeds:
+class GPURequirements:
     """What a kernel for NVIDIA GPUs needs.
 
     Attributes:
@@ -76,31 +76,33 @@ class GpuNeeds:
     highest: tuple[int, int] | None = None
     largest_head: int = 256
 
-    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """See `Kernel.why_not`."""
+    def unusable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """See `Kernel.unusable_reason`."""
         if device.type != "cuda" or torch.version.hip:
             return "runs on NVIDIA GPUs alone"
         has = compute_capability(device)
         if has < self.lowest or (self.highest is not None and has > self.highest):
-            return f"needs a GPU of compute capability {self._capabilities()}, this one has {dotted(has)}"
+            return f"needs a GPU of compute capability {self._capabilities()}, this one has {format_capability(has)}"
         if dtype not in self.dtypes:
-            return not_this_dtype(dtype, self.dtypes)
+            return unsupported_dtype(dtype, self.dtypes)
         if head_dim > self.largest_head or head_dim % 8:
             return f"takes heads of a multiple of 8 up to {self.largest_head}, not of {head_dim}"
         return None
 
     def _capabilities(self) -> str:
         if self.highest is None:
-            return f"{dotted(self.lowest)} or higher"
-        return dotted(self.lowest) + (f" to {dotted(self.highest)}" if self.highest != self.lowest else "")
+            return f"{format_capability(self.lowest)} or higher"
+        return format_capability(self.lowest) + (
+            f" to {format_capability(self.highest)}" if self.highest != self.lowest else ""
+        )
 
 
-def not_this_dtype(dtype: torch.dtype, taken: tuple[torch.dtype, ...]) -> str:
+def unsupported_dtype(dtype: torch.dtype, taken: tuple[torch.dtype, ...]) -> str:
     *names, last, refused = (str(x).removeprefix("torch.") for x in (*taken, dtype))
     return f"takes {', '.join(names)} and {last}, not {refused}" if names else f"takes {last}, not {refused}"
 
 
-def dotted(capability: tuple[int, int]) -> str:
+def format_capability(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
@@ -118,7 +120,7 @@ def installed_version(package: str) -> str | None:
 
 
 @functools.cache
-def why_not_importable(package: str, oldest: str, module: str) -> str | None:
+def import_failure(package: str, oldest: str, module: str) -> str | None:
     """Why a library cannot be used, in a few words; None where it can.
 
     Asked by distribution, not by module: flash-attn 2 and 4 share one namespace, and wheels of 2 hold an early 4.

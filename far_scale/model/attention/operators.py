@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from far_scale.model.attention import causal_pair, dense, flex
-from far_scale.model.attention import selection as choice
-from far_scale.model.attention.selection import choose
+from far_scale.model.attention import causal_pair, dense, flex, selection
+from far_scale.model.attention.selection import choose_kernel
 from far_scale.model.layout import AttentionPlan, FrameGroup, Prefix
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor handle, str kernel"
@@ -33,7 +32,7 @@ def attend(
         q, k, v: `[T, N, D]`.
         prefix_k, prefix_v: `[S, N, D]` keys and values of the plan's prefix; S may be 0, where it has none.
         handle: of an `AttentionPlan`.
-        kernel: the name of a kernel that is usable here (`choice.choose`).
+        kernel: the name of a kernel that is usable here (`selection.choose`).
 
     Returns:
         `[T, N, D]`, differentiable in all tensors but the handle.
@@ -53,7 +52,9 @@ def _forward(
     if kernel == dense.NAME:
         out, lse = dense.forward(q, k, v, prefix_k, prefix_v, AttentionPlan.find(handle))
     else:
-        out, lse = causal_pair.forward(choice.kernel(kernel), q, k, v, prefix_k, prefix_v, AttentionPlan.find(handle))
+        out, lse = causal_pair.forward(
+            selection.get_kernel(kernel), q, k, v, prefix_k, prefix_v, AttentionPlan.find(handle)
+        )
     return out.contiguous(), lse.contiguous()
 
 
@@ -67,12 +68,12 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if not len(q):
-        return _like(dout, out, lse, q, k, v, prefix_k, prefix_v, handle, kernel)
+        return _backward_shapes(dout, out, lse, q, k, v, prefix_k, prefix_v, handle, kernel)
     if kernel == dense.NAME:
         found = dense.backward(dout, q, k, v, prefix_k, prefix_v, out, lse, AttentionPlan.find(handle))
     else:
         found = causal_pair.backward(
-            choice.kernel(kernel), dout, q, k, v, prefix_k, prefix_v, out, lse, AttentionPlan.find(handle)
+            selection.get_kernel(kernel), dout, q, k, v, prefix_k, prefix_v, out, lse, AttentionPlan.find(handle)
         )
     dq, dk, dv, earlier_dk, earlier_dv = (None if x is None else x.contiguous() for x in found)
     assert dq is not None and dk is not None and dv is not None
@@ -93,7 +94,7 @@ def _forward_shapes(
 
 
 @_backward.register_fake
-def _like(
+def _backward_shapes(
     dout: Tensor, out: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -109,12 +110,12 @@ def _empty_lse(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.kernel = inputs
     ctx.save_for_backward(*output, *tensors)
 
 
-def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     _, _, _, _, _, prefix_k, _, _ = saved = ctx.saved_tensors
     found = torch.ops.far_scale.frame_attention_backward(dout, *saved, ctx.kernel)
     dq, dk, dv, earlier_dk, earlier_dv = found
@@ -123,7 +124,7 @@ def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return dq, dk, dv, earlier_dk, earlier_dv, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.far_scale.frame_attention, get_raw=True)
@@ -186,7 +187,7 @@ def frame_attention(
     prefix_k, prefix_v, prefix = prefix_kv or (None, None, None)
     if prefix_k is not None and len(prefix_k) != (prefix.keys.starts[-1] if prefix else 0):
         raise ValueError(f"the prefix has {prefix.keys.starts[-1] if prefix else 0} earlier keys, got {len(prefix_k)}")
-    name = choose(kernel, q.device, q.dtype, q.shape[-1]).name
+    name = choose_kernel(kernel, q.device, q.dtype, q.shape[-1]).name
     plan = AttentionPlan(group, prefix)
     out = attend(q, k, v, prefix_k, prefix_v, plan.handle, name)
     if out.grad_fn is not None:

@@ -12,20 +12,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from far_scale.model.attention.kernel import GpuNeeds
+from far_scale.model.attention.kernel import GPURequirements
 from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "torch-varlen", "torch", ""
 DTYPES = (torch.bfloat16, torch.float16)
 
-_NEEDS = GpuNeeds(DTYPES, lowest=(8, 0))
+_NEEDS = GPURequirements(DTYPES, lowest=(8, 0))
 _forward = torch.ops.aten._flash_attention_forward.default
 _backward = torch.ops.aten._flash_attention_backward.default
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """See `Kernel.why_not`."""
-    return _NEEDS.why_not(device, dtype, head_dim)
+def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.unusable_reason`."""
+    return _NEEDS.unusable_reason(device, dtype, head_dim)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:

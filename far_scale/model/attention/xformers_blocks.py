@@ -19,20 +19,20 @@ from torch import Tensor
 
 from far_scale.model.attention.install import xformers_command
 from far_scale.model.attention.kernel import (
-    GpuNeeds,
+    GPURequirements,
     compute_capability,
-    dotted,
+    format_capability,
+    import_failure,
     pad_lse,
     unpad_lse,
-    why_not_importable,
 )
 from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "xformers", "xformers", xformers_command(torch.__version__)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-_FLASH = GpuNeeds(DTYPES, lowest=(7, 5))
-_CUTLASS = GpuNeeds(DTYPES, lowest=(7, 5), highest=(9, 0))
+_FLASH = GPURequirements(DTYPES, lowest=(7, 5))
+_CUTLASS = GPURequirements(DTYPES, lowest=(7, 5), highest=(9, 0))
 _MODULE = "xformers.ops.fmha"
 _PADDING = 32
 
@@ -52,17 +52,17 @@ def _flash(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype != torch.float32 and compute_capability(device) >= (8, 0) and _library().flash.FwOp.is_available()
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """See `Kernel.why_not`."""
-    if reason := _FLASH.why_not(device, dtype, head_dim) or why_not_importable(PACKAGE, "0.0.33", _MODULE):
+def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.unusable_reason`."""
+    if reason := _FLASH.unusable_reason(device, dtype, head_dim) or import_failure(PACKAGE, "0.0.33", _MODULE):
         return reason
     if not _built_with_cuda():  # it is imported all the same, and fails at the first call
         return f"the installed one was built for another torch than {torch.__version__}"
     if _flash(device, dtype):
         return None
     if dtype == torch.bfloat16 and compute_capability(device) < (8, 0):
-        return f"takes bfloat16 from compute capability 8.0 on, this GPU has {dotted(compute_capability(device))}"
-    return _CUTLASS.why_not(device, dtype, head_dim)
+        return f"takes bfloat16 from compute capability 8.0 on, this GPU has {format_capability(compute_capability(device))}"
+    return _CUTLASS.unusable_reason(device, dtype, head_dim)
 
 
 @functools.lru_cache(maxsize=64)  # a layer asks for the same as the layer before
