@@ -17,6 +17,7 @@ from far_scale.evaluation.metric_networks import LPIPS
 from far_scale.evaluation.rollouts.episodes import decode_frame
 from far_scale.evaluation.rollouts.psnr_ssim import frame_ssim, psnr
 from far_scale.evaluation.rollouts.runner import prepare_rollout
+from far_scale.sampling.config import SamplingConfig
 from far_scale.sampling.sampler import cache_bytes, roll_out
 
 SAMPLING_SEED = 0
@@ -77,12 +78,11 @@ class Held:
             frames = roll_out(
                 model,
                 data.context[clips],
-                scoring.frames,
-                self._steps,
+                SamplingConfig(
+                    frames=scoring.frames, steps=self._steps, seed=SAMPLING_SEED, context_noise=scoring.context_noise
+                ),
                 actions=None if data.actions is None else data.actions[clips],
-                seed=SAMPLING_SEED,
                 clip_ids=range(clips.start, clips.stop),
-                context_noise=scoring.context_noise,
             )
             truth = [data.truth.frame(clips, scoring.given + index) for index in range(scoring.frames)]
             pixels = [

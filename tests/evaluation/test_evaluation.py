@@ -29,6 +29,7 @@ from far_scale.evaluation.protocol import Protocol, load_protocol
 from far_scale.evaluation.rollouts.psnr_ssim import frame_ssim, psnr
 from far_scale.evaluation.score_statistics import FeatureStatistics, frechet_distance
 from far_scale.model import FAR, FARConfig
+from far_scale.sampling.config import SamplingConfig
 from far_scale.sampling.sampler import roll_out
 from harness.foreign_sets import adopted, tar_of
 from harness.launch import ROOT, command, environment
@@ -159,7 +160,11 @@ def test_scores_are_those_of_the_saved_samples(
             assert np.array_equal(truth, video["frames"][:7]) and np.array_equal(frames[:3], truth[:3])
         context = autoencoder.encode(torch.from_numpy(truth[:3]).permute(0, 3, 1, 2).float() / 127.5 - 1)
         predicted = roll_out(
-            model, card.scaling.normalise(context)[None], 4, 2, actions=actions[None], seed=0, clip_ids=[number]
+            model,
+            card.scaling.normalise(context)[None],
+            SamplingConfig(frames=4, steps=2, seed=0),
+            actions=actions[None],
+            clip_ids=[number],
         )
         pixels = autoencoder.decode(card.scaling.restore(predicted[0])) / 2 + 0.5
         # In another batch than the evaluation's, sums are rounded otherwise: now and then to the next of 256 values.

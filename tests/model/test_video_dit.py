@@ -18,6 +18,7 @@ from far_scale.data.loader.pack_loader import Pack
 from far_scale.model import FAR, FARConfig
 from far_scale.model.attention import dense, flex, frame_attention
 from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout
+from far_scale.sampling.config import SamplingConfig
 from far_scale.sampling.sampler import cache_bytes, euler_sigmas, roll_out
 from far_scale.train.flops import forward_flops
 from far_scale.train.flow_matching import add_noise, pack_loss
@@ -188,9 +189,21 @@ def test_joint_sampling_is_the_plain_loop(given: int, guidance: float) -> None:
             conditioned, null = (model(x.double(), timesteps, classes) for classes in (actions, torch.full((1, 5), 3)))
         velocity = (null + guidance * (conditioned - null)).float()
         x = x + (sigmas[step + 1] - sigmas[step]) * velocity
-    found = roll_out(model, context, frames, steps, guidance, actions=actions, seed=seed, clip_ids=[clip])
+    found = roll_out(
+        model,
+        context,
+        SamplingConfig(frames=frames, steps=steps, guidance=guidance, seed=seed),
+        actions=actions,
+        clip_ids=[clip],
+    )
     torch.testing.assert_close(found, x[:, given:], rtol=0, atol=1e-5)
-    again = roll_out(model, context, frames, steps, guidance, actions=actions, seed=seed, clip_ids=[clip], cache=False)
+    again = roll_out(
+        model,
+        context,
+        SamplingConfig(frames=frames, steps=steps, guidance=guidance, seed=seed, use_cache=False),
+        actions=actions,
+        clip_ids=[clip],
+    )
     assert torch.equal(again, found)
 
 
@@ -198,6 +211,6 @@ def test_what_joint_sampling_refuses() -> None:
     model, context = dit(), torch.zeros(1, 2, *SHAPE)
     assert cache_bytes(model, 1, WINDOW, SHAPE[1:]) == 0
     with pytest.raises(UserError, match=r"2 given and 4 new ones do not fit the window of 5"):
-        roll_out(model, context, frames=4, steps=1)
+        roll_out(model, context, SamplingConfig(frames=4, steps=1))
     with pytest.raises(UserError, match=r"context_noise: 0\.1, but this model is not causal"):
-        roll_out(model, context, frames=3, steps=1, context_noise=0.1)
+        roll_out(model, context, SamplingConfig(frames=3, steps=1, context_noise=0.1))
