@@ -1,6 +1,6 @@
-"""The units of an evaluation as scores: best samples, means, intervals, Frechet distances.
+"""Aggregates the batches of an evaluation into scores: best samples, means, intervals, Frechet distances.
 
-shape letters   N clips   S samples (trajectories) of a clip   P predicted frames   seeds stand first
+shape letters   N clips   S samples (trajectories) of a clip   P predicted frames
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Float = NDArray[np.float64]
 
 @dataclass
 class _SystemResults:
-    """What was measured of one kind of prediction; an entry a seed, of arrays over all clips."""
+    """The metrics of one system, an entry a seed."""
 
     paired: list[dict[str, list[Float]]] = field(default_factory=list)  # seed -> mse, ssim, lpips -> [S, P] a clip
     fvd: list[float] = field(default_factory=list)
@@ -43,20 +43,20 @@ class _SystemResults:
 
 
 def write_scores(evaluation: Evaluation, guidance: float) -> dict[str, Any]:
-    """Merge all units into scores.json and per_clip.npz; returns what scores.json says.
+    """Aggregate all batches into scores.json and per_clip.npz; returns the content of scores.json.
 
-    Units are read one after the other; what stays in memory are a few numbers a frame, and the features.
+    Batches are read one by one; memory holds a few numbers a frame, and the features.
 
     Args:
-        guidance: what the model sampled with.
+        guidance: that the model sampled with.
 
     Raises:
-        UserError: units are missing.
+        UserError: batches are missing.
     """
-    if missing := evaluation.missing(evaluation.units()):
-        names = ", ".join(unit.name for unit in missing[:5]) + (", ..." if len(missing) > 5 else "")
+    if missing := evaluation.missing(evaluation.batches()):
+        names = ", ".join(batch.name for batch in missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise UserError(
-            f"{evaluation.out}: {len(missing)} of {len(evaluation.units())} units are missing ({names}); run the same "
+            f"{evaluation.out}: {len(missing)} of {len(evaluation.batches())} batches are missing ({names}); run the same "
             "command again to compute them (with --task, all tasks), then merge"
         )
     protocol, systems = evaluation.protocol, {"prediction": _SystemResults()}
@@ -88,69 +88,69 @@ def write_scores(evaluation: Evaluation, guidance: float) -> dict[str, Any]:
 
 
 def seconds_by_kind(evaluation: Evaluation) -> dict[str, float]:
-    """Seconds that the units took, of all processes together: baselines, and samples."""
-    taken = {"baselines": 0.0, "samples": 0.0}
-    for unit in evaluation.units():
-        arrays = read_arrays(evaluation.unit_file(unit))
+    """Seconds that all processes together spent on baselines and on samples."""
+    seconds = {"baselines": 0.0, "samples": 0.0}
+    for batch in evaluation.batches():
+        arrays = read_arrays(evaluation.batch_file(batch))
         if arrays is not None:
-            taken["baselines" if unit.seed is None else "samples"] += float(arrays["seconds"])
-    return taken
+            seconds["baselines" if batch.seed is None else "samples"] += float(arrays["seconds"])
+    return seconds
 
 
 def _read_batches(evaluation: Evaluation, seed: int | None) -> Iterator[Arrays]:
-    """The units of a seed, or the baselines, in the order of the clips."""
-    for number in range(evaluation.batches):
-        unit = ClipBatch(number, seed)
-        arrays = read_arrays(evaluation.unit_file(unit))
+    """The arrays of a seed's batches, or of the baselines', in the order of the clips."""
+    for number in range(evaluation.batch_count):
+        path = evaluation.batch_file(ClipBatch(number, seed))
+        arrays = read_arrays(path)
         if arrays is None:
-            raise UserError(f"{evaluation.unit_file(unit)}: was removed; run the same command again")
+            raise UserError(f"{path}: was removed; run the same command again")
         yield arrays
 
 
 def _real_features(baselines: list[Arrays]) -> torch.Tensor | None:
-    """`[N, 400]` features of the true clips; None where they differ from sample to sample, or FVD is not computed."""
+    """`[N, 400]` features of the true clips; None if each sample has its own, or without FVD."""
     if "real_logits" not in baselines[0]:
         return None
     return torch.from_numpy(np.concatenate([arrays["real_logits"][:, 0] for arrays in baselines]))
 
 
-def _add_seed(system: _SystemResults, units: list[Arrays], prefix: str, real: torch.Tensor | None) -> None:
-    """Add one seed's units to a system."""
+def _add_seed(system: _SystemResults, batches: list[Arrays], prefix: str, real: torch.Tensor | None) -> None:
+    """Add one seed's batches to a system."""
     paired: dict[str, list[Float]] = {}
     for metric in ("mse", "ssim", "lpips"):
-        if prefix + metric in units[0]:
-            paired[metric] = [clip for arrays in units for clip in arrays[prefix + metric].astype(np.float64)]
+        if prefix + metric in batches[0]:
+            paired[metric] = [clip for arrays in batches for clip in arrays[prefix + metric].astype(np.float64)]
     system.paired.append(paired)
-    if f"{prefix}logits" not in units[0]:
+    if f"{prefix}logits" not in batches[0]:
         return
-    logits = torch.from_numpy(np.concatenate([arrays[f"{prefix}logits"] for arrays in units]))  # [N, S, 400]
+    logits = torch.from_numpy(np.concatenate([arrays[f"{prefix}logits"] for arrays in batches]))  # [N, S, 400]
     reals = None
     if real is None:
-        reals = torch.from_numpy(np.concatenate([arrays[f"{prefix}real_logits"] for arrays in units]))
+        reals = torch.from_numpy(np.concatenate([arrays[f"{prefix}real_logits"] for arrays in batches]))
     distances, extrapolated = [], []
-    for number in range(logits.shape[1]):
-        ours = logits[:, number]
-        theirs = real if reals is None else reals[:, number]
-        assert theirs is not None
-        distances.append(frechet_distance(FeatureStatistics.of(ours), FeatureStatistics.of(theirs)))
-        if len(ours) >= MIN_CLIPS_TO_EXTRAPOLATE:
-            extrapolated.append(frechet_infinity(ours, theirs, seed=0))
+    for trajectory in range(logits.shape[1]):
+        generated = logits[:, trajectory]
+        true = real if reals is None else reals[:, trajectory]
+        assert true is not None
+        distances.append(frechet_distance(FeatureStatistics.of(generated), FeatureStatistics.of(true)))
+        if len(generated) >= MIN_CLIPS_TO_EXTRAPOLATE:
+            extrapolated.append(frechet_infinity(generated, true, seed=0))
     system.fvd.append(float(np.mean(distances)))
     if extrapolated:
         system.infinity.append(float(np.mean(extrapolated)))
 
 
 def _score_system(system: _SystemResults, protocol: Protocol) -> tuple[dict[str, Any], dict[str, Float]]:
-    """The scores of a system, and of its paired metrics the values `[N, P]` by clip and frame, means over the seeds."""
-    found: dict[str, Any] = {}
+    """A system's scores, and its paired metrics by clip and frame, `[N, P]`, means over the seeds."""
+    scores: dict[str, Any] = {}
     frames: dict[str, Float] = {}
     for metric in protocol.metrics:
         if metric == "fvd":
             if system.fvd:
                 spread = over_seeds(system.fvd)
-                found["fvd"] = {"mean": spread.mean, "std": spread.std, "seeds": len(system.fvd)}
+                scores["fvd"] = {"mean": spread.mean, "std": spread.std, "seeds": len(system.fvd)}
                 if system.infinity:
-                    found["fvd"]["infinity"] = over_seeds(system.infinity).mean
+                    scores["fvd"]["infinity"] = over_seeds(system.infinity).mean
             continue
         stored = "mse" if metric == "psnr" else metric
         values, by_frame = zip(
@@ -158,24 +158,24 @@ def _score_system(system: _SystemResults, protocol: Protocol) -> tuple[dict[str,
             strict=True,
         )
         clips, frames[metric] = np.mean(values, axis=0), np.mean(by_frame, axis=0)
-        found[metric] = _mean_with_interval(clips, metric, protocol)
-    return found, frames
+        scores[metric] = _mean_with_interval(clips, metric, protocol)
+    return scores, frames
 
 
 def _best_samples(clips: list[Float], metric: str, protocol: Protocol) -> tuple[Float, Float]:
-    """Of one seed: each clip's value by its best sample, `[N]`, and this sample's values by frame, `[N, P]`."""
-    of_sample, of_frame, lower_is_better = _reductions(metric, protocol)
+    """One seed's score of each clip by its best sample, `[N]`, and that sample's scores by frame, `[N, P]`."""
+    sample_score, frame_scores, lower_is_better = _reductions(metric, protocol)
     values, frames = [], []
     for stored in clips:  # [S, P]
-        each = np.array([of_sample(sample) for sample in stored])
-        best = int(each.argmin() if lower_is_better else each.argmax())
-        values.append(each[best])
-        frames.append(of_frame(stored[best]))
+        scores = np.array([sample_score(sample) for sample in stored])
+        best = int(scores.argmin() if lower_is_better else scores.argmax())
+        values.append(scores[best])
+        frames.append(frame_scores(stored[best]))
     return np.array(values), np.array(frames)
 
 
 def _reductions(metric: str, protocol: Protocol) -> tuple[Callable[[Float], float], Callable[[Float], Float], bool]:
-    """How a sample's stored values `[P]` become its value and its values by frame, and which sample is the best."""
+    """Functions from a sample's stored values `[P]` to its score and to its scores by frame; whether low is best."""
     if metric != "psnr":
         return (lambda sample: float(sample.mean())), (lambda sample: sample), metric == "lpips"
     assert protocol.psnr is not None
@@ -184,7 +184,7 @@ def _reductions(metric: str, protocol: Protocol) -> tuple[Callable[[Float], floa
         return (lambda sample: float(by_frame(sample).mean())), by_frame, False
     if protocol.psnr.mean_of == "clips":
         return (lambda sample: psnr(float(sample.mean()))), by_frame, False
-    return (lambda sample: float(sample.mean())), by_frame, True  # the squared error, whose mean becomes a PSNR
+    return (lambda sample: float(sample.mean())), by_frame, True  # the mean of MSEs becomes a PSNR later
 
 
 def _mean_with_interval(clips: Float, metric: str, protocol: Protocol) -> dict[str, Any]:

@@ -94,27 +94,27 @@ class ClipSet(Interface):
 
 
 def open_clips(
-    protocol: Protocol, config: FARConfig, card: ModelMetadata, downsample: int, source: ClipSource
+    protocol: Protocol, config: FARConfig, metadata: ModelMetadata, downsample: int, source: ClipSource
 ) -> tuple[ClipSet, Protocol]:
     """The clips that a protocol takes of a set, and the protocol with their fingerprint.
 
     Args:
-        config, card: the model's.
+        config, metadata: the model's.
         downsample: pixels a side of a latent position.
         source: where the clips are.
 
     Raises:
         UserError: too few clips, others than those of the protocol's fingerprint, or a set that does not fit the model.
     """
-    size = tuple(side * downsample for side in card.latent_shape[1:])
+    size = tuple(side * downsample for side in metadata.latent_shape[1:])
     if size != (protocol.clips.size, protocol.clips.size):
         raise UserError(
             f"protocol {protocol.name}: clips.size is {protocol.clips.size}, and the model's frames are "
             f"{size[1]}x{size[0]} pixels; take the protocol of that size, or a model of this one"
         )
-    if card.frame_stride != protocol.clips.stride:
+    if metadata.frame_stride != protocol.clips.stride:
         print_warning(
-            f"the model was trained with a frame stride of {card.frame_stride}, and protocol {protocol.name} has "
+            f"the model was trained with a frame stride of {metadata.frame_stride}, and protocol {protocol.name} has "
             f"{protocol.clips.stride}"
         )
     found: ClipSet
@@ -122,9 +122,9 @@ def open_clips(
         if not (source.shards / MANIFEST_NAME).is_file():
             raise UserError(f"--shards {source.shards}: there is no shard set here; give --videos for videos")
         protocol = protocol.with_clips(pixels="decoded")
-        found = _ShardClipSet(protocol, config, card, ShardSet.open(source.shards))
+        found = _ShardClipSet(protocol, config, metadata, ShardSet.open(source.shards))
     elif source.videos is not None:
-        found = _VideoClipSet(protocol, config, card, source.videos, source.split)
+        found = _VideoClipSet(protocol, config, metadata, source.videos, source.split)
     else:
         raise UserError("the clips are missing; name them by --videos or --shards")
     if len(set(found.keys)) < len(found.keys):
@@ -143,14 +143,14 @@ class _VideoClipSet:
     """Clips of video files."""
 
     def __init__(
-        self, protocol: Protocol, config: FARConfig, card: ModelMetadata, videos: Path, split: Path | None
+        self, protocol: Protocol, config: FARConfig, metadata: ModelMetadata, videos: Path, split: Path | None
     ) -> None:
         self._protocol = protocol
         self._conditioned = protocol.sampling.guidance != -1
         self._labels = config.labels if self._conditioned else 0
         self._actions = config.actions if self._conditioned else 0
         self._framing = Framing(protocol.clips.size, protocol.clips.resize)
-        found = find_labelled(videos, split, self._labels, card.classes if self._labels else None, as_listed=True)
+        found = find_labelled(videos, split, self._labels, metadata.classes if self._labels else None, as_listed=True)
         self._sources = select_clips(found.sources, _listed_label, protocol, str(videos))
         self.keys = [_FILE_NAME.sub("_", source.key) for source in self._sources]
         self.fingerprint = _combined_hash([self._print(source) for source in self._sources])
@@ -210,14 +210,14 @@ class _VideoClipSet:
 class _ShardClipSet:
     """Clips of a shard set."""
 
-    def __init__(self, protocol: Protocol, config: FARConfig, card: ModelMetadata, shards: ShardSet) -> None:
+    def __init__(self, protocol: Protocol, config: FARConfig, metadata: ModelMetadata, shards: ShardSet) -> None:
         self._protocol, self._shards = protocol, shards
         self._conditioned = protocol.sampling.guidance != -1
         self._labels = config.labels if self._conditioned else 0
         self._actions = config.actions if self._conditioned else 0
-        check_shard_set(shards, config, card, self._conditioned)
+        check_shard_set(shards, config, metadata, self._conditioned)
         if self._labels:
-            check_classes(shards, card)
+            check_classes(shards, metadata)
         places = [(shard, sample) for shard, n in enumerate(shards.samples_per_shard) for sample in range(n)]
         self._places = select_clips(
             places, lambda place: shards.read(*place, frames=1).label, protocol, str(shards.folder)

@@ -1,4 +1,4 @@
-"""An evaluation from end to end: what is evaluated, its units over all processes, the merge, the report."""
+"""An evaluation from end to end: opening it, computing its batches on all processes, aggregating and reporting."""
 
 from __future__ import annotations
 
@@ -28,20 +28,19 @@ from far_scale.distributed.process_group import (
 from far_scale.evaluation.aggregate import SCORES_FILE, seconds_by_kind, write_scores
 from far_scale.evaluation.batches import PRECISIONS, SETTINGS_FILE, Evaluation
 from far_scale.evaluation.clip_sets import ClipSource, open_clips
-from far_scale.evaluation.generate import guidance_of
+from far_scale.evaluation.generate import sampling_config
 from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.report import REPORT_FILES, write_report
 from far_scale.evaluation.rollouts.runner import load_autoencoder
-from far_scale.sampling.sampler import check_context_noise, check_guidance
 from far_scale.train.checkpoint.export import export_if_needed
 from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import read_json, sha256, write_json
 
-_PROCESS_TIMEOUT = datetime.timedelta(days=7)  # for which processes wait for the slowest one
+_PROCESS_TIMEOUT = datetime.timedelta(days=7)  # processes wait this long for the slowest one
 
 
 class WorkShard(NamedTuple):
-    """Which units one process computes: number `task`, `task + tasks`, and so on."""
+    """The batches that one process computes: number `task`, `task + tasks`, and so on."""
 
     task: int
     tasks: int
@@ -49,7 +48,7 @@ class WorkShard(NamedTuple):
 
 @contextlib.contextmanager
 def start_processes(device: str | None) -> Iterator[Processes]:
-    """The processes that torchrun or srun started, or this one alone.
+    """The processes that torchrun or srun started, or a single one.
 
     Args:
         device: "cpu" or "cuda"; None for cuda where there is a GPU.
@@ -57,59 +56,57 @@ def start_processes(device: str | None) -> Iterator[Processes]:
     Raises:
         UserError: the launcher's variables are incomplete, or there is no GPU.
     """
-    rank, count = take_launcher_variables()
+    rank, world_size = take_launcher_variables()
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here that PyTorch can use; take --device cpu")
-    chosen = torch.device("cpu")
+    torch_device = torch.device("cpu")
     if device != "cpu" and torch.cuda.is_available():
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)
+        torch_device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(torch_device)
     else:
-        torch.set_num_threads(1)  # with more, sums depend on how many
-    if count > 1:
+        torch.set_num_threads(1)  # sums depend on the number of threads
+    if world_size > 1:
         dist.init_process_group("gloo", timeout=_PROCESS_TIMEOUT)
     try:
-        yield Processes(rank, count, chosen)
+        yield Processes(rank, world_size, torch_device)
     finally:
         stop_processes()
 
 
 def evaluate(
-    open_it: Callable[[bool], Evaluation],
+    open_evaluation: Callable[[bool], Evaluation],
     processes: Processes,
-    share: WorkShard | None,
+    shard: WorkShard | None,
     merge_only: bool,
     keep_samples: bool,
 ) -> dict[str, Any] | None:
-    """Compute what is missing of an evaluation, and merge it.
-
-    Every process calls this.
+    """Compute what is missing of an evaluation, and aggregate its scores; every process calls this.
 
     Args:
-        open_it: `open_evaluation` with all its arguments but the last.
-        share: of a task that knows nothing of the others, and leaves the merge to a later call; None for the
-            processes' own shares and the merge.
+        open_evaluation: opens the evaluation; its argument is whether this process opens it first.
+        shard: of an independent task, which leaves aggregation to a later call; None to split the batches over the
+            processes and aggregate.
         merge_only: compute nothing.
         keep_samples: leave the samples in the folder.
 
     Returns:
-        What scores.json says; None of a task.
+        The content of scores.json; None for a task.
 
     Raises:
-        UserError: on all processes, what one of them cannot read or write.
+        UserError: on all processes, an error of one of them.
     """
     opened: list[Evaluation] = []
-    broadcast_from_main(lambda: opened.append(open_it(True)), processes)
-    evaluation = all_ranks_or_raise(lambda: opened[0] if opened else open_it(False), processes)
+    broadcast_from_main(lambda: opened.append(open_evaluation(True)), processes)
+    evaluation = all_ranks_or_raise(lambda: opened[0] if opened else open_evaluation(False), processes)
     scores = all_ranks_or_raise(lambda: read_finished(evaluation, keep_samples), processes)
     if scores is not None:
         return scores
     if not merge_only:
-        own = share or WorkShard(processes.rank, processes.world_size)
-        all_ranks_or_raise(lambda: compute_shard(evaluation, own), processes)
+        own_shard = shard or WorkShard(processes.rank, processes.world_size)
+        all_ranks_or_raise(lambda: compute_shard(evaluation, own_shard), processes)
     return (
         None
-        if share is not None
+        if shard is not None
         else broadcast_from_main(lambda: merge_and_report(evaluation, keep_samples), processes)
     )
 
@@ -123,13 +120,13 @@ def open_evaluation(
     device: torch.device,
     first: bool,
 ) -> Evaluation:
-    """Say what is evaluated, and claim the folder for it.
+    """Open an evaluation, and claim its folder.
 
     Args:
-        source: a model directory, or a run, whose checkpoint is exported into `out`/model.
-        step: which checkpoint of a run; the latest where None, or the one that `out` was begun with.
+        source: a model directory, or a run; its checkpoint is exported into `out`/model.
+        step: of a run's checkpoint; None for the one that `out` was begun with, or the latest.
         clip_source: where the clips are.
-        first: whether this process exports and claims the folder; others come later.
+        first: whether this process exports the checkpoint and claims the folder; the others follow.
 
     Raises:
         UserError: model, clips, protocol and folder do not fit together.
@@ -156,24 +153,23 @@ def open_model_evaluation(
     clip_source: ClipSource,
     device: torch.device,
 ) -> Evaluation:
-    """`open_evaluation` of a model directory that came from `source`; nothing is written yet.
+    """Open the evaluation of a model directory that was made from `source`; nothing is written.
 
     Raises:
         UserError: model, clips and protocol do not fit together.
     """
-    config, card = read_config(model_dir)
-    _check_model(model_dir, card, protocol)
-    check_guidance(config, guidance_of(protocol, config))
-    check_context_noise(config, protocol.sampling.context_noise)
+    config, metadata = read_config(model_dir)
+    _check_model(model_dir, metadata, protocol)
+    sampling_config(protocol, config, protocol.sampling.seeds[0]).check(config)
     dtype = PRECISIONS[protocol.sampling.autoencoder_precision]
-    autoencoder = load_autoencoder(card, device, dtype)
-    clips, protocol = open_clips(protocol, config, card, autoencoder.downsample, clip_source)
-    weights = describe_weights(source, model_dir, card)
-    return Evaluation(protocol, clips, model_dir, card, weights, autoencoder, out, device)
+    autoencoder = load_autoencoder(metadata, device, dtype)
+    clips, protocol = open_clips(protocol, config, metadata, autoencoder.downsample, clip_source)
+    weights = describe_weights(source, model_dir, metadata)
+    return Evaluation(protocol, clips, model_dir, metadata, weights, autoencoder, out, device)
 
 
 def check_clip_count(protocol: Protocol) -> None:
-    """Refuse a protocol whose scores are not defined for so few clips.
+    """Check that a protocol's scores are defined for its number of clips.
 
     Raises:
         UserError: FVD of fewer than 2 clips.
@@ -182,26 +178,28 @@ def check_clip_count(protocol: Protocol) -> None:
         raise UserError(f"protocol {protocol.name}: FVD compares sets of at least 2 clips; take more, or leave fvd out")
 
 
-def compute_shard(evaluation: Evaluation, share: WorkShard) -> None:
-    """Compute this process's units that are missing, with the time left on standard error."""
-    units = evaluation.units()[share.task :: share.tasks]
-    missing = evaluation.missing(units)
-    often = 0.1 if sys.stderr.isatty() else 30.0  # a job's log is watched by nobody
+def compute_shard(evaluation: Evaluation, shard: WorkShard) -> None:
+    """Compute the missing batches of a shard, with a progress bar on standard error."""
+    batches = evaluation.batches()[shard.task :: shard.tasks]
+    missing = evaluation.missing(batches)
+    interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; nobody watches a job's log
     with tqdm(
-        total=len(units), initial=len(units) - len(missing), desc=f"evaluate {evaluation.out}", unit="unit",
-        mininterval=often, maxinterval=often,
+        total=len(batches), initial=len(batches) - len(missing), desc=f"evaluate {evaluation.out}", unit="batch",
+        mininterval=interval, maxinterval=interval,
     ) as bar:  # fmt: skip
         for _ in evaluation.compute(missing):
             bar.update()
 
 
 def merge_and_report(evaluation: Evaluation, keep_samples: bool) -> dict[str, Any]:
-    """Merge the units into scores.json, write the report, and remove the samples unless they are to be kept.
+    """Aggregate the batches into scores.json, write the report, and remove the samples unless they are kept.
 
     Raises:
-        UserError: units are missing.
+        UserError: batches are missing.
     """
-    scores = write_scores(evaluation, guidance_of(evaluation.protocol, read_config(evaluation.model_dir)[0]))
+    protocol, (config, _) = evaluation.protocol, read_config(evaluation.model_dir)
+    guidance = sampling_config(protocol, config, protocol.sampling.seeds[0]).guidance
+    scores = write_scores(evaluation, guidance)
     write_json(evaluation.out / "timing.json", seconds_by_kind(evaluation))
     write_report(evaluation.out)
     if not keep_samples:
@@ -210,7 +208,7 @@ def merge_and_report(evaluation: Evaluation, keep_samples: bool) -> dict[str, An
 
 
 def read_finished(evaluation: Evaluation, keep_samples: bool) -> dict[str, Any] | None:
-    """What scores.json says where this evaluation is finished, with all that is to be kept; else None."""
+    """The content of scores.json if this evaluation is finished, with all samples if they are kept; else None."""
     out, seeds = evaluation.out, evaluation.protocol.sampling.seeds
     if not all((out / name).is_file() for name in (SCORES_FILE, *REPORT_FILES)):
         return None
@@ -219,34 +217,34 @@ def read_finished(evaluation: Evaluation, keep_samples: bool) -> dict[str, Any] 
     ):
         return None
     scores: dict[str, Any] = read_json(out / SCORES_FILE, "scores")
-    return scores if evaluation.differs(scores) is None else None
+    return scores if evaluation.first_difference(scores) is None else None
 
 
-def describe_weights(source: Path, model_dir: Path, card: ModelMetadata) -> dict[str, Any]:
-    """Which weights are evaluated: where they come from, and the SHA-256 of the files that they are in."""
+def describe_weights(source: Path, model_dir: Path, metadata: ModelMetadata) -> dict[str, Any]:
+    """The evaluated weights for scores.json: their source, and the SHA-256 of their files."""
     files = {path.name: sha256(path) for path in sorted(model_dir.glob("*.safetensors"))}
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    training = card.training
+    training = metadata.training
     if isinstance(training, TrainingMetadata):
         return {"source": str(source), "kind": training.weights, "step": training.step, "sha256": digest}
     return {"source": str(source), "kind": "imported", "imported_from": training.imported_from, "sha256": digest}
 
 
 def _previous_step(out: Path) -> int | None:
-    """The step of the run that the folder was begun with: a later start evaluates the same."""
+    """The run's step that the folder was begun with, so that a restart evaluates the same one."""
     if not (out / SETTINGS_FILE).is_file():
         return None
-    before = read_json(out / SETTINGS_FILE, "evaluation")
-    step = before.get("weights", {}).get("step") if isinstance(before, dict) else None
+    previous = read_json(out / SETTINGS_FILE, "evaluation")
+    step = previous.get("weights", {}).get("step") if isinstance(previous, dict) else None
     return step if type(step) is int else None
 
 
-def _check_model(model_dir: Path, card: ModelMetadata, protocol: Protocol) -> None:
-    training, wanted = card.training, protocol.sampling.weights
+def _check_model(model_dir: Path, metadata: ModelMetadata, protocol: Protocol) -> None:
+    training, kind = metadata.training, protocol.sampling.weights
     if not isinstance(training, TrainingMetadata):
-        print_warning(f"{model_dir}: imported weights are taken for the {wanted} weights of protocol {protocol.name}")
-    elif training.weights != wanted:
+        print_warning(f"{model_dir}: imported weights are taken for the {kind} weights of protocol {protocol.name}")
+    elif training.weights != kind:
         raise UserError(
-            f"{model_dir}: holds the run's {training.weights} weights, and protocol {protocol.name} takes {wanted}; "
-            f"export them with --weights {wanted}"
+            f"{model_dir}: holds the run's {training.weights} weights, and protocol {protocol.name} takes {kind}; "
+            f"export them with --weights {kind}"
         )

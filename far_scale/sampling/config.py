@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from far_scale.config.schema import SampleSection
 from far_scale.model import FARConfig
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import MAX_SEED
@@ -36,6 +37,11 @@ class SamplingConfig:
     seed: int = 0
     context_noise: float = 0.0
     use_cache: bool = True
+
+    @staticmethod
+    def from_section(section: SampleSection, frames: int, seed: int) -> SamplingConfig:
+        """The settings of a recipe's `sample` section."""
+        return SamplingConfig(frames, section.steps, section.guidance, seed, section.context_noise)
 
     @property
     def conditioned(self) -> bool:

@@ -46,7 +46,7 @@ def model_dir(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A model of random weights that moves what it is given."""
     manifest, draw = Manifest.read(recorded_shards), torch.Generator().manual_seed(0)
     state = {name: torch.randn(x.shape, generator=draw) * 0.05 for name, x in FAR(CONFIG).state_dict().items()}
-    card = ModelMetadata(
+    metadata = ModelMetadata(
         autoencoder=manifest.autoencoder,
         scaling=LatentScaling.of(manifest, "channel"),
         latent_shape=manifest.latent_shape,
@@ -54,7 +54,7 @@ def model_dir(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
         training=TrainingMetadata(step=3, recipe_hash="r", weights="ema", far_scale="0"),
     )
     folder = tmp_path_factory.mktemp("evaluated") / "model"
-    save_model_dir(folder, CONFIG, state, card)
+    save_model_dir(folder, CONFIG, state, metadata)
     return folder
 
 
@@ -151,8 +151,11 @@ def test_scores_are_those_of_the_saved_samples(
     assert scores is not None
     keys = [f"episode-{number:06d}" for number in range(10_900, 10_905)]
     assert sorted(path.stem for path in (out / "samples").iterdir()) == keys
-    model, card = load_model_dir(model_dir)
-    autoencoder, lpips = far_scale.autoencoder.load(card.autoencoder.name), weights.load_lpips("alex", label="random")
+    model, metadata = load_model_dir(model_dir)
+    autoencoder, lpips = (
+        far_scale.autoencoder.load(metadata.autoencoder.name),
+        weights.load_lpips("alex", label="random"),
+    )
     squares, similar, distances, repeated = [], [], [], []
     for number, key in enumerate(keys):
         with np.load(out / "samples" / f"{key}.npz") as saved, np.load(recorded / f"{key}.npz") as video:
@@ -161,12 +164,12 @@ def test_scores_are_those_of_the_saved_samples(
         context = autoencoder.encode(torch.from_numpy(truth[:3]).permute(0, 3, 1, 2).float() / 127.5 - 1)
         predicted = roll_out(
             model,
-            card.scaling.normalise(context)[None],
+            metadata.scaling.normalise(context)[None],
             SamplingConfig(frames=4, steps=2, seed=0),
             actions=actions[None],
             clip_ids=[number],
         )
-        pixels = autoencoder.decode(card.scaling.restore(predicted[0])) / 2 + 0.5
+        pixels = autoencoder.decode(metadata.scaling.restore(predicted[0])) / 2 + 0.5
         # In another batch than the evaluation's, sums are rounded otherwise: now and then to the next of 256 values.
         ours = (pixels * 255).round().permute(0, 2, 3, 1).numpy()
         assert np.abs(ours - frames[3:]).max() <= 1 and (ours != frames[3:]).mean() < 0.01
@@ -336,8 +339,8 @@ def test_generation_from_nothing_by_class(
     config = replace(CONFIG, actions=0, labels=2)
     draw = torch.Generator().manual_seed(1)
     state = {name: torch.randn(x.shape, generator=draw) * 0.05 for name, x in FAR(config).state_dict().items()}
-    _, card = load_model_dir(model_dir)
-    save_model_dir(tmp_path / "labels", config, state, card.model_copy(update={"classes": ("a", "b")}))
+    _, metadata = load_model_dir(model_dir)
+    save_model_dir(tmp_path / "labels", config, state, metadata.model_copy(update={"classes": ("a", "b")}))
     monkeypatch.setattr(
         metrics, "_load_i3d", lambda section, device: lambda video: video.float().mean(dim=(3, 4)).flatten(1)
     )

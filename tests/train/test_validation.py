@@ -27,6 +27,7 @@ from far_scale.evaluation.metric_networks import LPIPS
 from far_scale.evaluation.rollouts.psnr_ssim import frame_ssim
 from far_scale.evaluation.rollouts.runner import evaluate_rollout
 from far_scale.evaluation.validation_videos import open_validation_videos
+from far_scale.sampling.config import SamplingConfig
 from far_scale.train.checkpoint.export import export
 from far_scale.train.curriculum import Stage, stages
 from far_scale.train.flow_matching import CLEAN, add_noise
@@ -194,7 +195,9 @@ def test_samples_are_those_of_the_exported_ema(runs: Path, recorded_shards: Path
     run = runs / "zero3_validated"
     export(run, None, "ema", tmp_path / "model")
     model, card = load_model_dir(tmp_path / "model")
-    expected = evaluate_rollout(model, card, ShardSet.open(recorded_shards), 4, 4, 2, 1.0, 0, 3, tmp_path / "out")
+    expected = evaluate_rollout(
+        model, card, ShardSet.open(recorded_shards), SamplingConfig(4, 2), 4, 3, tmp_path / "out"
+    )
 
     folder = run / "validation/step-00000006"
     assert sorted(path.name for path in folder.iterdir()) == ["samples.mp4", "samples.png", "scores.json"]

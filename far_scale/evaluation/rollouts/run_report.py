@@ -1,4 +1,4 @@
-"""What a finished run came to: its model on held-out episodes, beside its loss curve."""
+"""The report of a finished run: its model on held-out episodes, and its loss curve."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from far_scale.data.video.videos import find_videos
 from far_scale.evaluation.rollouts.loss_curve import draw_loss_curve
 from far_scale.evaluation.rollouts.runner import evaluate_rollout, load_for_sampling
 from far_scale.model import FAR
+from far_scale.sampling.config import SamplingConfig
 from far_scale.train.checkpoint.folders import CHECKSUMS, fingerprint, step_folder
 from far_scale.utils.errors import print_warning
 from far_scale.utils.io import check_writable, parse_json, sha256, write_json
 
 EPISODES = 32
-MAX_PREDICTED_FRAMES = (
-    1280  # predicted at most, so that long clips take minutes on two cores, too: of these, fewer episodes
-)
+MAX_PREDICTED_FRAMES = 1280  # over all episodes, so that long clips, too, take only minutes on two cores
 REPORT_FILES = ("samples.mp4", "samples.png", "samples.safetensors", "loss.png")
 
 
 def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: str | Path) -> dict[str, Any]:
     """Evaluate `model_dir` by the `sample` section of the run's recipe and draw the run's loss curve.
 
-    Nothing is done again where `out` holds the report of this very content: model, settings, episodes and log.
+    An existing report in `out` is kept if it is of the same model, settings, episodes and log.
 
     Args:
         run: the run directory, with recipe.yaml and log.jsonl.
@@ -38,31 +37,35 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
         out: folder for samples.mp4, samples.png, samples.safetensors, loss.png and metrics.json.
 
     Returns:
-        What metrics.json holds: see `evaluate_rollout`, and `made_from`, what the report was made from, and `files`, the
-        SHA-256 of those beside it.
+        The content of metrics.json: that of `evaluate_rollout`, `made_from` (what the report was made from) and
+        `files` (the SHA-256 of the other files).
 
     Raises:
         UserError: a file that is missing or does not fit the model.
     """
     run, out = Path(run), Path(out)
     recipe = load_recipe(run / "recipe.yaml")
-    frames = recipe.sample_frames()
+    given, sampling = (
+        recipe.sample.given,
+        SamplingConfig.from_section(recipe.sample, recipe.sample_frames(), recipe.seed),
+    )
+    episodes = max(1, min(EPISODES, MAX_PREDICTED_FRAMES // sampling.frames))
     settings: dict[str, Any] = {
-        "given": recipe.sample.given,
-        "frames": frames,
-        "steps": recipe.sample.steps,
-        "guidance": recipe.sample.guidance,
-        "seed": recipe.seed,
-        "episodes": max(1, min(EPISODES, MAX_PREDICTED_FRAMES // frames)),
+        "given": given,
+        "frames": sampling.frames,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "seed": sampling.seed,
+        "episodes": episodes,
     }
-    if recipe.sample.context_noise:
-        settings["context_noise"] = recipe.sample.context_noise
+    if sampling.context_noise:
+        settings["context_noise"] = sampling.context_noise
     made_from = {
         **settings,
         "far_scale": far_scale.__version__,
         "model": {path.name: sha256(path) for path in sorted(Path(model_dir).glob("*")) if path.is_file()},
         "log": _digest(run / "log.jsonl"),
-        **_episodes_content(Path(videos), settings["episodes"]),
+        **_episodes_content(Path(videos), episodes),
     }
     metrics = out / "metrics.json"
     if (report := _existing_report(metrics)) is not None and report["made_from"] == made_from:
@@ -71,10 +74,10 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
     for name in (*REPORT_FILES, metrics.name):
         check_writable(out / name)
     draw_loss_curve(out / "loss.png", run / "log.jsonl")
-    model, card = load_for_sampling(model_dir)
-    for difference in _differences_from_run(run, model, card, recipe):
+    model, metadata = load_for_sampling(model_dir)
+    for difference in _differences_from_run(run, model, metadata, recipe):
         print_warning(f"{model_dir}: not exported from {run} as it is now: {difference}")
-    report = evaluate_rollout(model, card, videos, **settings, out=out)
+    report = evaluate_rollout(model, metadata, videos, sampling, given=given, episodes=episodes, out=out)
     report["made_from"] = made_from
     report["files"] = {name: sha256(out / name) for name in REPORT_FILES}
     write_json(metrics, report)
@@ -82,7 +85,7 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
 
 
 def _existing_report(metrics: Path) -> dict[str, Any] | None:
-    """The report of metrics.json, if the files beside it are still those that were written with it."""
+    """The report in metrics.json, if the other files are unchanged since it was written."""
     try:
         report = parse_json(metrics.read_text())
         files = {name: _digest(metrics.with_name(name)) for name in REPORT_FILES}
@@ -92,31 +95,35 @@ def _existing_report(metrics: Path) -> dict[str, Any] | None:
 
 
 def _episodes_content(videos: Path, episodes: int) -> dict[str, Any]:
-    """The content of the episodes that are sampled from."""
+    """Hashes of the episodes that are sampled from."""
     if (videos / MANIFEST_NAME).is_file():
         return {"shards": Manifest.read(videos).fingerprint()}
     return {"videos": [[path.name, sha256(path)] for path in find_videos(videos)[:episodes]]}
 
 
-def _differences_from_run(run: Path, model: FAR, card: ModelMetadata, recipe: Recipe) -> list[str]:
-    """In which a model's metadata are not what the run's recipe says, each with both values."""
+def _differences_from_run(run: Path, model: FAR, metadata: ModelMetadata, recipe: Recipe) -> list[str]:
+    """Where a model's metadata differ from the run's recipe, a line each with both values."""
     shapes = [stage.latent_shape or recipe.data.latent_shape for stage in recipe.curriculum] or [
         recipe.data.latent_shape
     ]
     windows = {stage.window for stage in recipe.curriculum if stage.window}
-    theirs, ours = asdict(model.config), asdict(recipe.far_config())
-    pairs = [(f"model.{key}", theirs[key], ours[key]) for key in ours if key != "window" or theirs[key] not in windows]
-    pairs.append(("data.autoencoder", card.autoencoder.name, recipe.data.autoencoder))
-    if card.latent_shape not in shapes:
-        pairs.append(("data.latent_shape", list(card.latent_shape), list(shapes[0])))
-    pairs.append(("data.frame_stride", card.frame_stride, recipe.data.frame_stride))
-    pairs.append(("data.scaling", card.scaling.kind, recipe.data.scaling))
-    lines = [f"{key} {own}, the recipe has {wanted}" for key, own, wanted in pairs if own != wanted]
-    if isinstance(card.training, TrainingMetadata):
-        if not lines and card.training.recipe_hash != recipe.hash():
+    of_model, of_recipe = asdict(model.config), asdict(recipe.far_config())
+    pairs = [
+        (f"model.{key}", of_model[key], value)
+        for key, value in of_recipe.items()
+        if key != "window" or of_model[key] not in windows
+    ]
+    pairs.append(("data.autoencoder", metadata.autoencoder.name, recipe.data.autoencoder))
+    if metadata.latent_shape not in shapes:
+        pairs.append(("data.latent_shape", list(metadata.latent_shape), list(shapes[0])))
+    pairs.append(("data.frame_stride", metadata.frame_stride, recipe.data.frame_stride))
+    pairs.append(("data.scaling", metadata.scaling.kind, recipe.data.scaling))
+    lines = [f"{key} {found}, the recipe has {expected}" for key, found, expected in pairs if found != expected]
+    if isinstance(metadata.training, TrainingMetadata):
+        if not lines and metadata.training.recipe_hash != recipe.hash():
             lines.append("it was trained by another recipe")
-        folder = step_folder(run, card.training.step)
-        if not lines and (folder / CHECKSUMS).is_file() and card.training.checkpoint != fingerprint(folder):
+        folder = step_folder(run, metadata.training.step)
+        if not lines and (folder / CHECKSUMS).is_file() and metadata.training.checkpoint != fingerprint(folder):
             lines.append(f"{folder} is not the checkpoint that it was exported from")
     return lines
 
