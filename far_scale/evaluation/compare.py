@@ -94,7 +94,7 @@ def _shared_row(group: Sequence[_EvaluatedModel], system: System, name: str) -> 
     """A row for scores that all models share as printed; a row each where they differ, as with other autoencoders."""
     found: dict[tuple[str, ...], Row] = {}
     for model in group:
-        if (scores := model.scores.of(system)) is not None:
+        if (scores := model.scores.for_system(system)) is not None:
             row = Row(f"{name}: {model.name}", scores)
             found.setdefault(tuple(cell_text(row, metric) for metric in METRICS), row)
     return [replace(row, name=name) for row in found.values()] if len(found) == 1 else list(found.values())

@@ -136,7 +136,7 @@ def _draw_panel(axes: Axes, metric: Metric, found: dict[int, Scores], last: Scor
         (RECONSTRUCTION, "reconstruction", RECONSTRUCTION_STYLE),
     ]
     for name, system, (colour, dashes) in flat:
-        score = (last.of(system) or {}).get(metric)
+        score = (last.for_system(system) or {}).get(metric)
         if score is not None and score.mean is not None:
             axes.axhline(score.mean, color=colour, linestyle=dashes, label=name)
     better = "lower" if metric in _LOWER_IS_BETTER else "higher"
