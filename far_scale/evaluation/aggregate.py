@@ -56,8 +56,8 @@ def write_scores(evaluation: Evaluation, guidance: float) -> dict[str, Any]:
     if missing := evaluation.missing(evaluation.batches()):
         names = ", ".join(batch.name for batch in missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise UserError(
-            f"{evaluation.out}: {len(missing)} of {len(evaluation.batches())} batches are missing ({names}); run the same "
-            "command again to compute them (with --task, all tasks), then merge"
+            f"{evaluation.out}: {len(missing)} of {len(evaluation.batches())} batches are missing ({names}); run the "
+            "same command again to compute them (with --task, all tasks), then merge"
         )
     protocol, systems = evaluation.protocol, {"prediction": _SystemResults()}
     baselines = list(_read_batches(evaluation, None))

@@ -142,8 +142,8 @@ class Evaluation:
         if path.exists():
             if (key := self.first_difference(read_json(path, "evaluation"))) is not None:
                 raise UserError(
-                    f"{path}: this folder holds an evaluation with another {key} than {_abbreviated(settings[key])}; give "
-                    "another --out, or remove this folder"
+                    f"{path}: this folder holds an evaluation with another {key} than {_abbreviated(settings[key])}; "
+                    "give another --out, or remove this folder"
                 )
         else:
             write_json(path, settings)

@@ -266,8 +266,8 @@ def select_clips(items: Sequence[T], label_of: Callable[[T], int | None], protoc
         chosen = _draw_balanced(chosen, label_of, clips.per_class, clips.seed, set_name)
     if len(chosen) < clips.count:
         raise UserError(
-            f"{set_name}: has {len(chosen)} clips for protocol {protocol.name}, which takes {clips.count}; give the whole "
-            f"set, or take --clips {len(chosen)}, which makes it another protocol"
+            f"{set_name}: has {len(chosen)} clips for protocol {protocol.name}, which takes {clips.count}; give the "
+            f"whole set, or take --clips {len(chosen)}, which makes it another protocol"
         )
     return chosen[: clips.count]
 

@@ -1,4 +1,10 @@
-"""The networks of FVD and LPIPS: I3D, LPIPS, and the range of pixels that they take."""
+"""The networks of FVD and LPIPS: I3D and LPIPS, always computed in float32.
+
+`I3D` (Carreira and Zisserman 2017, arXiv 1705.07750) computes the function of the tf.hub network that FVD was defined
+with (Unterthiner et al. 2018, arXiv 1812.01717), under the parameter names of piergiaj's pytorch-i3d: TensorFlow's SAME
+padding, batch norms with eps 1e-3, logits averaged over time. `LPIPS` is version 0.1 (Zhang et al. 2018, arXiv
+1801.03924).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +23,7 @@ def unit_range(pixels: Tensor, what: str) -> Tensor:
     """`pixels` as float32 in [0, 1]: uint8 ones are divided by 255, floating ones must lie in that range already.
 
     Raises:
-        UserError: another dtype, or values outside of [0, 1], as those of pixels in [-1, 1] or [0, 255] are.
+        UserError: another dtype, or values outside of [0, 1], such as those of pixels in [-1, 1] or [0, 255].
     """
     if pixels.dtype == torch.uint8:
         return pixels.to(torch.float32) / 255
@@ -26,14 +32,14 @@ def unit_range(pixels: Tensor, what: str) -> Tensor:
     if pixels.numel() == 0:
         return pixels.to(torch.float32)
     low, high = (value.item() for value in torch.aminmax(pixels))
-    if not (low >= 0 and high <= 1):  # also where one is not a number
+    if not (low >= 0 and high <= 1):  # also true for NaN
         raise UserError(f"{what}: pixels from {low:g} to {high:g}; give uint8, or floats in [0, 1]")
     return pixels.to(torch.float32)
 
 
 @contextlib.contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """No gradients, autocast, TF32 or bfloat16 in convolutions: scores do not depend on the settings of a training."""
+    """Disable gradients, autocast, TF32 and bfloat16 in convolutions: scores must not depend on global settings."""
     backends = (torch.backends.cudnn.conv, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
@@ -48,10 +54,10 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
 LOGITS = 400
 SIDE = 224
-MIN_FRAMES = 9  # fewer leave nothing to the last pooling
-_EPS = 1e-3  # PyTorch's 1e-5 would be another function
+MIN_FRAMES = 9  # fewer leave no frame for the last pooling
+_EPS = 1e-3  # PyTorch's default 1e-5 is another function
 
-# Of each Inception block: its input, then the widths of branches 0, 1 (two units), 2 (two units) and 3.
+# Channels of each Inception block: input, then branches 0, 1 (two units), 2 (two units) and 3.
 _MIXED = {
     "Mixed_3b": (192, 64, 96, 128, 16, 32, 32),
     "Mixed_3c": (256, 128, 128, 192, 32, 96, 64),
@@ -66,7 +72,7 @@ _MIXED = {
 
 
 class I3D(nn.Module):
-    """Videos to logits. Always in float32 and in evaluation mode, whatever the default dtype and `train()` say."""
+    """I3D on RGB, whose 400 logits FVD compares. Always in float32 and in evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +85,7 @@ class I3D(nn.Module):
         self.to(torch.float32).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> I3D:
-        """Stays in evaluation mode: the statistics of the batch norms are part of the weights."""
+        """Stay in evaluation mode: the statistics of the batch norms are part of the weights."""
         return super().train(False)
 
     def forward(self, video: Tensor) -> Tensor:
@@ -148,12 +154,12 @@ class _Inception(nn.Module):
 
 
 def _max_pool(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    """Only ever after a ReLU, so that the zeros of the padding change no maximum."""
+    """Max pooling with SAME padding; its zeros change no maximum after a ReLU."""
     return F.max_pool3d(_pad_same(x, kernel, stride), kernel, stride)
 
 
 def _pad_same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    """TensorFlow's SAME padding with zeros: ceil(size / stride) outputs; an odd zero goes to the end."""
+    """TensorFlow's SAME padding with zeros: ceil(size / stride) outputs; an odd zero is added at the end."""
     padding: list[int] = []
     for size, k, s in zip(reversed(x.shape[2:]), reversed(kernel), reversed(stride), strict=True):
         total = max((-(-size // s) - 1) * s + k - size, 0)
@@ -170,9 +176,9 @@ class LPIPS(LPIPSNetwork):
         self.to(torch.float32)
 
     def forward(self, frames: Tensor, truth: Tensor) -> Tensor:
-        """Distances `[N]` of frames `[N, 3, H, W]` from others, both RGB, uint8 or floats in [0, 1].
+        """Distances `[N]` of frames `[N, 3, H, W]` from the truth, both RGB, uint8 or floats in [0, 1].
 
-        They are scaled to [-1, 1] here, for which LPIPS was made.
+        They are scaled to [-1, 1], the range that LPIPS was trained on.
 
         Raises:
             UserError: shapes that differ or are too small, another dtype or range.
@@ -183,10 +189,10 @@ class LPIPS(LPIPSNetwork):
         if min(frames.shape[2:]) < SMALLEST[self.net]:
             height, width = frames.shape[2:]
             raise UserError(f"LPIPS: frames of {height}x{width}; {self.net} needs at least {SMALLEST[self.net]} pixels")
-        return self.distances(*(unit_range(each, "LPIPS") * 2 - 1 for each in (frames, truth)))
+        return self.distances(*(unit_range(pixels, "LPIPS") * 2 - 1 for pixels in (frames, truth)))
 
     def distances(self, pixels: Tensor, others: Tensor) -> Tensor:
-        """Distances `[N]` of float32 pixels `[N, 3, H, W]` that are in the network's range already, without checks."""
+        """Distances `[N]` of float32 pixels `[N, 3, H, W]` in the network's range, without checks."""
         distance = torch.zeros(len(pixels), device=pixels.device, dtype=torch.float32)
         with full_float32(pixels.device):
             for unit, other, share in zip(self.units(pixels), self.units(others), self.shares, strict=True):

@@ -1,6 +1,6 @@
 """What people look at after an evaluation: a table, each clip's scores, curves over frames, pictures and a video.
 
-All of it is a function of the files that the evaluation wrote (see scores.py).
+It is made only from the evaluation's result files (see results.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from far_scale.evaluation.tables import (
 from far_scale.utils.io import atomic_write
 
 VIDEO_CLIPS = 8
-RANKED_CLIPS = 3  # the best, and the worst
+RANKED_CLIPS = 3  # of the best, and of the worst
 FPS = 8.0  # as the official evaluation's videos
 
 _PSNR_OF = {
@@ -55,7 +55,7 @@ def write_report(out: Path) -> None:
     `out` holds scores.json, per_clip.npz and samples/KEY.npz with `frames` and `truth`, uint8 `[F, H, W, 3]`.
 
     Raises:
-        UserError: one of these is not there, or an evaluation did not write it.
+        UserError: one of these is missing, or not written by an evaluation.
     """
     scores = read_scores(out)
     clips = read_per_clip(out, scores.settings)
@@ -78,7 +78,7 @@ def format_table(scores: Mapping[str, Any]) -> str:
 
 
 class _CaptionedClip(NamedTuple):
-    """A clip of the sheet."""
+    """A clip of the contact sheet."""
 
     key: str
     caption: str
@@ -106,7 +106,7 @@ def _format_markdown(scores: Scores) -> str:
 
 
 def _describe_settings(scores: Scores) -> Iterator[str]:
-    """The settings that readers of a score ask for."""
+    """The main settings, a line each."""
     protocol, sampling = scores.settings, scores.settings.sampling
     yield f"frames: {sampling.given} given -> {sampling.predicted} predicted, {protocol.clips.size} px"
     yield f"sampling: {sampling.steps} steps a frame, guidance {scores.guidance:g}"
@@ -137,7 +137,7 @@ def _curve_lines(clips: PerClip) -> list[Line]:
 
 
 def _best_and_worst(clips: PerClip) -> list[_CaptionedClip]:
-    """The clips to show, no clip twice; the first ones where no metric compares a clip with its truth."""
+    """The best and the worst clips; the first clips if no metric compares a clip with its truth."""
     leading = next((metric for metric in PAIRED if ("prediction", metric) in clips.values), None)
     if leading is None:
         return [
@@ -147,21 +147,21 @@ def _best_and_worst(clips: PerClip) -> list[_CaptionedClip]:
     ranked = np.argsort(scores if leading == "lpips" else -scores, kind="stable").tolist()
     best = ranked[: min(RANKED_CLIPS, (len(ranked) + 1) // 2)]
     worst = ranked[len(best) :][::-1][:RANKED_CLIPS]
-    named = [("best", clip) for clip in best] + [("worst", clip) for clip in worst]
+    labelled = [("best", clip) for clip in best] + [("worst", clip) for clip in worst]
     return [
         _CaptionedClip(
             clips.keys[clip], f"{word} {LABELS[leading]} {format_score(leading, scores[clip])}: {clips.keys[clip]}"
         )
-        for word, clip in named
+        for word, clip in labelled
     ]
 
 
-def _write_contact_sheet(out: Path, picked: list[_CaptionedClip], protocol: Protocol) -> None:
+def _write_contact_sheet(out: Path, chosen: list[_CaptionedClip], protocol: Protocol) -> None:
     sheet: ContactSheet | None = None
-    for number, (key, _) in enumerate(picked):
+    for number, (key, _) in enumerate(chosen):
         for index, (truth, prediction) in enumerate(_frame_pairs(out, key)):
             if sheet is None:
-                sheet = ContactSheet(_grid_spec(protocol, len(picked), truth), [each.caption for each in picked])
+                sheet = ContactSheet(_grid_spec(protocol, len(chosen), truth), [clip.caption for clip in chosen])
             sheet.add(index, truth[None], prediction[None], first=number)
     if sheet is not None:
         sheet.write(out / "best_worst.png")
@@ -169,24 +169,24 @@ def _write_contact_sheet(out: Path, picked: list[_CaptionedClip], protocol: Prot
 
 def _write_video(out: Path, keys: list[str], protocol: Protocol) -> None:
     def pictures() -> Iterator[Pixels]:
-        film: VideoGrid | None = None
+        grid: VideoGrid | None = None
         for index, pairs in enumerate(zip(*(_frame_pairs(out, key) for key in keys), strict=True)):
             truth, prediction = (np.stack(frames) for frames in zip(*pairs, strict=True))
-            film = film or VideoGrid(_grid_spec(protocol, len(keys), truth[0]))
-            yield film.picture(index, truth, prediction)
+            grid = grid or VideoGrid(_grid_spec(protocol, len(keys), truth[0]))
+            yield grid.picture(index, truth, prediction)
 
     write_mp4(out / "samples.mp4", pictures(), FPS)
 
 
 def _frame_pairs(out: Path, key: str) -> Iterator[tuple[Pixels, Pixels]]:
-    """The true and the predicted frames of a clip, one at a time."""
+    """The true and the predicted frames of a clip, one pair at a time."""
     sample = out / "samples" / f"{key}.npz"
     return zip(read_frames(sample, "truth"), read_frames(sample, "frames"), strict=True)
 
 
 def _grid_spec(protocol: Protocol, clips: int, frame: Pixels) -> GridSpec:
     frames = protocol.total_frames
-    # the model's window is not the evaluation's concern: no frame is marked as past it
+    # a window of all frames, so that no frame is marked as past the window
     return GridSpec(clips, frames, protocol.sampling.given, frames, (frame.shape[0], frame.shape[1]), truth=True)
 
 

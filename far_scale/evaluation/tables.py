@@ -1,4 +1,4 @@
-"""Scores as the rows of a table, for Markdown and for the console."""
+"""Tables of scores, for Markdown and for the console."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from far_scale.evaluation.protocol import METRICS, Metric, Published
 from far_scale.evaluation.results import Score, Scores
 
-FEATURES = 400  # logits of FVD's network: N clips give a covariance of rank N - 1 at most
+FEATURES = 400  # logits of FVD's network; N clips give a covariance of rank at most N - 1
 REPEAT_LAST = "repeat the last given frame"
 RECONSTRUCTION = "autoencoder's reconstruction (the ceiling)"
 LABELS: dict[Metric, str] = {"lpips": "LPIPS", "ssim": "SSIM", "psnr": "PSNR", "fvd": "FVD"}
@@ -20,7 +20,7 @@ _HEADS: dict[Metric, str] = {"lpips": "LPIPS ↓", "ssim": "SSIM ↑", "psnr": "
 
 @dataclass(frozen=True)
 class Row:
-    """What one system scored; `published` where others published it."""
+    """The scores of one system; `published` if they come from a publication."""
 
     name: str
     scores: Mapping[Metric, Score]
@@ -29,18 +29,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Lines of equally many cells; the first line is the header, the first cell of a line its name."""
+    """Lines with the same number of cells; the first line is the header, a line's first cell its name."""
 
     lines: list[list[str]]
 
     def markdown(self) -> str:
-        """As a table in Markdown."""
+        """The table in Markdown."""
         lines = [[cell.replace("|", "\\|") for cell in line] for line in self.lines]
         lines.insert(1, ["---"] * len(lines[0]))
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def plain(self) -> str:
-        """As aligned columns of text."""
+        """The table as aligned columns of text."""
         widths = [max(map(len, column)) for column in zip(*self.lines, strict=True)]
         rows = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in self.lines)
         return "".join(f"{row}\n" for row in rows)
@@ -49,7 +49,7 @@ class Table:
 def scores_table(rows: Sequence[Row], order: Sequence[Metric]) -> Table:
     """A table with a column for each metric that a row has: LPIPS first, the others in `order`.
 
-    FVD-infinity has a column of its own where a row has it.
+    FVD-infinity gets a column if a row has it.
     """
     metrics = [metric for metric in _lpips_first(order) if any(metric in row.scores for row in rows)]
     extrapolated = any(score.infinity is not None for row in rows for score in row.scores.values())
@@ -64,12 +64,12 @@ def scores_table(rows: Sequence[Row], order: Sequence[Metric]) -> Table:
 
 
 def cell_text(row: Row, metric: Metric) -> str:
-    """A score of a row as it is printed; `-` where the row has none."""
+    """A row's score as printed; `-` for none."""
     score = row.scores.get(metric)
     if score is None:
         return "-"
     if row.published:
-        return f"{score.mean:g}"  # with the digits that were published
+        return f"{score.mean:g}"  # with the published digits
     text = format_score(metric, score.mean)
     if score.ci95 is not None:
         text += f" [{', '.join(format_score(metric, end) for end in score.ci95)}]"
@@ -77,18 +77,18 @@ def cell_text(row: Row, metric: Metric) -> str:
 
 
 def format_score(metric: Metric, value: float | None) -> str:
-    """A score with as many digits as papers give; None is one that was not finite."""
+    """A score with as many digits as papers print; None stands for one that is not finite."""
     return "not finite" if value is None else f"{value:.{_DIGITS[metric]}f}"
 
 
 def score_rows(scores: Scores) -> list[Row]:
-    """The rows of one evaluation: the model, what it stands between, and what was published for the protocol."""
+    """The rows of one evaluation: the model, the baselines, and scores published for the protocol."""
     rows = [Row("model", scores.scores)]
     if scores.repeat_last is not None:
         rows.append(Row(REPEAT_LAST, scores.repeat_last))
     if scores.reconstruction is not None:
         rows.append(Row(RECONSTRUCTION, scores.reconstruction))
-    return rows + [published_row(each) for each in scores.settings.published]
+    return rows + [published_row(published) for published in scores.settings.published]
 
 
 def published_row(published: Published) -> Row:
@@ -99,7 +99,7 @@ def published_row(published: Published) -> Row:
 
 
 def comparison_notes(group: Sequence[Scores]) -> list[str]:
-    """What has to be known before scores, of one protocol hash and number of clips, are compared with others."""
+    """Warnings about comparing scores, given for evaluations of one protocol hash and number of clips."""
     lines = ["Compare these scores only with others of the same protocol hash."]
     if any("fvd" in scores.scores for scores in group):
         clips = group[0].n

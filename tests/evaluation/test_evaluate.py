@@ -167,9 +167,7 @@ def test_without_a_truth_there_are_no_figures(videos: Path, tmp_path: Path) -> N
     assert report["truth"] is None and report["truth_frames"] == 0 and "prediction" not in report
     assert not (tmp_path / "metrics.json").exists()
     assert load_file(tmp_path / "samples.safetensors")["latents"].shape[1] == FRAMES
-    from_nothing = evaluate_rollout(
-        FAR(PLAIN), metadata(), videos, **settings(given=0, episodes=1), out=tmp_path
-    )
+    from_nothing = evaluate_rollout(FAR(PLAIN), metadata(), videos, **settings(given=0, episodes=1), out=tmp_path)
     assert from_nothing["truth"] is None and len(from_nothing["episodes"]) == 1
     assert (tmp_path / "samples.mp4").stat().st_size > 0
 
@@ -178,9 +176,7 @@ def test_the_truth_counts_as_far_as_it_goes(videos: Path, shards: ShardSet, tmp_
     known = evaluate_rollout(FAR(PLAIN), metadata(), videos, **settings(frames=10), out=tmp_path / "known")
     np.savez(videos / "episode_1.npz", frames=pixels(1, 14), fps=8.0)  # the other one ends earlier
     for source, truth in ((videos, "recorded pixels"), (shards, "decoded latents")):
-        report = evaluate_rollout(
-            FAR(PLAIN), metadata(), source, **settings(frames=25), out=tmp_path / "further"
-        )
+        report = evaluate_rollout(FAR(PLAIN), metadata(), source, **settings(frames=25), out=tmp_path / "further")
         assert report["truth"] == truth and report["truth_frames"] == 10
         assert load_file(tmp_path / "further" / "samples.safetensors")["latents"].shape[1] == 25
         for name in ("prediction", "repeat_last"):
@@ -202,7 +198,7 @@ def test_more_episodes_than_go_through_at_once_give_what_each_gives_by_itself(
 
 
 def test_the_given_frames_follow_from_the_recording(model: FAR, videos: Path) -> None:
-        for frames, given in ((3, 4), (8, 4), (10, 2), (11, 1)):  # of 12, for a window of 4
+    for frames, given in ((3, 4), (8, 4), (10, 2), (11, 1)):  # of 12, for a window of 4
         assert prepare_rollout(model, metadata(), videos, **settings(given=None, frames=frames)).given == given
     assert prepare_rollout(FAR(PLAIN), metadata(), videos, **settings(given=None, frames=300)).given == 1
     assert prepare_rollout(model, metadata(frame_stride=3), videos, **settings(given=None, frames=3)).given == 1
