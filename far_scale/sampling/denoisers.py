@@ -1,7 +1,7 @@
 """The velocity of a clip's newest frame given all earlier ones, with the multi-level KV cache and without it.
 
-Both compute what the training layout defines, so that the cache is a matter of speed alone: `UncachedDenoiser` runs the
-whole clip through the model at every denoising step, `CachedDenoiser` keeps keys and values of the clean frames.
+Both compute what the training layout defines, so the cache only changes the speed: `UncachedDenoiser` runs the whole
+clip through the model at every denoising step, `CachedDenoiser` keeps keys and values of the clean frames.
 
     shape letters   B clips   R rows of the model's batch: each clip `copies` times (guidance needs it twice)
                     f clean frames   S denoising steps   C/H/W latent channels/height/width
@@ -181,7 +181,7 @@ class CachedDenoiser:
         self._window_frames += frames
 
     def _full_prefix(self, keys: int, queries: int) -> Prefix | None:
-        """The prefix in which every row's queries see all of its earlier keys; None without keys."""
+        """The prefix in which every row's queries see all of its prefix keys; None without keys."""
         return Prefix(None, Spans((queries,) * self._rows), Spans((keys,) * self._rows)) if keys else None
 
     def _prepare_steps(self, classes: Tensor | None, group: FrameGroup) -> None:

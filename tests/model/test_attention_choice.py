@@ -96,14 +96,14 @@ def test_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, (9, 0), PACKAGES)
     assert choose_kernel("flash-attn-2", GPU, torch.bfloat16, 64) == (
         "flash-attn-2",
-        "attention: flash-attn-2 (asked for)",
+        "attention: flash-attn-2 (requested)",
     )
     assert choose_kernel("dense", CPU, torch.bfloat16, 64).name == "dense"
 
 
 def test_the_environment_goes_before_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAR_SCALE_ATTENTION", "dense")
-    why = "attention: dense (asked for by FAR_SCALE_ATTENTION)"
+    why = "attention: dense (requested by FAR_SCALE_ATTENTION)"
     assert (
         choose_kernel("auto", CPU, torch.float32, 64) == choose_kernel("cpu", CPU, torch.float32, 64) == ("dense", why)
     )
@@ -137,12 +137,12 @@ def test_asked_for_one_that_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(selection, "installed_version", lambda package: None)
     with pytest.raises(UserError) as error:
         choose_kernel("xformers", CPU, torch.float32, 64)
-    expected = "attention xformers: runs on NVIDIA GPUs alone, and it is not installed; install it with: "
+    expected = "attention xformers: runs only on NVIDIA GPUs, and it is not installed; install it with: "
     assert str(error.value) == expected + selection.get_kernel("xformers").INSTALL
     with pytest.raises(UserError, match=r"^attention flex: FlexAttention has no backward on a CPU$"):
         choose_kernel("flex", CPU, torch.float32, 64)
     monkeypatch.setattr(selection, "installed_version", lambda package: "2.13.0")
-    with pytest.raises(UserError, match=r"^attention torch-varlen: runs on NVIDIA GPUs alone$"):
+    with pytest.raises(UserError, match=r"^attention torch-varlen: runs only on NVIDIA GPUs$"):
         choose_kernel("torch-varlen", CPU, torch.float32, 64)
 
 

@@ -286,7 +286,7 @@ def on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], installed: 
         (flex, (8, 0), torch.float32, 64, None),
         (flex, (8, 0), torch.float32, 8, "takes heads from 16 on, not of 8"),
         (flex, (8, 0), torch.float64, 64, "takes float32, bfloat16 and float16, not float64"),
-        (cpu, (8, 0), torch.float32, 64, "runs on CPUs alone"),
+        (cpu, (8, 0), torch.float32, 64, "runs only on CPUs"),
     ],
 )
 def test_why_not(
@@ -306,7 +306,7 @@ def test_why_not(
 
 def test_why_not_on_a_cpu() -> None:
     for adapter in (flash_attn_2, flash_attn_3, flash_attn_4, torch_varlen, xformers_blocks):
-        assert adapter.unusable_reason(CPU, torch.bfloat16, 64) == "runs on NVIDIA GPUs alone"
+        assert adapter.unusable_reason(CPU, torch.bfloat16, 64) == "runs only on NVIDIA GPUs"
     assert flex.unusable_reason(CPU, torch.float32, 64) == "FlexAttention has no backward on a CPU"
     assert cpu.unusable_reason(CPU, torch.int8, 64) == "takes float32, float64, bfloat16 and float16, not int8"
 
@@ -354,7 +354,7 @@ def test_blocks_that_flex_skips(clip_frames: tuple[int, ...]) -> None:
         zip(blocks.full_kv_num_blocks[0, 0], blocks.full_kv_indices[0, 0], strict=True)
     ):
         full[row, listed[:count]] = True
-    # A block that ends the earlier keys and begins the group's may be full by both; it is looked at all the same.
+    # A block that ends the prefix keys and begins the group's may be full by both; it is looked at all the same.
     assert not (full & ~tiles.all(3).all(1)).any()
     assert full.sum() >= tiles.all(3).all(1).sum() - len(full)
     assert flex.block_mask(plan, CPU) is blocks
@@ -377,7 +377,7 @@ def test_the_table() -> None:
     lines = list(table_rows(CPU, [torch.float32], clips=1, frames=1, heads=1))
     by_name = {line.split()[0]: line for line in lines[2:]}
     assert list(by_name) == list(choice.KERNELS)
-    assert "no: runs on NVIDIA GPUs alone" in by_name["flash-attn-3"]
+    assert "no: runs only on NVIDIA GPUs" in by_name["flash-attn-3"]
     assert all(float(error) < 1e-5 for error in by_name["cpu"].split()[3:5])
 
 

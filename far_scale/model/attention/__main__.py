@@ -1,5 +1,5 @@
 """`python -m far_scale.model.attention [--device D] [--dtype T]`: which attention kernels are usable here, their errors
-against the dense mask in float64, their milliseconds, and which libraries are worth installing, with the commands."""
+against the dense reference in float64, their milliseconds, and which libraries are worth installing, and how."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m far_scale.model.attention", description=__doc__)
     parser.add_argument("--device", help="cpu, cuda or cuda:1; the first GPU unless given, a CPU where there is none")
-    parser.add_argument("--dtype", choices=DTYPES, help="this alone; unless given, bfloat16, on GPUs float16, float32")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="only this one (default: bfloat16, float32 and on GPUs float16)"
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():

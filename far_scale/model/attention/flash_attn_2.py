@@ -1,9 +1,9 @@
 """The kernel of flash-attn 2: Ampere, Ada, Hopper and Blackwell GPUs.
 
-Read in 2.5.7 to 2.8.4 (`flash_attn.flash_attn_interface`). `[T, N, D]` in bfloat16 or float16 with int32 cumulative
+Written against 2.5.7 to 2.8.4 (`flash_attn.flash_attn_interface`). `[T, N, D]` in bfloat16 or float16 with int32 cumulative
 lengths, heads of a multiple of 8 up to 256; the log-sum-exp is natural and float32: `[N, T]`, and before 2.6 padded,
-`[sequences, N, longest]`. `causal` aligns bottom right where keys outnumber queries (we use it for equal lengths
-alone). The backward adds dq up with atomics unless told to be deterministic.
+`[sequences, N, longest]`. `causal` aligns bottom right where keys outnumber queries (we use it only for equal
+lengths). The backward adds dq up with atomics unless deterministic.
 
 What changed: before 2.7 the forward gives 8 tensors, the log-sum-exp sixth, and takes the window as a pair; since then
 4, the log-sum-exp second, and the functions are torch operators with two window numbers. Soft caps came with 2.6.
@@ -30,7 +30,7 @@ _MODULE = "flash_attn.flash_attn_interface"
 
 
 class _Library(NamedTuple):
-    """The library's two functions, and what its version wants told beside what all of them are told."""
+    """The library's two functions, and the arguments that depend on its version."""
 
     forward: Any
     backward: Any

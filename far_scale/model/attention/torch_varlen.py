@@ -1,9 +1,9 @@
-"""The kernel for NVIDIA GPUs that needs nothing beside PyTorch (2.9 and later): its varlen flash operators.
+"""The kernel for NVIDIA GPUs that needs only PyTorch (2.9 and later): its varlen flash operators.
 
-Read in torch 2.9, 2.10, 2.11 and 2.13, whose `aten::_flash_attention_forward` and `_backward` take the same positional
-arguments. They are flash-attn 2: `[T, N, D]` in bfloat16 or float16 with int32 cumulative lengths, heads of a multiple
+Written against torch 2.9, 2.10, 2.11 and 2.13: `aten::_flash_attention_forward` and `_backward` take the same
+positional arguments in all of them. They are flash-attn 2: `[T, N, D]` in bfloat16 or float16 with int32 cumulative lengths, heads of a multiple
 of 8 up to 256; the log-sum-exp is `[N, T]` in float32, natural. `causal` aligns bottom right where keys outnumber
-queries (we use it for equal lengths alone). The backward is deterministic where
+queries (we use it only for equal lengths). The backward is deterministic where
 `torch.use_deterministic_algorithms` asks for it.
 """
 
@@ -40,10 +40,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernel.backward`."""
     starts, key_starts = queries.cumulative(q.device), keys.cumulative(q.device)
-    # Only dropout, of which there is none, reads the generator state and its companion.
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    companion = torch.empty(0, device=q.device)
+    # Only dropout, which is off, reads these two.
+    rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty(0, device=q.device)
     return _backward(
         dout.contiguous(), q, k, v, out.contiguous(), lse.transpose(0, 1).contiguous(),
-        starts, key_starts, queries.longest, keys.longest, 0.0, causal, state, companion,
+        starts, key_starts, queries.longest, keys.longest, 0.0, causal, rng_state, unused,
     )  # fmt: skip

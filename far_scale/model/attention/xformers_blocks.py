@@ -1,11 +1,11 @@
 """The kernel of xFormers: block-diagonal masks, float32 and GPUs before Ampere too.
 
-Read in 0.0.33, the first for torch 2.9, to 0.0.35. Its flash operators (bfloat16 and float16, heads up to 256) give the
-log-sum-exp `[1, N, T]`, its CUTLASS operators (float32 too, up to compute capability 9.0) padded, `[sequences, N, W]`
-with W the longest sequence rounded up to 32; both float32 and natural. Each backward reads its own of the two layouts,
-so we name the operators. Tensors are `[1, T, N, D]`, heads of a multiple of 8. `BlockDiagonalCausalMask` aligns top
-left, and the flash operators refuse it where keys outnumber queries (we use it for equal lengths alone). The flash
-backward is not deterministic: the CUTLASS one stands in where torch asks for that.
+Written against 0.0.33, the first for torch 2.9, to 0.0.35. The log-sum-exp, float32 and natural, is `[1, N, T]` from
+its flash operators (bfloat16 and float16, heads up to 256), and padded from its CUTLASS operators (float32 too, up to
+compute capability 9.0): `[sequences, N, W]` with W the longest sequence rounded up to 32. Each backward needs the
+layout of its own forward, so we name the operators. Tensors are `[1, T, N, D]`, heads of a multiple of 8.
+`BlockDiagonalCausalMask` aligns top left, and the flash operators refuse it where keys outnumber queries (we use it
+only for equal lengths). The flash backward is not deterministic; if torch asks for that, CUTLASS takes its place.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def _library() -> Any:
 
 
 def _built_with_cuda() -> bool:
-    """Whether its CUDA extensions could be loaded; those built for another torch cannot."""
+    """Whether its CUDA extensions can be loaded, which fails if they were built for another torch."""
     return bool(importlib.import_module("xformers._cpp_lib")._built_with_cuda)
 
 
-def _flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the flash operators take it; the CUTLASS ones otherwise."""
+def _supports_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the flash operators support it; otherwise the CUTLASS operators do."""
     return dtype != torch.float32 and compute_capability(device) >= (8, 0) and _library().flash.FwOp.is_available()
 
 
@@ -56,16 +56,16 @@ def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     """See `Kernel.unusable_reason`."""
     if reason := _FLASH.unusable_reason(device, dtype, head_dim) or import_failure(PACKAGE, "0.0.33", _MODULE):
         return reason
-    if not _built_with_cuda():  # it is imported all the same, and fails at the first call
+    if not _built_with_cuda():  # the import works nevertheless, but the first call fails
         return f"the installed one was built for another torch than {torch.__version__}"
-    if _flash(device, dtype):
+    if _supports_flash(device, dtype):
         return None
-    if dtype == torch.bfloat16 and compute_capability(device) < (8, 0):
-        return f"takes bfloat16 from compute capability 8.0 on, this GPU has {format_capability(compute_capability(device))}"
+    if dtype == torch.bfloat16 and (capability := compute_capability(device)) < (8, 0):
+        return f"takes bfloat16 from compute capability 8.0 on, this GPU has {format_capability(capability)}"
     return _CUTLASS.unusable_reason(device, dtype, head_dim)
 
 
-@functools.lru_cache(maxsize=64)  # a layer asks for the same as the layer before
+@functools.lru_cache(maxsize=64)  # the same for all layers
 def _mask(queries: Spans, keys: Spans, causal: bool, device: torch.device) -> Any:
     masks = _library().attn_bias
     kind = masks.BlockDiagonalCausalMask if causal else masks.BlockDiagonalMask
@@ -75,7 +75,7 @@ def _mask(queries: Spans, keys: Spans, causal: bool, device: torch.device) -> An
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:
     """See `Kernel.forward`."""
     library, mask = _library(), _mask(queries, keys, causal, q.device)
-    operator = (library.flash if _flash(q.device, q.dtype) else library.cutlass).FwOp
+    operator = (library.flash if _supports_flash(q.device, q.dtype) else library.cutlass).FwOp
     out, lse = library.memory_efficient_attention_forward_requires_grad(q[None], k[None], v[None], mask, op=operator)
     return out[0], lse[0].transpose(0, 1) if operator.VARLEN_LSE_PACKED else unpad_lse(lse, queries)
 
@@ -85,7 +85,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernel.backward`."""
     library, mask = _library(), _mask(queries, keys, causal, q.device)
-    flash = _flash(q.device, q.dtype) and not torch.are_deterministic_algorithms_enabled()
+    flash = _supports_flash(q.device, q.dtype) and not torch.are_deterministic_algorithms_enabled()
     operator = (library.flash if flash else library.cutlass).BwOp
     if operator.VARLEN_LSE_PACKED:
         lse = lse.transpose(0, 1).contiguous()[None]
