@@ -205,10 +205,8 @@ def _checked_state_dict(
     }
     found = {**found, **counters}  # unused, and missing in old files
     if missing := [name for name in expected if name not in found]:
-        raise UserError(
-            f"{source}: not {network}: has no {_abbreviated(missing)} ({len(missing)} of {len(expected)} tensors are missing); "
-            "get the whole file"
-        )
+        count = f"{len(missing)} of {len(expected)} tensors are missing"
+        raise UserError(f"{source}: not {network}: has no {_abbreviated(missing)} ({count}); get the whole file")
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
             shapes = f"{name} is {list(found[name].shape)} and should be {list(tensor.shape)}"

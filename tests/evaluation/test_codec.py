@@ -37,7 +37,7 @@ def test_without_given_frames_nothing_gets_a_border() -> None:
     assert (with_border(waves(2, 16), 0) == waves(2, 16)).all()
 
 
-def test_both_videos_come_back_lossy_in_place_and_always_alike() -> None:
+def test_both_videos_come_back_lossy_in_place_and_reproducibly() -> None:
     sample, truth = waves(20), waves(20, phase=0.3)
     decoded = through_h264(sample, truth)
     for before, after in zip((sample, truth), decoded, strict=True):

@@ -148,7 +148,7 @@ def test_published_scores_seeds_and_extrapolation(tmp_path: Path) -> None:
     assert "repeat the last" not in text and "singular" not in text
 
 
-def test_clips_are_scored_as_the_protocol_says() -> None:
+def test_clip_scores_follow_the_protocol() -> None:
     values: dict[tuple[System, Metric], Values] = {
         ("prediction", "psnr"): np.array([[10.0, 20.0], [np.inf, 30.0]]).clip(max=PSNR_CAP)
     }
@@ -187,7 +187,7 @@ def test_every_clip_has_a_line(reported: Path) -> None:
             assert column == pytest.approx(clips.clip_scores(system, metric).tolist(), rel=1e-5)
 
 
-def test_the_sheet_shows_the_best_and_the_worst_clips(reported: Path) -> None:
+def test_the_contact_sheet_has_the_best_and_the_worst_clips(reported: Path) -> None:
     sheet, cell = picture(reported / "best_worst.png"), 128 + 2 * BORDER
     episode = LINE_HEIGHT + 2 * cell + 4 * BORDER
     assert sheet.shape[0] == pytest.approx(SHEET_CAPTION_HEIGHT + 5 * episode, abs=4 * BORDER)
@@ -202,14 +202,14 @@ def test_the_sheet_shows_the_best_and_the_worst_clips(reported: Path) -> None:
             assert borders == GIVEN * cell, (place, row)
 
 
-def test_the_film_shows_the_first_clips(reported: Path) -> None:
-    film = read_video(reported / "samples.mp4")
+def test_the_video_shows_the_first_clips(reported: Path) -> None:
+    video = read_video(reported / "samples.mp4")
     cell = 192 + 2 * BORDER
-    assert len(film.frames) == GIVEN + PREDICTED and film.fps == 8
+    assert len(video.frames) == GIVEN + PREDICTED and video.fps == 8
     for clip in range(CLIPS):
         middle = CAPTION_WIDTH + clip * (cell + 4 * BORDER) + cell // 2
         for row, colour in enumerate((50 * clip + 10, 50 * clip)):
-            shown = film.frames[-1, LINE_HEIGHT + row * cell + cell // 2, middle].astype(int)
+            shown = video.frames[-1, LINE_HEIGHT + row * cell + cell // 2, middle].astype(int)
             assert abs(shown - colour).max() <= 6, (clip, row)  # H.264
 
 
@@ -221,7 +221,7 @@ def test_the_pictures_follow_the_data(reported: Path, tmp_path: Path) -> None:
         assert before.shape == after.shape and (before != after).any(), name
 
 
-def test_without_given_frames_the_first_clips_are_shown(tmp_path: Path) -> None:
+def test_without_given_frames_the_first_clips_are_drawn(tmp_path: Path) -> None:
     fvd = {"fvd": {"mean": 300.0, "std": 4.0}}
     folder = evaluated(tmp_path / "a", without_given_frames(), scores=fvd, repeat_last=None, reconstruction=None)
     (folder / "by_frame.png").write_bytes(b"of an earlier evaluation")

@@ -107,7 +107,7 @@ def history(folder: Path, run: Path) -> list[tuple[int, dict[str, Any]]]:
     ]
 
 
-def test_every_checkpoint_once_and_all_of_it_follows(
+def test_every_checkpoint_is_evaluated_once(
     run: Path, followed: Any, protocol: Protocol, recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = run / "evaluation" / "short"
@@ -152,7 +152,7 @@ def test_every_checkpoint_once_and_all_of_it_follows(
     refused(lambda: followed(run, out, of=other), str(out / "step-00000002"), "another protocol", "--out")
 
 
-def test_a_killed_one_goes_on_although_its_checkpoint_is_gone(
+def test_a_killed_evaluation_continues_without_its_checkpoint(
     run: Path, followed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, compute = tmp_path / "out", Evaluation.compute
@@ -271,7 +271,7 @@ def test_a_training_logs_scores_beside_its_lines_and_every_step_once(tmp_path: P
     assert not rows.waiting()
 
 
-def test_trouble_with_wandb_ends_no_evaluation(
+def test_trouble_with_wandb_does_not_end_the_evaluation(
     run: Path, followed: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (2, 4):

@@ -319,7 +319,7 @@ def test_tensors_that_are_not_of_the_network_are_refused_in_one_line(files: dict
     refused(lambda: read_i3d(dump(wrong, tmp_path / "wrong.ckpt")), "Mixed_3b.b0.conv3d.weight", "[192, 64, 1, 1, 1]")
 
 
-def test_pickles_of_strangers_run_nothing(files: dict[str, Path], tmp_path: Path) -> None:
+def test_foreign_pickles_run_nothing(files: dict[str, Path], tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     evil: list[tuple[Any, str]] = [
         (Evil(mark), "'posix.system'"),
@@ -341,7 +341,7 @@ def test_pickles_of_strangers_run_nothing(files: dict[str, Path], tmp_path: Path
     assert not mark.exists()
 
 
-def test_archives_of_strangers_run_nothing(tmp_path: Path) -> None:
+def test_foreign_archives_run_nothing(tmp_path: Path) -> None:
     mark, script = tmp_path / "mark", tmp_path / "script.pt"
     as_script({"a.conv3d.weight": torch.arange(6.0).view(2, 3), "a.bn.running_mean": torch.ones(2)}, script)
     read = read_torchscript(script)

@@ -43,7 +43,7 @@ def test_libraries_are_those_that_do_not_come_with_torch() -> None:
         assert selection.get_kernel(name).INSTALL.startswith("pip install ")
 
 
-def test_what_is_said_where() -> None:
+def test_the_advice_for_each_machine() -> None:
     assert install_advice(Machine("2.13.0+cpu", None, None)) == [
         "to install: nothing; without an NVIDIA GPU all that runs comes with torch"
     ]
@@ -73,7 +73,7 @@ def test_what_is_worth_it_goes_before_what_torch_has(capability: tuple[int, int]
     assert verdicts("2.13.0", "12.8", capability)[name].startswith("yes")
 
 
-def test_the_command_says_it_last(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_ends_with_the_advice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(__main__, "rows", lambda *_: [])
     monkeypatch.setattr(sys, "argv", ["attention", "--device", "cpu", "--dtype", "float32"])
     __main__.main()

@@ -100,8 +100,8 @@ def _without_none(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def assert_equal(found: list[Tensor], exact: list[Tensor], within: float) -> None:
-    for ours, oracle in zip(found, exact, strict=True):
-        torch.testing.assert_close(ours, oracle, rtol=0, atol=within, check_dtype=False)
+    for ours, reference in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=within, check_dtype=False)
 
 
 def test_the_plain_kernel_through_the_pair(plan: AttentionPlan) -> None:
@@ -222,7 +222,7 @@ def test_an_adapter_takes_strided_tensors(faked: Kernel, causal: bool) -> None:
 
 
 def test_deterministic_backward(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
-    """What torch is told of determinism the libraries are told; xFormers has another operator for it."""
+    """Torch's setting of determinism is passed to the libraries; xFormers has another operator for it."""
     monkeypatch.setattr(xformers_blocks, "compute_capability", lambda device: (9, 0))
     noted = {
         flash_attn_2: fake_libraries.flash_attn_2(monkeypatch, "2.8.3"),
@@ -239,10 +239,10 @@ def test_deterministic_backward(monkeypatch: pytest.MonkeyPatch, fresh: None) ->
         finally:
             torch.use_deterministic_algorithms(False)
     assert noted.pop(xformers_blocks) == ["flashF", "flashB", "flashF", "cutlassB"]
-    assert all(told == [False, True] for told in noted.values())
+    assert all(flags == [False, True] for flags in noted.values())
 
 
-def test_torch_still_takes_what_was_read() -> None:
+def test_torchs_operators_have_the_expected_signatures() -> None:
     """The positional arguments of PyTorch's operators, in this version too."""
     forward, backward = (
         [argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments]
@@ -289,7 +289,7 @@ def on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], installed: 
         (cpu, (8, 0), torch.float32, 64, "runs only on CPUs"),
     ],
 )
-def test_why_not(
+def test_unusable_reason(
     adapter: Kernel,
     capability: tuple[int, int],
     dtype: torch.dtype,
@@ -304,7 +304,7 @@ def test_why_not(
     assert found is None if reason is None else str(found).startswith(reason)
 
 
-def test_why_not_on_a_cpu() -> None:
+def test_unusable_reason_on_a_cpu() -> None:
     for adapter in (flash_attn_2, flash_attn_3, flash_attn_4, torch_varlen, xformers_blocks):
         assert adapter.unusable_reason(CPU, torch.bfloat16, 64) == "runs only on NVIDIA GPUs"
     assert flex.unusable_reason(CPU, torch.float32, 64) == "FlexAttention has no backward on a CPU"
@@ -333,7 +333,7 @@ def test_a_library_that_does_not_import(monkeypatch: pytest.MonkeyPatch, fresh: 
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_equals_the_oracle(plan: AttentionPlan) -> None:
+def test_flex_equals_the_reference(plan: AttentionPlan) -> None:
     inputs = Inputs.draw(plan, HEADS, CPU, torch.float32)
     out = flex.attend(*inputs[1:6], plan.handle)
     torch.testing.assert_close(out, by_the_mask(inputs)[0], rtol=0, atol=1e-5)
@@ -405,11 +405,11 @@ def assert_as_precise_as_the_mask(name: str, plan: AttentionPlan, device: torch.
     found, plain = (attention_with_gradients(of, Inputs.draw(plan, HEADS, device, dtype)) for of in (name, dense.NAME))
     exact = attention_with_gradients(dense.NAME, Inputs.draw(plan, HEADS, device, torch.float64))
     roundings = 64 if dtype == torch.float32 else 4
-    for ours, rounded, oracle in zip(found, plain, exact, strict=True):
-        assert ours.shape == oracle.shape and ours.dtype == dtype
-        if oracle.numel():
-            error, plain_error = ours.double() - oracle, rounded.double() - oracle
-            assert error.abs().max() <= roundings * torch.finfo(dtype).eps * oracle.abs().max().clamp(min=1)
+    for ours, rounded, reference in zip(found, plain, exact, strict=True):
+        assert ours.shape == reference.shape and ours.dtype == dtype
+        if reference.numel():
+            error, plain_error = ours.double() - reference, rounded.double() - reference
+            assert error.abs().max() <= roundings * torch.finfo(dtype).eps * reference.abs().max().clamp(min=1)
             assert dtype == torch.float32 or error.square().mean() <= 4 * plain_error.square().mean()
 
 
@@ -474,5 +474,5 @@ def test_a_kernels_causal_call_on_a_gpu(name: str) -> None:
     merged = other.contiguous(), (lse + 1).contiguous()
     gradients = choice.get_kernel(name).backward(dout, q, k, v, *merged, spans, spans, causal=True)
     inputs = (x.double() for x in (dout, q, k, v, *merged))
-    for ours, oracle in zip(gradients, plain_kernel.backward(*inputs, spans, spans, causal=True), strict=True):
-        torch.testing.assert_close(ours.double(), oracle, rtol=2e-2, atol=2e-2)
+    for ours, reference in zip(gradients, plain_kernel.backward(*inputs, spans, spans, causal=True), strict=True):
+        torch.testing.assert_close(ours.double(), reference, rtol=2e-2, atol=2e-2)

@@ -53,7 +53,7 @@ def test_no_frame_leaks_into_an_earlier_one(patch: int, changed: int) -> None:
         assert torch.equal(after[1], before[1]), f"{what} of one clip changed another clip"
 
 
-def test_clips_of_different_lengths_in_one_pack_equal_the_clips_alone() -> None:
+def test_clips_of_different_lengths_in_one_pack_equal_single_clips() -> None:
     model = trained_like(FARConfig(layers=2, heads=2, channels=4, labels=5), torch.float64)
     generator = torch.Generator().manual_seed(2)
     lengths, labels = (3, 1, 5), torch.tensor([4, 0, 5])

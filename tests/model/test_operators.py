@@ -52,7 +52,7 @@ def arguments(requires_grad: bool = False) -> tuple:
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "dense"])
-def test_torch_finds_the_operators_in_order(kernel: str) -> None:
+def test_the_operators_pass_torchs_checks(kernel: str) -> None:
     """Schema, fake implementation (shapes, strides, dtypes), autograd registration, and tracing with dynamic sizes."""
     inputs = (*arguments(requires_grad=True)[:-1], kernel)
     torch.library.opcheck(FORWARD, inputs)
@@ -64,7 +64,7 @@ def test_torch_finds_the_operators_in_order(kernel: str) -> None:
     torch.library.opcheck(FORWARD, (x, x, x, None, None, without.handle, kernel))
 
 
-def test_an_order_that_nobody_holds_is_named() -> None:
+def test_a_freed_plan_is_an_error() -> None:
     plan = AttentionPlan(FrameGroup.of((2,), (1, 2)))
     key = plan.handle
     q = torch.zeros(4, 1, 16)
@@ -148,7 +148,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_checkpointing_computes_again_what_it_says() -> None:
+def test_checkpointing_recomputes_what_it_should() -> None:
     model, calls = trained_like(LONG), {}
     for checkpointing in ("none", "attention-kept", "full"):
         model.configure_execution(checkpointing=checkpointing)

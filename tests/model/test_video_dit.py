@@ -90,7 +90,7 @@ def test_flex_sees_the_same() -> None:
     torch.testing.assert_close(flex.attend(q, k, v, None, None, plan.handle).double(), exact, rtol=0, atol=2e-6)
 
 
-def test_layouts_count_what_is_seen() -> None:
+def test_layouts_count_attended_pairs() -> None:
     """2 x 2 tokens a frame, clips of 3 and 2 frames: 12^2 + 8^2 pairs."""
     layout = FrameLayout.of((3, 2), (2, 2), window=4, causal=False)
     assert layout.attended_pairs == layout.window_pairs == 12**2 + 8**2 == int(layout.window.mask(CPU).sum())
@@ -125,7 +125,7 @@ def test_the_configuration_names_causal_only_where_it_is_false() -> None:
 
 
 @pytest.mark.parametrize("was_causal", [True, False])
-def test_a_run_does_not_go_on_as_the_other_kind(was_causal: bool) -> None:
+def test_a_run_does_not_resume_as_the_other_kind(was_causal: bool) -> None:
     was, now = (FARConfig(layers=1, heads=1, causal=causal) for causal in (was_causal, not was_causal))
     plan = [SimpleNamespace(index=0, end=10, config=now)]
     state = {"step": 5, "model": was.to_dict()}

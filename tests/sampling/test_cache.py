@@ -46,23 +46,28 @@ def test_with_the_cache_and_without_it(shape: dict[str, int], conditions: str, g
     """A roll-out to far past the window of 4 frames, from nothing, inside the window and from beyond it."""
     model, new = trained_like(**shape), 8
     classes = torch.Generator().manual_seed(2)
-    told = {}
+    classes_by_kind = {}
     if conditions == "actions":
-        told["actions"] = torch.randint(0, 3, (2, start + new), generator=classes)
+        classes_by_kind["actions"] = torch.randint(0, 3, (2, start + new), generator=classes)
     elif conditions == "labels":
-        told["labels"] = torch.tensor([2, 0])
+        classes_by_kind["labels"] = torch.tensor([2, 0])
     frames = [
         roll_out(
-            model, given(start), SamplingConfig(frames=new, steps=STEPS, guidance=guidance, use_cache=cache), **told
+            model,
+            given(start),
+            SamplingConfig(frames=new, steps=STEPS, guidance=guidance, use_cache=cache),
+            **classes_by_kind,
         )
         for cache in (True, False)
     ]
     assert frames[0].abs().max() > 0.5 and frames[0][0].std() > 0.1
     torch.testing.assert_close(*frames, rtol=0, atol=1e-4)
     if conditions == "actions" and guidance > 0:
-        told["actions"] = (told["actions"] + 1) % 3
+        classes_by_kind["actions"] = (classes_by_kind["actions"] + 1) % 3
         assert not torch.allclose(
-            roll_out(model, given(start), SamplingConfig(frames=new, steps=STEPS, guidance=guidance), **told),
+            roll_out(
+                model, given(start), SamplingConfig(frames=new, steps=STEPS, guidance=guidance), **classes_by_kind
+            ),
             frames[0],
             atol=1e-2,
         )
@@ -127,7 +132,7 @@ def test_a_window_in_the_cache_sees_what_the_mask_lets_it_see(monkeypatch: pytes
     assert tokens == first + second
 
 
-def test_the_cache_tells_its_size_beforehand() -> None:
+def test_the_cache_size_is_known_beforehand() -> None:
     model = trained_like(context_patch=2, actions=3)
     cache = MultiLevelCache(model.config, 4, 1000, SIZE, torch.device("cpu"), torch.float32)
     held = cache._keys.nbytes + cache._values.nbytes
@@ -139,7 +144,7 @@ def test_the_cache_tells_its_size_beforehand() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_on_a_gpu_the_cache_changes_nothing_either(dtype: torch.dtype) -> None:
-    """Past the window, guided by actions. bfloat16 is judged by its own distance, uncached, from float32."""
+    """Past the window, guided by actions. bfloat16 is compared by its own distance, uncached, from float32."""
     shape = {"context_patch": 2, "actions": 3}
     actions = torch.randint(0, 3, (2, 11), generator=torch.Generator().manual_seed(2))
 

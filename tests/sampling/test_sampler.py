@@ -166,23 +166,24 @@ def test_what_does_not_fit_is_refused() -> None:
     plain, acting, labelled = small_model(), small_model(actions=3), small_model(labels=3)
     context = some_context(2, 1)
     actions, labels = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    two = SamplingConfig(frames=2, steps=2)
     cases = [
-        (lambda: roll_out(acting, context, SamplingConfig(frames=2, steps=2)), r"the model needs actions of shape \[2, 3\]"),
-        (lambda: roll_out(acting, context, SamplingConfig(frames=2, steps=2), actions=actions[:, 1:]), r"the shape is \[2, 2\], needed is \[2, 3\]"),
-        (lambda: roll_out(acting, context, SamplingConfig(frames=2, steps=2), actions=actions + 3), "classes 3 to 3 .* knows 0 to 2"),
-        (lambda: roll_out(acting, context, SamplingConfig(frames=2, steps=2), actions=actions - 1), "classes -1 to -1"),
-        (lambda: roll_out(acting, context, SamplingConfig(frames=2, steps=2), actions=actions.float()), "integers"),
-        (lambda: roll_out(acting, context, SamplingConfig(frames=2, steps=2), actions=actions, labels=labels), "labels: .* trained without"),
-        (lambda: roll_out(labelled, context, SamplingConfig(frames=2, steps=2)), r"the model needs labels of shape \[2\]"),
-        (lambda: roll_out(plain, context, SamplingConfig(frames=2, steps=2), actions=actions), "actions: the model was trained without"),
-        (lambda: roll_out(plain, context, SamplingConfig(frames=2, steps=2, guidance=2.0)), "needs a model with actions or labels"),
-        (lambda: roll_out(plain, context, SamplingConfig(frames=2, steps=2, guidance=-1.0)), "needs a model with actions or labels"),
-        (lambda: roll_out(acting, context, SamplingConfig(frames=2, steps=2, guidance=0.5), actions=actions), "guidance: 0.5 has no meaning"),
-        (lambda: roll_out(plain, context, SamplingConfig(frames=0, steps=2)), "frames=0: at least 1 is needed"),
-        (lambda: roll_out(plain, context, SamplingConfig(frames=2, steps=0)), "steps=0: 1 to 1000 Euler steps"),
-        (lambda: roll_out(plain, context[0], SamplingConfig(frames=2, steps=2)), r"context: the shape is \[1, 4, 2, 2\]"),
-        (lambda: roll_out(plain, context[:, :, :3], SamplingConfig(frames=2, steps=2)), r"context: the shape is \[2, 1, 3, 2, 2\]"),
-        (lambda: roll_out(plain, context, SamplingConfig(frames=2, steps=2), clip_ids=[1]), "clip_ids"),
+        (lambda: roll_out(acting, context, two), r"the model needs actions of shape \[2, 3\]"),
+        (lambda: roll_out(acting, context, two, actions=actions[:, 1:]), r"the shape is \[2, 2\], needed is \[2, 3\]"),
+        (lambda: roll_out(acting, context, two, actions=actions + 3), "classes 3 to 3 .* knows 0 to 2"),
+        (lambda: roll_out(acting, context, two, actions=actions - 1), "classes -1 to -1"),
+        (lambda: roll_out(acting, context, two, actions=actions.float()), "integers"),
+        (lambda: roll_out(acting, context, two, actions=actions, labels=labels), "labels: .* trained without"),
+        (lambda: roll_out(labelled, context, two), r"the model needs labels of shape \[2\]"),
+        (lambda: roll_out(plain, context, two, actions=actions), "actions: the model was trained without"),
+        (lambda: roll_out(plain, context, SamplingConfig(2, 2, guidance=2.0)), "needs a model with actions or labels"),
+        (lambda: roll_out(plain, context, SamplingConfig(2, 2, guidance=-1.0)), "needs a model with actions or labels"),
+        (lambda: roll_out(acting, context, SamplingConfig(2, 2, 0.5), actions=actions), "guidance: 0.5 has no meaning"),
+        (lambda: roll_out(plain, context, SamplingConfig(0, 2)), "frames=0: at least 1 is needed"),
+        (lambda: roll_out(plain, context, SamplingConfig(2, 0)), "steps=0: 1 to 1000 Euler steps"),
+        (lambda: roll_out(plain, context[0], two), r"context: the shape is \[1, 4, 2, 2\]"),
+        (lambda: roll_out(plain, context[:, :, :3], two), r"context: the shape is \[2, 1, 3, 2, 2\]"),
+        (lambda: roll_out(plain, context, two, clip_ids=[1]), "clip_ids"),
     ]  # fmt: skip
     for case, message in cases:
         with pytest.raises(UserError, match=message):

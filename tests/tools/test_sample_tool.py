@@ -83,7 +83,7 @@ def test_a_shard_set_or_one_file_may_be_the_context(
     assert psnr[0] == pytest.approx(psnr[1], abs=0.5)  # apart from what the autoencoder loses
 
 
-def test_wrong_use_is_told_in_one_line(
+def test_wrong_use_is_reported_in_one_line(
     model_dir: Path, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     silent = tmp_path / "silent.npz"

@@ -1,6 +1,6 @@
 """The kernel of flash-attn 2: Ampere, Ada, Hopper and Blackwell GPUs.
 
-Written against 2.5.7 to 2.8.4 (`flash_attn.flash_attn_interface`). `[T, N, D]` in bfloat16 or float16 with int32 cumulative
+For 2.5.7 to 2.8.4 (`flash_attn.flash_attn_interface`). `[T, N, D]` in bfloat16 or float16 with int32 cumulative
 lengths, heads of a multiple of 8 up to 256; the log-sum-exp is natural and float32: `[N, T]`, and before 2.6 padded,
 `[sequences, N, longest]`. `causal` aligns bottom right where keys outnumber queries (we use it only for equal
 lengths). The backward adds dq up with atomics unless deterministic.

@@ -1,6 +1,6 @@
 """The kernel of flash-attn 3: Hopper GPUs.
 
-Written against the `hopper` folder of flash-attention from 2.8.0 to 2.8.4. Its Python functions changed their window arguments
+For the `hopper` folder of flash-attention from 2.8.0 to 2.8.4. Its Python functions changed their window arguments
 and what they return; the torch operators below them, `flash_attn_3::fwd` and `bwd`, kept their arguments all along (the
 backward gave 8 tensors at first and gives 5 now; we bring our own gradients and read none of them). `[T, N, D]` in
 bfloat16 or float16 with int32 cumulative lengths, heads of a multiple of 8; the log-sum-exp is `[N, T]`, float32 and

@@ -1,6 +1,6 @@
 """The kernel of flash-attn 4, which is written in CuTe and compiled at first use: Hopper and Blackwell GPUs.
 
-Written against 4.0.0b10, b20 and b36 (`flash_attn.cute.interface`). `[T, N, D]` in bfloat16 or float16 with int32 cumulative
+For 4.0.0b10, b20 and b36 (`flash_attn.cute.interface`). `[T, N, D]` in bfloat16 or float16 with int32 cumulative
 lengths, heads of a multiple of 8 up to 256 on Hopper and up to 128 on Blackwell; the log-sum-exp is `[N, T]`, float32
 and natural. `causal` aligns bottom right where keys outnumber queries (we use it only for equal lengths). The backward
 over several sequences runs on compute capability 9.0 (since b5), 10 and 11. On 12 both run on Ampere's instructions,

@@ -71,7 +71,7 @@ def block_mask(plan: AttentionPlan, device: torch.device) -> BlockMask:
 
 
 class _VisibleRanges(NamedTuple):
-    """For each token, `[T]`: it sees the keys in `[first, last)` and in `[group_first, group_last)` of the S + T keys."""
+    """`[T]` each: of the S + T keys a token sees those in `[first, last)` and in `[group_first, group_last)`."""
 
     first: Tensor
     last: Tensor
@@ -127,7 +127,7 @@ def _block_mask(seen: _VisibleRanges, plan: AttentionPlan) -> BlockMask:
 
 
 def _block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """`[R, C]` bool -> number of True blocks in each row `[1, 1, R]`, and all blocks, True ones first `[1, 1, R, C]`."""
+    """`[R, C]` bool -> True blocks in each row, `[1, 1, R]`, and all blocks, True ones first, `[1, 1, R, C]`."""
     count = blocks.sum(1, dtype=torch.int32)
     listed = blocks.int().argsort(dim=1, descending=True, stable=True).int()
     return count[None, None], listed[None, None]

@@ -1,9 +1,9 @@
 """The kernel for NVIDIA GPUs that needs only PyTorch (2.9 and later): its varlen flash operators.
 
-Written against torch 2.9, 2.10, 2.11 and 2.13: `aten::_flash_attention_forward` and `_backward` take the same
-positional arguments in all of them. They are flash-attn 2: `[T, N, D]` in bfloat16 or float16 with int32 cumulative lengths, heads of a multiple
-of 8 up to 256; the log-sum-exp is `[N, T]` in float32, natural. `causal` aligns bottom right where keys outnumber
-queries (we use it only for equal lengths). The backward is deterministic where
+For torch 2.9, 2.10, 2.11 and 2.13: `aten::_flash_attention_forward` and `_backward` take the same
+positional arguments in all of them. They are flash-attn 2: `[T, N, D]` in bfloat16 or float16 with int32 cumulative
+lengths, heads of a multiple of 8 up to 256; the log-sum-exp is `[N, T]`, float32 and natural. `causal` aligns bottom
+right where keys outnumber queries (we use it only for equal lengths). The backward is deterministic if
 `torch.use_deterministic_algorithms` asks for it.
 """
 

@@ -1,6 +1,6 @@
 """The kernel of xFormers: block-diagonal masks, float32 and GPUs before Ampere too.
 
-Written against 0.0.33, the first for torch 2.9, to 0.0.35. The log-sum-exp, float32 and natural, is `[1, N, T]` from
+For 0.0.33, the first for torch 2.9, to 0.0.35. The log-sum-exp, float32 and natural, is `[1, N, T]` from
 its flash operators (bfloat16 and float16, heads up to 256), and padded from its CUTLASS operators (float32 too, up to
 compute capability 9.0): `[sequences, N, W]` with W the longest sequence rounded up to 32. Each backward needs the
 layout of its own forward, so we name the operators. Tensors are `[1, T, N, D]`, heads of a multiple of 8.

@@ -1,4 +1,4 @@
-"""Which kernel is chosen where, what the log says of it, and what a user is told who asks for another."""
+"""Which kernel is chosen where, the log line about it, and the errors for unusable ones."""
 
 from __future__ import annotations
 

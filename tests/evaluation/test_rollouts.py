@@ -120,7 +120,7 @@ def shards(tmp_path: Path) -> ShardSet:
     return ShardSet.open(tmp_path / "shards")
 
 
-def test_videos_give_samples_pictures_and_figures(model: FAR, videos: Path, tmp_path: Path) -> None:
+def test_videos_give_samples_pictures_and_metrics(model: FAR, videos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = evaluate_rollout(model, metadata(), videos, **settings(), out=out)
     assert sorted(os.listdir(out)) == ["metrics.json", "samples.mp4", "samples.png", "samples.safetensors"]
@@ -160,7 +160,7 @@ def test_a_saved_model_samples_the_same_bytes(model: FAR, videos: Path, tmp_path
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
-def test_without_a_truth_there_are_no_figures(videos: Path, tmp_path: Path) -> None:
+def test_without_a_truth_there_are_no_metrics(videos: Path, tmp_path: Path) -> None:
     everything = settings(given=12)  # all that was recorded
     (tmp_path / "metrics.json").write_text("{}")
     report = evaluate_rollout(FAR(PLAIN), metadata(), videos, **everything, out=tmp_path)
@@ -172,7 +172,7 @@ def test_without_a_truth_there_are_no_figures(videos: Path, tmp_path: Path) -> N
     assert (tmp_path / "samples.mp4").stat().st_size > 0
 
 
-def test_the_truth_counts_as_far_as_it_goes(videos: Path, shards: ShardSet, tmp_path: Path) -> None:
+def test_metrics_cover_the_frames_with_a_truth(videos: Path, shards: ShardSet, tmp_path: Path) -> None:
     known = evaluate_rollout(FAR(PLAIN), metadata(), videos, **settings(frames=10), out=tmp_path / "known")
     np.savez(videos / "episode_1.npz", frames=pixels(1, 14), fps=8.0)  # the other one ends earlier
     for source, truth in ((videos, "recorded pixels"), (shards, "decoded latents")):
@@ -184,7 +184,7 @@ def test_the_truth_counts_as_far_as_it_goes(videos: Path, shards: ShardSet, tmp_
             assert report[name]["psnr"] == pytest.approx(known[name]["psnr"], abs=0.05)
 
 
-def test_more_episodes_than_go_through_at_once_give_what_each_gives_by_itself(
+def test_several_batches_of_episodes_equal_single_episodes(
     model: FAR, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = evaluate_rollout(model, metadata(), videos, **settings(), out=tmp_path / "a")
@@ -211,7 +211,7 @@ def test_unconditional_sampling_needs_no_actions(model: FAR, tmp_path: Path) -> 
     assert report["truth_frames"] == 10 and load_file(tmp_path / "out" / "samples.safetensors")["latents"].std() > 0.1
 
 
-def test_the_summary_tells_the_memory(model: FAR, videos: Path) -> None:
+def test_the_summary_has_the_memory(model: FAR, videos: Path) -> None:
     # 2 for k and v, 64 wide, float32: a window of 4 frames of 4 tokens, two rows a clip for the guidance
     said = prepare_rollout(model, metadata(), videos, **settings(guidance=1.5)).summary()
     assert f"cache {2 * 64 * 4 * 4 * 4 * EPISODES * 2 / 1e6:.1f} MB" in said
@@ -242,7 +242,7 @@ def test_a_long_roll_out_keeps_no_decoded_frames(tmp_path: Path, means: type[Mea
     assert max(resident[settled:]) - resident[settled] < 20e6
 
 
-def test_the_models_frame_stride_is_kept(model: FAR, videos: Path, tmp_path: Path) -> None:
+def test_the_models_frame_stride_is_used(model: FAR, videos: Path, tmp_path: Path) -> None:
     report = evaluate_rollout(model, metadata(frame_stride=2), videos, **settings(), out=tmp_path / "out")
     real = np.stack([pixels(episode, 12)[::2, ::8, ::8] for episode in range(EPISODES)]) / 255
     expected = -10 * np.log10(((real[:, GIVEN - 1 : GIVEN] - real[:, GIVEN : GIVEN + FRAMES]) ** 2).mean())
@@ -325,7 +325,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_report_is_kept_for_the_same_content_alone(
+def test_a_report_is_reused_only_for_the_same_content(
     model: FAR, videos: Path, shards: ShardSet, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of videos and weights of the same names, too."""
@@ -364,7 +364,7 @@ def test_a_report_is_kept_for_the_same_content_alone(
     assert json.loads((out / "metrics.json").read_text())["truth"] == "decoded latents"
 
 
-def test_a_report_says_where_the_model_is_not_the_runs(
+def test_a_report_warns_of_differences_between_model_and_run(
     model: FAR, videos: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_model_dir(tmp_path / "model", CONFIG, model.state_dict(), metadata(frame_stride=2))
