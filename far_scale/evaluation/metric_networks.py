@@ -72,7 +72,7 @@ _MIXED = {
 
 
 class I3D(nn.Module):
-    """I3D on RGB, whose 400 logits FVD compares. Always in float32 and in evaluation mode."""
+    """I3D on RGB with 400 logits, the features of FVD. Always in float32 and in evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,8 @@ class I3D(nn.Module):
         x = _max_pool(x, (2, 2, 2), (2, 2, 2))
         x = self._mixed(x, "Mixed_5b", "Mixed_5c")
         x = F.avg_pool3d(x, (2, 7, 7), stride=1)
-        return self.logits["conv3d"](x).flatten(2).mean(2)
+        logits: Tensor = self.logits["conv3d"](x)
+        return logits.flatten(2).mean(2)
 
     def _mixed(self, x: Tensor, *names: str) -> Tensor:
         for name in names:

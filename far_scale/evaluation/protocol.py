@@ -1,7 +1,7 @@
 """A protocol: everything that fixes an evaluation's scores, as a typed YAML file in recipes/protocols/.
 
-Two scores can be compared where the hashes of their protocols are equal. The hash is that of every field that changes a
-score, with the fingerprint of the clips that were found; texts and names are left out.
+Two scores can be compared where the hashes of their protocols are equal. The hash covers every field that changes a
+score, and the fingerprint of the clips; texts and names are left out.
 """
 
 from __future__ import annotations

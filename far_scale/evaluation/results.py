@@ -164,7 +164,7 @@ def read_frames(sample: Path, name: str) -> Iterator[NDArray[np.uint8]]:
                 data = file.read(height * width * channels)
                 yield np.frombuffer(data, dtype=np.uint8).reshape(height, width, channels)
     except FileNotFoundError:
-        raise UserError(f"{sample}: this sample is not there; {_FIX}") from None
+        raise UserError(f"{sample}: this sample is missing; {_FIX}") from None
     except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{sample}: not a sample of an evaluation ({error}); {_FIX}") from None
 

@@ -137,10 +137,10 @@ def zeros_ones(network: I3D | LPIPS) -> float:
     """Distance of black from white: |difference|^2 of I3D's logits of 16 frames, which is their FVD; or LPIPS of 64x64
     pixels."""
     if isinstance(network, LPIPS):
-        return network(torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)).item()
+        return float(network(torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)))
     # Resizing does not change frames of one colour.
     black, white = network(torch.stack([torch.zeros(16, 3, 8, 8), torch.ones(16, 3, 8, 8)])).double()
-    return (black - white).square().sum().item()
+    return float((black - white).square().sum())
 
 
 def import_file(network: NetworkName, path: Path, label: str | None = None) -> Imported:

@@ -107,7 +107,8 @@ class TimestepEmbedding(nn.Module):
         steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
         angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * steps / (half - 1))
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.up.weight.dtype)
-        return self.out(F.silu(self.up(sinusoids)))
+        embedding: Tensor = self.out(F.silu(self.up(sinusoids)))
+        return embedding
 
 
 class UnusedWeights(nn.Module):
@@ -163,7 +164,8 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """`[F, P, parts * E]` -> parts of `[F * P, N, D]`, views."""
-        return x.flatten(0, 1).unflatten(-1, (parts, self.heads, HEAD_DIM)).unbind(1)
+        heads: Tensor = x.flatten(0, 1).unflatten(-1, (parts, self.heads, HEAD_DIM))
+        return heads.unbind(1)
 
 
 class MLP(nn.Module):
@@ -175,7 +177,8 @@ class MLP(nn.Module):
         self.down = linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return out
 
 
 class Tokens(NamedTuple):
@@ -313,4 +316,5 @@ class OutputHead(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x `[F, P, E]`, condition `[F, E]` -> `[F, P, patch_channels]`."""
         scale, shift = self.modulation(condition).chunk(2, dim=-1)
-        return self.out(modulated_norm(x, scale, shift))
+        out: Tensor = self.out(modulated_norm(x, scale, shift))
+        return out

@@ -71,7 +71,8 @@ class UncachedDenoiser:
     def velocity(self, x: Tensor, step: int) -> Tensor:
         self._frame_timesteps[:, -1] = self._timesteps[step]
         latents = torch.cat([self._earlier, x[:, None]], dim=1).to(self._dtype).repeat(self._copies, 1, 1, 1, 1)
-        return self._model(latents, self._frame_timesteps, self._actions, self._labels)[:, -1].float()
+        velocity: Tensor = self._model(latents, self._frame_timesteps, self._actions, self._labels)
+        return velocity[:, -1].float()
 
 
 class CachedDenoiser:

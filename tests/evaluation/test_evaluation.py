@@ -125,7 +125,7 @@ def test_scores_are_the_same_on_any_number_of_processes_and_after_a_kill(
     tasks = tmp_path / "tasks"
     for task in (2, 0):
         assert run(model_dir, protocol, tasks, recorded, WorkShard(task, 3)) is None
-    refused(lambda: run(model_dir, protocol, tasks, recorded, merge=True), "tasks", "3 of 9 units are missing")
+    refused(lambda: run(model_dir, protocol, tasks, recorded, merge=True), "tasks", "3 of 9 batches are missing")
     shutil.rmtree(cache / "evaluation")
     assert run(model_dir, protocol, tasks, recorded, WorkShard(1, 3)) is None
     assert run(model_dir, protocol, tasks, recorded, merge=True) == scores and same(tasks)

@@ -54,7 +54,7 @@ class RecordedPixels:
     kind = "recorded pixels"
 
     def __len__(self) -> int:
-        return self.pixels.shape[1]
+        return int(self.pixels.shape[1])
 
     def frame(self, episodes: slice, index: int) -> Tensor:
         return torch.from_numpy(self.pixels[episodes, index]).permute(0, 3, 1, 2).float() / 255

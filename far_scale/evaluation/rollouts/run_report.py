@@ -15,7 +15,8 @@ from far_scale.evaluation.rollouts.loss_curve import draw_loss_curve
 from far_scale.evaluation.rollouts.runner import evaluate_rollout, load_for_sampling
 from far_scale.model import FAR
 from far_scale.sampling.config import SamplingConfig
-from far_scale.train.checkpoint.folders import CHECKSUMS, fingerprint, step_folder
+from far_scale.train.checkpoint.folders import CHECKSUMS, fingerprint
+from far_scale.train.checkpoint.run_dir import step_folder
 from far_scale.utils.errors import print_warning
 from far_scale.utils.io import check_writable, parse_json, sha256, write_json
 

@@ -31,7 +31,8 @@ def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 def _dense(x: Tensor, spans: Spans) -> Tensor:
     """`[sequences * length, N, D]` -> `[sequences, N, length, D]`, a view."""
-    return x.unflatten(0, (-1, spans.longest)).transpose(1, 2)
+    by_sequence: Tensor = x.unflatten(0, (-1, spans.longest))
+    return by_sequence.transpose(1, 2)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def _all_keys(
 def _scores(q: Tensor, keys: Tensor, plan: AttentionPlan) -> Tensor:
     """`[N, T, S + T]` in float32 or better, -inf where the mask forbids."""
     precise = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("tnd,knd->ntk", q.to(precise), keys.to(precise)) * q.shape[-1] ** -0.5
+    scores: Tensor = torch.einsum("tnd,knd->ntk", q.to(precise), keys.to(precise)) * q.shape[-1] ** -0.5
     return scores.masked_fill(~mask(plan, q.device), -torch.inf)
 
 

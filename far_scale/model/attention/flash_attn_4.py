@@ -4,7 +4,7 @@ For 4.0.0b10, b20 and b36 (`flash_attn.cute.interface`). `[T, N, D]` in bfloat16
 lengths, heads of a multiple of 8 up to 256 on Hopper and up to 128 on Blackwell; the log-sum-exp is `[N, T]`, float32
 and natural. `causal` aligns bottom right where keys outnumber queries (we use it only for equal lengths). The backward
 over several sequences runs on compute capability 9.0 (since b5), 10 and 11. On 12 both run on Ampere's instructions,
-never deterministically, so flash-attn 2 serves there. The forward gives 2 to 5 things, out and log-sum-exp first.
+never deterministically, so flash-attn 2 is used there. The forward returns 2 to 5 values, out and log-sum-exp first.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: T
         assert prefix_k is not None and prefix_v is not None
         k, v = torch.cat([prefix_k, k]), torch.cat([prefix_v, v])
     heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = _attention(q.device.type)(*heads_first, block_mask=block_mask(plan, q.device))
+    out: Tensor = _attention(q.device.type)(*heads_first, block_mask=block_mask(plan, q.device))
     return out.squeeze(0).transpose(0, 1)
 
 

@@ -160,4 +160,5 @@ def pad_lse(lse: Tensor, spans: Spans, width: int) -> Tensor:
     """Log-sum-exps `[T, N]` -> `[sequences, N, width]`, padded with infinity, which gives weights exp(s - inf) = 0."""
     padded = lse.new_full((len(spans.lengths) * width, lse.shape[1]), torch.inf)
     padded.index_copy_(0, _padded_rows(spans, width, lse.device), lse)
-    return padded.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
+    by_sequence: Tensor = padded.unflatten(0, (-1, width))
+    return by_sequence.transpose(1, 2).contiguous()

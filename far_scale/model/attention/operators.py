@@ -31,14 +31,15 @@ def attend(
         q, k, v: `[T, N, D]`.
         prefix_k, prefix_v: `[S, N, D]` keys and values of the plan's prefix; S is 0 without one.
         handle: of an `AttentionPlan`.
-        kernel: the name of a usable kernel (see `selection.choose`).
+        kernel: the name of a usable kernel (see `selection.choose_kernel`).
 
     Returns:
         `[T, N, D]`, differentiable in all tensors but the handle.
     """
     if kernel == flex.NAME:
-        return flex.attend(q, k, v, prefix_k, prefix_v, handle)
-    out, _ = torch.ops.far_scale.frame_attention(q, k, v, prefix_k, prefix_v, handle, kernel)
+        flex_out: Tensor = flex.attend(q, k, v, prefix_k, prefix_v, handle)
+        return flex_out
+    out: Tensor = torch.ops.far_scale.frame_attention(q, k, v, prefix_k, prefix_v, handle, kernel)[0]
     return out
 
 

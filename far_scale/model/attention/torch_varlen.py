@@ -43,7 +43,8 @@ def backward(
     # Only dropout, which is off, reads these two.
     rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty(0, device=q.device)
-    return _backward(
+    gradients: tuple[Tensor, Tensor, Tensor] = _backward(
         dout.contiguous(), q, k, v, out.contiguous(), lse.transpose(0, 1).contiguous(),
         starts, key_starts, queries.longest, keys.longest, 0.0, causal, rng_state, unused,
     )  # fmt: skip
+    return gradients
