@@ -311,5 +311,5 @@ def test_folders_without_scores_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"samples/clip-3.npz: not a sample of an evaluation"):
         write_report(good)
     (good / "samples" / "clip-3.npz").unlink()
-    with pytest.raises(UserError, match=r"samples/clip-3.npz: this sample is not there"):
+    with pytest.raises(UserError, match=r"samples/clip-3.npz: this sample is missing"):
         write_report(good)

@@ -311,9 +311,9 @@ def test_lpips_is_that_of_its_network(recorded_shards: Path, tmp_path: Path, mon
     held_out = open_held_out(
         recipe, stages(recipe), manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos
     )
-    assert held_out is not None and held_out.samples is not None and held_out.samples.without_lpips is None
+    assert held_out is not None and held_out.videos is not None and held_out.videos.without_lpips is None
     frames, truth = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    error, ssim, lpips = held_out.samples._score(frames, truth)
+    error, ssim, lpips = held_out.videos._score(frames, truth)
     torch.testing.assert_close(torch.from_numpy(lpips), network(frames, truth).double())
     torch.testing.assert_close(torch.from_numpy(ssim), frame_ssim(frames, truth).double())
     torch.testing.assert_close(torch.from_numpy(error), (frames - truth).double().square().mean((1, 2, 3)))
