@@ -116,7 +116,7 @@ def main() -> None:
         return
     protocol = load_chosen_protocol(arguments)
     with start_processes(arguments.device) as processes:
-        open_one = functools.partial(
+        opener = functools.partial(
             open_evaluation,
             arguments.source,
             arguments.step,
@@ -126,7 +126,7 @@ def main() -> None:
             processes.device,
         )
         shard = None if arguments.task is None else WorkShard(arguments.task, arguments.tasks)
-        scores = evaluate(open_one, processes, shard, arguments.merge, arguments.keep_samples)
+        scores = evaluate(opener, processes, shard, arguments.merge, arguments.keep_samples)
         if scores is None and shard is not None:
             print(f"{arguments.out}: task {shard.task} of {shard.tasks} has computed its batches")
         elif scores is not None and processes.is_main_process:

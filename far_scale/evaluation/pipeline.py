@@ -74,7 +74,7 @@ def start_processes(device: str | None) -> Iterator[Processes]:
 
 
 def evaluate(
-    open_evaluation: Callable[[bool], Evaluation],
+    opener: Callable[[bool], Evaluation],
     processes: Processes,
     shard: WorkShard | None,
     merge_only: bool,
@@ -83,7 +83,7 @@ def evaluate(
     """Compute what is missing of an evaluation, and aggregate its scores; every process calls this.
 
     Args:
-        open_evaluation: opens the evaluation; its argument is whether this process opens it first.
+        opener: opens the evaluation; its argument is whether this process opens it first.
         shard: of an independent task, which leaves aggregation to a later call; None to split the batches over the
             processes and aggregate.
         merge_only: compute nothing.
@@ -96,19 +96,17 @@ def evaluate(
         UserError: on all processes, an error of one of them.
     """
     opened: list[Evaluation] = []
-    broadcast_from_main(lambda: opened.append(open_evaluation(True)), processes)
-    evaluation = all_ranks_or_raise(lambda: opened[0] if opened else open_evaluation(False), processes)
+    broadcast_from_main(lambda: opened.append(opener(True)), processes)
+    evaluation = all_ranks_or_raise(lambda: opened[0] if opened else opener(False), processes)
     scores = all_ranks_or_raise(lambda: read_finished(evaluation, keep_samples), processes)
     if scores is not None:
         return scores
     if not merge_only:
         own_shard = shard or WorkShard(processes.rank, processes.world_size)
         all_ranks_or_raise(lambda: compute_shard(evaluation, own_shard), processes)
-    return (
-        None
-        if shard is not None
-        else broadcast_from_main(lambda: merge_and_report(evaluation, keep_samples), processes)
-    )
+    if shard is not None:
+        return None
+    return broadcast_from_main(lambda: merge_and_report(evaluation, keep_samples), processes)
 
 
 def open_evaluation(
