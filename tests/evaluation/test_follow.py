@@ -223,7 +223,7 @@ def test_it_waits_for_the_run_and_for_its_checkpoints(
 
     monkeypatch.setattr(following, "INACTIVITY_HOURS", -1.0)
     (later / "recipe.yaml").write_text(recipe.replace("steps: 6", "steps: 8"))
-    refused(lambda: followed(later, out, once=False), str(later), "no sign of a training")
+    refused(lambda: followed(later, out, once=False), str(later), "no sign of training")
     refused(lambda: followed(tmp_path / "no", tmp_path / "none"), "there is no run here")
 
 

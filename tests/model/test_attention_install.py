@@ -74,7 +74,7 @@ def test_what_is_worth_it_goes_before_what_torch_has(capability: tuple[int, int]
 
 
 def test_the_command_ends_with_the_advice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(__main__, "rows", lambda *_: [])
+    monkeypatch.setattr(__main__, "table_rows", lambda *_: [])
     monkeypatch.setattr(sys, "argv", ["attention", "--device", "cpu", "--dtype", "float32"])
     __main__.main()
     assert capsys.readouterr().out.splitlines()[-1].startswith("to install: nothing")
