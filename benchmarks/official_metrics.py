@@ -90,9 +90,9 @@ def compare(
 def our_scores(samples: Pixels, truth: Pixels, given: int, through_mp4: bool) -> dict[str, float]:
     """far_scale's scores of samples `[N, S, F, h, w, 3]`, with the official choices."""
     protocol = official_choices(given, truth.shape[1] - given, through_mp4)
-    measure = Metrics(protocol, torch.device("cpu"))
-    arrays = measure.batch(samples, truth)
-    real = arrays if through_mp4 else measure.real_logits(truth)
+    metrics = Metrics(protocol, torch.device("cpu"))
+    arrays = metrics.compute(samples, truth)
+    real = arrays if through_mp4 else metrics.real_logits(truth)
     psnr = -10 * np.log10(arrays["mse"])
     return {
         "lpips": float(arrays["lpips"].mean(2).min(1).mean()),
