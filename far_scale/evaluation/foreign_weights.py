@@ -145,7 +145,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             root = _script_root(archive)
             unpickler = RecordUnpickler(io.BytesIO(_read_member(archive, f"{root}data.pkl")), _SCRIPT_NAMES)
-            unpickler.persistent_load = tuple  # type: ignore[method-assign, assignment]
+            unpickler.persistent_load = tuple  # type: ignore[method-assign]
             return dict(_script_tensors(unpickler.load(), "", archive, root))
     except Exception as error:  # any error: the file may hold any bytes
         raise UserError(f"{path}: not a whole TorchScript archive ({_reason(error)}); get it again") from None

@@ -78,7 +78,7 @@ def report_run(run: str | Path, model_dir: str | Path, videos: str | Path, out: 
     model, metadata = load_for_sampling(model_dir)
     for difference in _differences_from_run(run, model, metadata, recipe):
         print_warning(f"{model_dir}: not exported from {run} as it is now: {difference}")
-    report = evaluate_rollout(model, metadata, videos, sampling, given=given, episodes=episodes, out=out)
+    report = evaluate_rollout(model, metadata, videos, sampling=sampling, given=given, episodes=episodes, out=out)
     report["made_from"] = made_from
     report["files"] = {name: sha256(out / name) for name in REPORT_FILES}
     write_json(metrics, report)

@@ -36,7 +36,7 @@ def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     return _NEEDS.unusable_reason(device, dtype, head_dim)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor) -> Tensor:
     """See `operators.attend`: q, k, v `[T, N, D]`, prefix keys and values `[S, N, D]` -> `[T, N, D]`.
 

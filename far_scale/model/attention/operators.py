@@ -68,7 +68,10 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if not len(q):
-        return _backward_shapes(dout, out, lse, q, k, v, prefix_k, prefix_v, handle, kernel)
+        empty_gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _backward_shapes(
+            dout, out, lse, q, k, v, prefix_k, prefix_v, handle, kernel
+        )
+        return empty_gradients
     if kernel == dense.NAME:
         gradients = dense.backward(dout, q, k, v, prefix_k, prefix_v, out, lse, AttentionPlan.find(handle))
     else:
