@@ -115,7 +115,7 @@ def test_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as error:
         choose_kernel("flash-attn", CPU, torch.float32, 64)
     known = "auto, flash-attn-4, flash-attn-3, flash-attn-2, torch-varlen, xformers, cpu, flex, dense"
-    assert str(error.value) == f"attention flash-attn: no such kernel; nearest is flash-attn-4 (there are: {known})"
+    assert str(error.value) == f"attention flash-attn: no such kernel; nearest is flash-attn-4 (known: {known})"
     monkeypatch.setenv("FAR_SCALE_ATTENTION", "sdpa")
     with pytest.raises(UserError, match=r"^FAR_SCALE_ATTENTION=sdpa: no such kernel"):
         choose_kernel("auto", CPU, torch.float32, 64)
