@@ -37,7 +37,7 @@ from kernels import usable
 from measure import OUT_OF_MEMORY, Row, attempt, environment, interleaved, peak_beyond, print_table, timed, write_result
 from options import DTYPES, add_measuring, count, start
 
-from far_scale.model.attention import choice, flex
+from far_scale.model.attention import flex, selection
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 
@@ -152,7 +152,7 @@ def makers(case: Case, inputs: Inputs, kernels: Sequence[str], rivals: Sequence[
     for kernel in kernels:
         found[ours(kernel)] = partial(Ours, case, inputs, kernel)
         if "plain" in rivals and kernel != flex.NAME:
-            found[plain(kernel)] = partial(PlainCausal, case, inputs, choice.kernel(kernel))
+            found[plain(kernel)] = partial(PlainCausal, case, inputs, selection.get_kernel(kernel))
     of_rivals: dict[str, Callable[[Case, Inputs], Side]] = {
         "dense": dense_mask,
         "flex": FlexAttention,

@@ -24,7 +24,7 @@ from measure import REPOSITORY, Row, environment, print_table, write_result
 from options import count
 
 from far_scale.config.recipe import Recipe, load_recipe
-from far_scale.evaluation.uncertainty import bootstrap_interval, over_seeds
+from far_scale.evaluation.score_statistics import bootstrap_interval, over_seeds
 from far_scale.evaluation.weights import load_lpips
 from far_scale.train.checkpoint.export import export_if_needed
 from far_scale.train.flops import train_flops

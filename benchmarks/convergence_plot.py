@@ -9,7 +9,7 @@ from typing import Any
 
 from measure import Row
 
-from far_scale.evaluation.uncertainty import bootstrap_interval
+from far_scale.evaluation.score_statistics import bootstrap_interval
 from far_scale.utils.io import atomic_write
 
 COLOURS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,11 @@ from torch import Tensor
 from far_scale.convert.model_dir import load_model_dir
 from far_scale.data.video.find import find_videos
 from far_scale.data.video.videos import read_video
-from far_scale.evaluation.lpips import LPIPS
-from far_scale.evaluation.rollouts.evaluate import prepare
-from far_scale.evaluation.rollouts.metrics import frame_ssim, psnr
-from far_scale.evaluation.rollouts.truth import decode
+from far_scale.evaluation.metric_networks import LPIPS
+from far_scale.evaluation.rollouts.episodes import decode_frame
+from far_scale.evaluation.rollouts.psnr_ssim import frame_ssim, psnr
+from far_scale.evaluation.rollouts.runner import prepare_rollout
+from far_scale.sampling.config import SamplingConfig
 from far_scale.sampling.sampler import cache_bytes, roll_out
 
 SAMPLING_SEED = 0
@@ -69,28 +70,26 @@ class Held:
 
     def score(self, model_dir: Path, scoring: Scoring) -> Score:
         """Of a model directory's model, in float32 on the CPU."""
-        model, card = load_model_dir(model_dir, "cpu", dtype=torch.float32)
-        settings = {**asdict(scoring), "steps": self._steps, "guidance": 1.0, "seed": SAMPLING_SEED}
-        made = prepare(model, card, self.source, episodes=self._episodes, **settings)
-        data, found = made.data, Score([], [], [])
+        model, metadata = load_model_dir(model_dir, "cpu", dtype=torch.float32)
+        sampling = SamplingConfig(scoring.frames, self._steps, 1.0, SAMPLING_SEED, scoring.context_noise)
+        rollout = prepare_rollout(model, metadata, self.source, sampling, scoring.given, self._episodes)
+        data, found = rollout.episodes, Score([], [], [])
         for start in range(0, len(data.keys), _CLIPS_AT_ONCE):
             clips = slice(start, min(start + _CLIPS_AT_ONCE, len(data.keys)))
             frames = roll_out(
                 model,
                 data.context[clips],
-                scoring.frames,
-                self._steps,
+                sampling,
                 actions=None if data.actions is None else data.actions[clips],
-                seed=SAMPLING_SEED,
                 clip_ids=range(clips.start, clips.stop),
-                context_noise=scoring.context_noise,
             )
             truth = [data.truth.frame(clips, scoring.given + index) for index in range(scoring.frames)]
             pixels = [
-                decode(made.autoencoder, card.scaling.restore(latents)).clamp(0, 1) for latents in frames.unbind(1)
+                decode_frame(rollout.autoencoder, metadata.scaling.restore(latents)).clamp(0, 1)
+                for latents in frames.unbind(1)
             ]
             self._add(found, pixels, truth)
-        size = (card.latent_shape[1], card.latent_shape[2])
+        size = (metadata.latent_shape[1], metadata.latent_shape[2])
         cache = cache_bytes(model, 1, scoring.given + scoring.frames, size)
         return found._replace(cache_mb=cache / 1e6)
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from far_scale.model.attention import choice, dense
+from far_scale.model.attention import dense, selection
 from far_scale.model.layers import HEAD_DIM
 from far_scale.utils.errors import UserError
 
 ALL = "all"
-KERNELS = tuple(name for name in choice.KERNELS if name != dense.NAME)
+KERNELS = tuple(name for name in selection.KERNELS if name != dense.NAME)
 
 
 def usable(requested: Sequence[str] | None, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -20,7 +20,7 @@ def usable(requested: Sequence[str] | None, device: torch.device, dtype: torch.d
     Raises:
         UserError: an unknown or unusable kernel, or none is usable.
     """
-    reasons = {name: choice.why_not(name, device, dtype, HEAD_DIM) for name in KERNELS}
+    reasons = {name: selection.unusable_reason(name, device, dtype, HEAD_DIM) for name in KERNELS}
     for name in requested or ():
         if name not in KERNELS:
             raise UserError(f"--kernels {name}: there are {', '.join(KERNELS)}")

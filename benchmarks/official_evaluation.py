@@ -21,7 +21,7 @@ from official import register_packages, stood_in
 from torch import Tensor, nn
 
 from far_scale.autoencoder.lpips_network import LPIPSNetwork
-from far_scale.evaluation.i3d import I3D, SIDE
+from far_scale.evaluation.metric_networks import I3D, SIDE
 from far_scale.utils.errors import UserError
 
 PACKAGES = (

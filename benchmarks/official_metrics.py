@@ -22,9 +22,9 @@ from options import count
 from torch import Tensor
 
 from far_scale.evaluation.codec import through_h264, with_border
-from far_scale.evaluation.frechet import FeatureStatistics, frechet_distance
-from far_scale.evaluation.measure import Arrays, Measure
+from far_scale.evaluation.metrics import Arrays, Metrics
 from far_scale.evaluation.protocol import METRICS, Protocol, load_protocol
+from far_scale.evaluation.score_statistics import FeatureStatistics, frechet_distance
 from far_scale.evaluation.weights import load_i3d, load_lpips
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
@@ -90,9 +90,9 @@ def compare(
 def our_scores(samples: Pixels, truth: Pixels, given: int, through_mp4: bool) -> dict[str, float]:
     """far_scale's scores of samples `[N, S, F, h, w, 3]`, with the official choices."""
     protocol = official_choices(given, truth.shape[1] - given, through_mp4)
-    measure = Measure(protocol, torch.device("cpu"))
-    arrays = measure.batch(samples, truth)
-    real = arrays if through_mp4 else measure.real_logits(truth)
+    metrics = Metrics(protocol, torch.device("cpu"))
+    arrays = metrics.compute(samples, truth)
+    real = arrays if through_mp4 else metrics.real_logits(truth)
     psnr = -10 * np.log10(arrays["mse"])
     return {
         "lpips": float(arrays["lpips"].mean(2).min(1).mean()),

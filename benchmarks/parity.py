@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from far_scale.config.schema import ObjectiveSection
 from far_scale.model import FARConfig
+from far_scale.sampling.config import SamplingConfig
 from far_scale.sampling.sampler import frame_noise, roll_out
 from far_scale.train.flow_matching import CLEAN, add_noise, pack_loss
 
@@ -145,7 +146,11 @@ def sampling_rows(
         for cache in (True, False):
             found["official", cache] = code.roll_out(pair.theirs, known, noise, steps, abs(guidance), conditions, cache)
             found["ours", cache] = roll_out(
-                pair.ours, known, new, steps, guidance, clips.actions, clips.labels, seed=0, cache=cache
+                pair.ours,
+                known,
+                SamplingConfig(frames=new, steps=steps, guidance=guidance, seed=0, use_cache=cache),
+                actions=clips.actions,
+                labels=clips.labels,
             )
         allowed = FORWARD_TOLERANCE if steps == new == 1 else ROLL_OUT_TOLERANCE
         differences = {

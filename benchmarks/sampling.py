@@ -12,6 +12,7 @@ from pairs import Clips, random_pair
 from parity import largest, roll_out_noise
 
 from far_scale.model import FARConfig
+from far_scale.sampling.config import SamplingConfig
 from far_scale.sampling.sampler import roll_out
 
 
@@ -64,7 +65,12 @@ def time_row(
         found["official"] = code.roll_out(pair.theirs, none, noise[:, :count], steps, conditions=conditions)
 
     def ours(count: int) -> None:
-        found["ours"] = roll_out(pair.ours, none, count, steps, actions=actions[:, :count], seed=0, cache=True)
+        found["ours"] = roll_out(
+            pair.ours,
+            none,
+            SamplingConfig(frames=count, steps=steps, seed=0, use_cache=True),
+            actions=actions[:, :count],
+        )
 
     official(min(2, frames))
     ours(min(2, frames))

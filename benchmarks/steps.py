@@ -51,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Mode:
-    """How our model computes its blocks (`FAR.run_as`)."""
+    """How our model computes its blocks (`FAR.configure_execution`)."""
 
     compiled: bool = False
     checkpointing: Checkpointing = "none"
@@ -94,7 +94,7 @@ class Step:
         optimizer = _adam(model, fused=True)
 
         def loss(mode: Mode) -> Tensor:
-            model.run_as(mode.compiled, mode.checkpointing, mode.kernel)
+            model.configure_execution(mode.compiled, mode.checkpointing, mode.kernel)
             (noisy,) = next(feed).noisy
             return pack_loss(model(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout), noisy)
 

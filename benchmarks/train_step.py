@@ -21,7 +21,7 @@ from options import DTYPES, add_measuring, count, start
 from steps import Case, Mode, measure_case
 
 from far_scale.model import FARConfig
-from far_scale.model.attention import choice
+from far_scale.model.attention import selection
 from far_scale.model.layers import HEAD_DIM
 from far_scale.model.presets import PRESETS
 from far_scale.train.compiled import check_compiler
@@ -60,7 +60,7 @@ def main() -> None:
     code = None if args.official is None else OfficialCode(args.official)
     peak = peak_flops(device, dtype)
     more = {"device": device.type, "dtype": dtype_name, "peak TFLOP/s": f"{peak / 1e12:.4g}"}
-    more["auto"] = choice.choose("auto", device, dtype, HEAD_DIM).why
+    more["auto"] = selection.choose_kernel("auto", device, dtype, HEAD_DIM).why
     if code is not None:
         more["official commit"] = commit(args.official, "far")
     facts = environment(device, more)
@@ -110,8 +110,8 @@ def with_kernels(mode: Mode, asked: list[str] | None, device: torch.device, dtyp
     """
     if asked is None:
         return [mode]
-    if os.environ.get(choice.ENVIRONMENT):
-        raise UserError(f"--kernels: {choice.ENVIRONMENT} is set and goes before it; unset it")
+    if os.environ.get(selection.KERNEL_VARIABLE):
+        raise UserError(f"--kernels: {selection.KERNEL_VARIABLE} is set and goes before it; unset it")
     names = usable(None if asked == [ALL] else asked, device, dtype)
     return [Mode(mode.compiled, mode.checkpointing, name) for name in names]
 

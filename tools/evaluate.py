@@ -6,12 +6,12 @@
     python tools/evaluate.py RUN --protocol vizdoom-8to8 --videos VIDEOS --follow     # beside a training
     python tools/evaluate.py --compare DIR1 DIR2 ... --out DIR
 
-To share the work over N tasks of a job array, run each with `--task 0 --tasks N` to `--task N-1 --tasks N`, anywhere
-and at any time, and when all have ended once with `--merge --tasks N`. The scores are the same, to the last bit, for
-every N. A command that was killed goes on where it was.
+To split the work over N tasks of a job array, run `--task 0 --tasks N` to `--task N-1 --tasks N`, on any machine and
+at any time, and when all have ended `--merge --tasks N` once. The scores are bitwise the same for every N. A command
+that was killed continues where it stopped.
 
-With --follow each checkpoint of a run is evaluated, oldest first, and those that a training still writes, until it is
-over; scores_by_step.json and scores_by_step.png in DIR show how the scores change.
+With --follow each checkpoint of a run is evaluated, oldest first, and then each new one until the training is over;
+scores_by_step.json and scores_by_step.png in DIR show how the scores change.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import get_args
 
 from far_scale.convert.model_dir import CONFIG_FILE
-from far_scale.evaluation.clips import ClipSource
+from far_scale.evaluation.aggregate import SCORES_FILE
+from far_scale.evaluation.clip_sets import ClipSource
 from far_scale.evaluation.compare import compare
 from far_scale.evaluation.follow import follow
-from far_scale.evaluation.merge import SCORES
+from far_scale.evaluation.pipeline import WorkShard, evaluate, open_evaluation, start_processes
 from far_scale.evaluation.protocol import Metric, Protocol, load_protocol
-from far_scale.evaluation.report import FILES, table
-from far_scale.evaluation.run import Share, evaluate, open_evaluation, started_processes
+from far_scale.evaluation.report import REPORT_FILES, format_table
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import check_writable
@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for scores, tables and pictures")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--videos", type=Path, help="a folder of videos, a list of them, or one video")
-    where.add_argument("--shards", type=Path, help="a shard set, whose decoded latents are taken for the truth")
+    where.add_argument("--shards", type=Path, help="a shard set; its decoded latents are the truth")
     parser.add_argument("--split", type=Path, help="one of UCF-101's lists: take only these videos of the folder")
     parser.add_argument("--clips", type=int, metavar="N", help="another number of clips, so another protocol hash")
     parser.add_argument(
@@ -51,10 +51,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep-samples", action="store_true", help="leave the samples in DIR/samples")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--task", type=int, help="compute only this task's share, of --tasks, and no scores")
+    part.add_argument("--task", type=int, help="compute only this task's batches, one part in --tasks, and no scores")
     part.add_argument("--follow", action="store_true", help="every checkpoint of a run; DIR is RUN/evaluation/PROTOCOL")
-    part.add_argument("--merge", action="store_true", help="only make the scores of what tasks have computed")
-    parser.add_argument("--tasks", type=int, help="number of tasks that share the work")
+    part.add_argument("--merge", action="store_true", help="only aggregate the scores of what tasks have computed")
+    parser.add_argument("--tasks", type=int, help="number of tasks that the work is split over")
     parser.add_argument("--once", action="store_true", help="with --follow: end instead of waiting for checkpoints")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="DIR", help="one table and plot of evaluations")
     arguments = parser.parse_args()
@@ -71,7 +71,7 @@ def parse() -> argparse.Namespace:
             parser.error("--compare takes folders of evaluations, and nothing else but --out")
         return arguments
     if arguments.source is None or arguments.protocol is None:
-        parser.error("what to evaluate is missing: give MODEL or RUN, and --protocol")
+        parser.error("give what to evaluate: MODEL or RUN, and --protocol")
     if (arguments.tasks is None) != (arguments.task is None and not arguments.merge):
         parser.error("--tasks N goes with --task or --merge, and they with it")
     if arguments.task is not None and not 0 <= arguments.task < arguments.tasks:
@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
+def load_chosen_protocol(arguments: argparse.Namespace) -> Protocol:
     protocol = load_protocol(arguments.protocol)
     if arguments.clips is not None:
         if arguments.clips < 1:
@@ -90,18 +90,18 @@ def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
 
 
 def follow_run(arguments: argparse.Namespace) -> None:
-    run, protocol = arguments.source, chosen_protocol(arguments)
+    run, protocol = arguments.source, load_chosen_protocol(arguments)
     if (run / CONFIG_FILE).is_file():
         raise UserError(f"{run}: is a model directory, and --follow takes a run; leave --follow out")
     out = arguments.out or run / "evaluation" / protocol.name
     clips = ClipSource(arguments.videos, arguments.shards, arguments.split)
-    with started_processes(arguments.device) as processes:
+    with start_processes(arguments.device) as processes:
         follow(run, protocol, out, clips, arguments.once, processes)
 
 
-def made(out: Path) -> list[str]:
-    """The files to look at that an evaluation has left in its folder."""
-    return [name for name in (SCORES, "by_frame.png", *FILES) if (out / name).is_file()]
+def result_files(out: Path) -> list[str]:
+    """The names of an evaluation's result files."""
+    return [name for name in (SCORES_FILE, "by_frame.png", *REPORT_FILES) if (out / name).is_file()]
 
 
 @command_line
@@ -114,9 +114,9 @@ def main() -> None:
     if arguments.compare:
         print(compare(arguments.compare, arguments.out))
         return
-    protocol = chosen_protocol(arguments)
-    with started_processes(arguments.device) as processes:
-        open_it = functools.partial(
+    protocol = load_chosen_protocol(arguments)
+    with start_processes(arguments.device) as processes:
+        opener = functools.partial(
             open_evaluation,
             arguments.source,
             arguments.step,
@@ -125,12 +125,12 @@ def main() -> None:
             ClipSource(arguments.videos, arguments.shards, arguments.split),
             processes.device,
         )
-        share = None if arguments.task is None else Share(arguments.task, arguments.tasks)
-        scores = evaluate(open_it, processes, share, arguments.merge, arguments.keep_samples)
-        if scores is None and share is not None:
-            print(f"{arguments.out}: task {share.task} of {share.tasks} has computed its units")
+        shard = None if arguments.task is None else WorkShard(arguments.task, arguments.tasks)
+        scores = evaluate(opener, processes, shard, arguments.merge, arguments.keep_samples)
+        if scores is None and shard is not None:
+            print(f"{arguments.out}: task {shard.task} of {shard.tasks} has computed its batches")
         elif scores is not None and processes.is_main_process:
-            print(f"{table(scores)}\n{arguments.out}: {', '.join(made(arguments.out))}")
+            print(f"{format_table(scores)}\n{arguments.out}: {', '.join(result_files(arguments.out))}")
 
 
 if __name__ == "__main__":

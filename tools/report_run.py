@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from far_scale.evaluation.rollouts.curve import validation_losses
-from far_scale.evaluation.rollouts.report import report_run
+from far_scale.evaluation.rollouts.loss_curve import validation_losses
+from far_scale.evaluation.rollouts.run_report import report_run
 from far_scale.utils.command_line import command_line
 
 
 @command_line
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Sample as the run's recipe says, and draw samples and loss curve.")
+    parser = argparse.ArgumentParser(description="Sample by the run's recipe, and draw samples and loss curve.")
     parser.add_argument("run", type=Path, help="the run's folder, with recipe.yaml and log.jsonl in it")
     parser.add_argument("--model", type=Path, required=True, help="the model directory exported from the run")
     parser.add_argument(
@@ -28,7 +28,7 @@ def main() -> None:
         print(f"last validation, after step {step}: loss {values}")
     print(f"{len(report['episodes'])} held-out episodes, {report['given']} frames given, {report['frames']} predicted:")
     if report["truth"] is None:
-        print("  no figures: they need a given frame, and frames that really followed")
+        print("  no metrics: they need a given frame and a known truth")
         return
     for key, name in (("prediction", "prediction"), ("repeat_last", "repeat the last given frame")):
         print(f"  {name:28} PSNR {report[key]['psnr']:6.2f} dB   SSIM {report[key]['ssim']:.4f}")

@@ -1,7 +1,7 @@
 """The network of the perceptual distance LPIPS v0.1 (Zhang et al. 2018, arXiv 1801.03924), on AlexNet or VGG16.
 
-The training of autoencoders uses it as a loss (far_scale/autoencoder/training/losses.py), evaluation as a metric
-(far_scale/evaluation/lpips.py). The published tensors are in two files:
+The training of autoencoders takes it as a loss (far_scale/autoencoder/training/losses.py), evaluation as a metric
+(far_scale/evaluation/metric_networks.py). The published tensors are those of two files:
 
 - torchvision's state dict of the backbone (alexnet-owt-7be5be79.pth, vgg16-397923af.pth): `features.0.weight`,
   `features.0.bias`, ...; other tensors are ignored;

@@ -1,1 +1,1 @@
-"""Scores of generated videos: FVD and LPIPS with their true networks, and how sure they are."""
+"""Scores of generated videos by protocols: FVD, LPIPS, PSNR and SSIM, with confidence intervals."""

@@ -1,7 +1,7 @@
-"""What the official code does to frames before it measures them: a border on given ones, and a way through an MP4.
+"""What the official code does to frames before it scores them: a border on given ones, and encoding as MP4.
 
-`through_h264` gives the frames that its imageio writer and its PyAV reader give, bit for bit, wherever swscale and
-libx264 compute alike. It is lossy, for the truth too, and moves scores in both directions.
+`through_h264` gives the same frames as its imageio writer and PyAV reader, bit for bit, wherever swscale and libx264
+compute the same. It is lossy, for the truth too, and moves scores in both directions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from far_scale.utils.errors import UserError
 
 H264_BLOCK = 16
-"""Sides of frames that go through H.264 are multiples of it; imageio would rescale others."""
+"""Frames for H.264 need sides that are multiples of it; imageio would rescale others."""
 _FPS = 8
 _RED = (255, 0, 0)
 _CRF = "23"  # of libx264 itself: imageio's quality of 5, a crf of 25, does not reach FFmpeg's command
@@ -25,7 +25,7 @@ _ROWS_OF_A_THREAD = 32
 
 
 def with_border(frames: NDArray[np.uint8], given: int) -> NDArray[np.uint8]:
-    """A copy of frames `[F, H, W, 3]`, of which the first `given` ones have a red border of one pixel."""
+    """A copy of frames `[F, H, W, 3]` with a red border of one pixel on the first `given` ones."""
     framed = frames.copy()
     for edge in (np.s_[:given, 0], np.s_[:given, -1], np.s_[:given, :, 0], np.s_[:given, :, -1]):
         framed[edge] = _RED
@@ -33,9 +33,9 @@ def with_border(frames: NDArray[np.uint8], given: int) -> NDArray[np.uint8]:
 
 
 def through_h264(sample: NDArray[np.uint8], truth: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Both videos `[F, H, W, 3]` as they come out of one MP4 that shows them side by side, sample left.
+    """Encode and decode both videos `[F, H, W, 3]`, side by side in one MP4, sample left.
 
-    F frames may be several trajectories, one after the other. libx264's defaults, yuv420p, 8 frames a second.
+    The F frames may hold several trajectories, one after the other. libx264's defaults, yuv420p, 8 frames a second.
 
     Raises:
         UserError: shapes that differ, no frames, or a side that is no multiple of 16.
@@ -49,23 +49,23 @@ def through_h264(sample: NDArray[np.uint8], truth: NDArray[np.uint8]) -> tuple[N
             f"frames.codec: h264 needs sides that are multiples of {H264_BLOCK}, and frames are {height}x{width}; "
             f"set it to none, or clips.size to such a multiple"
         )
-    frames = _decoded(_encoded(np.concatenate([sample, truth], axis=2)))
+    frames = _decode_mp4(_encode_mp4(np.concatenate([sample, truth], axis=2)))
     return frames[:, :, :width], frames[:, :, width:]
 
 
-def _encoded(frames: NDArray[np.uint8]) -> io.BytesIO:
+def _encode_mp4(frames: NDArray[np.uint8]) -> io.BytesIO:
     file, to_yuv = io.BytesIO(), VideoReformatter()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=_FPS, options={"crf": _CRF})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        # What is written depends on the number of threads. libx264 takes 3 for 2 cores, but not more than this: so this
-        # is what every machine with enough cores takes (6 for 256 rows), and fixed, the result is the same on all.
+        # The result depends on the number of threads. libx264 takes 3 for 2 cores, and at most this number: every
+        # machine with enough cores takes it (6 for 256 rows). Fixed, the result is the same on all machines.
         stream.thread_count = max(1, frames.shape[1] // _ROWS_OF_A_THREAD)
-        stream.thread_type = "FRAME"  # PyAV's default cuts each frame in slices
+        stream.thread_type = "FRAME"  # PyAV's default cuts each frame into slices
         for index, pixels in enumerate(frames):
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            # FFmpeg's command is bicubic where it converts colours, and PyAV bilinear.
+            # FFmpeg's command converts colours with bicubic interpolation, PyAV with bilinear.
             frame = to_yuv.reformat(rgb, format="yuv420p", interpolation=Interpolation.BICUBIC)
             frame.pts, frame.time_base = index, Fraction(1, _FPS)
             container.mux(stream.encode(frame))
@@ -74,7 +74,7 @@ def _encoded(frames: NDArray[np.uint8]) -> io.BytesIO:
     return file
 
 
-def _decoded(file: io.BytesIO) -> NDArray[np.uint8]:
+def _decode_mp4(file: io.BytesIO) -> NDArray[np.uint8]:
     to_rgb = VideoReformatter()
     with av.open(file, "r") as container:
         decoded = [

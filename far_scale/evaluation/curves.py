@@ -1,4 +1,4 @@
-"""Scores over the frames of a clip as curves, with their 95% bootstrap bands over clips."""
+"""Curves of scores over the frames of a clip, with 95% bootstrap bands over clips."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from far_scale.evaluation.protocol import Metric
-from far_scale.evaluation.scores import PAIRED, PerClip, System, Values, to_mse, to_psnr
-from far_scale.evaluation.uncertainty import bootstrap_interval
+from far_scale.evaluation.results import PAIRED, PerClip, System, Values, mse_to_psnr, psnr_to_mse
+from far_scale.evaluation.score_statistics import bootstrap_interval
 from far_scale.utils.io import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange", "tab:cyan", "tab:pink", "tab:olive")
-REPEAT_STYLE = ("0.35", "--")  # colour and dashes, the same in all pictures
+REPEAT_STYLE = ("0.35", "--")  # colour and line style in all pictures
 RECONSTRUCTION_STYLE = ("tab:green", ":")
 
 _LABELS: dict[Metric, str] = {
@@ -28,7 +28,7 @@ _LABELS: dict[Metric, str] = {
     "ssim": "SSIM (higher is better)",
 }
 _PANEL, _TITLE, _LEGEND_LINE = (4.2, 3.4), 0.4, 0.25  # inches: width and height; heights
-_DOTTED_UP_TO = 16  # frames; the dots of more would run together
+_MARKERS_UP_TO = 16  # frames; more markers would overlap
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Line:
-    """What one line of the plots shows, and its looks (matplotlib's names)."""
+    """The data of one line of the plots, and its style (matplotlib's names)."""
 
     name: str
     clips: PerClip
@@ -51,26 +51,26 @@ class Line:
     dashes: str = "-"
 
 
-def curve(clips: PerClip, system: System, metric: Metric) -> Curve:
-    """The mean over clips at each predicted frame; of PSNR over a set, that of the mean squared error."""
+def mean_curve(clips: PerClip, system: System, metric: Metric) -> Curve:
+    """The mean over clips at each predicted frame; PSNR over a set is averaged as mean squared error."""
     values = clips.values[system, metric]
     pooled = metric == "psnr" and clips.psnr_of == "set"
     if pooled:
-        values = to_mse(values)
+        values = psnr_to_mse(values)
     mean, low, high = values.mean(axis=0), None, None
     if len(values) > 1:
         low, high = np.array([bootstrap_interval(column) for column in values.T]).T
-    if pooled:  # a small error is a high PSNR
-        mean, low, high = to_psnr(mean), *(None if end is None else to_psnr(end) for end in (high, low))
+    if pooled:  # a low error is a high PSNR
+        mean, low, high = mse_to_psnr(mean), *(None if end is None else mse_to_psnr(end) for end in (high, low))
     return Curve(mean, low, high)
 
 
 def draw_curves(path: Path, plots: Sequence[tuple[str, Sequence[Line]]]) -> None:
-    """Draw a PNG, atomically: a row of panels for each plot (its title and lines), a panel for each metric.
+    """Write a PNG atomically: a row of panels for each plot (title and lines), a panel for each metric.
 
-    Without any values nothing is drawn, and a picture that is there, of an earlier evaluation, is removed.
+    Without any values no PNG is written, and an existing one of an earlier evaluation is removed.
     """
-    from matplotlib.figure import Figure  # imported here: slow, and only wanted for pictures
+    from matplotlib.figure import Figure  # imported here: slow, and only needed for pictures
 
     plots = [(title, lines) for title, lines in plots if _metrics(lines)]
     if not plots:
@@ -84,7 +84,7 @@ def draw_curves(path: Path, plots: Sequence[tuple[str, Sequence[Line]]]) -> None
         row.suptitle(title, fontsize=12)
         all_axes = row.subplots(1, columns, squeeze=False)[0]
         for axes, metric in zip(all_axes, _metrics(lines), strict=False):
-            _panel(axes, metric, lines)
+            _draw_panel(axes, metric, lines)
         for axes in all_axes[len(_metrics(lines)) :]:
             axes.set_visible(False)
         named = {
@@ -101,16 +101,16 @@ def _metrics(lines: Sequence[Line]) -> list[Metric]:
     return [metric for metric in PAIRED if any((line.system, metric) in line.clips.values for line in lines)]
 
 
-def _panel(axes: Axes, metric: Metric, lines: Sequence[Line]) -> None:
+def _draw_panel(axes: Axes, metric: Metric, lines: Sequence[Line]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for line in lines:
         if (line.system, metric) not in line.clips.values:
             continue
-        drawn = curve(line.clips, line.system, metric)
+        drawn = mean_curve(line.clips, line.system, metric)
         frames = line.clips.given + np.arange(len(drawn.mean))
         (drawn_line,) = axes.plot(frames, drawn.mean, color=line.colour, linestyle=line.dashes, label=line.name)
-        if len(frames) <= _DOTTED_UP_TO:
+        if len(frames) <= _MARKERS_UP_TO:
             drawn_line.set(marker="o", markersize=3.5)
         if drawn.low is not None and drawn.high is not None:
             axes.fill_between(frames, drawn.low, drawn.high, color=line.colour, alpha=0.18, linewidth=0)

@@ -1,4 +1,4 @@
-"""Evaluates the checkpoints of a run one after the other while it trains, and so never holds it up."""
+"""Evaluates the checkpoints of a run while it trains, in processes of its own."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ import torch
 from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.convert.model_dir import is_model_dir
 from far_scale.distributed.process_group import Processes, broadcast_from_main
-from far_scale.evaluation.by_step import PLOT, is_evaluated, refuse_other_protocols, step_folders, write_scores_by_step
-from far_scale.evaluation.clips import ClipSource
+from far_scale.evaluation.batches import SETTINGS_FILE, Evaluation
+from far_scale.evaluation.clip_sets import ClipSource
+from far_scale.evaluation.pipeline import check_clip_count, evaluate, open_model_evaluation
 from far_scale.evaluation.protocol import Protocol
-from far_scale.evaluation.run import check_count, evaluate, open_model
-from far_scale.evaluation.scores import Scores
-from far_scale.evaluation.tables import LABELS, in_digits
-from far_scale.evaluation.units import SETTINGS, Evaluation
+from far_scale.evaluation.results import Scores
+from far_scale.evaluation.scores_by_step import (
+    PLOT,
+    check_same_protocol,
+    is_evaluated,
+    step_folders,
+    write_scores_by_step,
+)
+from far_scale.evaluation.tables import LABELS, format_score
 from far_scale.train.checkpoint.export import export_if_needed
 from far_scale.train.checkpoint.folders import damage, is_ephemeral
 from far_scale.train.checkpoint.run_dir import run_identity, step_folder, steps_there
@@ -31,45 +37,45 @@ from far_scale.train.wandb_run import WandbRun
 from far_scale.train.wandb_scores import STEP_KEY, ScoreRows
 from far_scale.utils.errors import UserError, print_warning
 
-MODEL = "model"
+MODEL_FOLDER = "model"
 POLL_SECONDS = 30.0
-PATIENCE_HOURS = 12.0
-"""How long a run may show no sign of a training before this ends."""
-_SIGNS = ("log.jsonl", LEASE, "checkpoints/latest")  # what a training writes to
+INACTIVITY_HOURS = 12.0
+"""A run without any sign of training for this long ends the evaluation."""
+_ACTIVITY_FILES = ("log.jsonl", LEASE, "checkpoints/latest")  # what a training writes to
 
 
 def follow(run: Path, protocol: Protocol, out: Path, clips: ClipSource, once: bool, processes: Processes) -> None:
-    """Evaluate every checkpoint of a run that is not evaluated yet, oldest first, until all its steps are done.
+    """Evaluate each checkpoint of a run, oldest first, until the training is complete; every process calls this.
 
-    Every process calls this. Each checkpoint gets a folder `out`/step-XXXXXXXX, which keeps neither model nor samples;
-    after each, scores_by_step.json and .png are written anew. A checkpoint that is removed or damaged is skipped with
-    one line, those that stay only until the next one (checkpoint.every_minutes) without.
+    Each checkpoint gets a folder `out`/step-XXXXXXXX, which keeps neither model nor samples; after each,
+    scores_by_step.json and .png are rewritten. A removed or damaged checkpoint is skipped with a warning. Temporary
+    checkpoints (checkpoint.every_minutes) are skipped without.
 
     Args:
-        run: the run directory, which may not be there yet.
-        once: end where there is nothing to do now.
+        run: the run directory, which may not exist yet.
+        once: end when nothing is left to evaluate now.
 
     Raises:
-        UserError: on all processes: clips, protocol, model and `out` do not fit together; or for `PATIENCE_HOURS` there
-            was no sign of a training.
+        UserError: on all processes: clips, protocol, model and `out` do not fit together; or there was no sign of
+            training for `INACTIVITY_HOURS`.
     """
-    check_count(protocol)
-    following = _Following(run, protocol, out, clips, processes.device)
-    broadcast_from_main(lambda: following.begin(once), processes)
+    check_clip_count(protocol)
+    follower = _RunFollower(run, protocol, out, clips, processes.device)
+    broadcast_from_main(lambda: follower.begin(once), processes)
     while True:
-        step = broadcast_from_main(following.next_step, processes)
+        step = broadcast_from_main(follower.next_step, processes)
         if step is not None:
-            evaluate(functools.partial(following.open, step), processes, None, merge_only=False, keep_samples=False)
-            broadcast_from_main(functools.partial(following.settle, step), processes)
-        elif (broadcast_from_main(following.is_over, processes) and _log_rest(following, processes)) or once:
+            evaluate(functools.partial(follower.open, step), processes, None, merge_only=False, keep_samples=False)
+            broadcast_from_main(functools.partial(follower.update_results, step), processes)
+        elif (broadcast_from_main(follower.is_over, processes) and _log_remaining_scores(follower, processes)) or once:
             return
         else:
-            broadcast_from_main(following.wait, processes)
+            broadcast_from_main(follower.wait, processes)
 
 
 @dataclass
-class _Following:
-    """A run, and the folder of its evaluations. The main process alone calls what is not `open`."""
+class _RunFollower:
+    """A run and the folder of its evaluations. Only the main process calls methods other than `open`."""
 
     run: Path
     protocol: Protocol
@@ -77,30 +83,30 @@ class _Following:
     clips: ClipSource
     device: torch.device
     started: float = field(default_factory=time.time)
-    skipped: set[tuple[int, int]] = field(default_factory=set)  # step, and when its folder was last changed
-    said: str = ""
+    skipped: set[tuple[int, int]] = field(default_factory=set)  # step, and modification time of its folder
+    last_message: str = ""
 
     def begin(self, once: bool) -> None:
-        """Finish what a kill has left between two checkpoints.
+        """Finish the work that a kill interrupted between two checkpoints.
 
         Raises:
-            UserError: there is no run, and nobody waits for it; `out` holds scores by another protocol.
+            UserError: with `once`, there is no run; or `out` holds scores by another protocol.
         """
         if once and self.recipe() is None:
             raise UserError(f"{self.run}: there is no run here; give a run directory, which has a recipe.yaml")
-        refuse_other_protocols(self.out, self.protocol, clips_known=False)
-        self.settle()
+        check_same_protocol(self.out, self.protocol, clips_known=False)
+        self.update_results()
 
     def recipe(self) -> Recipe | None:
-        """The run's recipe as it is now; None where no training has started yet."""
+        """The run's current recipe; None before the training has started."""
         path = self.run / "recipe.yaml"
         return load_recipe(path) if path.is_file() else None
 
     def next_step(self) -> int | None:
-        """The first checkpoint that is not evaluated and can be, with its model in `out`; None where there is none."""
+        """The step of the first checkpoint to evaluate, with its model exported into `out`; None if there is none."""
         begun = step_folders(self.out)
-        lasting = [step for step in steps_there(self.run) if not is_ephemeral(step_folder(self.run, step))]
-        for step in sorted({*lasting, *begun}):
+        permanent = [step for step in steps_there(self.run) if not is_ephemeral(step_folder(self.run, step))]
+        for step in sorted({*permanent, *begun}):
             if not (step in begun and is_evaluated(begun[step])) and self._export(step):
                 return step
         return None
@@ -109,80 +115,82 @@ class _Following:
         """The evaluation of a checkpoint that `next_step` returned; every process calls this.
 
         Raises:
-            UserError: `out` holds evaluations by another protocol; and as `open_model`.
+            UserError: `out` holds evaluations by another protocol; and as `open_model_evaluation`.
         """
         folder = self._folder(step)
-        evaluation = open_model(self.run, folder / MODEL, self.protocol, folder, self.clips, self.device)
+        evaluation = open_model_evaluation(
+            self.run, folder / MODEL_FOLDER, self.protocol, folder, self.clips, self.device
+        )
         if first:
-            refuse_other_protocols(self.out, evaluation.protocol, clips_known=True)
+            check_same_protocol(self.out, evaluation.protocol, clips_known=True)
             evaluation.begin()
         return evaluation
 
-    def settle(self, step: int | None = None) -> None:
-        """Bring all that follows from the step folders up to date.
+    def update_results(self, step: int | None = None) -> None:
+        """Update scores, plot and wandb rows from the step folders, and remove models and samples.
 
         Args:
-            step: was just evaluated, and is reported.
+            step: the one just evaluated; its scores are printed.
         """
-        found = write_scores_by_step(self.out)
+        scores_by_step = write_scores_by_step(self.out)
         for folder in step_folders(self.out).values():
             if is_evaluated(folder):
-                # a killed export has left its part
-                for big in (folder / MODEL, folder / "samples", *folder.glob(f".{MODEL}.*.part")):
-                    shutil.rmtree(big, ignore_errors=True)
-        if self._asks_for_wandb():
+                # with the partial files of killed exports
+                for leftover in (folder / MODEL_FOLDER, folder / "samples", *folder.glob(f".{MODEL_FOLDER}.*.part")):
+                    shutil.rmtree(leftover, ignore_errors=True)
+        if self._uses_wandb():
             try:
-                for number, scores in found.items():
+                for number, scores in scores_by_step.items():
                     name = f"{scores.protocol}-{scores.protocol_hash[:8]}-step-{number:08d}"
-                    ScoreRows(self.run).put(name, _row(number, scores))
-            except OSError as error:  # scores in wandb are never worth an evaluation
-                print_warning(f"{self.run}: scores cannot be left for wandb ({error})")
+                    ScoreRows(self.run).put(name, _wandb_row(number, scores))
+            except OSError as error:  # trouble with wandb must not stop the evaluation
+                print_warning(f"{self.run}: cannot queue scores for wandb ({error})")
         if step is not None:
-            print(f"step {step}: {_in_words(found[step])}; see {self.out / PLOT}", flush=True)
+            print(f"step {step}: {_format_scores(scores_by_step[step])}; see {self.out / PLOT}", flush=True)
 
     def is_over(self) -> bool:
-        """Whether all steps are done: the last checkpoint is there, or was."""
+        """Whether the training is complete: its last checkpoint exists or was evaluated."""
         recipe = self.recipe()
-        done = max([*steps_there(self.run), *step_folders(self.out)], default=0)
-        return recipe is not None and done >= recipe.train.steps
+        last_step = max([*steps_there(self.run), *step_folders(self.out)], default=0)
+        return recipe is not None and last_step >= recipe.train.steps
 
     def wait(self) -> None:
-        """Wait a while for the next checkpoint.
+        """Wait for the next checkpoint for `POLL_SECONDS`.
 
         Raises:
-            UserError: the training seems to be dead.
+            UserError: the training shows no activity.
         """
-        signs = [self.started]
-        for name in _SIGNS:
+        activity = [self.started]
+        for name in _ACTIVITY_FILES:
             with contextlib.suppress(OSError):
-                signs.append((self.run / name).stat().st_mtime)
-        if time.time() - max(signs) > 3600 * PATIENCE_HOURS:
+                activity.append((self.run / name).stat().st_mtime)
+        if time.time() - max(activity) > 3600 * INACTIVITY_HOURS:
             raise UserError(
-                f"{self.run}: no sign of a training for {PATIENCE_HOURS:g} hours ({', '.join(_SIGNS)} are old); "
-                "run this again when it trains"
+                f"{self.run}: no sign of training for {INACTIVITY_HOURS:g} hours ({', '.join(_ACTIVITY_FILES)} are "
+                "old); run this again when it trains"
             )
         last = max(steps_there(self.run), default=0)
         text = f"{self.run}: waiting for a checkpoint after step {last}"
-        if text != self.said:
+        if text != self.last_message:
             print(text, flush=True)
-            self.said = text
+            self.last_message = text
         time.sleep(POLL_SECONDS)
 
-    def log_rest(self) -> None:
-        """Log the scores that the training did not log any more; trouble with wandb is only reported."""
+    def log_remaining_scores(self) -> None:
+        """Log the scores that the training did not log; trouble with wandb is only a warning."""
         recipe = self.recipe()
         assert recipe is not None
         folder = self.run / "evaluation"
         try:
             WandbRun(recipe, run_identity(self.run)[0], self.run, folder).log_scores()
-        except Exception as error:  # of whatever kind wandb's connection gives
+        except Exception as error:  # any error of wandb's connection
             print_warning(f"wandb: {type(error).__name__}: {error}; run this again to log the scores")
 
-    def rows_wait(self) -> bool:
-        """Whether there are scores to log."""
-        return self._asks_for_wandb() and bool(ScoreRows(self.run).waiting())
+    def has_unlogged_scores(self) -> bool:
+        """Whether scores are waiting to be logged to wandb."""
+        return self._uses_wandb() and bool(ScoreRows(self.run).waiting())
 
-    def _asks_for_wandb(self) -> bool:
+    def _uses_wandb(self) -> bool:
         recipe = self.recipe()
         return recipe is not None and recipe.log.wandb.mode != "disabled"
 
@@ -190,63 +198,63 @@ class _Following:
         return self.out / f"step-{step:08d}"
 
     def _export(self, step: int) -> bool:
-        """Export a checkpoint, unless it was before; False, with one line, where it is removed or damaged."""
+        """Export a checkpoint if needed; False, with a warning, if it is removed or damaged."""
         source, folder = step_folder(self.run, step), self._folder(step)
-        begun = (folder / SETTINGS).is_file() and is_model_dir(folder / MODEL)
-        changed = _changed(source)
-        if changed is None and begun:  # removed since
+        begun = (folder / SETTINGS_FILE).is_file() and is_model_dir(folder / MODEL_FOLDER)
+        modified = _modified_ns(source)
+        if modified is None and begun:  # removed since the export
             return True
-        if (step, changed or 0) in self.skipped:
+        if (step, modified or 0) in self.skipped:
             return False
         try:
-            _, written = export_if_needed(self.run, step, self.protocol.sampling.weights, folder / MODEL)
-        except Exception:  # of whatever kind files give that are removed while they are read
+            _, written = export_if_needed(self.run, step, self.protocol.sampling.weights, folder / MODEL_FOLDER)
+        except Exception:  # any error that files give when they are removed during reading
             problem: str | None = f"{source}: was removed"
-            if _changed(source) is not None:
-                if _changed(source) != changed:
-                    return False  # written anew: it is tried again
+            if _modified_ns(source) is not None:
+                if _modified_ns(source) != modified:
+                    return False  # rewritten meanwhile: try again
                 problem = damage(source)
             if problem is None:
                 raise
             if begun:
                 return True
             print_warning(f"{problem}; step {step} is not evaluated")
-            self.skipped.add((step, _changed(source) or 0))
+            self.skipped.add((step, _modified_ns(source) or 0))
             return False
-        if written and (folder / SETTINGS).is_file():  # begun with other weights
+        if written and (folder / SETTINGS_FILE).is_file():  # begun with other weights
             shutil.rmtree(folder / "units", ignore_errors=True)
             shutil.rmtree(folder / "samples", ignore_errors=True)
-            (folder / SETTINGS).unlink()
+            (folder / SETTINGS_FILE).unlink()
         return True
 
 
-def _log_rest(following: _Following, processes: Processes) -> bool:
-    """Log what is left for wandb; False while another job has the run's lease, and so may write to the wandb run."""
-    if not broadcast_from_main(following.rows_wait, processes):
+def _log_remaining_scores(follower: _RunFollower, processes: Processes) -> bool:
+    """Log the remaining scores; False while another job holds the run's lease and may write to the wandb run."""
+    if not broadcast_from_main(follower.has_unlogged_scores, processes):
         return True
     try:
-        with Lease(following.run, processes):
-            broadcast_from_main(following.log_rest, processes)
+        with Lease(follower.run, processes):
+            broadcast_from_main(follower.log_remaining_scores, processes)
     except UserError:
         return False
     return True
 
 
-def _changed(folder: Path) -> int | None:
-    """When a folder got or lost a file, in nanoseconds; None where there is no such folder."""
+def _modified_ns(folder: Path) -> int | None:
+    """Modification time of a folder in nanoseconds; None if it does not exist."""
     try:
         return folder.stat().st_mtime_ns
     except OSError:
         return None
 
 
-def _row(step: int, scores: Scores) -> dict[str, Any]:
+def _wandb_row(step: int, scores: Scores) -> dict[str, Any]:
     values = {f"evaluation/{scores.protocol}/{metric}": score.mean for metric, score in scores.scores.items()}
     return {STEP_KEY: step, **{key: value for key, value in values.items() if value is not None}}
 
 
-def _in_words(scores: Scores) -> str:
+def _format_scores(scores: Scores) -> str:
     return ", ".join(
-        f"{LABELS[metric]} {'not finite' if score.mean is None else in_digits(metric, score.mean)}"
+        f"{LABELS[metric]} {'not finite' if score.mean is None else format_score(metric, score.mean)}"
         for metric, score in scores.scores.items()
     )

@@ -1,4 +1,4 @@
-"""Clips to samples: what the model predicts, as uint8 frames with the given ones before them.
+"""Generates the samples of an evaluation: given and predicted frames in uint8.
 
 shape letters   B clips   S samples (trajectories) of a clip   G/F given frames, and with predicted ones
 """
@@ -15,25 +15,26 @@ from torch import Tensor
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelMetadata
 from far_scale.data.video.transforms import to_pixels
-from far_scale.evaluation.clips import Clip
+from far_scale.evaluation.clip_sets import Clip
 from far_scale.evaluation.protocol import Protocol
 from far_scale.model import FAR, FARConfig
+from far_scale.sampling.config import SamplingConfig
 from far_scale.sampling.sampler import predict_frames
 from far_scale.utils.errors import UserError
 
 Pixels = NDArray[np.uint8]
 
-_FRAMES_AT_ONCE = 32  # through the autoencoder; fixed, since another batch size may round differently
+_CODEC_BATCH = 32  # frames through the autoencoder; fixed, since another batch size may round differently
 
 
-class FrameCoder:
-    """The autoencoder between uint8 frames and latents, by a protocol's rules."""
+class FrameCodec:
+    """Converts between uint8 frames and latents by a protocol's rules."""
 
     def __init__(self, autoencoder: Autoencoder, protocol: Protocol) -> None:
         self._autoencoder, self._round_down = autoencoder, protocol.frames.rounding == "down"
 
     def truth(self, clip: Clip) -> Pixels:
-        """What the clip really shows, `[F, h, w, 3]`: its frames, or its latents decoded."""
+        """The clip's true frames `[F, h, w, 3]`: recorded ones, or decoded latents."""
         if clip.frames is not None:
             if clip.frames.dtype == np.uint8:
                 return clip.frames
@@ -47,11 +48,11 @@ class FrameCoder:
             return clip.latents[:frames]
         assert clip.frames is not None
         pixels = to_pixels(torch.from_numpy(clip.frames[:frames]))
-        return torch.cat([self._autoencoder.encode(part).cpu() for part in pixels.split(_FRAMES_AT_ONCE)])
+        return torch.cat([self._autoencoder.encode(part).cpu() for part in pixels.split(_CODEC_BATCH)])
 
     def decode(self, latents: Tensor) -> Pixels:
         """Unscaled latents `[N, C, H, W]` to frames `[N, h, w, 3]`."""
-        parts = [self._autoencoder.decode(part).cpu() for part in latents.split(_FRAMES_AT_ONCE)]
+        parts = [self._autoencoder.decode(part).cpu() for part in latents.split(_CODEC_BATCH)]
         return self._to_uint8(torch.cat(parts) / 2 + 0.5)
 
     def _to_uint8(self, pixels: Tensor) -> Pixels:
@@ -62,76 +63,71 @@ class FrameCoder:
         return frames
 
 
-class Generator:
-    """Samples batches of clips, always of `sampling.batch` rows, so that nothing depends on what is beside a clip."""
+class SampleGenerator:
+    """Samples batches of clips, always filled up to `sampling.batch`, so that no clip depends on its batch."""
 
-    def __init__(self, model: FAR, card: ModelMetadata, coder: FrameCoder, protocol: Protocol) -> None:
-        self._model, self._card, self._coder, self._protocol = model, card, coder, protocol
-        self._device = next(model.parameters()).device
+    def __init__(self, model: FAR, metadata: ModelMetadata, codec: FrameCodec, protocol: Protocol) -> None:
+        self._model, self._metadata, self._codec, self._protocol = model, metadata, codec, protocol
 
     def samples(self, clips: Sequence[Clip], truth: Pixels, seed: int) -> Pixels:
-        """`[B, S, F, h, w, 3]` of at most `sampling.batch` clips, whose true frames are `[B, F, h, w, 3]`.
+        """Sample at most `sampling.batch` clips.
+
+        Args:
+            clips: B clips.
+            truth: `[B, F, h, w, 3]`, their true frames.
+            seed: of the noise.
+
+        Returns:
+            `[B, S, F, h, w, 3]`, given frames first.
 
         Raises:
             UserError: the model gives numbers that are not finite.
         """
         sampling = self._protocol.sampling
         rows = [*clips, *[clips[-1]] * (sampling.batch - len(clips))]
-        given = [self._given(clip, true) for clip, true in zip(clips, truth, strict=True)]
-        return np.stack(
-            [
-                np.stack([np.concatenate([before, after]) for before, after in zip(given, predicted, strict=True)])
-                for predicted in (
-                    self._predicted(rows, seed, trajectory)[: len(clips)] for trajectory in range(sampling.trajectories)
-                )
-            ],
-            axis=1,
-        )
+        given = np.stack([self._given_frames(clip, true) for clip, true in zip(clips, truth, strict=True)])
+        trajectories = [
+            np.concatenate([given, self._predicted_frames(rows, seed, trajectory)[: len(clips)]], axis=1)
+            for trajectory in range(sampling.trajectories)
+        ]
+        return np.stack(trajectories, axis=1)
 
-    def _given(self, clip: Clip, truth: Pixels) -> Pixels:
-        """The given frames as a sample has them, `[G, h, w, 3]`."""
+    def _given_frames(self, clip: Clip, truth: Pixels) -> Pixels:
+        """The given frames of a clip's samples, `[G, h, w, 3]`."""
         given = self._protocol.sampling.given
         if self._protocol.frames.given == "true" or not given:
             return truth[:given]
-        return self._coder.decode(self._coder.encode(clip, given))
+        return self._codec.decode(self._codec.encode(clip, given))
 
-    def _predicted(self, rows: Sequence[Clip], seed: int, trajectory: int) -> Pixels:
-        """One sample of the predicted frames of each row, `[rows, F - G, h, w, 3]`."""
-        sampling, scaling = self._protocol.sampling, self._card.scaling
+    def _predicted_frames(self, rows: Sequence[Clip], seed: int, trajectory: int) -> Pixels:
+        """One sample of each row's predicted frames, `[rows, F - G, h, w, 3]`."""
+        sampling, scaling = self._protocol.sampling, self._metadata.scaling
         if sampling.given:
-            context = torch.stack([scaling.normalise(self._coder.encode(clip, sampling.given)) for clip in rows])
+            context = torch.stack([scaling.normalise(self._codec.encode(clip, sampling.given)) for clip in rows])
         else:
-            context = torch.empty(len(rows), 0, *self._card.latent_shape)
+            context = torch.empty(len(rows), 0, *self._metadata.latent_shape)
         frames = predict_frames(
             self._model,
             context,
-            sampling.predicted,
-            sampling.steps,
-            guidance_of(self._protocol, self._model.config),
-            actions=_stacked([clip.actions for clip in rows]),
-            labels=_stacked([None if clip.label is None else torch.tensor(clip.label) for clip in rows]),
-            seed=seed,
+            sampling_config(self._protocol, self._model.config, seed),
+            actions=_stack_conditions([clip.actions for clip in rows]),
+            labels=_stack_conditions([None if clip.label is None else torch.tensor(clip.label) for clip in rows]),
             clip_ids=[clip.number * sampling.trajectories + trajectory for clip in rows],
-            context_noise=sampling.context_noise,
         )
-        decoded = []
-        for index, latents in enumerate(frames):
-            if not latents.isfinite().all():
-                keys = ", ".join(clip.key for clip in rows[:3])
-                raise UserError(
-                    f"frame {sampling.given + index} of clips {keys}: the model gives numbers that are not finite; "
-                    "evaluate an earlier checkpoint, or lower the guidance"
-                )
-            decoded.append(self._coder.decode(scaling.restore(latents)))
-        return np.stack(decoded, axis=1)
+        try:
+            return np.stack([self._codec.decode(scaling.restore(latents)) for latents in frames], axis=1)
+        except UserError as error:
+            raise UserError(f"clips {', '.join(clip.key for clip in rows[:3])}: {error}") from None
 
 
-def guidance_of(protocol: Protocol, config: FARConfig) -> float:
-    """The guidance that a model samples with: one without conditions has none."""
-    return protocol.sampling.guidance if config.actions or config.labels else 1.0
+def sampling_config(protocol: Protocol, model: FARConfig, seed: int) -> SamplingConfig:
+    """A protocol's settings for a model; one without conditions samples without guidance."""
+    sampling = protocol.sampling
+    guidance = sampling.guidance if model.actions or model.labels else 1.0
+    return SamplingConfig(sampling.predicted, sampling.steps, guidance, seed, sampling.context_noise)
 
 
-def _stacked(conditions: Sequence[Tensor | None]) -> Tensor | None:
-    """The clips' actions `[B, F]` or labels `[B]`; None where they have none."""
-    there = [each for each in conditions if each is not None]
-    return torch.stack(there) if there else None
+def _stack_conditions(conditions: Sequence[Tensor | None]) -> Tensor | None:
+    """The clips' actions `[B, F]` or labels `[B]`; None for clips without."""
+    tensors = [condition for condition in conditions if condition is not None]
+    return torch.stack(tensors) if tensors else None

@@ -1,7 +1,7 @@
 """A protocol: everything that fixes an evaluation's scores, as a typed YAML file in recipes/protocols/.
 
-Two scores can be compared where the hashes of their protocols are equal. The hash is that of every field that changes a
-score, with the fingerprint of the clips that were found; texts and names are left out.
+Two scores can be compared where the hashes of their protocols are equal. The hash covers every field that changes a
+score, and the fingerprint of the clips; texts and names are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from far_scale.config.reference import explain, reference
 from far_scale.config.schema import Count, Fraction, Section, valid_guidance
 from far_scale.config.yaml_loader import PROTOCOL, read_document
 from far_scale.evaluation.codec import H264_BLOCK
-from far_scale.evaluation.i3d import MIN_FRAMES
+from far_scale.evaluation.metric_networks import MIN_FRAMES
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 

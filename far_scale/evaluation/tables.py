@@ -1,4 +1,4 @@
-"""Scores as the rows of a table, for Markdown and for the console."""
+"""Tables of scores, for Markdown and for the console."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from far_scale.evaluation.protocol import METRICS, Metric, Published
-from far_scale.evaluation.scores import Score, Scores
+from far_scale.evaluation.results import Score, Scores
 
-FEATURES = 400  # logits of FVD's network: N clips give a covariance of rank N - 1 at most
+FEATURES = 400  # logits of FVD's network; N clips give a covariance of rank at most N - 1
 REPEAT_LAST = "repeat the last given frame"
 RECONSTRUCTION = "autoencoder's reconstruction (the ceiling)"
 LABELS: dict[Metric, str] = {"lpips": "LPIPS", "ssim": "SSIM", "psnr": "PSNR", "fvd": "FVD"}
@@ -20,7 +20,7 @@ _HEADS: dict[Metric, str] = {"lpips": "LPIPS ↓", "ssim": "SSIM ↑", "psnr": "
 
 @dataclass(frozen=True)
 class Row:
-    """What one system scored; `published` where others published it."""
+    """The scores of one system; `published` if they come from a publication."""
 
     name: str
     scores: Mapping[Metric, Score]
@@ -29,18 +29,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Lines of equally many cells; the first line is the header, the first cell of a line its name."""
+    """Lines with the same number of cells; the first line is the header, a line's first cell its name."""
 
     lines: list[list[str]]
 
     def markdown(self) -> str:
-        """As a table in Markdown."""
+        """The table in Markdown."""
         lines = [[cell.replace("|", "\\|") for cell in line] for line in self.lines]
         lines.insert(1, ["---"] * len(lines[0]))
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def plain(self) -> str:
-        """As aligned columns of text."""
+        """The table as aligned columns of text."""
         widths = [max(map(len, column)) for column in zip(*self.lines, strict=True)]
         rows = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in self.lines)
         return "".join(f"{row}\n" for row in rows)
@@ -49,46 +49,46 @@ class Table:
 def scores_table(rows: Sequence[Row], order: Sequence[Metric]) -> Table:
     """A table with a column for each metric that a row has: LPIPS first, the others in `order`.
 
-    FVD-infinity has a column of its own where a row has it.
+    FVD-infinity gets a column if a row has it.
     """
-    metrics = [metric for metric in _order(order) if any(metric in row.scores for row in rows)]
+    metrics = [metric for metric in _lpips_first(order) if any(metric in row.scores for row in rows)]
     extrapolated = any(score.infinity is not None for row in rows for score in row.scores.values())
     lines = [["", *(_HEADS[metric] for metric in metrics), *(["FVD-infinity ↓"] if extrapolated else [])]]
     for row in rows:
         cells = [cell_text(row, metric) for metric in metrics]
         if extrapolated:
             infinity = row.scores["fvd"].infinity if "fvd" in row.scores else None
-            cells.append("-" if infinity is None else in_digits("fvd", infinity))
+            cells.append("-" if infinity is None else format_score("fvd", infinity))
         lines.append([f"{row.name} (published)" if row.published else row.name, *cells])
     return Table(lines)
 
 
 def cell_text(row: Row, metric: Metric) -> str:
-    """A score of a row as it is printed; `-` where the row has none."""
+    """A row's score as printed; `-` for none."""
     score = row.scores.get(metric)
     if score is None:
         return "-"
     if row.published:
-        return f"{score.mean:g}"  # with the digits that were published
-    text = in_digits(metric, score.mean)
+        return f"{score.mean:g}"  # with the published digits
+    text = format_score(metric, score.mean)
     if score.ci95 is not None:
-        text += f" [{', '.join(in_digits(metric, end) for end in score.ci95)}]"
-    return text if score.std is None else f"{text} ± {in_digits(metric, score.std)}"
+        text += f" [{', '.join(format_score(metric, end) for end in score.ci95)}]"
+    return text if score.std is None else f"{text} ± {format_score(metric, score.std)}"
 
 
-def in_digits(metric: Metric, value: float | None) -> str:
-    """A score with as many digits as papers give; None is one that was not finite."""
+def format_score(metric: Metric, value: float | None) -> str:
+    """A score with as many digits as papers print; None stands for one that is not finite."""
     return "not finite" if value is None else f"{value:.{_DIGITS[metric]}f}"
 
 
-def rows_of(scores: Scores) -> list[Row]:
-    """The rows of one evaluation: the model, what it stands between, and what was published for the protocol."""
+def score_rows(scores: Scores) -> list[Row]:
+    """The rows of one evaluation: the model, the baselines, and scores published for the protocol."""
     rows = [Row("model", scores.scores)]
     if scores.repeat_last is not None:
         rows.append(Row(REPEAT_LAST, scores.repeat_last))
     if scores.reconstruction is not None:
         rows.append(Row(RECONSTRUCTION, scores.reconstruction))
-    return rows + [published_row(each) for each in scores.settings.published]
+    return rows + [published_row(published) for published in scores.settings.published]
 
 
 def published_row(published: Published) -> Row:
@@ -98,8 +98,8 @@ def published_row(published: Published) -> Row:
     return Row(published.model, scores, published=True)
 
 
-def notes(group: Sequence[Scores]) -> list[str]:
-    """What has to be known before scores, of one protocol hash and number of clips, are compared with others."""
+def comparison_notes(group: Sequence[Scores]) -> list[str]:
+    """Warnings about comparing scores, given for evaluations of one protocol hash and number of clips."""
     lines = ["Compare these scores only with others of the same protocol hash."]
     if any("fvd" in scores.scores for scores in group):
         clips = group[0].n
@@ -112,5 +112,5 @@ def notes(group: Sequence[Scores]) -> list[str]:
     return lines
 
 
-def _order(order: Sequence[Metric]) -> list[Metric]:
+def _lpips_first(order: Sequence[Metric]) -> list[Metric]:
     return sorted(order, key=lambda metric: metric != "lpips")  # stable

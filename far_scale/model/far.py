@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far_scale.model.attention import choose
+from far_scale.model.attention import choose_kernel
 from far_scale.model.layers import (
     HEAD_DIM,
     Block,
     Checkpointing,
-    Output,
+    OutputHead,
     TimestepEmbedding,
     Tokens,
     UnusedWeights,
     linear,
-    rotations,
+    rotary_embedding,
 )
 from far_scale.model.layout import FrameGroup, FrameLayout
 
@@ -45,9 +45,9 @@ class FARConfig:
         context_patch: side of a context frame's patch, a multiple of `patch`; 0 for a window-only model.
         actions: classes of a frame's action, 0 for none; the null class is the index `actions`.
         labels: classes of a clip's label, 0 for none; the null class is the index `labels`.
-        condition_dropout: share of conditions replaced by the null class in training.
+        condition_dropout: fraction of conditions replaced by the null class in training.
         causal: whether a frame sees itself and earlier frames (FAR), or all frames of its clip (a video diffusion
-            transformer, denoised as a whole).
+            transformer, which denoises the whole clip).
     """
 
     layers: int
@@ -82,7 +82,7 @@ class FARConfig:
         return self.heads * HEAD_DIM
 
     def layout(self, clip_frames: Sequence[int], size: tuple[int, int]) -> FrameLayout:
-        """The layout of a pack of clips of `clip_frames` frame latents, each `size` (height, width); made once.
+        """The cached layout of a pack of clips of `clip_frames` frame latents, each `size` (height, width).
 
         Raises:
             ValueError: a clip longer than the window of a window-only model, or a size that the patches do not divide.
@@ -97,7 +97,7 @@ class FARConfig:
         return FrameLayout.of(clip_frames, grid, self.window, self.context_patch // self.patch, self.causal)
 
     def to_dict(self) -> dict[str, Any]:
-        """What files hold of it. `causal` only where it is false: files of causal models never named it."""
+        """The values stored in files. `causal` is left out if true, as files of causal models never had it."""
         values = asdict(self)
         if self.causal:
             del values["causal"]
@@ -105,7 +105,7 @@ class FARConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FARConfig:
-        """Raises ValueError for keys that are no fields."""
+        """The configuration from stored values; raises ValueError for unknown keys."""
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"unknown model keys {sorted(unknown)}; known: {[field.name for field in fields(cls)]}")
@@ -113,7 +113,7 @@ class FARConfig:
 
 
 class FAR(nn.Module):
-    """The model. Its weights start as officially: the output is exactly zero before the first step."""
+    """The model. Weights are initialised as in the official code; before the first step the output is exactly zero."""
 
     def __init__(self, config: FARConfig) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class FAR(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config.heads, context, last=layer == config.layers - 1) for layer in range(config.layers)
         )
-        self.output = Output(config.width, config.channels * config.patch**2)
+        self.output = OutputHead(config.width, config.channels * config.patch**2)
         if context:
             context_channels = config.channels * config.context_patch**2
             self.context_patch_embedding = linear(context_channels, config.width)
@@ -137,15 +137,15 @@ class FAR(nn.Module):
                 weight=torch.zeros(context_channels, config.width), bias=torch.zeros(context_channels)
             )
 
-    def run_as(
+    def configure_execution(
         self, compiled: bool = False, checkpointing: Checkpointing = "none", attention_kernel: str = "auto"
     ) -> None:
-        """How the blocks are computed, which changes nothing but time and memory.
+        """Set how the blocks are computed, which only changes time and memory.
 
         Args:
-            compiled: by torch.compile, one graph for all blocks.
-            checkpointing: what training computes again in backward in place of keeping it (see `Block`).
-            attention_kernel: its name, or "auto" (see `attention.choose`).
+            compiled: whether to use torch.compile, with one graph for all blocks.
+            checkpointing: what training recomputes in the backward (see `Block`).
+            attention_kernel: name of the kernel, or "auto" (see `attention.choose_kernel`).
         """
         self.attention_kernel = attention_kernel
         for block in self.blocks:
@@ -164,12 +164,12 @@ class FAR(nn.Module):
 
         Args:
             latents: `[B, F, C, H, W]` (noisy or clean frames), or with `layout` `[F, C, H, W]`, the frames of all
-                clips of a pack, one clip after another, each in its order of time: context, then window.
+                clips of a pack, one clip after another, each in temporal order: context, then window.
             timesteps: `[B, F]` (or `[F]`): 0..1000 for the noise level, -1 for a clean window frame, -2 for a context
                 frame, which is always clean.
-            actions: `[B, F]` (or `[F]`) int64, by an action-conditioned model only.
-            labels: `[B]` int64, by a label-conditioned model only.
-            layout: the pack's order (`config.layout`), for clips of different lengths.
+            actions: `[B, F]` (or `[F]`) int64, only for an action-conditioned model.
+            labels: `[B]` int64, only for a label-conditioned model.
+            layout: of the pack (`config.layout`), for clips of different lengths.
 
         Returns:
             The velocity of the window frames, `[B, Fw, C, H, W]` or `[Fw, C, H, W]`, in the weights' precision.
@@ -193,28 +193,32 @@ class FAR(nn.Module):
         device, plan, context = latents.device, layout.window_plan(latents.device), None
         if self.config.context_patch:
             rows = layout.context_rows(device)
-            patches = to_patches(frames[rows], self.config.context_patch)
+            patches = patchify(frames[rows], self.config.context_patch)
             context = Tokens(
                 self.context_patch_embedding(patches.to(condition.dtype)),
                 condition[rows],
-                self.rotations(layout.context),
+                self.rotary_embedding(layout.context),
                 layout.context_plan.handle,
             )
             rows = layout.window_rows(device)
             frames, condition = frames[rows], condition[rows]
-        x = self.patch_embedding(to_patches(frames, self.config.patch).to(condition.dtype))
-        window = Tokens(x, condition, self.rotations(layout.window), plan.handle)
+        x = self.patch_embedding(patchify(frames, self.config.patch).to(condition.dtype))
+        window = Tokens(x, condition, self.rotary_embedding(layout.window), plan.handle)
         kernel = self.kernel()
         for block in self.blocks:
-            x, seen = block(kernel, *window, *(context or ()))
+            x, new_context = block(kernel, *window, *(context or ()))
             window = window._replace(x=x)
-            context = None if context is None or seen is None else context._replace(x=seen)
-        velocity = from_patches(self.output(window.x, condition), (height, width), self.config.patch)
+            context = None if context is None or new_context is None else context._replace(x=new_context)
+        velocity = unpatchify(self.output(window.x, condition), (height, width), self.config.patch)
         return velocity.view(*clips, -1, channels, height, width)
 
     def condition(self, timesteps: Tensor, classes: Tensor | None) -> Tensor:
-        """What each frame is told, through a SiLU: timesteps `[F]` and classes `[F]` (its action, its clip's label, or
-        None in a model without conditions) -> `[F, E]`."""
+        """The condition of each frame after its SiLU, `[F, E]`.
+
+        Args:
+            timesteps: `[F]`.
+            classes: `[F]` each frame's action or its clip's label; None in a model without conditions.
+        """
         condition = self.timestep_embedding(timesteps)
         if self.condition_embedding is not None:
             condition = condition + self.condition_embedding(classes)
@@ -229,34 +233,34 @@ class FAR(nn.Module):
             return labels[layout.clip_of_frame(labels.device)]
         return None if actions is None else actions.flatten()
 
-    def rotations(self, group: FrameGroup) -> Tensor:
+    def rotary_embedding(self, group: FrameGroup) -> Tensor:
         """Rotary cosine and sine `[T, D/2, 2]` of the group's tokens, float32 (float64 for a float64 model)."""
         weight = self.patch_embedding.weight
-        exact = rotations(group.positions_on(weight.device))
-        return exact.to(torch.promote_types(weight.dtype, torch.float32))
+        rotation = rotary_embedding(group.positions_on(weight.device))
+        return rotation.to(torch.promote_types(weight.dtype, torch.float32))
 
     def kernel(self, compiled: bool = True) -> str:
-        """The name of the attention kernel that `attention_kernel` asks for, on the weights' device in their precision.
+        """The name of the attention kernel for the weights' device and precision.
 
         Args:
-            compiled: see `choose`.
+            compiled: see `choose_kernel`.
 
         Raises:
-            UserError: it is unknown or not usable there.
+            UserError: the kernel is unknown or unusable.
         """
         weight = self.patch_embedding.weight
-        return choose(self.attention_kernel, weight.device, weight.dtype, HEAD_DIM, compiled).name
+        return choose_kernel(self.attention_kernel, weight.device, weight.dtype, HEAD_DIM, compiled).name
 
 
-def to_patches(frames: Tensor, patch: int) -> Tensor:
-    """`[F, C, H, W]` -> `[F, P, C * patch * patch]`, channels slowest within a token, as officially."""
+def patchify(frames: Tensor, patch: int) -> Tensor:
+    """`[F, C, H, W]` -> `[F, P, C * patch * patch]`, channels slowest within a token, as in the official code."""
     count, channels, height, width = frames.shape
     x = frames.view(count, channels, height // patch, patch, width // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def from_patches(tokens: Tensor, size: tuple[int, int], patch: int) -> Tensor:
-    """The inverse of `to_patches`, for frames of `size` (height, width)."""
+def unpatchify(tokens: Tensor, size: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of `patchify`, for frames of `size` (height, width)."""
     rows, columns = size[0] // patch, size[1] // patch
     x = tokens.view(len(tokens), rows, columns, -1, patch, patch)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, rows * patch, columns * patch)

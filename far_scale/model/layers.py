@@ -1,5 +1,5 @@
-"""The parts of a FAR block. They compute what the official code computes (arXiv 2503.19325, showlab/FAR), per frame
-where it works per token: a condition is constant over a frame, so it is projected once a frame and broadcast.
+"""The layers of a FAR block. They compute the same function as the official code (arXiv 2503.19325, showlab/FAR), but
+a condition, which is constant over a frame, is projected once a frame and broadcast, not once a token.
 
     shape letters   F frames   P/Q tokens of a window/context frame   T tokens   N heads   D head dim   E = N * D width
 """
@@ -27,32 +27,32 @@ TIMESTEP_SINUSOIDS = 256
 Checkpointing = Literal["none", "attention-kept", "full"]
 
 
-def linear(inputs: int, outputs: int, thirds: int = 1) -> nn.Linear:
-    """A linear layer, Xavier-uniform with zero bias, as the official code starts all of them.
+def linear(inputs: int, outputs: int, parts: int = 1) -> nn.Linear:
+    """A linear layer, initialised Xavier-uniform with zero bias as in the official code.
 
     Args:
-        thirds: how many separate layers this one holds side by side, each to be initialised by its own fan-out.
+        parts: number of layers fused into this one, each initialised by its own fan-out.
     """
     layer = nn.Linear(inputs, outputs)
-    for part in layer.weight.data.chunk(thirds):
+    for part in layer.weight.data.chunk(parts):
         nn.init.xavier_uniform_(part)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer that starts as zero, so that the block it modulates starts as the identity (adaLN-Zero)."""
+    """A linear layer initialised to zero, so that the block it modulates starts as the identity (adaLN-Zero)."""
     layer = nn.Linear(inputs, outputs)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def rotations(positions: Tensor) -> Tensor:
-    """Cosine and sine `[T, D/2, 2]` (float64) by which a token's channel pairs turn: 3-axis RoPE as in Flux.
+def rotary_embedding(positions: Tensor) -> Tensor:
+    """Cosine and sine `[T, D/2, 2]` (float64) of 3-axis rotary embeddings, as in Flux.
 
     Args:
-        positions: `[T, 3]` frame, y, x. Each axis turns its share of pairs by position * theta^(-2i/axis).
+        positions: `[T, 3]` frame, y, x. Pair i of an axis' channels is rotated by position * theta^(-2i/axis).
     """
     angles = []
     for axis, size in enumerate(ROTARY_AXES):
@@ -62,27 +62,27 @@ def rotations(positions: Tensor) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs of x `[T, N, D]` by `rotation` `[T, D/2, 2]`, in float32 or better."""
+def apply_rotary(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate neighbouring channel pairs of x `[T, N, D]` by `rotation` `[T, D/2, 2]`, in float32 or better."""
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
-        # In reals, which a compiler fuses with the norm before and the layout after.
+        # In real numbers, which the compiler fuses with the norm before and the layout after.
         cos, sin = rotation[:, None].unbind(-1)
         first, second = pairs.unbind(-1)
-        turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+        rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
     else:
-        # The same as one complex product, a single pass.
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation)[:, None])
-    return turned.flatten(-2).to(x.dtype)
+        # The same as one complex product, in a single pass.
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation)[:, None])
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """LayerNorm without weights of x `[F, P, E]`, times 1 + scale, plus shift, both `[F, E]` (AdaLN)."""
+    """AdaLN: LayerNorm without weights of x `[F, P, E]`, times 1 + scale, plus shift, both `[F, E]`."""
     normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
     return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1))
 
 
-def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """x + gate * update: x, update `[F, P, E]`, gate `[F, E]`."""
     return torch.addcmul(x, gate.unsqueeze(1), update)
 
@@ -90,8 +90,8 @@ def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
 class TimestepEmbedding(nn.Module):
     """256 sinusoids, cosines first, then a two-layer MLP: timesteps `[F]` -> `[F, E]`.
 
-    The frequencies are 10000^(-i/127), i = 0..127 (diffusers' `downscale_freq_shift=1`); -1 (clean) is a timestep
-    like any other here.
+    The frequencies are 10000^(-i/127), i = 0..127 (diffusers' `downscale_freq_shift=1`); -1 (clean) is
+    treated like any other timestep.
     """
 
     def __init__(self, width: int) -> None:
@@ -107,11 +107,12 @@ class TimestepEmbedding(nn.Module):
         steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
         angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * steps / (half - 1))
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.up.weight.dtype)
-        return self.out(F.silu(self.up(sinusoids)))
+        embedding: Tensor = self.out(F.silu(self.up(sinusoids)))
+        return embedding
 
 
 class UnusedWeights(nn.Module):
-    """Weights of the official model that its computation never reads, kept so that they come back unchanged.
+    """Weights of the official model that its computation never reads, kept for an unchanged export.
 
     They are buffers: in the state dict, but neither trained nor sharded.
     """
@@ -125,20 +126,20 @@ class UnusedWeights(nn.Module):
 class Attention(nn.Module):
     """Frame-block causal self-attention with fused q/k/v, RMSNorm on q and k, and rotary positions.
 
-    With `context`, context tokens have projections and norms of their own. In the last block nothing reads what
-    would become of them, so there they give keys and values only.
+    With `context`, context tokens have their own projections and norms. In the last block nothing reads their outputs,
+    so they only give keys and values.
     """
 
     def __init__(self, heads: int, context: bool, last: bool) -> None:
         super().__init__()
         width = heads * HEAD_DIM
         self.heads, self.last = heads, last
-        self.qkv = linear(width, 3 * width, thirds=3)
+        self.qkv = linear(width, 3 * width, parts=3)
         self.norm_q = nn.RMSNorm(HEAD_DIM, eps=NORM_EPS)
         self.norm_k = nn.RMSNorm(HEAD_DIM, eps=NORM_EPS)
         self.out = linear(width, width)
         if context:
-            self.context_qkv = linear(width, 3 * width, thirds=3)
+            self.context_qkv = linear(width, 3 * width, parts=3)
             self.context_norm_q = (
                 UnusedWeights(weight=torch.ones(HEAD_DIM)) if last else nn.RMSNorm(HEAD_DIM, eps=NORM_EPS)
             )
@@ -149,7 +150,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Window tokens x `[F, P, E]`, rotation `[T, D/2, 2]` -> q, k, v `[T, N, D]`, q and k rotated."""
         q, k, v = self._heads(self.qkv(x), 3)
-        return rotate(self.norm_q(q), rotation), rotate(self.norm_k(k), rotation), v
+        return apply_rotary(self.norm_q(q), rotation), apply_rotary(self.norm_k(k), rotation), v
 
     def project_context(self, x: Tensor, rotation: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Context tokens x `[F, Q, E]`, rotation `[T, D/2, 2]` -> q (None in the last block), k, v `[T, N, D]`."""
@@ -157,17 +158,18 @@ class Attention(nn.Module):
             width = x.shape[-1]
             kv = F.linear(x, self.context_qkv.weight[width:], self.context_qkv.bias[width:])
             k, v = self._heads(kv, 2)
-            return None, rotate(self.context_norm_k(k), rotation), v
+            return None, apply_rotary(self.context_norm_k(k), rotation), v
         q, k, v = self._heads(self.context_qkv(x), 3)
-        return rotate(self.context_norm_q(q), rotation), rotate(self.context_norm_k(k), rotation), v
+        return apply_rotary(self.context_norm_q(q), rotation), apply_rotary(self.context_norm_k(k), rotation), v
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """`[F, P, parts * E]` -> parts of `[F * P, N, D]`, views."""
-        return x.flatten(0, 1).unflatten(-1, (parts, self.heads, HEAD_DIM)).unbind(1)
+        heads: Tensor = x.flatten(0, 1).unflatten(-1, (parts, self.heads, HEAD_DIM))
+        return heads.unbind(1)
 
 
 class MLP(nn.Module):
-    """Four times wider, tanh-approximated GELU."""
+    """Two linear layers, four times the width between them, with tanh-approximated GELU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -175,17 +177,18 @@ class MLP(nn.Module):
         self.down = linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return out
 
 
 class Tokens(NamedTuple):
-    """The window's or the context's tokens on their way through the layers.
+    """The window's or the context's tokens between the layers.
 
     Attributes:
         x: `[F, P, E]`.
-        condition: `[F, E]` what each frame is told, SiLU taken already.
+        condition: `[F, E]` of each frame, after its SiLU.
         rotation: `[F * P, D/2, 2]` rotary cosine and sine.
-        handle: of what they see (`AttentionPlan`).
+        handle: of the tokens' `AttentionPlan`.
     """
 
     x: Tensor
@@ -195,14 +198,13 @@ class Tokens(NamedTuple):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each behind a modulated norm and a gate made of the frame's condition.
+    """Attention, then MLP, each with a modulated norm and a gate computed from the frame's condition.
 
     Window and context share the modulation, the norms and the MLP.
 
     Attributes:
-        compiled: run as one compiled graph, which all blocks share.
-        checkpointing: what training computes again in backward in place of keeping it: nothing, all but attention's
-            outputs, or all.
+        compiled: whether to run as one compiled graph, shared by all blocks.
+        checkpointing: what training recomputes in the backward: nothing, all but attention's outputs, or everything.
     """
 
     def __init__(self, heads: int, context: bool = False, last: bool = False) -> None:
@@ -216,48 +218,47 @@ class Block(nn.Module):
         self.checkpointing: Checkpointing = "none"
 
     def forward(self, kernel: str, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One layer over a pack.
+        """Run the block over a pack.
 
         Args:
-            kernel: the attention kernel's name.
-            tensors: the window's `Tokens`, with Fw frames, and in a model with context the context's, with Fc frames,
-                flat, as module hooks (ZeRO-3's, for one) see tensors only among the arguments themselves. Fc may be 0:
-                a pack of short clips still uses, and sends gradients to, every weight, as ranks that gather and reduce
-                them together need.
+            kernel: name of the attention kernel.
+            tensors: the window's `Tokens`, with Fw frames, and in a model with context the context's, with Fc frames.
+                They are flat since module hooks, such as ZeRO-3's, see only tensors among the arguments. Fc may be 0: a
+                pack of short clips still uses every weight, since ranks gather weights and reduce gradients together.
 
         Returns:
             The window `[Fw, P, E]` and the context `[Fc, Q, E]` (None after the last block and without a context).
         """
         window, context = Tokens(*tensors[:4]), Tokens(*tensors[4:]) if len(tensors) > 4 else None
-        # To a compiler one frame is no number but a case of its own, and so rare a one that it is not worth a graph.
+        # The compiler specializes on a size of one; one frame is too rare to be worth a graph.
         if not self.compiled or len(window.x) == 1 or (context is not None and len(context.x) == 1):
             return _layer(self, window, context, kernel)
         for tokens in (window,) if context is None else (window, context):
             for tensor in tokens[:3]:
-                # Packs differ in frames: say so at once, or the first pack's number would be compiled in. (Done here,
-                # since ZeRO's hooks hand a block other tensors than the model did.)
+                # The number of frames differs by pack; unmarked, the first pack's would be compiled in. (Marked here,
+                # since ZeRO's hooks pass other tensors than the model did.)
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return _compiled_layer()(self, window, context, kernel)
 
     def compute(self, window: Tokens, context: Tokens | None, kernel: str) -> tuple[Tensor, Tensor | None]:
-        """`forward` itself, however it is run."""
-        seen, k, v = None, None, None
+        """`forward` without compilation and checkpointing."""
+        new_context, k, v = None, None, None
         if context is not None:
-            seen, k, v = self.context(context, None, None, kernel)
-        return self.window(window, k, v, kernel)[0], seen
+            new_context, k, v = self.context(context, None, None, kernel)
+        return self.window(window, k, v, kernel)[0], new_context
 
     def window(
         self, tokens: Tokens, prefix_k: Tensor | None, prefix_v: Tensor | None, kernel: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer over window tokens, which also see earlier keys and values `[S, N, D]`: x, k and v `[T, N, D]`."""
+        """The block over window tokens, which also see prefix keys and values `[S, N, D]`: x, k and v `[T, N, D]`."""
         x, condition, rotation, handle = tokens
         shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
         q, k, v = self.attention.project(modulated_norm(x, scale, shift), rotation)
-        seen = attend(q, k, v, prefix_k, prefix_v, handle, kernel).reshape(x.shape)
-        return self.add_mlp(gated(x, gate, self.attention.out(seen)), self.mlp_modulation(condition)), k, v
+        attended = attend(q, k, v, prefix_k, prefix_v, handle, kernel).reshape(x.shape)
+        return self.add_mlp(gated_residual(x, gate, self.attention.out(attended)), self.mlp_modulation(condition)), k, v
 
-    def window_keys(self, x: Tensor, condition: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Only the k and v that `window` gives."""
+    def window_kv(self, x: Tensor, condition: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """Only the k and v of `window`."""
         shift, scale, _ = self.attention_modulation(condition).chunk(3, dim=-1)
         _, k, v = self.attention.project(modulated_norm(x, scale, shift), rotation)
         return k, v
@@ -265,43 +266,47 @@ class Block(nn.Module):
     def context(
         self, tokens: Tokens, prefix_k: Tensor | None, prefix_v: Tensor | None, kernel: str
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The layer over context tokens, likewise; in the last block the new x is None."""
+        """The block over context tokens, like `window`; in the last block the new x is None."""
         x, condition, rotation, handle = tokens
         shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
         q, k, v = self.attention.project_context(modulated_norm(x, scale, shift), rotation)
         if q is None:
             return None, k, v
-        seen = attend(q, k, v, prefix_k, prefix_v, handle, kernel).reshape(x.shape)
-        return self.add_mlp(gated(x, gate, self.attention.context_out(seen)), self.mlp_modulation(condition)), k, v
+        attended = attend(q, k, v, prefix_k, prefix_v, handle, kernel).reshape(x.shape)
+        return (
+            self.add_mlp(gated_residual(x, gate, self.attention.context_out(attended)), self.mlp_modulation(condition)),
+            k,
+            v,
+        )
 
     def add_mlp(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x `[F, P, E]`, modulation `[F, 3 E]` -> `[F, P, E]`."""
+        """Add the MLP to x `[F, P, E]`, with modulation `[F, 3 E]`."""
         shift, scale, gate = modulation.chunk(3, dim=-1)
-        return gated(x, gate, self.mlp(modulated_norm(x, scale, shift)))
+        return gated_residual(x, gate, self.mlp(modulated_norm(x, scale, shift)))
 
 
 def _layer(block: Block, window: Tokens, context: Tokens | None, kernel: str) -> tuple[Tensor, Tensor | None]:
     if block.checkpointing == "none" or not block.training:
         return block.compute(window, context, kernel)
-    keep: dict[str, Any] = {"context_fn": _keep_attention} if block.checkpointing == "attention-kept" else {}
+    options: dict[str, Any] = {"context_fn": _save_attention_outputs} if block.checkpointing == "attention-kept" else {}
     computed: tuple[Tensor, Tensor | None] = checkpoint(
-        block.compute, window, context, kernel, use_reentrant=False, preserve_rng_state=False, **keep
+        block.compute, window, context, kernel, use_reentrant=False, preserve_rng_state=False, **options
     )
     return computed
 
 
-def _keep_attention() -> Any:
+def _save_attention_outputs() -> Any:
     return create_selective_checkpoint_contexts([torch.ops.far_scale.frame_attention.default])
 
 
 @functools.cache
 def _compiled_layer() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """One for all blocks: the weights are its inputs, and so is the order of a pack."""
+    """One graph for all blocks; weights and attention plan are its inputs."""
     return torch.compile(_layer)
 
 
-class Output(nn.Module):
-    """The last modulated norm (scale first here, then shift, as officially) and the linear layer to a patch."""
+class OutputHead(nn.Module):
+    """The last modulated norm (scale first, then shift, as in the official code) and the linear layer to a patch."""
 
     def __init__(self, width: int, patch_channels: int) -> None:
         super().__init__()
@@ -311,4 +316,5 @@ class Output(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x `[F, P, E]`, condition `[F, E]` -> `[F, P, patch_channels]`."""
         scale, shift = self.modulation(condition).chunk(2, dim=-1)
-        return self.out(modulated_norm(x, scale, shift))
+        out: Tensor = self.out(modulated_norm(x, scale, shift))
+        return out

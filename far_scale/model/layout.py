@@ -1,11 +1,10 @@
-"""FrameLayout: which token is which frame of which clip. The only place that knows causality.
+"""FrameLayout: the frame and clip of each token of a pack. The only place that knows causality.
 
-The frames of a pack stand clip after clip. The last frames of a clip are its *window*, cut into fine tokens; all
-earlier ones are its *context*, cut into coarse tokens. Each kind is a `FrameGroup`: its tokens stand clip after clip,
-in a clip frame after frame, in a frame row after row. A query token may see every key token of its own clip whose
-frame is not later than its own ('frame-block causality'), so context tokens see context alone, and window tokens see
-their clip's whole context and their own group. In a layout that is not causal (Video DiT) there is no context, and a
-token sees its whole clip.
+The frames of a pack are ordered clip after clip. The last frames of a clip are its *window*, cut into fine tokens; all
+earlier ones are its *context*, cut into coarse tokens. Each kind is a `FrameGroup`: its tokens are ordered by
+clip, then frame, then row. A query token sees the key tokens of its own clip in its own and earlier frames
+('frame-block causality'): context tokens see only context, and window tokens see their clip's whole context and their
+own group. In a layout that is not causal (Video DiT) there is no context, and a token sees its whole clip.
 
     shape letters   B clips   F frames   T tokens   P/Q tokens of a window/context frame
 """
@@ -24,12 +23,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Token sequences that lie end to end, each attended by itself: what a varlen attention kernel is told.
+    """Token sequences that lie end to end, each attended separately: the input of a varlen attention kernel.
 
     Attributes:
         lengths: tokens of each sequence, none zero.
@@ -56,7 +55,7 @@ class Spans:
         return {}
 
     def cumulative(self, device: torch.device) -> Tensor:
-        """`starts` as int32 `[sequences + 1]` on `device`, made once."""
+        """`starts` as int32 `[sequences + 1]` on `device`, cached."""
         if device not in self._cumulative:
             self._cumulative[device] = torch.tensor(self.starts, dtype=torch.int32).to(device)
         return self._cumulative[device]
@@ -64,15 +63,15 @@ class Spans:
 
 @dataclass(frozen=True)
 class UpperTriangle:
-    """What a token sees of its own frame *after* itself, as ordinary causal attention over reversed frames.
+    """The tokens *after* itself that a token sees in its own frame, as ordinary causal attention over reversed frames.
 
-    Of every frame the query rows run from its last but one token down to its first, the key rows from its last
-    token down to its second: reversed query j then sees reversed keys <= j, which are just the later tokens.
+    In every frame the query rows run from its last but one token down to its first, the key rows from its last
+    token down to its second: reversed query j then sees reversed keys <= j, which are the later tokens.
 
     Attributes:
         queries: row numbers `[U]` into the group's tokens.
         keys: row numbers `[U]`.
-        spans: one sequence a frame of more than one token.
+        spans: one sequence for each frame of more than one token.
     """
 
     queries: Tensor
@@ -82,12 +81,12 @@ class UpperTriangle:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the window tokens see of their clips' contexts: all of it, as ordinary attention without a mask.
+    """The contexts that window tokens see, as ordinary attention without a mask.
 
     Attributes:
-        rows: row numbers `[T']` of the window tokens whose clip has a context; None where every clip has one.
-        queries: one sequence of those window tokens for each clip that has a context.
-        keys: one sequence of context tokens for each such clip; together all of the context group's.
+        rows: row numbers `[T']` of the window tokens of clips with a context; None if every clip has one.
+        queries: those window tokens, one sequence for each clip with a context.
+        keys: all tokens of the context group, one sequence for each such clip.
     """
 
     rows: Tensor | None
@@ -97,7 +96,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class FrameGroup:
-    """Frames of the clips of a pack, and what they see of each other.
+    """Frames of the clips of a pack, and their attention among themselves.
 
     Attributes:
         clip_frames: `[B]` frames of each clip in this group; may be zero.
@@ -123,12 +122,12 @@ class FrameGroup:
         spacing: int = 1,
         causal: bool = True,
     ) -> FrameGroup:
-        """Frames that are all grids of `(rows, columns)` tokens.
+        """A group of frames with the same grid of tokens.
 
         Args:
             clip_frames: `[B]` frames of each clip.
             grid: rows and columns of a frame's tokens.
-            first_frames: `[B]` index that each clip's first frame has in its clip; all 0 unless given.
+            first_frames: `[B]` index of each clip's first frame in the clip; 0 by default.
             spacing: distance of neighbouring tokens in y and x.
             causal: see the attribute.
         """
@@ -161,12 +160,12 @@ class FrameGroup:
 
     @cached_property
     def clips(self) -> Spans:
-        """One sequence for each clip that has frames here."""
+        """One sequence for each clip with frames in this group."""
         return Spans(tuple(tokens for tokens in self.tokens_of_clips if tokens))
 
     @cached_property
     def pairs(self) -> int:
-        """(query, key) pairs that are attended within the group."""
+        """Number of attended (query, key) pairs within the group."""
         if not self.causal:
             return sum(tokens**2 for tokens in self.tokens_of_clips)
         pairs, frame = 0, 0
@@ -179,23 +178,23 @@ class FrameGroup:
         return pairs
 
     @cached_property
-    def _made(self) -> dict[tuple[str, torch.device], Any]:
+    def _cache(self) -> dict[tuple[str, torch.device], Any]:
         return {}
 
     def clip_of_frame(self, device: torch.device) -> Tensor:
         """`[F]` int64: the clip each frame belongs to."""
-        return _once(self._made, "clip_of_frame", device, lambda: _clip_of_frame(self.clip_frames).to(device))
+        return _get_or_make(self._cache, "clip_of_frame", device, lambda: _clip_of_frame(self.clip_frames).to(device))
 
     def positions_on(self, device: torch.device) -> Tensor:
         """`positions` on `device`."""
-        return _once(self._made, "positions", device, lambda: self.positions.to(device))
+        return _get_or_make(self._cache, "positions", device, lambda: self.positions.to(device))
 
     def upper_triangle(self, device: torch.device) -> UpperTriangle | None:
         """The part of each frame that token-causal attention leaves out.
 
-        None where it leaves out nothing: all frames have one token, or the group is not causal.
+        None if there is none: all frames have one token, or the group is not causal.
         """
-        return _once(self._made, "upper_triangle", device, lambda: self._upper_triangle(device))
+        return _get_or_make(self._cache, "upper_triangle", device, lambda: self._upper_triangle(device))
 
     def _upper_triangle(self, device: torch.device) -> UpperTriangle | None:
         lengths = torch.tensor(self.frame_tokens) - 1
@@ -209,7 +208,7 @@ class FrameGroup:
         return UpperTriangle(queries, queries + 1, Spans(tuple(n - 1 for n in self.frame_tokens if n > 1)))
 
     def mask(self, device: torch.device) -> Tensor:
-        """`[T, T]` bool, True where the query (row) may see the key (column): for the oracle, never for training."""
+        """`[T, T]` bool, True where the query (row) may see the key (column); only for the dense reference."""
         frame_tokens = torch.tensor(self.frame_tokens, device=device)
         frame = torch.arange(self.frames, device=device).repeat_interleave(frame_tokens)
         clip = self.clip_of_frame(device).repeat_interleave(frame_tokens)
@@ -218,14 +217,14 @@ class FrameGroup:
 
 
 class AttentionPlan:
-    """Which keys the tokens of a group see: those of the group as it says, and those of the prefix.
+    """The keys that the tokens of a group see: those of the group by its causality, and those of the prefix.
 
-    torch's operators take tensors alone, and a compiled graph that took a plan's lengths as constants would be
-    compiled anew for every pack. So an operator is handed `handle`, a number in a tensor, and finds the plan by it.
+    Torch operators take only tensors, and a compiled graph with a plan's lengths as constants would be recompiled for
+    every pack. So an operator gets `handle`, a number in a tensor, and looks the plan up by it.
 
     Attributes:
-        group: whose tokens they are.
-        prefix: which of them see earlier keys; None where there are none.
+        group: of the tokens.
+        prefix: prefix keys and the queries that see them; None without any.
         handle: int64 scalar tensor in host memory.
     """
 
@@ -243,7 +242,7 @@ class AttentionPlan:
         """The plan of a handle.
 
         Raises:
-            RuntimeError: nobody holds it any more; whoever computes with a group keeps it until after the backward.
+            RuntimeError: the plan was freed; a caller must keep it until after the backward.
         """
         plan = AttentionPlan._living.get(int(handle))
         if plan is None:
@@ -252,15 +251,15 @@ class AttentionPlan:
 
     @cached_property
     def pairs(self) -> int:
-        """Attended (query, key) pairs."""
+        """Number of attended (query, key) pairs."""
         prefix = self.prefix
-        seen = 0 if prefix is None else sum(map(operator.mul, prefix.queries.lengths, prefix.keys.lengths))
-        return self.group.pairs + seen
+        prefix_pairs = 0 if prefix is None else sum(map(operator.mul, prefix.queries.lengths, prefix.keys.lengths))
+        return self.group.pairs + prefix_pairs
 
 
 @dataclass(frozen=True)
 class FrameLayout:
-    """The order of a pack.
+    """The frames of a pack by clip, window and context.
 
     Attributes:
         clip_frames: `[B]` frames of each clip, none zero.
@@ -276,16 +275,15 @@ class FrameLayout:
     def of(
         clip_frames: Sequence[int], grid: tuple[int, int], window: int, coarser: int = 0, causal: bool = True
     ) -> FrameLayout:
-        """The layout of clips of uniform frames. Asked twice for the same, it gives the same object, with all that
-        was derived from it.
+        """The layout of clips of uniform frames. Calls with equal arguments return the same cached object.
 
         Args:
             clip_frames: `[B]` frames of each clip.
             grid: rows and columns of a window frame's tokens; P = rows * columns.
             window: how many of a clip's last frames are window frames.
-            coarser: how many times wider and higher a context token is than a window token; Q = P / coarser^2.
-                0: there is no context, and no clip may be longer than the window.
-            causal: frame-block causal, or every token sees its whole clip; then without a context.
+            coarser: width and height of a context token in window tokens; Q = P / coarser^2. 0: no context, and no clip
+                may be longer than the window.
+            causal: frame-block causal; otherwise every token sees its whole clip, and there is no context.
 
         Raises:
             ValueError: a clip without frames or too long, a grid that `coarser` does not divide, or a context in a
@@ -304,68 +302,70 @@ class FrameLayout:
         return self.window.tokens + self.context.tokens
 
     def tensors(self, device: torch.device) -> list[Tensor]:
-        """All that computing on `device` asks for, made once: asked ahead, nothing is copied in the middle of it."""
-        found = [self.clip_of_frame(device), self.window_rows(device), self.context_rows(device)]
-        found.append(self.window.clip_of_frame(device))
-        for order in (self.window_plan(device), self.context_plan):
-            spans = [order.group.clips]
-            found.append(order.group.positions_on(device))
-            if (upper := order.group.upper_triangle(device)) is not None:
-                found += [upper.queries, upper.keys]
+        """All cached tensors for computing on `device`. Made ahead, they are not copied during the computation."""
+        tensors = [self.clip_of_frame(device), self.window_rows(device), self.context_rows(device)]
+        tensors.append(self.window.clip_of_frame(device))
+        for plan in (self.window_plan(device), self.context_plan):
+            spans = [plan.group.clips]
+            tensors.append(plan.group.positions_on(device))
+            if (upper := plan.group.upper_triangle(device)) is not None:
+                tensors += [upper.queries, upper.keys]
                 spans.append(upper.spans)
-            if (prefix := order.prefix) is not None:
-                found += [] if prefix.rows is None else [prefix.rows]
+            if (prefix := plan.prefix) is not None:
+                tensors += [] if prefix.rows is None else [prefix.rows]
                 spans += [prefix.queries, prefix.keys]
-            found += [some.cumulative(device) for some in spans]
-        return found
+            tensors += [span.cumulative(device) for span in spans]
+        return tensors
 
     @cached_property
     def window_pairs(self) -> int:
-        """Attended (query, key) pairs whose query is a window token."""
-        both = zip(self.window.tokens_of_clips, self.context.tokens_of_clips, strict=True)
-        return self.window.pairs + sum(queries * keys for queries, keys in both)
+        """Number of attended (query, key) pairs with a window token as query."""
+        clip_pairs = zip(self.window.tokens_of_clips, self.context.tokens_of_clips, strict=True)
+        return self.window.pairs + sum(queries * keys for queries, keys in clip_pairs)
 
     @property
     def attended_pairs(self) -> int:
-        """All (query, key) pairs that are attended: the work attention cannot avoid."""
+        """Number of all attended (query, key) pairs."""
         return self.window_pairs + self.context.pairs
 
     @cached_property
-    def _made(self) -> dict[tuple[str, torch.device], Any]:
+    def _cache(self) -> dict[tuple[str, torch.device], Any]:
         return {}
 
     def clip_of_frame(self, device: torch.device) -> Tensor:
         """`[F]` int64: the clip each frame of the pack belongs to."""
-        return _once(self._made, "clip_of_frame", device, lambda: _clip_of_frame(self.clip_frames).to(device))
+        return _get_or_make(self._cache, "clip_of_frame", device, lambda: _clip_of_frame(self.clip_frames).to(device))
 
     def window_rows(self, device: torch.device) -> Tensor:
-        """`[Fw]` int64: which of the pack's frames are the window group's."""
-        return _once(self._made, "window_rows", device, lambda: self._rows(of_window=True).to(device))
+        """`[Fw]` int64: indices of the window group's frames in the pack."""
+        return _get_or_make(self._cache, "window_rows", device, lambda: self._frame_rows(in_window=True).to(device))
 
     def context_rows(self, device: torch.device) -> Tensor:
-        """`[Fc]` int64: which of the pack's frames are the context group's."""
-        return _once(self._made, "context_rows", device, lambda: self._rows(of_window=False).to(device))
+        """`[Fc]` int64: indices of the context group's frames in the pack."""
+        return _get_or_make(self._cache, "context_rows", device, lambda: self._frame_rows(in_window=False).to(device))
 
-    def _rows(self, of_window: bool) -> Tensor:
-        in_window = [
+    def _frame_rows(self, in_window: bool) -> Tensor:
+        is_window_frame = [
             frame >= frames - window
             for frames, window in zip(self.clip_frames, self.window.clip_frames, strict=True)
             for frame in range(frames)
         ]
-        return torch.tensor([row for row, fine in enumerate(in_window) if fine == of_window], dtype=torch.int64)
+        return torch.tensor(
+            [row for row, is_window in enumerate(is_window_frame) if is_window == in_window], dtype=torch.int64
+        )
 
     def window_plan(self, device: torch.device) -> AttentionPlan:
-        """What the window tokens see: their clip's whole context, and of the window what `window.causal` says."""
-        return _once(self._made, "window_plan", device, lambda: AttentionPlan(self.window, self.prefix(device)))
+        """The attention of window tokens: to their clip's whole context, and to the window by `window.causal`."""
+        return _get_or_make(self._cache, "window_plan", device, lambda: AttentionPlan(self.window, self.prefix(device)))
 
     @cached_property
     def context_plan(self) -> AttentionPlan:
-        """What the context tokens see: each other, frame-block causally."""
+        """The attention of context tokens: to each other, frame-block causally."""
         return AttentionPlan(self.context)
 
     def prefix(self, device: torch.device) -> Prefix | None:
-        """What window tokens see of the contexts; None where no clip has any."""
-        return _once(self._made, "prefix", device, lambda: self._prefix(device))
+        """The contexts that window tokens see; None if no clip has one."""
+        return _get_or_make(self._cache, "prefix", device, lambda: self._prefix(device))
 
     def _prefix(self, device: torch.device) -> Prefix | None:
         if not self.context.frames:
@@ -374,13 +374,13 @@ class FrameLayout:
         fine = self.window.tokens_of_clips
         rows = None
         if not all(has_context):
-            sees = torch.tensor(has_context).repeat_interleave(torch.tensor(fine))
-            rows = sees.nonzero().squeeze(1).to(device)
+            sees_context = torch.tensor(has_context).repeat_interleave(torch.tensor(fine))
+            rows = sees_context.nonzero().squeeze(1).to(device)
         queries = Spans(tuple(itertools.compress(fine, has_context)))
         return Prefix(rows, queries, self.context.clips)
 
 
-@functools.lru_cache(maxsize=32)  # packs of drawn lengths hardly ever come twice
+@functools.lru_cache(maxsize=32)  # packs of random lengths rarely repeat
 def _layout(
     clip_frames: tuple[int, ...], grid: tuple[int, int], window: int, coarser: int, causal: bool
 ) -> FrameLayout:
@@ -406,7 +406,10 @@ def _clip_of_frame(clip_frames: tuple[int, ...]) -> Tensor:
     return torch.arange(len(clip_frames)).repeat_interleave(torch.tensor(clip_frames))
 
 
-def _once(made: dict[tuple[str, torch.device], Any], what: str, device: torch.device, make: Callable[[], Made]) -> Made:
-    if (what, device) not in made:
-        made[what, device] = make()
-    return made[what, device]  # type: ignore[no-any-return]
+def _get_or_make(
+    cache: dict[tuple[str, torch.device], Any], name: str, device: torch.device, make: Callable[[], T]
+) -> T:
+    """The cached value of this name and device, made at the first call."""
+    if (name, device) not in cache:
+        cache[name, device] = make()
+    return cache[name, device]  # type: ignore[no-any-return]

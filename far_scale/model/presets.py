@@ -1,14 +1,14 @@
 """The sizes of FAR.
 
-B, M, L and XL are the official code's (showlab/FAR, far/models/far_model.py and far_long_model.py; the latter has B and
-M only). 1.3B, 3B and 7B are ours, for clusters, and nobody has published results with them. Parameters in millions,
-without a condition, at 32 channels and patch 1; with a context, in context patches of 4:
+B, M, L and XL are those of the official code (showlab/FAR, far/models/far_model.py and far_long_model.py; the latter
+has only B and M). 1.3B, 3B and 7B are ours, for clusters, without published results. Parameters in millions, without a
+condition, at 32 channels and patch 1; with a context, in context patches of 4:
 
                     B    M    L   XL   1.3B     3B     7B
     window only   130  230  457  674  1,367  3,034  7,166
     with context  158  280  557  822  1,668  3,703  8,744
 
-Of the latter, the official code counts less than 1.6 million more, which its computation never reads.
+With a context the official model has less than 1.6 million more, which its computation never reads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PRESETS: dict[str, tuple[int, int]] = {
     "3B": (40, 32),
     "7B": (42, 48),
 }
-"""A preset's (layers, heads). A head is always 64 wide, so the model's width is 64 x heads."""
+"""(layers, heads) of each preset. A head has 64 dimensions, so the model's width is 64 x heads."""
 
 
 def describe(config: FARConfig) -> str:

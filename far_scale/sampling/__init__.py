@@ -1,1 +1,1 @@
-"""From context frames and a model directory to new frames, and how good they are."""
+"""Samples new frames from a model and the frames given to it."""

@@ -1,13 +1,13 @@
 """The multi-level KV cache: keys and values of the clean frames, as every layer sees them, rotary positions applied.
 
 Level 1 holds the window, P tokens a frame, its last slot for the frame that is being denoised; level 2 holds the
-context, Q tokens a frame. Both lie in one tensor a layer, allocated once, level 1 first: as attention does not care
-for the order of keys, what a new frame sees is always one slice from the start,
+context, Q tokens a frame. Both lie in one tensor a layer, allocated once, level 1 first. Attention does not depend on
+the order of keys, so a new frame always sees one slice from the start:
 
     level 1 | [frame 0 | frame 1 | ... | new frame |  free ...]           while the window is not full
     both    | [first   | ...     | last | new frame | context 0 | context 1 | ... |  free ...]      from then on
 
-so that a denoising step writes its own frame's slot, reads a slice, and copies nothing.
+A denoising step writes its own frame's slot, reads a slice, and copies nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from far_scale.model.layers import HEAD_DIM
 
 
 class MultiLevelCache:
-    """Keys and values of `clips` clips, up to `frames` frames long.
+    """Keys and values of clips.
 
     Attributes:
         fine, coarse: tokens of a window and of a context frame (P, Q).
@@ -35,17 +35,22 @@ class MultiLevelCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """`frames` counts the given and the new ones; `size` is the height and width of a latent."""
-        self.fine, self.coarse = _frame_tokens(config, size)
+        """
+        Args:
+            clips: number of clips.
+            frames: of the longest clip, given and new ones.
+            size: height and width of a latent.
+        """
+        self.fine, self.coarse = tokens_per_frame(config, size)
         self._context_start = min(frames, config.window) * self.fine
-        shape = (config.layers, clips, _capacity(config, frames, size), config.heads, HEAD_DIM)
+        shape = (config.layers, clips, _tokens_per_clip(config, frames, size), config.heads, HEAD_DIM)
         self._keys = torch.empty(shape, device=device, dtype=dtype)
         self._values = torch.empty(shape, device=device, dtype=dtype)
 
     @staticmethod
     def bytes_needed(config: FARConfig, clips: int, frames: int, size: tuple[int, int], dtype: torch.dtype) -> int:
-        """Memory of such a cache."""
-        tokens = clips * _capacity(config, frames, size)
+        """Memory of a cache made with these arguments."""
+        tokens = clips * _tokens_per_clip(config, frames, size)
         return 2 * config.layers * tokens * config.width * dtype.itemsize
 
     def write_window(self, layer: int, frame: int, k: Tensor, v: Tensor) -> None:
@@ -53,7 +58,7 @@ class MultiLevelCache:
         self._write(layer, frame * self.fine, k, v)
 
     def write_context(self, layer: int, frame: int, k: Tensor, v: Tensor) -> None:
-        """Put k, v `[clips * frames * Q, N, D]` into the context's places from frame `frame` on."""
+        """Put k, v `[clips * frames * Q, N, D]` into the context's slots from frame `frame` on."""
         self._write(layer, self._context_start + frame * self.coarse, k, v)
 
     def window(self, layer: int, frames: int) -> tuple[Tensor, Tensor]:
@@ -65,7 +70,7 @@ class MultiLevelCache:
         return self._read(layer, self._context_start, self._context_start + frames * self.coarse)
 
     def visible(self, layer: int, window_frames: int, context_frames: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[clips, tokens, N, D]` of all of them; with a context, the window must be full."""
+        """Keys and values `[clips, tokens, N, D]` of both levels; with context frames, the window must be full."""
         return self._read(layer, 0, window_frames * self.fine + context_frames * self.coarse)
 
     def _write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
@@ -78,13 +83,13 @@ class MultiLevelCache:
         return self._keys[layer, :, start:stop], self._values[layer, :, start:stop]
 
 
-def _frame_tokens(config: FARConfig, size: tuple[int, int]) -> tuple[int, int]:
+def tokens_per_frame(config: FARConfig, size: tuple[int, int]) -> tuple[int, int]:
     """Tokens of a window and of a context frame; 0 of the latter in a window-only model."""
     area = size[0] * size[1]
     return area // config.patch**2, area // config.context_patch**2 if config.context_patch else 0
 
 
-def _capacity(config: FARConfig, frames: int, size: tuple[int, int]) -> int:
+def _tokens_per_clip(config: FARConfig, frames: int, size: tuple[int, int]) -> int:
     """Tokens of a clip of `frames` frames."""
-    fine, coarse = _frame_tokens(config, size)
+    fine, coarse = tokens_per_frame(config, size)
     return min(frames, config.window) * fine + max(0, frames - config.window) * coarse

@@ -1,7 +1,7 @@
-"""The same kernels again and again, launched by the GPU itself: CUDA graphs.
+"""CUDA graphs for the denoising steps of a frame.
 
-A frame of one clip is so little work that a GPU waits for the host, which launches some 40 kernels a layer. Within a
-frame all denoising steps launch the same ones, so they are captured once a frame and replayed.
+A frame of one clip is so little work that the GPU waits for the host, which launches some 40 kernels a layer. All
+denoising steps of a frame launch the same kernels, so they are captured once a frame and replayed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from torch import Tensor
 
 
 class CUDAGraphRunner:
-    """`function` of tensors, computed by replaying one capture of its kernels.
+    """Computes a function of tensors by replaying one capture of its kernels.
 
-    The first call runs it as it is, so that libraries have made their workspaces when the second one captures it. What
-    the function reads beside its arguments must stay where it is; it must not make the host wait.
+    The first call runs it without a graph, so that libraries have allocated their workspaces when the second call
+    captures it. Tensors that the function reads beside its arguments must keep their addresses, and it must not
+    synchronize with the host.
     """
 
     def __init__(self, function: Callable[..., Tensor], pool: GraphPool) -> None:
@@ -25,7 +26,7 @@ class CUDAGraphRunner:
         self._called = False
 
     def __call__(self, *args: Tensor) -> Tensor:
-        """The function's result, in memory of its own. Shapes and dtypes must be those of the first call."""
+        """The function's result as a new tensor. Shapes and dtypes must be those of the first call."""
         if not self._called:
             self._called = True
             return self._function(*args)
@@ -33,21 +34,21 @@ class CUDAGraphRunner:
             self._args = [x.clone() for x in args]
             self._graph, self._result = self._pool.capture(self._function, self._args)
         else:
-            for mine, x in zip(self._args, args, strict=True):
-                mine.copy_(x)
+            for buffer, x in zip(self._args, args, strict=True):
+                buffer.copy_(x)
         self._graph.replay()
         return self._result.clone()
 
 
 class GraphPool:
-    """Memory that captures share, one after the other: a new one may be made when the last is not replayed any more."""
+    """Memory that successive captures share: a new one may be made once the last is no longer replayed."""
 
     def __init__(self) -> None:
         self._last: torch.cuda.CUDAGraph | None = None  # while one graph lives, so does the memory
         self._stream = torch.cuda.Stream()
 
     def capture(self, function: Callable[..., Tensor], args: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Not by torch.cuda.graph, which collects garbage and empties the allocator's cache each time."""
+        """Capture without torch.cuda.graph, which collects garbage and empties the allocator's cache each time."""
         graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self._stream.wait_stream(outer)
         with torch.cuda.stream(self._stream):

@@ -53,7 +53,7 @@ def start_engine(model: FAR, recipe: Recipe, processes: Processes, sharding: Sha
     The optimizer's state exists at once (torch makes it
     at the first step), so that it can be loaded before.
     """
-    model.run_as(recipe.train.compile, recipe.train.activation_checkpointing, recipe.train.attention)
+    model.configure_execution(recipe.train.compile, recipe.train.activation_checkpointing, recipe.train.attention)
     model.to(processes.device)
     optimizer = torch.optim.AdamW(
         model.parameters(),

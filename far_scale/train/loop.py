@@ -22,7 +22,7 @@ from far_scale.health.preflight import check_nodes
 from far_scale.health.straggler import StragglerDetector
 from far_scale.health.watchdog import Watchdog
 from far_scale.model import FAR
-from far_scale.model.attention import choose
+from far_scale.model.attention import choose_kernel
 from far_scale.model.layers import HEAD_DIM
 from far_scale.train.checkpoint import local
 from far_scale.train.checkpoint.saver import CheckpointSaver
@@ -284,7 +284,7 @@ def check_computation(recipe: Recipe, processes: Processes) -> str:
     """
     if recipe.train.compile:
         check_compiler(processes.device)
-    return choose(recipe.train.attention, processes.device, compute_dtype(recipe), HEAD_DIM).why
+    return choose_kernel(recipe.train.attention, processes.device, compute_dtype(recipe), HEAD_DIM).why
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:

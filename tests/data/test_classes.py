@@ -27,7 +27,7 @@ from far_scale.data.video.sources import find_source_set, find_sources
 from far_scale.data.video.video_lists import read_class_names
 from far_scale.data.video.videos import write_mp4
 from far_scale.distributed.process_group import Processes
-from far_scale.evaluation.rollouts.episodes import Wanted, find_episodes
+from far_scale.evaluation.rollouts.episodes import EpisodeSelection, load_episodes
 from far_scale.model import FAR, FARConfig
 from far_scale.train import resume
 from far_scale.train.checkpoint import export as zero
@@ -420,7 +420,7 @@ curriculum:
     assert read_config(tmp_path / "exported")[1].classes == ("x", "y", "z")
 
     def sampled(name: str, conditioned: bool = True) -> None:
-        find_episodes(tmp_path / name, config, card, None, Wanted(2, 2, 2, conditioned))  # type: ignore[arg-type]
+        load_episodes(tmp_path / name, config, card, None, EpisodeSelection(2, 2, 2, conditioned))  # type: ignore[arg-type]
 
     for name in ("one", "unknown"):
         sampled(name)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from far_scale.evaluation.codec import _encoded, through_h264, with_border
+from far_scale.evaluation.codec import _encode_mp4, through_h264, with_border
 from far_scale.utils.errors import UserError
 
 Pixels = NDArray[np.uint8]
@@ -37,7 +37,7 @@ def test_without_given_frames_nothing_gets_a_border() -> None:
     assert (with_border(waves(2, 16), 0) == waves(2, 16)).all()
 
 
-def test_both_videos_come_back_lossy_in_place_and_always_alike() -> None:
+def test_both_videos_come_back_lossy_in_place_and_reproducibly() -> None:
     sample, truth = waves(20), waves(20, phase=0.3)
     decoded = through_h264(sample, truth)
     for before, after in zip((sample, truth), decoded, strict=True):
@@ -59,7 +59,7 @@ def test_greys_keep_their_values_and_sides() -> None:
 @pytest.mark.parametrize(("side", "threads"), [(16, 1), (64, 2), (128, 4)])
 def test_libx264_gets_the_official_settings(side: int, threads: int) -> None:
     """libx264 writes its settings into the file."""
-    file = _encoded(waves(2, side)).getvalue()
+    file = _encode_mp4(waves(2, side)).getvalue()
     found = re.search(rb"cabac=1 [ -~]*", file)
     assert found is not None
     settings = dict(each.split("=") for each in found.group().decode().split())

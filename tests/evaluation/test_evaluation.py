@@ -21,13 +21,14 @@ from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import Processes
-from far_scale.evaluation import measure, units, weights
-from far_scale.evaluation.clips import ClipSource, select
-from far_scale.evaluation.frechet import FeatureStatistics, frechet_distance
+from far_scale.evaluation import batches, metrics, weights
+from far_scale.evaluation.clip_sets import ClipSource, select_clips
+from far_scale.evaluation.pipeline import WorkShard, evaluate, open_evaluation
 from far_scale.evaluation.protocol import Protocol, load_protocol
-from far_scale.evaluation.rollouts.metrics import frame_ssim, psnr
-from far_scale.evaluation.run import Share, evaluate, open_evaluation
+from far_scale.evaluation.rollouts.psnr_ssim import frame_ssim, psnr
+from far_scale.evaluation.score_statistics import FeatureStatistics, frechet_distance
 from far_scale.model import FAR, FARConfig
+from far_scale.sampling.config import SamplingConfig
 from far_scale.sampling.sampler import roll_out
 from harness.foreign_sets import adopted, tar_of
 from harness.launch import ROOT
@@ -45,7 +46,7 @@ def model_dir(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A model of random weights that moves what it is given."""
     manifest, draw = Manifest.read(recorded_shards), torch.Generator().manual_seed(0)
     state = {name: torch.randn(x.shape, generator=draw) * 0.05 for name, x in FAR(CONFIG).state_dict().items()}
-    card = ModelMetadata(
+    metadata = ModelMetadata(
         autoencoder=manifest.autoencoder,
         scaling=LatentScaling.of(manifest, "channel"),
         latent_shape=manifest.latent_shape,
@@ -53,7 +54,7 @@ def model_dir(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
         training=TrainingMetadata(step=3, recipe_hash="r", weights="ema", far_scale="0"),
     )
     folder = tmp_path_factory.mktemp("evaluated") / "model"
-    save_model_dir(folder, CONFIG, state, card)
+    save_model_dir(folder, CONFIG, state, metadata)
     return folder
 
 
@@ -99,7 +100,7 @@ def protocol_file(networks: tuple[Path, str], tmp_path: Path) -> Callable[..., P
 
 
 def run(
-    model: Path, protocol: Protocol, out: Path, videos: Path, share: Share | None = None, merge: bool = False
+    model: Path, protocol: Protocol, out: Path, videos: Path, share: WorkShard | None = None, merge: bool = False
 ) -> dict[str, Any] | None:
     """`evaluate` in this process; the samples stay."""
     open_it = functools.partial(open_evaluation, model, None, protocol, out, ClipSource(videos), CPU)
@@ -123,10 +124,10 @@ def test_scores_are_the_same_on_any_number_of_processes_and_after_a_kill(
 
     tasks = tmp_path / "tasks"
     for task in (2, 0):
-        assert run(model_dir, protocol, tasks, recorded, Share(task, 3)) is None
-    refused(lambda: run(model_dir, protocol, tasks, recorded, merge=True), "tasks", "3 of 9 units are missing")
+        assert run(model_dir, protocol, tasks, recorded, WorkShard(task, 3)) is None
+    refused(lambda: run(model_dir, protocol, tasks, recorded, merge=True), "tasks", "3 of 9 batches are missing")
     shutil.rmtree(cache / "evaluation")
-    assert run(model_dir, protocol, tasks, recorded, Share(1, 3)) is None
+    assert run(model_dir, protocol, tasks, recorded, WorkShard(1, 3)) is None
     assert run(model_dir, protocol, tasks, recorded, merge=True) == scores and same(tasks)
 
     # A kill leaves files that are cut off, and some that are not there.
@@ -150,8 +151,11 @@ def test_scores_are_those_of_the_saved_samples(
     assert scores is not None
     keys = [f"episode-{number:06d}" for number in range(10_900, 10_905)]
     assert sorted(path.stem for path in (out / "samples").iterdir()) == keys
-    model, card = load_model_dir(model_dir)
-    autoencoder, lpips = far_scale.autoencoder.load(card.autoencoder.name), weights.load_lpips("alex", label="random")
+    model, metadata = load_model_dir(model_dir)
+    autoencoder, lpips = (
+        far_scale.autoencoder.load(metadata.autoencoder.name),
+        weights.load_lpips("alex", label="random"),
+    )
     squares, similar, distances, repeated = [], [], [], []
     for number, key in enumerate(keys):
         with np.load(out / "samples" / f"{key}.npz") as saved, np.load(recorded / f"{key}.npz") as video:
@@ -159,9 +163,13 @@ def test_scores_are_those_of_the_saved_samples(
             assert np.array_equal(truth, video["frames"][:7]) and np.array_equal(frames[:3], truth[:3])
         context = autoencoder.encode(torch.from_numpy(truth[:3]).permute(0, 3, 1, 2).float() / 127.5 - 1)
         predicted = roll_out(
-            model, card.scaling.normalise(context)[None], 4, 2, actions=actions[None], seed=0, clip_ids=[number]
+            model,
+            metadata.scaling.normalise(context)[None],
+            SamplingConfig(frames=4, steps=2, seed=0),
+            actions=actions[None],
+            clip_ids=[number],
         )
-        pixels = autoencoder.decode(card.scaling.restore(predicted[0])) / 2 + 0.5
+        pixels = autoencoder.decode(metadata.scaling.restore(predicted[0])) / 2 + 0.5
         # In another batch than the evaluation's, sums are rounded otherwise: now and then to the next of 256 values.
         ours = (pixels * 255).round().permute(0, 2, 3, 1).numpy()
         assert np.abs(ours - frames[3:]).max() <= 1 and (ours != frames[3:]).mean() < 0.01
@@ -188,7 +196,7 @@ def test_baselines_are_computed_once_for_all_models(
 ) -> None:
     protocol = load_protocol(protocol_file())
     first = run(model_dir, protocol, tmp_path / "first", recorded)
-    monkeypatch.setattr(units._Worker, "_compute_baseline", None)
+    monkeypatch.setattr(batches._BatchWorker, "_compute_baseline", None)
     assert run(model_dir, load_protocol(protocol_file("other", sampling={"steps": 1})), tmp_path / "b", recorded)
     # Other videos under the same names are not taken for them.
     changed = tmp_path / "changed"
@@ -290,7 +298,7 @@ def test_the_best_sample_counts_and_fvd_is_a_mean_over_samples(
             assert video.dtype == torch.uint8 and len(video) == 3
             return video.float().mean(dim=(3, 4)).flatten(1)
 
-    monkeypatch.setattr(measure, "_i3d_of", lambda section, device: Colours())
+    monkeypatch.setattr(metrics, "_load_i3d", lambda section, device: Colours())
     monkeypatch.setattr("far_scale.evaluation.protocol.MIN_FRAMES", 4)
     path = protocol_file(
         sampling={"trajectories": 2, "seeds": [0, 3]},
@@ -331,10 +339,10 @@ def test_generation_from_nothing_by_class(
     config = replace(CONFIG, actions=0, labels=2)
     draw = torch.Generator().manual_seed(1)
     state = {name: torch.randn(x.shape, generator=draw) * 0.05 for name, x in FAR(config).state_dict().items()}
-    _, card = load_model_dir(model_dir)
-    save_model_dir(tmp_path / "labels", config, state, card.model_copy(update={"classes": ("a", "b")}))
+    _, metadata = load_model_dir(model_dir)
+    save_model_dir(tmp_path / "labels", config, state, metadata.model_copy(update={"classes": ("a", "b")}))
     monkeypatch.setattr(
-        measure, "_i3d_of", lambda section, device: lambda video: video.float().mean(dim=(3, 4)).flatten(1)
+        metrics, "_load_i3d", lambda section, device: lambda video: video.float().mean(dim=(3, 4)).flatten(1)
     )
     protocol = load_protocol(
         protocol_file(
@@ -353,11 +361,11 @@ def test_generation_from_nothing_by_class(
 
 def test_selection_follows_the_list(protocol_file: Callable[..., Path]) -> None:
     protocol = load_protocol(protocol_file(clips={"every": 3, "count": 3}))
-    assert select(list(range(10)), lambda item: None, protocol, "set") == [0, 3, 6]
+    assert select_clips(list(range(10)), lambda item: None, protocol, "set") == [0, 3, 6]
     protocol = load_protocol(protocol_file(clips={"per_class": 2, "count": 4, "seed": 5}))
-    chosen = select(list(range(20)), lambda item: item % 2, protocol, "set")
+    chosen = select_clips(list(range(20)), lambda item: item % 2, protocol, "set")
     assert len(set(chosen)) == 4 and sorted(item % 2 for item in chosen) == [0, 0, 1, 1]
-    assert chosen == select(list(range(20)), lambda item: item % 2, protocol, "set")
+    assert chosen == select_clips(list(range(20)), lambda item: item % 2, protocol, "set")
     other = load_protocol(protocol_file(clips={"per_class": 2, "count": 4, "seed": 6}))
-    assert chosen != select(list(range(20)), lambda item: item % 2, other, "set")
-    refused(lambda: select([1, 2], lambda item: None, protocol, "set"), "clips.per_class", "class")
+    assert chosen != select_clips(list(range(20)), lambda item: item % 2, other, "set")
+    refused(lambda: select_clips([1, 2], lambda item: None, protocol, "set"), "clips.per_class", "class")

@@ -12,20 +12,20 @@ import pytest
 from PIL import Image
 
 from far_scale.data.video.videos import read_video
-from far_scale.evaluation.compare import APART, compare
-from far_scale.evaluation.curves import curve
+from far_scale.evaluation.compare import SEPARATE_TABLES, compare
+from far_scale.evaluation.curves import mean_curve
 from far_scale.evaluation.protocol import Metric, Protocol, Published, load_protocol
-from far_scale.evaluation.report import table, write_report
-from far_scale.evaluation.rollouts.metrics import PSNR_CAP
-from far_scale.evaluation.rollouts.pictures import (
+from far_scale.evaluation.report import format_table, write_report
+from far_scale.evaluation.results import PAIRED, SYSTEMS, PerClip, System, Values, read_per_clip
+from far_scale.evaluation.rollouts.psnr_ssim import PSNR_CAP
+from far_scale.evaluation.rollouts.video_grid import (
     BORDER,
     CAPTION_WIDTH,
     GIVEN_COLOUR,
     LINE_HEIGHT,
     SHEET_CAPTION_HEIGHT,
 )
-from far_scale.evaluation.scores import PAIRED, SYSTEMS, PerClip, System, Values, read_per_clip
-from far_scale.evaluation.uncertainty import bootstrap_interval
+from far_scale.evaluation.score_statistics import bootstrap_interval
 from far_scale.utils.errors import UserError
 
 CLIPS, GIVEN, PREDICTED, SIDE = 5, 8, 8, 16
@@ -128,7 +128,7 @@ def test_the_table_has_the_scores_and_what_they_were_made_with(reported: Path) -
 
 def test_the_console_has_the_same_table_aligned(tmp_path: Path) -> None:
     reordered = protocol(metrics=("fvd", "ssim", "psnr", "lpips"))
-    lines = table(write_scores(tmp_path, reordered)).splitlines()
+    lines = format_table(write_scores(tmp_path, reordered)).splitlines()
     assert lines[0].split() == ["LPIPS", "↓", "FVD", "↓", "SSIM", "↑", "PSNR", "(dB)", "↑"]
     column = lines[0].index("FVD")
     assert [line[column:].split()[0] for line in lines] == ["FVD", "812.3", "-", "60.0"]
@@ -148,7 +148,7 @@ def test_published_scores_seeds_and_extrapolation(tmp_path: Path) -> None:
     assert "repeat the last" not in text and "singular" not in text
 
 
-def test_clips_are_scored_as_the_protocol_says() -> None:
+def test_clip_scores_follow_the_protocol() -> None:
     values: dict[tuple[System, Metric], Values] = {
         ("prediction", "psnr"): np.array([[10.0, 20.0], [np.inf, 30.0]]).clip(max=PSNR_CAP)
     }
@@ -162,17 +162,17 @@ def test_curves_are_means_over_clips_with_the_bootstrap_band() -> None:
     lpips = np.array([[0.1, 0.2], [0.3, 0.8], [0.2, 0.5]])
     psnr = np.array([[10.0, 20.0], [20.0, 20.0], [10.0, 20.0]])
     clips = PerClip(["a", "b", "c"], 2, {("prediction", "lpips"): lpips, ("prediction", "psnr"): psnr}, "set")
-    drawn = curve(clips, "prediction", "lpips")
+    drawn = mean_curve(clips, "prediction", "lpips")
     assert drawn.mean == pytest.approx([0.2, 0.5])
     assert drawn.low is not None and drawn.high is not None
     assert (drawn.low[1], drawn.high[1]) == pytest.approx(bootstrap_interval(lpips[:, 1]))
-    drawn = curve(clips, "prediction", "psnr")
+    drawn = mean_curve(clips, "prediction", "psnr")
     assert drawn.mean == pytest.approx([-10 * np.log10(0.07), 20.0])
     assert drawn.low is not None and drawn.high is not None
     assert (drawn.low <= drawn.mean + 1e-9).all() and (drawn.mean <= drawn.high + 1e-9).all()
     assert (drawn.low[0], drawn.high[0]) == pytest.approx((10.0, 20.0))  # all of three draws from one clip
     one = PerClip(["a"], 2, {("prediction", "lpips"): lpips[:1]}, "set")
-    assert curve(one, "prediction", "lpips").low is None
+    assert mean_curve(one, "prediction", "lpips").low is None
 
 
 def test_every_clip_has_a_line(reported: Path) -> None:
@@ -187,7 +187,7 @@ def test_every_clip_has_a_line(reported: Path) -> None:
             assert column == pytest.approx(clips.clip_scores(system, metric).tolist(), rel=1e-5)
 
 
-def test_the_sheet_shows_the_best_and_the_worst_clips(reported: Path) -> None:
+def test_the_contact_sheet_has_the_best_and_the_worst_clips(reported: Path) -> None:
     sheet, cell = picture(reported / "best_worst.png"), 128 + 2 * BORDER
     episode = LINE_HEIGHT + 2 * cell + 4 * BORDER
     assert sheet.shape[0] == pytest.approx(SHEET_CAPTION_HEIGHT + 5 * episode, abs=4 * BORDER)
@@ -202,14 +202,14 @@ def test_the_sheet_shows_the_best_and_the_worst_clips(reported: Path) -> None:
             assert borders == GIVEN * cell, (place, row)
 
 
-def test_the_film_shows_the_first_clips(reported: Path) -> None:
-    film = read_video(reported / "samples.mp4")
+def test_the_video_shows_the_first_clips(reported: Path) -> None:
+    video = read_video(reported / "samples.mp4")
     cell = 192 + 2 * BORDER
-    assert len(film.frames) == GIVEN + PREDICTED and film.fps == 8
+    assert len(video.frames) == GIVEN + PREDICTED and video.fps == 8
     for clip in range(CLIPS):
         middle = CAPTION_WIDTH + clip * (cell + 4 * BORDER) + cell // 2
         for row, colour in enumerate((50 * clip + 10, 50 * clip)):
-            shown = film.frames[-1, LINE_HEIGHT + row * cell + cell // 2, middle].astype(int)
+            shown = video.frames[-1, LINE_HEIGHT + row * cell + cell // 2, middle].astype(int)
             assert abs(shown - colour).max() <= 6, (clip, row)  # H.264
 
 
@@ -221,7 +221,7 @@ def test_the_pictures_follow_the_data(reported: Path, tmp_path: Path) -> None:
         assert before.shape == after.shape and (before != after).any(), name
 
 
-def test_without_given_frames_the_first_clips_are_shown(tmp_path: Path) -> None:
+def test_without_given_frames_the_first_clips_are_drawn(tmp_path: Path) -> None:
     fvd = {"fvd": {"mean": 300.0, "std": 4.0}}
     folder = evaluated(tmp_path / "a", without_given_frames(), scores=fvd, repeat_last=None, reconstruction=None)
     (folder / "by_frame.png").write_bytes(b"of an earlier evaluation")
@@ -251,7 +251,7 @@ def test_scores_of_one_hash_share_a_table(tmp_path: Path, monkeypatch: pytest.Mo
     assert "| a | 0.420 [0.400, 0.444] |" in markdown and "| b | 0.600 [0.500, 0.700] |" in markdown
     for both in (markdown, text):
         assert both.count("repeat the last given frame") == both.count("(the ceiling)") == 1
-        assert APART not in both
+        assert SEPARATE_TABLES not in both
     assert picture(tmp_path / "out" / "comparison.png").shape == (HEIGHT, WIDTH, 3)
 
 
@@ -261,7 +261,7 @@ def test_scores_of_two_hashes_never_share_a_table(tmp_path: Path) -> None:
     evaluated(folders[2], other)
     text = compare(folders, tmp_path / "out")
     markdown = (tmp_path / "out" / "comparison.md").read_text()
-    assert APART in text and APART in markdown
+    assert SEPARATE_TABLES in text and SEPARATE_TABLES in markdown
     first, second = markdown.split("## ")[1:]
     assert protocol().hash()[:12] in first and other.hash()[:12] in second
     assert "| a |" in first and "| b |" in first and "| c |" not in first
@@ -311,5 +311,5 @@ def test_folders_without_scores_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"samples/clip-3.npz: not a sample of an evaluation"):
         write_report(good)
     (good / "samples" / "clip-3.npz").unlink()
-    with pytest.raises(UserError, match=r"samples/clip-3.npz: this sample is not there"):
+    with pytest.raises(UserError, match=r"samples/clip-3.npz: this sample is missing"):
         write_report(good)

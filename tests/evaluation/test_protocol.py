@@ -46,7 +46,7 @@ def protocol(tmp_path: Path) -> Protocol:
     return load_protocol(written(tmp_path, TEXT))
 
 
-def test_all_protocols_are_there() -> None:
+def test_all_protocols_exist() -> None:
     plain = {"vizdoom-8to8", "vizdoom-144to156", "ucf101-mcvd-64", "bair-2to14", "bair-2to28"}
     plain |= {f"ucf101-latte-{size}" for size in (128, 256)}
     plain |= {f"{world}-{frames}" for world in ("dmlab", "minecraft") for frames in ("144to156", "36to264")}
@@ -65,7 +65,7 @@ def test_no_two_protocols_share_a_hash() -> None:
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_an_official_protocol_differs_in_the_official_choices_alone(name: str) -> None:
+def test_an_official_protocol_differs_only_in_the_official_choices(name: str) -> None:
     official, plain = load_protocol(name), load_protocol(name.removesuffix("@official"))
     frames, sampling, clips = official.frames, official.sampling, official.clips
     assert (sampling.precision, sampling.autoencoder_precision) == ("bf16", "bf16")
@@ -193,7 +193,7 @@ def test_a_metric_without_its_section_is_refused(tmp_path: Path) -> None:
     assert protocol.of_metrics(("psnr",)).metrics == ("psnr",)
 
 
-def test_without_given_frames_only_fvd_can_be_asked_for() -> None:
+def test_without_given_frames_only_fvd_is_allowed() -> None:
     refused(
         lambda: load_protocol("ucf101-latte-128").of_metrics(("lpips",)), "--metrics", "ucf101-latte-128", "fvd only"
     )
@@ -229,7 +229,7 @@ def test_without_given_frames_only_fvd_can_be_asked_for() -> None:
         ("psnr: {}", "psnr: {mean_of: median}", ("mine.yaml:6: psnr.mean_of: must be 'frames', 'clips' or 'set'",)),
     ],
 )
-def test_what_cannot_be_is_refused_with_file_line_and_key(
+def test_impossible_values_are_refused_with_file_line_and_key(
     tmp_path: Path, before: str, after: str, words: tuple[str, ...]
 ) -> None:
     assert before in TEXT
@@ -237,14 +237,14 @@ def test_what_cannot_be_is_refused_with_file_line_and_key(
     refused(lambda: load_protocol(path), *words)
 
 
-def test_all_that_is_wrong_is_in_one_line(tmp_path: Path) -> None:
+def test_all_errors_are_in_one_line(tmp_path: Path) -> None:
     path = written(tmp_path, TEXT.replace("count: 4", "cuont: 4").replace("batch: 4", "batch: 0"))
     refused(lambda: load_protocol(path), "clips.cuont", "sampling.batch", "clips.count")
 
 
-def test_a_protocol_that_is_not_there_is_refused() -> None:
+def test_a_missing_protocol_is_refused() -> None:
     refused(lambda: load_protocol("ucf101-latte-64"), "ucf101-latte-64", "vizdoom-8to8")
 
 
-def test_the_networks_alone_are_no_protocol() -> None:
+def test_the_base_file_is_no_protocol() -> None:
     refused(lambda: load_protocol("base"), "clips", "required key is missing")

@@ -16,7 +16,7 @@ from far_scale.model.layout import Spans
 NAME, PACKAGE, INSTALL = "plain", "torch", ""
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from far_scale.autoencoder.lpips_network import Net
-from far_scale.evaluation.lpips import LPIPS
+from far_scale.evaluation.metric_networks import LPIPS
 
 
 def random_lpips(net: Net, seed: int = 0) -> dict[str, Tensor]:

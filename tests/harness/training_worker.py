@@ -16,10 +16,11 @@ from far_scale.config.recipe import load_recipe
 from far_scale.convert.model_dir import read_config
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import stop_processes
-from far_scale.evaluation.rollouts.evaluate import evaluate
+from far_scale.evaluation.rollouts.runner import evaluate_rollout
 from far_scale.evaluation.validation_videos import open_validation_videos
 from far_scale.health.watchdog import collective_timeout
 from far_scale.model import FAR
+from far_scale.sampling.config import SamplingConfig
 from far_scale.train.checkpoint.export import export
 from far_scale.train.deepspeed_adapter import start_deepspeed_processes
 from far_scale.train.engine import fragments
@@ -59,7 +60,15 @@ def main() -> None:
                 model = FAR(config).eval()
                 model.load_state_dict(weights)
                 torch.set_num_threads(1)
-                evaluate(model, card, ShardSet.open(shards), 4, 4, 3, 1.0, 5, 3, Path(out) / "sampled_in_training")
+                evaluate_rollout(
+                    model,
+                    card,
+                    ShardSet.open(shards),
+                    SamplingConfig(4, 3, seed=5),
+                    4,
+                    3,
+                    Path(out) / "sampled_in_training",
+                )
             dist.barrier()
         engine.destroy()
     stop_processes()

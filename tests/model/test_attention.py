@@ -1,4 +1,4 @@
-"""frame_attention against the dense oracle: outputs and all gradients."""
+"""frame_attention against the dense reference: outputs and all gradients."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def run(attention, group: FrameGroup, q, k, v, dout) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("tokens", GRIDS)
 @pytest.mark.parametrize("clip_frames", CLIPS)
-def test_causal_pair_equals_the_oracle_in_float64(tokens: int, clip_frames: tuple[int, ...]) -> None:
+def test_causal_pair_equals_the_reference_in_float64(tokens: int, clip_frames: tuple[int, ...]) -> None:
     if tokens == 64 and sum(clip_frames) > 8:
-        clip_frames = tuple(min(count, 12) for count in clip_frames)  # the oracle's mask grows with the square
+        clip_frames = tuple(min(count, 12) for count in clip_frames)  # the reference's mask grows with the square
     group = FrameGroup.of(clip_frames, GRIDS[tokens])
     inputs = tensors(group, torch.float64)
-    for ours, oracle in zip(run(frame_attention, group, *inputs), run(dense_attention, group, *inputs), strict=True):
-        torch.testing.assert_close(ours, oracle, rtol=0, atol=2e-14)
+    for ours, reference in zip(run(frame_attention, group, *inputs), run(dense_attention, group, *inputs), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=2e-14)
 
 
 def test_forty_frames_of_64_tokens_in_float32() -> None:
     group = FrameGroup.of((40,), (8, 8))
     inputs = tensors(group, torch.float32)
-    for ours, oracle in zip(run(frame_attention, group, *inputs), run(dense_attention, group, *inputs), strict=True):
-        torch.testing.assert_close(ours, oracle, rtol=0, atol=2e-5)
+    for ours, reference in zip(run(frame_attention, group, *inputs), run(dense_attention, group, *inputs), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=2e-5)
 
 
 def test_frames_of_different_sizes_in_one_clip() -> None:
@@ -53,8 +53,8 @@ def test_frames_of_different_sizes_in_one_clip() -> None:
     frame_tokens = (1, 4, 4, 16, 2, 2, 9)
     group = FrameGroup((4, 3), frame_tokens, torch.zeros(sum(frame_tokens), 3, dtype=torch.int64))
     inputs = tensors(group, torch.float64)
-    for ours, oracle in zip(run(frame_attention, group, *inputs), run(dense_attention, group, *inputs), strict=True):
-        torch.testing.assert_close(ours, oracle, rtol=0, atol=2e-14)
+    for ours, reference in zip(run(frame_attention, group, *inputs), run(dense_attention, group, *inputs), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=2e-14)
 
 
 def test_strided_views_are_taken_as_they_are() -> None:
@@ -94,7 +94,7 @@ def run_long(attention, layout: FrameLayout, *tensors: torch.Tensor) -> list[tor
     *inputs, dout = tensors
     q, k, v, context_k, context_v = inputs = [x.detach().requires_grad_() for x in inputs]
     out = attention(q, k, v, layout.window, PrefixKV(context_k, context_v, layout.prefix(q.device)))
-    # The oracle does not touch an empty context, so its gradient must be asked for as zeros.
+    # The reference does not touch an empty context, so its gradient must be asked for as zeros.
     return [out, *torch.autograd.grad(out, inputs, dout, materialize_grads=True)]
 
 
@@ -122,8 +122,8 @@ def test_a_window_sees_its_context_and_itself(clip_frames: tuple[int, ...]) -> N
     tensors = long_tensors(layout)
     kernels, dense = run_long(frame_attention, layout, *tensors), run_long(dense_attention, layout, *tensors)
     torch.testing.assert_close(kernels[0], by_frame_order(layout, *tensors[:-1]), rtol=0, atol=2e-14)
-    for ours, oracle in zip(kernels, dense, strict=True):
-        torch.testing.assert_close(ours, oracle, rtol=0, atol=2e-14)
+    for ours, reference in zip(kernels, dense, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=2e-14)
 
 
 def test_long_layouts() -> None:

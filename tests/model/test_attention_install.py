@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from far_scale.model.attention import __main__, choice, install
-from far_scale.model.attention.install import LIBRARIES, Machine, advice, flash_attn_4_command, xformers_command
+from far_scale.model.attention import __main__, install, selection
+from far_scale.model.attention.install import LIBRARIES, Machine, flash_attn_4_command, install_advice, xformers_command
 from harness.launch import ROOT
 
 
 def verdicts(torch: str, cuda: str, capability: tuple[int, int]) -> dict[str, str]:
-    _, *lines = advice(Machine(torch, cuda, capability))
+    _, *lines = install_advice(Machine(torch, cuda, capability))
     return {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
 
 
@@ -35,14 +35,16 @@ def test_flash_attn_4_is_named_with_a_pre_release() -> None:
 
 
 def test_libraries_are_those_that_do_not_come_with_torch() -> None:
-    others = [name for name in choice.KERNELS if name not in ("flex", "dense") and choice.kernel(name).INSTALL]
+    others = [
+        name for name in selection.KERNELS if name not in ("flex", "dense") and selection.get_kernel(name).INSTALL
+    ]
     assert list(LIBRARIES) == others
     for name in LIBRARIES:
-        assert choice.kernel(name).INSTALL.startswith("pip install ")
+        assert selection.get_kernel(name).INSTALL.startswith("pip install ")
 
 
-def test_what_is_said_where() -> None:
-    assert advice(Machine("2.13.0+cpu", None, None)) == [
+def test_the_advice_for_each_machine() -> None:
+    assert install_advice(Machine("2.13.0+cpu", None, None)) == [
         "to install: nothing; without an NVIDIA GPU all that runs comes with torch"
     ]
     turing = verdicts("2.9.1", "12.8", (7, 5))
@@ -59,20 +61,20 @@ def test_what_is_said_where() -> None:
     for blackwell in ((10, 0), (10, 3), (11, 0)):
         assert verdicts("2.13.0", "12.9", blackwell)["flash-attn-4"].startswith("yes, first choice here: pip install")
     assert verdicts("2.13.0", "12.9", (12, 0))["flash-attn-4"].startswith("no: ")
-    assert len(advice(Machine("2.16.0", "13.2", (9, 0)))) == 6, "and a line that this torch was not checked"
-    assert "  xformers      installed" in advice(Machine("2.13.0", "12.8", (9, 0)), ["xformers"])
+    assert len(install_advice(Machine("2.16.0", "13.2", (9, 0)))) == 6, "and a line that this torch was not checked"
+    assert "  xformers      installed" in install_advice(Machine("2.13.0", "12.8", (9, 0)), ["xformers"])
 
 
 @pytest.mark.parametrize(("capability", "name"), [((9, 0), "flash-attn-4"), ((10, 0), "flash-attn-4")])
 def test_what_is_worth_it_goes_before_what_torch_has(capability: tuple[int, int], name: str) -> None:
     """The advice and the order of the kernels agree."""
-    order = choice._ON_GPUS[capability[0]]
+    order = selection._GPU_ORDER_BY_CAPABILITY[capability[0]]
     assert order.index(name) < order.index("torch-varlen")
     assert verdicts("2.13.0", "12.8", capability)[name].startswith("yes")
 
 
-def test_the_command_says_it_last(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(__main__, "rows", lambda *_: [])
+def test_the_command_ends_with_the_advice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(__main__, "table_rows", lambda *_: [])
     monkeypatch.setattr(sys, "argv", ["attention", "--device", "cpu", "--dtype", "float32"])
     __main__.main()
     assert capsys.readouterr().out.splitlines()[-1].startswith("to install: nothing")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from far_scale.model.attention import (
     causal_pair,
-    choice,
     cpu,
     dense,
     flash_attn_2,
@@ -25,8 +24,9 @@ from far_scale.model.attention import (
     torch_varlen,
     xformers_blocks,
 )
+from far_scale.model.attention import selection as choice
 from far_scale.model.attention.kernel import Kernel
-from far_scale.model.attention.table import HEAD_DIM, Inputs, rows, run
+from far_scale.model.attention.table import HEAD_DIM, Inputs, attention_with_gradients, table_rows
 from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout, Prefix, Spans
 from harness import fake_libraries, plain_kernel
 
@@ -98,8 +98,8 @@ def _without_none(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def assert_equal(found: list[Tensor], exact: list[Tensor], within: float) -> None:
-    for ours, oracle in zip(found, exact, strict=True):
-        torch.testing.assert_close(ours, oracle, rtol=0, atol=within, check_dtype=False)
+    for ours, reference in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=within, check_dtype=False)
 
 
 def test_the_plain_kernel_through_the_pair(plan: AttentionPlan) -> None:
@@ -124,7 +124,7 @@ def test_the_plain_kernel_aligns_bottom_right() -> None:
 def clear_caches() -> None:
     for cached in (
         flash_attn_2._library, flash_attn_3._operators, flash_attn_4._library, xformers_blocks._library,
-        xformers_blocks._mask, kernel.why_not_importable, choice._choose,
+        xformers_blocks._mask, kernel.import_failure, choice._choose_cached,
     ):  # fmt: skip
         cached.cache_clear()
 
@@ -220,7 +220,7 @@ def test_an_adapter_takes_strided_tensors(faked: Kernel, causal: bool) -> None:
 
 
 def test_deterministic_backward(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
-    """What torch is told of determinism the libraries are told; xFormers has another operator for it."""
+    """Torch's setting of determinism is passed to the libraries; xFormers has another operator for it."""
     monkeypatch.setattr(xformers_blocks, "compute_capability", lambda device: (9, 0))
     noted = {
         flash_attn_2: fake_libraries.flash_attn_2(monkeypatch, "2.8.3"),
@@ -237,10 +237,10 @@ def test_deterministic_backward(monkeypatch: pytest.MonkeyPatch, fresh: None) ->
         finally:
             torch.use_deterministic_algorithms(False)
     assert noted.pop(xformers_blocks) == ["flashF", "flashB", "flashF", "cutlassB"]
-    assert all(told == [False, True] for told in noted.values())
+    assert all(flags == [False, True] for flags in noted.values())
 
 
-def test_torch_still_takes_what_was_read() -> None:
+def test_torchs_operators_have_the_expected_signatures() -> None:
     """The positional arguments of PyTorch's operators, in this version too."""
     forward, backward = (
         [argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments]
@@ -284,10 +284,10 @@ def on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], installed: 
         (flex, (8, 0), torch.float32, 64, None),
         (flex, (8, 0), torch.float32, 8, "takes heads from 16 on, not of 8"),
         (flex, (8, 0), torch.float64, 64, "takes float32, bfloat16 and float16, not float64"),
-        (cpu, (8, 0), torch.float32, 64, "runs on CPUs alone"),
+        (cpu, (8, 0), torch.float32, 64, "runs only on CPUs"),
     ],
 )
-def test_why_not(
+def test_unusable_reason(
     adapter: Kernel,
     capability: tuple[int, int],
     dtype: torch.dtype,
@@ -298,15 +298,15 @@ def test_why_not(
 ) -> None:
     fake_libraries.xformers(monkeypatch)
     on(monkeypatch, capability, {"flash-attn": "2.4.2", "flash-attn-4": "4.0.0b9", "xformers": "0.0.35"})
-    found = adapter.why_not(GPU, dtype, head_dim)
+    found = adapter.unusable_reason(GPU, dtype, head_dim)
     assert found is None if reason is None else str(found).startswith(reason)
 
 
-def test_why_not_on_a_cpu() -> None:
+def test_unusable_reason_on_a_cpu() -> None:
     for adapter in (flash_attn_2, flash_attn_3, flash_attn_4, torch_varlen, xformers_blocks):
-        assert adapter.why_not(CPU, torch.bfloat16, 64) == "runs on NVIDIA GPUs alone"
-    assert flex.why_not(CPU, torch.float32, 64) == "FlexAttention has no backward on a CPU"
-    assert cpu.why_not(CPU, torch.int8, 64) == "takes float32, float64, bfloat16 and float16, not int8"
+        assert adapter.unusable_reason(CPU, torch.bfloat16, 64) == "runs only on NVIDIA GPUs"
+    assert flex.unusable_reason(CPU, torch.float32, 64) == "FlexAttention has no backward on a CPU"
+    assert cpu.unusable_reason(CPU, torch.int8, 64) == "takes float32, float64, bfloat16 and float16, not int8"
 
 
 def test_xformers_built_for_another_torch(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
@@ -314,7 +314,7 @@ def test_xformers_built_for_another_torch(monkeypatch: pytest.MonkeyPatch, fresh
     fake_libraries.xformers(monkeypatch)
     monkeypatch.setitem(sys.modules, "xformers._cpp_lib", SimpleNamespace(_built_with_cuda=False))
     on(monkeypatch, (9, 0), {"xformers": "0.0.35"})
-    reason = xformers_blocks.why_not(GPU, torch.bfloat16, 64)
+    reason = xformers_blocks.unusable_reason(GPU, torch.bfloat16, 64)
     assert reason == f"the installed one was built for another torch than {torch.__version__}"
 
 
@@ -326,12 +326,12 @@ def test_a_library_that_does_not_import(monkeypatch: pytest.MonkeyPatch, fresh: 
         raise ImportError("undefined symbol: _ZN3c10\nand more of it")
 
     monkeypatch.setattr(kernel.importlib, "import_module", broken)
-    reason = flash_attn_2.why_not(GPU, torch.bfloat16, 64)
+    reason = flash_attn_2.unusable_reason(GPU, torch.bfloat16, 64)
     assert reason == "flash-attn 2.8.3 cannot be imported: undefined symbol: _ZN3c10"
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_equals_the_oracle(plan: AttentionPlan) -> None:
+def test_flex_equals_the_reference(plan: AttentionPlan) -> None:
     inputs = Inputs.draw(plan, HEADS, CPU, torch.float32)
     out = flex.attend(*inputs[1:6], plan.handle)
     torch.testing.assert_close(out, by_the_mask(inputs)[0], rtol=0, atol=1e-5)
@@ -352,7 +352,7 @@ def test_blocks_that_flex_skips(clip_frames: tuple[int, ...]) -> None:
         zip(blocks.full_kv_num_blocks[0, 0], blocks.full_kv_indices[0, 0], strict=True)
     ):
         full[row, listed[:count]] = True
-    # A block that ends the earlier keys and begins the group's may be full by both; it is looked at all the same.
+    # A block that ends the prefix keys and begins the group's may be full by both; it is looked at all the same.
     assert not (full & ~tiles.all(3).all(1)).any()
     assert full.sum() >= tiles.all(3).all(1).sum() - len(full)
     assert flex.block_mask(plan, CPU) is blocks
@@ -372,10 +372,10 @@ def test_flex_breaks_a_compiled_callers_graph() -> None:
 
 def test_the_table() -> None:
     """On a CPU: a line for each kernel and dtype, with small errors where it runs and a reason where it does not."""
-    lines = list(rows(CPU, [torch.float32], clips=1, frames=1, heads=1))
+    lines = list(table_rows(CPU, [torch.float32], clips=1, frames=1, heads=1))
     by_name = {line.split()[0]: line for line in lines[2:]}
     assert list(by_name) == list(choice.KERNELS)
-    assert "no: runs on NVIDIA GPUs alone" in by_name["flash-attn-3"]
+    assert "no: runs only on NVIDIA GPUs" in by_name["flash-attn-3"]
     assert all(float(error) < 1e-5 for error in by_name["cpu"].split()[3:5])
 
 
@@ -384,7 +384,7 @@ def test_the_table_when_a_library_fails(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("no kernel image\nand more of it")
 
     monkeypatch.setattr(cpu, "forward", failing)
-    lines = [line for line in rows(CPU, [torch.float32], clips=1, frames=1, heads=1) if line.startswith("cpu ")]
+    lines = [line for line in table_rows(CPU, [torch.float32], clips=1, frames=1, heads=1) if line.startswith("cpu ")]
     assert len(lines) == 1 and lines[0].endswith("fails: RuntimeError: no kernel image")
 
 
@@ -400,14 +400,14 @@ def assert_as_precise_as_the_mask(name: str, plan: AttentionPlan, device: torch.
     precision, and nowhere more than four roundings of the largest number, or of 1: where a token sees itself alone, its
     gradients of q and k are zero but made of terms of the inputs' size. In float32 kernels multiply with fewer digits.
     """
-    found, plain = (run(of, Inputs.draw(plan, HEADS, device, dtype)) for of in (name, dense.NAME))
-    exact = run(dense.NAME, Inputs.draw(plan, HEADS, device, torch.float64))
+    found, plain = (attention_with_gradients(of, Inputs.draw(plan, HEADS, device, dtype)) for of in (name, dense.NAME))
+    exact = attention_with_gradients(dense.NAME, Inputs.draw(plan, HEADS, device, torch.float64))
     roundings = 64 if dtype == torch.float32 else 4
-    for ours, rounded, oracle in zip(found, plain, exact, strict=True):
-        assert ours.shape == oracle.shape and ours.dtype == dtype
-        if oracle.numel():
-            error, plain_error = ours.double() - oracle, rounded.double() - oracle
-            assert error.abs().max() <= roundings * torch.finfo(dtype).eps * oracle.abs().max().clamp(min=1)
+    for ours, rounded, reference in zip(found, plain, exact, strict=True):
+        assert ours.shape == reference.shape and ours.dtype == dtype
+        if reference.numel():
+            error, plain_error = ours.double() - reference, rounded.double() - reference
+            assert error.abs().max() <= roundings * torch.finfo(dtype).eps * reference.abs().max().clamp(min=1)
             assert dtype == torch.float32 or error.square().mean() <= 4 * plain_error.square().mean()
 
 
@@ -427,7 +427,7 @@ GPU_ORDERS = ORDERS | {
 
 
 def usable_or_skip(name: str, dtype: torch.dtype) -> None:
-    reason = choice.why_not(name, GPU, dtype, HEAD_DIM)
+    reason = choice.unusable_reason(name, GPU, dtype, HEAD_DIM)
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
 
@@ -450,7 +450,7 @@ def test_deterministic_on_a_gpu(name: str) -> None:
     inputs = Inputs.draw(long_order((20, 3, 9), 16, window=6, coarser=4)(GPU), 12, GPU, torch.bfloat16)
     torch.use_deterministic_algorithms(True)
     try:
-        first, second = run(name, inputs), run(name, inputs)
+        first, second = attention_with_gradients(name, inputs), attention_with_gradients(name, inputs)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
@@ -465,12 +465,12 @@ def test_a_kernels_causal_call_on_a_gpu(name: str) -> None:
     tokens = spans.starts[-1]
     drawn = torch.randn(tokens, 5, HEADS, HEAD_DIM, device=GPU).bfloat16()
     q, k, v, dout, other = drawn.unbind(1)
-    out, lse = choice.kernel(name).forward(q, k, v, spans, spans, causal=True)
+    out, lse = choice.get_kernel(name).forward(q, k, v, spans, spans, causal=True)
     exact, exact_lse = plain_kernel.forward(*(x.double() for x in (q, k, v)), spans, spans, causal=True)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-3)
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=3e-2)
     merged = other.contiguous(), (lse + 1).contiguous()
-    gradients = choice.kernel(name).backward(dout, q, k, v, *merged, spans, spans, causal=True)
+    gradients = choice.get_kernel(name).backward(dout, q, k, v, *merged, spans, spans, causal=True)
     inputs = (x.double() for x in (dout, q, k, v, *merged))
-    for ours, oracle in zip(gradients, plain_kernel.backward(*inputs, spans, spans, causal=True), strict=True):
-        torch.testing.assert_close(ours.double(), oracle, rtol=2e-2, atol=2e-2)
+    for ours, reference in zip(gradients, plain_kernel.backward(*inputs, spans, spans, causal=True), strict=True):
+        torch.testing.assert_close(ours.double(), reference, rtol=2e-2, atol=2e-2)

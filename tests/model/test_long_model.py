@@ -66,7 +66,7 @@ def test_context_is_causal_among_itself() -> None:
 
 
 @pytest.mark.parametrize("condition", ["actions", "labels", "none"])
-def test_a_pack_of_mixed_clips_equals_the_clips_alone(condition: str) -> None:
+def test_a_pack_of_mixed_clips_equals_single_clips(condition: str) -> None:
     config = FARConfig(
         layers=3, heads=2, channels=4, window=3, context_patch=2,
         actions=3 if condition == "actions" else 0, labels=3 if condition == "labels" else 0,
@@ -103,14 +103,14 @@ def test_activation_checkpointing_changes_nothing() -> None:
     gradients = []
     for checkpointing in CHECKPOINTING:
         model = trained_like(CONFIG).train()
-        model.run_as(checkpointing=checkpointing)
+        model.configure_execution(checkpointing=checkpointing)
         model(*clip(7)).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, *others in zip(*gradients, strict=True):
         assert all(torch.equal(plain, other) for other in others)
 
 
-def test_what_nothing_reads_is_kept_but_not_trained() -> None:
+def test_unused_weights_are_kept_but_not_trained() -> None:
     model = FAR(CONFIG)
     unread = {"context_output.weight", "context_output.bias", "blocks.2.attention.context_norm_q.weight"}
     assert {name for name, _ in model.named_buffers()} == unread

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from far_scale.model import FAR, FARConfig
-from far_scale.model.layers import modulated_norm, rotate, rotations
+from far_scale.model.layers import apply_rotary, modulated_norm, rotary_embedding
 from far_scale.model.layout import FrameLayout
 from far_scale.model.presets import PRESETS
 
@@ -53,7 +53,7 @@ def test_no_frame_leaks_into_an_earlier_one(patch: int, changed: int) -> None:
         assert torch.equal(after[1], before[1]), f"{what} of one clip changed another clip"
 
 
-def test_clips_of_different_lengths_in_one_pack_equal_the_clips_alone() -> None:
+def test_clips_of_different_lengths_in_one_pack_equal_single_clips() -> None:
     model = trained_like(FARConfig(layers=2, heads=2, channels=4, labels=5), torch.float64)
     generator = torch.Generator().manual_seed(2)
     lengths, labels = (3, 1, 5), torch.tensor([4, 0, 5])
@@ -80,7 +80,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
     gradients = []
     for checkpointing in CHECKPOINTING:
         model = trained_like(config).train()
-        model.run_as(checkpointing=checkpointing)
+        model.configure_execution(checkpointing=checkpointing)
         model(latents, timesteps).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, *others in zip(*gradients, strict=True):
@@ -124,7 +124,7 @@ def test_rotation_is_flux_rope() -> None:
             expected[0, 0, at] = a * math.cos(angle) - b * math.sin(angle)
             expected[0, 0, at + 1] = b * math.cos(angle) + a * math.sin(angle)
         start += size
-    torch.testing.assert_close(rotate(x, rotations(positions)), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(apply_rotary(x, rotary_embedding(positions)), expected, rtol=0, atol=1e-12)
 
 
 def test_a_block_is_the_official_formula_written_out_per_token() -> None:
@@ -134,7 +134,7 @@ def test_a_block_is_the_official_formula_written_out_per_token() -> None:
     block, layout = model.blocks[0], FrameLayout.of((3,), (2, 2), window=16)
     x = torch.randn(3, 4, config.width, dtype=torch.float64)
     condition = torch.randn(3, config.width, dtype=torch.float64)
-    rotation = rotations(layout.window.positions)
+    rotation = rotary_embedding(layout.window.positions)
 
     tokens = x.reshape(12, -1)
     per_token = condition.repeat_interleave(4, 0)
@@ -146,7 +146,10 @@ def test_a_block_is_the_official_formula_written_out_per_token() -> None:
         F.linear(norm(tokens) * (1 + scale) + shift, w, b).view(12, 2, 64) for w, b in zip(weights, biases, strict=True)
     )
     rms = lambda y, weight: y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight  # noqa: E731
-    q, k = rotate(rms(q, attention.norm_q.weight), rotation), rotate(rms(k, attention.norm_k.weight), rotation)
+    q, k = (
+        apply_rotary(rms(q, attention.norm_q.weight), rotation),
+        apply_rotary(rms(k, attention.norm_k.weight), rotation),
+    )
     scores = torch.einsum("qnd,knd->nqk", q, k) / 8
     scores = scores.masked_fill(~layout.window.mask(torch.device("cpu")), -math.inf)
     mixed = torch.einsum("nqk,knd->qnd", scores.softmax(-1), v).reshape(12, -1)

@@ -52,7 +52,7 @@ def arguments(requires_grad: bool = False) -> tuple:
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "dense"])
-def test_torch_finds_the_operators_in_order(kernel: str) -> None:
+def test_the_operators_pass_torchs_checks(kernel: str) -> None:
     """Schema, fake implementation (shapes, strides, dtypes), autograd registration, and tracing with dynamic sizes."""
     inputs = (*arguments(requires_grad=True)[:-1], kernel)
     torch.library.opcheck(FORWARD, inputs)
@@ -64,7 +64,7 @@ def test_torch_finds_the_operators_in_order(kernel: str) -> None:
     torch.library.opcheck(FORWARD, (x, x, x, None, None, without.handle, kernel))
 
 
-def test_an_order_that_nobody_holds_is_named() -> None:
+def test_a_freed_plan_is_an_error() -> None:
     plan = AttentionPlan(FrameGroup.of((2,), (1, 2)))
     key = plan.handle
     q = torch.zeros(4, 1, 16)
@@ -105,9 +105,9 @@ def test_one_graph_for_all_layers_and_packs(checkpointing: str, monkeypatch: pyt
     monkeypatch.setattr(layers, "_compiled_layer", lambda: compiled)
     model, graphs = trained_like(LONG), []
     for clip_frames in PACKS:
-        model.run_as()
+        model.configure_execution()
         plain = outputs(model, clip_frames)
-        model.run_as(compiled=True, checkpointing=checkpointing)
+        model.configure_execution(compiled=True, checkpointing=checkpointing)
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         for ours, expected in zip(outputs(model, clip_frames), plain, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
@@ -129,7 +129,7 @@ def test_generated_code_gives_the_same() -> None:
     torch._dynamo.reset()
     model = trained_like(FARConfig(layers=2, heads=1, patch=2, channels=8))
     plain = outputs(model, (3, 5))
-    model.run_as(compiled=True)
+    model.configure_execution(compiled=True)
     for ours, expected in zip(outputs(model, (3, 5)), plain, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
     torch._dynamo.reset()
@@ -148,10 +148,10 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_checkpointing_computes_again_what_it_says() -> None:
+def test_checkpointing_recomputes_what_it_should() -> None:
     model, calls = trained_like(LONG), {}
     for checkpointing in ("none", "attention-kept", "full"):
-        model.run_as(checkpointing=checkpointing)
+        model.configure_execution(checkpointing=checkpointing)
         with Calls() as counted:
             outputs(model, (12, 9, 3))
         calls[checkpointing] = (counted.forward, counted.linear)

@@ -18,6 +18,7 @@ from far_scale.data.loader.pack_loader import Pack
 from far_scale.model import FAR, FARConfig
 from far_scale.model.attention import dense, flex, frame_attention
 from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout
+from far_scale.sampling.config import SamplingConfig
 from far_scale.sampling.sampler import cache_bytes, euler_sigmas, roll_out
 from far_scale.train.flops import forward_flops
 from far_scale.train.flow_matching import add_noise, pack_loss
@@ -89,7 +90,7 @@ def test_flex_sees_the_same() -> None:
     torch.testing.assert_close(flex.attend(q, k, v, None, None, plan.handle).double(), exact, rtol=0, atol=2e-6)
 
 
-def test_layouts_count_what_is_seen() -> None:
+def test_layouts_count_attended_pairs() -> None:
     """2 x 2 tokens a frame, clips of 3 and 2 frames: 12^2 + 8^2 pairs."""
     layout = FrameLayout.of((3, 2), (2, 2), window=4, causal=False)
     assert layout.attended_pairs == layout.window_pairs == 12**2 + 8**2 == int(layout.window.mask(CPU).sum())
@@ -124,7 +125,7 @@ def test_the_configuration_names_causal_only_where_it_is_false() -> None:
 
 
 @pytest.mark.parametrize("was_causal", [True, False])
-def test_a_run_does_not_go_on_as_the_other_kind(was_causal: bool) -> None:
+def test_a_run_does_not_resume_as_the_other_kind(was_causal: bool) -> None:
     was, now = (FARConfig(layers=1, heads=1, causal=causal) for causal in (was_causal, not was_causal))
     plan = [SimpleNamespace(index=0, end=10, config=now)]
     state = {"step": 5, "model": was.to_dict()}
@@ -188,9 +189,21 @@ def test_joint_sampling_is_the_plain_loop(given: int, guidance: float) -> None:
             conditioned, null = (model(x.double(), timesteps, classes) for classes in (actions, torch.full((1, 5), 3)))
         velocity = (null + guidance * (conditioned - null)).float()
         x = x + (sigmas[step + 1] - sigmas[step]) * velocity
-    found = roll_out(model, context, frames, steps, guidance, actions=actions, seed=seed, clip_ids=[clip])
+    found = roll_out(
+        model,
+        context,
+        SamplingConfig(frames=frames, steps=steps, guidance=guidance, seed=seed),
+        actions=actions,
+        clip_ids=[clip],
+    )
     torch.testing.assert_close(found, x[:, given:], rtol=0, atol=1e-5)
-    again = roll_out(model, context, frames, steps, guidance, actions=actions, seed=seed, clip_ids=[clip], cache=False)
+    again = roll_out(
+        model,
+        context,
+        SamplingConfig(frames=frames, steps=steps, guidance=guidance, seed=seed, use_cache=False),
+        actions=actions,
+        clip_ids=[clip],
+    )
     assert torch.equal(again, found)
 
 
@@ -198,6 +211,6 @@ def test_what_joint_sampling_refuses() -> None:
     model, context = dit(), torch.zeros(1, 2, *SHAPE)
     assert cache_bytes(model, 1, WINDOW, SHAPE[1:]) == 0
     with pytest.raises(UserError, match=r"2 given and 4 new ones do not fit the window of 5"):
-        roll_out(model, context, frames=4, steps=1)
+        roll_out(model, context, SamplingConfig(frames=4, steps=1))
     with pytest.raises(UserError, match=r"context_noise: 0\.1, but this model is not causal"):
-        roll_out(model, context, frames=3, steps=1, context_noise=0.1)
+        roll_out(model, context, SamplingConfig(frames=3, steps=1, context_noise=0.1))

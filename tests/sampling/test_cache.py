@@ -8,7 +8,8 @@ import torch
 from far_scale.model import FAR, FARConfig
 from far_scale.model.layout import FrameLayout
 from far_scale.sampling.cache import MultiLevelCache
-from far_scale.sampling.denoisers import Cached
+from far_scale.sampling.config import SamplingConfig
+from far_scale.sampling.denoisers import CachedDenoiser
 from far_scale.sampling.sampler import cache_bytes, roll_out
 
 SIZE = (4, 4)
@@ -45,17 +46,31 @@ def test_with_the_cache_and_without_it(shape: dict[str, int], conditions: str, g
     """A roll-out to far past the window of 4 frames, from nothing, inside the window and from beyond it."""
     model, new = trained_like(**shape), 8
     classes = torch.Generator().manual_seed(2)
-    told = {}
+    classes_by_kind = {}
     if conditions == "actions":
-        told["actions"] = torch.randint(0, 3, (2, start + new), generator=classes)
+        classes_by_kind["actions"] = torch.randint(0, 3, (2, start + new), generator=classes)
     elif conditions == "labels":
-        told["labels"] = torch.tensor([2, 0])
-    frames = [roll_out(model, given(start), new, STEPS, guidance, cache=cache, **told) for cache in (True, False)]
+        classes_by_kind["labels"] = torch.tensor([2, 0])
+    frames = [
+        roll_out(
+            model,
+            given(start),
+            SamplingConfig(frames=new, steps=STEPS, guidance=guidance, use_cache=cache),
+            **classes_by_kind,
+        )
+        for cache in (True, False)
+    ]
     assert frames[0].abs().max() > 0.5 and frames[0][0].std() > 0.1
     torch.testing.assert_close(*frames, rtol=0, atol=1e-4)
     if conditions == "actions" and guidance > 0:
-        told["actions"] = (told["actions"] + 1) % 3
-        assert not torch.allclose(roll_out(model, given(start), new, STEPS, guidance, **told), frames[0], atol=1e-2)
+        classes_by_kind["actions"] = (classes_by_kind["actions"] + 1) % 3
+        assert not torch.allclose(
+            roll_out(
+                model, given(start), SamplingConfig(frames=new, steps=STEPS, guidance=guidance), **classes_by_kind
+            ),
+            frames[0],
+            atol=1e-2,
+        )
 
 
 @pytest.mark.parametrize("frames", [1, 3, 4, 5, 11])
@@ -69,7 +84,7 @@ def test_one_step_is_the_training_layout_s_velocity(frames: int) -> None:
     timesteps[:, -1] = timestep
     with torch.no_grad():
         expected = model(clip, timesteps, actions)[:, -1]
-        denoiser = Cached(model, torch.tensor([900.0, timestep]), copies=1, clips=2, frames=frames, size=SIZE)
+        denoiser = CachedDenoiser(model, torch.tensor([900.0, timestep]), copies=1, clips=2, frames=frames, size=SIZE)
         for frame in range(frames):
             denoiser.begin_frame(clip[:, :frame], clip[:, :frame], actions[:, : frame + 1], None)
             denoiser.velocity(torch.full_like(clip[:, frame], 7.0), 0)  # must leave nothing behind
@@ -80,16 +95,27 @@ def test_one_step_is_the_training_layout_s_velocity(frames: int) -> None:
 def test_context_noise_with_the_cache_and_without_it(shape: dict[str, int]) -> None:
     """float32, past the window of 4 frames; coarse context stays clean, so it is not the same as noising all."""
     model = trained_like(**shape)
-    frames = [roll_out(model, given(2), 8, STEPS, cache=cache, context_noise=0.2) for cache in (True, False)]
+    frames = [
+        roll_out(model, given(2), SamplingConfig(frames=8, steps=STEPS, use_cache=cache, context_noise=0.2))
+        for cache in (True, False)
+    ]
     torch.testing.assert_close(*frames, rtol=0, atol=1e-4)
-    clean, again = roll_out(model, given(2), 8, STEPS), roll_out(model, given(2), 8, STEPS, context_noise=0.0)
+    clean, again = (
+        roll_out(model, given(2), SamplingConfig(frames=8, steps=STEPS)),
+        roll_out(model, given(2), SamplingConfig(frames=8, steps=STEPS, context_noise=0.0)),
+    )
     assert torch.equal(clean, again) and not torch.allclose(clean[:, 0], frames[0][:, 0], atol=1e-2)
 
 
 def test_float64_roll_out_is_exact() -> None:
     model = trained_like(torch.float64, context_patch=2, actions=3)
     actions = torch.randint(0, 3, (2, 14), generator=torch.Generator().manual_seed(4))
-    frames = [roll_out(model, given(2), 12, STEPS, 1.5, actions=actions, cache=cache) for cache in (True, False)]
+    frames = [
+        roll_out(
+            model, given(2), SamplingConfig(frames=12, steps=STEPS, guidance=1.5, use_cache=cache), actions=actions
+        )
+        for cache in (True, False)
+    ]
     # The state between steps is float32 in either.
     torch.testing.assert_close(*frames, rtol=0, atol=2e-6)
 
@@ -99,14 +125,14 @@ def test_a_window_in_the_cache_sees_what_the_mask_lets_it_see(monkeypatch: pytes
     model = trained_like(context_patch=2)
     tokens = []
     model.blocks[0].mlp.register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].shape[:2].numel()))
-    roll_out(model, given(6, clips=1), 2, STEPS)
+    roll_out(model, given(6, clips=1), SamplingConfig(frames=2, steps=STEPS))
     fine, coarse = 16, 4
     first = [3 * coarse, 3 * fine] + [fine] * STEPS
     second = [1 * coarse, 3 * fine] + [fine] * STEPS
     assert tokens == first + second
 
 
-def test_the_cache_tells_its_size_beforehand() -> None:
+def test_the_cache_size_is_known_beforehand() -> None:
     model = trained_like(context_patch=2, actions=3)
     cache = MultiLevelCache(model.config, 4, 1000, SIZE, torch.device("cpu"), torch.float32)
     held = cache._keys.nbytes + cache._values.nbytes
@@ -118,13 +144,15 @@ def test_the_cache_tells_its_size_beforehand() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_on_a_gpu_the_cache_changes_nothing_either(dtype: torch.dtype) -> None:
-    """Past the window, guided by actions. bfloat16 is judged by its own distance, uncached, from float32."""
+    """Past the window, guided by actions. bfloat16 is compared by its own distance, uncached, from float32."""
     shape = {"context_patch": 2, "actions": 3}
     actions = torch.randint(0, 3, (2, 11), generator=torch.Generator().manual_seed(2))
 
     def frames(dtype: torch.dtype, cache: bool) -> torch.Tensor:
         model = trained_like(dtype, **shape).cuda()
-        return roll_out(model, given(3), 8, STEPS, 1.5, actions=actions, cache=cache).cpu()
+        return roll_out(
+            model, given(3), SamplingConfig(frames=8, steps=STEPS, guidance=1.5, use_cache=cache), actions=actions
+        ).cpu()
 
     exact = frames(torch.float32, cache=False)
     allowed = 1e-3 if dtype == torch.float32 else 2 * (frames(dtype, cache=False) - exact).abs().max().item()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from far_scale.model import FAR, FARConfig
+from far_scale.sampling.config import SamplingConfig
 from far_scale.sampling.sampler import euler_sigmas, roll_out
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import generator
@@ -59,36 +60,38 @@ def test_sigmas_are_those_of_the_official_scheduler() -> None:
 def test_equals_a_straight_line_euler_loop(given: int) -> None:
     model, context = small_model(), some_context(1, given)
     expected = straight_line(model, context[0], frames=2, steps=4, seed=7, actions=None)
-    assert torch.allclose(roll_out(model, context, frames=2, steps=4, seed=7)[0], expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(
+        roll_out(model, context, SamplingConfig(frames=2, steps=4, seed=7))[0], expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_equals_a_straight_line_euler_loop_with_actions_past_the_window() -> None:
     model, context = small_model(actions=3), some_context(1, 3)
     actions = torch.tensor([0, 1, 2, 2, 1, 0, 0, 2])
     expected = straight_line(model, context[0], frames=5, steps=3, seed=7, actions=actions)
-    result = roll_out(model, context, frames=5, steps=3, seed=7, actions=actions[None])
+    result = roll_out(model, context, SamplingConfig(frames=5, steps=3, seed=7), actions=actions[None])
     assert torch.allclose(result[0], expected, rtol=1e-3, atol=1e-3)  # rounding grows over the frames
 
 
 def test_only_the_window_is_seen() -> None:
     model, context = small_model(), some_context(1, WINDOW + 2)
-    result = roll_out(model, context, frames=1, steps=2)
+    result = roll_out(model, context, SamplingConfig(frames=1, steps=2))
     older = context.clone()
     older[:, :3] += 1.0  # WINDOW + 2 given frames and the new one: the three oldest are outside
-    assert torch.equal(roll_out(model, older, frames=1, steps=2), result)
+    assert torch.equal(roll_out(model, older, SamplingConfig(frames=1, steps=2)), result)
     newer = context.clone()
     newer[:, 3] += 1.0
-    assert not torch.allclose(roll_out(model, newer, frames=1, steps=2), result, atol=1e-3)
+    assert not torch.allclose(roll_out(model, newer, SamplingConfig(frames=1, steps=2)), result, atol=1e-3)
 
 
 def test_a_later_frame_does_not_change_an_earlier_one() -> None:
     model, context = small_model(actions=3), some_context(2, 2)
     actions = torch.tensor([[0, 1, 2, 1, 0], [2, 2, 2, 0, 1]])
-    long = roll_out(model, context, frames=3, steps=3, actions=actions)
-    short = roll_out(model, context, frames=2, steps=3, actions=actions[:, :4])
+    long = roll_out(model, context, SamplingConfig(frames=3, steps=3), actions=actions)
+    short = roll_out(model, context, SamplingConfig(frames=2, steps=3), actions=actions[:, :4])
     assert torch.equal(long[:, :2], short)
     actions[:, -1] = (actions[:, -1] + 1) % 3
-    other = roll_out(model, context, frames=3, steps=3, actions=actions)
+    other = roll_out(model, context, SamplingConfig(frames=3, steps=3), actions=actions)
     assert torch.equal(other[:, :2], short)
     assert not torch.allclose(other[:, 2], long[:, 2], atol=1e-3)
 
@@ -96,22 +99,32 @@ def test_a_later_frame_does_not_change_an_earlier_one() -> None:
 def test_a_clip_does_not_depend_on_its_batch() -> None:
     model, context = small_model(labels=3), some_context(3, 2)
     labels = torch.tensor([2, 0, 1])
-    together = roll_out(model, context, 2, 3, guidance=2.0, labels=labels, clip_ids=[11, 12, 13])
-    alone = roll_out(model, context[2:], 2, 3, guidance=2.0, labels=labels[2:], clip_ids=[13])
+    together = roll_out(
+        model, context, SamplingConfig(frames=2, steps=3, guidance=2.0), labels=labels, clip_ids=[11, 12, 13]
+    )
+    alone = roll_out(
+        model, context[2:], SamplingConfig(frames=2, steps=3, guidance=2.0), labels=labels[2:], clip_ids=[13]
+    )
     assert torch.allclose(together[2:], alone, rtol=1e-4, atol=1e-4)
     order = [2, 0, 1]
-    turned = roll_out(model, context[order], 2, 3, guidance=2.0, labels=labels[order], clip_ids=[13, 11, 12])
+    turned = roll_out(
+        model,
+        context[order],
+        SamplingConfig(frames=2, steps=3, guidance=2.0),
+        labels=labels[order],
+        clip_ids=[13, 11, 12],
+    )
     assert torch.allclose(together[order], turned, rtol=1e-4, atol=1e-4)
 
 
 def test_the_noise_is_named_by_seed_clip_and_frame() -> None:
     model, context = small_model(), some_context(1, 1).expand(2, -1, -1, -1, -1)
-    first = roll_out(model, context, frames=2, steps=2, seed=3)
-    assert torch.equal(roll_out(model, context, frames=2, steps=2, seed=3), first)
-    assert torch.equal(roll_out(model, context, frames=2, steps=2, seed=3, clip_ids=[0, 1]), first)
+    first = roll_out(model, context, SamplingConfig(frames=2, steps=2, seed=3))
+    assert torch.equal(roll_out(model, context, SamplingConfig(frames=2, steps=2, seed=3)), first)
+    assert torch.equal(roll_out(model, context, SamplingConfig(frames=2, steps=2, seed=3), clip_ids=[0, 1]), first)
     assert not torch.allclose(first[0], first[1], atol=1e-2)
-    assert not torch.allclose(roll_out(model, context, frames=2, steps=2, seed=4), first, atol=1e-2)
-    same_clip = roll_out(model, context, frames=2, steps=2, seed=3, clip_ids=[1, 1])
+    assert not torch.allclose(roll_out(model, context, SamplingConfig(frames=2, steps=2, seed=4)), first, atol=1e-2)
+    same_clip = roll_out(model, context, SamplingConfig(frames=2, steps=2, seed=3), clip_ids=[1, 1])
     assert torch.allclose(same_clip[0], first[1], rtol=1e-4, atol=1e-5)
 
 
@@ -131,7 +144,7 @@ def test_guidance(kind: str) -> None:
     assert not torch.allclose(conditioned, null, atol=1e-2)
 
     def sampled(guidance: float, **given: Tensor) -> Tensor:
-        return roll_out(model, context, frames=1, steps=1, guidance=guidance, **given)[:, 0]
+        return roll_out(model, context, SamplingConfig(frames=1, steps=1, guidance=guidance), **given)[:, 0]
 
     near = {"rtol": 1e-4, "atol": 1e-4}
     assert torch.allclose(sampled(1.0, **{kind: classes}), conditioned, **near)
@@ -142,8 +155,8 @@ def test_guidance(kind: str) -> None:
 
 def test_bfloat16_weights_keep_a_float32_state() -> None:
     model, context = small_model(), some_context(1, 2)
-    exact = roll_out(model, context, frames=1, steps=4)
-    rough = roll_out(model.to(torch.bfloat16), context, frames=1, steps=4)
+    exact = roll_out(model, context, SamplingConfig(frames=1, steps=4))
+    rough = roll_out(model.to(torch.bfloat16), context, SamplingConfig(frames=1, steps=4))
     assert rough.dtype == torch.float32
     assert not torch.equal(rough, rough.bfloat16().float())
     assert 0 < (rough - exact).abs().max() < 0.1 * exact.abs().max()
@@ -153,23 +166,24 @@ def test_what_does_not_fit_is_refused() -> None:
     plain, acting, labelled = small_model(), small_model(actions=3), small_model(labels=3)
     context = some_context(2, 1)
     actions, labels = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    two = SamplingConfig(frames=2, steps=2)
     cases = [
-        (lambda: roll_out(acting, context, 2, 2), r"the model needs actions of shape \[2, 3\]"),
-        (lambda: roll_out(acting, context, 2, 2, actions=actions[:, 1:]), r"the shape is \[2, 2\], needed is \[2, 3\]"),
-        (lambda: roll_out(acting, context, 2, 2, actions=actions + 3), "classes 3 to 3 .* knows 0 to 2"),
-        (lambda: roll_out(acting, context, 2, 2, actions=actions - 1), "classes -1 to -1"),
-        (lambda: roll_out(acting, context, 2, 2, actions=actions.float()), "integers"),
-        (lambda: roll_out(acting, context, 2, 2, actions=actions, labels=labels), "labels: .* trained without"),
-        (lambda: roll_out(labelled, context, 2, 2), r"the model needs labels of shape \[2\]"),
-        (lambda: roll_out(plain, context, 2, 2, actions=actions), "actions: the model was trained without"),
-        (lambda: roll_out(plain, context, 2, 2, guidance=2.0), "needs a model with actions or labels"),
-        (lambda: roll_out(plain, context, 2, 2, guidance=-1.0), "needs a model with actions or labels"),
-        (lambda: roll_out(acting, context, 2, 2, guidance=0.5, actions=actions), "guidance: 0.5 has no meaning"),
-        (lambda: roll_out(plain, context, 0, 2), "frames and steps must be 1 or more"),
-        (lambda: roll_out(plain, context, 2, 0), "frames and steps must be 1 or more"),
-        (lambda: roll_out(plain, context[0], 2, 2), r"context: the shape is \[1, 4, 2, 2\]"),
-        (lambda: roll_out(plain, context[:, :, :3], 2, 2), r"context: the shape is \[2, 1, 3, 2, 2\]"),
-        (lambda: roll_out(plain, context, 2, 2, clip_ids=[1]), "clip_ids"),
+        (lambda: roll_out(acting, context, two), r"the model needs actions of shape \[2, 3\]"),
+        (lambda: roll_out(acting, context, two, actions=actions[:, 1:]), r"the shape is \[2, 2\], needed is \[2, 3\]"),
+        (lambda: roll_out(acting, context, two, actions=actions + 3), "classes 3 to 3 .* knows 0 to 2"),
+        (lambda: roll_out(acting, context, two, actions=actions - 1), "classes -1 to -1"),
+        (lambda: roll_out(acting, context, two, actions=actions.float()), "integers"),
+        (lambda: roll_out(acting, context, two, actions=actions, labels=labels), "labels: .* trained without"),
+        (lambda: roll_out(labelled, context, two), r"the model needs labels of shape \[2\]"),
+        (lambda: roll_out(plain, context, two, actions=actions), "actions: the model was trained without"),
+        (lambda: roll_out(plain, context, SamplingConfig(2, 2, guidance=2.0)), "needs a model with actions or labels"),
+        (lambda: roll_out(plain, context, SamplingConfig(2, 2, guidance=-1.0)), "needs a model with actions or labels"),
+        (lambda: roll_out(acting, context, SamplingConfig(2, 2, 0.5), actions=actions), "guidance: 0.5 has no meaning"),
+        (lambda: roll_out(plain, context, SamplingConfig(0, 2)), "frames=0: at least 1 is needed"),
+        (lambda: roll_out(plain, context, SamplingConfig(2, 0)), "steps=0: 1 to 1000 Euler steps"),
+        (lambda: roll_out(plain, context[0], two), r"context: the shape is \[1, 4, 2, 2\]"),
+        (lambda: roll_out(plain, context[:, :, :3], two), r"context: the shape is \[2, 1, 3, 2, 2\]"),
+        (lambda: roll_out(plain, context, two, clip_ids=[1]), "clip_ids"),
     ]  # fmt: skip
     for case, message in cases:
         with pytest.raises(UserError, match=message):
@@ -180,7 +194,7 @@ def test_context_noise_is_put_on_finished_frames() -> None:
     """float32: one new frame past the window, by the model itself, with noise drawn as the docstring says."""
     model, s, clip = small_model(), 0.125, 3
     context = some_context(1, WINDOW + 1)
-    result = roll_out(model, context, frames=2, steps=1, seed=7, clip_ids=[clip], context_noise=s)[0]
+    result = roll_out(model, context, SamplingConfig(frames=2, steps=1, seed=7, context_noise=s), clip_ids=[clip])[0]
 
     def draw(purpose: str, frame: int) -> Tensor:
         numbers = generator(7, purpose, step=frame, lane=clip).standard_normal(SHAPE, dtype=np.float32)
@@ -194,5 +208,5 @@ def test_context_noise_is_put_on_finished_frames() -> None:
         with torch.no_grad():
             frames.append(noise - model(torch.stack([*seen, noise])[None], timesteps)[0, -1])
     torch.testing.assert_close(result, torch.stack(frames[-2:]), rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="context_noise: 1 is no share of noise"):
-        roll_out(model, context, frames=1, steps=1, context_noise=1.0)
+    with pytest.raises(UserError, match="context_noise: 1 is no noise level"):
+        roll_out(model, context, SamplingConfig(frames=1, steps=1, context_noise=1.0))

@@ -27,7 +27,7 @@ def model_dir(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Random weights; a fresh model's velocity would be zero."""
     manifest, draw = Manifest.read(recorded_shards), torch.Generator().manual_seed(0)
     state = {name: torch.randn(t.shape, generator=draw) * 0.1 for name, t in FAR(CONFIG).state_dict().items()}
-    card = ModelMetadata(
+    metadata = ModelMetadata(
         autoencoder=manifest.autoencoder,
         scaling=LatentScaling.of(manifest, "channel"),
         latent_shape=manifest.latent_shape,
@@ -35,7 +35,7 @@ def model_dir(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
         training=TrainingMetadata(step=0, recipe_hash="r", weights="ema", far_scale="0"),
     )
     folder = tmp_path_factory.mktemp("model") / "model"
-    save_model_dir(folder, CONFIG, state, card)
+    save_model_dir(folder, CONFIG, state, metadata)
     return folder
 
 
@@ -83,7 +83,7 @@ def test_a_shard_set_or_one_file_may_be_the_context(
     assert psnr[0] == pytest.approx(psnr[1], abs=0.5)  # apart from what the autoencoder loses
 
 
-def test_wrong_use_is_told_in_one_line(
+def test_wrong_use_is_reported_in_one_line(
     model_dir: Path, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     silent = tmp_path / "silent.npz"
@@ -91,7 +91,7 @@ def test_wrong_use_is_told_in_one_line(
     out = tmp_path / "out"
     cases = [
         (recorded, ["--out", out / "walk.avi"], "must end in .mp4"),
-        (recorded, ["--frames", 30, "--out", out / "walk.mp4"], "24 frames, but 31 are needed (to tell the actions"),
+        (recorded, ["--frames", 30, "--out", out / "walk.mp4"], "24 frames, but 31 are needed (for the actions"),
         (silent, ["--out", out / "walk.mp4"], "silent.npz: holds no actions"),
         (tmp_path / "absent", ["--out", out / "walk.mp4"], "no such file or folder"),
         (recorded, ["--out", "/proc/none/walk.mp4"], "/proc/none/walk.mp4: cannot be written"),

@@ -59,7 +59,7 @@ def test_no_step_makes_the_host_wait_for_the_gpu(compiled: bool) -> None:
     """After the first step, which loads and compiles, any synchronisation in a step raises."""
     device = torch.device("cuda")
     model = FAR(CONFIG).to(device, torch.bfloat16).train()
-    model.run_as(compiled=compiled)
+    model.configure_execution(compiled=compiled)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     with DevicePrefetch(packs_of_steps(6), OBJECTIVE, CONFIG, 5, device) as batches:
         for step in range(5):

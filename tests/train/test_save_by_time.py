@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from far_scale.config.recipe import load_recipe
-from far_scale.evaluation.clips import ClipSource
-from far_scale.evaluation.follow import _Following
+from far_scale.evaluation.clip_sets import ClipSource
+from far_scale.evaluation.follow import _RunFollower
 from far_scale.evaluation.protocol import load_protocol
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
@@ -60,8 +60,8 @@ def test_a_crash_of_a_submitted_recipe_costs_half_an_hour_at_most(script: Path) 
 
 def test_they_are_not_evaluated_beside_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     protocol, clips = load_protocol("vizdoom-8to8"), ClipSource()
-    following = _Following(tmp_path, protocol, tmp_path / "out", clips, torch.device("cpu"))
-    monkeypatch.setattr(_Following, "_export", lambda *_: True)
+    following = _RunFollower(tmp_path, protocol, tmp_path / "out", clips, torch.device("cpu"))
+    monkeypatch.setattr(_RunFollower, "_export", lambda *_: True)
     save(tmp_path, 13, ephemeral=True)
     assert following.next_step() is None
     save(tmp_path, 20, ephemeral=False)

@@ -170,9 +170,10 @@ def test_a_sample_from_the_exported_directory_equals_the_training_process(
     runs: Path, recorded_shards: Path, tmp_path: Path
 ) -> None:
     script = (
-        "import sys; from far_scale.evaluation.rollouts.evaluate import evaluate, load_for_sampling; "
+        "import sys; from far_scale.evaluation.rollouts.runner import evaluate_rollout, load_for_sampling; "
+        "from far_scale.sampling.config import SamplingConfig; "
         "model, shards, out = sys.argv[1:]; "
-        "evaluate(*load_for_sampling(model), shards, 4, 4, 3, 1.0, 5, 3, out)"
+        "evaluate_rollout(*load_for_sampling(model), shards, SamplingConfig(4, 3, seed=5), 4, 3, out)"
     )
     finished = run("-c", script, runs / "model", recorded_shards, tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]

@@ -23,10 +23,11 @@ from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import Processes
 from far_scale.evaluation import validation_videos as validation_samples
-from far_scale.evaluation.lpips import LPIPS
-from far_scale.evaluation.rollouts.evaluate import evaluate
-from far_scale.evaluation.rollouts.metrics import frame_ssim
+from far_scale.evaluation.metric_networks import LPIPS
+from far_scale.evaluation.rollouts.psnr_ssim import frame_ssim
+from far_scale.evaluation.rollouts.runner import evaluate_rollout
 from far_scale.evaluation.validation_videos import open_validation_videos
+from far_scale.sampling.config import SamplingConfig
 from far_scale.train.checkpoint.export import export
 from far_scale.train.curriculum import Stage, stages
 from far_scale.train.flow_matching import CLEAN, add_noise
@@ -195,7 +196,9 @@ def test_samples_are_those_of_the_exported_ema(runs: Path, recorded_shards: Path
     run = runs / "zero3_validated"
     export(run, None, "ema", tmp_path / "model")
     model, card = load_model_dir(tmp_path / "model")
-    expected = evaluate(model, card, ShardSet.open(recorded_shards), 4, 4, 2, 1.0, 0, 3, tmp_path / "out")
+    expected = evaluate_rollout(
+        model, card, ShardSet.open(recorded_shards), SamplingConfig(4, 2), 4, 3, tmp_path / "out"
+    )
 
     folder = run / "validation/step-00000006"
     assert sorted(path.name for path in folder.iterdir()) == ["samples.mp4", "samples.png", "scores.json"]
@@ -309,9 +312,9 @@ def test_lpips_is_that_of_its_network(recorded_shards: Path, tmp_path: Path, mon
     held_out = open_held_out(
         recipe, stages(recipe), manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos
     )
-    assert held_out is not None and held_out.samples is not None and held_out.samples.without_lpips is None
+    assert held_out is not None and held_out.videos is not None and held_out.videos.without_lpips is None
     frames, truth = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    error, ssim, lpips = held_out.samples._score(frames, truth)
+    error, ssim, lpips = held_out.videos._score(frames, truth)
     torch.testing.assert_close(torch.from_numpy(lpips), network(frames, truth).double())
     torch.testing.assert_close(torch.from_numpy(ssim), frame_ssim(frames, truth).double())
     torch.testing.assert_close(torch.from_numpy(error), (frames - truth).double().square().mean((1, 2, 3)))

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from far_scale.data.demo import episodes
-from far_scale.evaluation.rollouts.curve import loss_curve
+from far_scale.evaluation.rollouts.loss_curve import draw_loss_curve
 from far_scale.utils.event_log import lines_up_to, read_events
 from far_scale.utils.io import JsonlWriter, check_writable, read_json_lines, text_lines, write_json
 from harness.refusal import refused
@@ -46,14 +46,14 @@ def test_a_log_with_lines_that_are_none(tmp_path: Path) -> None:
     log.write_text("\n".join(LINES) + "\n", encoding="utf-8")
     assert len(read_json_lines(log)) == 4
     assert [line["step"] for line in lines_up_to(log, 3)] == [1, 2, 3]
-    loss_curve(tmp_path / "loss.png", log)
+    draw_loss_curve(tmp_path / "loss.png", log)
     for bad in BAD:
         log.write_text(
             "\n".join([*LINES, bad, '{"loss": 1, "learning_rate": 1, "step": "6"}']) + "\n", encoding="utf-8"
         )
         assert read_json_lines(log)[4] is None
         assert [line["step"] for line in lines_up_to(log, 9)] == [1, 2, 3, 4]
-        refused(lambda: loss_curve(tmp_path / "other.png", log), "log.jsonl: line 5 is no entry", "remove it")
+        refused(lambda: draw_loss_curve(tmp_path / "other.png", log), "log.jsonl: line 5 is no entry", "remove it")
     log.write_bytes(b'{"step": 1}\n\xff\xfe\n')
     assert read_json_lines(log) == [{"step": 1}, None]
     log.write_text("")

@@ -1,13 +1,18 @@
-"""Episodes to sample from: given frames, conditions and, as far as they are known, the frames that really followed."""
+"""Episodes to sample from: given frames, conditions and, as far as it is known, what really followed.
+
+shape letters   B episodes   b some of them   G given frames   F predicted ones   K frames with a known truth
+                C/H/W latent channels/height/width   h/w pixels
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from far_scale.autoencoder import Autoencoder
@@ -18,19 +23,65 @@ from far_scale.data.shards.typed import classes_differ
 from far_scale.data.video.find import find_videos
 from far_scale.data.video.transforms import resize_and_crop
 from far_scale.data.video.videos import read_video
-from far_scale.evaluation.rollouts.truth import DecodedLatents, RecordedPixels, Truth
 from far_scale.model import FARConfig
 from far_scale.utils.errors import UserError
 
-_ENCODED_AT_ONCE = 32  # frames
+_ENCODE_BATCH = 32  # frames
+
+
+class GroundTruth(Protocol):
+    """The first frames of B episodes, equally many of each, decoded to floats one index at a time.
+
+    Attributes:
+        kind: "recorded pixels" or "decoded latents".
+    """
+
+    kind: str
+
+    def __len__(self) -> int:
+        """K, the number of known frames of each episode."""
+        ...
+
+    def frame(self, episodes: slice, index: int) -> Tensor:
+        """Frame `index` of some episodes, `[b, 3, h, w]` in 0..1, float32 on the CPU."""
+        ...
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is asked of each episode.
+class RecordedPixels:
+    """The frames of videos, uint8 `[B, K, h, w, 3]`."""
+
+    pixels: NDArray[np.uint8]
+    kind = "recorded pixels"
+
+    def __len__(self) -> int:
+        return int(self.pixels.shape[1])
+
+    def frame(self, episodes: slice, index: int) -> Tensor:
+        return torch.from_numpy(self.pixels[episodes, index]).permute(0, 3, 1, 2).float() / 255
+
+
+@dataclass(frozen=True)
+class DecodedLatents:
+    """The latents of a shard set, unscaled `[B, K, C, H, W]`, decoded on demand."""
+
+    latents: Tensor
+    autoencoder: Autoencoder
+    kind = "decoded latents"
+
+    def __len__(self) -> int:
+        return self.latents.shape[1]
+
+    def frame(self, episodes: slice, index: int) -> Tensor:
+        return decode_frame(self.autoencoder, self.latents[episodes, index].float())
+
+
+@dataclass(frozen=True)
+class EpisodeSelection:
+    """Which episodes are taken, and what of each.
 
     Attributes:
-        given: frames given, from its start; None for the model's window, or for what `frames` leaves of a shorter
+        given: frames given, from the start; None for the model's window, or for what `frames` leaves of a shorter
             episode, but at least 1.
         frames: frames to predict.
         episodes: how many to take from the start of the set, at most.
@@ -45,107 +96,169 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Episodes:
-    """B clips of given frames, and what belongs to them.
+    """B episodes: their given frames, conditions and truth.
 
     Attributes:
         keys: one name an episode.
         context: `[B, G, C, H, W]` scaled latents of the given frames.
         truth: the given frames and those that followed, at most as many as will be predicted.
-        actions: `[B, G + F]` int64 where the model is told actions, else None.
-        labels: `[B]` int64 where the model is told labels, else None.
+        actions: `[B, G + F]` int64 for a model conditioned on actions, else None.
+        labels: `[B]` int64 for a model conditioned on labels, else None.
         fps: frames a second, counting only the frames taken (every `frame_stride`-th).
     """
 
     keys: list[str]
     context: Tensor
-    truth: Truth
+    truth: GroundTruth
     actions: Tensor | None
     labels: Tensor | None
     fps: float
 
 
-def find_episodes(
-    source: ShardSet | str | Path, config: FARConfig, card: ModelMetadata, autoencoder: Autoencoder, wanted: Wanted
+def load_episodes(
+    source: ShardSet | str | Path,
+    config: FARConfig,
+    metadata: ModelMetadata,
+    autoencoder: Autoencoder,
+    selection: EpisodeSelection,
 ) -> Episodes:
-    """Of an opened shard set, or of a path: a shard set's folder, a video file, or a folder of videos.
+    """Load episodes of an opened shard set, or of a path: a shard set's folder, a video, or a folder of videos.
 
     Raises:
-        UserError: what the path holds does not fit the model, or is not enough of it.
+        UserError: the source does not fit the model, or holds too few frames.
     """
     if isinstance(source, ShardSet):
-        return shard_episodes(source, config, card, autoencoder, wanted)
+        return load_shard_episodes(source, config, metadata, autoencoder, selection)
     if (Path(source) / MANIFEST_NAME).is_file():
-        return shard_episodes(ShardSet.open(source), config, card, autoencoder, wanted)
-    return video_episodes(Path(source), config, card, autoencoder, wanted)
+        return load_shard_episodes(ShardSet.open(source), config, metadata, autoencoder, selection)
+    return load_video_episodes(Path(source), config, metadata, autoencoder, selection)
 
 
-def video_episodes(
-    path: Path, config: FARConfig, card: ModelMetadata, autoencoder: Autoencoder, wanted: Wanted
+def load_video_episodes(
+    path: Path, config: FARConfig, metadata: ModelMetadata, autoencoder: Autoencoder, selection: EpisodeSelection
 ) -> Episodes:
-    """The first frames of the first videos of a file or folder; the given ones are encoded.
+    """Load the first frames of the first videos of a file or folder, and encode the given ones.
 
-    Frames of another size are brought to the model's as tools/encode_latents.py does it, where that is a square.
+    Frames are resized to the model's size as tools/encode_latents.py does it, if that size is square.
 
     Raises:
         UserError: no videos, too few frames, no actions or label where the model needs them, or frames of another size
-            for a model of others than squares.
+            for a model whose frames are not square.
     """
-    files = find_videos(path)[: wanted.episodes]
+    files = find_videos(path)[: selection.episodes]
     videos = [read_video(file) for file in files]
-    actions = config.actions > 0 and wanted.conditioned
+    needs_actions = config.actions > 0 and selection.conditioned
     for file, video in zip(files, videos, strict=True):
-        if actions and video.actions is None:
+        if needs_actions and video.actions is None:
             raise UserError(
                 f"{file}: holds no actions and the model needs them; give an npz with `actions`, or guidance -1"
             )
     lengths = [(str(file), len(video.frames)) for file, video in zip(files, videos, strict=True)]
-    given, known = _given_and_known(lengths, card.frame_stride, config.window, wanted, actions)
-    taken = slice(0, known * card.frame_stride, card.frame_stride)
-    size = tuple(side * autoencoder.downsample for side in card.latent_shape[1:])
-    pixels = np.stack([_fit(file, video.frames[taken], size) for file, video in zip(files, videos, strict=True)])
+    given, known = _frame_counts(lengths, metadata.frame_stride, config.window, selection, needs_actions)
+    frames = slice(0, known * metadata.frame_stride, metadata.frame_stride)
+    size = tuple(side * autoencoder.downsample for side in metadata.latent_shape[1:])
+    pixels = np.stack([_resize(file, video.frames[frames], size) for file, video in zip(files, videos, strict=True)])
+    context = torch.stack([encode_frames(autoencoder, video[:given], metadata) for video in pixels])
+    actions = [video.actions[frames] for video in videos if video.actions is not None]
     labels = [(str(file), video.label) for file, video in zip(files, videos, strict=True)]
     return Episodes(
         keys=[video.key for video in videos],
-        context=card.scaling.normalise(torch.stack([encode(autoencoder, video[:given], card) for video in pixels])),
+        context=metadata.scaling.normalise(context),
         truth=RecordedPixels(pixels),
-        actions=_stack([video.actions[taken] for video in videos if video.actions is not None]) if actions else None,
-        labels=_labels(labels) if config.labels and wanted.conditioned else None,
-        fps=videos[0].fps / card.frame_stride,
+        actions=torch.from_numpy(np.stack(actions)).long() if needs_actions else None,
+        labels=_label_tensor(labels) if config.labels and selection.conditioned else None,
+        fps=videos[0].fps / metadata.frame_stride,
     )
 
 
-def shard_episodes(
-    shards: ShardSet, config: FARConfig, card: ModelMetadata, autoencoder: Autoencoder, wanted: Wanted
+def load_shard_episodes(
+    shards: ShardSet,
+    config: FARConfig,
+    metadata: ModelMetadata,
+    autoencoder: Autoencoder,
+    selection: EpisodeSelection,
 ) -> Episodes:
-    """The first frames of the first samples of a shard set; its latents decoded are the truth.
+    """Load the first frames of the first samples of a shard set; its decoded latents are the truth.
 
     Raises:
-        UserError: a set of another autoencoder or latent shape, too few frames, or without the conditions needed.
+        UserError: another autoencoder or latent shape than the model's, too few frames, or missing conditions.
     """
-    actions = config.actions > 0 and wanted.conditioned
-    check_set(shards, config, card, wanted.conditioned)
+    needs_actions = config.actions > 0 and selection.conditioned
+    check_shard_set(shards, config, metadata, selection.conditioned)
     counts = enumerate(shards.samples_per_shard)
-    places = [(shard, sample) for shard, n in counts for sample in range(n)][: wanted.episodes]
+    positions = [(shard, sample) for shard, count in counts for sample in range(count)][: selection.episodes]
     lengths = [
-        (f"{shards.folder}: sample {place[1]} of shard {place[0]}", shards.frames_of(*place)) for place in places
+        (f"{shards.folder}: sample {sample} of shard {shard}", shards.frames_of(shard, sample))
+        for shard, sample in positions
     ]
-    if config.labels and wanted.conditioned:
-        check_classes(shards, card)
-    given, known = _given_and_known(lengths, card.frame_stride, config.window, wanted, actions)
-    samples = [shards.read(shard, sample, frames=known, stride=card.frame_stride) for shard, sample in places]
+    if config.labels and selection.conditioned:
+        check_classes(shards, metadata)
+    given, known = _frame_counts(lengths, metadata.frame_stride, config.window, selection, needs_actions)
+    samples = [shards.read(shard, sample, frames=known, stride=metadata.frame_stride) for shard, sample in positions]
     latents = torch.stack([sample.latents for sample in samples])
     labels = [(sample.source, sample.label) for sample in samples]
     return Episodes(
         keys=[sample.key for sample in samples],
-        context=card.scaling.normalise(latents[:, :given]),
+        context=metadata.scaling.normalise(latents[:, :given]),
         truth=DecodedLatents(latents, autoencoder),
-        actions=torch.stack([s.actions for s in samples if s.actions is not None]) if actions else None,
-        labels=_labels(labels) if config.labels and wanted.conditioned else None,
-        fps=samples[0].fps / card.frame_stride,
+        actions=torch.stack([s.actions for s in samples if s.actions is not None]) if needs_actions else None,
+        labels=_label_tensor(labels) if config.labels and selection.conditioned else None,
+        fps=samples[0].fps / metadata.frame_stride,
     )
 
 
-def _fit(file: Path, frames: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+def encode_frames(autoencoder: Autoencoder, frames: np.ndarray, metadata: ModelMetadata) -> Tensor:
+    """Frames uint8 `[F, h, w, 3]` to unscaled latents `[F, C, H, W]`, float32 on the CPU; F may be 0."""
+    latents = [torch.empty(0, *metadata.latent_shape)]
+    for start in range(0, len(frames), _ENCODE_BATCH):
+        pixels = torch.from_numpy(frames[start : start + _ENCODE_BATCH]).permute(0, 3, 1, 2).float()
+        latents.append(autoencoder.encode(pixels / 127.5 - 1).cpu())
+    return torch.cat(latents)
+
+
+def decode_frame(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+    """Unscaled latents `[b, C, H, W]` to pixels `[b, 3, h, w]` in 0..1, float32 on the CPU."""
+    return autoencoder.decode(latents).cpu() / 2 + 0.5
+
+
+def check_shard_set(shards: ShardSet, config: FARConfig, metadata: ModelMetadata, conditioned: bool) -> None:
+    """Raises UserError for a set whose latents or conditions do not fit the model."""
+    actions = config.actions > 0 and conditioned
+    manifest = shards.manifest
+    if manifest.autoencoder.weight_hash != metadata.autoencoder.weight_hash:
+        raise UserError(
+            f"{shards.folder}: the latents are by {manifest.autoencoder.name} "
+            f"({manifest.autoencoder.weight_hash[:12]}), the model's by {metadata.autoencoder.name} "
+            f"({metadata.autoencoder.weight_hash[:12]}); encode the videos with the model's autoencoder"
+        )
+    if manifest.latent_shape != metadata.latent_shape:
+        raise UserError(
+            f"{shards.folder}: frame latents of {list(manifest.latent_shape)}, the model knows "
+            f"{list(metadata.latent_shape)}; encode the videos at the model's size"
+        )
+    if actions and not manifest.actions:
+        raise UserError(f"{shards.folder}: the set has no actions and the model needs them; encode videos with actions")
+    for name, needed, classes, known in (
+        ("actions", actions, manifest.actions, config.actions),
+        ("labels", conditioned, manifest.labels, config.labels),
+    ):
+        if needed and known and classes != known:
+            raise UserError(
+                f"{shards.folder}: {classes} {name}, the model was trained on {known}; give a shard set with "
+                "the model's classes, or guidance -1"
+            )
+
+
+def check_classes(shards: ShardSet, metadata: ModelMetadata) -> None:
+    """Raises UserError for a set whose labels are other classes than the model's."""
+    if (difference := classes_differ(shards.manifest.classes, metadata.classes)) is not None:
+        raise UserError(
+            f"{shards.folder}: its classes are not the model's: {difference}; encode the videos with --classes-of the "
+            "set that the model was trained on"
+        )
+
+
+def _resize(file: Path, frames: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Frames `[F, H, W, 3]` in the model's size (height, width)."""
     height, width = size
     if frames.shape[1:3] == size:
@@ -158,83 +271,36 @@ def _fit(file: Path, frames: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     return resize_and_crop(frames, height)
 
 
-def encode(autoencoder: Autoencoder, frames: np.ndarray, card: ModelMetadata) -> Tensor:
-    """Frames uint8 `[F, h, w, 3]` to unscaled latents `[F, C, H, W]`, float32 on the CPU; F may be 0."""
-    latents = [torch.empty(0, *card.latent_shape)]
-    for start in range(0, len(frames), _ENCODED_AT_ONCE):
-        pixels = torch.from_numpy(frames[start : start + _ENCODED_AT_ONCE]).permute(0, 3, 1, 2).float()
-        latents.append(autoencoder.encode(pixels / 127.5 - 1).cpu())
-    return torch.cat(latents)
-
-
-def _given_and_known(
-    lengths: list[tuple[str, int]], stride: int, window: int, wanted: Wanted, all_needed: bool
+def _frame_counts(
+    lengths: list[tuple[str, int]], stride: int, window: int, selection: EpisodeSelection, needs_all: bool
 ) -> tuple[int, int]:
-    """How many frames are given, and how many are known of every episode; all are needed where they carry actions.
+    """How many frames of every episode are given, and how many are known.
 
-    `lengths` are names and recorded frames; of these, every `stride`-th is one of ours.
+    Args:
+        lengths: name and recorded frames of each episode.
+        stride: of the frames that are taken.
+        needs_all: whether predicted frames must be recorded, too, since actions are read from them.
     """
     shortest = min((length + stride - 1) // stride for _, length in lengths)
-    given = max(1, min(window, shortest - wanted.frames)) if wanted.given is None else wanted.given
-    needed = given + wanted.frames if all_needed else given
-    for where, length in lengths:
+    given = selection.given
+    if given is None:
+        given = max(1, min(window, shortest - selection.frames))
+    needed = given + selection.frames if needs_all else given
+    for name, length in lengths:
         if length < (needed - 1) * stride + 1:
-            what = f"{given} given ones"
-            if all_needed:
-                what = f"to tell the actions of {what} and of {wanted.frames} new ones"
+            purpose = f"{given} given ones"
+            if needs_all:
+                purpose = f"for the actions of {purpose} and of {selection.frames} new ones"
             every = f", one in {stride} frames taken" if stride > 1 else ""
             raise UserError(
-                f"{where}: {length} frames, but {(needed - 1) * stride + 1} are needed ({what}{every}); "
+                f"{name}: {length} frames, but {(needed - 1) * stride + 1} are needed ({purpose}{every}); "
                 "ask for fewer, or give a longer recording"
             )
-    return given, min(shortest, given + wanted.frames)
+    return given, min(shortest, given + selection.frames)
 
 
-def check_set(shards: ShardSet, config: FARConfig, card: ModelMetadata, conditioned: bool) -> None:
-    """Raises UserError where the model cannot take a set's latents, or lacks its actions or labels."""
-    actions = config.actions > 0 and conditioned
-    manifest = shards.manifest
-    if manifest.autoencoder.weight_hash != card.autoencoder.weight_hash:
-        raise UserError(
-            f"{shards.folder}: the latents are by {manifest.autoencoder.name} "
-            f"({manifest.autoencoder.weight_hash[:12]}), the model's by {card.autoencoder.name} "
-            f"({card.autoencoder.weight_hash[:12]}); encode the videos with the model's autoencoder"
-        )
-    if manifest.latent_shape != card.latent_shape:
-        raise UserError(
-            f"{shards.folder}: frame latents of {list(manifest.latent_shape)}, the model knows "
-            f"{list(card.latent_shape)}; encode the videos at the model's size"
-        )
-    if actions and not manifest.actions:
-        raise UserError(f"{shards.folder}: the set has no actions and the model needs them; encode videos with actions")
-    for what, needed, own, known in (
-        ("actions", actions, manifest.actions, config.actions),
-        ("labels", conditioned, manifest.labels, config.labels),
-    ):
-        if needed and known and own != known:
-            raise UserError(
-                f"{shards.folder}: {own} {what}, the model was trained on {known}; give a shard set of the model's "
-                "own, or guidance -1"
-            )
-
-
-def check_classes(shards: ShardSet, card: ModelMetadata) -> None:
-    """Raises UserError where a set's labels are other classes than the model's."""
-    if (difference := classes_differ(shards.manifest.classes, card.classes)) is not None:
-        raise UserError(
-            f"{shards.folder}: its classes are not the model's: {difference}; encode the videos with --classes-of the "
-            "set that the model was trained on"
-        )
-
-
-def _stack(actions: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(actions)).long()
-
-
-def _labels(labels: list[tuple[str, int | None]]) -> Tensor:
-    for where, label in labels:
+def _label_tensor(labels: list[tuple[str, int | None]]) -> Tensor:
+    for name, label in labels:
         if label is None:
-            raise UserError(
-                f"{where}: holds no label and the model needs one; give an npz with `label`, or guidance -1"
-            )
+            raise UserError(f"{name}: holds no label and the model needs one; give an npz with `label`, or guidance -1")
     return torch.tensor([label for _, label in labels], dtype=torch.int64)

@@ -1,19 +1,19 @@
-"""Frame-block causality out of ordinary attention calls, exact in forward and backward.
+"""Frame-block causality from ordinary attention calls, exact in forward and backward.
 
-Let a group's tokens stand in frame order. The keys that query t of frame f may see are
+Let a group's tokens be in frame order. The keys that query t of frame f may see are
 
     {keys <= t}                               one causal call; the sequences are the clips
     + {keys of the same frame that are > t}   one causal call over reversed frames; the sequences are the frames
-    + {the clip's earlier keys}               where there are any: a call without a mask; the sequences are the clips
+    + {the clip's prefix keys}               if there are any, one call without a mask; the sequences are the clips
 
-(A group that is not causal takes one call without a mask instead of the first two.)
+(A group that is not causal needs one call without a mask instead of the first two.)
 
 The sets are disjoint, so their softmaxes merge by the log-sum-exps l1, l2 (the rule of split attention, as in
 FlashDecoding): l = logaddexp(l1, l2), o = o1 exp(l1 - l) + o2 exp(l2 - l). Backward, a flash kernel computes
-P = exp(s - l) and rowsum(dO * O) from the l and O it is given; given the merged ones, each call yields exactly its
-own pairs' share of the gradients, which add up.
+P = exp(s - l) and rowsum(dO * O) from the given l and O. With the merged ones, each call yields exactly the
+gradients of its own pairs, which add up.
 
-    shape letters   T tokens of the group   S earlier keys   N heads   D head dim
+    shape letters   T tokens of the group   S prefix keys   N heads   D head dim
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def forward(
     prefix_v: Tensor | None,
     plan: AttentionPlan,
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v `[T, N, D]`, the earlier keys and values `[S, N, D]` -> out `[T, N, D]`, lse `[T, N]` (natural log)."""
+    """q, k, v `[T, N, D]`, prefix keys and values `[S, N, D]` -> out `[T, N, D]`, lse `[T, N]` (natural log)."""
     clips, upper, prefix = plan.group.clips, plan.group.upper_triangle(q.device), plan.prefix
     out, lse = kernel.forward(q, k, v, clips, clips, causal=plan.group.causal)
     if upper is not None:
@@ -66,7 +66,7 @@ def backward(
     lse: Tensor,
     plan: AttentionPlan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of q, k, v `[T, N, D]` and, with a prefix, of the earlier keys and values `[S, N, D]`."""
+    """The gradients of q, k, v `[T, N, D]` and, with a prefix, of prefix keys and values `[S, N, D]`."""
     clips, upper, prefix = plan.group.clips, plan.group.upper_triangle(q.device), plan.prefix
     dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, clips, clips, causal=plan.group.causal)
     if upper is not None:
@@ -84,18 +84,18 @@ def backward(
         return dq, dk, dv, None, None
     assert prefix_k is not None and prefix_v is not None
     seen_dout, seen_q, seen_out, seen_lse = _rows(prefix.rows, dout, q, out, lse)
-    prefix_dq, earlier_dk, earlier_dv = kernel.backward(
+    prefix_dq, prefix_dk, prefix_dv = kernel.backward(
         seen_dout, seen_q, prefix_k, prefix_v, seen_out, seen_lse, prefix.queries, prefix.keys, causal=False
     )
     _add(dq, prefix.rows, prefix_dq)
-    return dq, dk, dv, earlier_dk, earlier_dv
+    return dq, dk, dv, prefix_dk, prefix_dv
 
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def _one_pass(function: _Function) -> _Function:
-    """On a GPU compiled to one pass over memory: uncompiled these steps took longer than the kernels' calls."""
+    """Compile a function for GPUs into one pass over memory; uncompiled, it takes longer than the attention kernels."""
     compiled = torch.compile(function, dynamic=True)
 
     @functools.wraps(function)
@@ -108,14 +108,14 @@ def _one_pass(function: _Function) -> _Function:
 
 @_one_pass
 def _rows(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Some rows of each `[T, ...]`; None: all."""
+    """The given rows of each tensor `[T, ...]`; all for None."""
     # index_select is four times as fast as x[rows] on a CPU
     return tensors if rows is None else tuple(x.index_select(0, rows) for x in tensors)
 
 
 @_one_pass
 def _add(x: Tensor, rows: Tensor | None, part: Tensor) -> None:
-    """Add `part` to some rows of x, in place."""
+    """Add `part` to the given rows of x, in place; to all for None."""
     if rows is None:
         x += part
     else:
@@ -124,12 +124,12 @@ def _add(x: Tensor, rows: Tensor | None, part: Tensor) -> None:
 
 @_one_pass
 def _merge(out: Tensor, lse: Tensor, rows: Tensor | None, part_out: Tensor, part_lse: Tensor) -> None:
-    """Add a part of the keys to what `rows` (None: all) of out `[T, N, D]` and lse `[T, N]` have seen, in place."""
+    """Merge attention over more keys into the given rows (None: all) of out `[T, N, D]` and lse `[T, N]`, in place."""
     seen_out, seen_lse = (out, lse) if rows is None else (out.index_select(0, rows), lse.index_select(0, rows))
     merged_lse = torch.logaddexp(seen_lse, part_lse)
-    seen_share = (seen_lse - merged_lse).exp().unsqueeze(-1)
-    part_share = (part_lse - merged_lse).exp().unsqueeze(-1)
-    merged = (seen_out * seen_share + part_out * part_share).to(out.dtype)
+    seen_weight = (seen_lse - merged_lse).exp().unsqueeze(-1)
+    part_weight = (part_lse - merged_lse).exp().unsqueeze(-1)
+    merged = (seen_out * seen_weight + part_out * part_weight).to(out.dtype)
     if rows is None:
         out.copy_(merged)
         lse.copy_(merged_lse)

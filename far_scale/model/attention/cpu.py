@@ -1,8 +1,8 @@
 """The kernel for CPUs: PyTorch's flash attention operator, run once for each pair of sequence lengths.
 
 The operator takes dense batches `[sequences, N, length, D]` in float32, float64, bfloat16 or float16 and gives the
-log-sum-exp `[sequences, N, length]` (natural; float64 for float64, else float32). Sequences of one length lie end to
-end as a dense batch already (no copy); mixed lengths are gathered, a batch for each pair of query and key length.
+log-sum-exp `[sequences, N, length]` (natural; float64 for float64, else float32). Sequences of one length already
+form a dense batch (no copy); mixed lengths are gathered, a batch for each pair of query and key length.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from far_scale.model.attention.kernel import not_this_dtype
+from far_scale.model.attention.kernel import unsupported_dtype
 from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "cpu", "torch", ""
@@ -22,16 +22,17 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """See `Kernel.why_not`."""
+def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.unusable_reason`."""
     if device.type != "cpu":
-        return "runs on CPUs alone"
-    return None if dtype in DTYPES else not_this_dtype(dtype, DTYPES)
+        return "runs only on CPUs"
+    return None if dtype in DTYPES else unsupported_dtype(dtype, DTYPES)
 
 
 def _dense(x: Tensor, spans: Spans) -> Tensor:
     """`[sequences * length, N, D]` -> `[sequences, N, length, D]`, a view."""
-    return x.unflatten(0, (-1, spans.longest)).transpose(1, 2)
+    by_sequence: Tensor = x.unflatten(0, (-1, spans.longest))
+    return by_sequence.transpose(1, 2)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -40,19 +41,19 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _uniform_parts(queries: Spans, keys: Spans) -> Iterator[tuple[Tensor, Spans, Tensor, Spans]]:
-    """The sequences by their pair of lengths: query rows and spans, key rows and spans."""
+    """Sequences grouped by query and key length: query rows and spans, key rows and spans."""
     by_lengths: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for lengths, starts in zip(
         zip(queries.lengths, keys.lengths, strict=True), zip(queries.starts, keys.starts, strict=True), strict=False
     ):
         by_lengths.setdefault(lengths, []).append(starts)
-    for (query_length, key_length), together in sorted(by_lengths.items()):
-        query_starts, key_starts = torch.tensor(together).T
+    for (query_length, key_length), starts_of_pairs in sorted(by_lengths.items()):
+        query_starts, key_starts = torch.tensor(starts_of_pairs).T
         yield (
             (query_starts[:, None] + torch.arange(query_length)).flatten(),
-            Spans((query_length,) * len(together)),
+            Spans((query_length,) * len(starts_of_pairs)),
             (key_starts[:, None] + torch.arange(key_length)).flatten(),
-            Spans((key_length,) * len(together)),
+            Spans((key_length,) * len(starts_of_pairs)),
         )
 
 
@@ -83,7 +84,7 @@ def backward(
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     if queries.uniform and keys.uniform:
         by_query = (_dense(x, queries) for x in (dout, q))
-        # The operator reads the log-sum-exp by plain offsets, so that one alone must lie contiguously.
+        # The operator ignores the strides of the log-sum-exp, so it must be contiguous.
         dq, dk, dv = _backward(
             *by_query, _dense(k, keys), _dense(v, keys), _dense(out, queries), _dense(lse, queries).contiguous(),
             0.0, causal,

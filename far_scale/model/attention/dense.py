@@ -1,4 +1,4 @@
-"""The oracle: attention with a dense mask, in any precision on any device. For tests, and where no kernel fits."""
+"""The reference: attention with a dense mask, in any precision on any device. For tests, and where no kernel fits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ NAME = "dense"
 def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, plan: AttentionPlan
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v `[T, N, D]`, the earlier keys and values `[S, N, D]` -> out `[T, N, D]`, lse `[T, N]`.
+    """q, k, v `[T, N, D]`, prefix keys and values `[S, N, D]` -> out `[T, N, D]`, lse `[T, N]`.
 
-    Memory and work grow with T (S + T) whatever the mask lets through.
+    Memory and work grow with T (S + T), whatever the mask.
     """
     keys, values = _all_keys(k, v, prefix_k, prefix_v, plan)
     scores = _scores(q, keys, plan)
@@ -35,19 +35,19 @@ def backward(
     lse: Tensor,
     plan: AttentionPlan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of q, k, v and, with a prefix, of the earlier keys and values."""
+    """The gradients of q, k, v and, with a prefix, of prefix keys and values."""
     keys, values = _all_keys(k, v, prefix_k, prefix_v, plan)
     weights = (_scores(q, keys, plan) - lse.T.unsqueeze(-1)).exp()  # [N, T, S + T]
     d_weights = torch.einsum("tnd,knd->ntk", dout, values).to(weights.dtype)
-    share = (dout * out).sum(-1, dtype=weights.dtype).T.unsqueeze(-1)  # [N, T, 1]
-    d_scores = (weights * (d_weights - share) * q.shape[-1] ** -0.5).to(q.dtype)
+    row_sum = (dout * out).sum(-1, dtype=weights.dtype).T.unsqueeze(-1)  # [N, T, 1]
+    d_scores = (weights * (d_weights - row_sum) * q.shape[-1] ** -0.5).to(q.dtype)
     dq = torch.einsum("ntk,knd->tnd", d_scores, keys)
     d_keys = torch.einsum("ntk,tnd->knd", d_scores, q)
     d_values = torch.einsum("ntk,tnd->knd", weights.to(q.dtype), dout)
     if plan.prefix is None:
         return dq, d_keys, d_values, None, None
-    earlier = len(keys) - len(k)
-    return dq, d_keys[earlier:], d_values[earlier:], d_keys[:earlier], d_values[:earlier]
+    prefix = len(keys) - len(k)
+    return dq, d_keys[prefix:], d_values[prefix:], d_keys[:prefix], d_values[:prefix]
 
 
 def _all_keys(
@@ -62,7 +62,7 @@ def _all_keys(
 def _scores(q: Tensor, keys: Tensor, plan: AttentionPlan) -> Tensor:
     """`[N, T, S + T]` in float32 or better, -inf where the mask forbids."""
     precise = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("tnd,knd->ntk", q.to(precise), keys.to(precise)) * q.shape[-1] ** -0.5
+    scores: Tensor = torch.einsum("tnd,knd->ntk", q.to(precise), keys.to(precise)) * q.shape[-1] ** -0.5
     return scores.masked_fill(~mask(plan, q.device), -torch.inf)
 
 

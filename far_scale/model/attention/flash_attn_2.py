@@ -1,9 +1,9 @@
 """The kernel of flash-attn 2: Ampere, Ada, Hopper and Blackwell GPUs.
 
-Read in 2.5.7 to 2.8.4 (`flash_attn.flash_attn_interface`). `[T, N, D]` in bfloat16 or float16 with int32 cumulative
+For 2.5.7 to 2.8.4 (`flash_attn.flash_attn_interface`). `[T, N, D]` in bfloat16 or float16 with int32 cumulative
 lengths, heads of a multiple of 8 up to 256; the log-sum-exp is natural and float32: `[N, T]`, and before 2.6 padded,
-`[sequences, N, longest]`. `causal` aligns bottom right where keys outnumber queries (we use it for equal lengths
-alone). The backward adds dq up with atomics unless told to be deterministic.
+`[sequences, N, longest]`. `causal` aligns bottom right where keys outnumber queries (we use it only for equal
+lengths). The backward adds dq up with atomics unless deterministic.
 
 What changed: before 2.7 the forward gives 8 tensors, the log-sum-exp sixth, and takes the window as a pair; since then
 4, the log-sum-exp second, and the functions are torch operators with two window numbers. Soft caps came with 2.6.
@@ -18,20 +18,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from far_scale.model.attention import padded_lse
 from far_scale.model.attention.install import FLASH_ATTN_2_COMMAND
-from far_scale.model.attention.kernel import GpuNeeds, why_not_importable
+from far_scale.model.attention.kernel import GPURequirements, import_failure, pad_lse, unpad_lse
 from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "flash-attn-2", "flash-attn", FLASH_ATTN_2_COMMAND
 DTYPES = (torch.bfloat16, torch.float16)
 
-_NEEDS = GpuNeeds(DTYPES, lowest=(8, 0))
+_NEEDS = GPURequirements(DTYPES, lowest=(8, 0))
 _MODULE = "flash_attn.flash_attn_interface"
 
 
 class _Library(NamedTuple):
-    """The library's two functions, and what its version wants told beside what all of them are told."""
+    """The library's two functions, and the arguments that depend on its version."""
 
     forward: Any
     backward: Any
@@ -57,9 +56,9 @@ def _library() -> _Library:
     return _Library(forward, backward, forward_options, options, lse_index=5, padded=(major, minor) < (2, 6))
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """See `Kernel.why_not`."""
-    return _NEEDS.why_not(device, dtype, head_dim) or why_not_importable(PACKAGE, "2.5.7", _MODULE)
+def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.unusable_reason`."""
+    return _NEEDS.unusable_reason(device, dtype, head_dim) or import_failure(PACKAGE, "2.5.7", _MODULE)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:
@@ -70,7 +69,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal
         dropout_p=0.0, softmax_scale=q.shape[-1] ** -0.5, causal=causal, **library.forward_options,
     )  # fmt: skip
     lse = rest[library.lse_index - 1]
-    return out, padded_lse.unpad(lse, queries) if library.padded else lse.transpose(0, 1)
+    return out, unpad_lse(lse, queries) if library.padded else lse.transpose(0, 1)
 
 
 def backward(
@@ -79,7 +78,7 @@ def backward(
     """See `Kernel.backward`."""
     library = _library()
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    lse = padded_lse.pad(lse, queries, queries.longest) if library.padded else lse.transpose(0, 1).contiguous()
+    lse = pad_lse(lse, queries, queries.longest) if library.padded else lse.transpose(0, 1).contiguous()
     library.backward(
         dout, q, k, v, out, lse, dq, dk, dv,
         queries.cumulative(q.device), keys.cumulative(q.device), queries.longest, keys.longest,

@@ -1,11 +1,11 @@
 """The kernel of flash-attn 3: Hopper GPUs.
 
-Read in the `hopper` folder of flash-attention from 2.8.0 to 2.8.4. Its Python functions changed their window arguments
+For the `hopper` folder of flash-attention from 2.8.0 to 2.8.4. Its Python functions changed their window arguments
 and what they return; the torch operators below them, `flash_attn_3::fwd` and `bwd`, kept their arguments all along (the
 backward gave 8 tensors at first and gives 5 now; we bring our own gradients and read none of them). `[T, N, D]` in
 bfloat16 or float16 with int32 cumulative lengths, heads of a multiple of 8; the log-sum-exp is `[N, T]`, float32 and
-natural. `causal` aligns bottom right where keys outnumber queries (we use it for equal lengths alone). The backward
-adds dq up with atomics unless told to be deterministic, which it cannot be with heads of 256.
+natural. `causal` aligns bottom right where keys outnumber queries (we use it only for equal lengths). The backward
+adds dq up with atomics unless deterministic, which is unavailable for heads of 256.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ import torch
 from torch import Tensor
 
 from far_scale.model.attention.install import FLASH_ATTN_3_COMMAND
-from far_scale.model.attention.kernel import GpuNeeds, why_not_importable
+from far_scale.model.attention.kernel import GPURequirements, import_failure
 from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "flash-attn-3", "flash-attn-3", FLASH_ATTN_3_COMMAND
 DTYPES = (torch.bfloat16, torch.float16)
 
-_NEEDS = GpuNeeds(DTYPES, lowest=(9, 0), highest=(9, 0), largest_head=192)
+_NEEDS = GPURequirements(DTYPES, lowest=(9, 0), highest=(9, 0), largest_head=192)
 _MODULE = "flash_attn_3._C"
 
 
 @functools.cache
 def _operators() -> Any:
-    importlib.import_module(_MODULE)  # it holds nothing but registers the operators
+    importlib.import_module(_MODULE)  # importing it registers the operators
     return torch.ops.flash_attn_3
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """See `Kernel.why_not`."""
-    return _NEEDS.why_not(device, dtype, head_dim) or why_not_importable(PACKAGE, "3.0.0b1", _MODULE)
+def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.unusable_reason`."""
+    return _NEEDS.unusable_reason(device, dtype, head_dim) or import_failure(PACKAGE, "3.0.0b1", _MODULE)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:
     """See `Kernel.forward`."""
-    # One split: several, a heuristic's choice, would give the log-sum-exp in parts.
+    # One split; several, which a heuristic may choose, would give the log-sum-exp in parts.
     out, lse, *_ = _operators().fwd(
-        *map(_rows_of_one_stride, (q, k, v)), **_sequences(q, queries, keys, causal), num_splits=1
+        *map(_contiguous_heads, (q, k, v)), **_sequences(q, queries, keys, causal), num_splits=1
     )
     return out, lse.transpose(0, 1)
 
@@ -54,14 +54,14 @@ def backward(
     """See `Kernel.backward`."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _operators().bwd(
-        *map(_rows_of_one_stride, (dout, q, k, v, out)), lse.transpose(0, 1).contiguous(), dq, dk, dv,
+        *map(_contiguous_heads, (dout, q, k, v, out)), lse.transpose(0, 1).contiguous(), dq, dk, dv,
         **_sequences(q, queries, keys, causal), deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return dq, dk, dv
 
 
-def _rows_of_one_stride(x: Tensor) -> Tensor:
-    """The operators ask that a head's numbers lie side by side; everything else may be strided."""
+def _contiguous_heads(x: Tensor) -> Tensor:
+    """The operators need contiguous head dimensions; all others may be strided."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

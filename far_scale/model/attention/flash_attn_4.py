@@ -1,10 +1,10 @@
 """The kernel of flash-attn 4, which is written in CuTe and compiled at first use: Hopper and Blackwell GPUs.
 
-Read in 4.0.0b10, b20 and b36 (`flash_attn.cute.interface`). `[T, N, D]` in bfloat16 or float16 with int32 cumulative
+For 4.0.0b10, b20 and b36 (`flash_attn.cute.interface`). `[T, N, D]` in bfloat16 or float16 with int32 cumulative
 lengths, heads of a multiple of 8 up to 256 on Hopper and up to 128 on Blackwell; the log-sum-exp is `[N, T]`, float32
-and natural. `causal` aligns bottom right where keys outnumber queries (we use it for equal lengths alone). The backward
+and natural. `causal` aligns bottom right where keys outnumber queries (we use it only for equal lengths). The backward
 over several sequences runs on compute capability 9.0 (since b5), 10 and 11. On 12 both run on Ampere's instructions,
-never deterministically, so flash-attn 2 serves there. The forward gives 2 to 5 things, out and log-sum-exp first.
+never deterministically, so flash-attn 2 is used there. The forward returns 2 to 5 values, out and log-sum-exp first.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from far_scale.model.attention.install import flash_attn_4_command
-from far_scale.model.attention.kernel import GpuNeeds, compute_capability, why_not_importable
+from far_scale.model.attention.kernel import GPURequirements, compute_capability, import_failure
 from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "flash-attn-4", "flash-attn-4", flash_attn_4_command(torch.version.cuda)
 DTYPES = (torch.bfloat16, torch.float16)
 
-_HOPPER = GpuNeeds(DTYPES, lowest=(9, 0), highest=(11, 9))
-_BLACKWELL = GpuNeeds(DTYPES, lowest=(9, 0), highest=(11, 9), largest_head=128)
+_HOPPER = GPURequirements(DTYPES, lowest=(9, 0), highest=(11, 9))
+_BLACKWELL = GPURequirements(DTYPES, lowest=(9, 0), highest=(11, 9), largest_head=128)
 _MODULE = "flash_attn.cute.interface"
 
 
@@ -33,11 +33,11 @@ def _library() -> Any:
     return importlib.import_module(_MODULE)
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """See `Kernel.why_not`."""
+def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.unusable_reason`."""
     hopper = device.type == "cuda" and compute_capability(device)[0] == 9
     needs = _HOPPER if hopper else _BLACKWELL
-    return needs.why_not(device, dtype, head_dim) or why_not_importable(PACKAGE, "4.0.0b10", _MODULE)
+    return needs.unusable_reason(device, dtype, head_dim) or import_failure(PACKAGE, "4.0.0b10", _MODULE)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:

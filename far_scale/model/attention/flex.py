@@ -1,9 +1,9 @@
-"""FlexAttention: PyTorch's compiled attention with a block mask, beside the kernels. What they are measured against.
+"""FlexAttention: PyTorch's compiled attention with a block mask, beside the kernels of `causal_pair`.
 
-What a token sees is at most two runs of keys, one of the earlier keys and one of the group's, so the mask is four
-numbers a token; the block mask is found from these, never from a dense mask, and kept as long as its plan lives.
+A token sees at most two ranges of keys, one of the prefix and one of the group, so the mask is four numbers a token.
+The block mask is computed from these, never from a dense mask, and cached as long as its plan lives.
 
-    shape letters   T tokens of the group   S earlier keys   N heads   D head dim   R, C blocks of queries, of keys
+    shape letters   T tokens of the group   S prefix keys   N heads   D head dim   R, C blocks of queries, of keys
 """
 
 from __future__ import annotations
@@ -16,47 +16,46 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from far_scale.model.attention.kernel import GpuNeeds
+from far_scale.model.attention.kernel import GPURequirements
 from far_scale.model.layout import AttentionPlan, FrameGroup, Prefix
 
 NAME = "flex"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_NEEDS = GpuNeeds(DTYPES, lowest=(8, 0))
+_NEEDS = GPURequirements(DTYPES, lowest=(8, 0))
 _BLOCK = 128
-_SMALLEST_HEAD = 16  # of the compiled kernels' matrix products
+_SMALLEST_HEAD = 16  # for the matrix products of the compiled kernels
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """See `Kernel.why_not`."""
+def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.unusable_reason`."""
     if device.type == "cpu":
         return "FlexAttention has no backward on a CPU"
     if head_dim < _SMALLEST_HEAD:
         return f"takes heads from {_SMALLEST_HEAD} on, not of {head_dim}"
-    return _NEEDS.why_not(device, dtype, head_dim)
+    return _NEEDS.unusable_reason(device, dtype, head_dim)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor) -> Tensor:
-    """See `operators.attend`: q, k, v `[T, N, D]`, the earlier keys and values `[S, N, D]` -> `[T, N, D]`.
+    """See `operators.attend`: q, k, v `[T, N, D]`, prefix keys and values `[S, N, D]` -> `[T, N, D]`.
 
-    Differentiable through torch. A compiled caller's graph breaks here: the mask's tensors belong to the pack, not to
-    the graph.
+    A compiled caller's graph breaks here: the mask's tensors belong to the pack, not to the graph.
     """
     if not len(q):
-        return q + k + v  # as empty as they are, and every one of them gets its (empty) gradient
-    found = AttentionPlan.find(handle)
-    if found.prefix is not None:
+        return q + k + v  # empty, and every input gets an (empty) gradient
+    plan = AttentionPlan.find(handle)
+    if plan.prefix is not None:
         assert prefix_k is not None and prefix_v is not None
         k, v = torch.cat([prefix_k, k]), torch.cat([prefix_v, v])
     heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = _attention(q.device.type)(*heads_first, block_mask=block_mask(found, q.device))
+    out: Tensor = _attention(q.device.type)(*heads_first, block_mask=block_mask(plan, q.device))
     return out.squeeze(0).transpose(0, 1)
 
 
 @functools.cache
 def _attention(device_type: str) -> Any:
-    # Compiled it never holds the scores `[N, T, S + T]`; on a CPU, where only tests come, waiting is not worth it.
+    # Compiled, it never materializes the scores `[N, T, S + T]`; on a CPU, used only by tests, compiling is too slow.
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
 
 
@@ -64,14 +63,14 @@ _masks: weakref.WeakKeyDictionary[AttentionPlan, dict[torch.device, BlockMask]] 
 
 
 def block_mask(plan: AttentionPlan, device: torch.device) -> BlockMask:
-    """What the plan's tokens see, made once."""
+    """The plan's block mask, made once for each device."""
     masks = _masks.setdefault(plan, {})
     if device not in masks:
-        masks[device] = _block_mask(_seen(plan.group, plan.prefix, device), plan)
+        masks[device] = _block_mask(_visible_ranges(plan.group, plan.prefix, device), plan)
     return masks[device]
 
 
-class _Seen(NamedTuple):
+class _VisibleRanges(NamedTuple):
     """`[T]` each: of the S + T keys a token sees those in `[first, last)` and in `[group_first, group_last)`."""
 
     first: Tensor
@@ -80,25 +79,25 @@ class _Seen(NamedTuple):
     group_last: Tensor
 
 
-def _seen(group: FrameGroup, prefix: Prefix | None, device: torch.device) -> _Seen:
-    earlier = 0 if prefix is None else prefix.keys.starts[-1]
+def _visible_ranges(group: FrameGroup, prefix: Prefix | None, device: torch.device) -> _VisibleRanges:
+    prefix_keys = 0 if prefix is None else prefix.keys.starts[-1]
     frame_tokens, clip_tokens = torch.tensor(group.frame_tokens), torch.tensor(group.clips.lengths)
-    group_first = earlier + torch.tensor(group.clips.starts[:-1]).repeat_interleave(clip_tokens)
+    group_first = prefix_keys + torch.tensor(group.clips.starts[:-1]).repeat_interleave(clip_tokens)
     if group.causal:
-        group_last = earlier + frame_tokens.cumsum(0).repeat_interleave(frame_tokens)
+        group_last = prefix_keys + frame_tokens.cumsum(0).repeat_interleave(frame_tokens)
     else:
-        group_last = earlier + torch.tensor(group.clips.starts[1:]).repeat_interleave(clip_tokens)
+        group_last = prefix_keys + torch.tensor(group.clips.starts[1:]).repeat_interleave(clip_tokens)
     first, last = torch.zeros_like(group_first), torch.zeros_like(group_first)
     if prefix is not None:
         rows = slice(None) if prefix.rows is None else prefix.rows.cpu()
         query_tokens, ends = torch.tensor(prefix.queries.lengths), torch.tensor(prefix.keys.starts)
         first[rows] = ends[:-1].repeat_interleave(query_tokens)
         last[rows] = ends[1:].repeat_interleave(query_tokens)
-    # The kernels read these in their innermost loop, so they are no wider than needed.
-    return _Seen(*(x.to(device, torch.int32) for x in (first, last, group_first, group_last)))
+    # int32, since the kernels read these in their innermost loop.
+    return _VisibleRanges(*(x.to(device, torch.int32) for x in (first, last, group_first, group_last)))
 
 
-def _block_mask(seen: _Seen, plan: AttentionPlan) -> BlockMask:
+def _block_mask(seen: _VisibleRanges, plan: AttentionPlan) -> BlockMask:
     tokens = len(seen.first)
     keys = tokens + (0 if plan.prefix is None else plan.prefix.keys.starts[-1])
     block_starts = torch.arange(0, keys, _BLOCK, device=seen.first.device)  # [C]
@@ -111,20 +110,24 @@ def _block_mask(seen: _Seen, plan: AttentionPlan) -> BlockMask:
     some, every = some.unflatten(0, (-1, _BLOCK)).any(1), every.unflatten(0, (-1, _BLOCK)).all(1)  # [R, C]
     first, last, group_first, group_last = seen
 
-    def of_group(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def group_mask(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= group_first[query]) & (key < group_last[query])
 
-    def of_both(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return ((key >= first[query]) & (key < last[query])) | of_group(batch, head, query, key)
+    def prefix_and_group_mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return ((key >= first[query]) & (key < last[query])) | group_mask(batch, head, query, key)
 
-    visible = of_group if plan.prefix is None else of_both
+    visible = group_mask if plan.prefix is None else prefix_and_group_mask
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~every), *_listed(every), BLOCK_SIZE=_BLOCK, mask_mod=visible, seq_lengths=(tokens, keys)
+        *_block_lists(some & ~every),
+        *_block_lists(every),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=visible,
+        seq_lengths=(tokens, keys),
     )
 
 
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """`[R, C]` bool -> how many blocks each row has `[1, 1, R]`, and which, first those, `[1, 1, R, C]`."""
+def _block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """`[R, C]` bool -> True blocks in each row, `[1, 1, R]`, and all blocks, True ones first, `[1, 1, R, C]`."""
     count = blocks.sum(1, dtype=torch.int32)
     listed = blocks.int().argsort(dim=1, descending=True, stable=True).int()
     return count[None, None], listed[None, None]

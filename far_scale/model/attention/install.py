@@ -1,10 +1,10 @@
-"""Which attention libraries are worth installing on a machine, and the commands that leave its torch as it is.
+"""Advice on which attention libraries to install on a machine, with commands that leave its torch unchanged.
 
-Checked on 2026-11-26 by pip's dry runs beside each torch from 2.9 to 2.15:
+Checked on 2026-11-26 by dry runs of pip with each torch from 2.9 to 2.15:
 
-- xformers up to 0.0.34 names one torch exactly, so a bare `pip install xformers` beside torch 2.9 takes 0.0.35 and
-  replaces torch by the newest one. All of its wheels are linked against CUDA 12 alone.
-- flash-attn-4 has pre-releases alone beside an empty 0.0.1: a bare `pip install flash-attn-4` finds nothing.
+- xformers up to 0.0.34 pins one torch exactly, so a bare `pip install xformers` with torch 2.9 takes 0.0.35 and
+  replaces torch by the newest one. All of its wheels are linked against CUDA 12 only.
+- flash-attn-4 has only pre-releases and an empty 0.0.1: a bare `pip install flash-attn-4` finds nothing.
 - flash-attn 2 is a source package. Its setup first looks among the project's own releases for
   `flash_attn-VERSION+cu12torch2.10cxx11abiTRUE-cp311-cp311-linux_x86_64.whl`, with torch's own numbers; its release
   workflow builds them up to torch 2.10. Otherwise it compiles, for about an hour.
@@ -17,9 +17,9 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 NEWEST_TORCH = "2.15"
-"""That was checked."""
+"""The newest version that was checked."""
 
-# Which xformers pip takes where this torch must stay; from 2.10 on one wheel is for all.
+# The xformers for a torch that must stay; from 2.10 on, one wheel fits all.
 _XFORMERS = {"2.9.0": "0.0.33.post1", "2.9.1": "0.0.33.post2"}
 _XFORMERS_LATER = "0.0.35"
 _XFORMERS_CUDA = 12
@@ -27,12 +27,12 @@ _FLASH_2_WHEELS = ("2.9", "2.10")
 
 
 class Machine(NamedTuple):
-    """What the advice depends on.
+    """The versions and the GPU of a machine.
 
     Attributes:
-        torch: its version.
-        cuda: that it was built for, such as 12.8; None without.
-        capability: compute capability of the GPU; None without one.
+        torch: version.
+        cuda: version that torch was built for, such as 12.8; None without CUDA.
+        capability: compute capability of the GPU; None without a GPU.
     """
 
     torch: str
@@ -41,13 +41,13 @@ class Machine(NamedTuple):
 
 
 def xformers_command(torch_version: str) -> str:
-    """pip's command for the xformers that was built for this torch."""
+    """The pip command for the xformers that was built for this torch."""
     public = torch_version.partition("+")[0]
     return f'pip install "xformers=={_XFORMERS.get(public, _XFORMERS_LATER)}" "torch=={public}"'
 
 
 def flash_attn_4_command(cuda: str | None) -> str:
-    """pip's command for flash-attn-4 beside a torch that was built for this CUDA."""
+    """The pip command for flash-attn-4 with a torch that was built for this CUDA."""
     extra = "[cu13]" if cuda is not None and _major(cuda) >= 13 else ""
     return f'pip install "flash-attn-4{extra}>=4.0.0b10"'
 
@@ -60,22 +60,21 @@ FLASH_ATTN_3_COMMAND = (
 
 
 LIBRARIES = ("flash-attn-4", "flash-attn-3", "flash-attn-2", "xformers")
-"""Kernels by name that are not in torch."""
+"""The names of kernels that are not part of torch."""
 
 
-def advice(machine: Machine, installed: Collection[str] = ()) -> list[str]:
-    """A line for each library: whether to install it on this machine, why, and how.
+def install_advice(machine: Machine, installed: Collection[str] = ()) -> list[str]:
+    """Whether to install each library on this machine, why, and how: a line each.
 
     Args:
-        machine: where.
-        installed: kernels, by name, whose library is there already.
+        installed: names of the kernels with an installed library.
     """
     if machine.capability is None or machine.cuda is None:
         return ["to install: nothing; without an NVIDIA GPU all that runs comes with torch"]
     capability = ".".join(map(str, machine.capability))
     lines = [f"to install, for compute capability {capability} and torch {machine.torch} of CUDA {machine.cuda}:"]
-    for name, say in zip(LIBRARIES, (_flash_attn_4, _flash_attn_3, _flash_attn_2, _xformers), strict=True):
-        lines.append(f"  {name:13} {'installed' if name in installed else say(machine.capability, machine)}")
+    for name, advise in zip(LIBRARIES, (_flash_attn_4, _flash_attn_3, _flash_attn_2, _xformers), strict=True):
+        lines.append(f"  {name:13} {'installed' if name in installed else advise(machine.capability, machine)}")
     if _minor(machine.torch) > _minor(NEWEST_TORCH):
         lines.append(f"  (torch {machine.torch} is newer than what these commands were checked with, {NEWEST_TORCH})")
     return lines
@@ -90,7 +89,7 @@ def _flash_attn_4(capability: tuple[int, int], machine: Machine) -> str:
 
 def _flash_attn_3(capability: tuple[int, int], machine: Machine) -> str:
     if capability != (9, 0):
-        return "no: for compute capability 9.0 alone"
+        return "no: only for compute capability 9.0"
     how = f"compiled with nvcc of CUDA {machine.cuda}"
     return f"for sampling, if flash-attn-4 is not enough; {how}: {FLASH_ATTN_3_COMMAND}"
 

@@ -1,4 +1,4 @@
-"""What an attention kernel is, and what it may need of a machine."""
+"""The interface of attention kernels, checks of their requirements, and padded layouts of the log-sum-exp."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ NOT_INSTALLED = "not installed"
 
 
 class Kernel(Protocol):
-    """A module: ordinary attention with the log-sum-exp given back, and its backward from a given output and
-    log-sum-exp, over token sequences that lie end to end.
+    """A module with ordinary attention over token sequences that lie end to end: a forward that also returns the
+    log-sum-exp, and a backward that takes output and log-sum-exp as arguments.
 
     Query sequence i sees key sequence i. `causal`, only where both have the same lengths, lets query j see keys <= j.
     The scale is 1/sqrt(D). The backward takes `out` and `lse` from its caller and must not recompute them: a caller
-    who merged several calls hands over the merged ones, and gets this call's share of the gradients.
+    that merged several calls passes the merged ones, and gets this call's part of the gradients.
 
     Attributes:
-        NAME: what users call it.
-        PACKAGE: the distribution it comes in.
-        INSTALL: the command that installs it; "" where torch, which is there anyway, has it.
+        NAME: of the kernel in recipes and messages.
+        PACKAGE: its distribution.
+        INSTALL: the command that installs it; "" if it is part of torch.
     """
 
     NAME: str
     PACKAGE: str
     INSTALL: str
 
-    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why it cannot compute this here, in a few words; None where it can."""
+    def unusable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why it cannot compute on such tensors, in a few words; None if it can."""
         ...
 
     def forward(
@@ -62,13 +62,13 @@ class Kernel(Protocol):
 
 
 @dataclass(frozen=True)
-class GpuNeeds:
-    """What a kernel for NVIDIA GPUs needs.
+class GPURequirements:
+    """The requirements of a kernel for NVIDIA GPUs.
 
     Attributes:
-        dtypes: what it takes.
-        lowest, highest: compute capabilities it runs on; highest None: no limit.
-        largest_head: head size; all of them must be multiples of 8.
+        dtypes: that it supports.
+        lowest, highest: compute capabilities that it runs on; None for no upper limit.
+        largest_head: largest head dimension; all must be multiples of 8.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -76,41 +76,45 @@ class GpuNeeds:
     highest: tuple[int, int] | None = None
     largest_head: int = 256
 
-    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """See `Kernel.why_not`."""
+    def unusable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """See `Kernel.unusable_reason`."""
         if device.type != "cuda" or torch.version.hip:
-            return "runs on NVIDIA GPUs alone"
-        has = compute_capability(device)
-        if has < self.lowest or (self.highest is not None and has > self.highest):
-            return f"needs a GPU of compute capability {self._capabilities()}, this one has {dotted(has)}"
+            return "runs only on NVIDIA GPUs"
+        capability = compute_capability(device)
+        if capability < self.lowest or (self.highest is not None and capability > self.highest):
+            has = format_capability(capability)
+            return f"needs a GPU of compute capability {self._capabilities()}, this one has {has}"
         if dtype not in self.dtypes:
-            return not_this_dtype(dtype, self.dtypes)
+            return unsupported_dtype(dtype, self.dtypes)
         if head_dim > self.largest_head or head_dim % 8:
             return f"takes heads of a multiple of 8 up to {self.largest_head}, not of {head_dim}"
         return None
 
     def _capabilities(self) -> str:
         if self.highest is None:
-            return f"{dotted(self.lowest)} or higher"
-        return dotted(self.lowest) + (f" to {dotted(self.highest)}" if self.highest != self.lowest else "")
+            return f"{format_capability(self.lowest)} or higher"
+        return format_capability(self.lowest) + (
+            f" to {format_capability(self.highest)}" if self.highest != self.lowest else ""
+        )
 
 
-def not_this_dtype(dtype: torch.dtype, taken: tuple[torch.dtype, ...]) -> str:
-    *names, last, refused = (str(x).removeprefix("torch.") for x in (*taken, dtype))
+def unsupported_dtype(dtype: torch.dtype, supported: tuple[torch.dtype, ...]) -> str:
+    """The reason for refusing a dtype."""
+    *names, last, refused = (str(x).removeprefix("torch.") for x in (*supported, dtype))
     return f"takes {', '.join(names)} and {last}, not {refused}" if names else f"takes {last}, not {refused}"
 
 
-def dotted(capability: tuple[int, int]) -> str:
+def format_capability(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
 def compute_capability(device: torch.device) -> tuple[int, int]:
-    """Of a CUDA device."""
+    """The compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed distribution."""
+    """The version of an installed distribution; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -118,22 +122,43 @@ def installed_version(package: str) -> str | None:
 
 
 @functools.cache
-def why_not_importable(package: str, oldest: str, module: str) -> str | None:
-    """Why a library cannot be used, in a few words; None where it can.
+def import_failure(package: str, oldest: str, module: str) -> str | None:
+    """Why a library cannot be imported, in a few words; None if it can.
 
-    Asked by distribution, not by module: flash-attn 2 and 4 share one namespace, and wheels of 2 hold an early 4.
+    The version is that of the distribution: flash-attn 2 and 4 share a namespace, and wheels of 2 contain an early 4.
     """
     version = installed_version(package)
     if version is None:
         return NOT_INSTALLED
-    if TorchVersion(version) < oldest:  # it compares as pip does, betas too
+    if TorchVersion(version) < oldest:  # compares as pip does, including betas
         return f"needs {package} {oldest} or later, {version} is installed"
     try:
         importlib.import_module(module)
-    except Exception as error:  # built for another torch, no driver, a dependency too old: whatever it may be
+    except Exception as error:  # any error: built for another torch, no driver, an old dependency
         return f"{package} {version} cannot be imported: {first_line(error)}"
     return None
 
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@functools.lru_cache(maxsize=64)  # the same for all layers
+def _padded_rows(spans: Spans, width: int, device: torch.device) -> Tensor:
+    """`[T]` int64: the row of each token among `sequences * width` padded ones."""
+    lengths = torch.tensor(spans.lengths)
+    padding_before = torch.arange(len(lengths)) * width - torch.tensor(spans.starts[:-1])
+    return (torch.arange(spans.starts[-1]) + padding_before.repeat_interleave(lengths)).to(device)
+
+
+def unpad_lse(lse: Tensor, spans: Spans) -> Tensor:
+    """Log-sum-exps `[sequences, N, width]`, width at least the longest sequence -> `[T, N]`."""
+    return lse.transpose(1, 2).flatten(0, 1).index_select(0, _padded_rows(spans, lse.shape[2], lse.device))
+
+
+def pad_lse(lse: Tensor, spans: Spans, width: int) -> Tensor:
+    """Log-sum-exps `[T, N]` -> `[sequences, N, width]`, padded with infinity, which gives weights exp(s - inf) = 0."""
+    padded = lse.new_full((len(spans.lengths) * width, lse.shape[1]), torch.inf)
+    padded.index_copy_(0, _padded_rows(spans, width, lse.device), lse)
+    by_sequence: Tensor = padded.unflatten(0, (-1, width))
+    return by_sequence.transpose(1, 2).contiguous()

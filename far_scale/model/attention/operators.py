@@ -1,23 +1,23 @@
-"""`attend`: frame-block causal attention as torch operators, which torch.compile, selective checkpointing and FLOP
-counters understand.
+"""Frame-block causal attention as torch operators, for torch.compile, selective checkpointing and FLOP counters.
 
-    far_scale::frame_attention            q, k, v, earlier keys and values, handle, kernel -> out, lse
-    far_scale::frame_attention_backward   and the output's gradient, out, lse -> all gradients
+    far_scale::frame_attention            q, k, v, prefix keys and values, handle, kernel -> out, lse
+    far_scale::frame_attention_backward   the same, the output's gradient, out, lse -> all gradients
 
-A compiled graph calls them without knowing the pack: what is a constant to it is the kernel's name alone, and the
-plan is found by its handle (see `AttentionPlan`).
+A compiled graph calls them for any pack: its only constant is the kernel's name, and the plan is looked up by its
+handle (see `AttentionPlan`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from far_scale.model.attention import causal_pair, choice, dense, flex
-from far_scale.model.layout import AttentionPlan
+from far_scale.model.attention import causal_pair, dense, flex, selection
+from far_scale.model.attention.selection import choose_kernel
+from far_scale.model.layout import AttentionPlan, FrameGroup, Prefix
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor handle, str kernel"
 
@@ -29,16 +29,17 @@ def attend(
 
     Args:
         q, k, v: `[T, N, D]`.
-        prefix_k, prefix_v: `[S, N, D]` keys and values of the plan's prefix; S may be 0, where it has none.
+        prefix_k, prefix_v: `[S, N, D]` keys and values of the plan's prefix; S is 0 without one.
         handle: of an `AttentionPlan`.
-        kernel: the name of a kernel that is usable here (`choice.choose`).
+        kernel: the name of a usable kernel (see `selection.choose_kernel`).
 
     Returns:
         `[T, N, D]`, differentiable in all tensors but the handle.
     """
     if kernel == flex.NAME:
-        return flex.attend(q, k, v, prefix_k, prefix_v, handle)
-    out, _ = torch.ops.far_scale.frame_attention(q, k, v, prefix_k, prefix_v, handle, kernel)
+        flex_out: Tensor = flex.attend(q, k, v, prefix_k, prefix_v, handle)
+        return flex_out
+    out: Tensor = torch.ops.far_scale.frame_attention(q, k, v, prefix_k, prefix_v, handle, kernel)[0]
     return out
 
 
@@ -51,7 +52,9 @@ def _forward(
     if kernel == dense.NAME:
         out, lse = dense.forward(q, k, v, prefix_k, prefix_v, AttentionPlan.find(handle))
     else:
-        out, lse = causal_pair.forward(choice.kernel(kernel), q, k, v, prefix_k, prefix_v, AttentionPlan.find(handle))
+        out, lse = causal_pair.forward(
+            selection.get_kernel(kernel), q, k, v, prefix_k, prefix_v, AttentionPlan.find(handle)
+        )
     return out.contiguous(), lse.contiguous()
 
 
@@ -65,22 +68,25 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if not len(q):
-        return _like(dout, out, lse, q, k, v, prefix_k, prefix_v, handle, kernel)
-    if kernel == dense.NAME:
-        found = dense.backward(dout, q, k, v, prefix_k, prefix_v, out, lse, AttentionPlan.find(handle))
-    else:
-        found = causal_pair.backward(
-            choice.kernel(kernel), dout, q, k, v, prefix_k, prefix_v, out, lse, AttentionPlan.find(handle)
+        empty_gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _backward_shapes(
+            dout, out, lse, q, k, v, prefix_k, prefix_v, handle, kernel
         )
-    dq, dk, dv, earlier_dk, earlier_dv = (None if x is None else x.contiguous() for x in found)
+        return empty_gradients
+    if kernel == dense.NAME:
+        gradients = dense.backward(dout, q, k, v, prefix_k, prefix_v, out, lse, AttentionPlan.find(handle))
+    else:
+        gradients = causal_pair.backward(
+            selection.get_kernel(kernel), dout, q, k, v, prefix_k, prefix_v, out, lse, AttentionPlan.find(handle)
+        )
+    dq, dk, dv, prefix_dk, prefix_dv = (None if x is None else x.contiguous() for x in gradients)
     assert dq is not None and dk is not None and dv is not None
-    # An operator always gives tensors: empty ones where there are no earlier keys, zeros where nobody saw them.
-    none = q.new_empty(0)
-    if earlier_dk is None:
-        earlier_dk = none if prefix_k is None else torch.zeros_like(prefix_k)
-    if earlier_dv is None:
-        earlier_dv = none.clone() if prefix_v is None else torch.zeros_like(prefix_v)
-    return dq, dk, dv, earlier_dk, earlier_dv
+    # An operator always returns tensors: empty ones without prefix keys, zeros for prefix keys that no query sees.
+    empty = q.new_empty(0)
+    if prefix_dk is None:
+        prefix_dk = empty if prefix_k is None else torch.zeros_like(prefix_k)
+    if prefix_dv is None:
+        prefix_dv = empty.clone() if prefix_v is None else torch.zeros_like(prefix_v)
+    return dq, dk, dv, prefix_dk, prefix_dv
 
 
 @_forward.register_fake
@@ -91,44 +97,43 @@ def _forward_shapes(
 
 
 @_backward.register_fake
-def _like(
+def _backward_shapes(
     dout: Tensor, out: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    earlier_dk, earlier_dv = (
+    prefix_dk, prefix_dv = (
         q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (prefix_k, prefix_v)
     )
-    return dq, dk, dv, earlier_dk, earlier_dv
+    return dq, dk, dv, prefix_dk, prefix_dv
 
 
 def _empty_lse(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.kernel = inputs
     ctx.save_for_backward(*output, *tensors)
 
 
-def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     _, _, _, _, _, prefix_k, _, _ = saved = ctx.saved_tensors
-    found = torch.ops.far_scale.frame_attention_backward(dout, *saved, ctx.kernel)
-    dq, dk, dv, earlier_dk, earlier_dv = found
+    dq, dk, dv, prefix_dk, prefix_dv = torch.ops.far_scale.frame_attention_backward(dout, *saved, ctx.kernel)
     if prefix_k is None:
         return dq, dk, dv, None, None, None, None
-    return dq, dk, dv, earlier_dk, earlier_dv, None, None
+    return dq, dk, dv, prefix_dk, prefix_dv, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.far_scale.frame_attention, get_raw=True)
 def _forward_flops(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Any, prefix_v: Any, handle: Tensor, *_: Any, **__: Any
 ) -> int:
-    """Scores and values: two products of 2 D a pair and head."""
+    """Two products, scores and values, of 2 D FLOPs a pair and head."""
     return 2 * 2 * AttentionPlan.find(handle).pairs * q.shape[1] * q.shape[2]
 
 
@@ -137,5 +142,56 @@ def _backward_flops(
     dout: Tensor, out: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Any, prefix_v: Any, handle: Tensor, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    """Scores once more, and the gradients of weights, values, keys and queries: five products."""
+    """Five products: scores again, and the gradients of weights, values, keys and queries."""
     return 5 * 2 * AttentionPlan.find(handle).pairs * q.shape[1] * q.shape[2]
+
+
+class PrefixKV(NamedTuple):
+    """Keys and values before a group: its clips' contexts, or those in a cache.
+
+    Attributes:
+        k, v: `[S, N, D]`, of one clip after another; S may be 0.
+        prefix: which queries see which of them; None if S is 0.
+    """
+
+    k: Tensor
+    v: Tensor
+    prefix: Prefix | None
+
+
+def frame_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: FrameGroup,
+    prefix_kv: PrefixKV | None = None,
+    kernel: str = "auto",
+) -> Tensor:
+    """Attention of every token to its own frame in full, to all earlier frames of its clip in the group, and to all of
+    its clip's prefix keys.
+
+    Args:
+        q, k, v: `[T, N, D]`, the group's tokens in order; softmax scale 1/sqrt(D).
+        group: of the tokens.
+        prefix_kv: keys and values before the group, if any.
+        kernel: its name, or "auto" for the first that is usable.
+
+    Returns:
+        `[T, N, D]`, differentiable in all tensors.
+
+    Raises:
+        ValueError: the tensors do not hold the group's tokens or the prefix's.
+        UserError: the kernel is unknown or not usable here.
+    """
+    if not q.shape == k.shape == v.shape or q.dim() != 3 or q.shape[0] != group.tokens:
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v must each be [T, N, D] with T = {group.tokens} tokens, got {shapes}")
+    prefix_k, prefix_v, prefix = prefix_kv or (None, None, None)
+    if prefix_k is not None and len(prefix_k) != (prefix.keys.starts[-1] if prefix else 0):
+        raise ValueError(f"the prefix has {prefix.keys.starts[-1] if prefix else 0} prefix keys, got {len(prefix_k)}")
+    name = choose_kernel(kernel, q.device, q.dtype, q.shape[-1]).name
+    plan = AttentionPlan(group, prefix)
+    out = attend(q, k, v, prefix_k, prefix_v, plan.handle, name)
+    if out.grad_fn is not None:
+        out.grad_fn.metadata["plan"] = plan  # type: ignore[index]  # alive until the backward, which looks it up
+    return out

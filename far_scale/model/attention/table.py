@@ -1,4 +1,4 @@
-"""The table of `python -m far_scale.model.attention`: which kernels are installed, usable, right and how fast."""
+"""The table of `python -m far_scale.model.attention`: installed and usable kernels, their errors and times."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from far_scale.model.attention import choice, dense, flex
+from far_scale.model.attention import dense, flex, selection
 from far_scale.model.attention.kernel import first_line, installed_version
 from far_scale.model.attention.operators import attend
 from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout
 
 HEAD_DIM = 64
-_SMALL_HEADS = 2
+_ERROR_HEADS = 2
 _WARM_UP, _REPEATS = 3, 10
 
 
 class Inputs(NamedTuple):
-    """q, k, v, dout `[T, N, D]` and the earlier keys and values `[S, N, D]`, S 0 where the plan has no prefix."""
+    """q, k, v, dout `[T, N, D]` and prefix keys and values `[S, N, D]`; S is 0 if the plan has no prefix."""
 
     plan: AttentionPlan
     q: Tensor
@@ -33,70 +33,75 @@ class Inputs(NamedTuple):
 
     @staticmethod
     def draw(plan: AttentionPlan, heads: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-        """Normal numbers, the same in every dtype but for their rounding to bfloat16, which all of them hold."""
-        earlier = 0 if plan.prefix is None else plan.prefix.keys.starts[-1]
+        """Normal random numbers, rounded to bfloat16 so that they are the same in every dtype."""
+        prefix_keys = 0 if plan.prefix is None else plan.prefix.keys.starts[-1]
         generator = torch.Generator().manual_seed(plan.group.tokens)
-        sizes = [plan.group.tokens] * 3 + [earlier] * 2 + [plan.group.tokens]
+        sizes = [plan.group.tokens] * 3 + [prefix_keys] * 2 + [plan.group.tokens]
         drawn = (torch.randn(size, heads, HEAD_DIM, generator=generator).bfloat16() for size in sizes)
         return Inputs(plan, *(x.to(device, dtype) for x in drawn))
 
 
-def run(name: str, inputs: Inputs) -> list[Tensor]:
-    """Output and gradients of q, k, v, earlier keys and values, by the kernel of this name."""
+def attention_with_gradients(name: str, inputs: Inputs) -> list[Tensor]:
+    """Output and gradients of q, k, v, prefix keys and values, by the kernel of this name."""
     q, k, v, prefix_k, prefix_v = leaves = [x.detach().requires_grad_() for x in inputs[1:6]]
     out = attend(q, k, v, prefix_k, prefix_v, inputs.plan.handle, name)
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs.dout, materialize_grads=True)]
 
 
-def errors(name: str, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """The largest error against the dense mask in float64, of the output and of the gradients, where clips have
-    different lengths and some of them a context of coarser frames."""
+def max_errors(name: str, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """The largest errors of output and gradients against the dense reference in float64, on clips of different lengths,
+    some with a context of coarser frames."""
     layout = FrameLayout.of((5, 1, 3), (4, 4), window=3, coarser=2)
     plan = layout.window_plan(device)
-    found = run(name, Inputs.draw(plan, _SMALL_HEADS, device, dtype))
-    exact = run(dense.NAME, Inputs.draw(plan, _SMALL_HEADS, device, torch.float64))
-    out, *gradients = ((ours - oracle).abs().max().item() for ours, oracle in zip(found, exact, strict=True))
+    results = attention_with_gradients(name, Inputs.draw(plan, _ERROR_HEADS, device, dtype))
+    references = attention_with_gradients(dense.NAME, Inputs.draw(plan, _ERROR_HEADS, device, torch.float64))
+    out, *gradients = (
+        (ours - reference).abs().max().item() for ours, reference in zip(results, references, strict=True)
+    )
     return out, max(gradients)
 
 
-def milliseconds(name: str, inputs: Inputs) -> tuple[float, float]:
-    """Medians of forward and backward."""
+def median_milliseconds(name: str, inputs: Inputs) -> tuple[float, float]:
+    """Median milliseconds of forward and backward."""
     q, k, v, prefix_k, prefix_v = leaves = [x.detach().requires_grad_() for x in inputs[1:6]]
     forward, backward = [], []
     for _ in range(_WARM_UP + _REPEATS):
-        started = _now(inputs.q.device)
+        started = _synchronized_time(inputs.q.device)
         out = attend(q, k, v, prefix_k, prefix_v, inputs.plan.handle, name)
-        computed = _now(inputs.q.device)
+        computed = _synchronized_time(inputs.q.device)
         torch.autograd.grad(out, leaves, inputs.dout, materialize_grads=True)
         forward.append(computed - started)
-        backward.append(_now(inputs.q.device) - computed)
+        backward.append(_synchronized_time(inputs.q.device) - computed)
     return 1e3 * statistics.median(forward[_WARM_UP:]), 1e3 * statistics.median(backward[_WARM_UP:])
 
 
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has done all it was given."""
+def _synchronized_time(device: torch.device) -> float:
+    """The time in seconds after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def rows(device: torch.device, dtypes: Sequence[torch.dtype], clips: int, frames: int, heads: int) -> Iterator[str]:
-    """The table's lines, timed on clips of frames of 64 tokens; each kernel is tried in all of the dtypes it takes."""
+def table_rows(
+    device: torch.device, dtypes: Sequence[torch.dtype], clips: int, frames: int, heads: int
+) -> Iterator[str]:
+    """The table's lines, timed on clips of frames of 64 tokens, for each kernel in each dtype that it supports."""
     yield f"{device}, torch {torch.__version__}; timed: {clips} x {frames} frames of 64 tokens, {heads} heads of 64"
     yield "kernel        installed      dtype        error of gradients  ms forward  backward"
     plan = AttentionPlan(FrameGroup.of((frames,) * clips, (8, 8)))
-    for name in choice.KERNELS:
-        package = "torch" if name in (flex.NAME, dense.NAME) else choice.kernel(name).PACKAGE
+    for name in selection.KERNELS:
+        package = "torch" if name in (flex.NAME, dense.NAME) else selection.get_kernel(name).PACKAGE
         version = installed_version(package) or "-"
-        reasons = {dtype: choice.why_not(name, device, dtype, HEAD_DIM) for dtype in dtypes}
+        reasons = {dtype: selection.unusable_reason(name, device, dtype, HEAD_DIM) for dtype in dtypes}
         if None not in reasons.values():
             yield f"{name:13} {version:14} no: {reasons[dtypes[0]]}"
             continue
         for dtype in (dtype for dtype, reason in reasons.items() if reason is None):
             start = f"{name:13} {version:14} {str(dtype).removeprefix('torch.'):9}"
             try:
-                wrong, spent = errors(name, device, dtype), milliseconds(name, Inputs.draw(plan, heads, device, dtype))
-            except Exception as error:  # libraries fail in any way; the other kernels' lines are wanted all the same
+                out_error, gradient_error = max_errors(name, device, dtype)
+                forward_ms, backward_ms = median_milliseconds(name, Inputs.draw(plan, heads, device, dtype))
+            except Exception as error:  # any error of a library must not hide the other kernels' lines
                 yield f"{start} fails: {type(error).__name__}: {first_line(error)}"
                 continue
-            yield f"{start} {wrong[0]:8.1e} {wrong[1]:12.1e} {spent[0]:11.3f} {spent[1]:9.3f}"
+            yield f"{start} {out_error:8.1e} {gradient_error:12.1e} {forward_ms:11.3f} {backward_ms:9.3f}"

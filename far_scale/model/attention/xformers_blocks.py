@@ -1,11 +1,11 @@
 """The kernel of xFormers: block-diagonal masks, float32 and GPUs before Ampere too.
 
-Read in 0.0.33, the first for torch 2.9, to 0.0.35. Its flash operators (bfloat16 and float16, heads up to 256) give the
-log-sum-exp `[1, N, T]`, its CUTLASS operators (float32 too, up to compute capability 9.0) padded, `[sequences, N, W]`
-with W the longest sequence rounded up to 32; both float32 and natural. Each backward reads its own of the two layouts,
-so we name the operators. Tensors are `[1, T, N, D]`, heads of a multiple of 8. `BlockDiagonalCausalMask` aligns top
-left, and the flash operators refuse it where keys outnumber queries (we use it for equal lengths alone). The flash
-backward is not deterministic: the CUTLASS one stands in where torch asks for that.
+For 0.0.33, the first for torch 2.9, to 0.0.35. The log-sum-exp, float32 and natural, is `[1, N, T]` from
+its flash operators (bfloat16 and float16, heads up to 256), and padded from its CUTLASS operators (float32 too, up to
+compute capability 9.0): `[sequences, N, W]` with W the longest sequence rounded up to 32. Each backward needs the
+layout of its own forward, so we name the operators. Tensors are `[1, T, N, D]`, heads of a multiple of 8.
+`BlockDiagonalCausalMask` aligns top left, and the flash operators refuse it where keys outnumber queries (we use it
+only for equal lengths). The flash backward is not deterministic; if torch asks for that, CUTLASS takes its place.
 """
 
 from __future__ import annotations
@@ -17,16 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from far_scale.model.attention import padded_lse
 from far_scale.model.attention.install import xformers_command
-from far_scale.model.attention.kernel import GpuNeeds, compute_capability, dotted, why_not_importable
+from far_scale.model.attention.kernel import (
+    GPURequirements,
+    compute_capability,
+    format_capability,
+    import_failure,
+    pad_lse,
+    unpad_lse,
+)
 from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "xformers", "xformers", xformers_command(torch.__version__)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-_FLASH = GpuNeeds(DTYPES, lowest=(7, 5))
-_CUTLASS = GpuNeeds(DTYPES, lowest=(7, 5), highest=(9, 0))
+_FLASH = GPURequirements(DTYPES, lowest=(7, 5))
+_CUTLASS = GPURequirements(DTYPES, lowest=(7, 5), highest=(9, 0))
 _MODULE = "xformers.ops.fmha"
 _PADDING = 32
 
@@ -37,29 +43,29 @@ def _library() -> Any:
 
 
 def _built_with_cuda() -> bool:
-    """Whether its CUDA extensions could be loaded; those built for another torch cannot."""
+    """Whether its CUDA extensions can be loaded, which fails if they were built for another torch."""
     return bool(importlib.import_module("xformers._cpp_lib")._built_with_cuda)
 
 
-def _flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the flash operators take it; the CUTLASS ones otherwise."""
+def _supports_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the flash operators support it; otherwise the CUTLASS operators do."""
     return dtype != torch.float32 and compute_capability(device) >= (8, 0) and _library().flash.FwOp.is_available()
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """See `Kernel.why_not`."""
-    if reason := _FLASH.why_not(device, dtype, head_dim) or why_not_importable(PACKAGE, "0.0.33", _MODULE):
+def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """See `Kernel.unusable_reason`."""
+    if reason := _FLASH.unusable_reason(device, dtype, head_dim) or import_failure(PACKAGE, "0.0.33", _MODULE):
         return reason
-    if not _built_with_cuda():  # it is imported all the same, and fails at the first call
+    if not _built_with_cuda():  # the import works nevertheless, but the first call fails
         return f"the installed one was built for another torch than {torch.__version__}"
-    if _flash(device, dtype):
+    if _supports_flash(device, dtype):
         return None
-    if dtype == torch.bfloat16 and compute_capability(device) < (8, 0):
-        return f"takes bfloat16 from compute capability 8.0 on, this GPU has {dotted(compute_capability(device))}"
-    return _CUTLASS.why_not(device, dtype, head_dim)
+    if dtype == torch.bfloat16 and (capability := compute_capability(device)) < (8, 0):
+        return f"takes bfloat16 from compute capability 8.0 on, this GPU has {format_capability(capability)}"
+    return _CUTLASS.unusable_reason(device, dtype, head_dim)
 
 
-@functools.lru_cache(maxsize=64)  # a layer asks for the same as the layer before
+@functools.lru_cache(maxsize=64)  # the same for all layers
 def _mask(queries: Spans, keys: Spans, causal: bool, device: torch.device) -> Any:
     masks = _library().attn_bias
     kind = masks.BlockDiagonalCausalMask if causal else masks.BlockDiagonalMask
@@ -69,9 +75,9 @@ def _mask(queries: Spans, keys: Spans, causal: bool, device: torch.device) -> An
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:
     """See `Kernel.forward`."""
     library, mask = _library(), _mask(queries, keys, causal, q.device)
-    operator = (library.flash if _flash(q.device, q.dtype) else library.cutlass).FwOp
+    operator = (library.flash if _supports_flash(q.device, q.dtype) else library.cutlass).FwOp
     out, lse = library.memory_efficient_attention_forward_requires_grad(q[None], k[None], v[None], mask, op=operator)
-    return out[0], lse[0].transpose(0, 1) if operator.VARLEN_LSE_PACKED else padded_lse.unpad(lse, queries)
+    return out[0], lse[0].transpose(0, 1) if operator.VARLEN_LSE_PACKED else unpad_lse(lse, queries)
 
 
 def backward(
@@ -79,12 +85,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernel.backward`."""
     library, mask = _library(), _mask(queries, keys, causal, q.device)
-    flash = _flash(q.device, q.dtype) and not torch.are_deterministic_algorithms_enabled()
+    flash = _supports_flash(q.device, q.dtype) and not torch.are_deterministic_algorithms_enabled()
     operator = (library.flash if flash else library.cutlass).BwOp
     if operator.VARLEN_LSE_PACKED:
         lse = lse.transpose(0, 1).contiguous()[None]
     else:
-        lse = padded_lse.pad(lse, queries, -(-queries.longest // _PADDING) * _PADDING)
+        lse = pad_lse(lse, queries, -(-queries.longest // _PADDING) * _PADDING)
     dq, dk, dv = library.memory_efficient_attention_backward(
         dout.contiguous()[None], out.contiguous()[None], lse, q[None], k[None], v[None], mask, op=operator
     )

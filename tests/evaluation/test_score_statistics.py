@@ -9,8 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from far_scale.evaluation.frechet import FeatureStatistics, frechet_distance, frechet_infinity
-from far_scale.evaluation.uncertainty import Interval, Spread, bootstrap_interval, over_seeds
+from far_scale.evaluation.score_statistics import (
+    FeatureStatistics,
+    Interval,
+    Spread,
+    bootstrap_interval,
+    frechet_distance,
+    frechet_infinity,
+    over_seeds,
+)
 from harness.refusal import refused
 
 
@@ -66,7 +73,7 @@ def test_equal_sets_are_at_distance_0_also_with_fewer_clips_than_features() -> N
         assert 0 <= frechet_distance(statistics, again) < 1e-8 * statistics.covariance().trace().item()
 
 
-def test_sets_of_equal_clips_are_as_far_apart_as_their_means() -> None:
+def test_sets_of_equal_clips_differ_by_their_means() -> None:
     constant, other = FeatureStatistics.of(torch.zeros(5, 30)), FeatureStatistics.of(torch.full((3, 30), 2.0))
     assert frechet_distance(constant, other) == 120
     spread = FeatureStatistics.of(normal(40, 30, 12))

@@ -1,4 +1,4 @@
-"""The clips of an evaluation: which of a set of videos or of a shard set, in which order, and what is in them.
+"""The clips of an evaluation: their selection from videos or a shard set, their order and their content.
 
 shape letters   F frames of a clip, given and predicted ones   C/H/W latent channels/height/width   h/w pixels
 """
@@ -27,7 +27,7 @@ from far_scale.data.video.sources import Source, find_source_set
 from far_scale.data.video.transforms import Frames, FrameTransform
 from far_scale.data.video.videos import Video, read_label, read_video
 from far_scale.evaluation.protocol import Protocol
-from far_scale.evaluation.rollouts.episodes import check_classes, check_set
+from far_scale.evaluation.rollouts.episodes import check_classes, check_shard_set
 from far_scale.model import FARConfig
 from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import sha256
@@ -40,15 +40,15 @@ _FILE_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip.
+    """One clip of an evaluation.
 
     Attributes:
-        number: in the evaluation, from 0; with the seed it names the noise.
-        key: its name, which no other clip has, and which a file can have.
-        frames: `[F, h, w, 3]` as the autoencoder gets them, uint8 or float32 from 0 to 1; None of a shard set.
-        latents: `[F, C, H, W]` float32, unscaled, of a shard set; None of a video.
-        actions: `[F]` int64, or None where the model takes none.
-        label: or None likewise.
+        number: in the evaluation, from 0; with the seed it determines the noise.
+        key: its unique name, usable as a file name.
+        frames: `[F, h, w, 3]` as inputs of the autoencoder, uint8 or float32 from 0 to 1; None for a shard set.
+        latents: `[F, C, H, W]` float32, unscaled, of a shard set; None for a video.
+        actions: `[F]` int64, or None for a model without actions.
+        label: class, or None for a model without labels.
     """
 
     number: int
@@ -64,7 +64,7 @@ class ClipSource(NamedTuple):
 
     Attributes:
         videos: a folder, a list or a file (`far_scale.data.video.sources`), or
-        shards: a shard set's folder, whose decoded latents are the truth then.
+        shards: a shard set's folder; its decoded latents are the truth.
         split: one of UCF-101's lists, for a folder of videos.
     """
 
@@ -77,8 +77,8 @@ class ClipSet(Interface):
     """The clips of an evaluation, read one at a time.
 
     Attributes:
-        keys: their names, in their order.
-        fingerprint: SHA-256 of what they are made from, in this order.
+        keys: of the clips, in order.
+        fingerprint: SHA-256 of the files that they are made from, in this order.
     """
 
     keys: list[str]
@@ -94,66 +94,68 @@ class ClipSet(Interface):
 
 
 def open_clips(
-    protocol: Protocol, config: FARConfig, card: ModelMetadata, downsample: int, source: ClipSource
+    protocol: Protocol, config: FARConfig, metadata: ModelMetadata, downsample: int, source: ClipSource
 ) -> tuple[ClipSet, Protocol]:
-    """The clips that a protocol takes of a set, and the protocol with their fingerprint.
+    """Open the clips that a protocol takes from a set; also returns the protocol with their fingerprint.
 
     Args:
-        config, card: the model's.
-        downsample: pixels a side of a latent position.
+        config, metadata: the model's.
+        downsample: the autoencoder's, pixels per side of a latent.
         source: where the clips are.
 
     Raises:
-        UserError: too few clips, others than those of the protocol's fingerprint, or a set that does not fit the model.
+        UserError: too few clips, another fingerprint than the protocol's, or a set that does not fit the model.
     """
-    size = tuple(side * downsample for side in card.latent_shape[1:])
+    size = tuple(side * downsample for side in metadata.latent_shape[1:])
     if size != (protocol.clips.size, protocol.clips.size):
         raise UserError(
             f"protocol {protocol.name}: clips.size is {protocol.clips.size}, and the model's frames are "
             f"{size[1]}x{size[0]} pixels; take the protocol of that size, or a model of this one"
         )
-    if card.frame_stride != protocol.clips.stride:
+    if metadata.frame_stride != protocol.clips.stride:
         print_warning(
-            f"the model was trained with a frame stride of {card.frame_stride}, and protocol {protocol.name} has "
+            f"the model was trained with a frame stride of {metadata.frame_stride}, and protocol {protocol.name} has "
             f"{protocol.clips.stride}"
         )
-    found: ClipSet
+    clips: ClipSet
     if source.shards is not None:
         if not (source.shards / MANIFEST_NAME).is_file():
             raise UserError(f"--shards {source.shards}: there is no shard set here; give --videos for videos")
         protocol = protocol.with_clips(pixels="decoded")
-        found = _ShardClips(protocol, config, card, ShardSet.open(source.shards))
+        clips = _ShardClipSet(protocol, config, metadata, ShardSet.open(source.shards))
     elif source.videos is not None:
-        found = _VideoClips(protocol, config, card, source.videos, source.split)
+        clips = _VideoClipSet(protocol, config, metadata, source.videos, source.split)
     else:
         raise UserError("the clips are missing; name them by --videos or --shards")
-    if len(set(found.keys)) < len(found.keys):
-        twice = next(key for key in found.keys if found.keys.count(key) > 1)
-        raise UserError(f"two clips would have the files of {twice}; give them keys that differ in letters or digits")
-    wanted = protocol.clips.fingerprint
-    if wanted is not None and wanted != found.fingerprint:
+    if len(set(clips.keys)) < len(clips.keys):
+        duplicate = next(key for key in clips.keys if clips.keys.count(key) > 1)
+        raise UserError(f"two clips have the file name {duplicate}; give them keys that differ in letters or digits")
+    expected = protocol.clips.fingerprint
+    if expected is not None and expected != clips.fingerprint:
         raise UserError(
-            f"protocol {protocol.name}: clips.fingerprint is {wanted[:12]}, and these clips are "
-            f"{found.fingerprint[:12]}; give the protocol's own videos, or make a protocol of these"
+            f"protocol {protocol.name}: clips.fingerprint is {expected[:12]}, and these clips are "
+            f"{clips.fingerprint[:12]}; give the protocol's own videos, or make a protocol of these"
         )
-    return found, protocol.with_clips(fingerprint=found.fingerprint)
+    return clips, protocol.with_clips(fingerprint=clips.fingerprint)
 
 
-class _VideoClips:
+class _VideoClipSet:
     """Clips of video files."""
 
     def __init__(
-        self, protocol: Protocol, config: FARConfig, card: ModelMetadata, videos: Path, split: Path | None
+        self, protocol: Protocol, config: FARConfig, metadata: ModelMetadata, videos: Path, split: Path | None
     ) -> None:
         self._protocol = protocol
         self._conditioned = protocol.sampling.guidance != -1
         self._labels = config.labels if self._conditioned else 0
         self._actions = config.actions if self._conditioned else 0
         self._transform = FrameTransform(protocol.clips.size, protocol.clips.resize)
-        found = find_source_set(videos, split, self._labels, card.classes if self._labels else None, as_listed=True)
-        self._sources = select(found.sources, _label_in_list, protocol, str(videos))
+        labelled = find_source_set(
+            videos, split, self._labels, metadata.classes if self._labels else None, as_listed=True
+        )
+        self._sources = select_clips(labelled.sources, _listed_label, protocol, str(videos))
         self.keys = [_FILE_NAME.sub("_", source.key) for source in self._sources]
-        self.fingerprint = _joined([self._print(source) for source in self._sources])
+        self.fingerprint = _combined_hash([self._source_fingerprint(source) for source in self._sources])
 
     def read(self, number: int) -> Clip:
         source, clips, total = self._sources[number], self._protocol.clips, self._protocol.total_frames
@@ -167,12 +169,12 @@ class _VideoClips:
                 f"{source.path}: {len(video.frames)} frames, and protocol {self._protocol.name} needs {needed}; take "
                 "the video out of the set"
             )
-        taken = slice(clips.start, needed, stride)
+        frame_slice = slice(clips.start, needed, stride)
         actions = None
         if self._actions:
-            actions = self._checked_actions(source, video)[taken]
+            actions = self._checked_actions(source, video)[frame_slice]
         label = self._label(source, video) if self._labels else None
-        frames = np.ascontiguousarray(self._transform.crop_frames(video.frames[taken], source.key))
+        frames = np.ascontiguousarray(self._transform.crop_frames(video.frames[frame_slice], source.key))
         return Clip(number, self.keys[number], frames, None, actions, label)
 
     def _checked_actions(self, source: Source, video: Video) -> Tensor:
@@ -197,101 +199,105 @@ class _VideoClips:
             )
         return label
 
-    def _print(self, source: Source) -> str:
-        """Of a source's content: its file, those of its actions and label, and the class that its list gives it."""
-        parts = [_content(source.path)]
+    def _source_fingerprint(self, source: Source) -> str:
+        """Hash of a video's file, of the file of its actions, and of its listed class."""
+        parts = [_content_hash(source.path)]
         if self._actions and source.actions is not None:
-            parts.append(_content(source.actions))
+            parts.append(_content_hash(source.actions))
         if self._labels:
             parts.append(str(source.label if source.label is not None else source.folder_label))
-        return _joined(parts)
+        return _combined_hash(parts)
 
 
-class _ShardClips:
+class _ShardClipSet:
     """Clips of a shard set."""
 
-    def __init__(self, protocol: Protocol, config: FARConfig, card: ModelMetadata, shards: ShardSet) -> None:
+    def __init__(self, protocol: Protocol, config: FARConfig, metadata: ModelMetadata, shards: ShardSet) -> None:
         self._protocol, self._shards = protocol, shards
         self._conditioned = protocol.sampling.guidance != -1
         self._labels = config.labels if self._conditioned else 0
         self._actions = config.actions if self._conditioned else 0
-        check_set(shards, config, card, self._conditioned)
+        check_shard_set(shards, config, metadata, self._conditioned)
         if self._labels:
-            check_classes(shards, card)
-        places = [(shard, sample) for shard, n in enumerate(shards.samples_per_shard) for sample in range(n)]
-        self._places = select(places, lambda place: shards.read(*place, frames=1).label, protocol, str(shards.folder))
-        self.keys = [_FILE_NAME.sub("_", shards.index(shard).samples[row].key) for shard, row in self._places]
-        if len(set(self.keys)) < len(self.keys):  # shards of others may each begin to count anew
-            self.keys = [f"{shard}-{key}" for (shard, _), key in zip(self._places, self.keys, strict=True)]
-        self.fingerprint = _joined([shards.manifest.fingerprint(), *(f"{shard}/{row}" for shard, row in self._places)])
+            check_classes(shards, metadata)
+        positions = [(shard, sample) for shard, n in enumerate(shards.samples_per_shard) for sample in range(n)]
+        self._positions = select_clips(
+            positions, lambda position: shards.read(*position, frames=1).label, protocol, str(shards.folder)
+        )
+        self.keys = [_FILE_NAME.sub("_", shards.index(shard).samples[row].key) for shard, row in self._positions]
+        if len(set(self.keys)) < len(self.keys):  # foreign shards may number their samples from 0 each
+            self.keys = [f"{shard}-{key}" for (shard, _), key in zip(self._positions, self.keys, strict=True)]
+        self.fingerprint = _combined_hash(
+            [shards.manifest.fingerprint(), *(f"{shard}/{row}" for shard, row in self._positions)]
+        )
 
     def read(self, number: int) -> Clip:
-        place, clips, total = self._places[number], self._protocol.clips, self._protocol.total_frames
-        there, stride = self._shards.frames_of(*place), clips.stride
-        if there < clips.start + (total - 1) * stride + 1 and clips.short == "stride-1":
+        position, clips, total = self._positions[number], self._protocol.clips, self._protocol.total_frames
+        available, stride = self._shards.frames_of(*position), clips.stride
+        if available < clips.start + (total - 1) * stride + 1 and clips.short == "stride-1":
             stride = 1
         needed = clips.start + (total - 1) * stride + 1
-        if there < needed:
+        if available < needed:
             raise UserError(
-                f"{self._shards.folder}: sample {self.keys[number]} has {there} frames, and protocol "
+                f"{self._shards.folder}: sample {self.keys[number]} has {available} frames, and protocol "
                 f"{self._protocol.name} needs {needed}; take it out of the set"
             )
-        sample = self._shards.read(*place, start=clips.start, frames=total, stride=stride)
+        sample = self._shards.read(*position, start=clips.start, frames=total, stride=stride)
         actions = sample.actions if self._actions else None
         return Clip(
             number, self.keys[number], None, sample.latents.float(), actions, sample.label if self._labels else None
         )
 
 
-def select(items: Sequence[T], label_of: Callable[[T], int | None], protocol: Protocol, where: str) -> list[T]:
-    """The items that a protocol's `clips` takes, in its order.
+def select_clips(items: Sequence[T], label_of: Callable[[T], int | None], protocol: Protocol, set_name: str) -> list[T]:
+    """Select the items that a protocol's `clips` section takes, in its order.
 
     Args:
-        items: all there are, in the order of the set.
-        label_of: an item's class, asked only where clips.per_class is set.
-        where: the set, for errors.
+        items: all items, in the order of the set.
+        label_of: gives an item's class; called only if clips.per_class is set.
+        set_name: for errors.
 
     Raises:
-        UserError: there are too few, of a class or in all.
+        UserError: there are too few, in a class or in total.
     """
     clips = protocol.clips
     chosen = list(items[:: clips.every])
     if clips.per_class is not None:
-        chosen = _balanced(chosen, label_of, clips.per_class, clips.seed, where)
+        chosen = _draw_balanced(chosen, label_of, clips.per_class, clips.seed, set_name)
     if len(chosen) < clips.count:
         raise UserError(
-            f"{where}: has {len(chosen)} clips for protocol {protocol.name}, which takes {clips.count}; give the whole "
-            f"set, or take --clips {len(chosen)}, whose scores are those of another protocol"
+            f"{set_name}: has {len(chosen)} clips for protocol {protocol.name}, which takes {clips.count}; give the "
+            f"whole set, or take --clips {len(chosen)}, which makes it another protocol"
         )
     return chosen[: clips.count]
 
 
-def _balanced(
-    items: Sequence[T], label_of: Callable[[T], int | None], per_class: int, seed: int, where: str
+def _draw_balanced(
+    items: Sequence[T], label_of: Callable[[T], int | None], per_class: int, seed: int, set_name: str
 ) -> list[T]:
-    """`per_class` items of each class, all in one drawn order."""
+    """`per_class` items of each class, all in one random order."""
     by_class: dict[int, list[T]] = {}
     for item in items:
         label = label_of(item)
         if label is None:
-            raise UserError(f"{where}: clips.per_class needs each video's class; give them in folders, or in a list")
+            raise UserError(f"{set_name}: clips.per_class needs each video's class; give them in folders, or in a list")
         by_class.setdefault(label, []).append(item)
     drawn: list[T] = []
     for label in sorted(by_class):
-        own = by_class[label]
-        if len(own) < per_class:
-            raise UserError(f"{where}: class {label} has {len(own)} videos, and clips.per_class is {per_class}")
-        order = generator(seed, "clips of a class", step=label).permutation(len(own))
-        drawn += [own[index] for index in order[:per_class]]
+        members = by_class[label]
+        if len(members) < per_class:
+            raise UserError(f"{set_name}: class {label} has {len(members)} videos, and clips.per_class is {per_class}")
+        order = generator(seed, "clips of a class", step=label).permutation(len(members))
+        drawn += [members[index] for index in order[:per_class]]
     return [drawn[index] for index in generator(seed, "order of clips").permutation(len(drawn))]
 
 
-def _label_in_list(source: Source) -> int | None:
+def _listed_label(source: Source) -> int | None:
     return source.label if source.label is not None else source.folder_label
 
 
-def _content(path: Path) -> str:
-    """SHA-256 of a file; of an .npz file that of its arrays, which does not depend on the compressor."""
+def _content_hash(path: Path) -> str:
+    """SHA-256 of a file; of an .npz file that of its arrays, which does not depend on compression."""
     if path.suffix.lower() != ".npz":
         return sha256(path)
     digest = hashlib.sha256()
@@ -306,5 +312,5 @@ def _content(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _joined(digests: Sequence[str]) -> str:
+def _combined_hash(digests: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()

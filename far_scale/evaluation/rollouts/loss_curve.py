@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture, with those of its validation."""
+"""Draws the loss curve of a run, with its validation losses."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, read_json_lines
 
 
-def loss_curve(path: str | Path, log: str | Path) -> None:
+def draw_loss_curve(path: str | Path, log: str | Path) -> None:
     """Draw the loss (logarithmic axis) and the learning rate over the steps of a JSONL log as a PNG.
 
     A line of the log is an object with `step`, `loss` and `learning_rate`; lines without a loss are left out, and of
-    a step that was logged twice (a resumed run) the last line counts. Where there are lines of validation, the loss on
-    held-out clips is drawn, too.
+    a step that was logged twice (a resumed run) the last line counts. Validation losses in the log are drawn, too.
 
     Raises:
-        UserError: the log is not there, has a line that is no object of JSON, or holds no loss.
+        UserError: the log is missing, has a line that is no object of JSON, or holds no loss.
     """
-    from matplotlib.figure import Figure  # imported here: slow, and only wanted for this picture
+    from matplotlib.figure import Figure  # imported here: slow, and only needed for this picture
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     entries = _read_log(Path(log))
@@ -34,7 +33,7 @@ def loss_curve(path: str | Path, log: str | Path) -> None:
     loss_axes.plot(steps, _smoothed(losses), color="tab:blue", linewidth=1.8, label="smoothed")
     held_out = validation_losses(log)
     for key, name, colour in (("weights", "held-out", "tab:red"), ("ema", "held-out, EMA", "tab:green")):
-        points = [(step, each[key]) for step, each in held_out.items() if key in each]
+        points = [(step, validation[key]) for step, validation in held_out.items() if key in validation]
         if points:
             loss_axes.plot(
                 *zip(*points, strict=True), color=colour, linewidth=1.2, marker="o", markersize=3, label=name
@@ -56,8 +55,8 @@ def loss_curve(path: str | Path, log: str | Path) -> None:
 
 
 def validation_losses(log: str | Path) -> dict[int, dict[str, float]]:
-    """The losses on held-out clips in a log: of the `weights` and the `ema`, as far as they are finite, by step."""
-    found: dict[int, dict[str, float]] = {}
+    """The finite losses on held-out clips in a log by step, of the `weights` and of the `ema`."""
+    by_step: dict[int, dict[str, float]] = {}
     for line in read_json_lines(log):
         values = line.get("validation") if line is not None else None
         if line is None or not isinstance(values, dict):
@@ -65,8 +64,8 @@ def validation_losses(log: str | Path) -> dict[int, dict[str, float]]:
         losses = {key: values[key].get("loss") for key in ("weights", "ema") if isinstance(values.get(key), dict)}
         finite = {key: loss for key, loss in losses.items() if isinstance(loss, float) and math.isfinite(loss)}
         if finite and type(line.get("step")) is int:
-            found[line["step"]] = finite
-    return dict(sorted(found.items()))
+            by_step[line["step"]] = finite
+    return dict(sorted(by_step.items()))
 
 
 def _read_log(log: Path) -> dict[int, tuple[float, float]]:
@@ -78,7 +77,7 @@ def _read_log(log: Path) -> dict[int, tuple[float, float]]:
         try:
             if entry is None:
                 raise ValueError
-            if entry.get("loss") is not None:  # nothing, or the null of a loss that was not finite
+            if entry.get("loss") is not None:  # null stands for a loss that was not finite
                 values = float(entry["loss"]), float(entry["learning_rate"])
                 if all(map(math.isfinite, values)):
                     entries[int(entry["step"])] = values
@@ -90,9 +89,9 @@ def _read_log(log: Path) -> dict[int, tuple[float, float]]:
 
 
 def _smoothed(values: list[float]) -> NDArray[np.float64]:
-    """The mean over a centred stretch of a twentieth of the curve, shorter at the ends."""
-    reach = max(1, len(values) // 40)
+    """Moving average over a centred twentieth of the curve, shorter at the ends."""
+    radius = max(1, len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
+    low, high = np.maximum(index - radius, 0), np.minimum(index + radius + 1, len(values))
     return np.asarray((sums[high] - sums[low]) / (high - low))

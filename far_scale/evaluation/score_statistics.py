@@ -1,12 +1,16 @@
-"""The Frechet distance between two sets of features, the distance in FVD: in float64, from sums that do not grow.
+"""Frechet distances for FVD, and the uncertainty of scores: their std over seeds, bootstrap intervals over clips.
 
     d(1, 2) = |mean_1 - mean_2|^2 + trace(cov_1 + cov_2 - 2 (cov_1 cov_2)^(1/2))
 
-It is biased: finite sets of one distribution are apart, the further the smaller they are. Scores of different numbers
-of clips must never be compared.
+The Frechet distance, in float64, is biased: it is positive for finite sets of one distribution, and larger for smaller
+sets. Scores of different numbers of clips must never be compared.
 """
 
 from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +19,14 @@ from torch import Tensor
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import generator
 
-MIN_CLIPS_TO_EXTRAPOLATE = 512  # with fewer, subsets are far smaller than the 400 logits, and 1/N is no straight line
+MIN_CLIPS_TO_EXTRAPOLATE = (
+    512  # with fewer, subsets are far smaller than the 400 logits, and the distance is not linear in 1/N
+)
 _SUBSETS = 15  # as Chong and Forsyth
 
 
 class FeatureStatistics:
-    """Mean and covariance of features that come in batches; memory is that of the covariance, for any number."""
+    """Mean and covariance of features that come in batches, in the memory of the covariance."""
 
     def __init__(self, dim: int) -> None:
         """For features of `dim` numbers."""
@@ -30,13 +36,13 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: Tensor) -> FeatureStatistics:
-        """Of `[N, dim]` features at once."""
+        """The statistics of `[N, dim]` features."""
         statistics = cls(features.shape[1])
         statistics.add(features)
         return statistics
 
     def add(self, features: Tensor) -> None:
-        """Count `[N, dim]` features of any device and floating dtype.
+        """Add `[N, dim]` features of any device and floating dtype.
 
         Raises:
             UserError: features of another shape, or that are not finite.
@@ -53,12 +59,12 @@ class FeatureStatistics:
             self._join(len(features), mean, centred.T @ centred)
 
     def merge(self, other: FeatureStatistics) -> None:
-        """Count what `other` has counted, too."""
+        """Add the features of `other`."""
         if other.count:
             self._join(other.count, other.mean, other._scatter)
 
     def covariance(self) -> Tensor:
-        """`[dim, dim]`, with N - 1 as divisor, as the official code has it.
+        """`[dim, dim]`, with N - 1 as divisor, as in the official code.
 
         Raises:
             UserError: fewer than 2 features.
@@ -68,7 +74,7 @@ class FeatureStatistics:
         return self._scatter / (self.count - 1)
 
     def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Chan, Golub and LeVeque (1979): no digits are lost where the mean is large beside the spread."""
+        """Add a batch's moments (Chan, Golub and LeVeque 1979): exact even where the mean is large beside the std."""
         total, shift = self.count + count, mean - self.mean
         self._scatter = self._scatter + scatter + torch.outer(shift, shift) * (self.count * count / total)
         self.mean = self.mean + shift * (count / total)
@@ -76,7 +82,7 @@ class FeatureStatistics:
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """The distance of the normal distributions with these moments, without a root, as FID and FVD report it.
+    """The squared distance of normal distributions with these moments, as FID and FVD report it.
 
     Raises:
         UserError: fewer than 2 features of one of them, or features of different lengths.
@@ -85,7 +91,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
         raise UserError(f"Frechet distance: features of {len(first.mean)} and of {len(second.mean)} numbers")
     covariance, other = first.covariance(), second.covariance()
     # (cov_1 cov_2)^(1/2) has the trace of (R' cov_2 R)^(1/2), where cov_1 = R R': a symmetric matrix, so that eigh
-    # replaces a general matrix root, which may diverge where a covariance is singular.
+    # replaces a general matrix root, which may diverge for a singular covariance.
     values, vectors = _eigh(covariance)
     root = vectors * values.sqrt()
     trace = _eigh(root.T @ other @ root)[0].sqrt().sum()
@@ -115,25 +121,83 @@ def frechet_infinity(first: Tensor, second: Tensor, seed: int) -> float:
         )
     sizes = np.rint(1 / np.linspace(2 / largest, 1 / largest, _SUBSETS)).astype(int)
     distances = [
-        frechet_distance(_drawn(first, size, seed, number, lane=0), _drawn(second, size, seed, number, lane=1))
+        frechet_distance(
+            _subset_statistics(first, size, seed, number, lane=0),
+            _subset_statistics(second, size, seed, number, lane=1),
+        )
         for number, size in enumerate(sizes)
     ]
     return float(np.polynomial.Polynomial.fit(1 / sizes, distances, 1)(0.0))
 
 
-def _drawn(features: Tensor, size: int, seed: int, number: int, lane: int) -> FeatureStatistics:
-    """Of `size` of the features: draw `number` from set `lane`."""
+def _subset_statistics(features: Tensor, size: int, seed: int, number: int, lane: int) -> FeatureStatistics:
+    """The statistics of `size` features: draw `number` from set `lane`."""
     order = generator(seed, "frechet-infinity", step=number, lane=lane).permutation(len(features))
     return FeatureStatistics.of(features[torch.from_numpy(order[:size])])
 
 
 def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and vectors of a positive semi-definite matrix; what is rounding alone is left out.
+    """Eigenvalues and vectors of a positive semi-definite matrix, without those that are only rounding errors.
 
     A singular covariance (fewer clips than numbers) has eigenvalues of +-1e-16 of the largest, whose roots, 1e-8,
     would add up.
     """
     values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
     largest = values[-1:].clamp(min=0)  # empty where the set's clips are all equal
-    kept = values > len(values) * torch.finfo(values.dtype).eps * largest
-    return values[kept], vectors[:, kept]
+    significant = values > len(values) * torch.finfo(values.dtype).eps * largest
+    return values[significant], vectors[:, significant]
+
+
+_DRAWS, _BLOCK = 2000, 50  # a block of draws is in memory at a time
+_PERCENTILES = (2.5, 97.5)
+
+
+class Spread(NamedTuple):
+    """A score over several seeds; `std` (with N - 1 as divisor) is None for a single seed."""
+
+    mean: float
+    std: float | None
+
+
+class Interval(NamedTuple):
+    """A 95% confidence interval."""
+
+    low: float
+    high: float
+
+
+def over_seeds(scores: Sequence[float]) -> Spread:
+    """Mean and std of one score a seed.
+
+    Raises:
+        UserError: no scores.
+    """
+    if not scores:
+        raise UserError("spread over seeds: there are no scores")
+    return Spread(statistics.fmean(scores), statistics.stdev(scores) if len(scores) > 1 else None)
+
+
+def bootstrap_interval(per_clip: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
+    """The 95% percentile bootstrap interval (Efron 1979) of the mean of one number a clip.
+
+    Clips are resampled, not frames: the frames of a clip depend on each other. The interval of a monotonic function of
+    the mean, such as the PSNR of the mean squared error, is that function of both ends.
+
+    Args:
+        per_clip: `[N]`, such as each clip's mean LPIPS over frames.
+        seed: of the draws; the interval is the same on every machine.
+
+    Raises:
+        UserError: fewer than 2 clips, or values that are not finite.
+    """
+    values = np.asarray(per_clip, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2:
+        raise UserError(f"bootstrap: values of shape {list(values.shape)}; give one number for each of 2 clips or more")
+    if not np.isfinite(values).all():
+        raise UserError("bootstrap: values that are not finite; look at these clips")
+    blocks = [
+        values[generator(seed, "bootstrap", step=block).integers(len(values), size=(_BLOCK, len(values)))].mean(1)
+        for block in range(_DRAWS // _BLOCK)
+    ]
+    low, high = np.percentile(np.concatenate(blocks), _PERCENTILES)
+    return Interval(float(low), float(high))

@@ -1,4 +1,4 @@
-"""Which kernel is chosen where, what the log says of it, and what a user is told who asks for another."""
+"""Which kernel is chosen where, the log line about it, and the errors for unusable ones."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from far_scale.model.attention import choice
-from far_scale.model.attention.choice import KERNELS, choose
+from far_scale.model.attention import selection
+from far_scale.model.attention.selection import KERNELS, choose_kernel
 from far_scale.utils.errors import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -17,23 +17,23 @@ PACKAGES = {"flash-attn-4", "flash-attn-3", "flash-attn-2", "xformers"}
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(choice.ENVIRONMENT, raising=False)
-    choice._choose.cache_clear()
+    monkeypatch.delenv(selection.KERNEL_VARIABLE, raising=False)
+    selection._choose_cached.cache_clear()
     yield
-    choice._choose.cache_clear()
+    selection._choose_cached.cache_clear()
 
 
 def on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], installed: set[str]) -> None:
     """A machine with a GPU of this compute capability, where these libraries are installed."""
 
-    def why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def unusable_reason(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if name in PACKAGES - installed:
             return "not installed"
         precise = dtype == torch.float32 and name not in ("xformers", "flex", "dense")
         return "takes bfloat16 and float16, not float32" if precise else None
 
-    monkeypatch.setattr(choice, "compute_capability", lambda device: capability)
-    monkeypatch.setattr(choice, "why_not", why_not)
+    monkeypatch.setattr(selection, "compute_capability", lambda device: capability)
+    monkeypatch.setattr(selection, "unusable_reason", unusable_reason)
 
 
 @pytest.mark.parametrize(
@@ -83,66 +83,71 @@ def test_choice_on_gpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     on(monkeypatch, capability, installed)
-    assert choose("auto", GPU, dtype, 64, compiled) == (name, f"attention: {name} ({why})")
+    assert choose_kernel("auto", GPU, dtype, 64, compiled) == (name, f"attention: {name} ({why})")
 
 
 def test_choice_on_a_cpu() -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        assert choose("auto", CPU, dtype, 64) == ("cpu", "attention: cpu (first choice on a CPU)")
-    assert choose("auto", torch.device("meta"), torch.float32, 64).name == "dense"
+        assert choose_kernel("auto", CPU, dtype, 64) == ("cpu", "attention: cpu (first choice on a CPU)")
+    assert choose_kernel("auto", torch.device("meta"), torch.float32, 64).name == "dense"
 
 
 def test_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, (9, 0), PACKAGES)
-    assert choose("flash-attn-2", GPU, torch.bfloat16, 64) == ("flash-attn-2", "attention: flash-attn-2 (asked for)")
-    assert choose("dense", CPU, torch.bfloat16, 64).name == "dense"
+    assert choose_kernel("flash-attn-2", GPU, torch.bfloat16, 64) == (
+        "flash-attn-2",
+        "attention: flash-attn-2 (requested)",
+    )
+    assert choose_kernel("dense", CPU, torch.bfloat16, 64).name == "dense"
 
 
 def test_the_environment_goes_before_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAR_SCALE_ATTENTION", "dense")
-    why = "attention: dense (asked for by FAR_SCALE_ATTENTION)"
-    assert choose("auto", CPU, torch.float32, 64) == choose("cpu", CPU, torch.float32, 64) == ("dense", why)
+    why = "attention: dense (requested by FAR_SCALE_ATTENTION)"
+    assert (
+        choose_kernel("auto", CPU, torch.float32, 64) == choose_kernel("cpu", CPU, torch.float32, 64) == ("dense", why)
+    )
     monkeypatch.setenv("FAR_SCALE_ATTENTION", "")
-    assert choose("auto", CPU, torch.float32, 64).name == "cpu"
+    assert choose_kernel("auto", CPU, torch.float32, 64).name == "cpu"
 
 
 def test_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as error:
-        choose("flash-attn", CPU, torch.float32, 64)
+        choose_kernel("flash-attn", CPU, torch.float32, 64)
     known = "auto, flash-attn-4, flash-attn-3, flash-attn-2, torch-varlen, xformers, cpu, flex, dense"
-    assert str(error.value) == f"attention flash-attn: no such kernel; nearest is flash-attn-4 (there are: {known})"
+    assert str(error.value) == f"attention flash-attn: no such kernel; nearest is flash-attn-4 (known: {known})"
     monkeypatch.setenv("FAR_SCALE_ATTENTION", "sdpa")
     with pytest.raises(UserError, match=r"^FAR_SCALE_ATTENTION=sdpa: no such kernel"):
-        choose("auto", CPU, torch.float32, 64)
+        choose_kernel("auto", CPU, torch.float32, 64)
 
 
 def test_asked_for_one_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Named, with the reason and the command that installs it."""
     on(monkeypatch, (9, 0), set())
-    monkeypatch.setattr(choice, "installed_version", lambda package: None)
+    monkeypatch.setattr(selection, "installed_version", lambda package: None)
     for name in PACKAGES:
-        install = choice.kernel(name).INSTALL
+        install = selection.get_kernel(name).INSTALL
         assert install.startswith("pip install ")
         with pytest.raises(UserError) as error:
-            choose(name, GPU, torch.bfloat16, 64)
+            choose_kernel(name, GPU, torch.bfloat16, 64)
         assert str(error.value) == f"attention {name}: not installed; install it with: {install}"
 
 
 def test_asked_for_one_that_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "installed_version", lambda package: None)
+    monkeypatch.setattr(selection, "installed_version", lambda package: None)
     with pytest.raises(UserError) as error:
-        choose("xformers", CPU, torch.float32, 64)
-    expected = "attention xformers: runs on NVIDIA GPUs alone, and it is not installed; install it with: "
-    assert str(error.value) == expected + choice.kernel("xformers").INSTALL
+        choose_kernel("xformers", CPU, torch.float32, 64)
+    expected = "attention xformers: runs only on NVIDIA GPUs, and it is not installed; install it with: "
+    assert str(error.value) == expected + selection.get_kernel("xformers").INSTALL
     with pytest.raises(UserError, match=r"^attention flex: FlexAttention has no backward on a CPU$"):
-        choose("flex", CPU, torch.float32, 64)
-    monkeypatch.setattr(choice, "installed_version", lambda package: "2.13.0")
-    with pytest.raises(UserError, match=r"^attention torch-varlen: runs on NVIDIA GPUs alone$"):
-        choose("torch-varlen", CPU, torch.float32, 64)
+        choose_kernel("flex", CPU, torch.float32, 64)
+    monkeypatch.setattr(selection, "installed_version", lambda package: "2.13.0")
+    with pytest.raises(UserError, match=r"^attention torch-varlen: runs only on NVIDIA GPUs$"):
+        choose_kernel("torch-varlen", CPU, torch.float32, 64)
 
 
 def test_every_name_has_its_kernel() -> None:
     for name in KERNELS:
         if name not in ("flex", "dense"):
-            module = choice.kernel(name)
+            module = selection.get_kernel(name)
             assert name == module.NAME and module.PACKAGE and callable(module.forward) and callable(module.backward)

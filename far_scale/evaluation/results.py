@@ -1,4 +1,4 @@
-"""What an evaluation wrote into its folder, read and checked: scores.json, per_clip.npz and the frames of samples."""
+"""Reads and checks the result files of an evaluation: scores.json, per_clip.npz and the samples' frames."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from far_scale.evaluation.protocol import Metric, Protocol, Sha256
-from far_scale.evaluation.rollouts.metrics import PSNR_CAP
+from far_scale.evaluation.rollouts.psnr_ssim import PSNR_CAP
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import read_json
 
 System = Literal["prediction", "repeat_last", "reconstruction"]
 SYSTEMS: tuple[System, ...] = ("prediction", "repeat_last", "reconstruction")
-PAIRED: tuple[Metric, ...] = ("lpips", "psnr", "ssim")  # those of single frames, the leading one first
+PAIRED: tuple[Metric, ...] = ("lpips", "psnr", "ssim")  # metrics of single frames, the leading one first
 
 Values = NDArray[np.float64]
 _FIX = "run tools/evaluate.py into this folder again"
 
 
-class _Part(BaseModel):
-    """A part of scores.json, which may hold more than is read here."""
+class _Section(BaseModel):
+    """A section of scores.json; unknown keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class Score(_Part):
+class Score(_Section):
     """One metric over all clips; a number that was not finite is None."""
 
     mean: float | None
@@ -44,7 +44,7 @@ class Score(_Part):
     """FVD extrapolated to infinitely many clips."""
 
 
-class Weights(_Part):
+class Weights(_Section):
     """Which weights were evaluated."""
 
     source: str
@@ -53,7 +53,7 @@ class Weights(_Part):
     sha256: str
 
 
-class Scores(_Part):
+class Scores(_Section):
     """scores.json; a metric that was not computed has no entry."""
 
     protocol: str
@@ -66,7 +66,7 @@ class Scores(_Part):
     reconstruction: dict[Metric, Score] | None
     settings: Protocol
 
-    def of(self, system: System) -> dict[Metric, Score] | None:
+    def for_system(self, system: System) -> dict[Metric, Score] | None:
         """The scores of one system; None where it was not evaluated."""
         return self.scores if system == "prediction" else getattr(self, system)
 
@@ -75,7 +75,7 @@ def read_scores(folder: Path) -> Scores:
     """Read FOLDER/scores.json.
 
     Raises:
-        UserError: it is not there, or an evaluation did not write it.
+        UserError: it is missing, or not written by an evaluation.
     """
     path = folder / "scores.json"
     if not path.is_file():
@@ -83,28 +83,28 @@ def read_scores(folder: Path) -> Scores:
     return parse_scores(read_json(path, "file of scores"), path)
 
 
-def parse_scores(values: Any, where: str | Path) -> Scores:
-    """Check what a scores.json holds.
+def parse_scores(values: Any, source: str | Path) -> Scores:
+    """Check the content of a scores.json.
 
     Raises:
-        UserError: an evaluation did not write it; `where` is named.
+        UserError: it was not written by an evaluation; the error names `source`.
     """
     try:
         return Scores.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])) or "all of it"
-        raise UserError(f"{where}: not the scores of an evaluation ({key}: {first['msg']}); {_FIX}") from None
+        raise UserError(f"{source}: not the scores of an evaluation ({key}: {first['msg']}); {_FIX}") from None
 
 
 @dataclass(frozen=True)
 class PerClip:
-    """per_clip.npz.
+    """The content of per_clip.npz.
 
     Attributes:
         keys: of the N clips.
         given: given frames of a clip.
-        values: `[N, P]` by system and metric, one value a clip and predicted frame; PSNR is at most `PSNR_CAP`.
+        values: `[N, P]` by system and metric, a value for each clip and predicted frame; PSNR is at most `PSNR_CAP`.
         psnr_of: the protocol's `psnr.mean_of`.
     """
 
@@ -117,7 +117,7 @@ class PerClip:
         """`[N]`: each clip's score over its frames, as the protocol defines it."""
         values = self.values[system, metric]
         if metric == "psnr" and self.psnr_of != "frames":
-            return to_psnr(to_mse(values).mean(axis=1))
+            return mse_to_psnr(psnr_to_mse(values).mean(axis=1))
         return np.asarray(values.mean(axis=1))
 
 
@@ -125,7 +125,7 @@ def read_per_clip(folder: Path, protocol: Protocol) -> PerClip:
     """Read FOLDER/per_clip.npz.
 
     Raises:
-        UserError: it is not there, or an evaluation did not write it.
+        UserError: it is missing, or not written by an evaluation.
     """
     path = folder / "per_clip.npz"
     values: dict[tuple[System, Metric], Values] = {}
@@ -135,7 +135,7 @@ def read_per_clip(folder: Path, protocol: Protocol) -> PerClip:
             for system in SYSTEMS:
                 for metric in PAIRED:
                     if (name := f"{system}/{metric}") in archive:
-                        values[system, metric] = _checked(path, name, archive[name], len(keys))
+                        values[system, metric] = _check_values(path, name, archive[name], len(keys))
     except FileNotFoundError:
         raise UserError(f"{path}: there are no scores of clips here; {_FIX}") from None
     except (KeyError, ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
@@ -143,13 +143,13 @@ def read_per_clip(folder: Path, protocol: Protocol) -> PerClip:
     return PerClip(keys, given, values, "frames" if protocol.psnr is None else protocol.psnr.mean_of)
 
 
-def frames_of(sample: Path, name: str) -> Iterator[NDArray[np.uint8]]:
-    """The frames `[H, W, 3]` of one array `[F, H, W, 3]` in an .npz file, read one at a time.
+def read_frames(sample: Path, name: str) -> Iterator[NDArray[np.uint8]]:
+    """Yield the frames `[H, W, 3]` of one array `[F, H, W, 3]` in an .npz file, reading one at a time.
 
-    Of an array `[N, F, H, W, 3]` the frames of the first of N trajectories come first.
+    From an array `[N, F, H, W, 3]` of N trajectories the first one is read.
 
     Raises:
-        UserError: no such file, or no such array in it.
+        UserError: the file or the array is missing.
     """
     try:
         with zipfile.ZipFile(sample) as archive, archive.open(f"{name}.npy") as file:
@@ -164,25 +164,25 @@ def frames_of(sample: Path, name: str) -> Iterator[NDArray[np.uint8]]:
                 data = file.read(height * width * channels)
                 yield np.frombuffer(data, dtype=np.uint8).reshape(height, width, channels)
     except FileNotFoundError:
-        raise UserError(f"{sample}: this sample is not there; {_FIX}") from None
+        raise UserError(f"{sample}: this sample is missing; {_FIX}") from None
     except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{sample}: not a sample of an evaluation ({error}); {_FIX}") from None
 
 
-def to_mse(psnr: Values) -> Values:
-    """The mean squared error, of pixels in 0..1, of a PSNR in dB."""
+def psnr_to_mse(psnr: Values) -> Values:
+    """Mean squared error of pixels in 0..1 from a PSNR in dB."""
     return np.asarray(10 ** (-psnr / 10))
 
 
-def to_psnr(mse: Values) -> Values:
-    """The inverse of `to_mse`."""
+def mse_to_psnr(mse: Values) -> Values:
+    """PSNR in dB from a mean squared error of pixels in 0..1."""
     return np.asarray(-10 * np.log10(mse))
 
 
-def _checked(path: Path, name: str, values: NDArray[Any], clips: int) -> Values:
+def _check_values(path: Path, name: str, values: NDArray[Any], clips: int) -> Values:
     if values.ndim != 2 or len(values) != clips:
         raise ValueError(f"{name} is {list(values.shape)} for {clips} keys")
-    # frames that are exactly equal have an infinite PSNR
+    # equal frames have an infinite PSNR
     values = np.minimum(values.astype(np.float64), PSNR_CAP) if name.endswith("/psnr") else values.astype(np.float64)
     if not np.isfinite(values).all():
         raise UserError(f"{path}: {name} has values that are not finite; look at the samples of these clips")

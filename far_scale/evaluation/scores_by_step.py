@@ -1,10 +1,10 @@
-"""Scores of several checkpoints of a run over the training step: one file and one plot of an evaluation's step folders.
+"""Scores of a run's checkpoints over the training step: one file and one plot.
 
     OUT/step-00001000/             the evaluation of one checkpoint
-    OUT/scores_by_step.json        what all of them scored
+    OUT/scores_by_step.json        the scores of all of them
     OUT/scores_by_step.png
 
-File and plot are made of the step folders alone, so that a kill loses nothing.
+File and plot are made only from the step folders, so a kill loses nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from far_scale.evaluation.aggregate import SCORES_FILE
 from far_scale.evaluation.curves import COLOURS, RECONSTRUCTION_STYLE, REPEAT_STYLE
-from far_scale.evaluation.merge import SCORES
 from far_scale.evaluation.protocol import METRICS, Metric, Protocol
-from far_scale.evaluation.report import FILES
-from far_scale.evaluation.scores import Score, Scores, System, read_scores
+from far_scale.evaluation.report import REPORT_FILES
+from far_scale.evaluation.results import Score, Scores, System, read_scores
 from far_scale.evaluation.tables import LABELS, RECONSTRUCTION, REPEAT_LAST
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, write_json
@@ -37,34 +37,34 @@ _PANEL = (4.6, 3.6)  # width and height in inches
 
 
 def step_folders(out: Path) -> dict[int, Path]:
-    """The folders of the checkpoints whose evaluation was begun or is finished, by step, in ascending order."""
-    found = [(_STEP.fullmatch(path.name), path) for path in out.glob("step-*") if path.is_dir()]
-    return dict(sorted((int(match.group(1)), path) for match, path in found if match))
+    """The folders of begun or finished evaluations of checkpoints, by step in ascending order."""
+    matches = [(_STEP.fullmatch(path.name), path) for path in out.glob("step-*") if path.is_dir()]
+    return dict(sorted((int(match.group(1)), path) for match, path in matches if match))
 
 
 def is_evaluated(folder: Path) -> bool:
-    """Whether the evaluation of one checkpoint is finished: the last of its files is there."""
-    return (folder / SCORES).is_file() and (folder / FILES[-1]).is_file()
+    """Whether the evaluation of one checkpoint is finished: its last file exists."""
+    return (folder / SCORES_FILE).is_file() and (folder / REPORT_FILES[-1]).is_file()
 
 
-def refuse_other_protocols(out: Path, protocol: Protocol, clips_known: bool) -> None:
-    """Refuse a folder that holds scores by another protocol.
+def check_same_protocol(out: Path, protocol: Protocol, clips_known: bool) -> None:
+    """Check that a folder holds no scores by another protocol.
 
     Args:
-        clips_known: whether `protocol` has what `open_clips` adds; without that, all else is compared.
+        clips_known: whether `protocol` has the fields that `open_clips` sets; otherwise they are not compared.
 
     Raises:
-        UserError: names the first of them.
+        UserError: it does; the error names the first file.
     """
 
-    def hash_of(each: Protocol) -> str:
-        return (each if clips_known else each.with_clips(fingerprint=None, pixels="recorded")).hash()
+    def hash_of(scored: Protocol) -> str:
+        return (scored if clips_known else scored.with_clips(fingerprint=None, pixels="recorded")).hash()
 
     for folder in step_folders(out).values():
         if is_evaluated(folder) and hash_of(read_scores(folder).settings) != hash_of(protocol):
             raise UserError(
-                f"{folder / SCORES}: is of another protocol or of other clips than {protocol.name} is now; such scores "
-                "cannot stand in one curve: give another --out"
+                f"{folder / SCORES_FILE}: is of another protocol or of other clips than {protocol.name} is now; "
+                "such scores cannot share a curve: give another --out"
             )
 
 
@@ -72,19 +72,19 @@ def write_scores_by_step(out: Path) -> dict[int, Scores]:
     """Write scores_by_step.json and scores_by_step.png of all finished evaluations in `out`, each atomically.
 
     Returns:
-        Their scores by step, in ascending order; without any, nothing is written.
+        The scores by step, in ascending order; if there are none, nothing is written.
 
     Raises:
         UserError: they are not all by one protocol.
     """
-    found = {step: read_scores(folder) for step, folder in step_folders(out).items() if is_evaluated(folder)}
-    if not found:
+    by_step = {step: read_scores(folder) for step, folder in step_folders(out).items() if is_evaluated(folder)}
+    if not by_step:
         return {}
-    last = list(found.values())[-1]
-    for step, scores in found.items():
+    last = list(by_step.values())[-1]
+    for step, scores in by_step.items():
         if scores.protocol_hash != last.protocol_hash:
             raise UserError(
-                f"{out}: steps {step} and {max(found)} are of two protocols, {scores.protocol_hash[:12]} and "
+                f"{out}: steps {step} and {max(by_step)} are of two protocols, {scores.protocol_hash[:12]} and "
                 f"{last.protocol_hash[:12]}; move one of them to another folder"
             )
     write_json(
@@ -94,30 +94,30 @@ def write_scores_by_step(out: Path) -> dict[int, Scores]:
             "protocol": last.protocol,
             "protocol_hash": last.protocol_hash,
             "n": last.n,
-            "steps": [{"step": step, "scores": _values(scores.scores)} for step, scores in found.items()],
-            "repeat_last": _values(last.repeat_last),
-            "reconstruction": _values(last.reconstruction),
+            "steps": [{"step": step, "scores": _dump_scores(scores.scores)} for step, scores in by_step.items()],
+            "repeat_last": _dump_scores(last.repeat_last),
+            "reconstruction": _dump_scores(last.reconstruction),
         },
     )
-    _draw(out / PLOT, found, last)
-    return found
+    _draw_plot(out / PLOT, by_step, last)
+    return by_step
 
 
-def _values(scores: dict[Metric, Score] | None) -> dict[str, Any] | None:
+def _dump_scores(scores: dict[Metric, Score] | None) -> dict[str, Any] | None:
     return None if scores is None else {key: score.model_dump(exclude_unset=True) for key, score in scores.items()}
 
 
-def _draw(path: Path, found: dict[int, Scores], last: Scores) -> None:
-    from matplotlib.figure import Figure  # imported here: slow, and only wanted for pictures
+def _draw_plot(path: Path, by_step: dict[int, Scores], last: Scores) -> None:
+    from matplotlib.figure import Figure  # imported here: slow, and only needed for pictures
 
-    metrics = [metric for metric in METRICS if any(metric in scores.scores for scores in found.values())]
+    metrics = [metric for metric in METRICS if any(metric in scores.scores for scores in by_step.values())]
     figure = Figure(figsize=(_PANEL[0] * len(metrics), _PANEL[1] + 0.6), layout="constrained")
     figure.suptitle(
         f"{last.protocol}, {last.n} clips, band: 95% interval over clips (FVD: std over seeds)", fontsize=11
     )
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
-        _panel(axes, metric, found, last)
+        _draw_panel(axes, metric, by_step, last)
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -126,9 +126,9 @@ def _draw(path: Path, found: dict[int, Scores], last: Scores) -> None:
         figure.savefig(beside, dpi=120, format="png")
 
 
-def _panel(axes: Axes, metric: Metric, found: dict[int, Scores], last: Scores) -> None:
-    steps = [step for step, scores in found.items() if metric in scores.scores]
-    mean, low, high = _band([found[step].scores[metric] for step in steps])
+def _draw_panel(axes: Axes, metric: Metric, by_step: dict[int, Scores], last: Scores) -> None:
+    steps = [step for step, scores in by_step.items() if metric in scores.scores]
+    mean, low, high = _band([by_step[step].scores[metric] for step in steps])
     axes.plot(steps, mean, color=COLOURS[0], marker="o", markersize=4, label="model")
     axes.fill_between(steps, low, high, color=COLOURS[0], alpha=0.18, linewidth=0)
     flat: list[tuple[str, System, tuple[str, str]]] = [
@@ -136,7 +136,7 @@ def _panel(axes: Axes, metric: Metric, found: dict[int, Scores], last: Scores) -
         (RECONSTRUCTION, "reconstruction", RECONSTRUCTION_STYLE),
     ]
     for name, system, (colour, dashes) in flat:
-        score = (last.of(system) or {}).get(metric)
+        score = (last.for_system(system) or {}).get(metric)
         if score is not None and score.mean is not None:
             axes.axhline(score.mean, color=colour, linestyle=dashes, label=name)
     better = "lower" if metric in _LOWER_IS_BETTER else "higher"
@@ -148,7 +148,7 @@ def _panel(axes: Axes, metric: Metric, found: dict[int, Scores], last: Scores) -
 
 
 def _band(scores: Sequence[Score]) -> tuple[Any, Any, Any]:
-    """Means and the ends of their bands; a score that is not finite leaves a gap, one without a band a line."""
+    """Means with lower and upper ends of their bands; a score that is not finite leaves a gap."""
     rows = []
     for score in scores:
         mean = np.nan if score.mean is None else score.mean
