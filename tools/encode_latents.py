@@ -15,7 +15,7 @@ from far_scale.data.encode.plan import MAX_REJECTED, plan
 from far_scale.data.encode.tasks import encode_task, merge
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.rejects import REJECTED_NAME
-from far_scale.data.shards.store import manifest_text
+from far_scale.data.shards.store import read_manifest_bytes
 from far_scale.data.video.pictures import Framing
 from far_scale.data.video.sources import find_labelled, read_class_names, with_flips
 from far_scale.utils.command_line import at_least, command_line, share
@@ -26,7 +26,7 @@ def class_names(file: Path | None, of: str | None) -> tuple[str, ...] | None:
     """The names of --classes or --classes-of, where one of them is given."""
     if of is None:
         return None if file is None else read_class_names(file)
-    classes = Manifest.parse(manifest_text(of), of).classes
+    classes = Manifest.parse(read_manifest_bytes(of), of).classes
     if classes is None:
         raise UserError(f"--classes-of {of}: this set has no names of classes; give --classes, a file of them")
     return classes

@@ -29,8 +29,8 @@ from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards import inspect
 from far_scale.data.shards import shard_set as shards
+from far_scale.data.shards.adopted_samples import SampleReader
 from far_scale.data.shards.convert import convert
-from far_scale.data.shards.foreign_samples import SampleReader
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
@@ -93,7 +93,7 @@ def test_adopted_tars_are_copied_to_the_nodes_disk(tmp_path: Path) -> None:
     adopted(tmp_path / "theirs", tmp_path / "set", **BOTH)
     straight = packs_of(ShardSet.open(tmp_path / "set"), 12)
     node = NodeCache(tmp_path / "disk", GB, "data.stage_local")
-    shard_set = ShardSet.known(tmp_path / "set", Manifest.text(tmp_path / "set"), node)
+    shard_set = ShardSet.from_manifest(tmp_path / "set", Manifest.text(tmp_path / "set"), node)
     assert same(packs_of(shard_set, 12), straight)
     for path in [*(tmp_path / "theirs").iterdir(), *(tmp_path / "set").iterdir()]:
         path.unlink()
@@ -132,7 +132,7 @@ def test_layouts_orders_and_types(tmp_path: Path, layout: str, axes: tuple[int, 
         assert manifest.latent_dtype == {np.float16: "float16", np.float64: "float32"}[dtype]
         shard_set, sizes = ShardSet.open(tmp_path / str(number)), list[int]()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shards._Tar, "read", counting(shards._Tar.read, sizes))
+            patch.setattr(shards._ShardFile, "read", counting(shards._ShardFile.read, sizes))
             read = shard_set.read(0, 0, start=1, frames=2, stride=3)
         assert np.array_equal(read.latents.double().numpy(), made[1:5:3])
         if order == "C" or member == "safetensors":  # the bytes of the frames 1 to 4, and of the header
@@ -142,7 +142,7 @@ def test_layouts_orders_and_types(tmp_path: Path, layout: str, axes: tuple[int, 
 def counting(read: Callable[..., bytearray], sizes: list[int]) -> Callable[..., bytearray]:
     """`_Tar.read` that notes how much is read."""
 
-    def counted(tar: shards._Tar, offset: int, size: int) -> bytearray:
+    def counted(tar: shards._ShardFile, offset: int, size: int) -> bytearray:
         sizes.append(size)
         return read(tar, offset, size)
 

@@ -21,8 +21,8 @@ from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, read_co
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.records import classes_differ
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.typed import classes_differ
 from far_scale.data.video.sources import find_labelled, find_sources, read_class_names
 from far_scale.data.video.videos import write_mp4
 from far_scale.distributed.process_group import Processes

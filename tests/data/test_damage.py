@@ -16,7 +16,7 @@ from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
-from far_scale.data.shards.damage import DamagedError, OverBudgetError
+from far_scale.data.shards.errors import DamagedError, OverBudgetError
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.exit_codes import REFUSED
 from far_scale.train import checkpoint
@@ -92,7 +92,7 @@ def folder(tmp_path: Path) -> Path:
 def read(
     folder: Path, packing: PackingConfig, steps: int, lanes: list[int] | None = None, **from_state
 ) -> list[list[Pack]]:
-    manifest = ShardSet.known(folder, (folder / "manifest.json").read_bytes())
+    manifest = ShardSet.from_manifest(folder, (folder / "manifest.json").read_bytes())
     scaling = LatentScaling.of(manifest.manifest, "channel")
     own = list(range(LANES)) if lanes is None else lanes
     with PackLoader(manifest, scaling, own, packing, **from_state) as packs:

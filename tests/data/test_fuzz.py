@@ -21,10 +21,10 @@ import pytest
 import torch
 
 from far_scale.data.shards.manifest import Manifest
-from far_scale.data.shards.sample import Sample, index_shard
+from far_scale.data.shards.records import MAX_JSON_BYTES
+from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.stream import stream
-from far_scale.data.shards.typed import MAX_JSON_BYTES
+from far_scale.data.shards.stream import index_shard, stream
 from far_scale.utils.errors import UserError
 from harness.hostile import HUGE, attempt, damage, right, watched
 from harness.latent_sets import read_all, write_set

@@ -24,9 +24,9 @@ from far_scale.data.shards import inspect
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.mds import MAX_SAMPLES, check_fits, write_mds
-from far_scale.data.shards.sample import Sample, index_shard, members_of, walk
+from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.stream import stream
+from far_scale.data.shards.stream import index_shard, member_reader, read_samples, stream
 from far_scale.data.shards.table import ShardTable
 from far_scale.utils.errors import UserError
 from harness.hostile import ALLOWED_BYTES, HUGE, attempt, damage, right, watched
@@ -47,7 +47,9 @@ def both(tmp_path: Path, frames: list[int] = FRAMES, samples_per_shard: int = 3)
 
 def members(folder: Path, file: str) -> list[tuple[str, bytes, bytes]]:
     with open(folder / file, "rb") as opened:
-        return [(row.key, facts, tensors) for row, facts, tensors in walk(members_of(file, opened), data=True)]
+        return [
+            (row.key, facts, tensors) for row, facts, tensors in read_samples(member_reader(file, opened), with_data=True)
+        ]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

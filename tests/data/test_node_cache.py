@@ -165,11 +165,11 @@ def test_the_file_read_longest_ago_goes_first_and_stays_readable_while_it_is_ope
         indexes = [entry.index_sha256 for entry in shard_set.manifest.shards]
         for digest in indexes:
             os.utime(node.folder / digest)
-        first = shard_set._tars[1]
+        first = shard_set._files[1]
         shard_set.read(3, 0)
         assert digests[1] not in node and all(digests[shard] in node for shard in (0, 2, 3))
         assert first.read(0, 512), "its bytes are there as long as it is open"
-        assert 1 not in shard_set._tars._values, "and the set has let go of it"
+        assert 1 not in shard_set._files._values, "and the set has let go of it"
         assert torch.equal(shard_set.read(1, 0).latents, make_sample(2, FRAMES[2]).latents)
         assert server.asked[shards[1].name] == 2 and server.asked[shards[0].name] == 1
 

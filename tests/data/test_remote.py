@@ -22,11 +22,12 @@ from far_scale.data.loader.prefetch import ShardPrefetch, shards_ahead
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
-from far_scale.data.remote.fetch import Interrupted, fetch_bytes, interruptible, is_remote, join, shown
-from far_scale.data.shards.damage import DamagedError
+from far_scale.data.remote.fetch import Interrupted, fetch_bytes, interruptible
+from far_scale.data.shards.errors import DamagedError
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.exit_codes import REFUSED
 from far_scale.utils.errors import UserError
+from far_scale.utils.urls import is_remote, join_url, redact_url
 from harness.far_sets import WebServer, served
 from harness.latent_sets import make_sample, write_set
 from harness.launch import small_recipe
@@ -209,8 +210,8 @@ def test_no_process_is_left_of_a_pipe_that_hangs(tmp_path: Path, monkeypatch: py
 
 
 def test_urls() -> None:
-    assert join("http://h/a/set/?sig=x%2F", "f.tar") == "http://h/a/set/f.tar?sig=x%2F"
-    assert shown("https://me:secret@h/a?sig=secret") == "https://h/a"
+    assert join_url("http://h/a/set/?sig=x%2F", "f.tar") == "http://h/a/set/f.tar?sig=x%2F"
+    assert redact_url("https://me:secret@h/a?sig=secret") == "https://h/a"
     assert (
         is_remote("s3://b/c")
         and is_remote("pipe:cat {file}")

@@ -22,9 +22,8 @@ from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards import inspect
 from far_scale.data.shards import shard_set as shards
 from far_scale.data.shards.manifest import Manifest
-from far_scale.data.shards.sample import index_shard
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.stream import stream
+from far_scale.data.shards.stream import index_shard, stream
 from far_scale.data.shards.writer import ShardWriter
 from far_scale.utils.errors import UserError
 from harness.latent_sets import FACTS, make_sample, write_set
@@ -69,8 +68,8 @@ def test_part_of_a_sample(folder: Path) -> None:
 
 def test_only_the_needed_bytes_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    honest = shards._Tar.read
-    monkeypatch.setattr(shards._Tar, "read", lambda tar, at, size: (sizes.append(size), honest(tar, at, size))[1])
+    honest = shards._ShardFile.read
+    monkeypatch.setattr(shards._ShardFile, "read", lambda tar, at, size: (sizes.append(size), honest(tar, at, size))[1])
     ShardSet.open(folder).read(0, 0, start=5, frames=2)
     frame_bytes = 4 * 2 * 2 * 2
     assert sizes[-2:] == [2 * frame_bytes, 2 * 8] and sum(sizes) < 400
@@ -121,7 +120,7 @@ def test_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_threads_share_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards, "_MAX_OPEN_SHARDS", 2)
     write_set(tmp_path, [6] * 12, samples_per_shard=1)
     shard_set, wrong = ShardSet.open(tmp_path), []
 
@@ -139,7 +138,7 @@ def test_threads_share_few_descriptors(tmp_path: Path, monkeypatch: pytest.Monke
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(shard_set._tars._values) == 2
+    assert not wrong and len(shard_set._files._values) == 2
 
 
 def test_writer_refuses_what_does_not_belong(tmp_path: Path) -> None:
@@ -303,20 +302,21 @@ def test_streams_from_commands(folder: Path) -> None:
     refused(lambda: list(stream(["nowhere://shard.tar"])), "nowhere://shard.tar", "no gopen handler")
 
 
-def recipe(**changes: object) -> SimpleNamespace:
+def recipe(**changes: object) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """The sections data and model."""
     data = {"autoencoder": "some-autoencoder", "latent_shape": [4, 2, 2], "frames": 10, "frame_stride": 2}
     model = {"condition": "action", "classes": 4}
     for name, value in changes.items():
         (model if name in model else data)[name] = value
-    return SimpleNamespace(data=SimpleNamespace(**data), model=SimpleNamespace(**model))
+    return SimpleNamespace(**data), SimpleNamespace(**model)
 
 
 def test_recipe_that_fits(folder: Path) -> None:
     shard_set = ShardSet.open(folder)
-    shard_set.check(recipe())
-    shard_set.check(recipe(condition="label", classes=3))
-    shard_set.check(recipe(condition="none", classes=0))
-    shard_set.check(recipe(frames=20, frame_stride=1))
+    shard_set.check(*recipe())
+    shard_set.check(*recipe(condition="label", classes=3))
+    shard_set.check(*recipe(condition="none", classes=0))
+    shard_set.check(*recipe(frames=20, frame_stride=1))
 
 
 @pytest.mark.parametrize(
@@ -331,14 +331,14 @@ def test_recipe_that_fits(folder: Path) -> None:
     ],
 )
 def test_recipe_that_does_not_fit(folder: Path, changes: dict[str, object], words: list[str]) -> None:
-    refused(lambda: ShardSet.open(folder).check(recipe(**changes)), str(folder), *words)
+    refused(lambda: ShardSet.open(folder).check(*recipe(**changes)), str(folder), *words)
 
 
 @pytest.mark.parametrize(("condition", "classes"), [("action", 4), ("label", 3)])
 def test_recipe_with_a_condition_that_the_set_lacks(tmp_path: Path, condition: str, classes: int) -> None:
     write_set(tmp_path, [20], 1, replace(FACTS, actions=0, labels=0))
     wanting = recipe(condition=condition, classes=classes)
-    refused(lambda: ShardSet.open(tmp_path).check(wanting), f"model.condition={condition}", f"has no {condition}s")
+    refused(lambda: ShardSet.open(tmp_path).check(*wanting), f"model.condition={condition}", f"has no {condition}s")
 
 
 def test_scaling(folder: Path) -> None:
@@ -364,7 +364,7 @@ def test_manifest_is_read_and_hashed_in_pieces(folder: Path, monkeypatch: pytest
     whole = Manifest.read(folder)
     assert whole.fingerprint() == hashlib.sha256(whole.model_dump_json().encode()).hexdigest()
     text = (folder / "manifest.json").read_text()
-    monkeypatch.setattr("far_scale.data.shards.table._PIECE", 500)  # not two shards
+    monkeypatch.setattr("far_scale.data.shards.table._PIECE_CHARACTERS", 500)  # not two shards
     assert Manifest.parse(text.encode(), "manifest.json") == whole
     assert Manifest.parse(json.dumps(json.loads(text)).encode(), "manifest.json").shards[-1] == whole.shards[2]
     assert [shard.file for shard in whole.shards[1:]] == ["shard-000001.tar", "shard-000002.tar"]
@@ -386,7 +386,7 @@ def test_manifest_is_read_and_hashed_in_pieces(folder: Path, monkeypatch: pytest
 def test_the_look_at_the_shards_is_dealt_out(folder: Path) -> None:
     for number in (0, 2):
         (folder / f"shard-{number:06d}.tar").unlink()
-    shard_set = ShardSet.known(folder, Manifest.text(folder))
+    shard_set = ShardSet.from_manifest(folder, Manifest.text(folder))
     parts = [[number for number, _ in shard_set.missing_shards(part, 2)] for part in range(2)]
     assert parts == [[0, 2], []] and [number for number, _ in shard_set.missing_shards()] == [0, 2]
     with pytest.raises(UserError, match=r"shard-000000\.tar: this shard is missing"):

@@ -18,7 +18,7 @@ from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
-from far_scale.data.shards.damage import DamagedError
+from far_scale.data.shards.errors import DamagedError
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.store import StagedStore
@@ -44,7 +44,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def staged_set(folder: Path, disk: Path, limit: int = GB) -> tuple[ShardSet, StagedStore]:
-    shard_set = ShardSet.known(folder, Manifest.text(folder), NodeCache(disk, limit, "data.stage_local"))
+    shard_set = ShardSet.from_manifest(folder, Manifest.text(folder), NodeCache(disk, limit, "data.stage_local"))
     assert isinstance(shard_set.store, StagedStore)
     return shard_set, shard_set.store
 
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_read_at_the_source(
         for shard in range(5):
             shard_set.index(shard)
         all_right(shard_set)
-        shard_set._tars.clear()
+        shard_set._files.clear()
     assert not old.exists()
     assert store.counts().copied_files == 5 + 2 and store.counts().opened_at_source == 3 * 3
     lines = [line for line in capfd.readouterr().err.splitlines() if "data.stage_local=" in line]
@@ -128,7 +128,7 @@ def test_a_full_disk_costs_no_training(
 ) -> None:
     shard_set, store = staged_set(folder, tmp_path / "disk")
     shard_set.read(0, 0)
-    shard_set._tars.clear()
+    shard_set._files.clear()
 
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")

@@ -28,9 +28,8 @@ from far_scale.data.adopt.local_copy import LocalCopy, lies_as, local_copy
 from far_scale.data.adopt.parts import Chosen, Wishes, choose
 from far_scale.data.adopt.sources import FoundShard
 from far_scale.data.encode.pool import begin_worker
-from far_scale.data.remote.fetch import shown
 from far_scale.data.shards.adopted import Adoption
-from far_scale.data.shards.foreign_samples import SampleReader, Scanned
+from far_scale.data.shards.adopted_samples import SampleReader, Scanned
 from far_scale.data.shards.index import AdoptedIndex, parse_index, statistics
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.rejects import REJECTED_NAME, Reject, write_rejects
@@ -38,6 +37,7 @@ from far_scale.data.shards.table import ShardTable
 from far_scale.data.shards.writer import shard_entry, shard_name
 from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import JsonlWriter, read_json, read_json_lines, write_json
+from far_scale.utils.urls import redact_url
 
 SETTINGS_NAME = "adoption.json"
 PROGRESS_NAME = "sources.jsonl"
@@ -168,7 +168,7 @@ def _start(
         raise UserError(f"{out}: there are files here already; adopt into a new folder")
     out.mkdir(parents=True, exist_ok=True)
     with local_copy(shards[0], out, 0) as copy:
-        chosen = choose(copy.path, shown(shards[0].place), _file(0, shards[0]), channels, wishes)
+        chosen = choose(copy.path, redact_url(shards[0].place), _file(0, shards[0]), channels, wishes)
         job = _Job(out, _reader(chosen, wishes, classes), rejects_allowed)
         scanned = _scan(job, 0, shards[0], copy)
         # Nothing is kept before this: after an error the command may be run again with other options.
@@ -265,7 +265,7 @@ def _scan(job: _Job, number: int, shard: FoundShard, copy: LocalCopy) -> Scanned
     Raises:
         UserError: a sample is broken where none may be, or the shard changes meanwhile.
     """
-    name = shown(shard.place)
+    name = redact_url(shard.place)
     found = job.reader.scan(copy.path, name, _file(number, shard))
     if found.rejects and not job.rejects_allowed:
         sample, reason = found.rejects[0]
@@ -287,6 +287,6 @@ def _write(job: _Job, number: int, shard: FoundShard, copy: LocalCopy, found: Sc
         AdoptedIndex(
             file=file, bytes=copy.bytes, sha256=copy.sha256, fps=found.fps, sums=found.sums, samples=found.rows
         ).write(job.out)
-    rejects = [Reject(shown(shard.place), sample, reason)._asdict() for sample, reason in found.rejects]
+    rejects = [Reject(redact_url(shard.place), sample, reason)._asdict() for sample, reason in found.rejects]
     line = {"number": number, "source": shard.place, "lies": copy.lies, "sha256": copy.sha256}
     return {**line, "rejects": rejects}

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from far_scale.data.shards.adopted import AXES, Adoption, Layout, Part, PartKind
-from far_scale.data.shards.foreign_mds import kind_of
-from far_scale.data.shards.foreign_samples import encodings_of, read_as, reader_of, samples_of
-from far_scale.data.shards.foreign_tensors import Read, find_tensor, safetensors_entries, torch_keys
-from far_scale.data.shards.foreign_values import Members, json_of
+from far_scale.data.shards.adopted_mds import kind_of
+from far_scale.data.shards.adopted_samples import encodings_of, read_as, reader_of, samples_of
+from far_scale.data.shards.adopted_values import Members, read_json
+from far_scale.data.shards.errors import Mismatch
 from far_scale.data.shards.manifest import LatentDtype
-from far_scale.data.shards.sample import Mismatch
+from far_scale.data.shards.tensor_formats import Read, find_tensor, safetensors_entries, torch_keys
 from far_scale.utils.errors import UserError
 
 _KINDS: dict[str, PartKind] = {
@@ -187,7 +187,7 @@ class _First:
     def _names(self, part: Part) -> list[str]:
         member = self.members[part.member]
         if part.kind == "json":
-            found = json_of(self.read, member.offset, member.size, part)
+            found = read_json(self.read, member.offset, member.size, part)
             return list(found) if isinstance(found, dict) else []
         return self._tensor_names(part) or []
 

@@ -14,19 +14,20 @@ from urllib.parse import urlsplit, urlunsplit
 import pydantic
 from braceexpand import braceexpand
 
-from far_scale.data.remote.fetch import fetch_bytes, is_file_url, shown
-from far_scale.data.remote.unpack import compression_of
+from far_scale.data.remote.compression import compression_of
+from far_scale.data.remote.fetch import fetch_bytes
 from far_scale.data.shards.mds import STREAMING_INDEX_NAME
-from far_scale.data.shards.typed import MAX_MANIFEST_BYTES, Place, read_small
+from far_scale.data.shards.records import MAX_MANIFEST_BYTES, Location, read_small
 from far_scale.data.video.find import files_below
 from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import text_lines
+from far_scale.utils.urls import is_file_url, redact_url
 
 _MAX_SHARDS = 300_000  # as many as a manifest may name
 _MOST_BYTES = (1 << 32) - 1  # of an MDS file
 _HASHES = {name for name in hashlib.algorithms_guaranteed if not name.startswith("shake")}
 _PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd")
-_PLACE: pydantic.TypeAdapter[str] = pydantic.TypeAdapter(Place)
+_PLACE: pydantic.TypeAdapter[str] = pydantic.TypeAdapter(Location)
 
 
 class FoundShard(NamedTuple):
@@ -61,7 +62,7 @@ def find_shards(sources: Sequence[str]) -> list[FoundShard]:
     found = list(itertools.islice(_expand(sources, Path()), _MAX_SHARDS + 1))
     if not found:
         raise UserError(f"{', '.join(sources)}: names no shard; name tars, folders, .txt lists or URLs")
-    first = shown(found[0].place)
+    first = redact_url(found[0].place)
     if len(found) > _MAX_SHARDS:
         raise UserError(f"{first}, ...: more than {_MAX_SHARDS} shards; adopt them as several sets, and mix these")
     seen: dict[str | tuple[int, int], str] = {}
@@ -70,11 +71,11 @@ def find_shards(sources: Sequence[str]) -> list[FoundShard]:
             _PLACE.validate_python(place)
             place.encode()
         except (pydantic.ValidationError, UnicodeEncodeError):
-            raise UserError(f"{shown(place)!r}: a shard's name must be UTF-8 without braces; rename it") from None
+            raise UserError(f"{redact_url(place)!r}: a shard's name must be UTF-8 without braces; rename it") from None
         if (other := seen.setdefault(_identity(place), place)) != place:
             raise UserError(f"{place}: is the same file as {other}; name it once")
         if len(seen) == count:
-            raise UserError(f"{shown(place)}: this shard is named twice; name it once")
+            raise UserError(f"{redact_url(place)}: this shard is named twice; name it once")
     for one, other, kinds in (
         ("remote", "here", {is_file_url(shard.place) for shard in found}),
         ("tars", "MDS files", {shard.is_mds for shard in found}),
@@ -147,7 +148,7 @@ def _braces(text: str) -> Iterator[str]:
     try:
         yield from braceexpand(text, escape=False)
     except ValueError:
-        raise UserError(f"{shown(text)}: its braces do not close; write a range as {{000..123}}") from None
+        raise UserError(f"{redact_url(text)}: its braces do not close; write a range as {{000..123}}") from None
 
 
 def _mds_shards(index: str) -> Iterator[FoundShard]:
@@ -167,7 +168,7 @@ def _mds_shards(index: str) -> Iterator[FoundShard]:
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise UserError(
-            f"{shown(index)}: no index of MDS shards as mosaicml-streaming writes it; name another"
+            f"{redact_url(index)}: no index of MDS shards as mosaicml-streaming writes it; name another"
         ) from None
     for (raw, packed), size, digest in zip(listed, sizes, digests, strict=True):
         if remote:

@@ -21,7 +21,7 @@ from far_scale.data.encode.latent_files import LATENTS_SUFFIX
 from far_scale.data.encode.tasks import encode_task, merge
 from far_scale.data.encode.worker import Job, Precision
 from far_scale.data.shards.manifest import MANIFEST_NAME, AutoencoderInfo, Manifest
-from far_scale.data.shards.writer import SetFacts
+from far_scale.data.shards.writer import ShardSetSpec
 from far_scale.data.video.pictures import Framing
 from far_scale.data.video.sources import Source, check_folders, describe
 from far_scale.utils.errors import UserError
@@ -118,7 +118,7 @@ def plan(
         ]
     _check_kind(sources, framing, precision)
     side = framing.size // autoencoder.downsample
-    facts = SetFacts(
+    facts = ShardSetSpec(
         latent_shape=(autoencoder.latent_channels, side, side),
         latent_dtype=dtype,
         autoencoder=AutoencoderInfo(

@@ -26,7 +26,7 @@ from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.rejects import (
     REJECTED_NAME,
     Reject,
-    check_share,
+    check_reject_rate,
     read_rejects,
     rejects_of_shard,
     write_rejects,
@@ -73,7 +73,7 @@ def encode_task(job: Job, task: int, tasks: int, workers: int, max_rejected: flo
 
     def add(more: list[Reject]) -> None:
         rejected.update((reject.key, reject) for reject in more)
-        check_share(job.out, rejected.values(), len(job.sources), max_rejected)
+        check_reject_rate(job.out, rejected.values(), len(job.sources), max_rejected)
 
     add([])
     if missing:
@@ -103,7 +103,7 @@ def merge(job: Job, tasks: int, max_rejected: float) -> Manifest:
     rejects = [reject for shard in finished for reject in shard.rejects]
     write_rejects(job.out / REJECTED_NAME, rejects)
     write_prints(job.out / VIDEOS_NAME, (one for shard in finished for one in shard.prints))
-    check_share(job.out, rejects, len(job.sources), max_rejected)
+    check_reject_rate(job.out, rejects, len(job.sources), max_rejected)
     indexes = [shard.index for shard in finished if shard.index is not None]
     if not indexes:
         raise UserError(f"{job.out}: all {len(rejects)} videos are rejected; {job.out / REJECTED_NAME} says why")

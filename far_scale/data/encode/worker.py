@@ -24,7 +24,7 @@ from far_scale.data.encode.latent_files import LATENTS_SUFFIX, read_latents
 from far_scale.data.shards.manifest import DTYPES
 from far_scale.data.shards.rejects import Reject, rejects_of_shard, write_rejects
 from far_scale.data.shards.sample import Sample
-from far_scale.data.shards.writer import SetFacts, write_shard
+from far_scale.data.shards.writer import ShardSetSpec, write_shard
 from far_scale.data.video.pictures import Framing, to_pixels
 from far_scale.data.video.sources import Source
 from far_scale.data.video.videos import DEFAULT_FPS, BadVideo, Video, read_actions, read_label, read_video
@@ -45,7 +45,7 @@ class Job:
     out: Path
     sources: tuple[Source, ...]
     samples_per_shard: int
-    facts: SetFacts
+    facts: ShardSetSpec
     autoencoder: str
     device: str
     framing: Framing

@@ -19,7 +19,7 @@ from far_scale.data.loader.lanes import FIRST_EPOCH, Lane, LaneOrder, Place, in_
 from far_scale.data.loader.mixed_lane import MixtureLane
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.loader.rest import load_beginning
-from far_scale.data.shards.damage import DamagedError, Skipped, over_budget
+from far_scale.data.shards.errors import DamagedError, SkippedClip, over_budget
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import generator
@@ -138,7 +138,7 @@ class ClipLane:
         self.lane, self._source, self._packing = lane, source, packing
         self._pending: list[Clip] = []
         self.damaged = 0
-        self._skipped: list[Skipped] = []
+        self._skipped: list[SkippedClip] = []
 
     def next_pack(self) -> list[Clip]:
         """The clips of the next pack, older ones first.
@@ -176,7 +176,7 @@ class ClipLane:
         self._skip(clip.place, problem)
         return [self._draw_sound()] if self._packing.tokens_per_pack is None else []
 
-    def take_skipped(self) -> tuple[Skipped, ...]:
+    def take_skipped(self) -> tuple[SkippedClip, ...]:
         """What was left out since this was asked last."""
         taken, self._skipped = tuple(self._skipped), []
         return taken
@@ -250,7 +250,7 @@ class ClipLane:
             raise problem
         self.damaged += 1
         key = problem.key or f"{place.sample} of shard {place.shard}"
-        self._skipped.append(Skipped(self.lane.lane, key, problem.file, problem.problem))
+        self._skipped.append(SkippedClip(self.lane.lane, key, problem.file, problem.problem))
         if self.damaged > self._packing.max_damaged:
             raise over_budget(self.damaged, self._packing.max_damaged, self._skipped)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
+from far_scale.data.shards.records import classes_differ
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.typed import classes_differ
 from far_scale.utils.errors import UserError
 
 
@@ -107,14 +107,14 @@ class Mixture:
         number, shard = self._find(shard)
         return self.sets[number].name_of(shard)
 
-    def check(self, recipe: Any) -> None:
-        """Refuse a recipe that one of the sets cannot serve.
+    def check(self, data: Any, model: Any) -> None:
+        """Refuse recipe sections that one of the sets cannot serve.
 
         Raises:
             UserError: as by `ShardSet.check`.
         """
         for shard_set in self.sets:
-            shard_set.check(recipe)
+            shard_set.check(data, model)
 
     def _find(self, shard: int) -> tuple[int, int]:
         """Number of a shard's set, and the shard's number in it."""

@@ -15,7 +15,7 @@ from far_scale.data.loader.mixture import Mixture, sets_of
 from far_scale.data.loader.prefetch import ShardPrefetch
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote.fetch import Interrupted, interruptible
-from far_scale.data.shards.damage import DamagedError, Skipped, over_budget
+from far_scale.data.shards.errors import DamagedError, SkippedClip, over_budget
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 
@@ -43,7 +43,7 @@ class Pack:
     lane: int
     step: int
     lane_state: dict[str, Any]
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[SkippedClip, ...] = ()
 
 
 class PackLoader:
@@ -82,7 +82,7 @@ class PackLoader:
         self._room = threading.Semaphore(max(1, prefetch))
         self._prefetches: dict[int, ShardPrefetch] = {}  # by the number of the set
         for number, (each, share) in enumerate(sets_of(shard_set)):
-            if each.cached and ahead_bytes and self._lanes:
+            if each.uses_cache and ahead_bytes and self._lanes:
                 order = next(iter(self._lanes.values())).lane.parts[number].order
                 self._prefetches[number] = ShardPrefetch(each, order, list(self._lanes), int(share * ahead_bytes))
         self._closed = threading.Event()
