@@ -1,4 +1,4 @@
-"""The shard format: what is written is read back, also by an ordinary WebDataset reader; what is spoilt is told."""
+"""The shard format: samples are read back, also by WebDataset; damage is reported."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rewrite_manifest(folder: Path, change) -> None:
     (folder / "manifest.json").write_text(json.dumps(values))
 
 
-def test_whole_samples_come_back(folder: Path) -> None:
+def test_whole_samples_round_trip(folder: Path) -> None:
     shard_set = ShardSet.open(folder)
     assert shard_set.samples_per_shard == [3, 3, 1]
     numbers = [(shard, sample) for shard, count in enumerate([3, 3, 1]) for sample in range(count)]
@@ -68,14 +68,19 @@ def test_part_of_a_sample(folder: Path) -> None:
 
 def test_only_the_needed_bytes_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    honest = shards._ShardFile.read
-    monkeypatch.setattr(shards._ShardFile, "read", lambda tar, at, size: (sizes.append(size), honest(tar, at, size))[1])
+    real_read = shards._ShardFile.read
+
+    def read(file: shards._ShardFile, offset: int, size: int) -> bytearray:
+        sizes.append(size)
+        return real_read(file, offset, size)
+
+    monkeypatch.setattr(shards._ShardFile, "read", read)
     ShardSet.open(folder).read(0, 0, start=5, frames=2)
     frame_bytes = 4 * 2 * 2 * 2
     assert sizes[-2:] == [2 * frame_bytes, 2 * 8] and sum(sizes) < 400
 
 
-def test_manifest_tells_counts_and_statistics(folder: Path) -> None:
+def test_manifest_counts_and_statistics(folder: Path) -> None:
     manifest = Manifest.read(folder)
     everything = torch.cat([make_sample(i, f).latents for i, f in enumerate(FRAMES)]).double()
     np.testing.assert_allclose(manifest.mean, everything.mean(dim=(0, 2, 3)).numpy(), rtol=1e-12)
@@ -141,14 +146,14 @@ def test_threads_share_few_descriptors(tmp_path: Path, monkeypatch: pytest.Monke
     assert not wrong and len(shard_set._files._values) == 2
 
 
-def test_writer_refuses_what_does_not_belong(tmp_path: Path) -> None:
+def test_writer_refuses_samples_that_do_not_fit(tmp_path: Path) -> None:
     made = make_sample(0, 5)
-    spoilt = torch.full_like(made.latents, float("inf"))
+    infinite = torch.full_like(made.latents, float("inf"))
     cases = [
         (replace(made, key="a.b"), "key"),
         (replace(made, latents=made.latents.float()), "bfloat16"),
         (replace(made, latents=made.latents[:, :3]), "[F, *(4, 2, 2)]"),
-        (replace(made, latents=spoilt), "finite"),
+        (replace(made, latents=infinite), "finite"),
         (replace(made, actions=None), "action for each frame"),
         (replace(made, actions=made.actions[:4]), "action for each frame"),
         (replace(made, actions=made.actions + 2), "0 to 3"),
@@ -180,7 +185,7 @@ def test_writer_refuses_a_folder_with_shards(folder: Path) -> None:
 def test_manifest_missing_or_not_valid(folder: Path, tmp_path: Path) -> None:
     refused(lambda: ShardSet.open(tmp_path / "nowhere"), "nowhere", "manifest.json", "encode_latents")
     good = (folder / "manifest.json").read_text()
-    spoil = {
+    changes = {
         "latent_shape": lambda m: m.update(latent_shape=[4, 2]),
         "colour": lambda m: m.update(colour="red"),
         "format": lambda m: m.update(format="far_scale.shards/2"),
@@ -190,7 +195,7 @@ def test_manifest_missing_or_not_valid(folder: Path, tmp_path: Path) -> None:
         "named twice": lambda m: m["shards"].append(m["shards"][0]),
         "4 channels": lambda m: m.update(mean=[0.0]),
     }
-    for word, change in spoil.items():
+    for word, change in changes.items():
         (folder / "manifest.json").write_text(good)
         rewrite_manifest(folder, change)
         refused(lambda: ShardSet.open(folder), "manifest.json", word)
@@ -263,7 +268,7 @@ def tar_of(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def test_foreign_tars(tmp_path: Path) -> None:
+def test_tars_with_unexpected_members(tmp_path: Path) -> None:
     latent = {"latent": torch.zeros(2, 4, 2, 2, dtype=torch.bfloat16)}
     facts = json.dumps({"label": None, "fps": 8, "source": "v", "frames": 2}).encode()
     double = {"latent": torch.zeros(2, 4, 2, 2, dtype=torch.float64)}
@@ -337,8 +342,8 @@ def test_recipe_that_does_not_fit(folder: Path, changes: dict[str, object], word
 @pytest.mark.parametrize(("condition", "classes"), [("action", 4), ("label", 3)])
 def test_recipe_with_a_condition_that_the_set_lacks(tmp_path: Path, condition: str, classes: int) -> None:
     write_set(tmp_path, [20], 1, replace(FACTS, actions=0, labels=0))
-    wanting = recipe(condition=condition, classes=classes)
-    refused(lambda: ShardSet.open(tmp_path).check(*wanting), f"model.condition={condition}", f"has no {condition}s")
+    sections = recipe(condition=condition, classes=classes)
+    refused(lambda: ShardSet.open(tmp_path).check(*sections), f"model.condition={condition}", f"has no {condition}s")
 
 
 def test_scaling(folder: Path) -> None:
@@ -368,14 +373,14 @@ def test_manifest_is_read_and_hashed_in_pieces(folder: Path, monkeypatch: pytest
     assert Manifest.parse(text.encode(), "manifest.json") == whole
     assert Manifest.parse(json.dumps(json.loads(text)).encode(), "manifest.json").shards[-1] == whole.shards[2]
     assert [shard.file for shard in whole.shards[1:]] == ["shard-000001.tar", "shard-000002.tar"]
-    spoilt = {
+    damaged = {
         "shards.2.samples": lambda m: m["shards"][2].update(samples=0),
         "shards.1.bytes": lambda m: m["shards"][1].update(bytes=1.5),
         "shards.2.more": lambda m: m["shards"][2].update(more=1),
         "shards.1: it is longer": lambda m: m["shards"][1].update(file="s" * 600),
         "at least": lambda m: m.update(shards=[]),
     }
-    for words, change in spoilt.items():
+    for words, change in damaged.items():
         values = json.loads(text)
         change(values)
         refused(lambda values=values: Manifest.parse(json.dumps(values).encode(), "manifest.json"), words)
@@ -383,7 +388,7 @@ def test_manifest_is_read_and_hashed_in_pieces(folder: Path, monkeypatch: pytest
     refused(lambda: Manifest.parse(text.replace("},", "}").encode(), "manifest.json"), "not a valid manifest")
 
 
-def test_the_look_at_the_shards_is_dealt_out(folder: Path) -> None:
+def test_missing_shards_are_checked_in_parts(folder: Path) -> None:
     for number in (0, 2):
         (folder / f"shard-{number:06d}.tar").unlink()
     shard_set = ShardSet.from_manifest(folder, Manifest.text(folder))
