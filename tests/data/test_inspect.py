@@ -89,7 +89,7 @@ def test_without_an_intact_shard_nothing_changes(folder: Path) -> None:
         tar.unlink()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     done = tool(folder, "--fix")
-    assert done.returncode == 2 and "none of its 7 shards is whole, nothing is changed" in done.stderr
+    assert done.returncode == 2 and "none of its 7 shards is intact, nothing is changed" in done.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -14,7 +14,8 @@ from far_scale.data.shards.adopted_samples import encodings_of, read_as, reader_
 from far_scale.data.shards.adopted_values import Members, read_json
 from far_scale.data.shards.errors import Mismatch
 from far_scale.data.shards.manifest import LatentDtype
-from far_scale.data.shards.tensor_formats import Read, find_tensor, safetensors_entries, torch_keys
+from far_scale.data.shards.sample import Read
+from far_scale.data.shards.tensor_formats import find_tensor, safetensors_entries, torch_keys
 from far_scale.utils.errors import UserError
 
 _KINDS: dict[str, PartKind] = {

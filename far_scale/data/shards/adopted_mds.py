@@ -12,7 +12,6 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from far_scale.data.shards.adopted import MAX_NAME, PartKind
 from far_scale.data.shards.errors import Mismatch, UnexpectedMemberError
 from far_scale.data.shards.mds import MAX_SAMPLES, BadMdsError
 from far_scale.data.shards.members import Member
+from far_scale.data.shards.sample import Read
 
 _MAX_CONFIG, _MAX_COLUMNS = 1 << 20, 256
 # mosaicml-streaming 0.13, streaming/base/format/mds/encodings.py: numbers, array types, and their codes.
@@ -91,7 +91,7 @@ class MdsColumns:
         return members
 
 
-def read_mds(read: Any, file_bytes: int) -> tuple[MdsColumns, Iterator[dict[str, Member]]]:
+def read_mds(read: Read, file_bytes: int) -> tuple[MdsColumns, Iterator[dict[str, Member]]]:
     """The columns of an MDS file, and an iterator over its samples: column name -> Member.
 
     Args:
@@ -114,10 +114,11 @@ def read_mds(read: Any, file_bytes: int) -> tuple[MdsColumns, Iterator[dict[str,
         raise BadMdsError(str(problem)) from None
 
     def samples() -> Iterator[dict[str, Member]]:
+        header_bytes = columns.header_bytes
         for begin, end in itertools.pairwise(offsets):
-            if end - begin < columns.header_bytes:
+            if end - begin < header_bytes:
                 raise BadMdsError("its offsets do not rise")
-            yield columns.locate(begin, end - begin, bytes(read(begin, columns.header_bytes)))
+            yield columns.locate(begin, end - begin, bytes(read(begin, header_bytes)))
 
     return columns, samples()
 

@@ -25,8 +25,8 @@ from far_scale.data.shards.errors import BadShardError, Mismatch, UnexpectedMemb
 from far_scale.data.shards.index import ChannelSums, LatentSums
 from far_scale.data.shards.manifest import DTYPES, LatentDtype, Manifest
 from far_scale.data.shards.members import Member
-from far_scale.data.shards.sample import Sample, read_at
-from far_scale.data.shards.tensor_formats import LoadedTensor, Read, StoredTensor, find_tensor
+from far_scale.data.shards.sample import Read, Sample, read_at
+from far_scale.data.shards.tensor_formats import LoadedTensor, StoredTensor, find_tensor
 from far_scale.utils.errors import UserError
 
 
@@ -105,8 +105,8 @@ class SampleReader:
         actions = self._read_actions(read, row)
         if not (0 <= row.label < self.labels if row.label is not None else self.labels == 0):
             raise Mismatch(f"its label is {row.label}, and the set has the labels 0 to {self.labels - 1}")
-        read_actions = None if actions is None else actions[start:stop:stride]
-        return Sample(row.key, latents, read_actions, row.label, row.fps, row.name)
+        frame_actions = None if actions is None else actions[start:stop:stride]
+        return Sample(row.key, latents, frame_actions, row.label, row.fps, row.name)
 
     def _make_row(self, name: str, members: Members, read: Read) -> AdoptedRow:
         adoption = self.adoption

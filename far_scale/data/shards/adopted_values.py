@@ -14,7 +14,7 @@ from far_scale.data.shards.adopted_mds import NUMBERS
 from far_scale.data.shards.errors import Mismatch
 from far_scale.data.shards.members import Member
 from far_scale.data.shards.records import MAX_TENSORS_BYTES
-from far_scale.data.shards.tensor_formats import Read
+from far_scale.data.shards.sample import Read
 
 _MAX_JSON = 1 << 20  # bytes of a sample's JSON or text
 _MAX_LABEL = 1 << 40

@@ -106,12 +106,12 @@ def verify(shard_set: ShardSet) -> None:
     if not np.allclose(statistics(list(findings.sums.values())), (manifest.mean, manifest.std), rtol=1e-6, atol=1e-9):
         raise UserError(
             f"{shard_set.folder}: the manifest's mean and std are not those of its latents; "
-            f"`tools/inspect_shards.py {shard_set.folder} --fix` computes them anew"
+            f"`tools/inspect_shards.py {shard_set.folder} --fix` recomputes them"
         )
     if _needs_streaming_index(manifest) and not has_streaming_index(Path(shard_set.folder), manifest):
         raise UserError(
             f"{shard_set.folder}/{STREAMING_INDEX_NAME}: not what the manifest says of the MDS files; "
-            f"`tools/inspect_shards.py {shard_set.folder} --fix` writes it anew"
+            f"`tools/inspect_shards.py {shard_set.folder} --fix` rewrites it"
         )
 
 
@@ -135,7 +135,7 @@ def fix(folder: Path, cache: NodeCache | None = None) -> str:
     if not findings.sums:
         first = next(iter(findings.broken.values()))
         raise UserError(
-            f"{folder}: none of its {len(findings.broken)} shards is whole, nothing is changed; first: {first}"
+            f"{folder}: none of its {len(findings.broken)} shards is intact, nothing is changed; first: {first}"
         )
     mean, std = statistics(list(findings.sums.values()))
     intact = ShardTable(entry for number, entry in enumerate(manifest.shards) if number in findings.sums)
@@ -144,15 +144,15 @@ def fix(folder: Path, cache: NodeCache | None = None) -> str:
     index_lines = []
     if _needs_streaming_index(fixed) and not has_streaming_index(folder, fixed):
         write_streaming_index(folder, fixed)
-        index_lines = [f"written anew: {folder / STREAMING_INDEX_NAME}"]
+        index_lines = [f"rewritten:   {folder / STREAMING_INDEX_NAME}"]
     if fixed == manifest:
-        return "\n".join(index_lines) or f"nothing to fix: all {len(intact)} shards are whole"
+        return "\n".join(index_lines) or f"nothing to fix: all {len(intact)} shards are intact"
     backup = _back_up(folder / MANIFEST_NAME)
     fixed.write(folder)
     lines = [f"dropped:     {problem}" for problem in findings.broken.values()]
     dropped = manifest.samples - fixed.samples
     lines.append(f"left:        {fixed.samples} samples in {len(intact)} shards; {dropped} samples are dropped")
-    lines.append("statistics:  computed anew from the shards that are left")
+    lines.append("statistics:  recomputed from the remaining shards")
     return "\n".join([*lines, *index_lines, f"before:      {backup}"])
 
 

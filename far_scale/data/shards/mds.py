@@ -77,7 +77,7 @@ class MdsReader(MemberReader):
         (count,) = struct.unpack("<I", self._take(4))
         if not 0 < count <= MAX_SAMPLES:
             raise BadMdsError(f"{count} samples, and 1 to {MAX_SAMPLES} may be in it")
-        offsets = np.frombuffer(self._take(4 * (count + 1)), "<u4").tolist()
+        offsets: list[int] = np.frombuffer(self._take(4 * (count + 1)), "<u4").tolist()
         if offsets[0] != self._offset + len(_CONFIG_BYTES) or self._take(len(_CONFIG_BYTES)) != _CONFIG_BYTES:
             raise BadMdsError(f"its columns are not {', '.join(COLUMNS)}, uncompressed")
         if any(end - begin < _SIZES.size for begin, end in itertools.pairwise(offsets)):

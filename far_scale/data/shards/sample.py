@@ -8,6 +8,7 @@ import math
 import os
 import reprlib
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +133,7 @@ def parse_metadata(text: bytes, frames: int) -> dict[str, Any]:
     Raises:
         Mismatch: it is not of a sample, or of another length.
     """
+    metadata: dict[str, Any] = {}
     try:
         metadata = json.loads(text.decode())
         metadata["source"].encode()  # a lone surrogate could not be printed
@@ -158,6 +160,10 @@ def byte_count(info: TensorInfo) -> int:
 def view_tensor(data: bytearray, info: TensorInfo, offset: int = 0) -> torch.Tensor:
     """The tensor at `offset` of `data`, without a copy."""
     return torch.frombuffer(data, dtype=info.dtype, count=math.prod(info.shape), offset=offset).view(info.shape)
+
+
+Read = Callable[[int, int], bytearray]
+"""Reads bytes of a shard by offset and size; raises Mismatch beyond its end."""
 
 
 def read_at(descriptor: int, offset: int, size: int) -> bytearray:

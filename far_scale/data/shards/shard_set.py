@@ -362,11 +362,11 @@ class ShardSet:
         name = manifest.autoencoder.name
         if data.autoencoder != name:
             fix = f"set data.autoencoder={name}, or encode the videos with {data.autoencoder}"
-            refuse("data.autoencoder", data.autoencoder, f"whose latents are by {name}", fix)
+            refuse("data.autoencoder", data.autoencoder, f"which has latents by {name}", fix)
         shape = list(manifest.latent_shape)
         if list(data.latent_shape) != shape:
             fix = f"set data.latent_shape={shape}, or encode the videos at the other size"
-            refuse("data.latent_shape", list(data.latent_shape), f"whose frame latents are {shape}", fix)
+            refuse("data.latent_shape", list(data.latent_shape), f"where frame latents are {shape}", fix)
         if model.condition != "none":
             classes = {"label": manifest.labels, "action": manifest.actions}[model.condition]
             if not classes:
@@ -377,7 +377,7 @@ class ShardSet:
                 refuse("model.classes", model.classes, fact, f"set model.classes={classes}")
         span = (fewest(data.frames) - 1) * data.frame_stride + 1
         if span > manifest.min_frames:
-            fact = f"whose shortest sample has {manifest.min_frames} frames and {span} are needed"
+            fact = f"where the shortest sample has {manifest.min_frames} frames and {span} are needed"
             fix = "lower data.frames or data.frame_stride, or encode with --min-frames"
             refuse("data.frames", f"{fewest(data.frames)} with data.frame_stride={data.frame_stride}", fact, fix)
 

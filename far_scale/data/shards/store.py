@@ -228,7 +228,7 @@ class RemoteStore:
 
 
 class _UrlStore(RemoteStore):
-    """Files with a URL each, for a name."""
+    """Files that are named by their URLs."""
 
     def __init__(self, cache: NodeCache) -> None:
         super().__init__("", cache)

@@ -12,7 +12,6 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,9 +23,7 @@ from far_scale.data.shards.adopted import Part
 from far_scale.data.shards.adopted_mds import array_header_bytes, parse_array_header
 from far_scale.data.shards.errors import Mismatch
 from far_scale.data.shards.records import MAX_TENSORS_BYTES
-
-Read = Callable[[int, int], bytearray]
-"""Reads bytes of a shard by offset and size; raises Mismatch beyond its end."""
+from far_scale.data.shards.sample import Read
 
 _NPY_START = 128  # bytes: the length of numpy's header of an array of few axes
 _MAX_HEADER = 1 << 16
@@ -169,8 +166,12 @@ def plain_tensor(value: Any, file_bytes: int) -> torch.Tensor:
     Raises:
         Mismatch: it is something else, or an expanded view.
     """
-    is_dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
-    if not is_dense or value.device.type != "cpu":
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.layout != torch.strided
+        or value.is_nested
+        or value.device.type != "cpu"
+    ):
         raise Mismatch(f"holds {type(value).__name__}, not one dense tensor")
     if value.nbytes > file_bytes:
         raise Mismatch("holds a view of fewer numbers than its shape says; store the tensor itself")
@@ -246,7 +247,8 @@ def _byte_count(dtype: torch.dtype, shape: tuple[Any, ...], max_size: int) -> in
     """Bytes of a tensor, in Python's unbounded integers; None if the shape is invalid."""
     if len(shape) > 8 or not all(type(size) is int and 0 < size <= max_size for size in shape):
         return None
-    return math.prod(shape) * dtype.itemsize
+    count: int = math.prod(shape) * dtype.itemsize
+    return count
 
 
 def _as_tensor(data: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
