@@ -35,7 +35,6 @@ from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.exit_codes import REFUSED
-from harness.far_sets import served
 from harness.foreign_sets import (
     BOTH,
     DEALING,
@@ -57,6 +56,7 @@ from harness.hostile import attempt, damage, watched
 from harness.latent_sets import make_sample, read_all, write_set
 from harness.launch import ROOT, small_recipe
 from harness.refusal import refused
+from harness.remote_sets import served
 from harness.strangers import Evil
 from harness.zygote import Zygote
 

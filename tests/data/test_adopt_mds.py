@@ -24,12 +24,12 @@ from far_scale.data.shards.convert import convert
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
-from harness.far_sets import served
 from harness.foreign_sets import BOTH, adopted, as_npy, four_channels, json_bytes, npy, packs_of, same, write_tars
 from harness.hostile import attempt, damage, watched
 from harness.latent_sets import make_sample, read_all, write_set
 from harness.mosaic import import_streaming
 from harness.refusal import refused
+from harness.remote_sets import served
 
 pytestmark = pytest.mark.usefixtures("four_channels")
 __all__ = ["four_channels"]

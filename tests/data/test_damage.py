@@ -22,9 +22,9 @@ from far_scale.distributed.exit_codes import REFUSED
 from far_scale.train import checkpoint
 from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import read_events
-from harness.far_sets import served
 from harness.latent_sets import write_set
 from harness.launch import small_recipe
+from harness.remote_sets import served
 from harness.zygote import Zygote
 
 FRAMES = [20 + number % 5 for number in range(22)]
@@ -120,12 +120,12 @@ def test_next_clip_of_the_lane_replaces_a_damaged_one(folder: Path, damage: Dama
         assert sorted(got) == sorted(clips[position] for position in sound[:40]) and all(
             len(pack) == 2 for pack in keys(packs, lane)
         )
-        skipped = [clip for step in packs for clip in step[lane].skipped]
+        skipped_clips = [clip for step in packs for clip in step[lane].skipped]
         passed = sound[39] + 1 - 40
-        assert len(skipped) == packs[-1][lane].lane_state.get("damaged", 0) == passed
-        assert all(clip.lane == lane and str(folder) in clip.file and clip.reason for clip in skipped)
+        assert len(skipped_clips) == packs[-1][lane].lane_state.get("damaged", 0) == passed
+        assert all(clip.lane == lane and str(folder) in clip.file and clip.reason for clip in skipped_clips)
         if damage is not damage_index:  # then the samples' keys are unknown
-            assert {clip.key for clip in skipped} <= lost
+            assert {clip.key for clip in skipped_clips} <= lost
         skipped += passed
     assert skipped > 0
 

@@ -21,12 +21,12 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.table import ShardTable
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
-from harness.far_sets import served, sizes_seen
 from harness.latent_sets import make_sample, write_set
 from harness.launch import ROOT, environment
+from harness.remote_sets import served, sizes_seen
 
 FRAMES = [20 + number % 5 for number in range(24)]
-READER = ROOT / "tests/harness/far_sets.py"
+READER = ROOT / "tests/harness/remote_sets.py"
 GB = 10**9
 
 

@@ -28,9 +28,9 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.exit_codes import REFUSED
 from far_scale.utils.errors import UserError
 from far_scale.utils.urls import is_remote, join_url, redact_url
-from harness.far_sets import WebServer, served
 from harness.latent_sets import make_sample, write_set
 from harness.launch import small_recipe
+from harness.remote_sets import WebServer, served
 from harness.zygote import Zygote
 
 FRAMES = [20 + number % 5 for number in range(22)]
