@@ -1,16 +1,29 @@
 """Packaging of far_scale.
 
-Ranges end before the next version that may break something: DeepSpeed's at the last series that far_scale's adapter was
-tested with. Torch's is wide, since it must fit the machine's GPU. requirements/ has one tested version of each package.
+Version ranges end before the next version that may break something: DeepSpeed's at the last series tested with
+far_scale's adapter. Torch's is wide, since it must fit the machine's GPU. requirements/ has one tested version of each
+package.
 """
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "far_scale" / "__init__.py").read_text(), re.MULTILINE).group(1)
+
+
+class BuildWithRecipes(build_py):
+    """Copies recipes/, which users edit at the top level of a checkout, into the package of a wheel."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # an editable install reads the checkout's
+            shutil.copytree(HERE / "recipes", Path(self.build_lib) / "far_scale" / "recipes", dirs_exist_ok=True)
+
 
 setup(
     name="far_scale",
@@ -20,6 +33,8 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10",
     packages=find_packages(include=["far_scale", "far_scale.*"]),
+    cmdclass={"build_py": BuildWithRecipes},
+    entry_points={"console_scripts": ["far-scale = far_scale.cli.main:main"]},
     package_data={"far_scale.autoencoder": ["weights/*"]},
     install_requires=[
         "torch>=2.9,<2.16",
@@ -38,7 +53,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.7"],
-        "flash4": ["flash-attn-4>=4.0.0b10"],  # pre-releases alone, which pip takes where they are named
+        "flash4": ["flash-attn-4>=4.0.0b10"],  # only pre-releases exist; pip takes them when named
         "xformers": ["xformers>=0.0.33"],
         "mds": ["cramjam>=2.8"],
         "slurm": ["submitit>=1.5"],

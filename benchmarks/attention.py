@@ -1,4 +1,4 @@
-"""Frame-block causal attention, forward and backward: ours on every usable kernel, and what else one could do.
+"""Frame-block causal attention, forward and backward: ours on every usable kernel, and the alternatives.
 
     python benchmarks/attention.py
 
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def cases(args: argparse.Namespace, on_gpu: bool) -> list[Case]:
-    """The cases asked for, or those of a GPU or a CPU.
+    """The cases of the command line, or the defaults of a GPU or CPU.
 
     Raises:
         UserError: frames that FAR-Long cannot cut into context patches, or too few of them.
@@ -99,20 +99,20 @@ def cases(args: argparse.Namespace, on_gpu: bool) -> list[Case]:
 
 
 class WarmUp(NamedTuple):
-    """What a side tells before it is timed.
+    """A side after its warm-up.
 
     Attributes:
-        side: itself.
-        seconds: of one run, so that it is known how many runs make a timing.
-        peak: bytes at the peak of a run; None where that is not to be known.
-        wrong: errors of output and gradients; None where it computes something else.
-        backward: whether it has one.
+        side: the side.
+        seconds: of one run, which sets the number of runs per timing.
+        peak: peak bytes of a run; None where unknown.
+        errors: of output and gradients; None where it computes something else.
+        backward: whether it has a backward pass.
     """
 
     side: Side
     seconds: float
     peak: int | None
-    wrong: tuple[float, float | None] | None
+    errors: tuple[float, float | None] | None
     backward: bool = True
 
 
@@ -125,14 +125,14 @@ def measure_case(
     repeats: int,
     minutes: float,
 ) -> list[Row]:
-    """A row for every side; all of them run in turn."""
+    """Time all sides in turn; returns a row for each."""
     torch._dynamo.reset()  # FlexAttention is compiled anew for every case, for its very sizes
     inputs = case.draw(device, DTYPES[dtype])
-    oracle = exact(case, inputs)
+    reference = exact(case, inputs)
     warm: dict[str, WarmUp] = {}
     notes: dict[str, str] = {}
     for name, make in makers(case, inputs, kernels, rivals).items():
-        found, notes[name] = attempt(partial(warm_up, make, oracle, device), device)
+        found, notes[name] = attempt(partial(warm_up, make, reference, device), device)
         if found is not None:
             warm[name] = found
     timings = {name: partial(run, one, device) for name, one in warm.items()}
@@ -147,7 +147,7 @@ def measure_case(
 
 
 def makers(case: Case, inputs: Inputs, kernels: Sequence[str], rivals: Sequence[str]) -> dict[str, Callable[[], Side]]:
-    """What makes each side, by the side's name."""
+    """The constructor of each side, by name."""
     found: dict[str, Callable[[], Side]] = {}
     for kernel in kernels:
         found[ours(kernel)] = partial(Ours, case, inputs, kernel)
@@ -172,20 +172,20 @@ def plain(kernel: str) -> str:
     return f"{PLAIN}, {kernel}"
 
 
-def warm_up(make: Callable[[], Side], oracle: Found, device: torch.device) -> WarmUp:
-    """Make a side and run it, twice and more."""
+def warm_up(make: Callable[[], Side], reference: Found, device: torch.device) -> WarmUp:
+    """Build a side and run it at least twice."""
     side = make()
-    wrong: tuple[float, float | None] | None = None
+    errors: tuple[float, float | None] | None = None
     if isinstance(side, FlexAttention) and device.type == "cpu":
-        wrong = (error(side.forward(), oracle.out), None)
-        return WarmUp(side, timed(side.forward, device), None, wrong, backward=False)
+        errors = (error(side.forward(), reference.out), None)
+        return WarmUp(side, timed(side.forward, device), None, errors, backward=False)
     found = side.found()
     if found is not None:
-        of_gradients = torch.tensor([error(*pair) for pair in zip(found[1:], oracle[1:], strict=True)])
-        wrong = error(found.out, oracle.out), float(of_gradients.max())  # NaN where one is
+        of_gradients = torch.tensor([error(*pair) for pair in zip(found[1:], reference[1:], strict=True)])
+        errors = error(found.out, reference.out), float(of_gradients.max())  # NaN where one is
     del found  # or its memory would be in use before the peak
     peak = peak_beyond(side.both, device)
-    return WarmUp(side, timed(side.both, device), peak, wrong)
+    return WarmUp(side, timed(side.both, device), peak, errors)
 
 
 def run(warm: WarmUp, device: torch.device) -> dict[str, float]:
@@ -212,10 +212,10 @@ def side_row(
     if warm is not None and "both" in medians:
         flops = case.flops(warm.side.pairs, FORWARD_PRODUCTS + BACKWARD_PRODUCTS)
         row["TFLOP/s"] = flops / medians["both"] / 1e12
-    wrong = None if warm is None else warm.wrong
+    errors = None if warm is None else warm.errors
     row["peak MB"] = None if warm is None or warm.peak is None else warm.peak / 1e6
-    row["error"], row["error of gradients"] = (None, None) if wrong is None else wrong
-    row["right"] = None if wrong is None else all(x <= allowed for x in wrong if x is not None)
+    row["error"], row["error of gradients"] = (None, None) if errors is None else errors
+    row["right"] = None if errors is None else all(x <= allowed for x in errors if x is not None)
     row |= {"pairs": None if warm is None else warm.side.pairs, "repeats": len(seconds.get("forward", ()))}
     return row | {"note": note, "seconds": seconds}
 
@@ -225,7 +225,7 @@ def _thousand(seconds: float | None) -> float | None:
 
 
 def ratio_row(rows: Sequence[Row], kernel: str) -> Row:
-    """How many times as fast ours on this kernel is, by the medians of the case's sides."""
+    """Speed of ours on this kernel relative to the case's other sides, by medians."""
     by_side = {row["side"]: row for row in rows}
     own = by_side[ours(kernel)]
     row = {name: own[name] for name in ("case", "frames", "clips", "tokens of a frame", "dtype")} | {"kernel": kernel}

@@ -26,7 +26,7 @@ FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5  # of 2 D operations an attended pair
 
 
 class Found(NamedTuple):
-    """What attention gives, each `[B, L, N, D]`."""
+    """Output and gradients of attention, each `[B, L, N, D]`."""
 
     out: Tensor
     dq: Tensor
@@ -95,7 +95,7 @@ class Side(Protocol):
     """One way to compute the attention of a case."""
 
     pairs: int
-    """(query, key) pairs that it attends."""
+    """Number of attended (query, key) pairs."""
 
     def forward(self) -> object: ...
 
@@ -163,7 +163,7 @@ class Differentiable:
 
 
 class PlainCausal:
-    """The limit: one plain causal call of a kernel on sequences just so long that it attends as many pairs."""
+    """The upper limit: one plain causal call of a kernel, on sequences long enough to attend as many pairs."""
 
     def __init__(self, case: Case, inputs: Inputs, kernel: Kernel) -> None:
         of_clip = case.layout.attended_pairs // case.clips
@@ -187,7 +187,7 @@ class PlainCausal:
 
 
 def dense_mask(case: Case, inputs: Inputs) -> Differentiable:
-    """PyTorch's attention with an additive mask, as the official code has it; it is made once, here."""
+    """PyTorch's attention with an additive mask, as in the official code; the mask is built once, here."""
     frame = _frame_of_token(case, inputs.q.device)
     mask = torch.zeros(case.tokens, case.tokens, dtype=inputs.q.dtype, device=inputs.q.device)
     for row, (first, last) in enumerate(case.frame_ends):  # by frame: a second mask of that size may not fit
@@ -213,7 +213,7 @@ def prefix_loop(case: Case, inputs: Inputs) -> Differentiable:
 
 
 class FlexAttention(Differentiable):
-    """PyTorch's compiled FlexAttention with a block mask, as its manual tells; the mask is made once, here.
+    """PyTorch's compiled FlexAttention with a block mask, as its documentation shows; the mask is built once, here.
 
     On a CPU, where it has no backward, only `forward` works, without gradients.
     """
@@ -238,14 +238,14 @@ class FlexAttention(Differentiable):
 
 
 def _frame_of_token(case: Case, device: torch.device) -> Tensor:
-    """`[L]`: the frame that each token of a clip belongs to."""
+    """The frame index of each token of a clip, `[L]`."""
     tokens = torch.tensor(case.frame_tokens, device=device)
     return torch.arange(len(tokens), device=device).repeat_interleave(tokens)
 
 
 @torch.no_grad()
 def exact(case: Case, inputs: Inputs) -> Found:
-    """The oracle: softmax in float64 over the rows of one frame after another, so that long clips fit, too."""
+    """The reference: softmax in float64, frame by frame, so that long clips fit, too."""
     q, k, v, dout = (x.double() for x in inputs)
     found = Found(*(torch.zeros_like(q) for _ in range(4)))
     scale = HEAD_DIM**-0.5
@@ -261,9 +261,9 @@ def exact(case: Case, inputs: Inputs) -> Found:
     return found
 
 
-def error(found: Tensor, oracle: Tensor) -> float:
-    """The largest difference, as a share of the oracle's largest number; NaN where there is one."""
-    return float((found.detach() - oracle).abs().max() / oracle.abs().max())
+def error(found: Tensor, reference: Tensor) -> float:
+    """The largest difference, relative to the reference's largest number; NaN where there is one."""
+    return float((found.detach() - reference).abs().max() / reference.abs().max())
 
 
 def causal_frames(clips: int, frames: int, tokens: int, heads: int) -> Case:

@@ -1,4 +1,4 @@
-"""A checkpoint's save with its SHA-256 computed while writing, against one that reads all files again for it."""
+"""A checkpoint's save with its SHA-256 computed while writing, against one that reads all files again."""
 
 from __future__ import annotations
 

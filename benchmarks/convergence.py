@@ -224,7 +224,7 @@ def logged(run: Run) -> dict[str, float]:
 
 
 def final_rows(rows: Sequence[Row]) -> list[Row]:
-    """One row a side: its last step, mean and standard deviation over seeds, and 95% intervals over clips.
+    """One row a side: its last step, mean and std over seeds, and 95% intervals over clips.
 
     The difference is from the first side that had as many frames given: clip by clip, so that hard clips cancel.
     """

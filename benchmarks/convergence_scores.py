@@ -1,4 +1,4 @@
-"""How near a model's predictions of held-out episodes are to what really followed, clip by clip."""
+"""Scores of a model's predictions of held-out episodes against the truth, clip by clip."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from measure import Row
 from torch import Tensor
 
 from far_scale.convert.model_dir import load_model_dir
-from far_scale.data.video.videos import find_videos, read_video
+from far_scale.data.video.find import find_videos
+from far_scale.data.video.videos import read_video
 from far_scale.evaluation.lpips import LPIPS
 from far_scale.evaluation.rollouts.evaluate import prepare
 from far_scale.evaluation.rollouts.metrics import frame_ssim, psnr

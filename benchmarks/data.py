@@ -1,4 +1,4 @@
-"""Reading a shard set in both formats, against plain tar reading and WebDataset's loop; and the way back to a state."""
+"""Reading a shard set in both formats, against plain tar reading and WebDataset; and restoring a lane's state."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 from measure import Row, environment, interleaved, print_table, timed, write_result
 from options import add_measuring, count, start
 
-from far_scale.data.loader.filling import ClipLane, PackingConfig
 from far_scale.data.loader.lanes import LaneOrder
 from far_scale.data.loader.mixture import Mixture
+from far_scale.data.loader.packing import PackedLane, PackingConfig
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
@@ -62,7 +62,7 @@ def plain_tar(shards: Sequence[str]) -> int:
 
 
 def webdataset_loop(shards: Sequence[str]) -> int:
-    """Every sample as WebDataset gives it, bytes that nobody decodes."""
+    """Every sample from WebDataset, as undecoded bytes."""
     import webdataset
 
     found = webdataset.WebDataset(list(shards), shardshuffle=False)
@@ -114,9 +114,9 @@ def reading(tars: Path, mds: Path, args: argparse.Namespace, cpu: torch.device) 
     ]
 
 
-def make_lane(source: ShardSet | Mixture, lanes: int) -> ClipLane:
+def make_lane(source: ShardSet | Mixture, lanes: int) -> PackedLane:
     packing = PackingConfig(lanes, (16, FRAMES), 1, WINDOW, 0, None, 64 * 2 * FRAMES, lambda frames: 64 * frames)
-    return packing.clip_lanes(source, [0])[0]
+    return packing.make_lanes(source, [0])[0]
 
 
 def state_after(source: ShardSet | Mixture, position: int, lanes: int) -> dict[str, Any]:
@@ -133,25 +133,25 @@ def state_times(name: str, source: Callable[[], ShardSet | Mixture], positions: 
     for position in positions:
         lane = make_lane(source(), lanes)
         lane.load_state_dict(state_after(source(), position, lanes))
-        lane.next_pack()  # so that clips wait, as in mid-run
+        next(lane)  # so that clips wait, as in mid-run
         begun = time.perf_counter()
         state = lane.state_dict()
         saved = time.perf_counter()
         opened = source()
         again = make_lane(opened, lanes)
         again.load_state_dict(state)
-        first = again.next_pack()
+        first = next(again)
         for clip in first:
-            opened.read(*clip.place, clip.start, clip.frames)
+            opened.read(*clip.sample, clip.start, clip.frames)
         restored = time.perf_counter()
-        packs = [first, *(again.next_pack() for _ in range(99))]
+        packs = [first, *(next(again) for _ in range(99))]
         rows.append(
             {
                 "set": name,
                 "samples read before": position,
                 "save, s": saved - begun,
                 "restore and first pack, s": restored - saved,
-                "next 100 packs the same": packs == [lane.next_pack() for _ in range(100)],
+                "next 100 packs the same": packs == [next(lane) for _ in range(100)],
             }
         )
     return rows

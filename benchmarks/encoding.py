@@ -20,11 +20,12 @@ from torch import Tensor
 
 from far_scale import autoencoder as autoencoders
 from far_scale.data.demo.episodes import record_episodes
-from far_scale.data.encode.plan import plan
+from far_scale.data.encode.plan import plan_encoding
 from far_scale.data.encode.tasks import encode_task
-from far_scale.data.video.pictures import Framing, to_pixels
+from far_scale.data.video.find import find_videos
 from far_scale.data.video.sources import find_sources
-from far_scale.data.video.videos import find_videos, read_video, write_mp4
+from far_scale.data.video.transforms import FrameTransform, to_pixels
+from far_scale.data.video.videos import read_video, write_mp4
 from far_scale.utils.command_line import command_line
 
 SEED = 700_000  # episodes that the autoencoder was not trained on
@@ -57,7 +58,7 @@ class Timed:
 def encode_share(videos: Path, out: Path, name: str, task: int, tasks: int) -> dict[str, float]:
     """One task of an encoding, in this process: seconds of the clock, of the encoder; computed by it, and by all."""
     timed = Timed(autoencoders.load(name))
-    job = plan(find_sources(videos), out, name, "bfloat16", 16, 4, 0, 1, Framing(64), "cpu")
+    job = plan_encoding(find_sources(videos), out, name, "bfloat16", 16, 4, 0, 1, FrameTransform(64), "cpu")
     with_timer: Callable[..., object] = lambda *_: timed  # noqa: E731
     autoencoders.load = with_timer  # type: ignore[assignment]
     begun, before = time.perf_counter(), time.process_time()

@@ -1,4 +1,4 @@
-"""A training under random faults, and moved to another number of ranks, held to the same training left in peace.
+"""A training under random faults, and moved to another number of ranks, compared with the same training undisturbed.
 
     python benchmarks/fault_drill.py [--minutes 20] [--ranks 2] [--seed 0] [--shards DIR] [--recipe R] [key=value ...]
 
@@ -58,7 +58,7 @@ SAVING = "Saving"
 def main() -> None:
     args = arguments()
     begun, load = time.monotonic(), os.getloadavg()[0]
-    spec, overrides = told_to_train(args)
+    spec, overrides = recipe_arguments(args)
     recipe = load_recipe(spec, overrides)
     check(recipe, args.ranks)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,11 +124,11 @@ def main() -> None:
     shutil.rmtree(work)
 
 
-def told_to_train(args: argparse.Namespace) -> tuple[str, list[str]]:
+def recipe_arguments(args: argparse.Namespace) -> tuple[str, list[str]]:
     """Recipe and overrides: those of the small demo unless another recipe was asked for, then the user's own.
 
     Raises:
-        UserError: the user sets what is the drill's to set.
+        UserError: an override of a key that the drill sets itself.
     """
     for key in ("run_dir", "log.every"):
         if any(override.split("=")[0] == key for override in args.overrides):
@@ -140,10 +140,10 @@ def told_to_train(args: argparse.Namespace) -> tuple[str, list[str]]:
 
 
 def check(recipe: Recipe, ranks: int) -> None:
-    """Refuse what cannot be drilled.
+    """Check that the recipe suits a drill.
 
     Raises:
-        UserError: names the key and the mend.
+        UserError: names the key and the fix.
     """
     check_ranks(recipe, ranks)
     open_source(recipe.data.shards)
@@ -204,7 +204,7 @@ def move(training: Training, counts: Sequence[int], steps: int) -> None:
 
 
 def moved_rows(training: Training, undisturbed: Path, counts: Sequence[int], steps: int) -> list[Row]:
-    """What the training on these numbers of ranks came to; no row where the lanes allow but one number."""
+    """The result of training on these numbers of ranks; no row where the lanes allow only one number."""
     if not counts:
         return []
     once = each_step_once(training.run, steps)
@@ -250,7 +250,7 @@ def fault_rows(faults: Sequence[Fault]) -> list[Row]:
 
 
 def saving(name: str, training: Training) -> Row:
-    """What a run waited for its checkpoints."""
+    """The time that a run waited for its checkpoints."""
     events, lines = training.events("saved"), logged(training.run)
     stalls, seconds = ([event[key] for event in events] for key in ("stall_seconds", "seconds"))
     waits = [line["save_wait"] * line["seconds_per_step"] for line in lines]  # a line is one step

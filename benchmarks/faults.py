@@ -1,4 +1,4 @@
-"""Random faults: when they strike a training, what they do to it, and what each of them cost."""
+"""Random faults: when they strike a training, what they do, and what each costs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from far_scale.train import checkpoint
 
 
 class Kind(Enum):
-    """A fault, as the tables call it."""
+    """The kind of a fault, by its name in tables."""
 
     KILL_AT_START = "kill -9 of a rank in start-up"
     KILL_IN_STEP = "kill -9 of a rank in a step"
@@ -48,7 +48,7 @@ class Fault:
         hit_again: another fault struck before the next new step.
         statuses: exit statuses of the ranks; empty where the training went on.
         reached: the last step of the start that it struck.
-        harmed: the step of the checkpoint that was damaged.
+        damaged_step: the step of the checkpoint that was damaged.
         lost: steps that were trained again because of it.
         seconds: until the next new step; None where another fault came first.
         problem: what was not as it should be.
@@ -63,7 +63,7 @@ class Fault:
     detail: str
     moment: float = field(default_factory=time.monotonic)
     reached: int | None = None
-    harmed: int | None = None
+    damaged_step: int | None = None
     statuses: list[int] = field(default_factory=list)
     lost: int | None = None
     seconds: float | None = None
@@ -242,7 +242,7 @@ class Drill:
         fault.step = self._training.high
 
     def _after(self, fault: Fault, statuses: list[int]) -> None:
-        """The start that the fault struck has ended: was that as it should be?"""
+        """Check how the start that the fault struck has ended."""
         training = self._training
         fault.step, fault.reached, fault.statuses = training.high, training.reached, statuses
         others = [status for rank, status in enumerate(statuses) if rank != fault.rank]
@@ -251,14 +251,14 @@ class Drill:
         elif fault.kind is Kind.STOP and not set(statuses) <= {REQUEUE, DONE}:
             fault.problem = f"ended with {statuses}"
         elif fault.kind is Kind.FREEZE:
-            told = training.events("watchdog")[-1:]
-            if not set(others) <= {REQUEUE} or (others and (not told or fault.rank not in told[0]["missing"])):
-                fault.problem = f"ended with {statuses}, told by the watchdog: {told}"
+            reports = training.events("watchdog")[-1:]
+            if not set(others) <= {REQUEUE} or (others and (not reports or fault.rank not in reports[0]["missing"])):
+                fault.problem = f"ended with {statuses}, reported by the watchdog: {reports}"
         if fault.kind in (Kind.FLIP, Kind.CUT) and set(statuses) != {DONE}:
-            fault.detail += f"; {self._harm(fault)}"
+            fault.detail += f"; {self._damage_checkpoint(fault)}"
 
-    def _harm(self, fault: Fault) -> str:
-        """Spoil one file of the newest checkpoint; returns what was done."""
+    def _damage_checkpoint(self, fault: Fault) -> str:
+        """Damage one file of the newest checkpoint; returns a description."""
         step = checkpoint.steps_to_try(self._training.run)[0]
         file = self._chance.choice(sorted(checkpoint.step_folder(self._training.run, step).iterdir()))
         size = file.stat().st_size
@@ -272,16 +272,16 @@ class Drill:
             content[place] ^= 1 << bit
             file.write_bytes(content)
             done = f"bit {bit} of byte {place} of {file.name} of step {step} flipped"
-        fault.harmed = step
+        fault.damaged_step = step
         self._say(f"  {done}")
         return done
 
     def _until(self, ranks: Ranks, happened: Callable[[], bool]) -> bool:
-        def judged() -> bool:
-            self._judge()
+        def check() -> bool:
+            self._update_recovered()
             return happened()
 
-        return self._training.until(ranks, judged)
+        return self._training.until(ranks, check)
 
     def _wait(self, ranks: Ranks, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -291,8 +291,8 @@ class Drill:
         self._until(ranks, lambda: False)
         return self._training.end(ranks)
 
-    def _judge(self) -> None:
-        """Which faults has the training got over by now?"""
+    def _update_recovered(self) -> None:
+        """Update the faults that the training has recovered from."""
         training = self._training
         for fault in list(self._pending):
             again = training.starts > fault.start
@@ -305,21 +305,21 @@ class Drill:
                 fault.recovered = not fault.problem
                 taken = time.monotonic() - fault.moment
                 fault.seconds = None if fault.hit_again else taken
-                problem = f"; NOT AS IT SHOULD BE: {fault.problem}" if fault.problem else ""
+                problem = f"; WRONG: {fault.problem}" if fault.problem else ""
                 self._say(
                     f"  fault {fault.number}: {fault.lost} steps again, next new step after {taken:.1f} s{problem}"
                 )
 
     def _resumed(self, fault: Fault, origin: int) -> None:
-        # Killed before it had done a step, a start loses none: what the one before had done was lost by then.
+        # A start that is killed before its first step loses none: the previous start's were lost already.
         fault.lost = 0 if fault.reached is None else fault.reached - origin
         if fault.kind is Kind.STOP and fault.lost:
             fault.problem = fault.problem or f"{fault.lost} steps were lost: it did not save when asked to stop"
-        if fault.harmed is not None:
-            told = [event["step"] for event in self._training.events("damaged")][-1:]
-            if told != [fault.harmed] and not fault.hit_again:  # a start that was killed may have met it, untold
-                fault.problem = f"the damage of step {fault.harmed} was not told"
-            # As an operator would: it is told, looked at, and takes space.
+        if fault.damaged_step is not None:
+            reported = [event["step"] for event in self._training.events("damaged")][-1:]
+            if reported != [fault.damaged_step] and not fault.hit_again:  # a killed start may have found it unreported
+                fault.problem = f"the damage of step {fault.damaged_step} was not reported"
+            # As an operator would, after a look at it: it takes space.
             for folder in (self._training.run / "checkpoints").glob("*.damaged"):
                 shutil.rmtree(folder)
 

@@ -1,4 +1,4 @@
-"""Thousands of damaged videos: what is refused, what is read all the same, and how wrong its pictures are then."""
+"""Thousands of damaged videos: which are refused, which are still read, and how wrong their frames are."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def outcome(path: Path, whole: Path) -> dict[str, Any]:
 
 
 def answer(connection: Connection) -> None:
-    """What a child does: read files until there are no more."""
+    """The loop of a child process: read files until there are no more."""
     while (paths := connection.recv()) is not None:
         connection.send(outcome(*paths))
 

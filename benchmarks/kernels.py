@@ -14,19 +14,19 @@ ALL = "all"
 KERNELS = tuple(name for name in choice.KERNELS if name != dense.NAME)
 
 
-def usable(asked: Sequence[str] | None, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The kernels asked for, or all that are usable here, best first.
+def usable(requested: Sequence[str] | None, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The requested kernels, or all usable ones, best first.
 
     Raises:
-        UserError: there is no such kernel, it is not usable here, or none is.
+        UserError: an unknown or unusable kernel, or none is usable.
     """
     reasons = {name: choice.why_not(name, device, dtype, HEAD_DIM) for name in KERNELS}
-    for name in asked or ():
+    for name in requested or ():
         if name not in KERNELS:
             raise UserError(f"--kernels {name}: there are {', '.join(KERNELS)}")
         if reasons[name] is not None:
             raise UserError(f"--kernels {name}: {reasons[name]}")
-    found = list(asked or (name for name in KERNELS if reasons[name] is None))
-    if not found:
+    kernels = list(requested or (name for name in KERNELS if reasons[name] is None))
+    if not kernels:
         raise UserError(f"no attention kernel takes {dtype} on {device.type}: python -m far_scale.model.attention")
-    return found
+    return kernels

@@ -23,8 +23,8 @@ import torch
 from measure import Row, environment, peak_beyond, print_table, write_result
 from options import add_measuring, count, start
 
-from far_scale.data.loader.filling import Clip, ClipLane, PackingConfig
 from far_scale.data.loader.lanes import LaneOrder
+from far_scale.data.loader.packing import Clip, PackedLane, PackingConfig
 from far_scale.data.shards.index import ChannelSums, IndexRow, ShardIndex, parse_index
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.shard_set import ShardSet
@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 
 
 class PaperSet(ShardSet):
-    """A shard set whose indexes are made up, always the same; it counts what is asked for."""
+    """A shard set with synthetic, deterministic indexes; it counts the requests."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         super().__init__(folder, manifest)
@@ -126,13 +126,13 @@ def start_up(folder: Path, args: argparse.Namespace) -> tuple[list[Row], Manifes
     counts = shard_set.samples_per_shard
 
     def order() -> None:
-        LaneOrder(counts, args.lanes, 0, args.shuffle_window).place(
+        LaneOrder(counts, args.lanes, 0, args.shuffle_window).sample_of_run(
             1, 0, 0
         )  # two permutations, as an epoch's edge needs
 
     parts: dict[str, Callable[[], object]] = {
         "manifest read and checked": lambda: Manifest.read(folder),
-        "size of every shard asked for, as by one rank alone": lambda: list(shard_set.missing_shards()),
+        "size of every shard asked for, as by a single rank": lambda: list(shard_set.missing_shards()),
         f"size of one rank's share of {args.ranks} asked for": lambda: list(shard_set.missing_shards(0, args.ranks)),
         "manifest's fingerprint": manifest.fingerprint,
         "order of an epoch": order,
@@ -150,12 +150,12 @@ def start_up(folder: Path, args: argparse.Namespace) -> tuple[list[Row], Manifes
     return [{key: row[key] for key in ("part", "seconds", "bytes", "all")} for row in rows], manifest
 
 
-def walk_rank(paper: PaperSet, lanes: dict[int, ClipLane], steps: int) -> tuple[list[int], int, int, int]:
+def walk_rank(paper: PaperSet, lanes: dict[int, PackedLane], steps: int) -> tuple[list[int], int, int, int]:
     """Tokens of each step, bytes of the frames wanted, bytes read with headers, shards touched in the worst step."""
     tokens, wanted, read, most = [], 0, 0, 0
     for _ in range(steps):
-        clips: list[Clip] = [clip for lane in lanes.values() for clip in lane.next_pack()]
-        shards = {clip.place.shard for clip in clips}
+        clips: list[Clip] = [clip for lane in lanes.values() for clip in next(lane)]
+        shards = {clip.sample.shard for clip in clips}
         paper.touched |= shards
         most = max(most, len(shards))
         frames = sum(clip.frames for clip in clips)
@@ -175,7 +175,7 @@ def walk(folder: Path, manifest: Manifest, packing: PackingConfig, name: str, ar
         for rank in range(node * args.node, (node + 1) * args.node):
             paper = PaperSet(folder, manifest)
             mine = range(rank, args.lanes, args.ranks)
-            taken, lanes = seconds(lambda paper=paper, mine=mine: packing.clip_lanes(paper, mine))  # type: ignore[misc]
+            taken, lanes = seconds(lambda paper=paper, mine=mine: packing.make_lanes(paper, mine))  # type: ignore[misc]
             first, _ = seconds(lambda lanes=lanes: [lane.state_dict() for lane in lanes.values()])  # type: ignore[misc]
             rank_tokens, rank_wanted, rank_read, most = walk_rank(paper, lanes, args.steps)
             tokens.append(rank_tokens)
@@ -197,7 +197,7 @@ def walk(folder: Path, manifest: Manifest, packing: PackingConfig, name: str, ar
         "read beyond what a node needs, %": 100 * (statistics.mean(node_ratio) - 1),
         "worst node, %": 100 * (max(node_ratio) - 1),
         "tokens of a step, most / mean": float((per_step.max(0) / per_step.mean(0)).mean()),
-        "deviation / mean": float((per_step.std(0) / per_step.mean(0)).mean()),
+        "std / mean": float((per_step.std(0) / per_step.mean(0)).mean()),
     }
 
 
@@ -209,7 +209,7 @@ def rank_memory(
 
     def lanes() -> None:
         paper = PaperSet(folder, manifest)
-        mine = packing.clip_lanes(paper, range(0, args.lanes, args.ranks))
+        mine = packing.make_lanes(paper, range(0, args.lanes, args.ranks))
         walk_rank(paper, mine, args.steps)
         kept.append((paper, mine))
 

@@ -1,4 +1,4 @@
-"""What every benchmark keeps: facts of the machine, interleaved timings, peak memory, dated results.
+"""Common parts of benchmarks: facts of the machine, interleaved timings, peak memory, dated results.
 
 A result is two files of the same name: JSON with every single number, and Markdown with its tables.
 """
@@ -43,11 +43,11 @@ OUT_OF_MEMORY = "out of memory"
 Result = TypeVar("Result")
 
 Row = dict[str, Any]
-"""A line of a table, by column; lists and dicts stand in the JSON only."""
+"""A row of a table, by column; lists and dicts go only into the JSON."""
 
 
 def environment(device: torch.device, more: Mapping[str, str]) -> dict[str, Any]:
-    """Date, hardware, versions, commit and command line, and `more`: what the benchmark says of itself."""
+    """Date, hardware, versions, commit and command line, and `more` facts of the benchmark."""
     facts: dict[str, Any] = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
     facts["cpu"] = _cpu_name()
     facts["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -64,7 +64,7 @@ def environment(device: torch.device, more: Mapping[str, str]) -> dict[str, Any]
 
 
 def commit(repository: Path, folder: str = ".") -> str:
-    """The commit that `repository` stands at, and whether tracked files under `folder` differ from it."""
+    """The commit of `repository`, and whether tracked files under `folder` differ from it."""
     git = ["git", "-C", str(repository)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     if head.returncode:
@@ -85,7 +85,7 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
 def interleaved(
     sides: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int, minutes: float, title: str
 ) -> dict[str, dict[str, list[float]]]:
-    """Run the sides in turn, `repeats` times: what else the machine does then meets all of them alike.
+    """Run the sides in turn, `repeats` times: so that other load on the machine affects all alike.
 
     Args:
         sides: each returns seconds by the name of what took them.
@@ -109,9 +109,9 @@ def interleaved(
 
 
 def attempt(function: Callable[[], Result], device: torch.device) -> tuple[Result | None, str]:
-    """What `function` returns, and ""; or None, and in a few words how it failed.
+    """The result of `function` and ""; or None and a short reason of the failure.
 
-    A library may fail in any way, or a GPU be too small for one side: the other sides' figures are wanted all the same.
+    A library may fail in any way, or a GPU be too small for one side; the other sides are still measured.
     """
     try:
         return function(), ""
@@ -128,8 +128,8 @@ def attempt(function: Callable[[], Result], device: torch.device) -> tuple[Resul
 def peak_beyond(function: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes at the peak of `function` above those in use before it: a GPU's allocations, else the resident set.
 
-    Run `function` once before, so that what it makes once and keeps is in use already. None where the system does not
-    tell the resident set (Linux alone does, and not in every container).
+    Run `function` once before, so that its caches are already in use. None where the resident set is unknown (outside
+    Linux, and in some containers).
     """
     gc.collect()
     if device.type == "cuda":
@@ -163,8 +163,8 @@ def write_result(folder: Path, name: str, facts: Mapping[str, Any], tables: Mapp
     lines = [f"# {name}, {facts['date'][:10]}", "", *(f"- {key}: {value}" for key, value in facts.items())]
     for title, rows in tables.items():
         lines += ["", f"## {title}", "", *_table(rows)]
-    with atomic_write(path) as beside:
-        beside.write_text("\n".join(lines) + "\n")
+    with atomic_write(path) as staged:
+        staged.write_text("\n".join(lines) + "\n")
     return path
 
 

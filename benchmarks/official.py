@@ -1,4 +1,4 @@
-"""The official FAR code (showlab/FAR), loaded from a user's clone and run as it stands.
+"""The official FAR code (showlab/FAR), loaded from a clone and run unchanged.
 
 Its packages import everything they know of on their first import, metrics and video readers too. So the four modules
 that matter are loaded by path, and what the trainer imports for logging and evaluation is stood in for: nothing that
@@ -50,7 +50,7 @@ CLEAN_FRAME_RATIO = 0.1
 
 @dataclass(frozen=True)
 class Draws:
-    """What the official trainer draws at random, given to it instead.
+    """Fixed values for the official trainer's random draws.
 
     Attributes:
         noise: `[B, F, C, H, W]`.
@@ -220,7 +220,7 @@ def register_packages(clone: Path) -> None:
 
 @contextlib.contextmanager
 def stood_in(names: tuple[str, ...]) -> Iterator[None]:
-    """While it lasts, `names` are modules that have every attribute."""
+    """A context in which `names` are modules with every attribute."""
     before = {name: sys.modules.get(name) for name in names}
     sys.modules.update({name: mock.MagicMock() for name in names})
     try:

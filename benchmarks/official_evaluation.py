@@ -1,4 +1,4 @@
-"""The official code's metrics, its MP4 writer and its reader, loaded from a user's clone and run as they stand.
+"""The official code's metrics, its MP4 writer and its reader, loaded from a clone and run unchanged.
 
 Its networks get far_scale's weights: nothing is downloaded. What it imports beside is stood in for.
 """
@@ -121,7 +121,7 @@ def _skip_package(name: str) -> None:
 
 
 def _alexnet(lpips: LPIPSNetwork) -> Any:
-    """What torchvision would give, as far as the lpips package looks at it: `features`, with far_scale's weights."""
+    """A stand-in for torchvision's network, with what the lpips package reads: `features`, with far_scale's weights."""
     layers: list[nn.Module] = []
     for number, convolution in lpips.features.items():
         layers += [convolution, nn.ReLU()]

@@ -25,7 +25,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Clips:
-    """Clips of equal length, with what conditions the model.
+    """Clips of equal length, with their conditions.
 
     Attributes:
         latents: `[B, F, C, H, W]` float32.
@@ -52,7 +52,7 @@ class Clips:
         return replace(self, actions=actions, labels=labels)
 
     def pack(self) -> Pack:
-        """The clips as the data side hands them over, on the CPU."""
+        """The clips as a pack of the loader, on the CPU."""
         batch, frames = self.latents.shape[:2]
         return Pack(
             latents=self.latents.flatten(0, 1).cpu(),
@@ -68,7 +68,7 @@ class Clips:
     def official_conditions(self, config: FARConfig) -> dict[str, Tensor] | None:
         """The conditions as the official code takes them.
 
-        The official FAR-Long cuts actions even where it has none to embed, so it is given some that it does not read.
+        The official FAR-Long cuts actions even where it has none to embed, so it gets unused ones.
         """
         if self.actions is not None:
             return {"action": self.actions}
@@ -82,7 +82,7 @@ class Clips:
 def random_pair(
     code: OfficialCode, config: FARConfig, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Pair:
-    """Both models with the same weights, random everywhere: as they start, both would answer zero."""
+    """Both models with the same weights, all random, because both are initialised to output zero."""
     theirs = code.model(config)
     randomize(theirs)
     found, state = official.to_far_scale(theirs.state_dict(), window=config.window, patch=config.patch)
@@ -94,7 +94,7 @@ def random_pair(
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Weights that keep activations near 1: deviation 1 / sqrt(inputs), norms' around 1, biases small."""
+    """Weights that keep activations near 1: std 1 / sqrt(inputs), norms around 1, biases small."""
     draw = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         tensor.normal_(generator=draw)

@@ -1,4 +1,4 @@
-"""How far the official code's numbers and ours lie apart, on the same weights, inputs and noise, in float32."""
+"""Differences of the official code's numbers and ours, on the same weights, inputs and noise, in float32."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def parity(code: OfficialCode, layers: int, heads: int, device: torch.device) ->
 
 
 def holds(tables: dict[str, list[Row]]) -> bool:
-    """Whether every difference is within what is allowed."""
+    """Whether every difference is within its limit."""
     return all(row["holds"] for rows in tables.values() for row in rows)
 
 
@@ -108,7 +108,7 @@ def training_rows(code: OfficialCode, kind: Kind, config: FARConfig, pair: Pair,
         noise = torch.zeros_like(clips.latents)
         noise[:, -in_window:] = target + clips.latents[:, -in_window:]
         draws = Draws(noise, timesteps.clamp(min=1), clean=timesteps[:, -in_window:] == CLEAN)
-        row: Row = {"model": kind.name, "frames": frames, "velocity's deviation": float(theirs.std())}
+        row: Row = {"model": kind.name, "frames": frames, "std of velocity": float(theirs.std())}
         row["velocity"] = largest(theirs.flatten(0, 1), ours)
         if config.context_patch and frames < config.window:
             row["loss"] = None  # the official trainer takes no clip shorter than the window
@@ -140,10 +140,10 @@ def sampling_rows(
     known = clips.latents[:, :given]
     rows = []
     for guidance in (1.0, 1.5, -1.0) if config.actions or config.labels else (1.0,):
-        told = (clips.null(config) if guidance == -1 else clips).official_conditions(config)
+        conditions = (clips.null(config) if guidance == -1 else clips).official_conditions(config)
         found = {}
         for cache in (True, False):
-            found["official", cache] = code.roll_out(pair.theirs, known, noise, steps, abs(guidance), told, cache)
+            found["official", cache] = code.roll_out(pair.theirs, known, noise, steps, abs(guidance), conditions, cache)
             found["ours", cache] = roll_out(
                 pair.ours, known, new, steps, guidance, clips.actions, clips.labels, seed=0, cache=cache
             )
@@ -156,7 +156,7 @@ def sampling_rows(
         }
         ours = [difference for name, difference in differences.items() if not name.startswith("official")]
         row: Row = {"model": kind.name, "given": given, "new": new, "guidance": guidance}
-        row["frames' deviation"] = float(found["official", False].std())
+        row["std of frames"] = float(found["official", False].std())
         rows.append(row | differences | {"allowed": allowed, "holds": max(ours) <= allowed})
     return rows
 

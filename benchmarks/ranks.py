@@ -1,4 +1,4 @@
-"""A training over several starts of its ranks, each begun as a launcher would, and what its own files say of it."""
+"""A training over several starts of its ranks, each begun as a launcher would, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from far_scale.distributed.exit_codes import DONE, REQUEUE
 from far_scale.utils.event_log import read_events
 
 GRACE_SECONDS = 10.0
-"""How long the other ranks have to end, too, when one has ended as it should."""
+"""Seconds that the other ranks have to end after one has ended as it should."""
 
 PATIENCE_SECONDS = 600.0
-"""Without any news of a training for so long, it hangs."""
+"""A training without any output for so long hangs."""
 
 _LOOK_SECONDS = 0.01
 
 
 class FailedError(Exception):
-    """A training did not go on."""
+    """A training made no progress."""
 
 
 class Ranks:
-    """One start of a training's processes. A context manager that leaves none of them behind.
+    """One start of a training's processes. A context manager that kills what is left of them.
 
     Like srun with --kill-on-bad-exit it kills the others when one ends badly; and when one has ended otherwise, after
     a while.

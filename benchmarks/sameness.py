@@ -1,4 +1,4 @@
-"""Whether two finished trainings of the same recipe are the same: losses, weights, moments, EMA, lanes."""
+"""Bitwise comparison of two finished trainings of the same recipe: losses, weights, moments, EMA, lanes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
 
 KINDS = {"weight": "weights", "exp_avg": "first moments", "exp_avg_sq": "second moments", "ema": "EMA"}
-"""What a checkpoint holds, by the beginning of its tensors' names."""
+"""The contents of a checkpoint, by the prefix of tensor names."""
 
 
 def logged(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's log, but for those of validation."""
+    """The lines of a run's log without those of validation."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().split("\n") if line]
     return [line for line in lines if "validation" not in line]
 
@@ -27,7 +27,7 @@ def each_step_once(run: Path, steps: int) -> bool:
 
 
 def lanes(run: Path, steps: int) -> object:
-    """Where the lanes stand after the last step."""
+    """The state of the lanes after the last step."""
     return checkpoint.read_state(checkpoint.step_folder(run, steps))["lanes"]
 
 
@@ -38,7 +38,7 @@ def loss_difference(run: Path, other: Path) -> float:
 
 
 def compare(run: Path, other: Path, steps: int) -> list[Row]:
-    """One row for each thing that must be equal bit for bit; `largest difference` is None where it has no size."""
+    """One row per thing that must be bitwise equal; `largest difference` is None where there is no number."""
     rows: list[Row] = []
 
     def add(what: str, equal: bool, difference: float | None) -> None:
@@ -50,10 +50,16 @@ def compare(run: Path, other: Path, steps: int) -> list[Row]:
     largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else None
     add("losses", ours == theirs, largest)
     for kind, name in KINDS.items():
-        mine, yours = _tensors(run, steps, kind), _tensors(other, steps, kind)
-        equal = bool(mine) and mine.keys() == yours.keys() and all(torch.equal(mine[n], yours[n]) for n in mine)
+        tensors, others = _tensors(run, steps, kind), _tensors(other, steps, kind)
+        equal = (
+            bool(tensors)
+            and tensors.keys() == others.keys()
+            and all(torch.equal(tensors[n], others[n]) for n in tensors)
+        )
         add(
-            name, equal, max((float((mine[n] - yours[n]).abs().max()) for n in mine.keys() & yours.keys()), default=0.0)
+            name,
+            equal,
+            max((float((tensors[n] - others[n]).abs().max()) for n in tensors.keys() & others.keys()), default=0.0),
         )
     add("lanes", lanes(run, steps) == lanes(other, steps), None)
     return rows

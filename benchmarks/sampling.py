@@ -60,8 +60,8 @@ def time_row(
     found = {}
 
     def official(count: int) -> None:
-        told = {"action": actions[:, :count]}
-        found["official"] = code.roll_out(pair.theirs, none, noise[:, :count], steps, conditions=told)
+        conditions = {"action": actions[:, :count]}
+        found["official"] = code.roll_out(pair.theirs, none, noise[:, :count], steps, conditions=conditions)
 
     def ours(count: int) -> None:
         found["ours"] = roll_out(pair.ours, none, count, steps, actions=actions[:, :count], seed=0, cache=True)

@@ -117,7 +117,7 @@ class Step:
 
 
 class WarmUp(NamedTuple):
-    """What the steps that do not count tell.
+    """Results of the warm-up steps.
 
     Attributes:
         first: seconds of the very first step, compiling included.

@@ -82,7 +82,7 @@ def case(shape: str, layers: int | None, clips: int) -> Case:
     """A case from PRESET:FRAMES or PRESET-Long:FRAMES, conditioned on actions.
 
     Args:
-        layers: in place of the preset's, if not None.
+        layers: instead of the preset's, if not None.
 
     Raises:
         UserError: no such preset or number of frames.
@@ -103,7 +103,7 @@ def case(shape: str, layers: int | None, clips: int) -> Case:
 
 
 def with_kernels(mode: Mode, asked: list[str] | None, device: torch.device, dtype: torch.dtype) -> list[Mode]:
-    """The mode with each of the kernels asked for.
+    """The mode with each of the requested kernels.
 
     Raises:
         UserError: a kernel is not usable here, or the environment would replace all of them.
@@ -124,7 +124,7 @@ def arguments() -> argparse.Namespace:
         nargs="+",
         help="PRESET:FRAMES or PRESET-Long:FRAMES (default: XL:16 B-Long:300 on a GPU, B:16 B-Long:300 on a CPU)",
     )
-    parser.add_argument("--layers", type=count, help="in place of the preset's (default: the preset's; on a CPU 4)")
+    parser.add_argument("--layers", type=count, help="instead of the preset's (default: the preset's; on a CPU 4)")
     parser.add_argument("--clips", type=count, help="of a step, on both sides (default: 16 on a GPU, 1 on a CPU)")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=DEFAULT_MODES, help="default: %(default)s")
     parser.add_argument("--kernels", nargs="+", help=f"of attention, by name, or {ALL} (default: auto)")

@@ -1,4 +1,4 @@
-"""Marks, and what several test files share: recorded episodes and a shard set of them."""
+"""Marks, the order of the files, and what several of them share: recorded episodes and a shard set of them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,27 @@ import torch
 
 from far_scale.data.demo.episodes import record_episodes
 from far_scale.data.encode.plan import encode_videos
-from far_scale.data.video.videos import find_videos
+from far_scale.data.video.find import find_videos
 
 EPISODE_SEED = 10_900  # held-out seeds, which the autoencoder was not trained on
 
 
+LONGEST_FIRST = (
+    "test_slurm.py",
+    "test_drill.py",
+    "test_training.py",
+    "test_restarts.py",
+    "test_site.py",
+    "test_benchmarks.py",
+    "test_sharding.py",
+)
+"""Files that take longest. With several workers they begin first, or else one of them would end last and alone."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason, where there is no GPU."""
+    """Put the longest files first; skip tests marked `gpu`, with the reason, where there is no GPU."""
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))  # stable, so each file keeps its order
     if torch.cuda.is_available():
         return
     for item in items:

@@ -1,11 +1,15 @@
-"""What setup.py promises: it installs every module, and requires every other package that far_scale imports."""
+"""Packaging: every module and its data are installed, every imported package is required, and the wheel works."""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from email import message_from_string
 from pathlib import Path
 
@@ -53,7 +57,7 @@ def test_the_metadata_names_the_licence(tmp_path: Path) -> None:
         assert (info / "licenses" / name).read_bytes() == (PACKAGE.parent / name).read_bytes()
 
 
-def test_the_licence_is_the_standard_text_and_the_notice_names_what_is_of_others() -> None:
+def test_the_licence_is_the_standard_text_and_the_notice_names_third_parties() -> None:
     assert sha256(PACKAGE.parent / "LICENSE") == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
     notice = (PACKAGE.parent / "NOTICE").read_text()
     for name in ("Freedoom", "ViZDoom", "official FAR", "DC-AE", "VGG16", "LPIPS"):
@@ -82,3 +86,53 @@ def test_the_range_of_deepspeed_is_that_of_its_adapter_and_the_lock_is_in_it() -
             f'"{re.search(r"^torch==.*$", lock, re.MULTILINE)[0]}"'
             in (PACKAGE.parent / "tools/setup_env.sh").read_text()
         )
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the commands of an environment with far_scale's wheel, and this environment's other packages."""
+    pytest.importorskip("setuptools", minversion="77")
+    root, folder = PACKAGE.parent, tmp_path_factory.mktemp("wheel")
+    source, wheels, environment = folder / "source", folder / "wheels", folder / "environment"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("far_scale", "recipes"):
+        shutil.copytree(root / name, source / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "NOTICE"):
+        shutil.copy(root / name, source)
+    pip = [sys.executable, "-m", "pip"]
+    options = ["--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
+    built = [*pip, "wheel", *options, "--no-build-isolation", "--wheel-dir", str(wheels), str(source)]
+    subprocess.run(built, check=True, capture_output=True, text=True)
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    (wheel,) = wheels.iterdir()
+    subprocess.run([*pip, "--python", str(python), "install", *options, str(wheel)], check=True, capture_output=True)
+    packages = {"base": str(environment), "platbase": str(environment)}
+    # Of a folder that a .pth file names, Python takes the packages and not the .pth files: no editable far_scale.
+    others = sysconfig.get_path("purelib")
+    Path(sysconfig.get_path("purelib", vars=packages), "others.pth").write_text(f"{others}\n")
+    return environment / "bin"
+
+
+def run_installed(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_wheel_has_all_recipes_and_protocols(installed: Path, tmp_path: Path) -> None:
+    code = "import far_scale; print(far_scale.__path__[0])"
+    package = Path(run_installed(tmp_path, str(installed / "python"), "-c", code).stdout.strip())
+    assert package.is_relative_to(installed.parent)
+    recipes = PACKAGE.parent / "recipes"
+    names = sorted(path.relative_to(recipes) for path in recipes.rglob("*.yaml"))
+    assert len(names) > 40
+    assert sorted(path.relative_to(package / "recipes") for path in package.glob("recipes/**/*.yaml")) == names
+
+
+def test_an_installed_wheel_gets_to_the_check_of_the_data(installed: Path, tmp_path: Path) -> None:
+    done = run_installed(tmp_path, str(installed / "far-scale"), "train", "demo_cpu", "--dry-run")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: runs/quickstart/shards/train/manifest.json: ")
+    code = "from far_scale.evaluation.protocol import load_protocol; print(load_protocol('vizdoom-8to8').name)"
+    done = run_installed(tmp_path, str(installed / "python"), "-c", code)
+    assert done.stdout == "vizdoom-8to8\n", done.stderr

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Convert a shard set between tars (WebDataset) and MDS files (mosaicml-streaming), losslessly both ways.
 
-Run it again to go on after a kill.
+Run it again to resume after a kill.
 """
 
 from __future__ import annotations

@@ -1,39 +1,7 @@
-"""Export a training run's checkpoint: tools/export_checkpoint.py RUN --out DIR, or --format official --out FILE.pth."""
+#!/usr/bin/env python
+"""Export a training run's checkpoint: the command `far-scale export-checkpoint`."""
 
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from far_scale.train.checkpoint.export import export_if_needed, export_official
-from far_scale.utils.command_line import command_line
-
-
-@command_line
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Export a checkpoint of any ZeRO stage as a model directory or file.")
-    parser.add_argument(
-        "source",
-        type=Path,
-        help="the run's folder, with checkpoints/ in it; for an official file a model directory too",
-    )
-    parser.add_argument("--step", type=int, help="the checkpoint's step (default: the latest)")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which set (default: %(default)s)")
-    parser.add_argument(
-        "--format",
-        choices=("model", "official"),
-        default="model",
-        help="model directory, or a file for the official code (default: %(default)s)",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="model directory, or .pth file, to write")
-    args = parser.parse_args()
-    if args.format == "official":
-        print(f"{args.out}: {export_official(args.source, args.step, args.weights, args.out)} exported")
-        return
-    step, written = export_if_needed(args.source, args.step, args.weights, args.out)
-    done = "exported" if written else "are there already, whole: not written again"
-    print(f"{args.out}: {args.weights} weights of step {step} {done}")
-
+from far_scale.cli.export_checkpoint import main
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tell what a shard set holds, check and fix it to the last byte, or make a picture of its decoded frames."""
+"""Describe a shard set, verify or fix it to the last byte, or write an image of its decoded frames."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--png", type=Path, help="write a contact sheet of decoded frames here")
     parser.add_argument("--verify", action="store_true", help="read everything: checksums, counts, statistics")
     parser.add_argument(
-        "--fix", action="store_true", help="verify, and drop the shards that are broken or missing from the manifest"
+        "--fix", action="store_true", help="verify, and drop broken and missing shards from the manifest"
     )
     cache_help = "a folder for remote and compressed shards of an adopted set, such as data.cache_dir"
     parser.add_argument("--cache-dir", type=Path, help=cache_help)

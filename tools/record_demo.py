@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Record episodes of the demo world (ViZDoom mazes) as .npz files. Episodes that are there and whole are kept."""
+"""Record episodes of the demo world (ViZDoom mazes) as .npz files. Complete episodes are kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the episodes' folder")
     parser.add_argument("--episodes", type=int, default=64, help="number of episodes")
     parser.add_argument("--frames", type=int, default=256, help="frames of an episode")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first episode; the next have the next ones")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first episode; the next ones count up")
     parser.add_argument("--workers", type=int, default=cores, help="processes; the result is the same")
     arguments = parser.parse_args()
     for name, least in (("episodes", 1), ("frames", 1), ("seed", 0), ("workers", 1)):

@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
-# Sets up, then checks style and types and runs the tests. With arguments: only pytest, with these arguments.
+# Sets up, then checks style and types and runs the tests.
+#
+#   tools/run_tests.sh              everything: the gate for a change
+#   tools/run_tests.sh --fast       style, types and the tests that are not marked slow: for every edit
+#   tools/run_tests.sh ARGUMENTS    only pytest, with these arguments
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,16 +19,31 @@ check_shell_scripts() {
     shellcheck slurm/*.sh tools/*.sh tests/harness/*.sh
 }
 
-bash tools/setup_env.sh
-export PATH="$PWD/.venv/bin:$PATH"
-
-if [ $# -gt 0 ]; then
-    exec python -m pytest -q "$@"
-else
+check_style() {
     ruff check .
     ruff format --check .
-    mypy far_scale tools
     check_shell_scripts
-    # Two test files at a time, each process on one thread: many tests wait for other processes, or for SLURM.
-    OMP_NUM_THREADS=1 exec python -m pytest -q -n 2 --dist loadfile
-fi
+}
+
+bash tools/setup_env.sh
+export PATH="$PWD/.venv/bin:$PATH"
+# Test files are spread over processes, each on one thread; three, since many tests wait for other processes or SLURM.
+in_parallel=(-n 3 --dist loadfile)
+
+case "${1-}" in
+    "")
+        check_style
+        mypy far_scale tools
+        OMP_NUM_THREADS=1 exec python -m pytest -q "${in_parallel[@]}"
+        ;;
+    --fast)
+        check_style
+        mypy far_scale tools &
+        types=$!
+        OMP_NUM_THREADS=1 python -m pytest -q "${in_parallel[@]}" -m "not slow" "${@:2}"
+        wait "$types"
+        ;;
+    *)
+        exec python -m pytest -q "$@"
+        ;;
+esac

@@ -1,7 +1,7 @@
 """The compact convolutional autoencoder: pixels [N, 3, H, W] to latents [N, C, H/8, W/8] and back.
 
-Each side is a linear map of 8x8 patches, started from their principal components, plus a small convolutional
-network that starts at zero and learns what the linear map leaves. So training begins at the best linear code.
+Encoder and decoder are each a linear map of 8x8 patches, initialised with their principal components, plus a small
+convolutional network that starts at zero and learns the residual. So training starts at the best linear code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CompactConfig:
         channels: latent channels C.
         width: features at a quarter of the resolution, a multiple of 8; at an eighth there are twice as many.
         encoder_depth: residual blocks at each of the encoder's two resolutions.
-        decoder_depth: the same of the decoder.
+        decoder_depth: the same for the decoder.
     """
 
     channels: int = 32
@@ -37,13 +37,13 @@ class CompactConfig:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside the identity, whose sum starts at zero."""
+    """A residual block of two 3x3 convolutions, initialised to the identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(_GROUPS, width)
         self.first = nn.Conv2d(width, width, 3, padding=1)
-        self.second = _zero(nn.Conv2d(width, width, 3, padding=1))
+        self.second = _zero_init(nn.Conv2d(width, width, 3, padding=1))
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [N, width, H, W] in and out."""
@@ -52,7 +52,7 @@ class ResidualBlock(nn.Module):
 
 
 class CompactAutoencoder(AutoencoderNetwork):
-    """The network; weights for it come from `far_scale.autoencoder.training` or a safetensors file."""
+    """The compact network; its weights come from `far_scale.autoencoder.training` or a safetensors file."""
 
     def __init__(self, config: CompactConfig) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class CompactAutoencoder(AutoencoderNetwork):
             *[ResidualBlock(coarse) for _ in range(config.encoder_depth)],
             nn.GroupNorm(_GROUPS, coarse),
             nn.SiLU(),
-            _zero(nn.Conv2d(coarse, config.channels, 3, padding=1)),
+            _zero_init(nn.Conv2d(coarse, config.channels, 3, padding=1)),
         )
         self.decoder = nn.Sequential(
             nn.Conv2d(config.channels, coarse, 3, padding=1),
@@ -80,7 +80,7 @@ class CompactAutoencoder(AutoencoderNetwork):
             *[ResidualBlock(fine) for _ in range(config.decoder_depth)],
             nn.GroupNorm(_GROUPS, fine),
             nn.SiLU(),
-            _zero(nn.Conv2d(fine, 3 * 4**2, 3, padding=1)),
+            _zero_init(nn.Conv2d(fine, 3 * 4**2, 3, padding=1)),
             nn.PixelShuffle(4),
         )
 
@@ -94,24 +94,24 @@ class CompactAutoencoder(AutoencoderNetwork):
         pixels: Tensor = self.patch_decoder(latents) + self.decoder(latents)
         return pixels
 
-    def card_config(self) -> dict[str, Any]:
+    def config_dict(self) -> dict[str, Any]:
         """The fields of `CompactConfig`."""
         return asdict(self.config)
 
     @property
     def last_layer(self) -> Tensor:
-        """The weights of the decoder's last convolution; beside it there is the linear map of the patches."""
+        """The weights of the decoder's last convolution, without the parallel linear map."""
         convolution = self.decoder[-2]
         assert isinstance(convolution, nn.Conv2d)
         return convolution.weight
 
     @torch.no_grad()
     def start_from_patches(self, pixels: Tensor) -> None:
-        """Set the linear maps to the principal components of the 8x8 patches of `pixels` [N, 3, H, W].
+        """Initialise the linear maps with the principal components of the 8x8 patches of `pixels` [N, 3, H, W].
 
-        With eigenvectors u_c and eigenvalues v_c of the patches' covariance, channel c becomes u_c . (patch - mean) /
-        sqrt(s_c s), where s_c = sqrt(v_c) is its deviation and s that of the first channel. So the channels'
-        deviations differ by the square root of what they would, and stay ordered as their share of the picture.
+        With eigenvectors u_c and eigenvalues v_c of the patches' covariance, channel c is u_c . (patch - mean) /
+        sqrt(s_c s_0), where s_c = sqrt(v_c) is its std. So the channels' stds are sqrt(s_c / s_0): less spread than
+        those of plain components, in the same order.
         """
         channels = self.patch_encoder.out_channels
         mean = pixels.mean((0, 2, 3))
@@ -119,7 +119,7 @@ class CompactAutoencoder(AutoencoderNetwork):
         rows = patches.transpose(1, 2).flatten(0, 1).double()
         values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))  # ascending
         values, vectors = values[-channels:].flip(0), vectors[:, -channels:].flip(1)
-        # An eigenvector's sign is free; this one does not depend on the linear algebra library.
+        # An eigenvector's sign is arbitrary; fix it independently of the linear algebra library.
         vectors = vectors * vectors.sum(0).sign().where(vectors.sum(0) != 0, 1.0)
         scale = (values.clamp_min(1e-8) * values[0].clamp_min(1e-8)) ** 0.25
         shape = self.patch_encoder.weight.shape
@@ -129,7 +129,7 @@ class CompactAutoencoder(AutoencoderNetwork):
         self.patch_decoder.load_state_dict({"weight": (vectors * scale).T.reshape(shape), "bias": mean})
 
 
-def _zero(convolution: nn.Conv2d) -> nn.Conv2d:
+def _zero_init(convolution: nn.Conv2d) -> nn.Conv2d:
     nn.init.zeros_(convolution.weight)
     if convolution.bias is not None:
         nn.init.zeros_(convolution.bias)

@@ -1,7 +1,7 @@
 """DC-AE, FAR's own autoencoder (Chen et al. 2024, arXiv 2410.10733), through diffusers' `AutoencoderDC`.
 
 The configurations are those of the official FAR code (showlab/FAR, options/model_cfg/dcae): the 8 times smaller latents
-of f8c32 for 64 px, f16c32 for 128 px and f32c32 for 256 px. Each has one stage more than the one before it.
+of f8c32 for 64 px, f16c32 for 128 px and f32c32 for 256 px. Each has one stage more than the previous one.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 from far_scale.autoencoder.network import AutoencoderNetwork
 from far_scale.utils.errors import UserError
 
-CLASS_NAME = "AutoencoderDC"  # in `_class_name` of a config, which is also what tells it from a compact one
-SCALING_FACTOR = 0.2889  # officially of all three, whatever they were trained on
+CLASS_NAME = "AutoencoderDC"  # `_class_name` in a config; compact configs have none
+SCALING_FACTOR = 0.2889  # the official factor of all three
 
 
-def _far_config(stages: int) -> dict[str, Any]:
-    """The configuration with so many of f32c32's six stages; each stage halves the picture, but for the first one.
+def _first_stages(stages: int) -> dict[str, Any]:
+    """The configuration with the first `stages` of f32c32's six stages; each but the first halves the resolution.
 
-    The first stage has no blocks: from pixels to the second stage's width it is one convolution.
+    The first stage has no blocks: one convolution maps pixels to the second stage's width.
     """
     blocks = ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock", "EfficientViTBlock"]
     widths = [128, 256, 512, 512, 1024, 1024]
@@ -43,18 +43,18 @@ def _far_config(stages: int) -> dict[str, Any]:
     return config
 
 
-PRESETS: dict[str, dict[str, Any]] = {"f8c32": _far_config(4), "f16c32": _far_config(5), "f32c32": _far_config(6)}
+PRESETS = {"f8c32": _first_stages(4), "f16c32": _first_stages(5), "f32c32": _first_stages(6)}
 """FAR's configurations: 128, 216 and 323 million parameters."""
 
 
 class DeepCompressionAutoencoder(AutoencoderNetwork):
-    """`AutoencoderDC` of a configuration, with the names of diffusers' (and the official code's) state dict."""
+    """diffusers' `AutoencoderDC`, with its (and the official code's) state dict names."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Build it, with fresh weights.
+        """Build the network with random weights.
 
         Args:
-            config: the arguments of `AutoencoderDC`; others are its defaults.
+            config: arguments of `AutoencoderDC`; missing ones take its defaults.
 
         Raises:
             UserError: diffusers is missing.
@@ -67,10 +67,11 @@ class DeepCompressionAutoencoder(AutoencoderNetwork):
             raise UserError(
                 f"DC-AE needs diffusers, which does not import here ({error}); pip install 'far_scale[dcae]'"
             ) from None
-        whole: Any = AutoencoderDC(**config)
-        self.encoder, self.decoder = whole.encoder, whole.decoder
-        self.latent_channels = int(whole.config.latent_channels)
-        self.downsample = int(whole.spatial_compression_ratio)
+        autoencoder_class: Any = AutoencoderDC  # untyped
+        model = autoencoder_class(**config)
+        self.encoder, self.decoder = model.encoder, model.decoder
+        self.latent_channels = int(model.config.latent_channels)
+        self.downsample = int(model.spatial_compression_ratio)
         self._config = dict(config)
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -83,8 +84,8 @@ class DeepCompressionAutoencoder(AutoencoderNetwork):
         pixels: Tensor = self.decoder(latents)
         return pixels
 
-    def card_config(self) -> dict[str, Any]:
-        """The configuration as diffusers writes it."""
+    def config_dict(self) -> dict[str, Any]:
+        """The configuration in the format of diffusers."""
         return {"_class_name": CLASS_NAME, **self._config}
 
     @property

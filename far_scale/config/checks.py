@@ -17,7 +17,7 @@ from far_scale.config.schema import (
     ValidationSection,
     shard_urls,
 )
-from far_scale.data.frame_counts import clip_tokens, fewest, most
+from far_scale.data.frame_counts import clip_tokens, max_frames, min_frames
 from far_scale.utils.errors import UserError
 from far_scale.utils.urls import is_remote
 
@@ -175,7 +175,7 @@ def _impossible_stage(sections: StageSections) -> Iterator[tuple[str, str]]:
         if patch and (height % patch or width % patch):
             patches_fit = False
             yield f"model.{name}", f"{patch} does not divide the latent's {height} x {width}; choose a divisor of both"
-    longest = most(data.frames)
+    longest = max_frames(data.frames)
     if longest > model.window and not model.context_patch:
         yield (
             key("data", "frames"),
@@ -194,7 +194,7 @@ def _impossible_stage(sections: StageSections) -> Iterator[tuple[str, str]]:
         if tokens > data.tokens_per_pack:
             yield (
                 key("data", "tokens_per_pack"),
-                f"a clip of {fewest(data.frames)} to {longest} frames may have {tokens} tokens, more than the "
+                f"a clip of {min_frames(data.frames)} to {longest} frames may have {tokens} tokens, more than the "
                 f"{data.tokens_per_pack} of a pack; raise it to {tokens} at least, or lower "
                 f"{key('data', 'frames')}",
             )
@@ -214,7 +214,7 @@ def _impossible_source(sections: StageSections) -> Iterator[tuple[str, str]]:
 
 
 def _impossible_sample(sample: SampleSection, model: ModelSection, data: DataSection) -> Iterator[tuple[str, str]]:
-    longest = most(data.frames)
+    longest = max_frames(data.frames)
     if sample.frames is None and sample.given >= longest:
         yield (
             "sample.given",

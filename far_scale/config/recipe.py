@@ -43,7 +43,7 @@ from far_scale.config.schema import (
     mixture_weights,
 )
 from far_scale.config.yaml_loader import read_document
-from far_scale.data.frame_counts import most
+from far_scale.data.frame_counts import max_frames
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write
 
@@ -123,7 +123,7 @@ class Recipe(Section):
 
     def sample_frames(self) -> int:
         """Frames to predict in evaluation, after the given ones."""
-        return self.sample.frames or most(self.data.frames) - self.sample.given
+        return self.sample.frames or max_frames(self.data.frames) - self.sample.given
 
     def held_out_shards(self) -> str | None:
         """Where the held-out shard set of validation lies; None without validation."""

@@ -17,7 +17,9 @@ from far_scale.utils.errors import UserError
 KeyPath = tuple[str, ...]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-"""The folder that the package lies in (a checkout; an editable install points there)."""
+"""The folder that the package lies in: a checkout (an editable install points there), or site-packages."""
+PACKAGE = Path(__file__).resolve().parents[1]
+"""The package; a wheel has a copy of recipes/ in it, see setup.py."""
 SHIPPED_RECIPES = CHECKOUT / "recipes"
 
 
@@ -82,7 +84,7 @@ def read_document(path_or_name: str | Path, overrides: Sequence[str] = (), kind:
 
 
 def find_recipe(path_or_name: str, folder: Path | None = None, kind: Kind = RECIPE) -> Path:
-    """The file of a recipe: a path, or a bare name looked up in `folder`, ./recipes and the shipped recipes.
+    """The file of a recipe: a path, or a name in `folder`, ./recipes, the checkout's recipes/ or the package's.
 
     Files of another kind are looked up in their own folder, such as recipes/protocols.
 
@@ -94,7 +96,7 @@ def find_recipe(path_or_name: str, folder: Path | None = None, kind: Kind = RECI
     direct = (folder or Path()) / path_or_name
     if direct.is_file():
         return direct
-    folders = [kind.folder, CHECKOUT / kind.folder]
+    folders = [kind.folder, CHECKOUT / kind.folder, PACKAGE / kind.folder]
     if folder is not None:
         folders.insert(0, folder)
     if os.sep not in path_or_name:
@@ -105,7 +107,8 @@ def find_recipe(path_or_name: str, folder: Path | None = None, kind: Kind = RECI
     known = sorted({file.stem for candidate in folders for file in candidate.glob("*.yaml")})
     near = difflib.get_close_matches(Path(path_or_name).stem, known, n=1, cutoff=0.0)
     hint = f"; nearest is {near[0]} (there are: {', '.join(known)})" if near else ""
-    raise UserError(f"{path_or_name}: there is no such {kind.name}, neither a file nor a name in {folders[-1]}{hint}")
+    shipped = next((candidate for candidate in folders[-2:] if candidate.is_dir()), folders[-2])
+    raise UserError(f"{path_or_name}: there is no such {kind.name}, neither a file nor a name in {shipped}{hint}")
 
 
 def _read_chain(path: Path, above: list[Path], kind: Kind) -> Document:

@@ -1,1 +1,1 @@
-"""Between checkpoints and model directories."""
+"""Conversion between model directories and official weights."""

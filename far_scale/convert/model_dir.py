@@ -1,8 +1,8 @@
 """Model directories: what is exported, loaded and sampled from.
 
-A folder with `config.json` (the model's shape, its card, and size and SHA-256 of the other files) and
-`model.safetensors`, or, above 5 GB, with `model-00001-of-0000N.safetensors` files and `model.safetensors.index.json`,
-laid out as Hugging Face libraries do.
+A folder with `config.json` (the model's shape, its metadata, and size and SHA-256 of the other files) and
+`model.safetensors`, or above 5 GB `model-00001-of-0000N.safetensors` files and `model.safetensors.index.json`, in the
+layout of Hugging Face libraries.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from far_scale.convert.fit import check_fit, empty_model
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.records import Digest, ModelWithClasses, Positive, StrictModel, first_problem
@@ -38,14 +37,15 @@ MAX_FILE_BYTES = 5 * 10**9
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-OWN_FILES = re.compile(r"config\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors")
+MODEL_FILES = re.compile(r"config\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors")
+MAX_NAMED = 3  # tensors that an error names of each kind; the others are counted
 
 
 class TrainingMetadata(StrictModel):
-    """Where the weights come from: the step, the recipe, which of the two sets, and the version that exported them.
+    """The origin of trained weights: step, recipe, EMA or model weights, and the version that exported them.
 
     Attributes:
-        checkpoint: what the exported checkpoint held (`checkpoint.fingerprint`); None of directories from before.
+        checkpoint: the exported checkpoint's content hash (`checkpoint.fingerprint`); None in older directories.
     """
 
     step: Annotated[int, Field(ge=0)]
@@ -56,14 +56,14 @@ class TrainingMetadata(StrictModel):
 
 
 class WeightsFile(StrictModel):
-    """Size and SHA-256 that a file of the weights was written with."""
+    """Size and SHA-256 of a weights file when it was written."""
 
     bytes: Annotated[int, Field(ge=0)]
     sha256: Digest
 
 
 class ImportMetadata(StrictModel):
-    """Where weights come from that were trained elsewhere: the file, its SHA-256, the version that imported it."""
+    """The origin of weights trained elsewhere: the file, its SHA-256, and the version that imported it."""
 
     imported_from: str
     sha256: Digest
@@ -71,22 +71,22 @@ class ImportMetadata(StrictModel):
 
 
 class WeightsMetadata(StrictModel):
-    """The card of weights of which nobody has told yet what latents they go with."""
+    """Metadata of imported weights without the latents they go with; these load, but cannot sample."""
 
     training: ImportMetadata
 
 
 class ModelMetadata(ModelWithClasses):
-    """What one has to know beside the model's shape to sample from its weights.
+    """What sampling needs beside the model's shape and weights.
 
     Attributes:
-        autoencoder: the one whose latents the model was trained on.
-        scaling: how those latents are brought to the model's scale.
+        autoencoder: the autoencoder of the training latents.
+        scaling: the map from those latents to the model's scale.
         latent_shape: (C, H, W) of a frame latent.
-        fps: frames a second of the videos trained on, or None where they differ.
-        frame_stride: the model was trained on every n-th frame of them.
-        classes: the names of the labels' classes, or None where they are not known.
-        training: where the weights come from, a run or an imported file.
+        fps: frames per second of the training videos, or None where they differ.
+        frame_stride: the model was trained on every n-th frame.
+        classes: class names of the labels, or None where unknown.
+        training: the origin of the weights, a run or an imported file.
     """
 
     autoencoder: AutoencoderInfo
@@ -104,25 +104,28 @@ class ModelMetadata(ModelWithClasses):
 
 
 def is_model_dir(folder: str | Path) -> bool:
-    """Whether `folder` is a model directory, with nothing else in it; its files may be damaged or missing."""
+    """Whether `folder` is a model directory and holds nothing else; its files may be damaged or missing."""
     try:
         text = (Path(folder) / CONFIG_FILE).read_text(errors="replace")
-        own = all(OWN_FILES.fullmatch(name) for name in os.listdir(folder))
+        only_model_files = all(MODEL_FILES.fullmatch(name) for name in os.listdir(folder))
     except OSError:
         return False
     try:
         config = parse_json(text)
-    except ValueError:  # cut off, but it begins as ours do
-        return own and re.match(rf'{{\s*"format": "{FORMAT}"', text) is not None
-    return own and isinstance(config, dict) and config.get("format") == FORMAT
+    except ValueError:  # truncated, but it begins like ours
+        return only_model_files and re.match(rf'{{\s*"format": "{FORMAT}"', text) is not None
+    return only_model_files and isinstance(config, dict) and config.get("format") == FORMAT
 
 
-def holds(folder: str | Path, config: FARConfig, card: ModelMetadata | WeightsMetadata) -> bool:
-    """Whether `folder` is a model directory of this shape and card, whose files are all as they were written."""
+def is_intact(folder: str | Path, config: FARConfig, metadata: ModelMetadata | WeightsMetadata) -> bool:
+    """Whether `folder` is a model directory of this shape and metadata, with all files as they were written."""
     if not is_model_dir(folder):
         return False
     try:
-        return read_any_config(folder) == (config, card) and _damage(Path(folder), _recorded_files(folder)) is None
+        return (
+            read_any_config(folder) == (config, metadata)
+            and _find_damage(Path(folder), _recorded_files(folder)) is None
+        )
     except UserError:
         return False
 
@@ -131,34 +134,34 @@ def save_model_dir(
     folder: str | Path,
     config: FARConfig,
     state: Mapping[str, Tensor],
-    card: ModelMetadata | WeightsMetadata,
+    metadata: ModelMetadata | WeightsMetadata,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write a model directory beside `folder`, then rename it; an older model directory there is replaced.
+    """Write a model directory atomically; an older model directory at `folder` is replaced.
 
     Args:
-        state: the tensors of FAR.state_dict(), kept in their dtype; checked against the model of `config`.
-        max_file_bytes: weights of more bytes than this are spread over several files.
+        state: `FAR.state_dict()`, kept in its dtypes; checked against the model of `config`.
+        max_file_bytes: larger weights are split into several files.
 
     Raises:
-        UserError: tensors that are not those of `config`, or something at `folder` that is no model directory.
+        UserError: tensors that do not fit `config`, or `folder` exists and is no model directory.
     """
-    folder = Path(os.path.realpath(folder))  # a link stays, and goes on to name the model
+    folder = Path(os.path.realpath(folder))  # a symlink stays and points to the new model
     _check_tensors(folder, empty_model(config), state)
     if os.path.lexists(folder) and not is_model_dir(folder) and not (folder.is_dir() and not os.listdir(folder)):
-        raise UserError(f"{folder}: is there already and is no mere model directory; name a folder that is not there")
+        raise UserError(f"{folder}: exists and is not only a model directory; name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    own_name = uuid.uuid4().hex[:12]
-    beside = folder.with_name(f".{folder.name}.{own_name}.part")
-    replaced = folder.with_name(f".{folder.name}.{own_name}.old.part")
+    unique = uuid.uuid4().hex[:12]
+    staged = folder.with_name(f".{folder.name}.{unique}.part")
+    replaced = folder.with_name(f".{folder.name}.{unique}.old.part")
     try:
-        beside.mkdir()
-        _write_weights(beside, state, max_file_bytes)
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(beside.iterdir())}
-        values = {"format": FORMAT, "model": config.to_dict(), **card.model_dump(mode="json"), "files": files}
-        (beside / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
-        _sync_files(beside)
-        _swap_in(beside, folder, replaced)
+        staged.mkdir()
+        _write_weights(staged, state, max_file_bytes)
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(staged.iterdir())}
+        values = {"format": FORMAT, "model": config.to_dict(), **metadata.model_dump(mode="json"), "files": files}
+        (staged / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
+        _sync_files(staged)
+        _replace_folder(staged, folder, replaced)
         sync_folder(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except (SafetensorError, OSError) as error:
@@ -166,21 +169,21 @@ def save_model_dir(
             os.replace(replaced, folder)
         raise UserError(f"{folder}: could not be written ({error}); free some space, or write elsewhere") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
 
 
-def _swap_in(beside: Path, folder: Path, replaced: Path) -> None:
-    """Give `beside` the name `folder`, and what has it the name `replaced`, also while others do the same."""
+def _replace_folder(staged: Path, folder: Path, replaced: Path) -> None:
+    """Rename `folder` to `replaced` and `staged` to `folder`, safe against concurrent exports."""
     while True:
-        # A folder cannot be renamed over a full one, so there is a moment without either.
+        # A folder cannot be renamed over a non-empty one, so for a moment `folder` does not exist.
         with contextlib.suppress(FileNotFoundError):
             os.replace(folder, replaced)
         try:
-            os.replace(beside, folder)
+            os.replace(staged, folder)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            shutil.rmtree(replaced, ignore_errors=True)  # another export was faster: replace its model
+            shutil.rmtree(replaced, ignore_errors=True)  # another export was faster: replace its result
         else:
             return
 
@@ -188,39 +191,38 @@ def _swap_in(beside: Path, folder: Path, replaced: Path) -> None:
 def load_model_dir(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[FAR, ModelMetadata]:
-    """The model of a model directory, in evaluation mode, and its card.
+    """Load a model in evaluation mode, with its metadata.
 
     Args:
-        dtype: of the weights; that of the file unless given.
+        dtype: of the weights; default: as stored.
 
     Raises:
-        UserError: no such folder, a config.json that is not valid or lacks what sampling needs, or weights that are
+        UserError: no such folder, a config.json that is invalid or lacks what sampling needs, or weights that are
             unreadable, missing, unexpected, of another shape (named) or not those that config.json was written with.
     """
-    config, card = read_config(folder)
-    return _load(Path(folder), config, device, dtype), card
+    config, metadata = read_config(folder)
+    return _load(Path(folder), config, device, dtype), metadata
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> FAR:
-    """The model alone, also of a directory that does not tell what latents it goes with; otherwise as
-    `load_model_dir`."""
+    """As `load_model_dir`, without the metadata; also loads a directory of imported weights only."""
     return _load(Path(folder), read_any_config(folder)[0], device, dtype)
 
 
 def read_config(folder: str | Path) -> tuple[FARConfig, ModelMetadata]:
-    """The model's shape and card from a model directory's config.json; errors as `load_model_dir`."""
-    config, card = read_any_config(folder)
-    if isinstance(card, WeightsMetadata):
+    """Read the model's shape and metadata from config.json; errors as `load_model_dir`."""
+    config, metadata = read_any_config(folder)
+    if isinstance(metadata, WeightsMetadata):
         raise UserError(
             f"{Path(folder) / CONFIG_FILE}: autoencoder, scaling and latent_shape are not set; run "
-            f"tools/import_checkpoint.py on {card.training.imported_from} again with --shards, a shard set of the "
-            "latents that the model takes"
+            f"tools/import_checkpoint.py on {metadata.training.imported_from} again with --shards, a shard set of the "
+            "model's latents"
         )
-    return config, card
+    return config, metadata
 
 
 def read_any_config(folder: str | Path) -> tuple[FARConfig, ModelMetadata | WeightsMetadata]:
-    """As `read_config`, also of a directory that holds imported weights alone."""
+    """As `read_config`, also for a directory of imported weights only."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no model directory here; tools/export_checkpoint.py makes one")
@@ -233,38 +235,38 @@ def read_any_config(folder: str | Path) -> tuple[FARConfig, ModelMetadata | Weig
     kind = WeightsMetadata if rest.keys() == WeightsMetadata.model_fields.keys() else ModelMetadata
     try:
         config = FARConfig.from_dict(values.get("model", {}))
-        card = kind.model_validate_json(json.dumps(rest))  # from JSON, where a list may be a tuple
+        metadata = kind.model_validate_json(json.dumps(rest))  # from JSON, where a list may be a tuple
     except ValidationError as error:
         raise UserError(f"{path}: {first_problem(error)}; export the model again") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: model: {error}; export the model again") from None
-    if isinstance(card, ModelMetadata) and card.latent_shape[0] != config.channels:
+    if isinstance(metadata, ModelMetadata) and metadata.latent_shape[0] != config.channels:
         raise UserError(
-            f"{path}: latent_shape has {card.latent_shape[0]} channels and model.channels is {config.channels}; "
+            f"{path}: latent_shape has {metadata.latent_shape[0]} channels and model.channels is {config.channels}; "
             "export the model again"
         )
-    return config, card
+    return config, metadata
 
 
 def _load(folder: Path, config: FARConfig, device: str | torch.device, dtype: torch.dtype | None) -> FAR:
-    # A copy of each: tensors that lie in the mapped file are not aligned as kernels like it, and round differently.
+    # Copies: tensors in the memory-mapped file are not aligned as kernels expect, and then round differently.
     state = {
         name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in _read_weights(folder, device).items()
     }
     model = empty_model(config)
     _check_tensors(folder, model, state)
     files = _recorded_files(folder)
-    if files is not None and (problem := _damage(folder, files)) is not None:
+    if files is not None and (problem := _find_damage(folder, files)) is not None:
         raise UserError(
-            f"{problem}; copy or export the model again, or, where its weights were changed on purpose, take files out "
-            f"of {CONFIG_FILE}"
+            f"{problem}; copy or export the model again, or, if its weights were changed on purpose, remove "
+            f"the key files from {CONFIG_FILE}"
         )
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
 def _recorded_files(folder: str | Path) -> dict[str, WeightsFile] | None:
-    """The files of weights that config.json names; None of a directory from before it did, or made by others."""
+    """The weights files listed in config.json; None where it has no list (older or foreign directories)."""
     path = Path(folder) / CONFIG_FILE
     files = read_json(path, "model directory's config.json").get("files")
     if files is None:
@@ -275,20 +277,20 @@ def _recorded_files(folder: str | Path) -> dict[str, WeightsFile] | None:
         raise UserError(f"{path}: files: {first_problem(error)}; export the model again") from None
 
 
-def _damage(folder: Path, files: Mapping[str, WeightsFile] | None) -> str | None:
-    """In which file the folder differs from what config.json says of it, in one line; None where in none."""
+def _find_damage(folder: Path, files: Mapping[str, WeightsFile] | None) -> str | None:
+    """The first file that differs from its record in config.json, as one line; None where all agree."""
     if files is None:
-        return f"{folder / CONFIG_FILE}: does not say what the files of weights are"
-    there = {path.name for path in folder.iterdir() if OWN_FILES.fullmatch(path.name)} - {CONFIG_FILE}
-    for name in sorted(there | files.keys()):
+        return f"{folder / CONFIG_FILE}: does not list the weights files"
+    present = {path.name for path in folder.iterdir() if MODEL_FILES.fullmatch(path.name)} - {CONFIG_FILE}
+    for name in sorted(present | files.keys()):
         path = folder / name
         if name not in files:
             return f"{path}: this file is not named in {CONFIG_FILE}"
-        if name not in there:
-            return f"{path}: this file of weights is missing"
+        if name not in present:
+            return f"{path}: this weights file is missing"
         size, expected = path.stat().st_size, files[name].bytes
         if size != expected:
-            return f"{path}: has {size} bytes, was written with {expected}"
+            return f"{path}: has {size} bytes, but was written with {expected}"
         if sha256(path) != files[name].sha256:
             return f"{path}: does not have the SHA-256 that it was written with"
     return None
@@ -296,11 +298,11 @@ def _damage(folder: Path, files: Mapping[str, WeightsFile] | None) -> str | None
 
 def _check_tensors(folder: Path, model: FAR, state: Mapping[str, Tensor]) -> None:
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    check_fit(f"{folder}: the model", expected, state, "config.json and weights do not fit together")
+    check_state_dict(f"{folder}: the model", expected, state, "config.json and weights do not fit together")
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor], max_file_bytes: int) -> None:
-    """One file, or several of at most `max_file_bytes` (a tensor is never cut) and their index."""
+    """Write one file, or several of at most `max_file_bytes` (a tensor is never split) and their index."""
     files: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in state.items():
@@ -322,7 +324,7 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], max_file_bytes: in
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Hugging Face's loaders look for `{"format": "pt"}`; safetensors refuses views, so they are cloned."""
+    # Hugging Face's loaders look for {"format": "pt"}. Clones, because safetensors refuses views.
     dense = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     save_tensors(dense, path, metadata={"format": "pt"})
 
@@ -347,9 +349,47 @@ def _read_weights(folder: Path, device: str | torch.device) -> dict[str, Tensor]
     for name in names:
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{path}: this file of weights is missing; copy or export the model again")
+            raise UserError(f"{path}: this weights file is missing; copy or export the model again")
         try:
             state.update(load_file(path, device=str(device)))
         except SafetensorError as error:
-            raise UserError(f"{path}: is no whole safetensors file ({error}); copy or export the model again") from None
+            raise UserError(
+                f"{path}: is not a complete safetensors file ({error}); copy or export the model again"
+            ) from None
     return state
+
+
+def empty_model(config: FARConfig) -> FAR:
+    """The model on the meta device: names and shapes without memory, or for weights that are assigned later."""
+    with torch.device("meta"):
+        return FAR(config)
+
+
+def check_state_dict(source: str, expected: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], fix: str) -> None:
+    """Check that `state` holds exactly the tensors of `expected`, by name and shape.
+
+    Args:
+        source: what holds the tensors, for the error.
+        expected: names and shapes.
+        fix: what to do about it, for the error.
+
+    Raises:
+        UserError: tensors are missing, unexpected or of another shape.
+    """
+    kinds = {
+        "misses": [name for name in expected if name not in state],
+        "has unexpected": [name for name in state if name not in expected],
+        "has in another shape": [
+            f"{name} ({list(state[name].shape)} instead of {list(shape)})"
+            for name, shape in expected.items()
+            if name in state and list(state[name].shape) != list(shape)
+        ],
+    }
+    problems = [
+        f"{kind} tensors: {', '.join(names[:MAX_NAMED])}"
+        + (f" and {len(names) - MAX_NAMED} more" if names[MAX_NAMED:] else "")
+        for kind, names in kinds.items()
+        if names
+    ]
+    if problems:
+        raise UserError(f"{source} {'; '.join(problems)}; {fix}")

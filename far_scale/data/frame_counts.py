@@ -1,4 +1,4 @@
-"""How many frames a clip has (a number, a range or a distribution), and how many tokens that many frames are."""
+"""The frame count of a clip (a number, a range or a distribution), and its token count."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _parse(value: Any) -> Any:
-    """`value` as an int, a (low, high) pair, or {length: weight}; keys may be text, as YAML and JSON give them."""
+    """`value` as an int, a (low, high) pair, or {length: weight}; keys may be text, as in JSON."""
     if type(value) is int and value >= 1:
         return value
     if isinstance(value, list | tuple) and len(value) == 2 and all(type(n) is int and n >= 1 for n in value):
@@ -26,8 +26,8 @@ def _parse(value: Any) -> Any:
     if isinstance(value, dict) and value:
         lengths = {int(key) if isinstance(key, str) and key.isdecimal() else key: v for key, v in value.items()}
         weights = lengths.values()
-        known = all(type(length) is int and length >= 1 for length in lengths)
-        if known and all(type(w) in (int, float) and w > 0 and math.isfinite(w) for w in weights):
+        has_valid_lengths = all(type(length) is int and length >= 1 for length in lengths)
+        if has_valid_lengths and all(type(w) in (int, float) and w > 0 and math.isfinite(w) for w in weights):
             return {length: float(lengths[length]) for length in sorted(lengths)}
     raise PydanticCustomError(
         "frames",
@@ -36,21 +36,21 @@ def _parse(value: Any) -> Any:
 
 
 FrameCounts = Annotated[int | tuple[int, int] | dict[int, float], BeforeValidator(_parse)]
-"""A clip's frames: always as many, or drawn evenly from a range (both ends included), or by weights."""
+"""A clip's frames: a fixed number, or uniform on a range (both ends included), or drawn by weights."""
 
 
-def fewest(frames: FrameCounts) -> int:
+def min_frames(frames: FrameCounts) -> int:
     """The fewest frames that can be drawn."""
     return frames if isinstance(frames, int) else min(frames)
 
 
-def most(frames: FrameCounts) -> int:
+def max_frames(frames: FrameCounts) -> int:
     """The most frames that can be drawn."""
     return frames if isinstance(frames, int) else max(frames)
 
 
 def draw_frames(frames: FrameCounts, generator: Generator) -> int:
-    """One draw; a plain number takes nothing from `generator`."""
+    """Draw a frame count; a fixed number takes nothing from `generator`."""
     if isinstance(frames, int):
         return frames
     if isinstance(frames, tuple):
@@ -60,9 +60,9 @@ def draw_frames(frames: FrameCounts, generator: Generator) -> int:
 
 
 def clip_tokens(frames: int, window: int, patch: int, context_patch: int, height: int, width: int) -> int:
-    """Tokens of a clip: its last `window` frames in patches of `patch`, the ones before in patches of `context_patch`.
+    """Tokens of a clip: the last `window` frames in patches of `patch`, earlier ones in patches of `context_patch`.
 
-    `height` and `width` are the latent's; without context (`context_patch` 0) all frames must lie in the window.
+    `height` and `width` are the latent's; without context (`context_patch` 0) all frames must be in the window.
     """
     tokens = min(frames, window) * (height // patch) * (width // patch)
     if frames > window:

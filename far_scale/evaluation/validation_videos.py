@@ -19,11 +19,10 @@ from torch import Tensor
 
 import far_scale
 from far_scale.autoencoder import Autoencoder
-from far_scale.autoencoder.lpips_network import SMALLEST
+from far_scale.autoencoder.lpips_network import MIN_SIZE
 from far_scale.config.recipe import Recipe
 from far_scale.config.schema import SampleSection
-from far_scale.convert.fit import empty_model
-from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata
+from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, empty_model
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import Processes, all_gather_objects, all_ranks_or_raise
@@ -204,8 +203,8 @@ class VideoSampler:
     def _load_lpips(self, downsample: int) -> str | None:
         """Load the network; why there is none."""
         _, height, width = self._card.latent_shape
-        if min(height, width) * downsample < SMALLEST["alex"]:
-            return f"no LPIPS: it needs frames of at least {SMALLEST['alex']} pixels"
+        if min(height, width) * downsample < MIN_SIZE["alex"]:
+            return f"no LPIPS: it needs frames of at least {MIN_SIZE['alex']} pixels"
         try:
             self._lpips = load_lpips("alex", self._processes.device)
         except UserError as error:

@@ -30,9 +30,9 @@ class StageCosts:
     @staticmethod
     def of(stage: Stage, shard_set: ShardSet | Mixture, seed: int) -> StageCosts:
         """Draw some hundred packs, as training will, without reading them."""
-        lanes = stage.packing(seed).clip_lanes(shard_set, range(min(stage.data.lanes, _PACKS)))
+        lanes = stage.packing(seed).make_lanes(shard_set, range(min(stage.data.lanes, _PACKS)))
         rounds = -(-_PACKS // len(lanes))
-        drawn = [lane.next_pack() for _ in range(rounds) for lane in lanes.values()]
+        drawn = [next(lane) for _ in range(rounds) for lane in lanes.values()]
         return StageCosts(stage, [stage.layout(tuple(clip.frames for clip in pack)) for pack in drawn])
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from far_scale.config.recipe import Recipe
 from far_scale.config.schema import DataSection, ModelSection
 from far_scale.data.frame_counts import clip_tokens
-from far_scale.data.loader.filling import PackingConfig
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.model import FARConfig
 from far_scale.model.layout import FrameLayout
 

@@ -1,9 +1,8 @@
-"""The way of packs to the device: noise drawn and tensors copied one step ahead, beside the step that is computed."""
+"""Packs on their way to the device: noise is drawn and tensors are copied one step ahead, during the current step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from far_scale.config.schema import ObjectiveSection
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.model import FARConfig
 from far_scale.train.flow_matching import NoisyPack, add_noise
+from far_scale.utils.look_ahead import LookAhead
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Batch:
 
     Attributes:
         packs: as they were read, in host memory.
-        noisy: what becomes of each, on the device.
+        noisy: the same packs with noise, on the device.
     """
 
     packs: list[Pack]
@@ -28,10 +28,10 @@ class Batch:
 
 
 class DevicePrefetch:
-    """Iterating yields, for every list of packs, the `Batch` made of it.
+    """Iterates over `packs`, each item the packs of a step; yields the `Batch` of each step.
 
-    A thread makes the next one while the caller computes; on a GPU it copies from pinned memory on a stream of its
-    own, for which the caller's stream, not the host, waits. What goes wrong there is raised by `next`.
+    A thread makes the next one while the caller computes; on a GPU it copies from pinned memory on a separate stream,
+    and the caller's stream waits for the copy, not the host. Errors of the thread are raised by `next`.
     """
 
     def __init__(
@@ -42,37 +42,38 @@ class DevicePrefetch:
         seed: int,
         device: torch.device,
     ) -> None:
-        self._packs, self._objective, self._config, self._seed, self._device = packs, objective, config, seed, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
-        self._next: Future[tuple[Batch, torch.cuda.Event | None]] = self._thread.submit(self._make)
+        self._objective, self._config, self._seed, self._device = objective, config, seed, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._batches = LookAhead(map(self._make_batch, packs), name="device-prefetch")
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        batch, copied = self._next.result()
-        self._next = self._thread.submit(self._make)
+        batch, copied = next(self._batches)
         if copied is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(copied)
             for tensor in (tensor for noisy in batch.noisy for tensor in noisy.tensors()):
-                tensor.record_stream(stream)  # or their memory could be given away while the step still reads it
+                tensor.record_stream(stream)  # or their memory could be reused while the step still reads it
         return batch
+
+    def close(self) -> None:
+        """Drop the next batch; returns when the thread has ended, for which `packs` must not block."""
+        self._batches.close()
 
     def __enter__(self) -> DevicePrefetch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self.close()
 
-    def _make(self) -> tuple[Batch, torch.cuda.Event | None]:
-        packs = next(self._packs)
+    def _make_batch(self, packs: list[Pack]) -> tuple[Batch, torch.cuda.Event | None]:
         noisy = [add_noise(pack, self._objective, self._config, self._seed) for pack in packs]
         if self._stream is None:
             return Batch(packs, [pack.to(self._device) for pack in noisy]), None
         with torch.cuda.stream(self._stream):
             batch = Batch(packs, [pack.pin().to(self._device) for pack in noisy])
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(self._stream)
         return batch, copied

@@ -12,7 +12,7 @@ import torch
 
 from far_scale.config.recipe import Recipe
 from far_scale.config.schema import ObjectiveSection, ValidationSection
-from far_scale.data.frame_counts import most
+from far_scale.data.frame_counts import max_frames
 from far_scale.data.loader.mixture import MixtureManifest, check_classes
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.data.loader.scaling import LatentScaling
@@ -103,7 +103,7 @@ class HeldOut:
         return [self._pack(stage, number, places[number * size : (number + 1) * size]) for number in numbers]
 
     def _pack(self, stage: Stage, number: int, places: list[tuple[int, int]]) -> Pack:
-        stride, longest, manifest = stage.data.frame_stride, most(stage.data.frames), self.shards.manifest
+        stride, longest, manifest = stage.data.frame_stride, max_frames(stage.data.frames), self.shards.manifest
         frames = [min(longest, -(-self.shards.frames_of(*place) // stride)) for place in places]
         samples = [
             self.shards.read(*place, frames=count, stride=stride) for place, count in zip(places, frames, strict=True)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from far_scale.config.recipe import Recipe
 from far_scale.config.schema import DataSection, mixture_weights
-from far_scale.data.loader.lane_change import Left, change_lanes, go_on
+from far_scale.data.loader.lane_change import UnreadSamples, change_lanes, continue_lanes
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.train.curriculum import Stage, stage_of, stages
@@ -26,7 +26,7 @@ class ResumedLanes(NamedTuple):
 
     Attributes:
         states: of all lanes.
-        beginnings: as in `Dealing`.
+        beginnings: as in `PackingConfig`.
         change: of their number, or from packs of so many clips to packs of so many tokens or back, in words that begin
             with data.lanes; None without one.
     """
@@ -64,7 +64,7 @@ def resume_lanes(
     if lanes_before == recipe.data.lanes and not filled_otherwise:
         if over or not beginnings:
             return ResumedLanes(states)
-        kept = go_on(replace(stage.packing(recipe.seed), beginnings=beginnings), sources[stage.index], states)
+        kept = continue_lanes(replace(stage.packing(recipe.seed), beginnings=beginnings), sources[stage.index], states)
         return ResumedLanes(kept.states, kept.packing.beginnings)
     recipe_before = _recipe_of(where, state)
     before = stages(recipe_before)[stage.index]
@@ -75,7 +75,7 @@ def resume_lanes(
     packing_before = replace(before.packing(recipe_before.seed), beginnings=beginnings)
     weights = None if isinstance(before.data.shards, str) else mixture_weights(before.data.shards)
     going = change_lanes(packing_before, stage.packing(recipe.seed), sources[stage.index], states, weights)
-    return ResumedLanes(going.states, going.packing.beginnings, f"{key}{_words(going.left)})")
+    return ResumedLanes(going.states, going.packing.beginnings, f"{key}{_words(going.unread)})")
 
 
 def _recipe_of(where: Path, state: Mapping[str, Any]) -> Recipe:
@@ -101,10 +101,10 @@ def _batch(data: DataSection) -> tuple[int, str]:
     return data.lanes, f"packs of at most {data.tokens_per_pack} tokens"
 
 
-def _words(left: Sequence[Left]) -> str:
+def _words(left: Sequence[UnreadSamples]) -> str:
     """What is left of the epochs begun, and comes first."""
-    if not any(each.rest for each in left):
+    if not any(each.remaining for each in left):
         return "no epoch begun has anything left"
-    counts = [f"{each.rest} of {each.samples}" if each.rest <= each.samples else f"{each.rest}" for each in left]
+    counts = [f"{each.remaining}" + (f" of {each.samples}" if each.remaining <= each.samples else "") for each in left]
     whose = f"epoch {left[0].epoch}" if len(left) == 1 else "the sets' epochs"
     return f"the rest of {whose}, {' and '.join(counts)} samples, is read first: nothing is trained twice"

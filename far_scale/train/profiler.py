@@ -1,4 +1,4 @@
-"""`--profile`: what chosen steps of a run do, as a trace and, on a GPU, a memory snapshot (docs/performance.md)."""
+"""`--profile`: what chosen steps of a run do, as a trace and, on a GPU, a memory snapshot (docs/kernels.md)."""
 
 from __future__ import annotations
 

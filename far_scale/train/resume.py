@@ -48,7 +48,7 @@ class Position:
         step: steps done.
         lanes: the lanes' states after them; None where each lane begins.
         guard: the guard's state after them, or None.
-        beginnings: how the lanes began after their number had changed in this stage, as in `Dealing`.
+        beginnings: how the lanes began after their number had changed in this stage, as in `PackingConfig`.
         lanes_changed: whether it changes now, or how the lanes' packs are filled.
     """
 

@@ -32,8 +32,8 @@ def shipped() -> autoencoders.Autoencoder:
 
 
 @pytest.fixture(scope="module")
-def card() -> dict:
-    return json.loads((autoencoders.WEIGHTS / f"{NAME}.json").read_text())
+def metadata() -> dict:
+    return json.loads((autoencoders.SHIPPED_WEIGHTS / f"{NAME}.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -52,27 +52,33 @@ def test_shipped_weights_reconstruct_unseen_episodes(shipped: autoencoders.Autoe
     assert of_the_mean == pytest.approx(psnr(shipped, part), abs=1.5)
 
 
-def test_shipped_decoder_bears_small_errors(shipped: autoencoders.Autoencoder, frames: Tensor, card: dict) -> None:
+def test_shipped_decoder_is_robust_to_small_errors(
+    shipped: autoencoders.Autoencoder, frames: Tensor, metadata: dict
+) -> None:
     latents = shipped.encode(to_pixels(frames[::8]))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    noisy = latents + 0.1 * torch.tensor(card["channel_std"])[:, None, None] * noise
+    noisy = latents + 0.1 * torch.tensor(metadata["channel_std"])[:, None, None] * noise
     assert 10 * torch.log10(4 / (shipped.decode(noisy) - to_pixels(frames[::8])).square().mean()) > 29
 
 
-def test_card_tells_the_truth(shipped: autoencoders.Autoencoder, frames: Tensor, card: dict, tmp_path: Path) -> None:
-    path = autoencoders.WEIGHTS / f"{NAME}.safetensors"
-    assert shipped.weight_hash == card["weights_sha256"] == sha256(path)
-    assert path.stat().st_size < 5e6 and card["weights_dtype"] == "float16"
-    assert card["psnr_db"] == pytest.approx(psnr(shipped, frames), abs=1.0)
+def test_metadata_matches_the_weights(
+    shipped: autoencoders.Autoencoder, frames: Tensor, metadata: dict, tmp_path: Path
+) -> None:
+    path = autoencoders.SHIPPED_WEIGHTS / f"{NAME}.safetensors"
+    assert shipped.weight_hash == metadata["weights_sha256"] == sha256(path)
+    assert path.stat().st_size < 5e6 and metadata["weights_dtype"] == "float16"
+    assert metadata["psnr_db"] == pytest.approx(psnr(shipped, frames), abs=1.0)
     latents = shipped.encode(to_pixels(frames))
     assert shipped.scaling_factor * latents.std().item() == pytest.approx(1, abs=0.1)
-    torch.testing.assert_close(latents.std((0, 2, 3)), torch.tensor(card["channel_std"]), rtol=0.3, atol=0)
-    off = (latents.mean((0, 2, 3)) - torch.tensor(card["channel_mean"])) / torch.tensor(card["channel_std"])
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.tensor(metadata["channel_std"]), rtol=0.3, atol=0)
+    off = (latents.mean((0, 2, 3)) - torch.tensor(metadata["channel_mean"])) / torch.tensor(metadata["channel_std"])
     assert off.abs().max() < 0.4  # four mazes are not ninety-six
-    write_json(tmp_path / "recipe.yaml", card["recipe"])  # JSON is YAML, and keys of later versions have their defaults
+    write_json(
+        tmp_path / "recipe.yaml", metadata["recipe"]
+    )  # JSON is YAML, and keys of later versions have their defaults
     assert load_autoencoder_recipe(tmp_path / "recipe.yaml") == load_autoencoder_recipe(RECIPE)
-    assert f"--out {autoencoders.WEIGHTS.relative_to(ROOT)}" in card["command"]
-    for seeds in (card["recipe"]["data"]["train_seeds"], card["recipe"]["data"]["heldout_seeds"]):
+    assert f"--out {autoencoders.SHIPPED_WEIGHTS.relative_to(ROOT)}" in metadata["command"]
+    for seeds in (metadata["recipe"]["data"]["train_seeds"], metadata["recipe"]["data"]["heldout_seeds"]):
         assert not set(range(*seeds)) & set(DEMO_SEEDS)
 
 
@@ -115,7 +121,7 @@ def test_starts_at_the_best_linear_code(frames: Tensor) -> None:
 
 
 def test_wrong_weights_are_refused_in_one_line(tmp_path: Path) -> None:
-    whole, card = (autoencoders.WEIGHTS / f"{NAME}{suffix}" for suffix in (".safetensors", ".json"))
+    whole, metadata = (autoencoders.SHIPPED_WEIGHTS / f"{NAME}{suffix}" for suffix in (".safetensors", ".json"))
 
     def refused(content: bytes, card_text: str | None, said: str) -> None:
         path = tmp_path / "mine.safetensors"
@@ -127,16 +133,16 @@ def test_wrong_weights_are_refused_in_one_line(tmp_path: Path) -> None:
             autoencoders.load(path)
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
-    refused(whole.read_bytes(), None, "there is no card")
+    refused(whole.read_bytes(), None, "there is no metadata")
     refused(whole.read_bytes(), "{", "not readable JSON")
-    refused(whole.read_bytes(), "[]", "not a card")
-    refused(whole.read_bytes(), '{"name": "mine"}', "not a card")
-    other = json.loads(card.read_text())
+    refused(whole.read_bytes(), "[]", "not metadata")
+    refused(whole.read_bytes(), '{"name": "mine"}', "not metadata")
+    other = json.loads(metadata.read_text())
     other["config"]["width"] = 32
     refused(whole.read_bytes(), json.dumps(other), "of another autoencoder")
-    refused(whole.read_bytes()[:5000], card.read_text(), "weights are broken")
-    refused(b"text", card.read_text(), "weights are broken")
-    with pytest.raises(UserError, match=f"compact-vizdom: there is none of this name; shipped: {NAME}"):
+    refused(whole.read_bytes()[:5000], metadata.read_text(), "weights are broken")
+    refused(b"text", metadata.read_text(), "weights are broken")
+    with pytest.raises(UserError, match=f"compact-vizdom: no such name; shipped: {NAME}"):
         autoencoders.load("compact-vizdom")
     with pytest.raises(UserError, match=r"mine.safetensors: there is no such file"):
         autoencoders.load("mine.safetensors")
@@ -144,8 +150,8 @@ def test_wrong_weights_are_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_a_file_of_ones_own_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for suffix in (".safetensors", ".json"):
-        shutil.copy(autoencoders.WEIGHTS / f"{NAME}{suffix}", tmp_path / f"mine{suffix}")
-    with pytest.raises(UserError, match=f"mine: there is none of this name; shipped: {NAME};.*FAR_SCALE_AUTOENCODERS"):
+        shutil.copy(autoencoders.SHIPPED_WEIGHTS / f"{NAME}{suffix}", tmp_path / f"mine{suffix}")
+    with pytest.raises(UserError, match=f"mine: no such name; shipped: {NAME}; .*FAR_SCALE_AUTOENCODERS"):
         autoencoders.load("mine")
     monkeypatch.setenv("FAR_SCALE_AUTOENCODERS", str(tmp_path))
     assert autoencoders.load("mine").weight_hash == autoencoders.load(NAME).weight_hash
@@ -154,7 +160,7 @@ def test_a_file_of_ones_own_is_loaded_by_its_name(tmp_path: Path, monkeypatch: p
 def test_without_diffusers_a_dc_ae_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     (tmp_path / "mine.safetensors").touch()
-    card = {"name": "mine", "scaling_factor": 1.0, "config": {"_class_name": "AutoencoderDC"}}
-    (tmp_path / "mine.json").write_text(json.dumps(card))
+    metadata = {"name": "mine", "scaling_factor": 1.0, "config": {"_class_name": "AutoencoderDC"}}
+    (tmp_path / "mine.json").write_text(json.dumps(metadata))
     with pytest.raises(UserError, match=r"mine.json: DC-AE needs diffusers.*pip install 'far_scale\[dcae\]'"):
         autoencoders.load(tmp_path / "mine.safetensors")

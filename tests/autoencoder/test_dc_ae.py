@@ -21,7 +21,8 @@ from far_scale.convert.dc_ae import import_autoencoder
 from far_scale.data.encode.plan import encode_videos
 from far_scale.data.shards.inspect import matching_autoencoder
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.video.videos import find_videos, read_video
+from far_scale.data.video.find import find_videos
+from far_scale.data.video.videos import read_video
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256, write_json
 
@@ -102,7 +103,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_have_the_official_state_dicts(preset: str) -> None:
     with torch.device("meta"):
-        network = autoencoders.network_of({"_class_name": CLASS_NAME, **PRESETS[preset]})
+        network = autoencoders.build_network({"_class_name": CLASS_NAME, **PRESETS[preset]})
     lines = [f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in sorted(network.state_dict().items())]
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == OFFICIAL_STATE_DICTS[preset]
     assert (network.downsample, network.latent_channels) == (DOWNSAMPLE[preset], 32)
@@ -111,7 +112,7 @@ def test_presets_have_the_official_state_dicts(preset: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_each_preset_computes_what_diffusers_does(preset: str, pixels: Tensor) -> None:
     model = theirs(preset, pixels)
-    network = autoencoders.network_of({"_class_name": CLASS_NAME, **narrow(preset)})
+    network = autoencoders.build_network({"_class_name": CLASS_NAME, **narrow(preset)})
     network.load_state_dict(model.state_dict())
     autoencoder = autoencoders.Autoencoder("narrow", "", 1.0, network, torch.device("cpu"))
     side = 64 // DOWNSAMPLE[preset]
@@ -123,15 +124,15 @@ def test_each_preset_computes_what_diffusers_does(preset: str, pixels: Tensor) -
 
 def test_the_last_layer_is_where_the_pixels_come_out(pixels: Tensor) -> None:
     for config in ({"_class_name": CLASS_NAME, **narrow("f8c32")}, {"channels": 8, "width": 16}):
-        network = autoencoders.network_of(config)
+        network = autoencoders.build_network(config)
         loss = network.decode(network.encode(pixels)).square().mean()
         (gradient,) = torch.autograd.grad(loss, network.last_layer)
         assert gradient.abs().max() > 0
-        again = autoencoders.network_of(json.loads(json.dumps(network.card_config())))
+        again = autoencoders.build_network(json.loads(json.dumps(network.config_dict())))
         assert again.load_state_dict(network.state_dict())
 
 
-def test_a_folder_of_diffusers_is_loaded_by_path_and_name(
+def test_a_diffusers_folder_is_loaded_by_path_and_name(
     folder: Path, model: Any, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_path = autoencoders.load(folder)
@@ -156,9 +157,9 @@ def test_official_weights_are_imported_bit_for_bit(
     imported = autoencoders.load(out)
     expect_same(imported, model, pixels)
     assert (imported.name, imported.scaling_factor) == ("dcae-test-64-f8c32", SCALING_FACTOR)
-    card = json.loads(out.with_suffix(".json").read_text())
-    assert card["weights_sha256"] == imported.weight_hash == sha256(out)
-    assert (card["imported_from"], card["imported_sha256"]) == ("DCAE_Res64.pth", sha256(official))
+    metadata = json.loads(out.with_suffix(".json").read_text())
+    assert metadata["weights_sha256"] == imported.weight_hash == sha256(out)
+    assert (metadata["imported_from"], metadata["imported_sha256"]) == ("DCAE_Res64.pth", sha256(official))
 
 
 def test_a_shard_set_finds_its_imported_autoencoder_by_name(
@@ -187,7 +188,7 @@ def test_bf16_is_close_to_fp32(kind: str, folder: Path, pixels: Tensor) -> None:
     assert (decoded - exact.decode(latents)).square().mean().sqrt() < 0.02
 
 
-def test_folders_that_are_none_are_refused_in_one_line(folder: Path) -> None:
+def test_invalid_folders_are_refused_in_one_line(folder: Path) -> None:
     config_file, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
     config = json.loads(config_file.read_text())
 
@@ -197,7 +198,7 @@ def test_folders_that_are_none_are_refused_in_one_line(folder: Path) -> None:
             autoencoders.load(folder)
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
-    refused("_class_name is AutoencoderKL, and only AutoencoderDC is taken", _class_name="AutoencoderKL")
+    refused("_class_name is AutoencoderKL, only AutoencoderDC is supported", _class_name="AutoencoderKL")
     refused("not a config of diffusers' AutoencoderDC .*latent_chanels", latent_chanels=8)
     refused("not a config of diffusers' AutoencoderDC", encoder_block_out_channels=[32])
     refused("of another autoencoder", decoder_layers_per_block=[0, 1, 1, 2])
@@ -206,7 +207,7 @@ def test_folders_that_are_none_are_refused_in_one_line(folder: Path) -> None:
     weights.unlink()
     refused("has no diffusion_pytorch_model.safetensors; save it again")
     config_file.unlink()
-    with pytest.raises(UserError, match="there is none of this name"):
+    with pytest.raises(UserError, match="no such name"):
         autoencoders.load(folder)
 
 
@@ -221,11 +222,13 @@ def test_official_files_that_do_not_fit_are_refused_in_one_line(
         assert stopped.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
 
     state = model.state_dict()
-    refused("an autoencoder is a file; name one that ends in .safetensors", official, "--out", official.parent / "out")
+    refused(
+        "an autoencoder is a file; give a name that ends in .safetensors", official, "--out", official.parent / "out"
+    )
     refused("--window is for FAR models, and", official, "--window", 8, "--out", out)
     other = official.with_name("other.pth")
     torch.save({name: tensor for name, tensor in state.items() if "conv_in" not in name}, other)
-    refused("taken for f8c32, which has as many stages, it misses tensors: encoder.conv_in", other, "--out", out)
+    refused("it has as many stages as f8c32, but misses tensors: encoder.conv_in", other, "--out", out)
     torch.save({"encoder.stages.0.weight": torch.zeros(1)}, other)
     refused("has unexpected tensors: encoder.stages.0.weight; it is not an official DC-AE", other, "--out", out)
     torch.save({"generator.weight": torch.zeros(1)}, other)
@@ -233,9 +236,9 @@ def test_official_files_that_do_not_fit_are_refused_in_one_line(
     assert not out.exists() and not out.with_suffix(".json").exists()
 
 
-def test_weights_of_another_card_are_refused(official: Path, model: Any) -> None:
+def test_weights_of_other_metadata_are_refused(official: Path, model: Any) -> None:
     out = official.parent / "own.safetensors"
     import_autoencoder(official, out)
     save_file({name: tensor + 1 for name, tensor in model.state_dict().items()}, out)
-    with pytest.raises(UserError, match=r"own.safetensors: these are not the weights of its card own.json"):
+    with pytest.raises(UserError, match=r"own.safetensors: not the weights that own.json describes"):
         autoencoders.load(out)

@@ -7,10 +7,8 @@ import dataclasses
 import json
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from far_scale import autoencoder as autoencoders
 from far_scale.autoencoder.compact import CompactAutoencoder, CompactConfig
 from far_scale.autoencoder.training import (
-    Places,
+    TrainingPaths,
     load_autoencoder_recipe,
     psnr,
     read_frames,
@@ -32,19 +30,21 @@ from far_scale.autoencoder.training import (
     train_autoencoder,
 )
 from far_scale.autoencoder.training.checkpoints import Checkpoints
-from far_scale.autoencoder.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
-from far_scale.autoencoder.training.frames import VideoFrames, cut
-from far_scale.autoencoder.training.perceptual import PerceptualDistance
+from far_scale.autoencoder.training.frames import VideoFrames, cut_clip
+from far_scale.autoencoder.training.loop import init_network, open_video_frames
+from far_scale.autoencoder.training.losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss
 from far_scale.autoencoder.training.recipe import AutoencoderRecipe, VideoData
 from far_scale.autoencoder.training.trainer import Trainer
-from far_scale.autoencoder.training.training import first_network
 from far_scale.config.yaml_loader import SHIPPED_RECIPES
 from far_scale.distributed.process_group import Processes
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import write_json
-from harness.autoencoder_ranks import TOOL, end, started
-from harness.launch import environment
+from harness import processes
+from harness.launch import ROOT
+from harness.processes import Ranks, running_ranks
 
+TOOL = ROOT / "tools" / "train_autoencoder.py"
+PRELOAD = ["diffusers.models.autoencoders.autoencoder_dc"]
 VGG = [(0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256)]
 VGG += [(17, 256, 512), *[(number, 512, 512) for number in (19, 21, 24, 26, 28)]]
 
@@ -109,8 +109,8 @@ def recipe_file(folder: Path, videos: Path) -> Path:
 
 
 def trainer_of(recipe: AutoencoderRecipe[Any, Any], alone: Processes) -> tuple[Trainer, VideoFrames]:
-    frames = VideoFrames(recipe, 2, alone, print)
-    return Trainer(recipe, first_network(recipe, frames, alone), alone), frames
+    frames = open_video_frames(recipe, 2, alone, print)
+    return Trainer(recipe.train, recipe.seed, init_network(recipe, frames, alone), alone), frames
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -120,11 +120,11 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # Losses
 
 
-def test_perceptual_distance_is_that_of_the_paper(vgg: Path) -> None:
+def test_perceptual_loss_is_that_of_the_paper(vgg: Path) -> None:
     random = torch.Generator().manual_seed(1)
     first, second = (torch.rand(2, 3, 32, 32, generator=random) * 2 - 1 for _ in range(2))
     first.requires_grad_(True)
-    distance = PerceptualDistance.load(vgg)
+    distance = PerceptualLoss.load(vgg)
     assert not any(weight.requires_grad for weight in distance.parameters())
     reached = distance(first, second)
     files = (vgg / "vgg16-397923af.pth", vgg / "vgg.pth")
@@ -157,13 +157,13 @@ def test_perceptual_distance_is_that_of_the_paper(vgg: Path) -> None:
 
     joined = vgg.parent / "joined.pth"
     torch.save(weights, joined)
-    assert torch.equal(PerceptualDistance.load(joined)(first, second), reached)
+    assert torch.equal(PerceptualLoss.load(joined)(first, second), reached)
 
 
 def test_wrong_perceptual_weights_are_refused_in_one_line(vgg: Path, tmp_path: Path) -> None:
     def refused(path: Path, said: str) -> None:
         with pytest.raises(UserError, match=said) as caught:
-            PerceptualDistance.load(path)
+            PerceptualLoss.load(path)
         assert "train.perceptual_weights" in str(caught.value) and "\n" not in str(caught.value)
 
     refused(tmp_path / "absent.pth", "there is no such file or folder")
@@ -203,10 +203,10 @@ def test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer(alone: Proc
 # Steps
 
 
-def test_average_follows_the_weights(alone: Processes, recorded: Path, tmp_path: Path) -> None:
+def test_ema_follows_the_weights(alone: Processes, recorded: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, recorded, "train.discriminator_start=3", "train.loss.perceptual=0")
     trainer, frames = trainer_of(recipe, alone)
-    expected = copied(trainer.average)
+    expected = copied(trainer.ema_state_dict)
     with frames:
         for step in range(5):
             trainer.step(step, frames.batch(step))
@@ -214,7 +214,7 @@ def test_average_follows_the_weights(alone: Processes, recorded: Path, tmp_path:
             for name in trainer.state()["average"]:
                 if step < 3 or not name.startswith("encoder."):  # whose average stays, as it does
                     expected[name] = 0.9 * expected[name] + 0.1 * live[name]
-    average = trainer.average
+    average = trainer.ema_state_dict
     assert average.keys() == live.keys()
     for name, weight in average.items():
         if "running" in name or "num_batches" in name:  # no weights: as they are
@@ -224,11 +224,11 @@ def test_average_follows_the_weights(alone: Processes, recorded: Path, tmp_path:
             assert name.endswith("bias") or not torch.equal(weight, live[name])
 
 
-def test_discriminator_joins_at_its_step_and_moves_the_decoder_alone(
+def test_discriminator_starts_at_its_step_and_updates_only_the_decoder(
     alone: Processes, recorded: Path, tmp_path: Path
 ) -> None:
     states: dict[str, list[dict[str, Any]]] = {}
-    told = []
+    metrics = []
     for weight in ("0", "0.5"):
         recipe = recipe_of(
             tmp_path,
@@ -241,13 +241,13 @@ def test_discriminator_joins_at_its_step_and_moves_the_decoder_alone(
         states[weight] = []
         with frames:
             for step in range(4):
-                told.append(trainer.step(step, frames.batch(step)))
+                metrics.append(trainer.step(step, frames.batch(step)))
                 state = trainer.state()
                 parts = {name: copied(state[name]) for name in ("network", "discriminator") if name in state}
                 states[weight].append(parts)
-    assert all("adversarial" not in losses for losses in told[:6])
-    assert all({"adversarial", "adversarial_weight", "discriminator"} <= losses.keys() for losses in told[6:])
-    assert told[6]["discriminator"].item() == pytest.approx(1, abs=0.5) and told[6]["adversarial_weight"] > 0
+    assert all("adversarial" not in losses for losses in metrics[:6])
+    assert all({"adversarial", "adversarial_weight", "discriminator"} <= losses.keys() for losses in metrics[6:])
+    assert metrics[6]["discriminator"].item() == pytest.approx(1, abs=0.5) and metrics[6]["adversarial_weight"] > 0
 
     without, with_it = states["0"], states["0.5"]
     for step in range(2):
@@ -279,13 +279,13 @@ def test_a_narrow_dc_ae_learns_and_is_exported(
         "train.precision=bf16",
     ]
     recipe = recipe_of(tmp_path, recorded, *overrides, f"data.heldout_videos={recorded}", "train.checkpoint_every=1000")
-    places = Places(tmp_path / "out", tmp_path / "run", tmp_path / "episodes", 2)
+    places = TrainingPaths(tmp_path / "out", tmp_path / "run", tmp_path / "episodes", 2)
     trainer, frames = trainer_of(recipe, alone)
     with frames:
         heldout = frames.heldout()
     assert heldout is not None and heldout.shape == (32, 3, 32, 32)  # four frames of each of eight videos
-    first = autoencoders.network_of(NARROW)
-    first.load_state_dict(trainer.average)
+    first = autoencoders.build_network(NARROW)
+    first.load_state_dict(trainer.ema_state_dict)
     before = psnr(autoencoders.Autoencoder("first", "", 1.0, first, torch.device("cpu")), heldout)
 
     assert train_autoencoder(recipe, places, "the command", alone)
@@ -295,10 +295,10 @@ def test_a_narrow_dc_ae_learns_and_is_exported(
     assert [line["step"] for line in lines] == [1, 20, 40, 60] and "perceptual" not in lines[0]
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
     trained = autoencoders.load(tmp_path / "out" / "narrow.safetensors")
-    card = json.loads((tmp_path / "out" / "narrow.json").read_text())
-    assert card["psnr_db"] == round(psnr(trained, heldout), 2) and psnr(trained, heldout) > before + 4
-    assert (card["weights_dtype"], card["command"], card["config"]) == ("float32", "the command", NARROW)
-    assert trained.scaling_factor == 1 / card["latent_std"] and len(card["channel_std"]) == 8
+    metadata = json.loads((tmp_path / "out" / "narrow.json").read_text())
+    assert metadata["psnr_db"] == round(psnr(trained, heldout), 2) and psnr(trained, heldout) > before + 4
+    assert (metadata["weights_dtype"], metadata["command"], metadata["config"]) == ("float32", "the command", NARROW)
+    assert trained.scaling_factor == 1 / metadata["latent_std"] and len(metadata["channel_std"]) == 8
     fewer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 50})})
     with pytest.raises(UserError, match=r"step-00000060\.pt: train\.steps: 50 are fewer than this checkpoint has"):
         train_autoencoder(fewer, places, "the command", alone)
@@ -321,10 +321,11 @@ def test_ranks_kills_and_stops_change_nothing(recorded: Path, vgg: Path, tmp_pat
     file = recipe_file(tmp_path, recorded)
     overrides = ["train.steps=14", "train.batch=8", "train.discriminator_start=6", f"train.perceptual_weights={vgg}"]
 
-    def start(name: str, count: int) -> contextlib.AbstractContextManager[list[BaseProcess]]:
+    def start(name: str, count: int) -> contextlib.AbstractContextManager[Ranks]:
         out, run = tmp_path / name / "out", tmp_path / name / "run"
         arguments = [file, *overrides, "--out", out, "--run-dir", run, "--workers", "1"]
-        return started(count, tmp_path / name / "printed", arguments)
+        (tmp_path / name).mkdir(exist_ok=True)
+        return running_ranks(count, TOOL, *arguments, output=tmp_path / name / "printed", preload=PRELOAD)
 
     def wait_for(step: int, run: Path) -> None:
         end = time.monotonic() + 120
@@ -332,29 +333,26 @@ def test_ranks_kills_and_stops_change_nothing(recorded: Path, vgg: Path, tmp_pat
             assert time.monotonic() < end, (run.parent / "printed").read_text()
             time.sleep(0.02)
 
-    def ends(ranks: list[BaseProcess]) -> list[int | None]:
-        return [end(rank, 240) for rank in ranks]
-
     whole, broken = tmp_path / "whole" / "run", tmp_path / "broken" / "run"
     printed = tmp_path / "broken" / "printed"
     with start("whole", 2) as ranks:
-        assert ends(ranks) == [0, 0], (tmp_path / "whole" / "printed").read_text()
+        assert ranks.wait(240) == [0, 0], (tmp_path / "whole" / "printed").read_text()
     with start("broken", 2) as ranks:
         wait_for(4, broken)
         for rank in ranks:
             rank.kill()
-            rank.join()
+            rank.wait()
     killed_at = lines_of(broken)[-1]["step"]
     assert 4 <= killed_at < 14
     (broken / "checkpoints" / ".step-00000009.77.part.pt").write_bytes(b"half")
     with start("broken", 2) as ranks:
         wait_for(max(8, killed_at + 1), broken)
         ranks[1].terminate()
-        assert ends(ranks) == [75, 75], printed.read_text()
+        assert ranks.wait(240) == [75, 75], printed.read_text()
     stopped_at = lines_of(broken)[-1]["step"]
     assert stopped_at < 14 and (broken / "checkpoints" / f"step-{stopped_at:08d}.pt").exists()
     with start("broken", 2) as ranks:
-        assert ends(ranks) == [0, 0], printed.read_text()
+        assert ranks.wait(240) == [0, 0], printed.read_text()
     beginnings = [line for line in printed.read_text().splitlines() if line.startswith("narrow: from step")]
     assert beginnings[0] == "narrow: from step 0 to 14 on 2 ranks" and beginnings[1].startswith("narrow: from step ")
     assert 3 <= int(beginnings[1].split()[3]) <= killed_at
@@ -377,7 +375,7 @@ def test_ranks_kills_and_stops_change_nothing(recorded: Path, vgg: Path, tmp_pat
     checkpoints.mkdir(parents=True)
     shutil.copy(whole / "checkpoints" / names[0], checkpoints)
     with start("one", 1) as ranks:
-        assert ends(ranks) == [0]
+        assert ranks.wait(240) == [0]
     assert "from step 12 to 14 on 1 ranks" in (tmp_path / "one" / "printed").read_text()
     of_gradients = {"adversarial_weight": 1e-2, "grad_norm": 1e-2}
     assert lines_of(tmp_path / "one" / "run") == [
@@ -418,23 +416,22 @@ def small_recipe(folder: Path, **changes: str) -> Path:
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    return processes.run(TOOL, *arguments, preload=PRELOAD)
 
 
-def test_the_compact_one_gains_on_its_linear_start(tmp_path: Path) -> None:
+def test_the_compact_one_improves_on_its_linear_start(tmp_path: Path) -> None:
     path, episodes = small_recipe(tmp_path), tmp_path / "episodes"
     folders = ("--run-dir", tmp_path / "run", "--episodes", episodes, "--workers", "1")
     done = run_tool(path, "--out", tmp_path / "weights", *folders)
     assert done.returncode == 0, done.stderr
     written = tmp_path / "weights" / "small.safetensors"
     trained = autoencoders.load(written)
-    card = json.loads(written.with_suffix(".json").read_text())
+    metadata = json.loads(written.with_suffix(".json").read_text())
     heldout = read_frames([episodes / "episode-030000.npz"])
-    assert card["psnr_db"] == round(psnr(trained, heldout), 2) and f"{card['psnr_db']} dB" in done.stdout
-    assert trained.name == "small" and trained.scaling_factor == 1 / card["latent_std"]
-    assert card["weights_dtype"] == "float16" and card["recipe"]["train"]["loss"]["absolute"] == 0.05
-    assert card["command"] == f"python tools/train_autoencoder.py {path} --out {tmp_path / 'weights'}"
+    assert metadata["psnr_db"] == round(psnr(trained, heldout), 2) and f"{metadata['psnr_db']} dB" in done.stdout
+    assert trained.name == "small" and trained.scaling_factor == 1 / metadata["latent_std"]
+    assert metadata["weights_dtype"] == "float16" and metadata["recipe"]["train"]["loss"]["absolute"] == 0.05
+    assert metadata["command"] == f"python tools/train_autoencoder.py {path} --out {tmp_path / 'weights'}"
 
     frames = read_frames(sorted(episodes.glob("episode-02*.npz")))
     assert len(frames) == 80
@@ -457,16 +454,19 @@ def test_the_compact_one_gains_on_its_linear_start(tmp_path: Path) -> None:
 
 def test_frames_follow_from_seed_and_step(alone: Processes, recorded: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, recorded)
-    with VideoFrames(recipe, 2, alone, print) as frames, VideoFrames(recipe, 1, alone, print) as others:
+    with (
+        open_video_frames(recipe, 2, alone, print) as frames,
+        open_video_frames(recipe, 1, alone, print) as others,
+    ):
         batches = [frames.batch(step) for step in range(3)]
         assert batches[0].shape == (16, 3, 32, 32) and batches[0].dtype == torch.uint8
         assert torch.equal(others.batch(2), batches[2]) and not torch.equal(batches[0], batches[2])
     for rank in range(2):
-        with VideoFrames(recipe, 1, dataclasses.replace(alone, rank=rank, count=2), print) as share:
+        with open_video_frames(recipe, 1, dataclasses.replace(alone, rank=rank, world_size=2), print) as share:
             assert torch.equal(share.batch(1), batches[1].chunk(2)[rank])
     # Four clips a step and eight videos: two steps are an epoch, in which each video is seen once.
     for count in (8, 16):
-        with VideoFrames(recipe, 1, alone, print) as frames:
+        with open_video_frames(recipe, 1, alone, print) as frames:
             order = [int(frames._order(number // 8)[number % 8]) for number in range(count - 8, count)]
         assert sorted(order) == list(range(8))
 
@@ -478,37 +478,35 @@ def test_cutting_clips() -> None:
     numbered = np.arange(30, dtype=np.uint8)[:, None, None, None] + np.zeros((1, 16, 16, 3), np.uint8)
     starts = set()
     for seed in range(300):
-        times = cut(numbered, data(), np.random.default_rng(seed))[:, 0, 0, 0]
+        times = cut_clip(numbered, data(), np.random.default_rng(seed))[:, 0, 0, 0]
         assert (np.diff(times) == 2).all()
         starts.add(int(times[0]))
     assert starts == set(range(24))
-    assert cut(numbered, data(), None)[:, 0, 0, 0].tolist() == [0, 2, 4, 6]
-    assert cut(numbered[:6], data(), None)[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
-    assert cut(numbered[:2], data(), None)[:, 0, 0, 0].tolist() == [0, 1, 1, 1]
+    assert cut_clip(numbered, data(), None)[:, 0, 0, 0].tolist() == [0, 2, 4, 6]
+    assert cut_clip(numbered[:6], data(), None)[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert cut_clip(numbered[:2], data(), None)[:, 0, 0, 0].tolist() == [0, 1, 1, 1]
 
     ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None], (4, 32, 64, 3))
-    assert cut(ramp, data(), None)[0, 0, :, 0].tolist() == pytest.approx(list(range(16, 48, 2)), abs=1)
-    crops = [cut(ramp, data(), np.random.default_rng(seed))[0, 0, 0, 0] for seed in range(40)]
+    assert cut_clip(ramp, data(), None)[0, 0, :, 0].tolist() == pytest.approx(list(range(16, 48, 2)), abs=1)
+    crops = [cut_clip(ramp, data(), np.random.default_rng(seed))[0, 0, 0, 0] for seed in range(40)]
     assert min(crops) < 8 and max(crops) > 24
-    flipped = [cut(ramp, data(flip=True, crop="center"), np.random.default_rng(seed)) for seed in range(20)]
+    flipped = [cut_clip(ramp, data(flip=True, crop="center"), np.random.default_rng(seed)) for seed in range(20)]
     rising = [bool((np.diff(clip[..., 0].astype(int), axis=2) > 0).all()) for clip in flipped]
     assert 3 < sum(rising) < 17
 
 
-def test_broken_videos_are_told_and_stepped_over_up_to_a_budget(
-    alone: Processes, recorded: Path, tmp_path: Path
-) -> None:
+def test_broken_videos_are_logged_and_skipped_up_to_a_budget(alone: Processes, recorded: Path, tmp_path: Path) -> None:
     videos = shutil.copytree(recorded, tmp_path / "videos")
     first, second = sorted(videos.iterdir())[:2]
     first.write_bytes(first.read_bytes()[:3000])
     recipe, said = recipe_of(tmp_path, videos), list[str]()
-    with VideoFrames(recipe, 2, alone, said.append) as frames:
+    with open_video_frames(recipe, 2, alone, said.append) as frames:
         assert all(len(frames.batch(step)) == 16 for step in range(4))
     assert len(said) == 1 and said[0].startswith(f"left out: {first}: ")
     second.write_bytes(b"")
     with (
         pytest.raises(UserError, match=r"data\.videos: 2 of 8 videos cannot be used"),
-        VideoFrames(recipe, 1, alone, said.append) as frames,
+        open_video_frames(recipe, 1, alone, said.append) as frames,
     ):
         for step in range(4):
             frames.batch(step)
@@ -517,18 +515,18 @@ def test_broken_videos_are_told_and_stepped_over_up_to_a_budget(
 def test_a_broken_checkpoint_gives_way_to_the_one_before(alone: Processes, tmp_path: Path) -> None:
     said = list[str]()
     checkpoints = Checkpoints(tmp_path, alone, said.append)
-    assert checkpoints.newest() is None
+    assert checkpoints.load_newest() is None
     for step in (10, 20, 30):
         checkpoints.save(step, {"network": {"weight": torch.full((1000,), float(step))}})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000020.pt", "step-00000030.pt"]
     newest = tmp_path / "step-00000030.pt"
     newest.write_bytes(newest.read_bytes()[:2000])
-    found = checkpoints.newest()
+    found = checkpoints.load_newest()
     assert found is not None and found[1]["step"] == 20 and found[1]["network"]["weight"][0] == 20
     assert len(said) == 1 and said[0].startswith(f"{newest}: this checkpoint is broken")
     (tmp_path / "step-00000020.pt").write_bytes(b"")
     with pytest.raises(UserError, match="none of these checkpoints can be read"):
-        checkpoints.newest()
+        checkpoints.load_newest()
 
 
 # Recipes
@@ -558,8 +556,8 @@ def test_wrong_recipes_are_refused_in_one_line(tmp_path: Path, changes: dict[str
         (["data.sise=64"], "data.sise: unknown key; nearest valid key is data.size"),
         (["model.preset=f8c32"], "model.preset: set either this, to f8c32, f16c32 or f32c32, or model.config"),
         (["model.config=null"], "model.preset: set either this"),
-        (["train.batch=18"], "train.batch: 18 frames are no whole number of clips of data.clip_frames 4"),
-        (["data.size=16"], "data.size: 16 is too small for the discriminator, which takes 24"),
+        (["train.batch=18"], "train.batch: 18 frames are not a whole number of clips of data.clip_frames 4"),
+        (["data.size=16"], "data.size: 16 is too small; the discriminator needs at least 24"),
         (["train.ema_decay=1"], "train.ema_decay: must be less than 1"),
         (["train.loss.gan=1"], "train.loss.gan: unknown key; nearest valid key is"),
     ],
@@ -572,13 +570,13 @@ def test_wrong_recipes_of_videos_are_refused_in_one_line(tmp_path: Path, overrid
 
 def test_what_does_not_fit_the_recipe_is_refused_in_one_line(alone: Processes, recorded: Path, tmp_path: Path) -> None:
     def refused(said: str, *overrides: str, ranks: int = 1) -> None:
-        processes = dataclasses.replace(alone, count=ranks)
-        places = Places(tmp_path / "out", tmp_path / "run", tmp_path, 1)
+        processes = dataclasses.replace(alone, world_size=ranks)
+        places = TrainingPaths(tmp_path / "out", tmp_path / "run", tmp_path, 1)
         with pytest.raises(UserError, match=said) as caught:
             train_autoencoder(recipe_of(tmp_path, recorded, *overrides), places, "", processes)
         assert "\n" not in str(caught.value)
 
-    refused(r"train\.batch: 16 frames, 4 clips, cannot be shared evenly by 3 ranks", ranks=3)
+    refused(r"train\.batch: 16 frames, 4 clips, cannot be divided evenly among 3 ranks", ranks=3)
     refused(r"data\.size: 36 is no multiple of 8", "data.size=36")
     refused("there is no config of an autoencoder here", f"model.config={tmp_path / 'absent.json'}")
     write_json(tmp_path / "odd.json", {"_class_name": "AutoencoderDC", "latent": 8})

@@ -1,4 +1,4 @@
-"""The benchmarks run, write what they found, and their oracle is right. No figure of time is looked at."""
+"""The benchmarks run and write their results, and their reference is right. No timing is checked."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from far_scale.model.attention import dense
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
+from harness import processes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -25,10 +26,10 @@ Tables = dict[str, list[dict[str, Any]]]
 
 
 def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, BENCHMARKS / f"{name}.py", "--device", "cpu", "--threads", 1, *arguments]
+    command = [BENCHMARKS / f"{name}.py", "--device", "cpu", "--threads", 1, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     environment.pop("FAR_SCALE_ATTENTION", None)
-    return subprocess.run(map(str, command), env=environment, capture_output=True, text=True, timeout=240)
+    return processes.run(*command, env=environment)
 
 
 def tables_of(folder: Path, finished: subprocess.CompletedProcess[str]) -> Tables:
@@ -110,7 +111,7 @@ def test_train_steps_are_timed_in_each_mode(tmp_path: Path) -> None:
         assert row["tokens/s"] == pytest.approx((2 * 2 * 64 if row["frames"] == 2 else 2 * (4 + 16 * 64)) / row["step"])
 
 
-def test_train_step_names_the_mend() -> None:
+def test_train_step_names_the_fix() -> None:
     finished = run("train_step", "--shapes", "B-Long:16")
     assert finished.returncode == 2
     assert "--shapes B-Long:16: not a preset and at least 17 frames" in finished.stderr
@@ -222,7 +223,7 @@ def test_damaged_videos_are_never_read_as_shorter_ones(tmp_path: Path) -> None:
     assert cut_off["damage"] == "cut off" and cut_off["refused"] == cut_off["damaged"] > 20
 
 
-def test_the_oracle_of_the_attention_benchmark_is_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_of_the_attention_benchmark_is_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from attention_sides import causal_frames, exact
 
@@ -232,8 +233,8 @@ def test_the_oracle_of_the_attention_benchmark_is_the_dense_mask(monkeypatch: py
     order = case.layout.window_plan(q.device)
     out, lse = dense.forward(q, k, v, None, None, order)
     dq, dk, dv, *_ = dense.backward(dout, q, k, v, None, None, out, lse, order)
-    for ours, oracle in zip(exact(case, inputs), (out, dq, dk, dv), strict=True):
-        torch.testing.assert_close(ours.flatten(0, 1), oracle, rtol=0, atol=1e-12)
+    for ours, reference in zip(exact(case, inputs), (out, dq, dk, dv), strict=True):
+        torch.testing.assert_close(ours.flatten(0, 1), reference, rtol=0, atol=1e-12)
 
 
 def finished_run(run: Path) -> Path:
@@ -277,12 +278,12 @@ def test_the_fault_drill_sees_steps_and_losses(monkeypatch: pytest.MonkeyPatch, 
     assert rows == ["every step once in log.jsonl", "losses"]
 
 
-def test_the_fault_drill_names_the_mend(tmp_path: Path) -> None:
-    command = [sys.executable, BENCHMARKS / "fault_drill.py", "--shards", tmp_path, "--out", tmp_path]
-    for arguments, told in (
+def test_the_fault_drill_names_the_fix(tmp_path: Path) -> None:
+    command = [BENCHMARKS / "fault_drill.py", "--shards", tmp_path, "--out", tmp_path]
+    for arguments, said in (
         (["log.every=2"], "log.every: the drill sets this itself"),
         (["--ranks", "3"], "4 lanes cannot be shared evenly by 3 ranks"),
         ([], "manifest"),
     ):
-        finished = subprocess.run([*map(str, command), *arguments], capture_output=True, text=True, timeout=120)
-        assert finished.returncode == 2 and told in finished.stderr, finished.stderr
+        finished = processes.run(*command, *arguments)
+        assert finished.returncode == 2 and said in finished.stderr, finished.stderr

@@ -19,7 +19,7 @@ from far_scale.utils.errors import UserError
 from far_scale.utils.tensor_files import save_tensors
 
 CONFIG = FARConfig(layers=2, heads=1, channels=4, window=4, actions=3)
-CARD = ModelMetadata(
+METADATA = ModelMetadata(
     autoencoder=AutoencoderInfo(name="some-autoencoder", weight_hash="ab" * 32, scaling_factor=0.5),
     scaling=LatentScaling(shift=(0.0, 0.1, -0.2, 1 / 3), scale=(1.0, 2.0, 0.3, 1e-3)),
     latent_shape=(4, 2, 2),
@@ -35,7 +35,7 @@ def some_state(seed: int = 0) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_model_dir(tmp_path / "model", CONFIG, some_state(), CARD)
+    save_model_dir(tmp_path / "model", CONFIG, some_state(), METADATA)
     return tmp_path / "model"
 
 
@@ -45,8 +45,8 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 
 def test_round_trip(folder: Path) -> None:
-    model, card = load_model_dir(folder)
-    assert (model.config, card) == (CONFIG, CARD)
+    model, metadata = load_model_dir(folder)
+    assert (model.config, metadata) == (CONFIG, METADATA)
     assert not model.training
     state = some_state()
     assert model.state_dict().keys() == state.keys()
@@ -68,7 +68,7 @@ def test_the_loaded_model_computes_what_the_saved_one_did(folder: Path) -> None:
 
 def test_bfloat16_is_kept_and_other_dtypes_are_made_on_request(tmp_path: Path) -> None:
     state = {name: tensor.bfloat16() for name, tensor in some_state().items()}
-    save_model_dir(tmp_path / "model", CONFIG, state, CARD)
+    save_model_dir(tmp_path / "model", CONFIG, state, METADATA)
     assert {tensor.dtype for tensor in load_model_dir(tmp_path / "model")[0].parameters()} == {torch.bfloat16}
     wide = load_model_dir(tmp_path / "model", dtype=torch.float64)[0]
     assert all(torch.equal(tensor, state[name].double()) for name, tensor in wide.state_dict().items())
@@ -76,7 +76,7 @@ def test_bfloat16_is_kept_and_other_dtypes_are_made_on_request(tmp_path: Path) -
 
 def test_large_weights_are_spread_over_files_with_an_index(tmp_path: Path) -> None:
     folder, state, limit = tmp_path / "model", some_state(), 100_000
-    save_model_dir(folder, CONFIG, state, CARD, max_file_bytes=limit)
+    save_model_dir(folder, CONFIG, state, METADATA, max_file_bytes=limit)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 2
@@ -93,23 +93,23 @@ def test_large_weights_are_spread_over_files_with_an_index(tmp_path: Path) -> No
 
 
 def test_a_model_directory_is_replaced_and_anything_else_is_not(folder: Path, tmp_path: Path) -> None:
-    save_model_dir(folder, CONFIG, some_state(seed=1), CARD, max_file_bytes=100_000)
+    save_model_dir(folder, CONFIG, some_state(seed=1), METADATA, max_file_bytes=100_000)
     loaded = load_model_dir(folder)[0].state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in some_state(seed=1).items())
     assert not (folder / "model.safetensors").exists()
 
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"no mere model directory"):
-        save_model_dir(folder, CONFIG, some_state(), CARD)
+    with pytest.raises(UserError, match=r"not only a model directory"):
+        save_model_dir(folder, CONFIG, some_state(), METADATA)
     assert (folder / "notes.txt").read_text() == "mine"
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(UserError, match=r"no mere model directory"):
-        save_model_dir(file, CONFIG, some_state(), CARD)
+    with pytest.raises(UserError, match=r"not only a model directory"):
+        save_model_dir(file, CONFIG, some_state(), METADATA)
     assert file.read_text() == "mine"
     (tmp_path / "empty").mkdir()
-    save_model_dir(tmp_path / "empty", CONFIG, some_state(), CARD)
-    assert load_model_dir(tmp_path / "empty")[1] == CARD
+    save_model_dir(tmp_path / "empty", CONFIG, some_state(), METADATA)
+    assert load_model_dir(tmp_path / "empty")[1] == METADATA
 
 
 def test_the_old_model_stays_where_the_new_one_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_the_old_model_stays_where_the_new_one_cannot_be_written(folder: Path, m
 
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(UserError, match=r"could not be written .*No space left"):
-        save_model_dir(folder, CONFIG, some_state(seed=1), CARD)
+        save_model_dir(folder, CONFIG, some_state(seed=1), METADATA)
     loaded = load_model_dir(folder)[0].state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in some_state().items())
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
@@ -132,7 +132,7 @@ def test_a_wrong_state_is_refused_before_anything_is_written(tmp_path: Path) -> 
     state = some_state()
     state.pop("output.out.bias")
     with pytest.raises(UserError, match=r"misses tensors: output.out.bias"):
-        save_model_dir(tmp_path / "model", CONFIG, state, CARD)
+        save_model_dir(tmp_path / "model", CONFIG, state, METADATA)
     assert not list(tmp_path.iterdir())
 
 
@@ -145,7 +145,7 @@ def test_there_must_be_a_folder_with_a_valid_config(folder: Path, tmp_path: Path
     edit_config(folder, fps=8.0, scaling={"shift": [0.0], "scale": [1.0]})
     with pytest.raises(UserError, match=r"scaling must have 4 numbers"):
         load_model_dir(folder)
-    edit_config(folder, scaling=CARD.scaling.to_dict(), model=CONFIG.to_dict() | {"depth": 3})
+    edit_config(folder, scaling=METADATA.scaling.to_dict(), model=CONFIG.to_dict() | {"depth": 3})
     with pytest.raises(UserError, match=r"config.json: model: .*\['depth'\]"):
         load_model_dir(folder)
     edit_config(folder, model=CONFIG.to_dict() | {"channels": 8})
@@ -172,17 +172,17 @@ def test_wrong_tensors_are_named(folder: Path) -> None:
     with pytest.raises(UserError, match=r"unexpected tensors: other.weight;"):
         load_model_dir(folder)
     save_file(state | {"output.out.bias": torch.zeros(5)}, weights)
-    with pytest.raises(UserError, match=r"another shape tensors: output.out.bias \(\[5\] in place of \[4\]\)"):
+    with pytest.raises(UserError, match=r"another shape tensors: output.out.bias \(\[5\] instead of \[4\]\)"):
         load_model_dir(folder)
     weights.write_bytes(weights.read_bytes()[:-7])
-    with pytest.raises(UserError, match=r"model.safetensors: is no whole safetensors file"):
+    with pytest.raises(UserError, match=r"model.safetensors: is not a complete safetensors file"):
         load_model_dir(folder)
     weights.unlink()
-    with pytest.raises(UserError, match=r"model.safetensors: this file of weights is missing"):
+    with pytest.raises(UserError, match=r"model.safetensors: this weights file is missing"):
         load_model_dir(folder)
 
 
-def test_others_may_read_the_weights(tmp_path: Path) -> None:
+def test_other_users_may_read_the_weights(tmp_path: Path) -> None:
     """On a shared cluster: as readable as any other file of this user."""
     plain = tmp_path / "plain"
     plain.touch()

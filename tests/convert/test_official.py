@@ -171,7 +171,7 @@ REFUSALS: list[tuple[dict[str, torch.Tensor | None], str]] = [
     ),
     (
         {"transformer_blocks.1.attn.norm_q.weight": SOME},
-        "has in another shape tensors: transformer_blocks.1.attn.norm_q.weight ([2] in place of [64]); it is not",
+        "has in another shape tensors: transformer_blocks.1.attn.norm_q.weight ([2] instead of [64]); it is not",
     ),
     (
         {"proj_out.bias": None, "label_embedder.embedding_table.weight": torch.zeros(6, 128)},
@@ -180,7 +180,7 @@ REFUSALS: list[tuple[dict[str, torch.Tensor | None], str]] = [
     ({"action_embedder.embedding_table.weight": SOME}, "unexpected tensors: action_embedder.embedding_table.weight"),
     (
         {"context_embedder.weight": torch.zeros(128, 60)},
-        "has in another shape tensors: context_embedder.weight ([128, 60] in place of [128, 36])",
+        "has in another shape tensors: context_embedder.weight ([128, 60] instead of [128, 36])",
     ),
     ({"context_embedder.weight": torch.tensor(1.0)}, "unexpected tensors: context_embedder.bias, context_embedder."),
     (
@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_named(changes: dict[str, torch.Tensor | None], mes
     assert message in refusal(official_weights(recorded_shapes("long_action")), changes)
 
 
-def test_a_missing_block_is_told_by_a_few_names_and_a_count() -> None:
+def test_a_missing_block_is_reported_by_a_few_names_and_a_count() -> None:
     weights = official_weights(recorded_shapes("long_action"))
     message = refusal(weights, dict.fromkeys(name for name in weights if name.startswith("transformer_blocks.1.")))
     # block 2 is one too many for two blocks, and the last one has no to_add_out
@@ -217,5 +217,5 @@ def test_a_state_dict_that_is_not_the_config_s_is_refused() -> None:
     config, ours, _ = both("far_action")
     with pytest.raises(UserError, match=r"the model misses tensors: output.out.bias; config and weights"):
         official.from_far_scale(config, {key: tensor for key, tensor in ours.items() if key != "output.out.bias"})
-    with pytest.raises(UserError, match=r"condition_embedding.weight \(\[4, 64\] in place of \[8, 64\]\)"):
+    with pytest.raises(UserError, match=r"condition_embedding.weight \(\[4, 64\] instead of \[8, 64\]\)"):
         official.from_far_scale(replace(config, actions=7), ours)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from far_scale.convert import official
 from far_scale.convert.model_dir import ModelMetadata, load_model, load_model_dir, read_any_config, read_config
-from far_scale.convert.official_file import import_file, read_official, write_official
+from far_scale.convert.official import import_model, read_official, write_official
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.model import FAR
 from far_scale.train.checkpoint.export import export, export_official
@@ -47,7 +47,7 @@ def test_pth_and_safetensors_are_read(file: Path, tmp_path: Path) -> None:
     same_bits(read_official(tmp_path / "model.safetensors"), weights())
 
 
-def test_what_is_no_file_of_weights_is_refused(file: Path, tmp_path: Path) -> None:
+def test_files_without_weights_are_refused(file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.pth: there is no such file"):
         read_official(tmp_path / "nowhere.pth")
     for name in ("text.pth", "text.safetensors"):
@@ -56,14 +56,14 @@ def test_what_is_no_file_of_weights_is_refused(file: Path, tmp_path: Path) -> No
             read_official(tmp_path / name)
     cut = tmp_path / "cut.pth"
     cut.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=r"cut.pth: is no whole file that torch.save wrote"):
+    with pytest.raises(UserError, match=r"cut.pth: is not a complete torch.save file"):
         read_official(cut)
     for value, found in (
         ({"state_dict": weights(), "epoch": 3}, "a dict with state_dict, epoch"),
         (torch.zeros(3), "Tensor"),
     ):
         torch.save(value, tmp_path / "other.pth")
-        with pytest.raises(UserError, match=rf"other.pth: holds {found} in place of tensors by name"):
+        with pytest.raises(UserError, match=rf"other.pth: holds {found} instead of named tensors"):
             read_official(tmp_path / "other.pth")
     torch.save(FAR(SMALL), tmp_path / "pickled.pth")  # an object, which weights_only does not build
     with pytest.raises(UserError, match=r"pickled.pth: cannot be read as weights"):
@@ -71,14 +71,14 @@ def test_what_is_no_file_of_weights_is_refused(file: Path, tmp_path: Path) -> No
 
 
 def test_import_then_export_returns_every_tensor(file: Path, tmp_path: Path) -> None:
-    assert import_file(file, tmp_path / "model", window=4) == LONG
+    assert import_model(file, tmp_path / "model", window=4) == LONG
     what = export_official(tmp_path / "model", None, "ema", tmp_path / "back.pth")
     assert what == "weights imported from official.pth"
     same_bits(torch.load(tmp_path / "back.pth", weights_only=True), weights())
 
 
-def test_weights_alone_load_but_do_not_sample(file: Path, tmp_path: Path) -> None:
-    import_file(file, tmp_path / "model", window=4)
+def test_a_directory_of_only_weights_loads_but_does_not_sample(file: Path, tmp_path: Path) -> None:
+    import_model(file, tmp_path / "model", window=4)
     model = load_model(tmp_path / "model", dtype=torch.bfloat16)
     assert model.config == LONG and not model.training and model.output.out.weight.dtype == torch.bfloat16
     same_bits(load_model(tmp_path / "model").state_dict(), official.to_far_scale(weights(), 4)[1])
@@ -92,15 +92,15 @@ def test_weights_alone_load_but_do_not_sample(file: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("scaling", ["factor", "channel"])
-def test_a_shard_set_tells_what_sampling_needs(tmp_path: Path, scaling: str) -> None:
+def test_a_shard_set_gives_what_sampling_needs(tmp_path: Path, scaling: str) -> None:
     manifest = write_set(tmp_path / "set", [6, 8], 1)
     torch.save(small_weights(), tmp_path / "official.pth")
-    import_file(tmp_path / "official.pth", tmp_path / "model", 4, 1, tmp_path / "set", scaling, 2)  # type: ignore[arg-type]
-    model, card = load_model_dir(tmp_path / "model")
-    assert model.config == SMALL and isinstance(card, ModelMetadata)
-    assert (card.autoencoder, card.latent_shape, card.fps) == (FACTS.autoencoder, FACTS.latent_shape, 8.0)
-    assert card.frame_stride == 2
-    assert card.scaling == LatentScaling.of(manifest, scaling)  # type: ignore[arg-type]
+    import_model(tmp_path / "official.pth", tmp_path / "model", 4, 1, tmp_path / "set", scaling, 2)  # type: ignore[arg-type]
+    model, metadata = load_model_dir(tmp_path / "model")
+    assert model.config == SMALL and isinstance(metadata, ModelMetadata)
+    assert (metadata.autoencoder, metadata.latent_shape, metadata.fps) == (FACTS.autoencoder, FACTS.latent_shape, 8.0)
+    assert metadata.frame_stride == 2
+    assert metadata.scaling == LatentScaling.of(manifest, scaling)  # type: ignore[arg-type]
 
 
 def test_a_shard_set_of_other_latents_is_refused(file: Path, tmp_path: Path) -> None:
@@ -108,10 +108,10 @@ def test_a_shard_set_of_other_latents_is_refused(file: Path, tmp_path: Path) -> 
     with pytest.raises(
         UserError, match=r"set: frame latents of \[4, 2, 2\], the model takes 4 channels in patches of 4"
     ):
-        import_file(file, tmp_path / "model", window=4, shards=tmp_path / "set")
+        import_model(file, tmp_path / "model", window=4, shards=tmp_path / "set")
     torch.save(weights("far_action"), file)
-    with pytest.raises(UserError, match=r"set: 4 actions, the model knows 3"):
-        import_file(file, tmp_path / "model", shards=tmp_path / "set")
+    with pytest.raises(UserError, match=r"set: 4 actions, the model has 3"):
+        import_model(file, tmp_path / "model", shards=tmp_path / "set")
     assert not (tmp_path / "model").exists()
 
 
@@ -160,7 +160,7 @@ def test_the_tools(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         assert stopped.value.code == 2 and error.startswith("error: ") and message in error
 
 
-def test_a_file_that_cannot_be_written_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_completely_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(state: object, path: Path) -> None:
         path.write_bytes(b"half")
         raise RuntimeError("unexpected pos 64 vs 0")

@@ -1,4 +1,4 @@
-"""WebDataset tars of others, adopted where they lie: read as our own sets are, and refused in one line where broken."""
+"""Adopted WebDataset tars: read like our own sets, and refused in one line where they are broken."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.exit_codes import REFUSED
+from harness import processes
 from harness.foreign_sets import (
     BOTH,
     DEALING,
@@ -55,10 +56,10 @@ from harness.foreign_sets import (
 from harness.hostile import attempt, damage, watched
 from harness.latent_sets import make_sample, read_all, write_set
 from harness.launch import ROOT, small_recipe
+from harness.processes import start_training
 from harness.refusal import refused
 from harness.remote_sets import served
 from harness.strangers import Evil
-from harness.zygote import Zygote
 
 pytestmark = pytest.mark.usefixtures("four_channels")
 __all__ = ["four_channels"]
@@ -103,7 +104,7 @@ def test_adopted_tars_are_copied_to_the_nodes_disk(tmp_path: Path) -> None:
     assert (counts.copied_files, counts.opened_at_source) == (10, 0)
 
 
-def test_the_fingerprint_does_not_depend_on_where_shards_lie(tmp_path: Path) -> None:
+def test_the_fingerprint_does_not_depend_on_the_location_of_shards(tmp_path: Path) -> None:
     write_tars(tmp_path / "here", FRAMES[:6], 3, as_npy)
     first = adopted(tmp_path / "here", tmp_path / "a", **BOTH)
     (tmp_path / "here").rename(tmp_path / "there")
@@ -151,7 +152,7 @@ def counting(read: Callable[..., bytearray], sizes: list[int]) -> Callable[..., 
 
 def test_a_shape_that_allows_several_layouts_must_be_explained(tmp_path: Path) -> None:
     square = tar_of(tmp_path / "a.tar", {"a.npy": npy(latents(4))})
-    refused(lambda: adopted(square, tmp_path / "set", fps=5.0), "[4, 4, 3, 2], which may be FCHW or CFHW; say which")
+    refused(lambda: adopted(square, tmp_path / "set", fps=5.0), "[4, 4, 3, 2], which may be FCHW or CFHW; name one")
     adopted(square, tmp_path / "set", fps=5.0, layout="CFHW")
     assert np.array_equal(read_all(tmp_path / "set")[0].latents.numpy(), latents(4).transpose(1, 0, 2, 3))
 
@@ -228,8 +229,8 @@ def test_what_webdataset_would_not_read_is_no_silent_loss(tmp_path: Path) -> Non
     refused(lambda: adopted(joined, tmp_path / "no", fps=5.0), str(joined), "comes more: tars are joined by `tar -A`")
 
 
-def places(sources: list[str]) -> list[str]:
-    return [shard.place for shard in find_shards(sources)]
+def locations(sources: list[str]) -> list[str]:
+    return [shard.location for shard in find_shards(sources)]
 
 
 def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,8 +240,8 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "list.txt").write_text("b\n\na-{00..01}.tar\n")
     here = [str(tmp_path / name) for name in ("b/2.tar", "b/c/1.tar", "a-00.tar", "a-01.tar")]
-    assert places([str(tmp_path / "list.txt")]) == here
-    assert places(["s3://b/{x,y}.tar", "https://h/z-{08..10}.tar?k=v"]) == [
+    assert locations([str(tmp_path / "list.txt")]) == here
+    assert locations(["s3://b/{x,y}.tar", "https://h/z-{08..10}.tar?k=v"]) == [
         "s3://b/x.tar",
         "s3://b/y.tar",
         *(f"https://h/z-{n}.tar?k=v" for n in ("08", "09", "10")),
@@ -274,8 +275,8 @@ def test_folders_are_entered_through_links_and_nothing_is_lost_or_doubled(
         (tmp_path / name).write_bytes(b"")
     (folder / "linked").symlink_to(store)
     (store / "back").symlink_to(folder)
-    assert places([str(folder)]) == [str(folder / "a.tar"), str(folder / "linked" / "d.tar")]
-    assert f"{folder}: passed over: 1 compressed tars, as {folder / 'c.tar.gz'}" in capfd.readouterr().err
+    assert locations([str(folder)]) == [str(folder / "a.tar"), str(folder / "linked" / "d.tar")]
+    assert f"{folder}: skipped 1 compressed tars, such as {folder / 'c.tar.gz'}" in capfd.readouterr().err
     (folder / "latest.tar").symlink_to("a.tar")
     refused(lambda: find_shards([str(folder)]), str(folder / "latest.tar"), f"the same file as {folder / 'a.tar'}")
     for name, text, word in [("empty", "\n", "names no shard"), ("self", "self.txt\n", "this list names itself")]:
@@ -302,19 +303,19 @@ def test_labels_may_be_names(tmp_path: Path) -> None:
         refused(lambda: adopted(tar, tmp_path / text, classes=names, labels=11), repr(text), "is no number")  # noqa: B023
 
 
-# What is refused.
+# Refused shards and samples.
 
 
 def test_samples_that_cannot_be_adopted(tmp_path: Path) -> None:
     good, fps = npy(latents()), json_bytes(fps=5)
     whole = torch.from_numpy(latents())
-    spoilt = latents()
-    spoilt[2, 1, 0, 0] = np.nan
+    damaged = latents()
+    damaged[2, 1, 0, 0] = np.nan
     huge = good.replace(b"(6, 4, 3, 2)", b"(9, 4, 3, 2)")
     cases: list[tuple[dict[str, bytes], dict[str, Any], str]] = [
         ({"a.json": fps}, {}, "none that is an array or tensor, but json"),
         ({"a.x.npy": good, "a.y.npy": good, "a.json": fps}, {}, "it has x.npy, y.npy; name it by --latents"),
-        ({"a.npy": good}, {}, "it has no json:fps or fps, but the members npy; say where by --fps"),
+        ({"a.npy": good}, {}, "it has no json:fps or fps, but the members npy; name one by --fps"),
         ({"a.npy": good, "a.json": b"["}, {}, "its json is no JSON"),
         ({"a.npy": good, "a.json": json_bytes(fps="fast")}, {}, "its json:fps is 'fast', which is no number"),
         ({"a.npy": good, "a.json": fps}, {"labels": 3}, "it has no cls or json:label or"),
@@ -327,7 +328,7 @@ def test_samples_that_cannot_be_adopted(tmp_path: Path) -> None:
         ({"a.npy": npy(latents().astype(np.int64)), "a.json": fps}, {}, "latents are float16, bfloat16, float32"),
         ({"a.npy": npy(latents().astype(">f4")), "a.json": fps}, {}, "is an array of type '>f4', not one of <f2"),
         ({"a.npy": npy(np.array([None])), "a.json": fps}, {}, "is an array of type '|O'"),
-        ({"a.npy": npy(spoilt), "a.json": fps}, {}, "its npy is not finite"),
+        ({"a.npy": npy(damaged), "a.json": fps}, {}, "its npy is not finite"),
         ({"a.npy": good[:-4], "a.json": fps}, {}, "of another size than its data"),
         ({"a.npy": huge, "a.json": fps}, {}, "of another size than its data"),
         ({"a.npy": b"text" * 40, "a.json": fps}, {}, "is no .npy file"),
@@ -340,9 +341,9 @@ def test_samples_that_cannot_be_adopted(tmp_path: Path) -> None:
         ({"a.safetensors": b"\xff" * 40, "a.json": fps}, {}, "is no safetensors file"),
         ({"a.safetensors": save({"x": whole}), "a.json": fps}, {"latents": "safetensors:z"}, "no tensor 'z', but 'x'"),
     ]
-    for number, (members, wishes, word) in enumerate(cases):
+    for number, (members, options, word) in enumerate(cases):
         tar = tar_of(tmp_path / f"{number}.tar", members)
-        refused(lambda: adopted(tar, tmp_path / f"out{number}", **wishes), str(tar), "'a'", word)  # noqa: B023
+        refused(lambda: adopted(tar, tmp_path / f"out{number}", **options), str(tar), "'a'", word)  # noqa: B023
         assert not (tmp_path / f"out{number}" / "manifest.json").exists()
     assert not (tmp_path / "mark").exists()
 
@@ -366,7 +367,7 @@ def test_files_that_are_no_shards(tmp_path: Path) -> None:
         refused(lambda: adopted(path, tmp_path / name, fps=5.0), str(path), word)  # noqa: B023
 
 
-def test_broken_samples_are_listed_up_to_a_share(tmp_path: Path) -> None:
+def test_broken_samples_are_listed_up_to_a_fraction(tmp_path: Path) -> None:
     for number in range(3):
         members = {f"{key}.npy": npy(latents(3)) for key in "abcd"}
         if number == 1:
@@ -394,10 +395,10 @@ def test_a_mistake_is_corrected_in_the_same_folder(tmp_path: Path) -> None:
     assert manifest.samples == 1 and len((out / "rejected.jsonl").read_text().splitlines()) == 2
 
 
-# Going on, and what has changed.
+# Resuming, and changed shards.
 
 
-def test_adoption_goes_on_after_a_kill_and_sees_what_changed(tmp_path: Path) -> None:
+def test_adoption_resumes_after_a_kill_and_detects_changes(tmp_path: Path) -> None:
     write_tars(tmp_path / "theirs", FRAMES[:8], 2, as_npy)
     adopted(tmp_path / "theirs", tmp_path / "whole", **BOTH)
     out = tmp_path / "set"
@@ -409,15 +410,15 @@ def test_adoption_goes_on_after_a_kill_and_sees_what_changed(tmp_path: Path) -> 
         from far_scale.data.adopt import adopt as module
         known = foreign_sets.FACTS.autoencoder
         module.autoencoders.load = lambda name: SimpleNamespace(**known.model_dump(), latent_channels=4)
-        honest = module._write
+        original = module._write_index
         def write_or_die(job, number, *rest):
             if number == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return honest(job, number, *rest)
-        module._write = write_or_die
+            return original(job, number, *rest)
+        module._write_index = write_or_die
         foreign_sets.adopted({str(tmp_path / "theirs")!r}, module.Path({str(out)!r}), actions=4, labels=3)
     """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ended = processes.run("-c", code)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert not (out / "manifest.json").exists()
     times = {path: path.stat().st_mtime_ns for path in out.glob("*.index.json")}
@@ -543,7 +544,7 @@ def test_remote_shards_over_http(tmp_path: Path) -> None:
     assert same(packs_of(without, 2), straight[:8])
 
 
-def test_remote_shards_need_a_cache_and_pipes_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_shards_need_a_cache_and_pipes_a_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tars(tmp_path / "theirs", FRAMES[:4], 2, as_npy)
     out = tmp_path / "set"
     adopted(f"pipe:cat {tmp_path}/theirs/set-{{000000..000001}}.tar", out, **BOTH)
@@ -573,16 +574,16 @@ def test_training_on_remote_shards_of_others_and_resume_on_fewer_ranks(recorded_
     for run in (whole, parts):
         run.parent.mkdir()
     few = ["optimizer.schedule=constant", "optimizer.warmup_steps=2", "train.steps=4"]
-    with served(theirs) as server, Zygote() as zygote:
+    with served(theirs) as server:
         adopted(f"{server.url}/{{0..3}}.tar", tmp_path / "set", autoencoder="compact-vizdoom-f8c32", actions=4)
         server.asked.clear()
         local = small_recipe(recorded_shards, whole, *few)
-        assert zygote.start(1, local, whole.parent / "out").wait() == [0]
+        assert start_training(1, local, whole.parent / "out").wait() == [0]
         remote = small_recipe(tmp_path / "set", parts, *few)
-        assert zygote.start(1, remote, tmp_path / "refused").wait() == [REFUSED]
+        assert start_training(1, remote, tmp_path / "refused").wait() == [REFUSED]
         remote += [f"data.cache_dir={tmp_path / 'cache'}"]
-        assert zygote.start(2, [*remote, "train.steps=2"], parts.parent / "out").wait() == [0, 0]
-        assert zygote.start(1, remote, parts.parent / "out").wait() == [0]
+        assert start_training(2, [*remote, "train.steps=2"], parts.parent / "out").wait() == [0, 0]
+        assert start_training(1, remote, parts.parent / "out").wait() == [0]
         assert set(server.asked.values()) == {1}
     assert "come through a cache; set data.cache_dir" in (tmp_path / "refused").read_text()
     read = [sorted((run.parent / "out.keys").read_text().splitlines()) for run in (whole, parts)]
@@ -593,10 +594,10 @@ def test_training_on_remote_shards_of_others_and_resume_on_fewer_ranks(recorded_
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)  # float32, summed up by other ranks
 
 
-# Manifests and tars of strangers.
+# Hostile manifests and tars.
 
 
-def test_manifests_are_all_here_or_all_elsewhere(tmp_path: Path) -> None:
+def test_a_manifest_has_only_own_or_only_adopted_shards(tmp_path: Path) -> None:
     write_tars(tmp_path / "theirs", FRAMES[:4], 2, as_npy)
     adopted(tmp_path / "theirs", tmp_path / "set", **BOTH)
     path = tmp_path / "set" / "manifest.json"
@@ -619,7 +620,7 @@ def test_manifests_are_all_here_or_all_elsewhere(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tar(tmp_path: Path) -> Iterator[Path]:
-    """A foreign tar that is watched, in which every kind of member stands."""
+    """A foreign tar with every kind of member, under `watched`."""
     tensor = torch.from_numpy(latents(3).astype(np.float16))
     members = {"a.npy": npy(tensor.numpy()), "a.json": json_bytes(fps=5, label=1, actions=[0, 1, 1])}
     long = {f"{'folder/' * 15}b{suffix[1:]}": data for suffix, data in members.items()}
@@ -631,11 +632,11 @@ def tar(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_damaged_foreign_tars(tar: Path, tmp_path: Path) -> None:
-    chance, whole = random.Random(4), tar.read_bytes()
+    rng, whole = random.Random(4), tar.read_bytes()
     reader = SampleReader.of(Manifest.read(tmp_path / "set"))
     read = refusals = rejected = 0
     for _ in range(400):
-        tar.write_bytes(damage(whole, chance))
+        tar.write_bytes(damage(whole, rng))
         found = attempt(lambda: reader.scan(tar, str(tar), "shard-000000.tar"), tar)
         refusals += found is None
         if found is not None:
@@ -655,8 +656,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "names").write_text("x\ny\nz\n")
     options = ["--out", tmp_path / "set", "--autoencoder", "compact-vizdoom-f8c32", "--fps", 5, "--jobs", 2]
     tool = Path(__file__).parents[2] / "tools" / "adopt_shards.py"
-    command = [sys.executable, tool, tmp_path / "{0..2}.tar", *options, "--classes", tmp_path / "names"]
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    ended = processes.run(tool, tmp_path / "{0..2}.tar", *options, "--classes", tmp_path / "names")
     assert ended.returncode == 0 and "3 shards, 3 samples, 18 frames" in ended.stdout, ended.stderr
     text = inspect.describe(ShardSet.open(tmp_path / "set"))
     assert "3 labels: 'x', 'y', 'z'" in text and "latent.pt as FCHW" in text and "at 5 frames/s" in text

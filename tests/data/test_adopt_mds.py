@@ -1,4 +1,4 @@
-"""MDS datasets of others, compressed ones too, adopted where they lie; held against mosaicml-streaming itself."""
+"""Adopted MDS datasets, compressed ones too, compared with mosaicml-streaming itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from far_scale.data.remote import compression as compressions
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards import inspect
@@ -89,13 +88,13 @@ def test_every_sample_is_what_the_library_reads(tmp_path: Path, compression: str
     assert {path: path.read_bytes() for path in theirs.iterdir()} == before
 
 
-def test_compressed_shards_are_unpacked_once_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressed_shards_are_unpacked_once_per_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = adopted(write_mds_set(tmp_path / "b", COLUMNS, as_columns, "zstd"), tmp_path / "packed", **BOTH)
     own = write_set(tmp_path / "own", FRAMES, samples_per_shard=5)
     np.testing.assert_allclose((packed.mean, packed.std), (own.mean, own.std), rtol=1e-12)
     unpacked: list[int] = []
-    honest = compressions.decompress
-    monkeypatch.setattr(fetch, "decompress", lambda data, *rest: (unpacked.append(len(data)), honest(data, *rest))[1])
+    original = compressions.decompress
+    monkeypatch.setattr(fetch, "decompress", lambda data, *rest: (unpacked.append(len(data)), original(data, *rest))[1])
     for _ in range(2):  # two processes of a node
         shard_set = ShardSet.open(tmp_path / "packed", NodeCache(tmp_path / "cache", GB))
         for shard, count in enumerate(shard_set.samples_per_shard):
@@ -212,7 +211,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
-def test_a_shard_is_held_against_the_digest_in_its_index(tmp_path: Path, compression: str | None) -> None:
+def test_a_shard_is_checked_against_the_digest_in_its_index(tmp_path: Path, compression: str | None) -> None:
     theirs = write_mds_set(tmp_path / "theirs", COLUMNS, as_columns, compression)
     text = json.loads((theirs / "index.json").read_text())
     raw = text["shards"][1]["raw_data"]
@@ -250,7 +249,7 @@ def test_nothing_unpacks_to_more_than_is_expected(compression: str) -> None:
 
 @pytest.fixture
 def mds(tmp_path: Path) -> Iterator[Path]:
-    """A foreign MDS file that is watched."""
+    """A foreign MDS file, under `watched`."""
     columns = {**COLUMNS, "pickled": "pkl"}
     theirs = write_mds_set(tmp_path / "theirs", columns, lambda s: {**as_columns(s), "pickled": {1}}, frames=[3, 4])
     adopted(theirs, tmp_path / "set", **BOTH)
@@ -260,11 +259,11 @@ def mds(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_damaged_foreign_mds_files(mds: Path, tmp_path: Path) -> None:
-    chance, whole = random.Random(5), mds.read_bytes()
+    rng, whole = random.Random(5), mds.read_bytes()
     reader = SampleReader.of(Manifest.read(tmp_path / "set"))
     read = refusals = rejected = 0
     for _ in range(400):
-        mds.write_bytes(damage(whole, chance))
+        mds.write_bytes(damage(whole, rng))
         found = attempt(lambda: reader.scan(mds, str(mds), "shard.00000.mds"), mds)
         refusals += found is None
         rejected += bool(found and found.rejects)

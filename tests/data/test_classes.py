@@ -23,7 +23,8 @@ from far_scale.data.shards.convert import convert
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.records import classes_differ
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.video.sources import find_labelled, find_sources, read_class_names
+from far_scale.data.video.sources import find_source_set, find_sources
+from far_scale.data.video.video_lists import read_class_names
 from far_scale.data.video.videos import write_mp4
 from far_scale.distributed.process_group import Processes
 from far_scale.evaluation.rollouts.episodes import Wanted, find_episodes
@@ -78,7 +79,7 @@ def folders(root: Path, clip: Path, *names: str) -> Path:
 
 def labels_of(videos: Path, labels: int, *classes: str) -> dict[str, int | None]:
     """The class of each folder."""
-    found = find_labelled(videos, None, labels, classes or None)
+    found = find_source_set(videos, None, labels, classes or None)
     return {source.path.parent.relative_to(videos).as_posix(): source.folder_label for source in found.sources}
 
 
@@ -101,10 +102,13 @@ def test_folders_named_by_numbers_have_these_classes(clip: Path, tmp_path: Path,
     held_out = folders(tmp_path / "held-out", clip, "10", "2")
     assert dict(encode(held_out, "--labels", 11, out="held")) == {"10/1.mp4": 10, "2/1.mp4": 2}
     assert Manifest.read(tmp_path / "held").classes == Manifest.read(tmp_path / "set").classes
-    refused(lambda: find_labelled(videos, labels=10), f"{videos / '10'}: is class 10", "--labels 10 has 0 to 9")
+    refused(lambda: find_source_set(videos, labels=10), f"{videos / '10'}: is class 10", "--labels 10 has 0 to 9")
     assert labels_of(folders(tmp_path / "padded", clip, "00", "01", "007"), 8) == {"00": 0, "01": 1, "007": 7}
     refused(
-        lambda: find_labelled(folders(videos, clip, "01"), labels=11), str(videos / "1"), str(videos / "01"), "class 1"
+        lambda: find_source_set(folders(videos, clip, "01"), labels=11),
+        str(videos / "1"),
+        str(videos / "01"),
+        "class 1",
     )
     assert len(find_sources(videos)) == 5  # without labels, folders may have any names
     shutil.rmtree(videos / "01")
@@ -113,9 +117,9 @@ def test_folders_named_by_numbers_have_these_classes(clip: Path, tmp_path: Path,
     assert labels_of(folders(tmp_path / "inner", clip, "train/2", "train/10"), 11) == {"train/2": 2, "train/10": 10}
     assert labels_of(folders(tmp_path / "one", clip, "3"), 4) == {"3": 3}
     assert labels_of(folders(tmp_path / "alone", clip, "train/3"), 4) == {"train/3": 3}
-    assert find_labelled(tmp_path / "one" / "3", labels=1).classes is None  # named itself, it is no class
+    assert find_source_set(tmp_path / "one" / "3", labels=1).classes is None  # named itself, it is no class
     (tmp_path / "list.csv").write_text("video\nvideos/2/1.mp4\nvideos/10/1.mp4\n")
-    assert [source.folder_label for source in find_labelled(tmp_path / "list.csv", labels=11).sources] == [10, 2]
+    assert [source.folder_label for source in find_source_set(tmp_path / "list.csv", labels=11).sources] == [10, 2]
 
 
 def test_held_out_folders_have_the_classes_of_the_training_set(
@@ -149,7 +153,7 @@ def test_held_out_folders_have_the_classes_of_the_training_set(
         encode(training, "--classes", tmp_path / "names.txt", "--labels", 2, out="fewer")
     assert "--labels 2: there are 3 class names" in capsys.readouterr().err
     (tmp_path / "names.txt").write_text("a\nb\na\n")
-    refused(lambda: read_class_names(tmp_path / "names.txt"), "names.txt:3: class a stands on line 1 already")
+    refused(lambda: read_class_names(tmp_path / "names.txt"), "names.txt:3: class a is on line 1 already")
 
 
 def test_names_and_bytes_do_not_depend_on_tasks_and_are_converted(clip: Path, tmp_path: Path, encode: Encode) -> None:
@@ -218,30 +222,30 @@ def test_an_empty_label_is_refused_where_others_are_given(clip: Path, tmp_path: 
     for suffix, lines in rows.items():
         path, row = tmp_path / f"list.{suffix}", len(lines)
         path.write_text("\n".join(lines) + "\n")
-        refused(lambda path=path: find_labelled(path, labels=2), f"{path}:{row}: b.mp4 has no label", "give it one")
+        refused(lambda path=path: find_source_set(path, labels=2), f"{path}:{row}: b.mp4 has no label", "give it one")
         assert [source.label for source in find_sources(path)] == [1, None]  # nobody asks for labels
     official = tmp_path / "list.json"
     official.write_text('[{"video_path": "a.mp4", "label": 1}, {"video_path": "b.mp4", "label": null}]')
-    refused(lambda: find_labelled(official, labels=2), f"{official}: entry 1: b.mp4 has no label")
+    refused(lambda: find_source_set(official, labels=2), f"{official}: entry 1: b.mp4 has no label")
     np.savez(tmp_path / "b.npz", label=0)
     for suffix in rows:
-        assert [source.label for source in find_labelled(tmp_path / f"list.{suffix}", labels=2).sources] == [1, 0]
+        assert [source.label for source in find_source_set(tmp_path / f"list.{suffix}", labels=2).sources] == [1, 0]
     np.savez(tmp_path / "c.npz", frames=np.zeros((2, 8, 8, 3), np.uint8), label=3)
     (tmp_path / "list.csv").write_text("video,label\na.mp4,1\nc.npz,\n")
-    assert [source.label for source in find_labelled(tmp_path / "list.csv", labels=4).sources] == [1, 3]
+    assert [source.label for source in find_source_set(tmp_path / "list.csv", labels=4).sources] == [1, 3]
     np.savez(tmp_path / "c.npz", label=-3)
-    refused(lambda: find_labelled(tmp_path / "list.csv", labels=4), "list.csv:3: c.npz has no label", "`label` is -3")
+    refused(lambda: find_source_set(tmp_path / "list.csv", labels=4), "list.csv:3: c.npz has no label", "`label` is -3")
 
 
 def test_labels_beside_the_videos_of_a_list_without_labels(clip: Path, tmp_path: Path) -> None:
     videos = folders(tmp_path, clip, "a", "b")
     listed = tmp_path / "list.csv"
     listed.write_text("video\na/1.mp4\nb/1.mp4\n")
-    assert [source.folder_label for source in find_labelled(listed, labels=2).sources] == [0, 1]
+    assert [source.folder_label for source in find_source_set(listed, labels=2).sources] == [0, 1]
     np.savez(videos / "a/1.npz", label=1)
-    refused(lambda: find_labelled(listed, labels=2), "list.csv:3: 1.mp4 has no label")
+    refused(lambda: find_source_set(listed, labels=2), "list.csv:3: 1.mp4 has no label")
     np.savez(videos / "b/1.npz", label=0)
-    found = find_labelled(listed, labels=2)
+    found = find_source_set(listed, labels=2)
     assert [source.label for source in found.sources] == [1, 0] and found.classes is None
 
 
@@ -264,7 +268,7 @@ def test_lists_as_other_programs_write_them(clip: Path, tmp_path: Path) -> None:
     }
     for name, text in texts.items():
         (tmp_path / name).write_bytes(text.encode())
-        sources = find_labelled(tmp_path / name, labels=2).sources
+        sources = find_source_set(tmp_path / name, labels=2).sources
         assert {source.label for source in sources} == {1} and all(source.path.is_file() for source in sources), name
     assert find_sources(tmp_path / "spaces.csv")[0].actions == tmp_path / "turns.npy"
     assert len(find_sources(tmp_path / "joined.jsonl")) == len(find_sources(tmp_path / "lines.csv")) == 2
@@ -281,11 +285,11 @@ def test_lists_as_other_programs_write_them(clip: Path, tmp_path: Path) -> None:
         ("list.tsv", "video\tlabel\na.mp4\t1\n", "list.tsv: is a text file"),
     ]:
         (tmp_path / name).write_text(text)
-        refused(lambda name=name: find_labelled(tmp_path / name, labels=2), *words)
+        refused(lambda name=name: find_source_set(tmp_path / name, labels=2), *words)
     for name in ("unicode.csv", "unicode.jsonl", "unicode.txt"):
         (tmp_path / name).write_text("video,label\na.mp4,1\n", encoding="utf-16")
         refused(
-            lambda name=name: find_labelled(tmp_path / name, labels=2), name, "UTF-16" if name[-1] != "t" else "text"
+            lambda name=name: find_source_set(tmp_path / name, labels=2), name, "UTF-16" if name[-1] != "t" else "text"
         )
 
 

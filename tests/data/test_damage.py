@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
@@ -24,8 +24,8 @@ from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import read_events
 from harness.latent_sets import write_set
 from harness.launch import small_recipe
+from harness.processes import start_training
 from harness.remote_sets import served
-from harness.zygote import Zygote
 
 FRAMES = [20 + number % 5 for number in range(22)]
 LANES = 4
@@ -224,12 +224,6 @@ def test_remote_shard_that_cannot_be_fetched_is_skipped(folder: Path, tmp_path: 
             assert all("404" in each.reason and each.file.startswith("http://") for each in a.skipped)
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as zygote:
-        yield zygote
-
-
 def damaged_copy(shards: Path, folder: Path) -> Path:
     """The recorded shards, with one sample damaged."""
     shutil.copytree(shards, folder)
@@ -241,16 +235,16 @@ def skip_events(run: Path) -> list[dict]:
     return [event for event in read_events(run) if event["event"] == "damaged-sample"]
 
 
-def test_training_continues_and_resumes_exactly(zygote: Zygote, recorded_shards: Path, tmp_path: Path) -> None:
+def test_training_continues_and_resumes_exactly(recorded_shards: Path, tmp_path: Path) -> None:
     shards = damaged_copy(recorded_shards, tmp_path / "set")
     key, budget = row(shards, 1, 0)[0], ["data.max_damaged_samples=60", "optimizer.schedule=constant"]
     whole, parts = tmp_path / "whole/run", tmp_path / "parts/run"
     for run in (whole, parts):
         run.parent.mkdir()
-    assert zygote.start(2, small_recipe(shards, whole, *budget), whole.parent / "out").wait() == [0, 0]
+    assert start_training(2, small_recipe(shards, whole, *budget), whole.parent / "out").wait() == [0, 0]
     few = small_recipe(shards, parts, *budget, "train.steps=7")
-    assert zygote.start(1, few, parts.parent / "out").wait() == [0]
-    assert zygote.start(2, small_recipe(shards, parts, *budget), parts.parent / "out").wait() == [0, 0]
+    assert start_training(1, few, parts.parent / "out").wait() == [0]
+    assert start_training(2, small_recipe(shards, parts, *budget), parts.parent / "out").wait() == [0, 0]
 
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     events = skip_events(whole)
@@ -275,26 +269,24 @@ def test_training_continues_and_resumes_exactly(zygote: Zygote, recorded_shards:
     assert trained[0] == trained[1] and len(trained[0]) == 80
 
 
-def test_training_ends_when_all_ranks_exceed_the_budget(zygote: Zygote, recorded_shards: Path, tmp_path: Path) -> None:
+def test_training_ends_when_all_ranks_exceed_the_budget(recorded_shards: Path, tmp_path: Path) -> None:
     shards, run = damaged_copy(recorded_shards, tmp_path / "set"), tmp_path / "run"
-    first = zygote.start(2, small_recipe(shards, run, "data.max_damaged_samples=4"), tmp_path / "out").wait()
+    first = start_training(2, small_recipe(shards, run, "data.max_damaged_samples=4"), tmp_path / "out").wait()
     assert REFUSED in first and not set(first) - {REFUSED, -9}
     text = (tmp_path / "out").read_text()
     assert "data.max_damaged_samples=4: " in text and "Traceback" not in text
     assert len(skip_events(run)) >= 4
 
 
-def test_missing_shard_is_refused_before_training_or_logged(
-    zygote: Zygote, recorded_shards: Path, tmp_path: Path
-) -> None:
+def test_missing_shard_is_refused_before_training_or_logged(recorded_shards: Path, tmp_path: Path) -> None:
     shards, run = tmp_path / "set", tmp_path / "run"
     shutil.copytree(recorded_shards, shards)
     (shards / "shard-000003.tar").unlink()
-    refused = zygote.start(2, small_recipe(shards, run, "data.max_damaged_samples=1"), tmp_path / "out").wait()
+    refused = start_training(2, small_recipe(shards, run, "data.max_damaged_samples=1"), tmp_path / "out").wait()
     assert REFUSED in refused and not set(refused) - {REFUSED, -9}
     assert "shard-000003.tar: this shard is missing" in (tmp_path / "out").read_text()
     enough = small_recipe(shards, run, "data.max_damaged_samples=90", "train.steps=6")
-    assert zygote.start(2, enough, tmp_path / "out").wait() == [0, 0]
+    assert start_training(2, enough, tmp_path / "out").wait() == [0, 0]
     (event,) = [event for event in read_events(run) if event["event"] == "damaged-shard"]
     assert "not whole, and its clips will be left out: " in event["text"] and "shard-000003.tar" in event["text"]
     assert skip_events(run)

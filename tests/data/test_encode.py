@@ -20,9 +20,11 @@ from far_scale.data.encode.plan import encode_videos
 from far_scale.data.shards import inspect
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.video.pictures import fit
-from far_scale.data.video.videos import find_videos, read_video, write_mp4
+from far_scale.data.video.find import find_videos
+from far_scale.data.video.transforms import resize_and_crop
+from far_scale.data.video.videos import read_video, write_mp4
 from far_scale.utils.errors import UserError
+from harness import processes
 
 ROOT = Path(__file__).parents[2]
 AUTOENCODER = "compact-vizdoom-f8c32"
@@ -131,7 +133,7 @@ def test_killed_and_resumed(episodes: Path, encoded: Path, tmp_path: Path) -> No
     assert all((out / name).stat().st_mtime_ns == when for name, when in done.items())  # not made again
 
 
-def test_a_whole_set_is_left_alone_and_a_damaged_one_mended(
+def test_a_complete_set_is_unchanged_and_a_damaged_one_is_repaired(
     episodes: Path, encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "set"
@@ -176,14 +178,12 @@ def test_other_settings_are_refused(episodes: Path, encoded: Path, tmp_path: Pat
         encode(episodes, tmp_path / "odd", size=60)
 
 
-def test_a_short_video_is_told_in_one_line(episodes: Path, tmp_path: Path) -> None:
+def test_a_short_video_is_reported_in_one_line(episodes: Path, tmp_path: Path) -> None:
     videos, out = tmp_path / "videos", tmp_path / "set"
     videos.mkdir()
     with np.load(episodes / f"episode-{SEED}.npz") as episode:
         np.savez(videos / "brief.npz", frames=episode["frames"][:7], actions=episode["actions"][:7], fps=8.0)
-    done = subprocess.run(
-        command(*arguments(videos, out, 1)), env=environment(), capture_output=True, text=True, check=False
-    )
+    done = processes.run(*command(*arguments(videos, out, 1))[1:])
     assert done.returncode == 2
     complaint = done.stderr.strip().splitlines()[-1]
     assert complaint.startswith("error: ") and "Traceback" not in done.stderr
@@ -231,36 +231,32 @@ def test_an_action_that_the_set_does_not_have(episodes: Path, tmp_path: Path) ->
     assert not list((tmp_path / "set").glob("*manifest*")) and not list((tmp_path / "set").glob(".*"))
 
 
-def test_fit_scales_the_shorter_side_and_crops_the_centre() -> None:
+def test_the_shorter_side_is_resized_and_the_centre_cropped() -> None:
     columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (100, 200, 3))
-    fitted = fit(np.stack([columns, columns]), 50)
+    fitted = resize_and_crop(np.stack([columns, columns]), 50)
     assert fitted.shape == (2, 50, 50, 3) and fitted.dtype == np.uint8
     assert np.abs(fitted[0, 25, :, 0].astype(int) - (50 + 2 * np.arange(50))).max() <= 1  # the middle half, halved
     stripes = np.zeros((1, 128, 128, 3), np.uint8)
     stripes[:, :, ::2] = 255
-    assert np.abs(fit(stripes, 64)[0, :, 2:-2].astype(int) - 127).max() <= 2  # antialiased, not one of the stripes
+    # antialiased, not one of the stripes
+    assert np.abs(resize_and_crop(stripes, 64)[0, :, 2:-2].astype(int) - 127).max() <= 2
     square = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3)).astype(np.uint8)
-    assert np.array_equal(fit(square, 64), square)
+    assert np.array_equal(resize_and_crop(square, 64), square)
 
 
 def test_inspect(encoded: Path, tmp_path: Path) -> None:
-    tool = [sys.executable, str(ROOT / "tools" / "inspect_shards.py")]
+    tool = ROOT / "tools" / "inspect_shards.py"
     sheet = tmp_path / "sheet.png"
-    done = subprocess.run(
-        [*tool, str(encoded), "--verify", "--png", str(sheet)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = processes.run(tool, encoded, "--verify", "--png", sheet)
+    done.check_returncode()
     assert "5 shards, 10 samples, 400 frames" in done.stdout and "verified" in done.stdout
     with Image.open(sheet) as picture:
         assert picture.size == (8 * 66, 8 * 66) and np.asarray(picture).std() > 10
-    done = subprocess.run([*tool, str(tmp_path)], env=environment(), capture_output=True, text=True, check=False)
+    done = processes.run(tool, tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
-def test_inspect_tells_other_weights_and_other_statistics(encoded: Path, tmp_path: Path) -> None:
+def test_inspect_reports_other_weights_and_other_statistics(encoded: Path, tmp_path: Path) -> None:
     for name, data in bytes_of(encoded).items():
         (tmp_path / name).write_bytes(data)
     manifest = Manifest.read(tmp_path)

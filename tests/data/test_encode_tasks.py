@@ -1,4 +1,4 @@
-"""Encoding dealt over tasks: the same bytes for any number of them; kills, damaged videos, missing tasks are told."""
+"""Encoding in tasks: the same bytes for any number; kills, damaged videos and missing tasks are reported."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from far_scale.data.encode.plan import encode_videos, plan
-from far_scale.data.encode.tasks import encode_task, merge
-from far_scale.data.encode.worker import Job
+from far_scale.data.encode.job import EncodingJob
+from far_scale.data.encode.plan import encode_videos, plan_encoding
+from far_scale.data.encode.tasks import encode_task, merge_tasks
 from far_scale.data.shards import inspect
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.video.pictures import Framing
+from far_scale.data.video.find import find_videos
 from far_scale.data.video.sources import find_sources
-from far_scale.data.video.videos import find_videos, write_mp4
+from far_scale.data.video.transforms import FrameTransform
+from far_scale.data.video.videos import write_mp4
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
+from harness import processes
 
 TOOL = Path(__file__).parents[2] / "tools" / "encode_latents.py"
 AUTOENCODER = "compact-vizdoom-f8c32"
@@ -40,9 +42,7 @@ def environment() -> dict[str, str]:
 
 
 def run(videos: Path, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(videos, out, *more), env=environment(), capture_output=True, text=True, check=False, timeout=300
-    )
+    return processes.run(*command(videos, out, *more)[1:], timeout=300)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -54,8 +54,10 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.strip().splitlines()[-1].removeprefix("error: ")
 
 
-def planned(videos: Path, out: Path, device: str | None = "cpu") -> Job:
-    return plan(find_sources(videos), out, AUTOENCODER, "bfloat16", PER_SHARD, 4, 0, 16, Framing(64), device)
+def planned(videos: Path, out: Path, device: str | None = "cpu") -> EncodingJob:
+    return plan_encoding(
+        find_sources(videos), out, AUTOENCODER, "bfloat16", PER_SHARD, 4, 0, 16, FrameTransform(64), device
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +80,17 @@ def mixed(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def single_run(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Those videos, encoded by one run without tasks, in two processes."""
-    out = tmp_path_factory.mktemp("alone") / "set"
+    out = tmp_path_factory.mktemp("single_run") / "set"
     encode_videos(
         find_videos(mixed), out, AUTOENCODER, "bfloat16", PER_SHARD, 4, min_frames=16, workers=2, max_rejected=0.4
     )
     return out
 
 
-def test_rejects_are_listed_and_the_rest_is_the_same(mixed: Path, alone: Path, recorded_shards: Path) -> None:
-    rejected = [json.loads(line) for line in (alone / "rejected.jsonl").read_text().splitlines()]
+def test_rejects_are_listed_and_the_rest_is_the_same(mixed: Path, single_run: Path, recorded_shards: Path) -> None:
+    rejected = [json.loads(line) for line in (single_run / "rejected.jsonl").read_text().splitlines()]
     assert [reject["source"] for reject in rejected] == ["00-cut.npz", "03-cut.npz", "03-short.npz", "07-cut.mp4"]
     for reject, reason in zip(
         rejected,
@@ -96,7 +98,7 @@ def test_rejects_are_listed_and_the_rest_is_the_same(mixed: Path, alone: Path, r
         strict=True,
     ):
         assert reject["reason"].startswith(reason) and str(mixed) not in reject["reason"]
-    made, whole = ShardSet.open(alone), ShardSet.open(recorded_shards)
+    made, whole = ShardSet.open(single_run), ShardSet.open(recorded_shards)
     # sorted, two a shard: 00-cut 00 | 01 02 | 03-cut 03-short | 03 04 | 05 06 | 07-cut 07
     assert [shard.file[6:12] for shard in made.manifest.shards] == ["000000", "000001", "000003", "000004", "000005"]
     assert made.samples_per_shard == [1, 2, 2, 2, 1]
@@ -110,17 +112,17 @@ def test_rejects_are_listed_and_the_rest_is_the_same(mixed: Path, alone: Path, r
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3])
-def test_any_number_of_tasks_makes_the_same_bytes(mixed: Path, alone: Path, tmp_path: Path, tasks: int) -> None:
+def test_any_number_of_tasks_makes_the_same_bytes(mixed: Path, single_run: Path, tmp_path: Path, tasks: int) -> None:
     out = tmp_path / "set"
     for task in reversed(range(tasks)):
         assert encode_task(planned(mixed, out), task, tasks, 1, 0.4) == 6 // tasks
         assert not (out / "manifest.json").exists()
-    manifest = merge(planned(mixed, out, device=None), tasks, 0.4)
+    manifest = merge_tasks(planned(mixed, out, device=None), tasks, 0.4)
     assert (len(manifest.shards), manifest.samples, manifest.frames) == (5, 8, 192)
-    assert digests(out) == digests(alone)
+    assert digests(out) == digests(single_run)
 
 
-def test_tasks_side_by_side_and_one_killed(mixed: Path, alone: Path, tmp_path: Path) -> None:
+def test_tasks_side_by_side_and_one_killed(mixed: Path, single_run: Path, tmp_path: Path) -> None:
     out, more = tmp_path / "set", ("--tasks", 2, "--max-rejected", 0.4)
     tasks = [
         subprocess.Popen(
@@ -150,43 +152,44 @@ def test_tasks_side_by_side_and_one_killed(mixed: Path, alone: Path, tmp_path: P
     assert all((out / name).stat().st_mtime_ns == when for name, when in kept.items())  # not made again
     done = run(mixed, out, "--merge", *more)
     assert "5 shards, 8 samples, 192 frames; 4 videos rejected, see" in done.stdout, done.stderr
-    assert digests(out) == digests(alone)
+    assert digests(out) == digests(single_run)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert run(mixed, out, "--max-rejected", 0.4).returncode == 0  # all of it once more: there is nothing to do
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-def test_a_merge_names_what_is_missing(mixed: Path, alone: Path, tmp_path: Path) -> None:
+def test_a_merge_names_what_is_missing(mixed: Path, single_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     with pytest.raises(UserError, match="nothing was encoded here yet; run the tasks first, then --merge"):
         planned(mixed, out, device=None)
-    shutil.copytree(alone, out)
+    shutil.copytree(single_run, out)
     job = planned(mixed, out, device=None)
     (out / "manifest.json").unlink()
     (out / "shard-000004.index.json").unlink()
     with open(out / "shard-000001.tar", "r+b") as shard:
         shard.truncate(1000)
     with pytest.raises(UserError, match=r"2 of 6 shards .* not whole: 1, 4; run --task 0, 1 of --tasks 4 again"):
-        merge(job, 4, 0.4)
-    shutil.copy(alone / "shard-000004.index.json", out)
-    shutil.copy(alone / "shard-000001.tar", out)
-    (out / "rejected.jsonl").write_text((alone / "rejected.jsonl").read_text().partition("\n")[2])  # 00-cut.npz is out
+        merge_tasks(job, 4, 0.4)
+    shutil.copy(single_run / "shard-000004.index.json", out)
+    shutil.copy(single_run / "shard-000001.tar", out)
+    without_first = (single_run / "rejected.jsonl").read_text().partition("\n")[2]  # without 00-cut.npz
+    (out / "rejected.jsonl").write_text(without_first)
     with pytest.raises(UserError, match=r"1 of 6 shards .* not whole: 0; run --task 0 of --tasks 4 again"):
-        merge(job, 4, 0.4)
+        merge_tasks(job, 4, 0.4)
     (out / "rejected.jsonl").write_text("[]\n")
     with pytest.raises(UserError, match=r"rejected\.jsonl: not the list of rejects that was written"):
-        merge(job, 4, 0.4)
+        merge_tasks(job, 4, 0.4)
     assert not (out / "manifest.json").exists()
-    shutil.copy(alone / "rejected.jsonl", out)
-    merge(job, 4, 0.4)
-    assert digests(out) == digests(alone)
+    shutil.copy(single_run / "rejected.jsonl", out)
+    merge_tasks(job, 4, 0.4)
+    assert digests(out) == digests(single_run)
 
 
-def test_too_many_rejects_fail(mixed: Path, alone: Path, tmp_path: Path) -> None:
+def test_too_many_rejects_fail(mixed: Path, single_run: Path, tmp_path: Path) -> None:
     out, merged = tmp_path / "set", tmp_path / "merged"
-    said = "1 of 12 videos are rejected, more than --max-rejected 0.05 allows, first 00-cut.npz: not a whole"
+    message = "1 of 12 videos are rejected, more than --max-rejected 0.05 allows, first 00-cut.npz: not a whole"
     for _ in range(2):  # at once, when it is run again
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             encode_task(planned(mixed, out), 0, 2, 1, 0.05)
         # it stopped at the first shard that made it certain
         assert sorted(path.name for path in out.iterdir()) == [
@@ -196,20 +199,20 @@ def test_too_many_rejects_fail(mixed: Path, alone: Path, tmp_path: Path) -> None
             "shard-000000.tar",
             "videos-000000.jsonl",
         ]
-    shutil.copytree(alone, merged, ignore=shutil.ignore_patterns("manifest.json", "rejected.jsonl"))
-    shutil.copy(alone / "rejected.jsonl", merged / "rejected-000000.jsonl")
+    shutil.copytree(single_run, merged, ignore=shutil.ignore_patterns("manifest.json", "rejected.jsonl"))
+    shutil.copy(single_run / "rejected.jsonl", merged / "rejected-000000.jsonl")
     with pytest.raises(UserError, match="4 of 12 videos are rejected"):
-        merge(planned(mixed, merged), 2, 0.3)
+        merge_tasks(planned(mixed, merged), 2, 0.3)
     assert (merged / "rejected.jsonl").exists() and not (merged / "manifest.json").exists()
-    merge(planned(mixed, merged), 2, 0.34)
-    assert digests(merged) == digests(alone)
+    merge_tasks(planned(mixed, merged), 2, 0.34)
+    assert digests(merged) == digests(single_run)
 
 
-def test_a_task_that_there_is_not(mixed: Path, alone: Path) -> None:
+def test_task_numbers_out_of_range(mixed: Path, single_run: Path) -> None:
     for task, tasks in ((2, 2), (-1, 2)):
         with pytest.raises(UserError, match=f"--task {task} of --tasks 2: tasks count from 0 to 1"):
-            encode_task(planned(mixed, alone), task, tasks, 1, 0.4)
-    assert encode_task(planned(mixed, alone), 9, 10, 1, 0.4) == 0  # more tasks than shards: nothing to do
+            encode_task(planned(mixed, single_run), task, tasks, 1, 0.4)
+    assert encode_task(planned(mixed, single_run), 9, 10, 1, 0.4) == 0  # more tasks than shards: nothing to do
 
 
 def test_when_all_are_rejected_there_is_no_set(mixed: Path, tmp_path: Path) -> None:
@@ -243,7 +246,7 @@ def test_lists_with_labels_and_actions(recorded: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('{"video": "0.npz"}\n{"video": 3}\n', r"list\.jsonl:2: has \['video'\]; a line has `video`"),
         ('{"video": "0.npz", "class": 3}\n', r"list\.jsonl:1: has \['class', 'video'\]"),
@@ -251,13 +254,13 @@ def test_lists_with_labels_and_actions(recorded: Path, tmp_path: Path) -> None:
         ('{"video": "0.npz", "label": -1}\n', r"`label` is -1; it must be the number of a class"),
         ('{"video": "0.npz", "label": "run"}\n', "`label` is 'run'"),
         ('{"video": "0.npz", "actions": 4}\n', "`actions` is 4"),
-        ('{"video": "0.npz"}\n\n{"video": "0.npz"}\n', r"list\.jsonl:3: .*0\.npz stands on line 1 already"),
+        ('{"video": "0.npz"}\n\n{"video": "0.npz"}\n', r"list\.jsonl:3: .*0\.npz is listed already \(.*jsonl:1\)"),
         ("\n", "lists no video"),
     ],
 )
-def test_wrong_lists_are_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_wrong_lists_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "list.jsonl").write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         find_sources(tmp_path / "list.jsonl")
 
 
@@ -277,13 +280,13 @@ def test_ucf101_folders_and_split_lists(tmp_path: Path) -> None:
     assert found == [("Archery/v_Archery_g08_c01.avi", 2), ("JumpRope/v_JumpRope_g08_c01.avi", 47)]
     found = [(source.name, source.label) for source in find_sources(videos, test)]
     assert found == [("JumpRope/v_JumpRope_g01_c01.avi", 47), ("JumpingJack/v_JumpingJack_g01_c01.avi", 46)]
-    for text, said in [
+    for text, message in [
         ("Golf/v_Golf_g01_c01.avi 3\n", r"trainlist01\.txt:1: Golf/v_Golf_g01_c01\.avi is not in .*UCF-101"),
         ("\nJumpRope/v_JumpRope_g08_c01.avi 47\n", r"trainlist01\.txt:2: .* does not fit classInd\.txt"),
         ("", "names no video"),
     ]:
         train.write_text(text)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             find_sources(videos, train)
     with pytest.raises(UserError, match=r"absent\.txt: there is no such list"):
         find_sources(videos, tmp_path / "absent.txt")

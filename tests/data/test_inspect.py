@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
+from harness import processes
 from harness.latent_sets import make_sample, write_set
 
 ROOT = Path(__file__).parents[2]
@@ -30,9 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "inspect_shards.py"), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return processes.run(ROOT / "tools" / "inspect_shards.py", *arguments)
 
 
 def break_five(folder: Path) -> None:

@@ -1,13 +1,10 @@
-"""Published layouts of data sets, the official code's lists, and how frames are resized, cropped, mirrored, thinned."""
+"""Published layouts of data sets, the official code's lists, and resizing, cropping, mirroring and frame stride."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -16,37 +13,40 @@ import pytest
 import torch
 
 from far_scale import autoencoder as autoencoders
-from far_scale.data.encode.ahead import ahead
-from far_scale.data.encode.fingerprints import read_prints
-from far_scale.data.encode.latent_files import read_latents
-from far_scale.data.encode.plan import plan
-from far_scale.data.encode.tasks import encode_task, merge
-from far_scale.data.encode.worker import Job
+from far_scale.data.encode.fingerprints import read_fingerprints
+from far_scale.data.encode.job import EncodingJob
+from far_scale.data.encode.plan import plan_encoding
+from far_scale.data.encode.source_reader import read_latents
+from far_scale.data.encode.tasks import encode_task, merge_tasks
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.video.pictures import Framing, to_pixels
-from far_scale.data.video.sources import Source, find_sources, with_flips
-from far_scale.data.video.videos import BadVideo, Video, read_actions, read_video, write_mp4
+from far_scale.data.video.containers import BadVideo
+from far_scale.data.video.sources import Source, add_flipped, find_sources
+from far_scale.data.video.transforms import FrameTransform, to_pixels
+from far_scale.data.video.videos import Video, read_actions, read_video, write_mp4
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
+from harness import processes
 
 TOOL = Path(__file__).parents[2] / "tools" / "encode_latents.py"
 AUTOENCODER = "compact-vizdoom-f8c32"
 FRAMES = 24
-PLAIN = Framing(64)
+PLAIN = FrameTransform(64)
 
 
-def planned(sources: list[Source], out: Path, framing: Framing, merging: bool = False, **changes) -> Job:
+def planned(
+    sources: list[Source], out: Path, transform: FrameTransform, merging: bool = False, **changes
+) -> EncodingJob:
     settings = {"actions": 0, "labels": 0, "min_frames": 1, "precision": "fp32", **changes}
     device = None if merging else "cpu"
-    return plan(sources, out, AUTOENCODER, "bfloat16", 2, framing=framing, device=device, **settings)
+    return plan_encoding(sources, out, AUTOENCODER, "bfloat16", 2, transform=transform, device=device, **settings)
 
 
-def encode(sources: list[Source], out: Path, framing: Framing = PLAIN, tasks: int = 1, **changes) -> Manifest:
+def encode(sources: list[Source], out: Path, transform: FrameTransform = PLAIN, tasks: int = 1, **changes) -> Manifest:
     for task in range(tasks):
-        encode_task(planned(sources, out, framing, **changes), task, tasks, 1, 0.0)
-    return merge(planned(sources, out, framing, merging=True, **changes), tasks, 0.0)
+        encode_task(planned(sources, out, transform, **changes), task, tasks, 1, 0.0)
+    return merge_tasks(planned(sources, out, transform, merging=True, **changes), tasks, 0.0)
 
 
 def samples_of(folder: Path) -> dict[str, Sample]:
@@ -98,7 +98,7 @@ def test_teco_dmlab(episodes: list[Video], tmp_path: Path) -> None:
 
 
 def test_teco_minecraft(episodes: list[Video], tmp_path: Path) -> None:
-    """minecraft/train/FOLDER/NUMBER.mp4, and beside it NUMBER.npz with `actions` alone."""
+    """minecraft/train/FOLDER/NUMBER.mp4, and beside it NUMBER.npz with `actions` only."""
     folder = tmp_path / "minecraft" / "train" / "7"
     for number, video in enumerate(episodes[:2]):
         write_mp4v(folder / f"{number:06d}.mp4", video.frames)
@@ -112,11 +112,11 @@ def test_teco_minecraft(episodes: list[Video], tmp_path: Path) -> None:
     for sample, video in zip(samples_of(tmp_path / "set").values(), episodes, strict=False):
         assert sample.actions.tolist() == video.actions.tolist() and sample.fps == 20.0
     np.savez(folder / "000000.npz", actions=episodes[0].actions, frames=episodes[0].frames)
-    with pytest.raises(BadVideo, match=r"000000\.npz: holds actions, frames; a file of actions has `actions` alone"):
+    with pytest.raises(BadVideo, match=r"000000\.npz: holds actions, frames; a file of actions has only `actions`"):
         read_actions(folder / "000000.npz", FRAMES)
 
 
-def test_bair_whose_actions_are_vectors(episodes: list[Video], tmp_path: Path) -> None:
+def test_bair_with_actions_that_are_vectors(episodes: list[Video], tmp_path: Path) -> None:
     """Videos with the robot's commands, [F, 4] of floats, which the official code does not read either."""
     write_mp4(tmp_path / "bair" / "train" / "0.mp4", episodes[0].frames, 10)
     np.savez(tmp_path / "bair" / "train" / "0.npz", actions=np.zeros((FRAMES, 4), np.float32))
@@ -165,18 +165,21 @@ def test_official_list_of_latents(episodes: list[Video], tmp_path: Path, dtype: 
     assert manifest.autoencoder.weight_hash == autoencoder.weight_hash and manifest.latent_shape == (32, 8, 8)
     for sample, stored, video in zip(samples_of(tmp_path / "set").values(), latents, episodes, strict=False):
         assert sample.latents.equal(stored.bfloat16()) and sample.actions.tolist() == video.actions.tolist()
-    encode(sources, tmp_path / "thin", Framing(64, stride=3), actions=4)
+    encode(sources, tmp_path / "thin", FrameTransform(64, stride=3), actions=4)
     thin = samples_of(tmp_path / "thin")["0"]
     assert thin.latents.equal(latents[0].bfloat16()[::3]) and thin.actions.tolist() == episodes[0].actions[::3].tolist()
-    for changes in ({"framing": Framing(64, crop="random")}, {"framing": Framing(64), "precision": "bf16"}):
+    for changes in (
+        {"transform": FrameTransform(64, crop="random")},
+        {"transform": FrameTransform(64), "precision": "bf16"},
+    ):
         with pytest.raises(UserError, match=r"0\.pt: holds latents, taken as they are; leave out"):
             planned(sources, tmp_path / "other", **changes)
     with pytest.raises(UserError, match="holds latents"):
-        planned(with_flips(sources), tmp_path / "other", Framing(64))
+        planned(add_flipped(sources), tmp_path / "other", FrameTransform(64))
     with pytest.raises(
         UserError, match=r"latents \[24, 32, 8, 8\], not \[F, 32, 16, 16\] as by --autoencoder and --size"
     ):
-        encode(sources, tmp_path / "larger", Framing(128))
+        encode(sources, tmp_path / "larger", FrameTransform(128))
 
 
 KINDS = {"latent": "pt", "action": "npz"}
@@ -196,7 +199,7 @@ def test_files_that_hold_no_latents(tmp_path: Path) -> None:
     right = torch.arange(3 * 16).reshape(3, *shape) / 8
     torch.save(right.half(), path)
     assert read_latents(path, shape, "float16").equal(right.half())
-    for stored, said in [
+    for stored, message in [
         (right.half(), "latents in float16; give the --dtype that they have"),
         (right.double(), "latents in float64"),
         ({"latent": right}, "holds dict, not one dense tensor"),
@@ -207,7 +210,7 @@ def test_files_that_hold_no_latents(tmp_path: Path) -> None:
         (Harmful(), "no latents"),
     ]:
         torch.save(stored, path)
-        with pytest.raises(BadVideo, match=said):
+        with pytest.raises(BadVideo, match=message):
             read_latents(path, shape, "bfloat16")
     with pytest.raises(UserError, match="no such file of latents"):
         read_latents(tmp_path / "absent.pt", shape, "bfloat16")
@@ -217,12 +220,12 @@ def test_damaged_latents_are_refused(tmp_path: Path) -> None:
     """Fuzzed: every damaged file is refused in one line, or reads as the whole one does."""
     path, shape = tmp_path / "0.pt", (4, 2, 2)
     torch.save(torch.arange(64).reshape(4, *shape).bfloat16(), path)
-    whole, draw, refused = path.read_bytes(), random.Random(0), 0
+    whole, rng, refused = path.read_bytes(), random.Random(0), 0
     for _ in range(150):
         data = bytearray(whole)
-        for _ in range(draw.choice((1, 1, 4, 16))):
-            data[draw.randrange(len(data))] = draw.randrange(256)
-        path.write_bytes(data[: draw.choice((len(data), len(data), draw.randrange(len(data))))])
+        for _ in range(rng.choice((1, 1, 4, 16))):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(data[: rng.choice((len(data), len(data), rng.randrange(len(data))))])
         try:
             assert read_latents(path, shape, "bfloat16").shape[1:] == shape
         except BadVideo as error:
@@ -232,7 +235,7 @@ def test_damaged_latents_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[]", "not a list of objects"),
         ('{"video_path": "0.npz"}', "not a list of objects"),
@@ -243,15 +246,15 @@ def test_damaged_latents_are_refused(tmp_path: Path) -> None:
         ('[{"video_path": "0.npz"}, {"latent_path": "0.pt"}]', "entry 1 has no path under `video_path`"),
         ('[{"video_path": "0.npz", "label": "run"}]', "entry 0: `label` is 'run'"),
         ('[{"video_path": "0.npz", "action_path": 3}]', "entry 0: `action_path` is 3"),
-        ('[{"video_path": "0.npz"}, {"video_path": "0.npz"}]', r"entry 1: .*0\.npz is entry 0 already"),
+        ('[{"video_path": "0.npz"}, {"video_path": "0.npz"}]', r"entry 1: .*0\.npz is listed already \(.*entry 0\)"),
         ('[{"video_path": "absent.npz"}]', r"its first file, absent\.npz, is in no folder above the list"),
         ('[{"video_path": "a\\u0000b"}]', "entry 0 has no path"),
     ],
 )
-def test_wrong_official_lists_are_refused(recorded: Path, tmp_path: Path, text: str, said: str) -> None:
+def test_wrong_official_lists_are_refused(recorded: Path, tmp_path: Path, text: str, message: str) -> None:
     shutil.copy(next(recorded.glob("*.npz")), tmp_path / "0.npz")
     (tmp_path / "list.json").write_text(text)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         find_sources(tmp_path / "list.json")
     assert str(caught.value).startswith(f"{tmp_path / 'list.json'}: ") and "\n" not in str(caught.value)
 
@@ -283,14 +286,14 @@ PIECES = [
 def test_fuzzed_lists(tmp_path: Path, name: str) -> None:
     """Every damaged list is refused in one line that names it, or gives sources with proper keys."""
     (tmp_path / "0.npz").write_bytes(b"")
-    path, whole, draw, refused = tmp_path / name, LISTS[name].encode(), random.Random(1), 0
+    path, whole, rng, refused = tmp_path / name, LISTS[name].encode(), random.Random(1), 0
     path.write_bytes(whole)
     assert [source.key for source in find_sources(path)] == ["0", "b_1"]
     for _ in range(1000):
         data = bytearray(whole)
-        for _ in range(draw.choice((1, 1, 2, 5))):
-            at, end = sorted(draw.randrange(len(data) + 1) for _ in range(2))
-            data[at : draw.choice((at, at + 1, end))] = draw.choice(PIECES)
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            at, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+            data[at : rng.choice((at, at + 1, end))] = rng.choice(PIECES)
         path.write_bytes(data)
         try:
             for source in find_sources(path):
@@ -303,31 +306,31 @@ def test_fuzzed_lists(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["rejected.jsonl", "videos.jsonl"])
-def test_fuzzed_books(recorded: Path, tmp_path: Path, name: str) -> None:
-    """What a merged set keeps of its videos, damaged: refused in one line, or its shards are made anew."""
+def test_fuzzed_rejects_and_fingerprints(recorded: Path, tmp_path: Path, name: str) -> None:
+    """The rejects and fingerprints of a merged set, damaged: refused in one line, or its shards are made again."""
     for number, path in enumerate(sorted(recorded.glob("*.npz"))[:2]):
         shutil.copy(path, tmp_path / f"{number}.npz")
     (tmp_path / "broken.npz").write_bytes(b"nothing")
-    sources, out, draw = find_sources(tmp_path), tmp_path / "set", random.Random(2)
-    job = planned(sources, out, Framing(64))
+    sources, out, rng = find_sources(tmp_path), tmp_path / "set", random.Random(2)
+    job = planned(sources, out, FrameTransform(64))
     encode_task(job, 0, 1, 1, 0.5)
-    merge(job, 1, 0.5)
+    merge_tasks(job, 1, 0.5)
     whole, refused = (out / name).read_bytes(), 0
     for _ in range(200):
         data = bytearray(whole)
-        for _ in range(draw.choice((1, 1, 2, 5))):
-            at, end = sorted(draw.randrange(len(data) + 1) for _ in range(2))
-            data[at : draw.choice((at, at + 1, end))] = draw.choice(PIECES)
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            at, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+            data[at : rng.choice((at, at + 1, end))] = rng.choice(PIECES)
         (out / name).write_bytes(data)
         try:
-            merge(job, 1, 0.5)
+            merge_tasks(job, 1, 0.5)
         except UserError as error:
             refused += 1
             assert "\n" not in str(error)
         (out / name).write_bytes(whole)
     assert refused > 50
-    merge(job, 1, 0.5)
-    assert set(read_prints(out / "videos.jsonl")) == {"0", "1", "broken"}
+    merge_tasks(job, 1, 0.5)
+    assert set(read_fingerprints(out / "videos.jsonl")) == {"0", "1", "broken"}
 
 
 def ramp(height: int, width: int) -> np.ndarray:
@@ -352,32 +355,33 @@ def antialiased(line: np.ndarray, size: int) -> np.ndarray:
 )
 def test_torch_resize_is_the_official_one(height: int, width: int, scaled: tuple[int, int] | None) -> None:
     """Sizes as torchvision's Resize(int) gives them, values as a plain computation does."""
-    framing, draw = Framing(128, "torch"), np.random.default_rng(0)
-    frames = draw.integers(0, 256, (1, height, width, 3)).astype(np.uint8)
-    found = framing.scale(frames)
+    transform, rng = FrameTransform(128, "torch"), np.random.default_rng(0)
+    frames = rng.integers(0, 256, (1, height, width, 3)).astype(np.uint8)
+    found = transform.resize_frames(frames)
     assert found.dtype == np.float32 and found.shape[1:3] == (scaled or (128, int(128 * 128 / 100)))
     if scaled is not None:
         rows = np.stack([antialiased(frames[0, :, column, 1] / 255, scaled[0]) for column in range(width)], axis=1)
         wanted = np.stack([antialiased(row, scaled[1]) for row in rows])
         assert np.abs(found[0, ..., 1] - wanted).max() < 1e-5
-        byte = Framing(128).scale(frames)
+        byte = FrameTransform(128).resize_frames(frames)
         assert np.abs(found.mean() - byte.mean() / 255) < 1e-3
-    same = framing.scale(ramp(128, 200))
+    same = transform.resize_frames(ramp(128, 200))
     assert np.array_equal(same * 255, ramp(128, 200).astype(np.float32))  # the shorter side fits: nothing is scaled
 
 
 def test_crops() -> None:
     frames = ramp(64, 87)
-    assert np.array_equal(Framing(64).cut(frames, "any"), frames[:, :, 11:75])
-    assert np.array_equal(Framing(64, "torch").cut(frames, "any"), frames[:, :, 12:76])  # round(23 / 2), as officially
-    framing = Framing(64, crop="random")
-    lefts = [int(framing.cut(frames, f"clip-{number}")[0, 0, 0, 1]) for number in range(400)]
+    assert np.array_equal(FrameTransform(64).crop_frames(frames, "any"), frames[:, :, 11:75])
+    # round(23 / 2), as officially
+    assert np.array_equal(FrameTransform(64, "torch").crop_frames(frames, "any"), frames[:, :, 12:76])
+    transform = FrameTransform(64, crop="random")
+    lefts = [int(transform.crop_frames(frames, f"clip-{number}")[0, 0, 0, 1]) for number in range(400)]
     assert set(lefts) == set(range(24)) and lefts == [
-        int(framing.cut(frames, f"clip-{n}")[0, 0, 0, 1]) for n in range(400)
+        int(transform.crop_frames(frames, f"clip-{n}")[0, 0, 0, 1]) for n in range(400)
     ]
-    high = framing.cut(ramp(90, 64), "clip-0")
+    high = transform.crop_frames(ramp(90, 64), "clip-0")
     assert high.shape == (2, 64, 64, 3) and (high[:, :, :, 1] == np.arange(64)).all()
-    assert np.array_equal(framing.cut(ramp(64, 64), "clip-0"), ramp(64, 64))
+    assert np.array_equal(transform.crop_frames(ramp(64, 64), "clip-0"), ramp(64, 64))
 
 
 def test_stride_keeps_every_nth_frame_and_its_action(episodes: list[Video], tmp_path: Path) -> None:
@@ -394,7 +398,7 @@ def test_stride_keeps_every_nth_frame_and_its_action(episodes: list[Video], tmp_
     np.savez(tmp_path / "0.npz", frames=video.frames, actions=video.actions[:-1])
     with pytest.raises(BadVideo, match="23 actions for 24 frames"):
         read_video(tmp_path / "0.npz", stride=5)
-    shrunk = read_video(tmp_path / "1.mp4", stride=2, shrink=lambda frames: frames[:, ::2, ::4])
+    shrunk = read_video(tmp_path / "1.mp4", stride=2, transform=lambda frames: frames[:, ::2, ::4])
     assert np.array_equal(shrunk.frames, whole[::2, ::2, ::4])
 
 
@@ -402,50 +406,50 @@ def test_frames_to_latents_with_every_option(episodes: list[Video], tmp_path: Pa
     """Against a plain computation on frames of another shape: scale, crop, mirror, stride, precision."""
     tall = np.pad(episodes[0].frames.repeat(2, axis=1).repeat(2, axis=2), ((0, 0), (30, 0), (0, 0), (0, 0)))  # 158x128
     np.savez(tmp_path / "videos.npz", frames=tall, actions=episodes[0].actions, fps=8.0)
-    sources = with_flips(find_sources(tmp_path / "videos.npz"))
+    sources = add_flipped(find_sources(tmp_path / "videos.npz"))
     assert [(source.key, source.flip) for source in sources] == [("videos", False), ("videos-flip", True)]
-    framing = Framing(64, "torch", "random", stride=2)
-    manifest = encode(sources, tmp_path / "set", framing, precision="bf16")
+    transform = FrameTransform(64, "torch", "random", stride=2)
+    manifest = encode(sources, tmp_path / "set", transform, precision="bf16")
     assert (manifest.samples, manifest.frames, manifest.fps) == (2, FRAMES, 4.0)
     scaled = torch.nn.functional.interpolate(
         torch.from_numpy(tall[::2]).permute(0, 3, 1, 2) / 255, (79, 64), mode="bilinear", antialias=True
     )
     tops = {}
     for key, sample in samples_of(tmp_path / "set").items():
-        tops[key] = int(framing.cut(ramp(79, 64), key)[0, 0, 0, 0])
+        tops[key] = int(transform.crop_frames(ramp(79, 64), key)[0, 0, 0, 0])
         pixels = scaled[:, :, tops[key] : tops[key] + 64] * 2 - 1
         wanted = latents_of(pixels.flip(3) if key.endswith("-flip") else pixels, torch.bfloat16)
         assert sample.latents.equal(wanted) and sample.source == "videos.npz" and sample.actions is None
     assert tops["videos"] != tops["videos-flip"]  # each has a place of its own
-    plain = encode(sources, tmp_path / "plain", framing)
+    plain = encode(sources, tmp_path / "plain", transform)
     assert plain.std != manifest.std and plain.std == pytest.approx(manifest.std, rel=0.05)  # fp32, nearly the same
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3])
 def test_any_number_of_tasks_with_flips(recorded: Path, tmp_path: Path, tasks: int) -> None:
-    sources, framing = with_flips(find_sources(recorded)[:3]), Framing(64, "torch", "random", 4)
-    encode(sources, tmp_path / "set", framing, tasks)
+    sources, transform = add_flipped(find_sources(recorded)[:3]), FrameTransform(64, "torch", "random", 4)
+    encode(sources, tmp_path / "set", transform, tasks)
     found = {path.name: sha256(path) for path in (tmp_path / "set").iterdir()}
-    encode(sources, tmp_path / "again", framing)
+    encode(sources, tmp_path / "again", transform)
     assert found == {path.name: sha256(path) for path in (tmp_path / "again").iterdir()} and len(found) == 9
     settings = json.loads((tmp_path / "set" / "encoding.json").read_text())
     wanted = {"size": 64, "resize": "torch", "crop": "random", "frame-stride": 4, "flip": True, "precision": "fp32"}
     assert wanted.items() <= settings.items()
-    for changes, said in [
-        ({"framing": Framing(64, "torch", "random", 2)}, "frame-stride 4, not 2"),
-        ({"framing": Framing(64, "pillow", "random", 4)}, "resize torch, not pillow"),
-        ({"framing": Framing(64, "torch", "centre", 4)}, "crop random, not centre"),
-        ({"framing": framing, "precision": "bf16"}, "precision fp32, not bf16"),
+    for changes, message in [
+        ({"transform": FrameTransform(64, "torch", "random", 2)}, "frame-stride 4, not 2"),
+        ({"transform": FrameTransform(64, "pillow", "random", 4)}, "resize torch, not pillow"),
+        ({"transform": FrameTransform(64, "torch", "centre", 4)}, "crop random, not centre"),
+        ({"transform": transform, "precision": "bf16"}, "precision fp32, not bf16"),
     ]:
-        with pytest.raises(UserError, match=f"was encoded with {said}"):
+        with pytest.raises(UserError, match=f"was encoded with {message}"):
             planned(sources, tmp_path / "set", **changes)
 
 
-def test_the_command_line_takes_all_of_it(recorded: Path, tmp_path: Path) -> None:
+def test_the_command_line_takes_every_option(recorded: Path, tmp_path: Path) -> None:
     rows = [{"video_path": f"recorded/{path.name}"} for path in sorted(recorded.glob("*.npz"))[:2]]
     (tmp_path / "recorded").symlink_to(recorded)
     (tmp_path / "list.json").write_text(json.dumps(rows))
-    framing = [
+    options = [
         "--size",
         64,
         "--resize",
@@ -459,27 +463,22 @@ def test_the_command_line_takes_all_of_it(recorded: Path, tmp_path: Path) -> Non
         "bf16",
     ]
     where = ["--videos", tmp_path / "list.json", "--out", tmp_path / "tool", "--autoencoder", AUTOENCODER]
-    done = subprocess.run(
-        [sys.executable, *map(str, [TOOL, *where, *framing, "--samples-per-shard", 2, "--workers", 1])],
-        env={**os.environ, "PYTHONPATH": str(TOOL.parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = processes.run(TOOL, *where, *options, "--samples-per-shard", 2, "--workers", 1)
+    done.check_returncode()
     assert "2 shards, 4 samples, 32 frames" in done.stdout
-    sources = with_flips(find_sources(tmp_path / "list.json"))
-    encode(sources, tmp_path / "library", Framing(64, "torch", "random", 3), precision="bf16")
+    sources = add_flipped(find_sources(tmp_path / "list.json"))
+    encode(sources, tmp_path / "library", FrameTransform(64, "torch", "random", 3), precision="bf16")
     for path in (tmp_path / "library").iterdir():
         assert sha256(path) == sha256(tmp_path / "tool" / path.name), path.name
 
 
-def test_flips_that_cannot_be(recorded: Path, tmp_path: Path) -> None:
+def test_flips_that_are_refused(recorded: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--flip: frames would turn left where their actions turn right"):
-        planned(with_flips(find_sources(recorded)), tmp_path / "set", Framing(64), actions=4)
+        planned(add_flipped(find_sources(recorded)), tmp_path / "set", FrameTransform(64), actions=4)
     for name in ("a.npz", "a-flip.npz"):
         shutil.copy(next(recorded.glob("*.npz")), tmp_path / name)
     with pytest.raises(UserError, match=r"a\.npz: its sample would have the key a-flip, as .*a-flip\.npz; rename one"):
-        with_flips(find_sources(tmp_path))
+        add_flipped(find_sources(tmp_path))
 
 
 @pytest.fixture
@@ -495,42 +494,42 @@ def four(recorded: Path, tmp_path: Path) -> Path:
 def test_changed_videos_are_refused(four: Path, tmp_path: Path) -> None:
     """By the task that made their shard and by the merge, also where size and name are the same."""
     out = tmp_path / "set"
-    job = planned(find_sources(four), out, Framing(64))
+    job = planned(find_sources(four), out, FrameTransform(64))
     encode_task(job, 0, 2, 1, 0.0)
     (four / "1.npz").rename(tmp_path / "kept.npz")
     shutil.copy(four / "2.npz", four / "1.npz")
     assert (four / "1.npz").stat().st_size == (tmp_path / "kept.npz").stat().st_size
-    said = (
+    message = (
         r"1\.npz: has changed since shard 0 was made of it; encode into another folder, or remove .*000000\.index\.json"
     )
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         encode_task(job, 0, 2, 1, 0.0)
     encode_task(job, 1, 2, 1, 0.0)  # has other videos, and opens no other's
-    with pytest.raises(UserError, match=said):
-        merge(job, 2, 0.0)
+    with pytest.raises(UserError, match=message):
+        merge_tasks(job, 2, 0.0)
     shutil.copyfile(tmp_path / "kept.npz", four / "1.npz")  # the same again, at another time
-    merge(job, 2, 0.0)
+    merge_tasks(job, 2, 0.0)
     assert encode_task(job, 0, 1, 1, 0.0) == 2  # nothing to do
     shutil.copy(four / "2.npz", four / "1.npz")
-    for again in (lambda: encode_task(job, 0, 1, 1, 0.0), lambda: merge(job, 1, 0.0)):
-        with pytest.raises(UserError, match=said):
+    for again in (lambda: encode_task(job, 0, 1, 1, 0.0), lambda: merge_tasks(job, 1, 0.0)):
+        with pytest.raises(UserError, match=message):
             again()
     (out / "shard-000000.index.json").unlink()
     encode_task(job, 0, 1, 1, 0.0)
-    merge(job, 1, 0.0)
+    merge_tasks(job, 1, 0.0)
     samples = samples_of(out)
     assert samples["1"].latents.equal(samples["2"].latents) and not samples["0"].latents.equal(samples["2"].latents)
 
 
-def test_a_rejected_video_can_be_mended(four: Path, tmp_path: Path) -> None:
+def test_a_rejected_video_can_be_repaired(four: Path, tmp_path: Path) -> None:
     whole, out = (four / "3.npz").read_bytes(), tmp_path / "set"
     (four / "3.npz").write_bytes(whole[:5000])
-    job = planned(find_sources(four), out, Framing(64))
+    job = planned(find_sources(four), out, FrameTransform(64))
     with pytest.raises(UserError, match=r"1 of 4 videos are rejected.*first 3\.npz: not a whole"):
         encode_task(job, 0, 1, 1, 0.0)
     (four / "3.npz").write_bytes(whole)
     encode_task(job, 0, 1, 1, 0.0)
-    assert merge(job, 1, 0.0).samples == 4 and not list(out.glob("reject*"))
+    assert merge_tasks(job, 1, 0.0).samples == 4 and not list(out.glob("reject*"))
 
 
 def test_no_task_opens_the_videos_of_another(four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,34 +540,11 @@ def test_no_task_opens_the_videos_of_another(four: Path, tmp_path: Path, monkeyp
         return open(path, *arguments)  # type: ignore[call-overload]
 
     monkeypatch.setattr("far_scale.data.encode.fingerprints.open", seen, raising=False)
-    job = planned(find_sources(four), tmp_path / "set", Framing(64))
+    job = planned(find_sources(four), tmp_path / "set", FrameTransform(64))
     assert not opened
     encode_task(job, 1, 2, 1, 0.0)
     assert opened == {"2.npz", "3.npz"}
     opened.clear()
     encode_task(job, 0, 2, 1, 0.0)
-    merge(job, 2, 0.0)
-    assert opened == {"0.npz", "1.npz"}  # the merge looks at sizes and times alone
-
-
-def test_ahead_makes_one_while_another_is_used() -> None:
-    made: list[int] = []
-
-    def numbers(fail_at: int) -> object:
-        for number in range(5):
-            if number == fail_at:
-                raise UserError("no more")
-            made.append(number)
-            yield number
-
-    assert list(ahead(numbers(9))) == [0, 1, 2, 3, 4]
-    found = []
-    with pytest.raises(UserError, match="no more"):
-        for number in ahead(numbers(3)):
-            found.append(number)
-    assert found == [0, 1, 2]
-    made.clear()
-    early = ahead(numbers(9))
-    assert next(early) == 0
-    early.close()
-    assert made in ([0], [0, 1])  # never more than one beyond the one in use
+    merge_tasks(job, 2, 0.0)
+    assert opened == {"0.npz", "1.npz"}  # the merge reads only sizes and times

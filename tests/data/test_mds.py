@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -17,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards import inspect
 from far_scale.data.shards.convert import convert
@@ -29,6 +27,7 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.stream import index_shard, member_reader, read_samples, stream
 from far_scale.data.shards.table import ShardTable
 from far_scale.utils.errors import UserError
+from harness import processes
 from harness.hostile import ALLOWED_BYTES, HUGE, attempt, damage, right, watched
 from harness.latent_sets import FACTS, make_sample, read_all, write_set
 from harness.mosaic import import_streaming
@@ -158,7 +157,7 @@ def test_conversion_continues_after_a_kill(tmp_path: Path) -> None:
         module.write_mds = write_or_die
         module.convert(ShardSet.open({str(tars)!r}), Path({str(out)!r}), "mds")
     """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    ended = processes.run("-c", code)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert not (out / "manifest.json").exists() and not (out / "index.json").exists()
     assert [path for path in out.iterdir() if ".part" in path.name]
@@ -195,7 +194,7 @@ def test_the_command_lines(tmp_path: Path) -> None:
     tools = Path(__file__).parents[2] / "tools"
 
     def run(*arguments: object) -> tuple[int, str]:
-        ended = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
+        ended = processes.run(*arguments)
         return ended.returncode, ended.stdout + ended.stderr
 
     status, text = run(tools / "convert_shards.py", tars, "--out", tmp_path / "m", "--format", "mds")

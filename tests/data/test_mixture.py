@@ -17,12 +17,12 @@ import torch
 
 from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.config.schema import WeightedShards
-from far_scale.data.loader import mixed_lane
-from far_scale.data.loader.filling import PackingConfig
-from far_scale.data.loader.lanes import Lane, LaneOrder, Place
-from far_scale.data.loader.mixed_lane import MixtureLane
+from far_scale.data.loader import mixture_lane
+from far_scale.data.loader.lanes import Lane, LaneOrder, SampleRef
 from far_scale.data.loader.mixture import Mixture, summary
+from far_scale.data.loader.mixture_lane import MixtureLane
 from far_scale.data.loader.pack_loader import PackLoader
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards.convert import convert
@@ -34,11 +34,12 @@ from far_scale.data.shards.writer import ShardSetSpec, ShardWriter
 from far_scale.train.changes import changes
 from far_scale.train.sets import open_source
 from harness.latent_sets import FACTS, make_sample, write_set
-from harness.launch import launch, small_recipe
+from harness.launch import small_recipe
+from harness.processes import launch
 from harness.refusal import refused
 
 COUNTS = [[7, 1, 12], [30, 3], [9]]
-SHARES = [0.6, 0.3, 0.1]
+WEIGHTS = [0.6, 0.3, 0.1]
 LANES = 4
 
 
@@ -46,31 +47,31 @@ def orders(stage: int = 0, seed: int = 3) -> list[LaneOrder]:
     return [LaneOrder(counts, LANES, seed, 4, stage) for counts in COUNTS]
 
 
-def mixed(lane: int = 1, stage: int = 0, seed: int = 3, shares: list[float] = SHARES) -> MixtureLane:
-    return MixtureLane(orders(stage, seed), shares, lane)
+def mixed(lane: int = 1, stage: int = 0, seed: int = 3, weights: list[float] = WEIGHTS) -> MixtureLane:
+    return MixtureLane(orders(stage, seed), weights, lane)
 
 
-def set_of(place: Place) -> tuple[int, Place]:
-    """Number of the set, and the place in it."""
+def set_of(place: SampleRef) -> tuple[int, SampleRef]:
+    """The index of the set, and the sample in it."""
     firsts = [0, 3, 5]
     number = max(index for index, first in enumerate(firsts) if first <= place.shard)
-    return number, Place(place.shard - firsts[number], place.sample)
+    return number, SampleRef(place.shard - firsts[number], place.sample)
 
 
-def test_sets_are_drawn_by_their_weights_and_read_in_their_own_order() -> None:
+def test_sets_are_drawn_by_weight_and_each_is_read_in_its_order() -> None:
     found = [set_of(place) for place in islice(mixed(), 10_000)]
     drawn = Counter(number for number, _ in found)
-    for number, share in enumerate(SHARES):
+    for number, weight in enumerate(WEIGHTS):
         # A binomial count: within four standard deviations.
-        assert abs(drawn[number] - 10_000 * share) < 4 * np.sqrt(10_000 * share * (1 - share))
+        assert abs(drawn[number] - 10_000 * weight) < 4 * np.sqrt(10_000 * weight * (1 - weight))
         own = [place for chosen, place in found if chosen == number]
         assert own == list(islice(Lane(orders()[number], 1), len(own)))
-    # No run of one set after another: which set comes next tells nothing of the one before.
+    # No runs of one set: the next set is independent of the one before.
     pairs = Counter((a[0], b[0]) for a, b in pairwise(found))
-    assert all(abs(pairs[a, b] / 10_000 - SHARES[a] * SHARES[b]) < 0.03 for a in range(3) for b in range(3))
+    assert all(abs(pairs[a, b] / 10_000 - WEIGHTS[a] * WEIGHTS[b]) < 0.03 for a in range(3) for b in range(3))
 
 
-def test_lanes_stages_and_seeds_draw_for_themselves() -> None:
+def test_lanes_stages_and_seeds_draw_independently() -> None:
     def first(**how: int) -> list[int]:
         return [set_of(place)[0] for place in islice(mixed(**how), 200)]
 
@@ -78,30 +79,30 @@ def test_lanes_stages_and_seeds_draw_for_themselves() -> None:
     assert len({tuple(draws) for draws in (first(), first(lane=2), first(stage=1), first(seed=4))}) == 4
 
 
-def test_a_lane_goes_on_from_every_state_and_to_every_sample() -> None:
+def test_a_lane_continues_from_every_state_and_at_every_sample() -> None:
     lane = mixed()
-    states, places = [], []
+    states, samples = [], []
     for number in range(300):
-        assert lane.number == number
+        assert lane.next_number == number
         states.append(json.loads(json.dumps(lane.state_dict())))
-        places.append(next(lane))
+        samples.append(next(lane))
     again = mixed()
     for number, state in enumerate(states):
         again.load_state_dict(state)
-        assert list(islice(again, 5)) == places[number : number + 5] or number > 295
+        assert list(islice(again, 5)) == samples[number : number + 5] or number > 295
     for number in (299, 0, 150, 151, 7, 298):
         again.go_to(number)
-        assert again.state_dict() == states[number] and next(again) == places[number]
+        assert again.state_dict() == states[number] and next(again) == samples[number]
 
 
 def test_a_state_is_restored_without_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever it is: no draw of which set is done again, but for the clips that wait."""
+    """Wherever it is: no draw of a set is repeated, except for the clips that wait."""
     draws = []
-    make = mixed_lane.generator
-    monkeypatch.setattr(mixed_lane, "generator", lambda *key: draws.append(key) or make(*key))
+    make = mixture_lane.generator
+    monkeypatch.setattr(mixture_lane, "generator", lambda *key: draws.append(key) or make(*key))
     lane = mixed()
     lane.load_state_dict({"read": [6 * 10**11, 3 * 10**11, 10**11]})
-    assert lane.number == 10**12 and not draws
+    assert lane.next_number == 10**12 and not draws
     next(lane)
     assert len(draws) == 1
     lane.go_to(10**12 - 50)
@@ -118,20 +119,20 @@ def test_states_of_something_else(state: dict[str, Any]) -> None:
     before = lane.state_dict()
     refused(lambda: lane.load_state_dict(state), "lane 1", "mixture of 3 shard sets", "data.shards")
     assert lane.state_dict() == before
-    refused(lambda: Lane(orders()[0], 0).load_state_dict({"read": [1, 2, 3]}), "no place")
+    refused(lambda: Lane(orders()[0], 0).load_state_dict({"read": [1, 2, 3]}), "no position")
 
 
 def test_samples_drawn_with_other_weights_are_not_made_up() -> None:
-    lane = mixed(shares=[0.0, 0.0, 1.0])
+    lane = mixed(weights=[0.0, 0.0, 1.0])
     lane.load_state_dict({"read": [20, 0, 0]})
-    refused(lambda: lane.go_to(10), "by these weights")
+    refused(lambda: lane.go_to(10), "with these weights")
 
 
 # Sets on disk.
 
 
 def sets(tmp_path: Path, *sizes: int) -> list[Path]:
-    """Sets whose samples have keys, latents and lengths of their own."""
+    """Sets of samples with different keys, latents and lengths."""
     folders = []
     for number, size in enumerate(sizes):
         folders.append(tmp_path / f"set{number}")
@@ -177,16 +178,16 @@ def test_any_ranks_read_the_same_and_resume_in_the_middle(tmp_path: Path, fillin
 
 def test_clips_are_cut_from_the_sample_that_their_key_names(tmp_path: Path) -> None:
     source = open_source(weighted(sets(tmp_path, 20, 9), [1, 1]))
-    lanes = packing().clip_lanes(source, range(LANES)).values()
+    lanes = packing().make_lanes(source, range(LANES)).values()
     seen = set()
-    for clip in (clip for lane in lanes for _ in range(20) for clip in lane.next_pack()):
-        sample = source.read(*clip.place, clip.start, clip.frames)
+    for clip in (clip for lane in lanes for _ in range(20) for clip in next(lane)):
+        sample = source.read(*clip.sample, clip.start, clip.frames)
         number, key = sample.key.split("/")
         made = make_sample(int(key[-3:]), 12)
         assert torch.equal(sample.latents, made.latents[clip.start : clip.start + clip.frames])
-        folder = Path(source.name_of(clip.place.shard)).parent
+        folder = Path(source.name_of(clip.sample.shard)).parent
         assert folder.name == f"set{int(number) - 1}"
-        assert source.frames_of(*clip.place) == 8 + (int(number) - 1 + int(key[-3:])) % 5
+        assert source.frames_of(*clip.sample) == 8 + (int(number) - 1 + int(key[-3:])) % 5
         seen.add((number, key))
     assert len(seen) == 29
 
@@ -210,12 +211,12 @@ OTHER = AutoencoderInfo(name="some-autoencoder", weight_hash="1" * 64, scaling_f
     [
         (
             {"autoencoder": OTHER},
-            ["autoencoder is some-autoencoder (weights 1111", "there some-autoencoder (weights 0"],
+            ["autoencoder is some-autoencoder (weights 1111", "not some-autoencoder (weights 0"],
         ),
-        ({"latent_shape": (4, 2, 1)}, ["latent shape is [4, 2, 1], there [4, 2, 2]", "--size"]),
-        ({"actions": 5}, ["number of actions is 5, there 4", "--actions"]),
-        ({"actions": 0}, ["number of actions is 0, there 4"]),
-        ({"labels": 4}, ["number of labels is 4, there 3", "--labels"]),
+        ({"latent_shape": (4, 2, 1)}, ["latent shape is [4, 2, 1], not [4, 2, 2]", "--size"]),
+        ({"actions": 5}, ["number of actions is 5, not 4", "--actions"]),
+        ({"actions": 0}, ["number of actions is 0, not 4"]),
+        ({"labels": 4}, ["number of labels is 4, not 3", "--labels"]),
     ],
 )
 def test_sets_that_do_not_fit_one_another(tmp_path: Path, changed: dict[str, Any], words: list[str]) -> None:
@@ -223,24 +224,24 @@ def test_sets_that_do_not_fit_one_another(tmp_path: Path, changed: dict[str, Any
     refused(lambda: open_source(shards), str(tmp_path / "one"), str(tmp_path / "two"), "data.shards", *words)
 
 
-def test_sets_near_and_far_in_both_formats(tmp_path: Path) -> None:
-    """One set lies in a folder; the MDS files of the other come from far away, fetched ahead of the lanes."""
-    near, far = sets(tmp_path, 40, 33)
-    convert(ShardSet.open(far), tmp_path / "mds", "mds")
+def test_local_and_remote_sets_in_both_formats(tmp_path: Path) -> None:
+    """One set is in a folder; the MDS files of the other are remote and fetched ahead of the lanes."""
+    local, source = sets(tmp_path, 40, 33)
+    convert(ShardSet.open(source), tmp_path / "mds", "mds")
 
     def read(where: str, cache: Path | None) -> list[Any]:
         node = None if cache is None else NodeCache(cache, 10**9)
-        opened = {str(near): ShardSet.open(near), where: ShardSet.open(where, node)}
-        source = open_source(weighted([str(near), where], [1, 2]), opened.__getitem__)
+        opened = {str(local): ShardSet.open(local), where: ShardSet.open(where, node)}
+        source = open_source(weighted([str(local), where], [1, 2]), opened.__getitem__)
         scaling = LatentScaling.of(source.manifest, "channel")
         with PackLoader(source, scaling, [0, 3], packing(), 0, None, 2, 0 if cache is None else 10**6) as loader:
             return [[(p.keys, p.lane_state, p.latents.tolist()) for p in packs] for packs in islice(loader, 30)]
 
-    there = f"pipe:cat '{tmp_path / 'mds'}'/{{file}}"
-    assert read(there, tmp_path / "cache") == read(str(far), None)
+    remote = f"pipe:cat '{tmp_path / 'mds'}'/{{file}}"
+    assert read(remote, tmp_path / "cache") == read(str(source), None)
     assert len(list((tmp_path / "cache").iterdir())) >= 10  # five shards and their indexes
-    ShardSet.open(there, NodeCache(tmp_path / "cache", 10**9)).verify_shard(0)
-    bad = f"data.shards=[{{shards: '{near}', weight: 1}}, {{shards: 's3://b/x', weight: 1}}]"
+    ShardSet.open(remote, NodeCache(tmp_path / "cache", 10**9)).verify_shard(0)
+    bad = f"data.shards=[{{shards: '{local}', weight: 1}}, {{shards: 's3://b/x', weight: 1}}]"
     refused(lambda: recipe(bad), "data.shards: it is remote", "data.cache_dir")
     assert isinstance(recipe(bad, "data.cache_dir=/somewhere").data.shards, tuple)
 
@@ -264,7 +265,7 @@ def test_sets_of_either_type_make_one_pack(tmp_path: Path) -> None:
 def test_each_set_must_serve_the_recipe(tmp_path: Path) -> None:
     folders = sets(tmp_path, 20, 3)
     source = open_source(weighted(folders, [1, 1]))
-    refused(lambda: packing().clip_lanes(source, [0]), str(folders[1]), "data.lanes=4 is more than the 3 samples")
+    refused(lambda: packing().make_lanes(source, [0]), str(folders[1]), "data.lanes=4 is more than the 3 samples")
     stage: Any = type("Stage", (), {})()
     stage.data = type("Data", (), {"autoencoder": "other"})()
     stage.model = None
@@ -277,14 +278,14 @@ def test_scaling_of_a_mixture_is_that_of_the_latents_it_gives(tmp_path: Path) ->
     shards = weighted(folders, [3, 1])
     manifest = open_source(shards).manifest
     latents = []
-    for folder, share in zip(folders, (0.75, 0.25), strict=True):
+    for folder, weight in zip(folders, (0.75, 0.25), strict=True):
         shard_set = ShardSet.open(folder)
         values = torch.cat(
             [shard_set.read(s, n).latents for s, c in enumerate(shard_set.samples_per_shard) for n in range(c)]
         )
-        latents.append((share, values.double()))
-    mean = sum(share * values.mean((0, 2, 3)) for share, values in latents)
-    square = sum(share * values.square().mean((0, 2, 3)) for share, values in latents)
+        latents.append((weight, values.double()))
+    mean = sum(weight * values.mean((0, 2, 3)) for weight, values in latents)
+    square = sum(weight * values.square().mean((0, 2, 3)) for weight, values in latents)
     assert np.allclose(manifest.mean, mean) and np.allclose(manifest.std, (square - mean**2).sqrt())
     scaling = LatentScaling.of(manifest, "channel")
     assert np.allclose(scaling.scale, 1 / np.array(manifest.std)) and scaling.shift == manifest.mean
@@ -356,7 +357,7 @@ def test_wrong_mixtures(value: str, words: str) -> None:
     refused(lambda: recipe(f"data.shards={value}"), "command line: data.shards: must", words)
 
 
-def test_a_checkpoint_of_another_mixture_is_told() -> None:
+def test_a_checkpoint_of_another_mixture_is_reported() -> None:
     def state(*overrides: str, shard_set: str) -> dict[str, Any]:
         return {
             "recipe": recipe(*overrides).model_dump(mode="json"),

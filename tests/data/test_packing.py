@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from far_scale.data.frame_counts import clip_tokens
-from far_scale.data.loader.filling import POOL, Clip, ClipLane, PackingConfig, best_subset
+from far_scale.data.loader.packing import POOL_SIZE, Clip, PackedLane, PackingConfig, best_subset
 from far_scale.model.layout import FrameLayout
 from far_scale.utils.errors import UserError
 
@@ -35,15 +35,15 @@ LONG = PackingConfig(
 )
 
 
-def clip_lane(packing: PackingConfig, lane: int = 0, video_frames: int = 300, samples: int = 999) -> ClipLane:
-    """A lane of a shard set whose videos all have `video_frames` frames."""
+def clip_lane(packing: PackingConfig, lane: int = 0, video_frames: int = 300, samples: int = 999) -> PackedLane:
+    """A lane of a shard set with videos of `video_frames` frames."""
     shard_set: Any = SimpleNamespace(samples_per_shard=[samples] * 2, frames_of=lambda shard, sample: video_frames)
-    return packing.clip_lanes(shard_set, [lane])[lane]
+    return packing.make_lanes(shard_set, [lane])[lane]
 
 
 def packs_of(packing: PackingConfig, count: int, **lane: int) -> list[list[Clip]]:
     drawn = clip_lane(packing, **lane)
-    return [drawn.next_pack() for _ in range(count)]
+    return [next(drawn) for _ in range(count)]
 
 
 @pytest.mark.parametrize("frames", [1, 16, 17, 300])
@@ -66,14 +66,14 @@ def test_every_clip_drawn_is_used_soon_and_lengths_keep_their_distribution() -> 
     clips = [clip for pack in packs for clip in pack]
     numbers = sorted(clip.number for clip in clips)
     waiting = numbers[-1] + 1 - len(clips)
-    assert len(set(numbers)) == len(numbers) and waiting < POOL
+    assert len(set(numbers)) == len(numbers) and waiting < POOL_SIZE
     for pack, later in itertools.pairwise(packs):
         assert [clip.number for clip in pack] == sorted(clip.number for clip in pack)
         assert pack[0].number < later[0].number, "a pack begins with the oldest clip that waits"
 
     lengths = np.array([clip.frames for clip in clips])
     assert lengths.min() == 16 and lengths.max() == 300
-    # Uniform on 16..300: mean 158, deviation 82.3; of 5000 clips the mean is within 4 standard errors.
+    # Uniform on 16..300: mean 158, standard deviation 82.3; of 5000 clips the mean is within 4 standard errors.
     assert abs(lengths.mean() - 158) < 4 * 82.3 / len(lengths) ** 0.5
     quarters = np.histogram(lengths, bins=[16, 87, 158, 229, 301])[0] / len(lengths)
     assert np.allclose(quarters, 0.25, atol=0.03)
@@ -90,7 +90,7 @@ def test_a_distribution_gives_each_length_its_weight_and_every_start_is_drawn() 
     assert {clip.start for clip in clips if clip.frames == 8} == set(range(4))
 
 
-def test_a_short_video_gives_what_it_has_but_never_less_than_the_fewest() -> None:
+def test_a_short_video_gives_all_its_frames_but_never_fewer_than_the_minimum() -> None:
     lengths = [clip.frames for pack in packs_of(LONG, 50, video_frames=40) for clip in pack]
     assert max(lengths) == 40 and lengths.count(40) > len(lengths) / 2 and min(lengths) < 40
     too_short: Any = SimpleNamespace(
@@ -99,21 +99,21 @@ def test_a_short_video_gives_what_it_has_but_never_less_than_the_fewest() -> Non
         name_of=lambda shard: f"set/shard-{shard:06d}.tar",
     )
     with pytest.raises(UserError, match=r"set/shard-000000\.tar: sample \d is too short for data\.frames=16"):
-        LONG.clip_lanes(too_short, [0])[0].next_pack()
+        next(LONG.make_lanes(too_short, [0])[0])
 
 
-def test_a_state_goes_on_exactly_from_every_step() -> None:
+def test_a_state_continues_exactly_from_every_step() -> None:
     lane = clip_lane(LONG, lane=1, samples=30)  # many epochs
     states, packs = [], []
     for _ in range(60):
         states.append(json.loads(json.dumps(lane.state_dict())))
-        packs.append(lane.next_pack())
+        packs.append(next(lane))
     assert any(len(state["pending"]) > 3 for state in states) and states[-1]["epoch"] > 5
     for step, state in enumerate(states):
         again = clip_lane(LONG, lane=1, samples=30)
         again.load_state_dict(state)
         assert again.state_dict() == state
-        assert [again.next_pack() for _ in range(min(3, 60 - step))] == packs[step : step + 3]
+        assert [next(again) for _ in range(min(3, 60 - step))] == packs[step : step + 3]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_state_goes_on_exactly_from_every_step() -> None:
         {"epoch": 0, "position": 9, "pending": [3, 2]},
         {"epoch": 0, "position": 9, "pending": [9]},
         {"epoch": 0, "position": 9, "pending": [1.0]},
-        {"epoch": 0, "position": 99, "pending": list(range(POOL))},
+        {"epoch": 0, "position": 99, "pending": list(range(POOL_SIZE))},
     ],
 )
 def test_an_impossible_state_is_refused(state: dict[str, Any]) -> None:
@@ -131,21 +131,21 @@ def test_an_impossible_state_is_refused(state: dict[str, Any]) -> None:
         clip_lane(LONG).load_state_dict(state)
 
 
-def test_lanes_and_stages_draw_for_themselves() -> None:
+def test_lanes_and_stages_draw_independently() -> None:
     first = packs_of(LONG, 20)
     assert first == packs_of(LONG, 20)
     assert first != packs_of(LONG, 20, lane=1)
     other = packs_of(replace(LONG, stage=1), 20)
-    places = [[clip.place for pack in packs for clip in pack] for packs in (first, other)]
+    samples = [[clip.sample for pack in packs for clip in pack] for packs in (first, other)]
     frames = [[clip.frames for pack in packs for clip in pack] for packs in (first, other)]
-    assert places[0] != places[1] and frames[0] != frames[1]
+    assert samples[0] != samples[1] and frames[0] != frames[1]
 
 
 def test_best_subset() -> None:
-    assert best_subset((5, 4, 3, 2), 9, first=True) == [0, 1]
-    assert best_subset((4, 5, 3, 2), 5, first=False) == [1]  # and not [2, 3]: of two that fill it, the older
-    assert best_subset((5, 4, 4, 2), 6, first=False) == [1, 3]
-    assert best_subset((5, 4, 4, 2), 6, first=True) == [0]
-    assert best_subset((7, 8), 6, first=False) == []
+    assert best_subset((5, 4, 3, 2), 9, with_first=True) == [0, 1]
+    assert best_subset((4, 5, 3, 2), 5, with_first=False) == [1]  # and not [2, 3]: of two that fill it, the older
+    assert best_subset((5, 4, 4, 2), 6, with_first=False) == [1, 3]
+    assert best_subset((5, 4, 4, 2), 6, with_first=True) == [0]
+    assert best_subset((7, 8), 6, with_first=False) == []
     for room, chosen in ((3, [0]), (8, [0, 1]), (15, [0, 1, 2, 3, 4])):
-        assert best_subset((3,) * 5, room, first=True) == chosen
+        assert best_subset((3,) * 5, room, with_first=True) == chosen

@@ -1,4 +1,4 @@
-"""Packs: the right frames at the right scale, the same for any division of the lanes, and errors that come through."""
+"""Packs: the right frames at the right scale, the same for any division of the lanes, and errors that are raised."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.utils.errors import UserError
@@ -28,14 +28,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def loader(folder: Path, own_lanes: list[int] | None = None, **changes) -> PackLoader:
-    """A loader of all lanes (or `own_lanes`), with changes to the packing or to the loader's own arguments."""
+def loader(folder: Path, indices: list[int] | None = None, **changes) -> PackLoader:
+    """A loader of all lanes (or those of `indices`), with changes to the packing or to the loader's arguments."""
     shard_set = ShardSet.open(folder)
-    own = {name: changes.pop(name) for name in ("step", "lane_states", "prefetch") if name in changes}
+    arguments = {name: changes.pop(name) for name in ("step", "lane_states", "prefetch") if name in changes}
     plain = PackingConfig(lanes=LANES, frames=6, frame_stride=3, shuffle_window=4, seed=7, clips_per_pack=2)
     packing = replace(plain, **changes)
     scaling = LatentScaling.of(shard_set.manifest, "channel")
-    return PackLoader(shard_set, scaling, range(packing.lanes) if own_lanes is None else own_lanes, packing, **own)
+    return PackLoader(shard_set, scaling, range(packing.lanes) if indices is None else indices, packing, **arguments)
 
 
 def read(packs: PackLoader, steps: int) -> list[list[Pack]]:
@@ -84,18 +84,20 @@ def test_every_start_is_drawn(tmp_path: Path) -> None:
 
 
 def test_any_number_of_ranks_reads_the_same(folder: Path) -> None:
-    alone = read(loader(folder), 8)
+    one_rank = read(loader(folder), 8)
     for ranks in (2, 4):
-        shares = [
+        of_ranks = [
             read(loader(folder, [lane for lane in range(LANES) if lane % ranks == rank]), 8) for rank in range(ranks)
         ]
         for step in range(8):
-            together = sorted((pack for share in shares for pack in share[step]), key=lambda pack: pack.lane)
-            assert all(same(a, b) for a, b in zip(alone[step], together, strict=True))
+            together = sorted(
+                (pack for rank_packs in of_ranks for pack in rank_packs[step]), key=lambda pack: pack.lane
+            )
+            assert all(same(a, b) for a, b in zip(one_rank[step], together, strict=True))
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
-def test_goes_on_from_a_state(folder: Path, stop: int) -> None:
+def test_continues_from_a_state(folder: Path, stop: int) -> None:
     whole = read(loader(folder), 12)
     states = {pack.lane: pack.lane_state for pack in whole[stop - 1]}
     assert stop < 4 or states[0]["epoch"] > 0
@@ -104,7 +106,7 @@ def test_goes_on_from_a_state(folder: Path, stop: int) -> None:
         assert all(same(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_the_state_is_of_the_pack_and_not_of_what_was_read_ahead(folder: Path) -> None:
+def test_the_state_is_that_after_the_pack_and_not_after_what_was_read_ahead(folder: Path) -> None:
     with loader(folder, prefetch=4) as packs:
         assert next(packs)[0].lane_state == {"epoch": 0, "position": 2}
         assert next(packs)[0].lane_state == {"epoch": 0, "position": 4}
@@ -128,7 +130,7 @@ def test_closes_while_the_thread_waits_for_room(folder: Path) -> None:
         next(packs)
 
 
-def test_an_error_of_the_thread_comes_out_of_next(folder: Path) -> None:
+def test_an_error_of_the_thread_is_raised_by_next(folder: Path) -> None:
     packs = loader(folder)
     for path in folder.glob("shard-*.tar"):
         path.write_bytes(b"")
@@ -149,5 +151,5 @@ def test_a_sample_that_is_too_short(folder: Path) -> None:
 def test_more_lanes_than_samples_and_a_wrong_state(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data\.lanes=23 is more than the 22 samples"):
         loader(folder, lanes=23)
-    with pytest.raises(UserError, match="lane 2: there is no place"):
+    with pytest.raises(UserError, match="lane 2: there is no position"):
         loader(folder, [2], lane_states={2: {"epoch": 0, "position": 6}})

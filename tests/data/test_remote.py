@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from far_scale.config.recipe import load_recipe
-from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.lanes import Lane, LaneOrder
 from far_scale.data.loader.pack_loader import Pack, PackLoader
-from far_scale.data.loader.prefetch import ShardPrefetch, shards_ahead
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
+from far_scale.data.loader.shard_prefetch import ShardPrefetch, shards_ahead
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.remote.fetch import Interrupted, fetch_bytes, interruptible
@@ -30,8 +30,8 @@ from far_scale.utils.errors import UserError
 from far_scale.utils.urls import is_remote, join_url, redact_url
 from harness.latent_sets import make_sample, write_set
 from harness.launch import small_recipe
+from harness.processes import start_training
 from harness.remote_sets import WebServer, served
-from harness.zygote import Zygote
 
 FRAMES = [20 + number % 5 for number in range(22)]
 GB = 10**9
@@ -282,11 +282,11 @@ def test_prefetch_is_bounded_by_bytes(server: WebServer, tmp_path: Path) -> None
     lane = Lane(order, 0)
     first = list(dict.fromkeys(next(lane).shard for _ in range(22)))
     assert ahead.plan({0: 0}) == first[:2]
-    ahead.move({0: 0})
+    ahead.move_to({0: 0})
     while len(list(node.folder.glob("[0-9a-f]*"))) < 4 or list(node.folder.glob("*.part")):
         time.sleep(0.01)
     assert ahead.plan({0: 5}) == first[1:3]
-    ahead.move({0: 5})
+    ahead.move_to({0: 5})
     while shard_set.manifest.shards[first[2]].sha256 not in node:
         time.sleep(0.01)
     ahead.close()
@@ -343,12 +343,12 @@ def test_two_ranks_train_on_a_remote_set_as_on_a_local_one(recorded_shards: Path
     few = ["train.steps=5", "optimizer.warmup_steps=2"]
     size = sum(path.stat().st_size for path in recorded_shards.glob("shard-*"))
     remote = [f"data.cache_dir={tmp_path / 'cache'}", f"data.cache_gb={2 * size / GB}", f"data.prefetch_gb={size / GB}"]
-    with served(recorded_shards) as server, Zygote() as zygote:
+    with served(recorded_shards) as server:
         server.fails["shard-000001.tar"] = (1, "cut")
         local = small_recipe(recorded_shards, runs["here"], *few)
-        assert zygote.start(2, local, runs["here"].parent / "out").wait() == [0, 0]
+        assert start_training(2, local, runs["here"].parent / "out").wait() == [0, 0]
         there = [*small_recipe(recorded_shards, runs["remote"], *few), f"data.shards={server.url}", *remote]
-        assert zygote.start(2, there, runs["remote"].parent / "out").wait() == [0, 0]
+        assert start_training(2, there, runs["remote"].parent / "out").wait() == [0, 0]
         assert server.asked.pop("manifest.json") == 1, "one rank fetches it for all"
         assert server.asked.pop("shard-000001.tar") == 2 and set(server.asked.values()) == {1}
     assert "shard-000001.tar: attempt 1 of 6" in (runs["remote"].parent / "out").read_text()
@@ -361,8 +361,7 @@ def test_two_ranks_train_on_a_remote_set_as_on_a_local_one(recorded_shards: Path
 def test_all_ranks_stop_if_one_could_not_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # where no aws is
     recipe = ["data.shards=s3://bucket/set", f"data.cache_dir={tmp_path / 'cache'}"]
-    with Zygote() as zygote:
-        statuses = zygote.start(2, [*small_recipe(tmp_path, tmp_path / "run"), *recipe], tmp_path / "out").wait()
+    statuses = start_training(2, [*small_recipe(tmp_path, tmp_path / "run"), *recipe], tmp_path / "out").wait()
     assert REFUSED in statuses and not set(statuses) - {REFUSED, -9}
     lines = (tmp_path / "out").read_text().splitlines()
     assert any("error: s3://bucket/set/manifest.json: needs the command `aws`" in line for line in lines)

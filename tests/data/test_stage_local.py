@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from far_scale.config.recipe import load_recipe
-from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
@@ -26,7 +26,7 @@ from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import read_events
 from harness.latent_sets import make_sample, write_set
 from harness.launch import small_recipe
-from harness.zygote import Zygote
+from harness.processes import start_training
 
 FRAMES = [20 + number % 5 for number in range(22)]
 GB = 10**9
@@ -193,12 +193,11 @@ def test_two_ranks_copy_each_file_once(recorded_shards: Path, tmp_path: Path) ->
     few = ["train.steps=6", "optimizer.warmup_steps=2", f"sample.shards={recorded_shards}"]
     few += ["validation.every=3", "validation.clips=2"]
     files = list(recorded_shards.glob("shard-*"))  # indexes, too
-    with Zygote() as zygote:
-        for name, more in (("plain", []), ("staged", [f"data.stage_local={tmp_path / 'disk'}"])):
-            recipe = small_recipe(recorded_shards, tmp_path / name, *few, *more)
-            assert zygote.start(2, recipe, tmp_path / f"{name}.out").wait() == [0, 0]
-        refused = small_recipe(recorded_shards, tmp_path / "no", f"data.stage_local={tmp_path / 'plain.out'}")
-        assert 2 in zygote.start(2, refused, tmp_path / "no.out").wait()
+    for name, more in (("plain", []), ("staged", [f"data.stage_local={tmp_path / 'disk'}"])):
+        recipe = small_recipe(recorded_shards, tmp_path / name, *few, *more)
+        assert start_training(2, recipe, tmp_path / f"{name}.out").wait() == [0, 0]
+    refused = small_recipe(recorded_shards, tmp_path / "no", f"data.stage_local={tmp_path / 'plain.out'}")
+    assert 2 in start_training(2, refused, tmp_path / "no.out").wait()
     assert f"error: data.stage_local={tmp_path / 'plain.out'}: File exists; give" in (tmp_path / "no.out").read_text()
     plain, staged = (
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").open()] for name in ("plain", "staged")

@@ -1,4 +1,4 @@
-"""Videos as telephones, browsers, screen recorders and broken copies leave them: read whole and right, or refused."""
+"""Videos of phones, browsers, screen recorders and broken copies: read completely and correctly, or refused."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from far_scale.data.video.videos import BadVideo, read_video, write_mp4
+from far_scale.data.video.containers import BadVideo
+from far_scale.data.video.videos import read_video, write_mp4
 from harness.refusal import refused
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from damaged_videos import FPS, KINDS, Kind, moving_picture, write_video
 
 ONE = 1 << 16  # of a display matrix
-# x' = a x + c y, y' = b x + d y; and what players make of the frames [F, H, W, 3]
+# x' = a x + c y, y' = b x + d y; and the frames [F, H, W, 3] as players show them
 TURNS: dict[tuple[int, int, int, int], Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
     (ONE, 0, 0, ONE): lambda frames: frames,
     (0, ONE, -ONE, 0): lambda frames: np.rot90(frames, -1, (1, 2)),  # held upright: a quarter to the right
@@ -91,7 +92,7 @@ def test_frames_are_turned_as_players_turn_them(frames: NDArray[np.uint8], tmp_p
         write_turned(path, frames[:3], (a, b, 0, c, d, 0, 0, 0, 1 << 30))
         read = read_video(path)
         assert np.array_equal(read.frames, upright(stored)), (a, b, c, d)
-        shrunk = read_video(path, shrink=lambda block: block[:, ::2, ::4]).frames
+        shrunk = read_video(path, transform=lambda block: block[:, ::2, ::4]).frames
         assert np.array_equal(shrunk, read.frames[:, ::2, ::4])
     write_turned(path, frames[:3], (46341, 46341, 0, -46341, 46341, 0, 0, 0, 1 << 30))
     refused(lambda: read_video(path), str(path), "45 degrees, no multiple of 90", "convert it")
@@ -102,9 +103,9 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(frames: NDArray[np.uint8], tmp
     path = tmp_path / f"walk{kind.suffix}"
     whole = write(path, frames, kind)
     assert len(read_video(path).frames) == 24 and read_video(path).fps == FPS
-    chance = random.Random(kind.name)
-    for share in (0.6, 0.9, *(chance.random() for _ in range(6)), 1 - 1 / len(whole)):
-        path.write_bytes(whole[: int(share * len(whole))])
+    rng = random.Random(kind.name)
+    for fraction in (0.6, 0.9, *(rng.random() for _ in range(6)), 1 - 1 / len(whole)):
+        path.write_bytes(whole[: int(fraction * len(whole))])
         with pytest.raises(BadVideo, match=r"cut off|damaged|does not decode|missing"):
             read_video(path)
 
@@ -128,8 +129,8 @@ def test_cut_files_of_rarer_containers(frames: NDArray[np.uint8], tmp_path: Path
     write_video(path, frames, codec)
     whole = path.read_bytes()
     assert len(read_video(path).frames) == 24
-    for share in (0.3, 0.6, 0.9):
-        path.write_bytes(whole[: int(share * len(whole)) // 188 * 188 + 94])
+    for fraction in (0.3, 0.6, 0.9):
+        path.write_bytes(whole[: int(fraction * len(whole)) // 188 * 188 + 94])
         with pytest.raises(BadVideo):
             read_video(path)
 
@@ -150,15 +151,15 @@ def test_hevc_that_loses_frames_is_refused(frames: NDArray[np.uint8], tmp_path: 
     whole = write(path, frames, kind)
     with av.open(str(path)) as container:
         packet = [packet for packet in container.demux(video=0) if packet.size][12]
-        place, size = packet.pos, packet.size
+        offset, size = packet.pos, packet.size
     # the second picture of the group cannot be parsed any more, and FFmpeg's decoder drops it without an error
-    lost = whole[: place + 4] + b"\x7f\xff" + bytes(size - 6) + whole[place + size :]
+    lost = whole[: offset + 4] + b"\x7f\xff" + bytes(size - 6) + whole[offset + size :]
     path.write_bytes(lost)
     refused(lambda: read_video(path), str(path), "leave it out")
 
 
-def test_an_empty_packet_shows_the_frame_before_again(frames: NDArray[np.uint8], tmp_path: Path) -> None:
-    """As Theora has it while nothing moves."""
+def test_an_empty_packet_repeats_the_previous_frame(frames: NDArray[np.uint8], tmp_path: Path) -> None:
+    """As Theora stores it while nothing moves."""
     path, out = tmp_path / "walk.mkv", tmp_path / "still.nut"
     write_video(path, frames, "mjpeg")
 
@@ -179,7 +180,7 @@ def test_packets_without_a_frame_are_no_loss(frames: NDArray[np.uint8], tmp_path
     write_video(plain, frames, "libvpx")
     truth = read_video(plain).frames
 
-    # every packet once as one that is only predicted from, with the time of the next, as libvpx writes such packets
+    # the key frame also as an invisible reference packet with the time of the next one, as libvpx writes them
     with av.open(str(plain)) as source, av.open(str(path), "w") as copy:
         stream = copy.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
@@ -206,7 +207,7 @@ def test_packets_without_a_frame_are_no_loss(frames: NDArray[np.uint8], tmp_path
 @pytest.mark.parametrize("hidden, packets", [(11, 29), (3, 18), (4, 30), (0, 22)])
 @pytest.mark.parametrize("suffix", [".mp4", ".mov"])
 def test_a_trimmed_copy_is_read_wherever_it_is_cut(tmp_path: Path, suffix: str, hidden: int, packets: int) -> None:
-    """What lies before the cut is hidden by an edit list; at the end frames are missing among those behind the cut."""
+    """Frames before the cut are hidden by an edit list; reordered frames are missing at the end."""
     path, cut = tmp_path / "whole.mp4", tmp_path / f"cut{suffix}"
     write_video(path, moving_picture(32), "libx264", encoding={"x264-params": "bframes=3:b-pyramid=normal:b-adapt=0"})
     with av.open(str(path)) as container:
@@ -299,8 +300,8 @@ def test_avi_with_empty_chunks_is_whole(frames: NDArray[np.uint8], tmp_path: Pat
     whole = avi.read_bytes()
     assert whole.count(b"00dc\0\0\0\0") >= 20
     assert len(read_video(avi).frames) == 24 and read_video(avi).fps == FPS
-    for share in (0.6, 0.9):
-        avi.write_bytes(whole[: int(share * len(whole))])
+    for fraction in (0.6, 0.9):
+        avi.write_bytes(whole[: int(fraction * len(whole))])
         refused(lambda: read_video(avi), "cut off")
     # a variable rate: chunks are empty while a frame is held
     times = [*range(12), *range(40, 52)]
@@ -317,7 +318,7 @@ def test_avi_with_empty_chunks_is_whole(frames: NDArray[np.uint8], tmp_path: Pat
 
 @pytest.mark.parametrize(("suffix", "codec"), [(".mkv", "libx264"), (".webm", "libvpx-vp9")])
 @pytest.mark.parametrize("sound", [None, "libopus"])
-def test_a_last_picture_that_is_held_is_no_cut(
+def test_a_long_last_frame_is_no_truncation(
     frames: NDArray[np.uint8], tmp_path: Path, suffix: str, codec: str, sound: str | None
 ) -> None:
     plain, path = tmp_path / f"plain{suffix}", tmp_path / f"slides{suffix}"
@@ -408,15 +409,15 @@ def test_the_rate_of_a_constant_rate_file_is_exact(frames: NDArray[np.uint8], tm
         for count in (1, 2, 24):
             write_mp4(tmp_path / "walk.mp4", frames[:count], float(fps))
             with av.open(str(tmp_path / "walk.mp4")) as container:
-                said = float(container.streams.video[0].average_rate)
-            assert read_video(tmp_path / "walk.mp4").fps == said == pytest.approx(float(fps), rel=1e-6)
+                declared = float(container.streams.video[0].average_rate)
+            assert read_video(tmp_path / "walk.mp4").fps == declared == pytest.approx(float(fps), rel=1e-6)
         remux(tmp_path / "walk.mp4", tmp_path / "walk.mkv")  # times in milliseconds
         assert read_video(tmp_path / "walk.mkv").fps == pytest.approx(float(fps), rel=1e-3)
     write_video(tmp_path / "walk.gif", frames, "gif", 30)  # 3, 3 and 4 hundredths of a second
     assert read_video(tmp_path / "walk.gif").fps == pytest.approx(30, rel=0.01)
 
 
-def test_a_file_without_times_has_the_rate_that_it_says(frames: NDArray[np.uint8], tmp_path: Path) -> None:
+def test_a_file_without_times_has_the_rate_that_it_declares(frames: NDArray[np.uint8], tmp_path: Path) -> None:
     mp4, raw = tmp_path / "walk.mp4", tmp_path / "walk.m4v"
     write_video(mp4, frames, "mpeg4", 30)
     with av.open(str(mp4)) as source, av.open(str(raw), "w", format="m4v") as copy:
@@ -461,7 +462,7 @@ def test_a_stream_that_was_joined_late_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("suffix", "codec"), [(".mp4", "libx264"), (".mkv", "libx264"), (".avi", "mpeg4"), (".gif", "gif")]
 )
-def test_what_stands_behind_a_video_is_passed_over(
+def test_data_after_the_end_of_a_video_is_ignored(
     frames: NDArray[np.uint8], tmp_path: Path, suffix: str, codec: str
 ) -> None:
     path = tmp_path / f"walk{suffix}"
@@ -481,13 +482,13 @@ def test_hostile_structures_are_refused(frames: NDArray[np.uint8], tmp_path: Pat
         for _ in range(depth):
             boxes = struct.pack(">I4s", 8 + len(boxes), b"moov") + boxes
         mp4.write_bytes(data + boxes)
-        refused(lambda: read_video(mp4), "boxes in boxes")
+        refused(lambda: read_video(mp4), "boxes are nested too deeply")
     write_video(avi, frames, "mpeg4")
     data, lists = avi.read_bytes(), b""
     for _ in range(5_000):
         lists = struct.pack("<4sI4s", b"LIST", 4 + len(lists), b"rec ") + lists
     avi.write_bytes(data[:4] + struct.pack("<I", len(data) + len(lists) - 8) + data[8:] + lists)
-    refused(lambda: read_video(avi), "lists in lists")
+    refused(lambda: read_video(avi), "lists are nested too deeply")
     write_video(gif, frames[:2], "gif")
     data = gif.read_bytes()
     picture = struct.pack("<BHHHHBB", 0x2C, 0, 0, 64, 48, 0, 60)  # codes of 60 bits, in parts of odd sizes

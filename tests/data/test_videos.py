@@ -1,4 +1,4 @@
-"""Videos in and out, and what is said of files that cannot be read."""
+"""Reading and writing of videos, and the errors for files that cannot be read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from far_scale.data.demo.episodes import record_episode
-from far_scale.data.video.find import SUFFIXES, find_videos
-from far_scale.data.video.videos import BadVideo, Video, read_actions, read_video, write_mp4
+from far_scale.data.video.containers import BadVideo
+from far_scale.data.video.find import VIDEO_SUFFIXES, find_videos
+from far_scale.data.video.videos import Video, read_actions, read_video, write_mp4
 from far_scale.utils.errors import UserError
 
 
@@ -35,9 +36,8 @@ def test_mp4_round_trip(episode: Video, tmp_path: Path) -> None:
     assert (video.key, video.source, video.fps) == ("walk", "walk.mp4", 12.5)
     assert video.actions is None and video.label is None
     error = (video.frames.astype(float) - episode.frames) ** 2
-    assert (
-        error[..., 1].mean() < 255**2 / 10**2.7
-    )  # green, the most of the brightness: over 27 dB for all the chroma loss
+    # green has most of the luma: over 27 dB in spite of the chroma subsampling
+    assert error[..., 1].mean() < 255**2 / 10**2.7
     assert error.mean((1, 2, 3)).max() < 3 * error.mean()  # no frame is another one, or out of order
     assert [file.name for file in tmp_path.iterdir()] == ["walk.mp4"]
     with av.open(str(path)) as container:
@@ -70,7 +70,7 @@ def test_npz_round_trip(episode: Video, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"frames": None}, "no array `frames`"),
         ({"frames": np.zeros((24, 64, 64, 3), np.float32)}, r"float32 \[24, 64, 64, 3\]; they must be uint8"),
@@ -90,10 +90,10 @@ def test_npz_round_trip(episode: Video, tmp_path: Path) -> None:
         ({"fps": "ten"}, "`fps` is <U3"),
     ],
 )
-def test_wrong_arrays_are_refused(episode: Video, tmp_path: Path, changes: dict[str, object], said: str) -> None:
+def test_wrong_arrays_are_refused(episode: Video, tmp_path: Path, changes: dict[str, object], message: str) -> None:
     path = tmp_path / "walk.npz"
     np.savez(path, **arrays(episode, **changes))
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_video(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
@@ -134,8 +134,8 @@ def test_a_video_that_is_cut_off_is_not_read_as_a_shorter_one(
         container.mux(stream.encode(None))
     assert len(read_video(path).frames) == 24
     whole = path.read_bytes()
-    for share in (0.3, 0.6, 0.8):
-        path.write_bytes(whole[: int(len(whole) * share)])
+    for fraction in (0.3, 0.6, 0.8):
+        path.write_bytes(whole[: int(len(whole) * fraction)])
         with pytest.raises(BadVideo, match="cut off"):
             read_video(path)
 
@@ -153,7 +153,7 @@ def test_actions_in_a_file_of_their_own(tmp_path: Path) -> None:
             read_actions(path, 3)
     with pytest.raises(UserError, match="no such file of actions") as caught:
         read_actions(tmp_path / "absent.npy", 3)
-    assert not isinstance(caught.value, BadVideo)  # a list that is wrong, or a disk that is away: nothing to reject
+    assert not isinstance(caught.value, BadVideo)  # a wrong list or an absent disk is no broken video
 
 
 def test_a_disk_that_fails_is_not_a_broken_video(
@@ -191,7 +191,7 @@ def test_a_file_without_pictures_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_video_that_cannot_be_written_leaves_nothing(episode: Video, tmp_path: Path) -> None:
-    for frames, fps, said in (
+    for frames, fps, message in (
         (episode.frames[:, :63], 8, "even height and width"),
         (episode.frames[:0], 8, "no frames to write"),
         (episode.frames / 255, 8, "must be uint8"),
@@ -199,7 +199,7 @@ def test_a_video_that_cannot_be_written_leaves_nothing(episode: Video, tmp_path:
         ([episode.frames[0], episode.frames[1, :32]], 8, "must have one size"),
         (episode.frames, 0, "above 0"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             write_mp4(tmp_path / "walk.mp4", frames, fps)
     assert list(tmp_path.iterdir()) == []
 
@@ -234,7 +234,7 @@ def test_find_videos(tmp_path: Path) -> None:
     assert found == ["a.mkv", "b/1.mp4", "b/deep/2.NPZ"]
     assert find_videos(tmp_path / "a.mkv") == [tmp_path / "a.mkv"]
     (tmp_path / "b" / "3.mp4").symlink_to(tmp_path / "moved.mp4")
-    assert find_videos(tmp_path / "b")[1] == tmp_path / "b" / "3.mp4"  # not left out in silence
+    assert find_videos(tmp_path / "b")[1] == tmp_path / "b" / "3.mp4"  # not silently skipped
     with pytest.raises(UserError, match=r"3\.mp4: there is no such video"):
         read_video(tmp_path / "b" / "3.mp4")
     (tmp_path / "none").mkdir()
@@ -293,7 +293,7 @@ def test_hidden_folders_are_skipped_at_any_depth(tmp_path: Path) -> None:
     assert below(tmp_path / ".own") == ["4.mp4"]  # which was asked for
 
 
-def test_what_is_passed_over_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_files_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (
         "v.mp4",
         "1.docx",
@@ -310,18 +310,16 @@ def test_what_is_passed_over_is_counted(tmp_path: Path, capsys: pytest.CaptureFi
         (tmp_path / name).write_bytes(b"x")
     for _ in range(2):
         assert below(tmp_path) == ["v.mp4"]
-    assert capsys.readouterr().err == f"warning: {tmp_path}: passed over: 3 files (.docx 2, .zip 1)\n"  # once
+    assert capsys.readouterr().err == f"warning: {tmp_path}: skipped 3 files (.docx 2, .zip 1)\n"  # once
     (tmp_path / "v.mp4").unlink()
     (tmp_path / "deep" / "README").write_bytes(b"x")
     (tmp_path / "deep" / "a.\n").write_bytes(b"x")
-    said = (
-        r"no videos in this folder: passed over: 5 files \(\.docx 2, \.zip 1, other 1, without suffix 1\); they end in "
-    )
-    with pytest.raises(UserError, match=said):
+    kinds = r"no videos in this folder: skipped 5 files \(\.docx 2, \.zip 1, other 1, without suffix 1\); they end in"
+    with pytest.raises(UserError, match=kinds):
         find_videos(tmp_path)
 
 
-# what FFmpeg writes by itself, without libraries of others: by suffix the container and the codec
+# what FFmpeg writes without other libraries: container and codec by suffix
 CONTAINERS = {
     "mp4": "mp4 mpeg4", "m4v": "mp4 mpeg4", "mov": "mov mpeg4", "qt": "mov mpeg4", "3gp": "3gp h263",
     "3g2": "3g2 mpeg4", "f4v": "mov mpeg4", "avi": "avi mpeg4", "divx": "avi mpeg4", "mkv": "matroska mpeg4",
@@ -337,7 +335,7 @@ FORMATS = {"mjpeg": "yuvj420p", "gif": "rgb8", "apng": "rgb24"}
 
 
 def test_every_suffix_is_of_a_container_that_reads(tmp_path: Path) -> None:
-    assert {suffix[1:] for suffix in SUFFIXES} == set(CONTAINERS) | BY_LIBRARIES
+    assert {suffix[1:] for suffix in VIDEO_SUFFIXES} == set(CONTAINERS) | BY_LIBRARIES
     for suffix, how in CONTAINERS.items():
         (container_format, codec), path = how.split(), tmp_path / f"v.{suffix}"
         with av.open(str(path), "w", format=container_format) as container:

@@ -19,7 +19,7 @@ from far_scale.train.sharding import Sharding
 from far_scale.utils.event_log import read_events
 from harness.latent_sets import write_set
 from harness.launch import ROOT, small_recipe
-from harness.rank_processes import started
+from harness.processes import started
 
 FOUR_PACKS = "data.lanes=16 train.reduce_once=false"
 ONCE = "data.lanes=16 train.reduce_once=true"

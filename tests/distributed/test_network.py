@@ -22,7 +22,7 @@ from far_scale.distributed.network import checked_network
 from far_scale.distributed.process_group import take_launcher_variables
 from harness.launch import ROOT, environment
 from harness.namespaces import joined_hosts
-from harness.rank_processes import Rank
+from harness.processes import Rank
 
 SHARED = "in slurm/site.sh to an interface that all hosts share"
 HERE = {"lo": "127.0.0.1", "eth0": "10.0.0.5", "ib1": None, "ib2": "fd00::5", "docker0": "172.17.0.1"}

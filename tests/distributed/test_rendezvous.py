@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from harness.launch import ROOT
-from harness.rank_processes import started
+from harness.processes import started
 
 WORKER = ROOT / "tests/harness/rendezvous_worker.py"
 

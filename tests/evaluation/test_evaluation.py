@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,8 @@ from far_scale.evaluation.run import Share, evaluate, open_evaluation
 from far_scale.model import FAR, FARConfig
 from far_scale.sampling.sampler import roll_out
 from harness.foreign_sets import adopted, tar_of
-from harness.launch import ROOT, command, environment
+from harness.launch import ROOT
+from harness.processes import launch
 from harness.random_networks import random_lpips
 from harness.refusal import refused
 
@@ -136,7 +136,7 @@ def test_scores_are_the_same_on_any_number_of_processes_and_after_a_kill(
     (killed / "units" / "seed-0-000001.npz").write_bytes(b"PK")
     (killed / "units" / "baseline-000002.npz").unlink()
     tool = [ROOT / "tools" / "evaluate.py", model_dir, "--protocol", path, "--videos", recorded, "--out", killed]
-    done = subprocess.run(command(2, *tool), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = launch(2, *tool)
     assert done.returncode == 0, done.stderr
     assert "model" in done.stdout and "LPIPS" in done.stdout and done.stdout.count("scores.json") == 1
     assert same(killed) and not (killed / "samples").exists()

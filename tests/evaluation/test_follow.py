@@ -7,8 +7,6 @@ import functools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,8 @@ from far_scale.evaluation.units import Evaluation
 from far_scale.train.wandb_offline import last_step, offline_files, read_records
 from far_scale.train.wandb_run import WandbRun
 from far_scale.train.wandb_scores import ScoreRows
-from harness.launch import ROOT, environment, launch, small_recipe
+from harness.launch import ROOT, small_recipe
+from harness.processes import launch
 from harness.refusal import refused
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -55,8 +54,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 @pytest.fixture(scope="module")
 def trained(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("trained") / "run"
-    arguments = [sys.executable, "-m", "far_scale.train", *small_recipe(recorded_shards, run, *SHORT)]
-    done = subprocess.run(arguments, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = launch(1, "-m", "far_scale.train", *small_recipe(recorded_shards, run, *SHORT))
     assert done.returncode == 0, done.stderr[-2000:]
     return run
 

@@ -19,11 +19,11 @@ from safetensors.torch import save
 
 from far_scale import autoencoder as autoencoders
 from far_scale.data.adopt.adopt import adopt
-from far_scale.data.adopt.parts import Wishes
+from far_scale.data.adopt.detect import FormatOptions
 from far_scale.data.adopt.sources import find_shards
-from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample
@@ -120,7 +120,7 @@ def adopted(
     **wishes: Any,
 ) -> Manifest:
     """Adopt a source."""
-    return adopt(find_shards([str(source)]), out, autoencoder, Wishes(**wishes), classes, max_rejected)
+    return adopt(find_shards([str(source)]), out, autoencoder, FormatOptions(**wishes), classes, max_rejected)
 
 
 def packs_of(

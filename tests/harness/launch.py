@@ -1,10 +1,9 @@
-"""Real training processes for the tests."""
+"""The environment, the recipe and torchrun's command of the training processes of the tests."""
 
 from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,13 +28,6 @@ def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
-def launch(ranks: int, *arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run to the end; output and errors as text."""
-    return subprocess.run(
-        command(ranks, *arguments), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )
 
 
 def small_recipe(shards: Path, run: Path, *more: str) -> list[str]:

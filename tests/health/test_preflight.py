@@ -16,7 +16,7 @@ from far_scale.health.node_check import RankReport, code_hash, examine, refusals
 from far_scale.health.preflight import checkpoint_bytes, node_table, slow_nodes
 from far_scale.utils.event_log import read_events
 from harness.launch import ROOT
-from harness.rank_processes import started
+from harness.processes import started
 
 WORKER = ROOT / "tests/harness/startup_worker.py"
 CASES = [

@@ -8,7 +8,7 @@ from pathlib import Path
 from far_scale.health.straggler import Slow, slow_ranks
 from far_scale.utils.event_log import read_events
 from harness.launch import ROOT
-from harness.rank_processes import started
+from harness.processes import started
 
 
 def test_of_two_ranks_the_faster_is_the_measure() -> None:

@@ -14,7 +14,7 @@ from far_scale.health.watchdog import GRACE_SECONDS, START_SECONDS, collective_t
 from far_scale.utils.event_log import read_events
 from far_scale.utils.hosts import rank_list, ranks_on_hosts
 from harness.launch import ROOT, small_recipe
-from harness.rank_processes import Rank, started
+from harness.processes import Rank, started
 
 WORKER = ROOT / "tests/harness/watchdog_worker.py"
 

@@ -8,7 +8,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,17 +16,15 @@ from far_scale.train import checkpoint
 from far_scale.train.checkpoint.export import export, export_official
 from far_scale.utils.errors import UserError
 from far_scale.utils.hosts import host_name
-from harness.launch import ROOT, environment, launch, small_recipe
+from harness.launch import small_recipe
+from harness.processes import launch, run
 from harness.refusal import refused
 from harness.strangers import Evil, seal_again
 
 
 def train_alone(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`python -m far_scale.train` without a launcher."""
-    return subprocess.run(
-        [sys.executable, "-m", "far_scale.train", *arguments],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    return run("-m", "far_scale.train", *arguments)
 
 
 def the_error(finished: subprocess.CompletedProcess[str]) -> str:

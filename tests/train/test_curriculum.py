@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -33,7 +29,7 @@ from far_scale.train.resume import check_fits, load_start_weights
 from far_scale.train.sets import open_sets
 from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import EventLog
-from harness.launch import ROOT, command, environment
+from harness.processes import launch, run, start_ranks
 
 # Windows of 8 of at most 24 frames, 16 tokens a window frame and 4 a context frame. Checkpoints: in stage 2, at the
 # boundary of stages 2 and 3, and within stage 3, where clips wait for a pack they fit.
@@ -56,7 +52,7 @@ curriculum:
 def opened(stage: Stage) -> ShardSet:
     """A stage's shard set, as this process opens it alone."""
     alone = Processes(0, 1, torch.device("cpu"))
-    return open_sets(stage.data, [stage], alone, EventLog(Path("."), main=False), 0).of_stages[stage.index]
+    return open_sets(stage.data, [stage], alone, EventLog(Path("."), is_main_process=False), 0).of_stages[stage.index]
 
 
 @pytest.fixture(scope="module")
@@ -67,32 +63,26 @@ def folder(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def training(folder: Path, run: str, ranks: int) -> list[str]:
-    arguments = ["-m", "far_scale.train", str(folder / "staged.yaml"), f"run_dir={folder / run}"]
-    return command(ranks, *arguments) if ranks > 1 else [sys.executable, *arguments]
+def training(folder: Path, run: str) -> list[str]:
+    return ["-m", "far_scale.train", str(folder / "staged.yaml"), f"run_dir={folder / run}"]
 
 
 def train(folder: Path, run: str, ranks: int) -> str:
     """Train to the end; returns what was printed."""
-    finished = subprocess.run(
-        training(folder, run, ranks), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
+    finished = launch(ranks, *training(folder, run))
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout + finished.stderr
 
 
 def train_until_killed(folder: Path, run: str, ranks: int, step: int) -> None:
     """Kill -9 all processes as soon as the checkpoint of `step` is there."""
-    process = subprocess.Popen(
-        training(folder, run, ranks), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+    started = start_ranks(ranks, *training(folder, run))
     latest, deadline = folder / run / "checkpoints" / "latest", time.monotonic() + 120
     while not latest.exists() or latest.read_text() != f"step-{step:08d}\n":
-        assert process.poll() is None and time.monotonic() < deadline
+        assert started[0].poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    started.kill()
+    started.wait()
     assert latest.read_text() == f"step-{step:08d}\n"
 
 
@@ -127,9 +117,9 @@ def test_one_rank_trains_the_same(folder: Path, printed: str) -> None:
     shard_set = opened(plan[1])
     with_context, clips = [], []
     for stage in plan[1:]:
-        lanes = stage.packing(0).clip_lanes(shard_set, range(2))
+        lanes = stage.packing(0).make_lanes(shard_set, range(2))
         for _ in range(stage.steps):
-            packs = [tuple(clip.frames for clip in lanes[lane].next_pack()) for lane in range(2)]
+            packs = [tuple(clip.frames for clip in next(lanes[lane])) for lane in range(2)]
             with_context.append({stage.layout(pack).context.frames > 0 for pack in packs})
             clips.append({len(pack) for pack in packs})
     assert {True, False} in with_context and {False} in with_context
@@ -252,9 +242,7 @@ def test_counted_arithmetic_is_the_models(clip_frames: tuple[int, ...]) -> None:
 
 
 def test_dry_run_prints_a_table_of_stages(folder: Path) -> None:
-    finished = subprocess.run(
-        [*training(folder, "dry", 1), "--dry-run"], env=environment(), cwd=ROOT, capture_output=True, text=True
-    )
+    finished = run(*training(folder, "dry"), "--dry-run")
     assert finished.returncode == 0, finished.stderr[-3000:]
     lines = finished.stdout.splitlines()
     (header,) = (number for number, line in enumerate(lines) if line.startswith("stage "))

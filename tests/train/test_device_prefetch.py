@@ -1,4 +1,4 @@
-"""The way of packs to the device, and a step's freedom from waiting."""
+"""Packs on their way to the device: the right batches, and no step makes the host wait for the GPU."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def test_batches_are_the_packs_with_their_noise_in_order() -> None:
             next(batches)
 
 
-def test_the_thread_ends_with_the_feed() -> None:
+def test_the_thread_ends_with_the_prefetch() -> None:
     with DevicePrefetch(packs_of_steps(9), OBJECTIVE, CONFIG, 5, torch.device("cpu")) as batches:
         next(batches)
-        assert any(thread.name.startswith("feed") for thread in threading.enumerate())
-    assert not any(thread.name.startswith("feed") for thread in threading.enumerate())
+        assert any(thread.name.startswith("device-prefetch") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("device-prefetch") for thread in threading.enumerate())
 
 
 @pytest.mark.gpu

@@ -8,9 +8,7 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,9 +21,10 @@ from far_scale.train.checkpoint.fork import fork
 from far_scale.train.wandb_offline import history_steps, offline_files, read_records
 from far_scale.utils.event_log import read_events
 from far_scale.utils.hosts import host_name
-from harness.launch import ROOT, environment, small_recipe
+from harness.launch import small_recipe
+from harness.processes import Ranks, start_training
+from harness.processes import run as run_program
 from harness.refusal import refused
-from harness.zygote import Launch, Zygote
 
 STEPS = 60
 DRILL = [f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=2", "train.zero_stage=3"]
@@ -33,16 +32,10 @@ RARE = ["checkpoint.every=1000"]  # none but the last and those that a stop asks
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as zygote:
-        yield zygote
-
-
-@pytest.fixture(scope="module")
-def undisturbed(zygote: Zygote, recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two ranks that nothing happened to."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert zygote.start(2, small_recipe(recorded_shards, run, *DRILL), run.parent / "out").wait() == [0, 0]
+    assert start_training(2, small_recipe(recorded_shards, run, *DRILL), run.parent / "out").wait() == [0, 0]
     return run
 
 
@@ -87,7 +80,7 @@ def saved(run: Path) -> int:
     return checkpoint.latest_step(run) or 0
 
 
-def kill_after_checkpoint(launch: Launch, run: Path, step: int) -> None:
+def kill_after_checkpoint(launch: Ranks, run: Path, step: int) -> None:
     """-9 for all ranks as soon as a checkpoint of `step` or later is there."""
     assert wait_until(lambda: saved(run) >= step)
     for pid in launch.pids:
@@ -105,13 +98,13 @@ def wait_until(happened, timeout: float = 120) -> bool:
     return True
 
 
-def test_twenty_kills_change_nothing(zygote: Zygote, undisturbed: Path, recorded_shards: Path, tmp_path: Path) -> None:
+def test_twenty_kills_change_nothing(undisturbed: Path, recorded_shards: Path, tmp_path: Path) -> None:
     """-9 for any rank at random moments: in start-up, in a step and, every other time, in the middle of a save."""
     run, chance = tmp_path / "run", random.Random(0)
     arguments = small_recipe(recorded_shards, run, *DRILL)
     while_saving = 0
     for kill in range(20):
-        launch = zygote.start(2, arguments, tmp_path / "out")
+        launch = start_training(2, arguments, tmp_path / "out")
         if kill % 4 == 0:  # in start-up, or soon after
             time.sleep(chance.uniform(0, 2))
         elif kill % 2:
@@ -126,21 +119,21 @@ def test_twenty_kills_change_nothing(zygote: Zygote, undisturbed: Path, recorded
         assert -signal.SIGKILL in launch.wait(), (tmp_path / "out").read_text()[-3000:]
     assert while_saving > 0
     resumed_from = checkpoint.latest_step(run)
-    assert zygote.start(2, arguments, tmp_path / "out").wait() == [0, 0]
+    assert start_training(2, arguments, tmp_path / "out").wait() == [0, 0]
     assert resumed_from, "the last kill came after a checkpoint, so this was a resume"
     same(run, undisturbed)
 
 
 def test_other_rank_counts_and_stages_train_on_the_same_batches(
-    zygote: Zygote, undisturbed: Path, recorded_shards: Path, tmp_path: Path
+    undisturbed: Path, recorded_shards: Path, tmp_path: Path
 ) -> None:
     """2 ranks, 1, 2 again; ZeRO-3, 1, 2: with optimizer and EMA, through a checkpoint each."""
     run, out = tmp_path / "run", tmp_path / "out"
     for ranks, stage, until in ((2, 3, 20), (1, 1, 40)):
         arguments = small_recipe(recorded_shards, run, *DRILL, f"train.zero_stage={stage}")
-        kill_after_checkpoint(zygote.start(ranks, arguments, out), run, until)
+        kill_after_checkpoint(start_training(ranks, arguments, out), run, until)
     arguments = small_recipe(recorded_shards, run, *DRILL, "train.zero_stage=2")
-    assert zygote.start(2, arguments, out).wait() == [0, 0]
+    assert start_training(2, arguments, out).wait() == [0, 0]
     assert trained_on(out) == trained_on(undisturbed.parent / "out")
     assert len(trained_on(out)) == 4 * STEPS
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(undisturbed)), rtol=1e-5, atol=0)
@@ -152,13 +145,13 @@ def test_other_rank_counts_and_stages_train_on_the_same_batches(
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(
-    zygote: Zygote, undisturbed: Path, recorded_shards: Path, tmp_path: Path
+    undisturbed: Path, recorded_shards: Path, tmp_path: Path
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     arguments = small_recipe(recorded_shards, run, *DRILL, *RARE)
     stops = []
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
-        launch = zygote.start(2, arguments, out)
+        launch = start_training(2, arguments, out)
         lines = len((run / "log.jsonl").read_text().splitlines()) if stops else 0
         assert wait_until(lambda lines=lines: _lines(run / "log.jsonl") > lines + 5)
         os.kill(launch.pids[1], number)
@@ -166,7 +159,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
         stops.append(saved(run))
         assert events(run, "stopped")[-1]["step"] == stops[-1] == _lines(run / "log.jsonl")
     assert stops == sorted(set(stops)) and stops[0] > 0 and stops[-1] < STEPS
-    assert zygote.start(2, arguments, out).wait() == [0, 0]
+    assert start_training(2, arguments, out).wait() == [0, 0]
     assert len(Path(f"{out}.keys").read_text().splitlines()) == 4 * STEPS, "no step was trained twice"
     same(run, undisturbed)
 
@@ -175,10 +168,10 @@ def _lines(path: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def test_a_second_signal_ends_at_once(zygote: Zygote, recorded_shards: Path, tmp_path: Path) -> None:
+def test_a_second_signal_ends_at_once(recorded_shards: Path, tmp_path: Path) -> None:
     """Also while the main thread is stuck: the other rank stands still, so no step can be finished."""
     run = tmp_path / "run"
-    launch = zygote.start(2, small_recipe(recorded_shards, run, *DRILL, *RARE), tmp_path / "out")
+    launch = start_training(2, small_recipe(recorded_shards, run, *DRILL, *RARE), tmp_path / "out")
     assert wait_until(lambda: _lines(run / "log.jsonl") > 5)
     os.kill(launch.pids[1], signal.SIGSTOP)
     time.sleep(0.5)
@@ -191,11 +184,11 @@ def test_a_second_signal_ends_at_once(zygote: Zygote, recorded_shards: Path, tmp
 
 
 def test_a_fork_goes_on_from_an_earlier_checkpoint_as_another_run(
-    zygote: Zygote, undisturbed: Path, recorded_shards: Path, tmp_path: Path
+    undisturbed: Path, recorded_shards: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "branch"
     assert fork(undisturbed, STEPS - 5, run) == STEPS - 5 and not list(tmp_path.glob(".*"))
-    assert zygote.start(2, [str(run / "recipe.yaml")], tmp_path / "out").wait() == [0, 0]
+    assert start_training(2, [str(run / "recipe.yaml")], tmp_path / "out").wait() == [0, 0]
     assert (run / "identity").read_text() != (undisturbed / "identity").read_text()
     assert next((event["event"], event["step"]) for event in read_events(run)) == ("forked", STEPS - 5)
     same(run, undisturbed)
@@ -205,17 +198,12 @@ def test_a_fork_goes_on_from_an_earlier_checkpoint_as_another_run(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["branch", "out", "out.keys"]
 
 
-def test_a_second_job_in_the_run_directory_is_refused(
-    zygote: Zygote, undisturbed: Path, recorded_shards: Path, tmp_path: Path
-) -> None:
+def test_a_second_job_in_the_run_directory_is_refused(undisturbed: Path, recorded_shards: Path, tmp_path: Path) -> None:
     run, other_path = tmp_path / "run", tmp_path / "link"
-    launch = zygote.start(2, small_recipe(recorded_shards, run, *DRILL), tmp_path / "out")
+    launch = start_training(2, small_recipe(recorded_shards, run, *DRILL), tmp_path / "out")
     assert wait_until(lambda: _lines(run / "log.jsonl") > 0)
     other_path.symlink_to(run)
-    second = subprocess.run(
-        [sys.executable, "-m", "far_scale.train", *small_recipe(recorded_shards, other_path, *DRILL)],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    second = run_program("-m", "far_scale.train", *small_recipe(recorded_shards, other_path, *DRILL))
     assert second.returncode == 2
     (line,) = [line for line in second.stderr.splitlines() if "error" in line]
     assert line.startswith("error: ") and f"pid {launch.pids[0]}" in line and f"host {host_name()}" in line
@@ -225,11 +213,11 @@ def test_a_second_job_in_the_run_directory_is_refused(
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
-    harm: str, zygote: Zygote, undisturbed: Path, recorded_shards: Path, tmp_path: Path
+    harm: str, undisturbed: Path, recorded_shards: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     arguments = small_recipe(recorded_shards, run, *DRILL)
-    kill_after_checkpoint(zygote.start(2, arguments, tmp_path / "out"), run, 20)
+    kill_after_checkpoint(start_training(2, arguments, tmp_path / "out"), run, 20)
     newest = saved(run)
     file = checkpoint.step_folder(run, newest) / "__1_0.distcp"
     if harm == "truncated":
@@ -238,7 +226,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    assert zygote.start(2, arguments, tmp_path / "out").wait() == [0, 0]
+    assert start_training(2, arguments, tmp_path / "out").wait() == [0, 0]
     (damaged,) = events(run, "damaged")
     assert str(file) in damaged["text"] and damaged["step"] == newest
     assert f"now step-{newest:08d}.damaged; going on from step {newest - 5}" in damaged["text"]
@@ -249,7 +237,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
 def test_a_full_disk_costs_checkpoints_and_not_the_run(
-    zygote: Zygote, undisturbed: Path, recorded_shards: Path, tmp_path: Path
+    undisturbed: Path, recorded_shards: Path, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -260,7 +248,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(
     try:
         run, filler = disk / "run", disk / "filler"
         arguments = small_recipe(recorded_shards, run, *DRILL, "checkpoint.every=20")
-        launch = zygote.start(2, arguments, tmp_path / "out")
+        launch = start_training(2, arguments, tmp_path / "out")
         assert wait_until(lambda: saved(run) == 20)
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:  # to the last byte: logs do not fit either
@@ -277,7 +265,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(
 
 
 def test_a_node_local_checkpoint_is_gone_on_from_where_it_is_newer(
-    zygote: Zygote, undisturbed: Path, recorded_shards: Path, tmp_path: Path
+    undisturbed: Path, recorded_shards: Path, tmp_path: Path
 ) -> None:
     run, out, node = tmp_path / "run", tmp_path / "out", tmp_path / "node"
     more = [*RARE, f"checkpoint.local_dir={node}", "checkpoint.local_every=3"]
@@ -289,7 +277,7 @@ def test_a_node_local_checkpoint_is_gone_on_from_where_it_is_newer(
         return max(steps[0] & steps[1], default=0)
 
     def killed_at_local(step: int) -> int:
-        launch = zygote.start(2, arguments, out)
+        launch = start_training(2, arguments, out)
         assert wait_until(lambda: local_step() >= step)
         for pid in launch.pids:
             os.kill(pid, signal.SIGKILL)
@@ -305,22 +293,20 @@ def test_a_node_local_checkpoint_is_gone_on_from_where_it_is_newer(
     newest = next(node.glob(f"*/step-{second:08d}/rank-00001-of-00002.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     older = max(step for step in (int(f.parent.name[5:]) for f in node.glob("*/*/rank-00001*.json")) if step < second)
-    assert zygote.start(2, arguments, out).wait() == [0, 0]
+    assert start_training(2, arguments, out).wait() == [0, 0]
     assert events(run, "resumed")[-1]["step"] == older
     same(run, undisturbed)
     assert all(len(list(node.glob(f"*/*/rank-0000{rank}-*.safetensors"))) <= 2 for rank in (0, 1))
 
 
-def test_a_nan_is_skipped_and_the_curve_goes_on(
-    zygote: Zygote, undisturbed: Path, recorded_shards: Path, tmp_path: Path
-) -> None:
+def test_a_nan_is_skipped_and_the_curve_goes_on(undisturbed: Path, recorded_shards: Path, tmp_path: Path) -> None:
     """Of one lane at one step, through a kill, too."""
     runs = [tmp_path / name for name in ("whole", "killed")]
     for run in runs:
         arguments = small_recipe(recorded_shards, run, *DRILL)
         if run.name == "killed":
-            kill_after_checkpoint(zygote.start(2, arguments, tmp_path / f"{run.name}.out", [(32, 3)]), run, 30)
-        assert zygote.start(2, arguments, tmp_path / f"{run.name}.out", [(32, 3)]).wait() == [0, 0]
+            kill_after_checkpoint(start_training(2, arguments, tmp_path / f"{run.name}.out", [(32, 3)]), run, 30)
+        assert start_training(2, arguments, tmp_path / f"{run.name}.out", [(32, 3)]).wait() == [0, 0]
         skipped = events(run, "skipped")
         assert {event["step"] for event in skipped} == {32} and skipped[0]["reason"] == "the loss is not finite"
         (lane,) = skipped[0]["lanes"]
@@ -333,17 +319,15 @@ def test_a_nan_is_skipped_and_the_curve_goes_on(
     same(runs[1], runs[0])
 
 
-def test_too_many_in_a_row_go_back_to_the_last_checkpoint(
-    zygote: Zygote, recorded_shards: Path, tmp_path: Path
-) -> None:
+def test_too_many_in_a_row_go_back_to_the_last_checkpoint(recorded_shards: Path, tmp_path: Path) -> None:
     """Four from step 33 on, known after step 37, which goes back to the weights of step 30; through a kill, too."""
     bad = [(step, 1) for step in range(33, 37)]
     runs = [tmp_path / name for name in ("whole", "killed")]
     for run in runs:
         arguments = small_recipe(recorded_shards, run, *DRILL, "faults.skipped_in_row=4")
         if run.name == "killed":
-            kill_after_checkpoint(zygote.start(2, arguments, tmp_path / f"{run.name}.out", bad), run, 30)
-        assert zygote.start(2, arguments, tmp_path / f"{run.name}.out", bad).wait() == [0, 0]
+            kill_after_checkpoint(start_training(2, arguments, tmp_path / f"{run.name}.out", bad), run, 30)
+        assert start_training(2, arguments, tmp_path / f"{run.name}.out", bad).wait() == [0, 0]
         back = events(run, "rolled-back")
         assert {(event["step"], event["weights_of"]) for event in back} == {(37, 30)}
         assert [event["step"] for event in events(run, "saved") if 30 <= event["step"] <= 40][-2:] == [37, 40]
@@ -352,31 +336,31 @@ def test_too_many_in_a_row_go_back_to_the_last_checkpoint(
     same(runs[1], runs[0])
 
 
-def test_going_back_for_nothing_ends_the_run(zygote: Zygote, recorded_shards: Path, tmp_path: Path) -> None:
+def test_going_back_for_nothing_ends_the_run(recorded_shards: Path, tmp_path: Path) -> None:
     arguments = small_recipe(recorded_shards, tmp_path / "run", *DRILL, "faults.skipped_in_row=4")
     bad = [(step, 1) for step in range(13, STEPS)]
-    assert 2 in zygote.start(2, arguments, tmp_path / "out", bad).wait()
+    assert 2 in start_training(2, arguments, tmp_path / "out", bad).wait()
     assert [event["step"] for event in events(tmp_path / "run", "rolled-back")] == [17]
     assert "4 steps in a row were skipped, straight after going back" in (tmp_path / "out").read_text()
     none_yet = small_recipe(recorded_shards, tmp_path / "early", *DRILL, "faults.skipped_in_row=2")
-    assert 2 in zygote.start(2, none_yet, tmp_path / "out", [(1, 0), (2, 0), (3, 0)]).wait()
+    assert 2 in start_training(2, none_yet, tmp_path / "out", [(1, 0), (2, 0), (3, 0)]).wait()
     assert "there is no checkpoint to go back to" in (tmp_path / "out").read_text()
 
 
-def test_one_wandb_run_holds_every_step_once(zygote: Zygote, recorded_shards: Path, tmp_path: Path) -> None:
+def test_one_wandb_run_holds_every_step_once(recorded_shards: Path, tmp_path: Path) -> None:
     """Through stops that its helper process is sent as well, and a kill."""
     run, out = tmp_path / "run", tmp_path / "out"
     arguments = small_recipe(recorded_shards, run, *DRILL, "log.wandb.mode=offline")
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        launch, step = zygote.start(2, arguments, out), saved(run)
+        launch, step = start_training(2, arguments, out), saved(run)
         assert wait_until(lambda step=step: saved(run) >= step + 5)
         helpers = children(launch.pids[0])
         assert helpers, "wandb has a process of its own"
         for pid in [*helpers, *launch.pids]:  # as SLURM does
             os.kill(pid, number)
         assert launch.wait() == [75, 75]
-    kill_after_checkpoint(zygote.start(2, arguments, out), run, saved(run) + 5)
-    assert zygote.start(2, arguments, out).wait() == [0, 0]
+    kill_after_checkpoint(start_training(2, arguments, out), run, saved(run) + 5)
+    assert start_training(2, arguments, out).wait() == [0, 0]
     files = offline_files(run, (run / "identity").read_text().strip())
     assert len(files) == len(list((run / "wandb").glob("offline-run-*"))) == 4, "one run, a file a start"
     records = [read_records(file) for file in files]

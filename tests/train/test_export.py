@@ -61,7 +61,7 @@ def test_what_is_whole_is_left_and_said_so(
     for state in runs.glob("a/checkpoints/*/state.json"):
         os.utime(state, (later, later))
     tool(monkeypatch, "export_checkpoint.py", runs / "a", "--out", out)
-    assert "ema weights of step 8 are there already, whole" in capsys.readouterr().out
+    assert "ema weights of step 8 exist already and are intact" in capsys.readouterr().out
     assert (out / "model.safetensors").stat() == before
     shutil.copytree(runs / "a", tmp_path / "copy")  # the same content elsewhere
     assert export(tmp_path / "copy", None, "ema", out) == 8

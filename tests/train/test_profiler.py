@@ -12,7 +12,8 @@ import torch
 from far_scale.distributed.process_group import Processes
 from far_scale.train.profiler import Profiler, parse_steps
 from far_scale.utils.errors import UserError
-from harness.launch import launch, small_recipe
+from harness.launch import small_recipe
+from harness.processes import launch
 
 
 def test_steps_are_one_or_a_first_and_a_last() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from far_scale.utils.event_log import read_events
 from harness.launch import ROOT, environment, free_port, small_recipe
-from harness.zygote import Zygote
+from harness.processes import server_path, start_training
 
 STEPS = 40
 MORE = [f"train.steps={STEPS}", "checkpoint.every=5", "model.layers=1", "model.heads=1", "optimizer.warmup_steps=1"]
@@ -24,8 +24,7 @@ MORE = [f"train.steps={STEPS}", "checkpoint.every=5", "model.layers=1", "model.h
 @pytest.fixture(scope="module")
 def undisturbed(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    with Zygote() as zygote:
-        assert zygote.start(2, small_recipe(recorded_shards, run, *MORE), run.parent / "out").wait() == [0, 0]
+    assert start_training(2, small_recipe(recorded_shards, run, *MORE), run.parent / "out").wait() == [0, 0]
     return losses(run)
 
 
@@ -66,15 +65,16 @@ def test_restarted_by_torchrun_it_goes_on(
     kind: str, signals: tuple[signal.Signals, ...], undisturbed: list[float], recorded_shards: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    train = ["-m", "far_scale.train", *small_recipe(recorded_shards, run, *MORE)]
+    # The workers are forked: their start is not what is tested.
+    worker = ["--no-python", sys.executable, str(ROOT / "tests/harness/forked.py"), "-m", "far_scale.train"]
+    train = [*worker, *small_recipe(recorded_shards, run, *MORE)]
+    own = {**environment(), "FORK_SERVER": server_path()}
     started = []
     try:
         for number, options in enumerate(agents(kind)):
             command = [sys.executable, "-m", "torch.distributed.run", "--max_restarts=3", *options, *train]
             output = (tmp_path / f"out-{number}").open("wb")
-            started.append(
-                subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-            )
+            started.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT))
         end = time.monotonic() + 240
         for death, number in enumerate(signals):
             while len([event for event in read_events(run) if event["event"] == "saved"]) < 2 * (death + 1):

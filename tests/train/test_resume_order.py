@@ -1,4 +1,4 @@
-"""Resume in the middle of an epoch with other ranks and another read-ahead: each lane's next samples stay the same."""
+"""Resume in the middle of an epoch with other ranks and another read-ahead: each lane's next samples are the same."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from far_scale.config.schema import WeightedShards
-from far_scale.data.loader.filling import PackingConfig
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.loader.pack_loader import Pack, PackLoader
+from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.shard_set import ShardSet
@@ -21,7 +21,7 @@ from harness.latent_sets import write_set
 LANES, NEXT = 4, 1000  # keys of each lane
 STEP = 41
 CLIPS, TOKENS = {"clips_per_pack": 2}, {"clips_per_pack": None, "tokens_per_pack": 9}
-DEALING = PackingConfig(LANES, (2, 4), 1, 16, 11, clips_per_pack=2)
+PACKING = PackingConfig(LANES, (2, 4), 1, 16, 11, clips_per_pack=2)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ CASES = [("tar", CLIPS), ("tar", TOKENS), ("mds", CLIPS), ("mds", TOKENS), ("mix
 def test_the_next_thousand_keys_of_each_lane(
     sources: dict[str, ShardSet | Mixture], name: str, filling: dict[str, int | None]
 ) -> None:
-    packing = replace(DEALING, **filling)
+    packing = replace(PACKING, **filling)
     straight = read(sources[name], packing, 1, 2, None, NEXT + 5 * STEP)
     states = {lane: json.loads(json.dumps(packs[STEP - 1].lane_state)) for lane, packs in straight.items()}
     if name != "mixture":
@@ -87,7 +87,7 @@ def test_the_next_thousand_keys_of_each_lane(
 
 
 def test_both_formats_have_the_same_order(sources: dict[str, ShardSet | Mixture]) -> None:
-    tar, mds = (read(sources[name], DEALING, ranks, 2, None, NEXT) for name, ranks in (("tar", 1), ("mds", 2)))
+    tar, mds = (read(sources[name], PACKING, ranks, 2, None, NEXT) for name, ranks in (("tar", 1), ("mds", 2)))
     for lane in range(LANES):
         assert keys(tar[lane]) == keys(mds[lane])
         assert [pack.lane_state for pack in tar[lane]] == [pack.lane_state for pack in mds[lane]]

@@ -23,7 +23,7 @@ from far_scale.train.checkpoint.run_dir import latest_step, steps_there
 from far_scale.utils.event_log import read_events
 from far_scale.utils.io import read_json
 from harness.launch import ROOT, small_recipe
-from harness.zygote import Zygote
+from harness.processes import start_training
 
 
 def save(run: Path, step: int, ephemeral: bool, keep: int = 2) -> None:
@@ -76,20 +76,19 @@ def test_the_recipe() -> None:
 def test_two_ranks_go_on_from_one_bit_for_bit(recorded_shards: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     keys = ["train.steps=24", "checkpoint.every=20", "checkpoint.keep=5"]
-    with Zygote() as zygote:
-        plain = small_recipe(recorded_shards, whole, *keys, "checkpoint.every_minutes=null")
-        assert zygote.start(2, plain, tmp_path / "whole.out").wait() == [0, 0]
-        # Each step's end finds it due, unless the save before still runs.
-        timed = small_recipe(recorded_shards, run, *keys, "checkpoint.every_minutes=1e-6")
-        launch = zygote.start(2, timed, tmp_path / "out")
-        while not any(event["event"] == "saved" for event in read_events(run)):
-            time.sleep(0.01)
-        for pid in launch.pids:
-            os.kill(pid, signal.SIGKILL)
-        assert launch.wait() == [-9, -9]
-        first = latest_step(run)
-        assert first is not None and is_ephemeral(checkpoint.step_folder(run, first))
-        assert zygote.start(2, small_recipe(recorded_shards, run, *keys), tmp_path / "out").wait() == [0, 0]
+    plain = small_recipe(recorded_shards, whole, *keys, "checkpoint.every_minutes=null")
+    assert start_training(2, plain, tmp_path / "whole.out").wait() == [0, 0]
+    # Each step's end finds it due, unless the save before still runs.
+    timed = small_recipe(recorded_shards, run, *keys, "checkpoint.every_minutes=1e-6")
+    launch = start_training(2, timed, tmp_path / "out")
+    while not any(event["event"] == "saved" for event in read_events(run)):
+        time.sleep(0.01)
+    for pid in launch.pids:
+        os.kill(pid, signal.SIGKILL)
+    assert launch.wait() == [-9, -9]
+    first = latest_step(run)
+    assert first is not None and is_ephemeral(checkpoint.step_folder(run, first))
+    assert start_training(2, small_recipe(recorded_shards, run, *keys), tmp_path / "out").wait() == [0, 0]
     logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (whole, run)]
     losses = [[json.loads(line)["loss"] for line in log] for log in logs]
     assert losses[0] == losses[1] and len(losses[0]) == 24

@@ -16,7 +16,7 @@ from far_scale.train.deepspeed_adapter import can_reduce_once
 from harness.latent_sets import FACTS, read_all
 from harness.launch import ROOT
 from harness.plain_training import train_plainly
-from harness.rank_processes import started
+from harness.processes import started
 
 LAYOUTS = {
     "zero1": "train.zero_stage=1",

@@ -15,7 +15,8 @@ from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import Fragment
 from far_scale.train.spikes import LEAST, WINDOW, RunningLevels
 from far_scale.utils.event_log import read_events
-from harness.launch import ROOT, launch
+from harness.launch import ROOT
+from harness.processes import launch
 
 CHANGING = ["adam_step", "ema", "exp_avg", "exp_avg_sq", "model", "weight"]
 RUNS = {

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from far_scale.train.checkpoint.export import export
-from harness.launch import ROOT, command, environment, launch, small_recipe
+from harness.launch import ROOT, small_recipe
 from harness.plain_training import train_plainly
+from harness.processes import launch, run, start_ranks
 
 
 def keys(stage: int, *of_deepspeed: str) -> str:
@@ -137,19 +135,17 @@ def test_the_log_tells_what_was_promised(runs: Path) -> None:
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(runs: Path, recorded_shards: Path, tmp_path: Path) -> None:
     """kill -9 of all processes after the checkpoint of step 10, then the same command again."""
     run = tmp_path / "killed"
-    start = command(2, "-m", "far_scale.train", *small_recipe(recorded_shards, run, "train.zero_stage=3"))
-    process = subprocess.Popen(
-        start, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    training = ["-m", "far_scale.train", *small_recipe(recorded_shards, run, "train.zero_stage=3")]
+    started = start_ranks(2, *training)
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / "latest").exists():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert started[0].poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    started.kill()
+    started.wait()
     assert (run / "checkpoints" / "latest").read_text() == "step-00000010\n"
 
-    finished = subprocess.run(start, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    finished = launch(2, *training)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert logged(run) == logged(runs / "zero3")
     for weights in ("model", "ema"):
@@ -178,10 +174,7 @@ def test_a_sample_from_the_exported_directory_equals_the_training_process(
         "model, shards, out = sys.argv[1:]; "
         "evaluate(*load_for_sampling(model), shards, 4, 4, 3, 1.0, 5, 3, out)"
     )
-    finished = subprocess.run(
-        [os.sys.executable, "-c", script, str(runs / "model"), str(recorded_shards), str(tmp_path)],
-        env=environment(), cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    finished = run("-c", script, runs / "model", recorded_shards, tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
     in_training = load_file(runs / "sampled_in_training" / "samples.safetensors")["latents"]
     assert in_training.std() > 0.1

@@ -35,7 +35,8 @@ from far_scale.train.validation import summary
 from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import EventLog, read_events
 from harness.latent_sets import FACTS, write_set
-from harness.launch import ROOT, launch, small_recipe
+from harness.launch import ROOT, small_recipe
+from harness.processes import launch
 
 # Seven clips in three packs, so that one of two ranks computes a pack that is not counted; three clips sampled.
 VALIDATION = ["validation.every=2", "validation.clips=7", "validation.clips_per_pack=3"]
@@ -254,7 +255,7 @@ def opened(folder: Path, trained_on: Path, *more: str) -> tuple[HeldOut, Stage]:
     recipe = load_recipe("demo_cpu", [*TINY, f"validation.shards={folder}", *more])
     manifest, plan = Manifest.read(trained_on), stages(recipe)
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
-    events = EventLog(folder, main=False)
+    events = EventLog(folder, is_main_process=False)
     held_out = open_held_out(recipe, plan, manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos)
     assert held_out is not None
     return held_out, plan[0]
@@ -304,7 +305,7 @@ def test_lpips_is_that_of_its_network(recorded_shards: Path, tmp_path: Path, mon
     monkeypatch.setattr(validation_samples, "load_lpips", lambda net, device: network)
     spec, *overrides = small_recipe(recorded_shards, tmp_path, *VALIDATION, f"validation.shards={recorded_shards}")
     recipe, manifest = load_recipe(spec, [*overrides, *SAMPLES]), Manifest.read(recorded_shards)
-    scaling, events = LatentScaling.of(manifest, "channel"), EventLog(tmp_path, main=False)
+    scaling, events = LatentScaling.of(manifest, "channel"), EventLog(tmp_path, is_main_process=False)
     held_out = open_held_out(
         recipe, stages(recipe), manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos
     )

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from far_scale.convert.official_file import read_official
-from far_scale.data.encode.latent_files import read_latents
-from far_scale.data.video.videos import BadVideo, read_actions, read_video
+from far_scale.convert.official import read_official
+from far_scale.data.encode.source_reader import read_latents
+from far_scale.data.video.containers import BadVideo
+from far_scale.data.video.videos import read_actions, read_video
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
 from far_scale.utils.errors import UserError

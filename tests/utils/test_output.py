@@ -14,6 +14,7 @@ import pytest
 from far_scale.distributed.signals import SAME_KEY
 from far_scale.train import checkpoint
 from harness.launch import ROOT, environment, small_recipe
+from harness.processes import start
 
 SHORT = ["train.steps=3", "checkpoint.every=2", "optimizer.warmup_steps=1", "model.layers=1", "model.heads=1"]
 
@@ -24,12 +25,9 @@ def test_a_run_whose_output_cannot_be_written_trains_to_its_end(recorded_shards:
     read, write = os.pipe()
     os.close(read)
     with open("/dev/full", "wb") as full:
-        finished = subprocess.run(
-            [sys.executable, "-m", "far_scale.train", *small_recipe(recorded_shards, tmp_path / "run", *SHORT)],
-            env=environment(), cwd=ROOT, stdout=write, stderr=full, timeout=120,
-        )  # fmt: skip
-    os.close(write)
-    assert finished.returncode == 0 and checkpoint.latest_step(tmp_path / "run") == 3
+        training = ["-m", "far_scale.train", *small_recipe(recorded_shards, tmp_path / "run", *SHORT)]
+        status = start(*training, output=os.fdopen(write, "wb"), errors=full).wait(timeout=120)
+    assert status == 0 and checkpoint.latest_step(tmp_path / "run") == 3
 
 
 PRINTS = """

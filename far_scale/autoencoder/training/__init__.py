@@ -1,13 +1,13 @@
-"""Training of autoencoders of either kind: recipe, frames, losses, checkpoints and what is exported."""
+"""Training of autoencoders of either kind: recipe, frames, losses, checkpoints and export."""
 
 from far_scale.autoencoder.training.export import psnr
 from far_scale.autoencoder.training.frames import read_frames, to_pixels
+from far_scale.autoencoder.training.loop import TrainingPaths, train_autoencoder
 from far_scale.autoencoder.training.recipe import AutoencoderRecipe, load_autoencoder_recipe
-from far_scale.autoencoder.training.training import Places, train_autoencoder
 
 __all__ = [
     "AutoencoderRecipe",
-    "Places",
+    "TrainingPaths",
     "load_autoencoder_recipe",
     "psnr",
     "read_frames",

@@ -1,11 +1,12 @@
-"""Batch norms that see the global batch, so that the number of ranks changes nothing.
+"""Batch norms over the global batch, so that the number of ranks changes nothing.
 
 DC-AE's decoder and the patch discriminator have batch norms; the official code makes them `SyncBatchNorm`, which has
-no kernels for CPUs.
+no CPU kernels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,26 +16,27 @@ from torch import Tensor, nn
 from far_scale.distributed.process_group import Processes
 
 
-def share_batch_norms(network: nn.Module, processes: Processes) -> None:
-    """Let the batch norms within `network` take their statistics over all ranks; names of weights stay."""
+def sync_batch_norms(network: nn.Module, processes: Processes) -> None:
+    """Replace the batch norms in `network`, in place, by ones over all ranks; names of weights stay."""
     if processes.world_size == 1:
         return
     if processes.device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place, since the network itself is none
+        convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+        convert(network)  # in place, as the network itself is no batch norm
         return
     for name, child in network.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(network, name, _CPUSyncBatchNorm(child))
         else:
-            share_batch_norms(child, processes)
+            sync_batch_norms(child, processes)
 
 
 class _CPUSyncBatchNorm(nn.BatchNorm2d):
-    """What `SyncBatchNorm` computes, for ranks whose shares of the batch are equal."""
+    """`SyncBatchNorm` for CPUs; every rank must have an equal part of the batch."""
 
-    def __init__(self, own: nn.BatchNorm2d) -> None:
-        super().__init__(own.num_features, own.eps, own.momentum)
-        self.load_state_dict(own.state_dict())
+    def __init__(self, batch_norm: nn.BatchNorm2d) -> None:
+        super().__init__(batch_norm.num_features, batch_norm.eps, batch_norm.momentum)
+        self.load_state_dict(batch_norm.state_dict())
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, C, H, W] in and out."""
@@ -44,9 +46,9 @@ class _CPUSyncBatchNorm(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         ranks = dist.get_world_size()
         values = features.float()
-        mean = _sum(values.mean((0, 2, 3))) / ranks
+        mean = _sum_over_ranks(values.mean((0, 2, 3))) / ranks
         centred = values - mean[:, None, None]
-        variance = _sum(centred.square().mean((0, 2, 3))) / ranks
+        variance = _sum_over_ranks(centred.square().mean((0, 2, 3))) / ranks
         with torch.no_grad():
             count = ranks * values.numel() / len(mean)
             self.running_mean.lerp_(mean, self.momentum)
@@ -57,7 +59,7 @@ class _CPUSyncBatchNorm(nn.BatchNorm2d):
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum over the ranks; every rank's loss depends on it, so their gradients are summed, too."""
+    """The sum over ranks; as every rank's loss depends on it, the gradients are summed, too."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -72,6 +74,6 @@ class _AllReduce(torch.autograd.Function):
         return summed
 
 
-def _sum(values: Tensor) -> Tensor:
+def _sum_over_ranks(values: Tensor) -> Tensor:
     summed: Tensor = _AllReduce.apply(values)  # type: ignore[no-untyped-call]
     return summed

@@ -1,4 +1,4 @@
-"""The checkpoints of an autoencoder's run: a file each, whole or not there, of which the last two are kept."""
+"""Checkpoints of an autoencoder training: one atomically written file per step; the last two are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write
 
 FORMAT = "far_scale.autoencoder_checkpoint/1"
-_KEPT = 2
+_KEEP = 2
 _BROKEN = (
     RuntimeError,
     pickle.UnpicklingError,
@@ -23,22 +23,22 @@ _BROKEN = (
     ValueError,
     KeyError,
     OSError,
-)  # what torch.load raises of such files
+)  # raised by torch.load on damaged files
 
 
 class Checkpoints:
-    """Those in one folder; only the main process writes.
+    """The checkpoints of one folder; only the main process writes.
 
     Args:
-        folder: where they lie.
-        processes: who all read them.
-        say: takes a line about a checkpoint that is broken.
+        folder: the checkpoint folder.
+        processes: the ranks, all of which load them.
+        log: called with a line about each broken checkpoint.
     """
 
-    def __init__(self, folder: Path, processes: Processes, say: Callable[[str], None]) -> None:
-        self._folder, self._processes, self._say = folder, processes, say
+    def __init__(self, folder: Path, processes: Processes, log: Callable[[str], None]) -> None:
+        self._folder, self._processes, self._log = folder, processes, log
         if processes.is_main_process:
-            for part in folder.glob(".step-*.part.pt"):  # of a run that was killed while it wrote
+            for part in folder.glob(".step-*.part.pt"):  # left by a run that was killed while writing
                 part.unlink()
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -51,32 +51,32 @@ class Checkpoints:
             return
         path = self._path(step)
         try:
-            with atomic_write(path) as beside:
-                torch.save({"format": FORMAT, "step": step, **state}, beside)
-        except RuntimeError as error:  # so PyTorch's writer tells a full disk
+            with atomic_write(path) as staged:
+                torch.save({"format": FORMAT, "step": step, **state}, staged)
+        except RuntimeError as error:  # this is how PyTorch's writer reports a full disk
             reason = str(error).partition("\n")[0]
             raise UserError(f"{path}: could not be written ({reason}); free some space, and start again") from error
         steps = [other for other in self._steps() if other <= step]
-        for old in steps[_KEPT:]:
+        for old in steps[_KEEP:]:
             self._path(old).unlink()
 
-    def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that can be read and its path, the same on all ranks; None where there is none.
+    def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Path and state of the newest readable checkpoint, the same on all ranks; None where there is none.
 
         Raises:
-            UserError: there are some, and none can be read; or a later version wrote it.
+            UserError: no checkpoint is readable, or a later version wrote it.
         """
-        found: tuple[Path, dict[str, Any]] | None = None
+        newest: tuple[Path, dict[str, Any]] | None = None
         if self._processes.is_main_process:
-            found = self._read_newest()
-        path: Path | None = all_gather_objects(found and found[0], self._processes.host_group)[0]
+            newest = self._read_newest()
+        path: Path | None = all_gather_objects(newest and newest[0], self._processes.host_group)[0]
         if path is None:
             return None
-        if found is None:
-            found = path, self._read(path)
-        if found[1].get("format") != FORMAT:
-            raise UserError(f"{path}: format {found[1].get('format')!r}, this version reads {FORMAT!r}")
-        return found
+        if newest is None:
+            newest = path, self._read(path)
+        if newest[1].get("format") != FORMAT:
+            raise UserError(f"{path}: format {newest[1].get('format')!r}, this version reads {FORMAT!r}")
+        return newest
 
     def _read_newest(self) -> tuple[Path, dict[str, Any]] | None:
         steps = self._steps()
@@ -85,9 +85,9 @@ class Checkpoints:
                 return self._path(step), self._read(self._path(step))
             except _BROKEN as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                self._say(f"{self._path(step)}: this checkpoint is broken ({reason}); trying the one before it")
+                self._log(f"{self._path(step)}: this checkpoint is broken ({reason}); trying the previous one")
         if steps:
-            raise UserError(f"{self._folder}: none of these checkpoints can be read; remove them to begin anew")
+            raise UserError(f"{self._folder}: none of these checkpoints can be read; remove them to start over")
         return None
 
     @staticmethod
@@ -96,9 +96,9 @@ class Checkpoints:
         return state
 
     def _steps(self) -> list[int]:
-        """Of the checkpoints that there are, newest first."""
-        names = [re.fullmatch(r"step-(\d{8})\.pt", path.name) for path in self._folder.glob("step-*.pt")]
-        return sorted((int(name.group(1)) for name in names if name), reverse=True)
+        """Steps of the existing checkpoints, newest first."""
+        matches = [re.fullmatch(r"step-(\d{8})\.pt", path.name) for path in self._folder.glob("step-*.pt")]
+        return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}.pt"

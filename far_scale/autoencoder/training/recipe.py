@@ -1,4 +1,4 @@
-"""The recipe of an autoencoder's training: its sections, and how one is read and checked."""
+"""The recipe of an autoencoder training: its sections, how it is read and checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from far_scale.config.schema import Count, Fraction, Section
 from far_scale.config.yaml_loader import Document, read_document
 from far_scale.utils.errors import UserError
 
-_SMALLEST_JUDGED = 24  # pixels a side: of smaller pictures the patch discriminator has nothing left to say
+_MIN_DISCRIMINATOR_SIZE = 24  # pixels; on smaller frames the patch discriminator has no output
 
 Seed = Annotated[int, Field(ge=0, le=2**64)]
 Seeds = Annotated[tuple[Seed, Seed], Field(strict=False)]
@@ -20,7 +20,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class CompactModel(Section):
-    """The sizes of the compact autoencoder, see `CompactConfig`."""
+    """Sizes of the compact autoencoder, see `CompactConfig`."""
 
     kind: Literal["compact"] = "compact"
     """Which autoencoder: this one, or dc_ae."""
@@ -42,86 +42,86 @@ class DCAEModel(Section):
     preset: Literal["f8c32", "f16c32", "f32c32"] | None = None
     """FAR's configuration for 64, 128 or 256 pixels."""
     config: str | None = None
-    """In place of a preset: the config.json of an `AutoencoderDC` of diffusers; its weights are not taken."""
+    """Instead of a preset: the config.json of a diffusers `AutoencoderDC`; its weights are not used."""
 
 
 class EpisodeData(Section):
-    """Episodes of the demo world that are recorded, from the first seed to before the second one."""
+    """Recorded episodes of the demo world; seeds are [first, end), the end excluded."""
 
     frames: Count
     """Frames of an episode."""
     train_seeds: Seeds
     """Seeds of the episodes to train on."""
     heldout_seeds: Seeds
-    """Seeds of the episodes that the PSNR is measured on."""
+    """Seeds of the episodes for the PSNR."""
 
 
 class VideoData(Section):
-    """Videos, and what is cut out of them: `train.batch` / `clip_frames` videos a step, each once an epoch."""
+    """Videos and the clips taken from them: `train.batch` / `clip_frames` videos a step, each once an epoch."""
 
     videos: str
     """A folder of videos, one video, or a list of them (.csv, .jsonl); a relative path starts at the working folder."""
     split: str | None = None
     """One of UCF-101's lists, such as trainlist01.txt: take only these videos of the folder."""
     heldout_videos: str | None = None
-    """The same as data.videos, of the videos that the PSNR is measured on; without them none is measured."""
+    """As data.videos, for the PSNR; without it none is measured."""
     heldout_split: str | None = None
-    """The same as data.split, of data.heldout_videos."""
+    """As data.split, for data.heldout_videos."""
     size: Count
-    """Height and width of the frames, a multiple of the autoencoder's pixels a latent position: the shorter side is
-    scaled to it."""
+    """Height and width of the frames, a multiple of the autoencoder's pixels per latent position; the shorter side is
+    resized to it."""
     crop: Literal["random", "center"] = "random"
-    """Where the square is cut out of the scaled frames; those for the PSNR are always cut out of the centre."""
+    """How the resized frames are cropped to a square; those for the PSNR always at the centre."""
     flip: bool = False
     """Whether half of the clips are mirrored."""
     clip_frames: Count = 4
-    """Frames that are taken of a video at a time."""
+    """Frames of a clip."""
     frame_stride: Count = 2
-    """Take every n-th frame; all of them, where a video is too short for it."""
+    """Take every n-th frame; adjacent frames where a video is too short."""
 
 
 class LossSection(Section):
-    """What each loss counts. Not set: what the compact autoencoder is trained with."""
+    """Weights of the losses; the defaults are those of the compact autoencoder."""
 
     squared: Weight = 1.0
     """Of the mean squared error of pixels in [-1, 1]."""
     absolute: Weight = 0.05
-    """Of their mean absolute error, which keeps edges crisp."""
+    """Of their mean absolute error, which keeps edges sharp."""
     perceptual: Weight = 0.0
-    """Of the LPIPS distance; it takes train.perceptual_weights, without which it is left out."""
+    """Of the LPIPS distance; off without train.perceptual_weights."""
     discriminator: Weight = 0.0
-    """Of the patch discriminator's judgement, times the ratio of the gradients of the losses above to its own."""
+    """Of the adversarial loss, times the ratio of the gradient norms of the losses above and of it."""
 
 
 class TrainSection(Section):
-    """The optimisation: AdamW without decay."""
+    """The optimization: AdamW without weight decay."""
 
     steps: Count
     """Optimizer steps."""
     batch: Count
-    """Frames of a step, over all ranks, which must divide them."""
+    """Frames of a step over all ranks; the number of ranks must divide it."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate, of the discriminator too."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.99)
     """AdamW's, of the discriminator too."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Of the learning rate after the warm-up: a cosine down to a hundredth, or as it is."""
+    """Learning rate after the warm-up: cosine decay to 1% of the peak, or constant."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up."""
     ema_decay: Fraction = 0.0
-    """Of the running average of the weights, which is what is exported; 0 for the weights themselves."""
+    """Of the EMA of the weights, which is exported; 0 exports the weights themselves."""
     loss: LossSection = LossSection()
     discriminator_start: Annotated[int, Field(ge=0)] = 0
-    """Steps before the discriminator joins; from then on the encoder is left as it is."""
+    """Steps before the discriminator starts; from then on the encoder is frozen."""
     perceptual_weights: str | None = None
-    """Path of a file of VGG16's and LPIPS's weights, or of a folder of both files; see
-    far_scale/autoencoder/training/perceptual.py for which these are."""
+    """Path of a file with the weights of VGG16 and LPIPS, or of a folder with both files; see
+    far_scale/autoencoder/lpips_network.py for which these are."""
     latent_noise: Annotated[float, Field(ge=0)] = 0.0
-    """Noise on the latents in training, in units of each channel's deviation; the decoder learns to bear it."""
+    """Noise on the latents in training, in units of each channel's std; makes the decoder robust."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """Of autoencoder and discriminator in training (autocast); weights are float32."""
     checkpoint_every: Count = 500
-    """Steps between checkpoints, of which the last two are kept."""
+    """Steps between checkpoints; the last two are kept."""
     log_every: Count = 20
     """Steps between lines of the log."""
 
@@ -131,10 +131,10 @@ DataT = TypeVar("DataT", EpisodeData, VideoData)
 
 
 class AutoencoderRecipe(Section, Generic[ModelT, DataT]):
-    """All that the training of an autoencoder is told."""
+    """The recipe of an autoencoder training."""
 
     name: str
-    """What recipes and manifests will call the autoencoder."""
+    """The autoencoder's name in recipes and manifests."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of weights, batches and noise."""
     model: ModelT
@@ -142,7 +142,7 @@ class AutoencoderRecipe(Section, Generic[ModelT, DataT]):
     train: TrainSection
 
 
-_KINDS: dict[tuple[bool, bool], type[AutoencoderRecipe[Any, Any]]] = {  # by whether DC-AE, and whether videos
+_RECIPE_TYPES: dict[tuple[bool, bool], type[AutoencoderRecipe[Any, Any]]] = {  # by (is DC-AE, has videos)
     (False, False): AutoencoderRecipe[CompactModel, EpisodeData],
     (False, True): AutoencoderRecipe[CompactModel, VideoData],
     (True, False): AutoencoderRecipe[DCAEModel, EpisodeData],
@@ -151,27 +151,27 @@ _KINDS: dict[tuple[bool, bool], type[AutoencoderRecipe[Any, Any]]] = {  # by whe
 
 
 def load_autoencoder_recipe(path: str | Path, overrides: list[str] | None = None) -> AutoencoderRecipe[Any, Any]:
-    """Read an autoencoder's recipe: `model.kind` says which keys model has, and `data.videos` which ones data has.
+    """Read an autoencoder's recipe; `model.kind` and `data.videos` select the keys of model and data.
 
     Raises:
-        UserError: not there, unknown keys, wrong types, or values that do not go together.
+        UserError: no such recipe, unknown keys, wrong types, or values that contradict each other.
     """
     document = read_document(path, overrides or [])
     model = document.values.setdefault("model", {})
-    dc_ae = isinstance(model, dict) and model.get("kind", "compact") != "compact"
+    is_dc_ae = isinstance(model, dict) and model.get("kind", "compact") != "compact"
     data = document.values.get("data")
-    videos = isinstance(data, dict) and "videos" in data
-    kind = _KINDS[dc_ae, videos]
+    has_videos = isinstance(data, dict) and "videos" in data
+    recipe_type = _RECIPE_TYPES[is_dc_ae, has_videos]
     try:
-        recipe = kind.model_validate(document.values)
+        recipe = recipe_type.model_validate(document.values)
     except ValidationError as error:
-        raise explain(error, document, kind) from None
+        raise explain(error, document, recipe_type) from None
     _check(recipe, document)
     return recipe
 
 
 def _check(recipe: AutoencoderRecipe[Any, Any], document: Document) -> None:
-    """Raise UserError where values do not go together."""
+    """Raise UserError where values contradict each other."""
 
     def refuse(key: str, problem: str) -> UserError:
         return UserError(f"{document.place(tuple(key.split('.')))}: {key}: {problem}")
@@ -181,20 +181,21 @@ def _check(recipe: AutoencoderRecipe[Any, Any], document: Document) -> None:
         raise refuse("model.preset", "set either this, to f8c32, f16c32 or f32c32, or model.config")
     if isinstance(data, EpisodeData):
         seeds = {key: range(*getattr(data, key)) for key in ("train_seeds", "heldout_seeds")}
-        for key, own in seeds.items():
-            if not own or own[0] < 0:
-                raise refuse(f"data.{key}", f"no seeds from {own.start} to before {own.stop}; write [first, end]")
+        for key, span in seeds.items():
+            if not span or span[0] < 0:
+                raise refuse(f"data.{key}", f"no seeds from {span.start} to before {span.stop}; write [first, end]")
         if set(seeds["train_seeds"]) & set(seeds["heldout_seeds"]):
-            raise refuse("data.heldout_seeds", "some are in data.train_seeds too; held-out episodes must be others")
+            raise refuse("data.heldout_seeds", "some are in data.train_seeds, too; held-out episodes must be others")
     else:
         if train.batch % data.clip_frames:
             raise refuse(
                 "train.batch",
-                f"{train.batch} frames are no whole number of clips of data.clip_frames {data.clip_frames}",
+                f"{train.batch} frames are not a whole number of clips of data.clip_frames {data.clip_frames}",
             )
-        if train.loss.discriminator > 0 and data.size < _SMALLEST_JUDGED:
+        if train.loss.discriminator > 0 and data.size < _MIN_DISCRIMINATOR_SIZE:
             raise refuse(
-                "data.size", f"{data.size} is too small for the discriminator, which takes {_SMALLEST_JUDGED} and more"
+                "data.size",
+                f"{data.size} is too small; the discriminator needs at least {_MIN_DISCRIMINATOR_SIZE}",
             )
     if train.loss.squared == 0 and train.loss.absolute == 0:
-        raise refuse("train.loss", "squared and absolute are both 0; the pixels themselves must count, so set one")
+        raise refuse("train.loss", "squared and absolute are both 0; set one, as a loss of the pixels is needed")

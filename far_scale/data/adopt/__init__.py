@@ -1,1 +1,1 @@
-"""Adoption of shards that others wrote: which they are, how their samples are read, and their indexes."""
+"""Adoption of shards from other programs: finding them, detecting their format, and indexing them."""

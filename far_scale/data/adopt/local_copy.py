@@ -1,4 +1,4 @@
-"""A shard to adopt as a plain file of this machine: where it lies, or fetched and unpacked for a while."""
+"""A shard to adopt as a local, uncompressed file: the file itself, or a temporary copy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from far_scale.data.adopt.sources import FoundShard
+from far_scale.data.adopt.sources import SourceShard
 from far_scale.data.remote.compression import DecompressionError, compression_of, decompress, max_compressed_bytes
 from far_scale.data.remote.fetch import fetch_and_hash, fetch_bytes
 from far_scale.data.shards.records import read_small
@@ -20,77 +20,81 @@ from far_scale.utils.urls import is_file_url, redact_url
 
 
 class LocalCopy(NamedTuple):
-    """A shard as a file of this machine: its path, size and SHA-256, unpacked.
+    """A local, uncompressed shard.
 
     Attributes:
-        lies: size and time of its file where it lies; None of a remote one.
+        stamp: size and modification time of the original file; None if it is remote.
     """
 
     path: Path
     bytes: int
     sha256: str
-    lies: list[int] | None
+    stamp: list[int] | None
 
 
-def lies_as(shard: FoundShard) -> list[int] | None:
-    """Size and time of a shard's file; None of a remote one."""
-    if is_file_url(shard.place):
+def file_stamp(shard: SourceShard) -> list[int] | None:
+    """Size and modification time (ns) of a shard's file; None if it is remote."""
+    if is_file_url(shard.location):
         return None
-    facts = os.stat(shard.place)
-    return [facts.st_size, facts.st_mtime_ns]
+    status = os.stat(shard.location)
+    return [status.st_size, status.st_mtime_ns]
 
 
 @contextlib.contextmanager
-def local_copy(shard: FoundShard, out: Path, number: int) -> Iterator[LocalCopy]:
-    """The shard as a file of this machine; a remote one is fetched, a packed one unpacked, and removed afterwards.
+def local_copy(shard: SourceShard, out: Path, number: int) -> Iterator[LocalCopy]:
+    """Provide a shard as a local file. A remote or compressed shard is copied to `out` and removed afterwards.
 
     Raises:
-        UserError: it is not there, cannot be fetched, does not unpack or has another digest than its `index.json` says.
+        UserError: it is missing, cannot be fetched or unpacked, or its digest is not that of its `index.json`.
     """
-    lies, compression = lies_as(shard), compression_of(shard.place)
-    if lies is not None and compression is None:
-        _check_digest(shard, Path(shard.place))
-        yield LocalCopy(Path(shard.place), lies[0], sha256(shard.place), lies)
+    stamp, compression = file_stamp(shard), compression_of(shard.location)
+    if stamp is not None and compression is None:
+        _check_digest(shard, Path(shard.location))
+        yield LocalCopy(Path(shard.location), stamp[0], sha256(shard.location), stamp)
         return
     path = out / f".fetched-{number:06d}.part"
     try:
         size, digest = _fetch(shard, compression, path)
         _check_digest(shard, path)
-        yield LocalCopy(path, size, digest, lies)
+        yield LocalCopy(path, size, digest, stamp)
     finally:
         path.unlink(missing_ok=True)
 
 
-def _check_digest(shard: FoundShard, path: Path) -> None:
+def _check_digest(shard: SourceShard, path: Path) -> None:
     if shard.digest is None:
         return
     name, digest = shard.digest
     if file_digest(path, name) != digest:
-        raise UserError(f"{redact_url(shard.place)}: its {name} is not that in its index.json; copy it again")
+        raise UserError(f"{redact_url(shard.location)}: its {name} is not that in its index.json; copy it again")
 
 
-def _fetch(shard: FoundShard, compression: str | None, path: Path) -> tuple[int, str]:
-    """Write the shard, unpacked, to `path`; returns its size and SHA-256."""
+def _fetch(shard: SourceShard, compression: str | None, path: Path) -> tuple[int, str]:
+    """Write the uncompressed shard to `path`; returns its size and SHA-256."""
     try:
         with open(path, "wb") as file:
             if compression is None:
-                return fetch_and_hash(shard.place, file.fileno())
-            unpacked = _unpacked(shard, compression)
+                return fetch_and_hash(shard.location, file.fileno())
+            unpacked = _read_unpacked(shard, compression)
             return file.write(unpacked), hashlib.sha256(unpacked).hexdigest()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"{path.parent}: no space left on this disk for a copy of {redact_url(shard.place)}"
+                f"{path.parent}: no space left on this disk for a copy of {redact_url(shard.location)}"
             ) from None
         raise
 
 
-def _unpacked(shard: FoundShard, compression: str) -> bytearray:
+def _read_unpacked(shard: SourceShard, compression: str) -> bytearray:
     if shard.bytes is None:
-        raise UserError(f"{redact_url(shard.place)}: is packed; name its index.json, which says how large it is")
-    most = max_compressed_bytes(shard.bytes)
-    data = fetch_bytes(shard.place, most) if is_file_url(shard.place) else read_small(Path(shard.place), most)
+        raise UserError(f"{redact_url(shard.location)}: is compressed; name its index.json, which has its size")
+    max_bytes = max_compressed_bytes(shard.bytes)
+    data = (
+        fetch_bytes(shard.location, max_bytes)
+        if is_file_url(shard.location)
+        else read_small(Path(shard.location), max_bytes)
+    )
     try:
         return decompress(data, compression, shard.bytes)
     except DecompressionError as problem:
-        raise UserError(f"{redact_url(shard.place)}: {problem}; copy it again") from None
+        raise UserError(f"{redact_url(shard.location)}: {problem}; copy it again") from None

@@ -1,4 +1,4 @@
-"""Which shards are adopted: tars and MDS sets by paths, folders, lists, URLs, and any of these with braces."""
+"""Finds the shards to adopt: tars and MDS sets, by paths, folders, lists and URLs, with brace expansion."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import text_lines
 from far_scale.utils.urls import is_file_url, redact_url
 
-_MAX_SHARDS = 300_000  # as many as a manifest may name
-_MOST_BYTES = (1 << 32) - 1  # of an MDS file
+_MAX_SHARDS = 300_000  # limit of a manifest
+_MAX_MDS_BYTES = (1 << 32) - 1
 _HASHES = {name for name in hashlib.algorithms_guaranteed if not name.startswith("shake")}
-_PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd")
-_PLACE: pydantic.TypeAdapter[str] = pydantic.TypeAdapter(Location)
+_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd")
+_LOCATION: pydantic.TypeAdapter[str] = pydantic.TypeAdapter(Location)
 
 
-class FoundShard(NamedTuple):
-    """A shard to adopt: its absolute path or URL.
+class SourceShard(NamedTuple):
+    """A shard to adopt.
 
     Attributes:
-        bytes: of an MDS file its size, unpacked.
-        digest: name of a hash and digest of an MDS file, unpacked, where its `index.json` has one.
+        location: absolute path or URL.
+        bytes: uncompressed size of an MDS file; None for a tar.
+        digest: hash name and digest of the uncompressed MDS file, if its `index.json` has one.
     """
 
-    place: str
+    location: str
     bytes: int | None = None
     digest: tuple[str, str] | None = None
 
@@ -47,154 +48,159 @@ class FoundShard(NamedTuple):
         return self.bytes is not None
 
 
-def find_shards(sources: Sequence[str]) -> list[FoundShard]:
-    """The shards in their order.
+def find_shards(sources: Sequence[str]) -> list[SourceShard]:
+    """Find the shards in their order.
 
     Args:
-        sources: tars; folders, of which all `.tar` at any depth, links too, are taken in the order of their names, but
-            not what is hidden; folders with an `index.json` of mosaicml-streaming, or such a file; `.txt` files with a
-            source a line; URLs of tars and of `index.json`. `{000..123}` and `{a,b}` are expanded as by WebDataset.
+        sources: tars; folders, whose `.tar` files at any depth are taken in path order, through links but without
+            hidden files; folders with an `index.json` of mosaicml-streaming, or such a file; `.txt` files with one
+            source per line; URLs of tars and of `index.json`. `{000..123}` and `{a,b}` are expanded as in WebDataset.
 
     Raises:
-        UserError: a source that is not there, is named twice, also by a link, or has a name that a manifest cannot
-            hold; shards of several kinds.
+        UserError: a source that is missing, repeated (also through a link), or has a name that a manifest cannot
+            store; shards of several kinds.
     """
-    found = list(itertools.islice(_expand(sources, Path()), _MAX_SHARDS + 1))
-    if not found:
+    shards = list(itertools.islice(_expand(sources, Path()), _MAX_SHARDS + 1))
+    if not shards:
         raise UserError(f"{', '.join(sources)}: names no shard; name tars, folders, .txt lists or URLs")
-    first = redact_url(found[0].place)
-    if len(found) > _MAX_SHARDS:
+    first = redact_url(shards[0].location)
+    if len(shards) > _MAX_SHARDS:
         raise UserError(f"{first}, ...: more than {_MAX_SHARDS} shards; adopt them as several sets, and mix these")
     seen: dict[str | tuple[int, int], str] = {}
-    for count, (place, *_) in enumerate(found):
+    for count, (location, *_) in enumerate(shards):
         try:
-            _PLACE.validate_python(place)
-            place.encode()
+            _LOCATION.validate_python(location)
+            location.encode()
         except (pydantic.ValidationError, UnicodeEncodeError):
-            raise UserError(f"{redact_url(place)!r}: a shard's name must be UTF-8 without braces; rename it") from None
-        if (other := seen.setdefault(_identity(place), place)) != place:
-            raise UserError(f"{place}: is the same file as {other}; name it once")
+            raise UserError(
+                f"{redact_url(location)!r}: a shard's name must be UTF-8 without braces; rename it"
+            ) from None
+        if (other := seen.setdefault(_identity(location), location)) != location:
+            raise UserError(f"{location}: is the same file as {other}; name it once")
         if len(seen) == count:
-            raise UserError(f"{redact_url(place)}: this shard is named twice; name it once")
-    for one, other, kinds in (
-        ("remote", "here", {is_file_url(shard.place) for shard in found}),
-        ("tars", "MDS files", {shard.is_mds for shard in found}),
-        ("compressed", "not", {compression_of(shard.place) is None for shard in found}),
+            raise UserError(f"{redact_url(location)}: this shard is named twice; name it once")
+    for kind, other_kind, kinds in (
+        ("remote", "local", {is_file_url(shard.location) for shard in shards}),
+        ("tars", "MDS files", {shard.is_mds for shard in shards}),
+        ("compressed", "not", {compression_of(shard.location) is None for shard in shards}),
     ):
         if len(kinds) > 1:
-            raise UserError(f"{first}, ...: some shards are {one} and some are {other}; adopt them as two sets")
-    return found
+            raise UserError(f"{first}, ...: some shards are {kind} and some are {other_kind}; adopt them as two sets")
+    return shards
 
 
-def _identity(place: str) -> str | tuple[int, int]:
-    """What is the same for two paths that lead to one file."""
-    if is_file_url(place):
-        return place
-    facts = os.stat(place)
-    return facts.st_dev, facts.st_ino
+def _identity(location: str) -> str | tuple[int, int]:
+    """A key that is equal for two paths of one file."""
+    if is_file_url(location):
+        return location
+    status = os.stat(location)
+    return status.st_dev, status.st_ino
 
 
-def _expand(sources: Sequence[str], folder: Path, lists: tuple[str, ...] = ()) -> Iterator[FoundShard]:
-    """The shards of these sources; relative paths begin at `folder`, and `lists` are those that they stand in."""
+def _expand(sources: Sequence[str], folder: Path, lists: tuple[str, ...] = ()) -> Iterator[SourceShard]:
+    """Expand sources to shards; paths are relative to `folder`, and `lists` are the lists that contain the sources."""
     for source in sources:
         if is_file_url(source):
-            for url in _braces(source):
+            for url in _expand_braces(source):
                 is_index = not url.startswith("pipe:") and urlsplit(url).path.endswith(f"/{STREAMING_INDEX_NAME}")
-                yield from _mds_shards(url) if is_index else [FoundShard(url)]
+                yield from _mds_shards(url) if is_index else [SourceShard(url)]
             continue
         path = folder / source
         if path.is_dir() and (path / STREAMING_INDEX_NAME).is_file():
             yield from _mds_shards(os.path.abspath(path / STREAMING_INDEX_NAME))
         elif path.is_dir():
-            yield from (FoundShard(os.path.abspath(tar)) for tar in _tars_below(path))
+            yield from (SourceShard(os.path.abspath(tar)) for tar in _tars_below(path))
         elif path.name == STREAMING_INDEX_NAME and path.is_file():
             yield from _mds_shards(os.path.abspath(path))
         elif path.suffix == ".txt" and path.is_file():
-            if (own := os.path.realpath(path)) in lists:
+            if (list_path := os.path.realpath(path)) in lists:
                 raise UserError(f"{path}: this list names itself; take that line out")
             for _, line in text_lines(path, "list of shards"):
-                yield from _expand([line], path.parent, (*lists, own))
+                yield from _expand([line], path.parent, (*lists, list_path))
         elif path.is_file() and path.suffix == ".mds":
             raise UserError(f"{path}: is an MDS file; name the index.json that lists it, or their folder")
         elif path.is_file():
-            yield FoundShard(os.path.abspath(path))
+            yield SourceShard(os.path.abspath(path))
         else:
-            for each in _braces(str(path)):
-                if not os.path.isfile(each):
-                    raise UserError(f"{each}: there is no such shard; name a tar, a folder, a .txt list or a URL")
-                yield FoundShard(os.path.abspath(each))
+            for file in _expand_braces(str(path)):
+                if not os.path.isfile(file):
+                    raise UserError(f"{file}: there is no such shard; name a tar, a folder, a .txt list or a URL")
+                yield SourceShard(os.path.abspath(file))
 
 
 def _tars_below(folder: Path) -> list[Path]:
-    """All tars of a folder; those that are compressed, which cannot be read by offset, are said to be passed over.
+    """All tars below a folder. Compressed tars, which cannot be read by offset, are skipped with a warning.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
-    tars, packed = [], []
+    tars, compressed = [], []
     for file in files_below(folder, (".tar",)):
         if file.suffix == ".tar":
             tars.append(file)
-        elif file.name.endswith(_PACKED_TARS):
-            packed.append(file)
+        elif file.name.endswith(_COMPRESSED_TARS):
+            compressed.append(file)
     if not tars:
         raise UserError(f"{folder}: there is no .tar or index.json in this folder; name the shards themselves")
-    if packed:
-        print_warning(f"{folder}: passed over: {len(packed)} compressed tars, as {min(packed)}; unpack them first")
+    if compressed:
+        print_warning(
+            f"{folder}: skipped {len(compressed)} compressed tars, such as {min(compressed)}; unpack them first"
+        )
     return sorted(tars)
 
 
-def _braces(text: str) -> Iterator[str]:
+def _expand_braces(text: str) -> Iterator[str]:
     try:
         yield from braceexpand(text, escape=False)
     except ValueError:
         raise UserError(f"{redact_url(text)}: its braces do not close; write a range as {{000..123}}") from None
 
 
-def _mds_shards(index: str) -> Iterator[FoundShard]:
-    """The shards of a set of mosaicml-streaming, by its `index.json`.
+def _mds_shards(index: str) -> Iterator[SourceShard]:
+    """The shards in an `index.json` of mosaicml-streaming.
 
     Raises:
-        UserError: it is none, or a shard is not there.
+        UserError: it is no such index, or a shard is missing.
     """
-    remote = is_file_url(index)
-    text = fetch_bytes(index, MAX_MANIFEST_BYTES) if remote else read_small(Path(index), MAX_MANIFEST_BYTES)
+    is_remote = is_file_url(index)
+    text = fetch_bytes(index, MAX_MANIFEST_BYTES) if is_remote else read_small(Path(index), MAX_MANIFEST_BYTES)
     try:
         shards = json.loads(text)["shards"]
-        listed = [(_basename(each["raw_data"]), each["zip_data"] and _basename(each["zip_data"])) for each in shards]
-        digests = [_digest(each["raw_data"]) for each in shards]
-        sizes = [each["raw_data"]["bytes"] for each in shards if each["format"] == "mds" and each["version"] == 2]
-        if not listed or len(sizes) < len(listed) or not all(type(n) is int and 0 < n <= _MOST_BYTES for n in sizes):
+        files = [(_basename(shard["raw_data"]), shard["zip_data"] and _basename(shard["zip_data"])) for shard in shards]
+        digests = [_known_digest(shard["raw_data"]) for shard in shards]
+        sizes = [shard["raw_data"]["bytes"] for shard in shards if shard["format"] == "mds" and shard["version"] == 2]
+        if not files or len(sizes) < len(files) or not all(type(n) is int and 0 < n <= _MAX_MDS_BYTES for n in sizes):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise UserError(
             f"{redact_url(index)}: no index of MDS shards as mosaicml-streaming writes it; name another"
         ) from None
-    for (raw, packed), size, digest in zip(listed, sizes, digests, strict=True):
-        if remote:
-            yield FoundShard(_beside(index, packed or raw), size, digest)
+    for (raw, packed), size, digest in zip(files, sizes, digests, strict=True):
+        if is_remote:
+            yield SourceShard(_beside(index, packed or raw), size, digest)
             continue
-        there = [file for file in (raw, packed) if file and os.path.isfile(_beside(index, file))]
-        if not there:
+        existing = [file for file in (raw, packed) if file and os.path.isfile(_beside(index, file))]
+        if not existing:
             raise UserError(f"{_beside(index, packed or raw)}: this shard is missing; copy it again")
-        yield FoundShard(_beside(index, there[0]), size, digest)
+        yield SourceShard(_beside(index, existing[0]), size, digest)
 
 
 def _basename(data: Any) -> str:
-    """The path of a shard's file below the folder of its index."""
+    """Path of a shard's file below the folder of its index."""
     path = PurePosixPath(data["basename"])
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise ValueError
     return str(path)
 
 
-def _digest(data: Any) -> tuple[str, str] | None:
-    """A digest of a shard's file by a hash that Python has, with its name: not by xxHash."""
+def _known_digest(data: Any) -> tuple[str, str] | None:
+    """Name and digest of the first hash that hashlib has (xxHash is none)."""
     known = ((name, digest) for name, digest in data["hashes"].items() if name in _HASHES and type(digest) is str)
     return next(known, None)
 
 
 def _beside(index: str, file: str) -> str:
+    """Path or URL of a file in the folder of an index."""
     if not is_file_url(index):
         return str(Path(index).parent / file)
     parts = urlsplit(index)

@@ -1,1 +1,1 @@
-"""The demo world: mazes, an explorer, and episodes that are recorded of it."""
+"""The demo world: mazes, an explorer, and recorded episodes."""

@@ -1,7 +1,7 @@
 """The recorded demo world: first-person walks through procedural mazes, rendered by ViZDoom.
 
 Frames are 64x64 RGB. The four actions are 0 noop, 1 turn left, 2 turn right (22.5 degrees), 3 forward (a fifth
-of a cell). The player stands still at every frame, so a frame and an action tell all there is to know of the motion.
+of a cell). The player stands still at every frame, so there is no hidden velocity.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from far_scale.utils.rng import generator
 
 SIZE = 64  # pixels a side
 ACTIONS = 4
-FPS = 8.0  # what the files say; the game's own time between two frames varies
+FPS = 8.0  # in the files; the game's time between two frames varies
 _SIDE = 5  # cells a side of a maze
-_RENDER = 192  # the middle square of a 256x192 picture, then the mean of 3x3 pixels: no jagged edges
+_RENDER = 192  # pixels: the middle square of 256x192, averaged over 3x3 pixels against jagged edges
 _STEP_TICS = 3  # game ticks that the forward button is held
 _REST_TICS = 40  # a player takes 36 to come to rest
 _ENGINE_SEED = 1
 
 
 def record_episode(seed: int, frames: int) -> Video:
-    """Record an episode of `frames` frames in the maze of `seed`; the same seed gives the same frames and actions.
+    """Record an episode of `frames` frames in the maze of `seed`.
 
-    A longer episode of a seed begins as the shorter one does.
+    The same seed gives the same frames and actions; a longer episode begins with the shorter one.
 
     Raises:
-        UserError: the package vizdoom is missing, or `frames` is below 1, or more than memory holds.
+        UserError: the package vizdoom is missing, or `frames` is below 1 or does not fit into memory.
     """
     if frames < 1:
-        raise UserError(f"episode {seed}: {frames} frames asked for; it takes at least 1")
+        raise UserError(f"episode {seed}: {frames} frames asked for; ask for at least 1")
     random = generator(seed, "maze")
     maze = Maze.grow(random, _SIDE)
     start = (int(random.integers(_SIDE)), int(random.integers(_SIDE)))
@@ -71,24 +71,24 @@ def record_episode(seed: int, frames: int) -> Video:
 def record_episodes(folder: str | Path, seeds: Sequence[int], frames: int, workers: int) -> list[Path]:
     """Record an episode of each seed into `folder`/episode-<seed:06d>.npz with `workers` processes.
 
-    Each file holds `frames` uint8 [F, 64, 64, 3], `actions` int64 [F], `fps` and `seed`. Files that are there, whole,
-    of that seed and of as many frames are left as they are. Returns the paths in the order of the seeds.
+    Each file holds `frames` uint8 [F, 64, 64, 3], `actions` int64 [F], `fps` and `seed`. Complete files of the same
+    seed and length are not recorded again. Returns the paths in the order of the seeds.
 
     Raises:
         UserError: the package vizdoom is missing, or `frames` is below 1.
     """
     folder = Path(folder)
     paths = [folder / f"{episode_name(seed)}.npz" for seed in seeds]
-    todo = [seed for seed, path in zip(seeds, paths, strict=True) if not _is_whole(path, seed, frames)]
-    if not todo:
+    missing = [seed for seed, path in zip(seeds, paths, strict=True) if not _is_complete(path, seed, frames)]
+    if not missing:
         return paths
-    _vizdoom()
+    _import_vizdoom()
     folder.mkdir(parents=True, exist_ok=True)
     # spawn, not fork: the caller may have torch's threads running, which a fork would lose with their locks held
     context = multiprocessing.get_context("spawn")
     record = partial(_record_file, folder, frames)
-    with context.Pool(min(workers, len(todo)), initializer=_ignore_interrupt) as pool:
-        for _ in tqdm(pool.imap_unordered(record, todo), total=len(todo), desc="record", unit="episode"):
+    with context.Pool(min(workers, len(missing)), initializer=_ignore_interrupt) as pool:
+        for _ in tqdm(pool.imap_unordered(record, missing), total=len(missing), desc="record", unit="episode"):
             pass
     return paths
 
@@ -105,41 +105,41 @@ def _ignore_interrupt() -> None:
 def _record_file(folder: Path, frames: int, seed: int) -> None:
     video = record_episode(seed, frames)
     assert video.actions is not None  # the demo always has them
-    with atomic_write(folder / f"{video.key}.npz") as beside:
-        np.savez_compressed(beside, frames=video.frames, actions=video.actions, fps=video.fps, seed=seed)
+    with atomic_write(folder / f"{video.key}.npz") as temporary:
+        np.savez_compressed(temporary, frames=video.frames, actions=video.actions, fps=video.fps, seed=seed)
 
 
-def _is_whole(path: Path, seed: int, frames: int) -> bool:
+def _is_complete(path: Path, seed: int, frames: int) -> bool:
     if not path.exists():
         return False
     try:
         video = read_video(path)
         with np.load(path, allow_pickle=False) as arrays:
-            of_seed = int(arrays["seed"]) == seed
+            same_seed = int(arrays["seed"]) == seed
     except (UserError, KeyError, ValueError, TypeError):
         return False  # half-written or foreign: recorded again
-    return of_seed and len(video.frames) == frames and video.actions is not None
+    return same_seed and len(video.frames) == frames and video.actions is not None
 
 
-def _vizdoom() -> Any:
+def _import_vizdoom() -> Any:
     try:
         import vizdoom
     except ImportError:
         raise UserError(
-            "the demo world needs the package vizdoom, which is not here; pip install 'far_scale[demo]'"
+            "the demo world needs the package vizdoom, which is not installed; pip install 'far_scale[demo]'"
         ) from None
     return vizdoom
 
 
 @contextmanager
 def _game(text: str) -> Iterator[Any]:
-    """A running game on the UDMF map `text`; its files live in a temporary folder and go with it."""
-    vizdoom = _vizdoom()
+    """A running game on the UDMF map `text`; its files are in a temporary folder."""
+    vizdoom = _import_vizdoom()
     package = Path(vizdoom.__file__).parent
     game = vizdoom.DoomGame()
     with tempfile.TemporaryDirectory(prefix="far_scale-maze-") as folder:
         (Path(folder) / "maze.wad").write_bytes(wad_bytes(text))
-        # The engine makes a folder `_vizdoom` where it is started; so it is started in the temporary one.
+        # The engine makes a folder `_vizdoom` where it is started, so it is started in the temporary folder.
         launcher = Path(folder) / "vizdoom"
         launcher.write_text(f'#!/bin/sh\ncd "$(dirname "$0")" && exec "{package / "vizdoom"}" "$@"\n')
         launcher.chmod(0o700)
@@ -174,7 +174,7 @@ def _game(text: str) -> Iterator[Any]:
 
 
 def _move(game: Any, action: int) -> None:
-    """Take one action and let the player come to rest, so that no turn slides and every step is equally long."""
+    """Take one action and let the player come to rest: turns do not slide, and all steps are equally long."""
     if action == FORWARD:
         game.make_action([0, 1], _STEP_TICS)
         game.make_action([0, 0], _REST_TICS)
@@ -183,7 +183,7 @@ def _move(game: Any, action: int) -> None:
 
 
 def _shrink(screen: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The middle square of the screen [192, 256, 3] at 64x64."""
+    """The middle square of the screen [192, 256, 3] as [64, 64, 3]."""
     left = (screen.shape[1] - _RENDER) // 2
     square = np.ascontiguousarray(screen[:, left : left + _RENDER])
     return np.asarray(Image.fromarray(square).reduce(_RENDER // SIZE))

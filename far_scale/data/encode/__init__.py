@@ -1,1 +1,1 @@
-"""Videos to shard sets, by any number of processes and tasks."""
+"""Encoding of videos to shard sets, by any number of processes and tasks."""

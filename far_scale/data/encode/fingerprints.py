@@ -1,9 +1,9 @@
-"""What the videos of a shard set were when they were encoded, so that changed ones are found: `videos.jsonl`.
+"""Fingerprints of the videos of a shard set when they were encoded, to detect changed files: `videos.jsonl`.
 
-A task takes the fingerprints of its own shards' videos as it reads them, and keeps a file a shard
-(`videos-000003.jsonl`) until the manifest is built; then they are one file, in the order of the sources. Whether a
-file is still the same takes one look at its size and time; only where the time differs, as in a copy, its ends are
-read. So no task opens another one's videos, however many there are.
+A task takes the fingerprints of its own shards' videos as it reads them, and writes a file per shard
+(`videos-000003.jsonl`). Building the manifest joins these to one file, in the order of the sources. A file is compared
+by size and modification time; its ends are read only if the time differs, as in a copy. So no task opens the videos of
+another task.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from far_scale.data.video.find import unreadable_file
 from far_scale.data.video.sources import Source
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write
@@ -24,126 +25,133 @@ VIDEOS_NAME = "videos.jsonl"
 _END_BYTES = 1 << 16
 
 
-class FilePrint(NamedTuple):
-    """A file's size, the time of its last change, and a hash of its first and last 64 KB; of none, `_MISSING`."""
+class FileFingerprint(NamedTuple):
+    """Size, modification time, and a hash of the first and last 64 KB of a file; `_MISSING` for a missing file."""
 
     bytes: int
     mtime_ns: int
     ends: str
 
 
-_MISSING = FilePrint(0, 0, "")
+_MISSING = FileFingerprint(0, 0, "")
 
 
-class SourcePrint(NamedTuple):
-    """The fingerprints of a source's video, or latents, and of its file of actions, where it has one.
+class SourceFingerprint(NamedTuple):
+    """Fingerprints of a source's video or latents, and of its file of actions.
 
-    `relabelled`: its own label is not its folder's, so in its set the folders do not name the classes.
+    Attributes:
+        key: key of the sample.
+        actions: None without a file of actions.
+        relabelled: whether its label is not that of its folder, so that folder names do not name the set's classes.
     """
 
     key: str
-    video: FilePrint
-    actions: FilePrint | None
+    video: FileFingerprint
+    actions: FileFingerprint | None
     relabelled: bool = False
 
 
-def take_print(source: Source) -> SourcePrint:
-    """What the source's files are now.
+def fingerprint_source(source: Source) -> SourceFingerprint:
+    """Take the fingerprints of the source's files.
 
     Raises:
         UserError: one cannot be read.
     """
-    return SourcePrint(source.key, _of_file(source.path), None if source.actions is None else _of_file(source.actions))
+    actions = None if source.actions is None else _fingerprint_file(source.actions)
+    return SourceFingerprint(source.key, _fingerprint_file(source.path), actions)
 
 
-def changed_file(source: Source, before: SourcePrint) -> Path | None:
-    """The first of the source's files that is not what it was, or None.
+def find_changed_file(source: Source, previous: SourceFingerprint) -> Path | None:
+    """The first of the source's files that differs from its fingerprint, or None.
 
     Raises:
-        UserError: one is not there any more or cannot be read.
+        UserError: one is missing or cannot be read.
     """
-    if _differs(source.path, before.video):
+    if _has_changed(source.path, previous.video):
         return source.path
-    if source.actions is not None and (before.actions is None or _differs(source.actions, before.actions)):
+    if source.actions is not None and (previous.actions is None or _has_changed(source.actions, previous.actions)):
         return source.actions
     return None
 
 
-def prints_of_shard(folder: Path, number: int) -> Path:
-    """The file of one shard's fingerprints, there while the manifest is not built."""
-    return folder / f"videos-{number:06d}.jsonl"
+def shard_fingerprints_path(folder: Path, shard: int) -> Path:
+    """The file of one shard's fingerprints, which exists until the manifest is built."""
+    return folder / f"videos-{shard:06d}.jsonl"
 
 
-def write_prints(path: Path, prints: Iterable[SourcePrint]) -> None:
-    """Write fingerprints a line each, atomically; a file that is right already is left."""
-    text = "".join(json.dumps(one if one.relabelled else one[:3]) + "\n" for one in prints)
+def write_fingerprints(path: Path, fingerprints: Iterable[SourceFingerprint]) -> None:
+    """Write fingerprints as JSON lines, atomically, unless the file has this content already."""
+    text = "".join(
+        json.dumps(fingerprint if fingerprint.relabelled else fingerprint[:3]) + "\n" for fingerprint in fingerprints
+    )
     if not path.exists() or path.read_text() != text:
-        with atomic_write(path) as beside:
-            beside.write_text(text)
+        with atomic_write(path) as part:
+            part.write_text(text)
 
 
-def read_prints(path: Path) -> dict[str, SourcePrint]:
-    """The fingerprints in a file by the sources' keys; none where there is no file.
+def read_fingerprints(path: Path) -> dict[str, SourceFingerprint]:
+    """Read fingerprints by the sources' keys; empty if there is no file.
 
     Raises:
-        UserError: it is spoilt.
+        UserError: the file is damaged.
     """
     try:
-        found = [_parse(line) for line in path.read_text().split("\n") if line]
+        fingerprints = [_parse(line) for line in path.read_text().split("\n") if line]
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, RecursionError):
         raise UserError(
-            f"{path}: not what was written when its videos were encoded; remove it, and they are encoded anew"
+            f"{path}: not what was written when its videos were encoded; remove it, and they are encoded again"
         ) from None
-    return {one.key: one for one in found}
+    return {fingerprint.key: fingerprint for fingerprint in fingerprints}
 
 
-def _parse(line: str) -> SourcePrint:
+def _parse(line: str) -> SourceFingerprint:
     key, video, actions, *relabelled = json.loads(line)
     if not isinstance(key, str) or relabelled not in ([], [True]):
         raise TypeError
-    return SourcePrint(key, FilePrint(*video), None if actions is None else FilePrint(*actions), bool(relabelled))
+    return SourceFingerprint(
+        key,
+        FileFingerprint(*video),
+        None if actions is None else FileFingerprint(*actions),
+        bool(relabelled),
+    )
 
 
-def _of_file(path: Path) -> FilePrint:
-    if not path.is_file():  # a pipe would be waited on for ever
+def _fingerprint_file(path: Path) -> FileFingerprint:
+    if not path.is_file():  # reading a pipe would block
         return _MISSING
-    status = _status(path)
-    return FilePrint(status.st_size, status.st_mtime_ns, _ends(path))
+    status = _stat(path)
+    return FileFingerprint(status.st_size, status.st_mtime_ns, _hash_ends(path))
 
 
-def _differs(path: Path, before: FilePrint) -> bool:
-    if before == _MISSING:
+def _has_changed(path: Path, previous: FileFingerprint) -> bool:
+    if previous == _MISSING:
         return path.is_file()
-    status = _status(path)
-    if status.st_size != before.bytes:
+    status = _stat(path)
+    if status.st_size != previous.bytes:
         return True
-    return status.st_mtime_ns != before.mtime_ns and _ends(path) != before.ends
+    return status.st_mtime_ns != previous.mtime_ns and _hash_ends(path) != previous.ends
 
 
-def _status(path: Path) -> os.stat_result:
+def _stat(path: Path) -> os.stat_result:
     try:
         status = path.stat()
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; put it back, or take it out of the list") from None
     except OSError as error:
-        raise _unreadable(path, error) from None
-    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited on for ever
+        raise unreadable_file(path, error) from None
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
         raise UserError(f"{path}: is no plain file; take it out of the videos")
     return status
 
 
-def _ends(path: Path) -> str:
+def _hash_ends(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             digest = hashlib.sha256(file.read(_END_BYTES))
             file.seek(max(_END_BYTES, os.fstat(file.fileno()).st_size - _END_BYTES))
             digest.update(file.read(_END_BYTES))
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable_file(path, error) from None
     return digest.hexdigest()[:16]
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror}); fix that and run again")

@@ -1,34 +1,29 @@
-"""Videos to latent shards, by several processes and tasks, whose count changes no byte.
+"""Planning of an encoding: which videos go into which latent shard, with what settings.
 
-Shard k holds the videos k n to k n + n - 1 less those that are rejected, so each shard is one piece of work and
-belongs to one process. A shard is whole once its index is there; the manifest comes last. What is whole after a kill is
-not made again.
+Shard k holds the videos k n to k n + n - 1 except those that are rejected, so it is encoded by one process, and the
+number of processes and tasks changes no byte. A shard is complete once its index is written; the manifest comes last.
+Complete shards are not encoded again after a kill.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-import uuid
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from far_scale import autoencoder as autoencoders
-from far_scale.data.encode.latent_files import LATENTS_SUFFIX
-from far_scale.data.encode.tasks import encode_task, merge
-from far_scale.data.encode.worker import Job, Precision
-from far_scale.data.shards.manifest import MANIFEST_NAME, AutoencoderInfo, Manifest
+from far_scale.data.encode.job import EncodingJob, Precision, read_settings, write_or_check_settings
+from far_scale.data.encode.source_reader import LATENTS_SUFFIX
+from far_scale.data.encode.tasks import encode_task, merge_tasks
+from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
+from far_scale.data.shards.store import read_manifest_bytes
 from far_scale.data.shards.writer import ShardSetSpec
-from far_scale.data.video.pictures import Framing
-from far_scale.data.video.sources import Source, check_folders, describe
+from far_scale.data.video.sources import Source, check_folder_classes, sources_from_paths
+from far_scale.data.video.transforms import FrameTransform
+from far_scale.data.video.video_lists import read_class_names
 from far_scale.utils.errors import UserError
-from far_scale.utils.io import read_json, sync_folder, write_json
 
-SETTINGS_NAME = "encoding.json"
-MAX_REJECTED = 0.01  # of all videos: a few broken ones are usual, more are a mistake
+MAX_REJECTED = 0.01  # of all videos: a few broken ones are normal, more are a mistake
 
 
 def encode_videos(
@@ -45,18 +40,15 @@ def encode_videos(
     device: str = "cpu",
     max_rejected: float = MAX_REJECTED,
 ) -> Manifest:
-    """Encode video files (see `read_video`) to the shard set `out`, or finish it where it was cut off.
+    """Encode video files (see `read_video`) to the shard set `out`, or resume where it was interrupted.
 
-    The arguments are those of `plan`, `encode_task` and `merge`, which do the same in parts.
-
-    Raises:
-        UserError: see there.
+    Arguments and errors are those of `plan_encoding`, `encode_task` and `merge_tasks`.
     """
-    found = describe(paths, labels=labels)
+    source_set = sources_from_paths(paths, labels=labels)
     if labels:
-        found = check_folders("videos", found, labels)
-    job = plan(
-        found.sources,
+        source_set = check_folder_classes("videos", source_set, labels)
+    job = plan_encoding(
+        source_set.sources,
         out,
         autoencoder_name,
         dtype,
@@ -64,16 +56,16 @@ def encode_videos(
         actions,
         labels,
         min_frames,
-        Framing(size),
+        FrameTransform(size),
         device,
-        classes=found.classes,
-        named_by_folder=found.by_folder,
+        classes=source_set.classes,
+        classes_from_folders=source_set.classes_from_folders,
     )
     encode_task(job, 0, 1, workers, max_rejected)
-    return merge(job, 1, max_rejected)
+    return merge_tasks(job, 1, max_rejected)
 
 
-def plan(
+def plan_encoding(
     sources: list[Source],
     out: str | Path,
     autoencoder_name: str,
@@ -82,163 +74,118 @@ def plan(
     actions: int,
     labels: int,
     min_frames: int,
-    framing: Framing,
+    transform: FrameTransform,
     device: str | None,
     precision: Precision = "fp32",
     classes: tuple[str, ...] | None = None,
-    named_by_folder: bool = False,
-) -> Job:
-    """Say what goes into which shard and keep it in the folder `out`, or find there that it was begun the same way.
+    classes_from_folders: bool = False,
+) -> EncodingJob:
+    """Plan an encoding, and write its settings to the folder `out` or compare them with those of an existing one.
 
     Args:
         sources: see `far_scale.data.video.sources`; all videos, or all latents.
-        autoencoder_name: a name or path that `far_scale.autoencoder.load` knows; of latents, what they were made with.
+        autoencoder_name: a name or path for `far_scale.autoencoder.load`; of latents, the one that made them.
         actions: number of action classes to store; 0 drops the videos' actions.
         labels: number of label classes to store; 0 drops them. A label comes from the list of videos, else from the
-            video, else it is the class of the folder that the video lies in.
-        min_frames: the fewest frames a sample may have; shorter videos are rejected.
-        framing: how frames become pictures; of latents, only its size and stride are of use.
-        device: "cpu" or "cuda" (the workers are dealt out over the GPUs); None to merge, whatever it was encoded on.
-        precision: what the autoencoder computes in.
-        classes: the names of the labels' classes, where they are known.
-        named_by_folder: whether these are the names of the videos' folders.
+            video's files, else from its folder.
+        min_frames: shorter videos are rejected.
+        transform: maps decoded frames to the autoencoder's input; of latents, only size and stride apply.
+        device: "cpu" or "cuda" (workers are distributed over the GPUs); None to merge: that of the existing settings.
+        precision: compute precision of the autoencoder.
+        classes: names of the label classes, if they are known.
+        classes_from_folders: whether these are the names of the videos' folders.
 
     Raises:
-        UserError: a size that the autoencoder cannot take, what cannot be done with latents or with actions, or other
-            settings or sources than the folder was begun with.
+        UserError: a size that does not fit the autoencoder, options that do not go with latents or actions, or other
+            settings or sources than those of the existing folder.
     """
     autoencoder = autoencoders.load(autoencoder_name)
-    if framing.size % autoencoder.downsample:
-        raise UserError(f"--size {framing.size}: {autoencoder.name} needs a multiple of {autoencoder.downsample}")
+    if transform.size % autoencoder.downsample:
+        raise UserError(f"--size {transform.size}: {autoencoder.name} needs a multiple of {autoencoder.downsample}")
     if actions and any(source.flip for source in sources):
         raise UserError("--flip: frames would turn left where their actions turn right; leave out --flip, or --actions")
-    if not actions:  # files of actions that nobody reads may change, or be missing
+    if not actions:  # unused action files may change or be missing
         sources = [
-            source if labels and _has_label_beside(source) else replace(source, actions=None) for source in sources
+            source
+            if labels and source.label is None and source.label_sidecar is not None
+            else replace(source, actions=None)
+            for source in sources
         ]
-    _check_kind(sources, framing, precision)
-    side = framing.size // autoencoder.downsample
+    _check_latents_options(sources, transform, precision)
+    side = transform.size // autoencoder.downsample
     facts = ShardSetSpec(
         latent_shape=(autoencoder.latent_channels, side, side),
         latent_dtype=dtype,
-        autoencoder=AutoencoderInfo(
-            name=autoencoder.name, weight_hash=autoencoder.weight_hash, scaling_factor=autoencoder.scaling_factor
-        ),
+        autoencoder=describe_autoencoder(autoencoder),
         actions=actions,
         labels=labels,
         classes=classes if labels else None,
     )
-    kept = _kept_settings(Path(out))
-    if kept is not None and "classes" not in kept and named_by_folder and _numbered_as_before(sources):
-        facts, named_by_folder = replace(facts, classes=None), False  # begun before sets had names of their classes
+    existing = read_settings(Path(out))
+    if (
+        existing is not None
+        and "classes" not in existing
+        and classes_from_folders
+        and _has_classes_in_path_order(sources)
+    ):
+        facts, classes_from_folders = replace(facts, classes=None), False  # from a version without class names
     if device is None:
-        if kept is None:
+        if existing is None:
             raise UserError(f"{out}: nothing was encoded here yet; run the tasks first, then --merge")
-        device = str(kept.get("device"))
-    job = Job(
+        device = str(existing.get("device"))
+    job = EncodingJob(
         out=Path(out),
         sources=tuple(sources),
         samples_per_shard=samples_per_shard,
         facts=facts,
         autoencoder=autoencoder_name,
         device=device,
-        framing=framing,
+        transform=transform,
         min_frames=min_frames,
         precision=precision,
-        named_by_folder=named_by_folder,
+        classes_from_folders=classes_from_folders,
     )
-    _keep_settings(job)
+    write_or_check_settings(job)
     return job
 
 
-def _has_label_beside(source: Source) -> bool:
-    """Whether the file of its actions may hold its label."""
-    return source.label is None and source.actions is not None and source.label_file == source.actions
+def describe_autoencoder(autoencoder: autoencoders.Autoencoder) -> AutoencoderInfo:
+    """The entry of a manifest for the autoencoder of its latents."""
+    return AutoencoderInfo(
+        name=autoencoder.name, weight_hash=autoencoder.weight_hash, scaling_factor=autoencoder.scaling_factor
+    )
 
 
-def _numbered_as_before(sources: list[Source]) -> bool:
-    """Whether the folders' classes are 0, 1, ... in the order of their paths, as they were before sets had names."""
+def load_class_names(file: Path | None, shard_set: str | None) -> tuple[str, ...] | None:
+    """Read class names from a text file or from the manifest of a shard set; None if neither is given.
+
+    Raises:
+        UserError: the file or manifest is missing or invalid, or the set has no class names.
+    """
+    if shard_set is None:
+        return None if file is None else read_class_names(file)
+    classes = Manifest.parse(read_manifest_bytes(shard_set), shard_set).classes
+    if classes is None:
+        raise UserError(f"--classes-of {shard_set}: this set has no names of classes; give --classes, a file of them")
+    return classes
+
+
+def _has_classes_in_path_order(sources: list[Source]) -> bool:
+    """Whether the folders' classes are 0, 1, ... in path order, as in versions without class names."""
     folders = sorted({source.path.absolute().parent for source in sources})
     numbers = {folder: number for number, folder in enumerate(folders)}
     return all(source.folder_label == numbers[source.path.absolute().parent] for source in sources)
 
 
-def _check_kind(sources: list[Source], framing: Framing, precision: Precision) -> None:
-    """Refuse pictures' settings where there are latents.
+def _check_latents_options(sources: list[Source], transform: FrameTransform, precision: Precision) -> None:
+    """Refuse options of frames where the sources are latents.
 
     Raises:
-        UserError: such a setting.
+        UserError: such an option.
     """
     latents = next((source for source in sources if source.path.suffix == LATENTS_SUFFIX), None)
-    plain = Framing(framing.size, stride=framing.stride)
-    if latents and (framing != plain or precision != "fp32" or any(source.flip for source in sources)):
+    default = FrameTransform(transform.size, stride=transform.stride)
+    if latents and (transform != default or precision != "fp32" or any(source.flip for source in sources)):
         raise UserError(
             f"{latents.path}: holds latents, taken as they are; leave out --resize, --crop, --flip and --precision"
         )
-
-
-def _keep_settings(job: Job) -> None:
-    """Write down what the folder is encoded with, or refuse where it was begun with something else."""
-    videos = hashlib.sha256()
-    for source in job.sources:  # what is in the files is told when they are read, see `fingerprints`
-        actions = None if source.actions is None else os.path.relpath(source.actions, source.path.parent)
-        videos.update(f"{json.dumps([source.name, source.key, source.label, actions])}\n".encode())
-    facts, framing = job.facts, job.framing
-    settings = {
-        "videos": f"{len(job.sources)} with fingerprint {videos.hexdigest()[:16]}",
-        "autoencoder": f"{facts.autoencoder.name} {facts.autoencoder.weight_hash}",
-        "dtype": facts.latent_dtype,
-        "size": framing.size,
-        "resize": framing.resize,
-        "crop": framing.crop,
-        "frame-stride": framing.stride,
-        "flip": any(source.flip for source in job.sources),
-        "precision": job.precision,
-        "actions": facts.actions,
-        "labels": facts.labels,
-        "min-frames": job.min_frames,
-        "samples-per-shard": job.samples_per_shard,
-        "device": job.device,
-    }
-    if facts.classes is not None:
-        names = hashlib.sha256(json.dumps(facts.classes).encode()).hexdigest()
-        settings["classes"] = f"{len(facts.classes)} with fingerprint {names[:16]}"
-    path = job.out / SETTINGS_NAME
-    # Looked for before the settings are: a task that begins beside us writes its settings first and then shards.
-    shards = any(job.out.glob("shard-*")) or (job.out / MANIFEST_NAME).exists()
-    if not path.exists():
-        if shards:
-            raise UserError(f"{job.out}: holds shards that this command did not make; encode into another folder")
-        _write_once(path, settings)
-    before = _kept_settings(job.out) or {}
-    for name in dict.fromkeys([*settings, "classes"]):
-        if before.get(name) != settings.get(name):
-            raise UserError(
-                f"{job.out}: was encoded with {name} {before.get(name)}, not {settings.get(name)}; "
-                "encode into another folder, or remove this one first"
-            )
-
-
-def _kept_settings(out: Path) -> dict[str, Any] | None:
-    """What the folder was begun with, or None where it was not begun."""
-    path = out / SETTINGS_NAME
-    if not path.exists():
-        return None
-    settings = read_json(path, "encoding's settings")
-    if not isinstance(settings, dict):
-        raise UserError(
-            f"{path}: not the settings of an encoding; encode into another folder, or remove this one first"
-        )
-    return settings
-
-
-def _write_once(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings, if no task on another machine does it first: whoever is second reads the first one's."""
-    mine = path.with_name(f".{uuid.uuid4().hex}.part.json")
-    try:
-        write_json(mine, settings)
-        with contextlib.suppress(FileExistsError):
-            os.link(mine, path)
-            sync_folder(path.parent)
-    finally:
-        mine.unlink(missing_ok=True)

@@ -1,26 +1,27 @@
-"""Encoding dealt over tasks: task i of N makes the shards i, i + N, i + 2N, ...; a merge makes them one set.
+"""Encoding in tasks: task i of N encodes the shards i, i + N, i + 2N, ...; a merge writes the manifest.
 
-What is in a shard does not depend on the tasks, so any number of them writes the same bytes, and a set may be begun
-by some and finished by others.
+A shard does not depend on the number of tasks, so any number writes the same bytes, and a set may be started with one
+number of tasks and finished with another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from far_scale.data.encode.fingerprints import (
     VIDEOS_NAME,
-    SourcePrint,
-    changed_file,
-    prints_of_shard,
-    read_prints,
-    write_prints,
+    SourceFingerprint,
+    find_changed_file,
+    read_fingerprints,
+    shard_fingerprints_path,
+    write_fingerprints,
 )
+from far_scale.data.encode.job import EncodingJob
 from far_scale.data.encode.pool import encode_shards
-from far_scale.data.encode.worker import Job
 from far_scale.data.shards.index import ShardIndex
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.rejects import (
@@ -34,131 +35,133 @@ from far_scale.data.shards.rejects import (
 from far_scale.data.shards.writer import build_manifest, finished_index
 from far_scale.utils.errors import UserError
 
-_NAMED = 10  # of the missing shards in an error
+_MAX_LISTED = 10  # numbers of missing shards in an error
 
 
 @dataclass(frozen=True)
-class _Finished:
-    """A shard of which every video is either a sample or a reject; no index where all are rejects."""
+class _FinishedShard:
+    """A shard in which every video is either a sample or a reject; it has no index if all are rejects."""
 
     index: ShardIndex | None
     rejects: list[Reject]
-    prints: list[SourcePrint]
+    fingerprints: list[SourceFingerprint]
 
 
-def encode_task(job: Job, task: int, tasks: int, workers: int, max_rejected: float) -> int:
-    """Make what is missing of one task's shards, and give their number.
+def encode_task(job: EncodingJob, task: int, tasks: int, workers: int, max_rejected: float) -> int:
+    """Encode the unfinished shards of one task, and return the number of all its shards.
 
     Args:
-        workers: processes, each with one thread; one worker works in this process.
-        max_rejected: the largest share of all the set's videos that may be rejected.
+        workers: processes, each with one thread; a single worker runs in this process.
+        max_rejected: largest fraction of all videos of the set that may be rejected.
 
     Raises:
-        UserError: no such task; no GPU; too many rejects, as soon as that is certain; a video that has changed since a
-            shard was made of it; a full disk.
+        UserError: no such task; no GPU; too many rejects, as soon as that is certain; a video that has changed since
+            its shard was encoded; a full disk.
     """
     if not 0 <= task < tasks:
         raise UserError(f"--task {task} of --tasks {tasks}: tasks count from 0 to {tasks - 1}")
     if job.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here that PyTorch can use; take --device cpu")
-    rejected, merged = read_rejects(job.out), read_prints(job.out / VIDEOS_NAME)
-    mine = range(task, job.shards, tasks)
-    missing = [number for number in mine if _finished(job, number, rejected, merged) is None]
-    for number in missing:  # what was rejected there may have been mended
-        for source in job.sources_of(number):
-            rejected.pop(source.key, None)
-    for number in missing:  # only ours: other tasks are at work in this folder
-        for left_by_a_kill in job.out.glob(f".*-{number:06d}.*part*"):
-            left_by_a_kill.unlink(missing_ok=True)
+    rejects, merged = read_rejects(job.out), read_fingerprints(job.out / VIDEOS_NAME)
+    shards = range(task, job.shards, tasks)
+    missing = [shard for shard in shards if _finished_shard(job, shard, rejects, merged) is None]
+    for shard in missing:  # its rejected videos may have been repaired
+        for source in job.sources_of(shard):
+            rejects.pop(source.key, None)
+    for shard in missing:  # only ours: other tasks write to this folder
+        for leftover in job.out.glob(f".*-{shard:06d}.*part*"):
+            leftover.unlink(missing_ok=True)
 
-    def add(more: list[Reject]) -> None:
-        rejected.update((reject.key, reject) for reject in more)
-        check_reject_rate(job.out, rejected.values(), len(job.sources), max_rejected)
+    def add_rejects(new: list[Reject]) -> None:
+        rejects.update((reject.key, reject) for reject in new)
+        check_reject_rate(job.out, rejects.values(), len(job.sources), max_rejected)
 
-    add([])
+    add_rejects([])
     if missing:
-        encode_shards(job, missing, workers, add)
-    return len(mine)
+        encode_shards(job, missing, workers, add_rejects)
+    return len(shards)
 
 
-def merge(job: Job, tasks: int, max_rejected: float) -> Manifest:
-    """Build the manifest and `rejected.jsonl` when every video is in a shard or rejected.
+def merge_tasks(job: EncodingJob, tasks: int, max_rejected: float) -> Manifest:
+    """Write the manifest and `rejected.jsonl` when every video is in a shard or rejected.
 
     Args:
-        tasks: how many tasks the shards were dealt over, to name those that have to run again.
+        tasks: number of tasks, to name those that have to run again.
 
     Raises:
-        UserError: shards are missing, a video has changed since a shard was made of it, too many videos are rejected,
-            or none is left.
+        UserError: shards are missing, a video has changed since its shard was encoded, too many videos are rejected,
+            or all are.
     """
-    known, merged = read_rejects(job.out), read_prints(job.out / VIDEOS_NAME)
-    found = [_finished(job, number, known, merged) for number in range(job.shards)]
-    if missing := [number for number, shard in enumerate(found) if shard is None]:
-        again = sorted({number % tasks for number in missing})
+    known_rejects, merged = read_rejects(job.out), read_fingerprints(job.out / VIDEOS_NAME)
+    shards = [_finished_shard(job, number, known_rejects, merged) for number in range(job.shards)]
+    if missing := [number for number, shard in enumerate(shards) if shard is None]:
+        unfinished_tasks = sorted({number % tasks for number in missing})
         raise UserError(
-            f"{job.out}: {len(missing)} of {job.shards} shards are missing or not whole: {_few(missing)}; "
-            f"run --task {_few(again)} of --tasks {tasks} again, then --merge"
+            f"{job.out}: {len(missing)} of {job.shards} shards are missing or not whole: {_join(missing)}; "
+            f"run --task {_join(unfinished_tasks)} of --tasks {tasks} again, then --merge"
         )
-    finished = [shard for shard in found if shard is not None]
+    finished = [shard for shard in shards if shard is not None]
     rejects = [reject for shard in finished for reject in shard.rejects]
+    fingerprints = [fingerprint for shard in finished for fingerprint in shard.fingerprints]
     write_rejects(job.out / REJECTED_NAME, rejects)
-    write_prints(job.out / VIDEOS_NAME, (one for shard in finished for one in shard.prints))
+    write_fingerprints(job.out / VIDEOS_NAME, fingerprints)
     check_reject_rate(job.out, rejects, len(job.sources), max_rejected)
     indexes = [shard.index for shard in finished if shard.index is not None]
     if not indexes:
         raise UserError(f"{job.out}: all {len(rejects)} videos are rejected; {job.out / REJECTED_NAME} says why")
-    facts = job.facts
-    rejected = {reject.key for reject in rejects}
-    if any(one.relabelled and one.key not in rejected for shard in finished for one in shard.prints):
-        facts = replace(facts, classes=None)  # videos have labels of their own, and the folders' names are not theirs
+    facts, rejected = job.facts, {reject.key for reject in rejects}
+    if any(fingerprint.relabelled and fingerprint.key not in rejected for fingerprint in fingerprints):
+        facts = replace(facts, classes=None)  # videos have labels of their own, which folder names do not name
     manifest = build_manifest(job.out, indexes, facts)
-    if _written_manifest(job) != manifest:
+    if _read_manifest(job.out) != manifest:
         manifest.write(job.out)
     for number in range(job.shards):
-        prints_of_shard(job.out, number).unlink(missing_ok=True)
+        shard_fingerprints_path(job.out, number).unlink(missing_ok=True)
         if finished[number].rejects:
             rejects_of_shard(job.out, number).unlink(missing_ok=True)
     return manifest
 
 
-def _finished(
-    job: Job, number: int, known: Mapping[str, Reject], merged: Mapping[str, SourcePrint]
-) -> _Finished | None:
-    """What shard `number` holds, or None where a video of it is neither in it nor known as a reject, or was mended.
+def _finished_shard(
+    job: EncodingJob, number: int, known_rejects: Mapping[str, Reject], merged: Mapping[str, SourceFingerprint]
+) -> _FinishedShard | None:
+    """A shard and its rejects; None if a video is neither in it nor a known reject, or a reject's file has changed.
 
     Raises:
         UserError: a video in it has changed.
     """
     index = finished_index(job.out, number)
     keys = [row.key for row in index.samples] if index else []
-    there, sources = set(keys), job.sources_of(number)
-    if keys != [source.key for source in sources if source.key in there]:
+    encoded, sources = set(keys), job.sources_of(number)
+    if keys != [source.key for source in sources if source.key in encoded]:
         return None
-    rest = [source.key for source in sources if source.key not in there]
-    if any(key not in known for key in rest):
+    rejected = [source.key for source in sources if source.key not in encoded]
+    if any(key not in known_rejects for key in rejected):
         return None
-    own = read_prints(prints_of_shard(job.out, number))
-    prints = [own.get(source.key) or merged.get(source.key) for source in sources]
-    for source, before in zip(sources, prints, strict=True):
-        if before is None:
+    of_shard = read_fingerprints(shard_fingerprints_path(job.out, number))
+    fingerprints = []
+    for source in sources:
+        fingerprint = of_shard.get(source.key) or merged.get(source.key)
+        if fingerprint is None:
             return None
-        if (changed := changed_file(source, before)) is not None:
-            if index is None or source.key not in there:
+        if (changed := find_changed_file(source, fingerprint)) is not None:
+            if index is None or source.key not in encoded:
                 return None
             raise UserError(
                 f"{changed}: has changed since shard {number} was made of it; encode into another folder, "
-                f"or remove {ShardIndex.path_of(job.out, index.file)} to have that shard made anew"
+                f"or remove {ShardIndex.path_of(job.out, index.file)} to have that shard made again"
             )
-    return _Finished(index, [known[key] for key in rest], [one for one in prints if one is not None])
+        fingerprints.append(fingerprint)
+    return _FinishedShard(index, [known_rejects[key] for key in rejected], fingerprints)
 
 
-def _written_manifest(job: Job) -> Manifest | None:
+def _read_manifest(folder: Path) -> Manifest | None:
     try:
-        return Manifest.read(job.out)
-    except UserError:  # missing, or spoilt: it is written anew from the indexes
+        return Manifest.read(folder)
+    except UserError:  # missing or damaged: it is written again from the indexes
         return None
 
 
-def _few(numbers: list[int]) -> str:
-    more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
-    return ", ".join(map(str, numbers[:_NAMED])) + more
+def _join(numbers: list[int]) -> str:
+    more = f" and {len(numbers) - _MAX_LISTED} more" if len(numbers) > _MAX_LISTED else ""
+    return ", ".join(map(str, numbers[:_MAX_LISTED])) + more

@@ -1,1 +1,1 @@
-"""From shard sets to what the model is fed: the order (lanes), mixtures, fetching ahead, clips filled into packs."""
+"""From shard sets to the model's input: sample order (lanes), mixtures, packing, loading and prefetch."""

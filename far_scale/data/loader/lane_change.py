@@ -1,4 +1,4 @@
-"""How the lanes go on from a checkpoint's states, also where their number is another one now."""
+"""How the lanes continue from the states in a checkpoint, also if their number changes."""
 
 from __future__ import annotations
 
@@ -6,56 +6,63 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from far_scale.data.loader.filling import ClipLane, PackingConfig
+from far_scale.data.loader.epoch_remainder import (
+    LanePositions,
+    beginning_after,
+    beginning_state,
+    drop_finished_remainder,
+)
 from far_scale.data.loader.mixture import Mixture
-from far_scale.data.loader.rest import Standing, after_change, beginning_state, without_rest_if_read
+from far_scale.data.loader.packing import PackedLane, PackingConfig
 from far_scale.data.shards.shard_set import ShardSet
 
 
-class Left(NamedTuple):
-    """What a change of lanes has left of a shard set.
+class UnreadSamples(NamedTuple):
+    """Counts of what the lanes of a shard set have not read when their number changes.
 
     Attributes:
         epoch: the last one begun, from 0.
-        rest: samples of it, and of earlier ones, that are read first.
+        remaining: samples of it, and of earlier ones, that are read first.
         samples: of the whole set.
     """
 
     epoch: int
-    rest: int
+    remaining: int
     samples: int
 
 
-class GoingOn(NamedTuple):
-    """Where the lanes of a run go on.
+class Continuation(NamedTuple):
+    """How the lanes of a run continue.
 
     Attributes:
         packing: with the beginnings that the lanes have from now on.
-        states: of all lanes, by their numbers.
-        left: of each shard set, after a change.
+        states: of all lanes, by their index.
+        unread: of each shard set; empty without a change.
     """
 
     packing: PackingConfig
     states: dict[int, dict[str, Any]]
-    left: list[Left]
+    unread: list[UnreadSamples]
 
 
-def go_on(packing: PackingConfig, source: ShardSet | Mixture, states: Mapping[int, dict[str, Any]]) -> GoingOn:
-    """Go on with as many lanes as before, after a change that may be long ago: a rest that all have read is dropped.
+def continue_lanes(
+    packing: PackingConfig, source: ShardSet | Mixture, states: Mapping[int, dict[str, Any]]
+) -> Continuation:
+    """Continue with as many lanes as before; the remainder of an earlier change is dropped if all lanes have read it.
 
     Args:
-        packing: with the beginnings that the checkpoint has.
+        packing: with the beginnings of the checkpoint.
         source: what the lanes read.
         states: the checkpoint's, of all lanes.
 
     Raises:
         UserError: a state does not fit the source.
     """
-    orders = packing.orders(source)
-    stood = _standings(packing.clip_lanes(source, range(packing.lanes)), states)
-    kept = [without_rest_if_read(order, standing) for order, standing in zip(orders, stood, strict=True)]
-    beginnings = tuple(beginning_state(order.begin) for order in kept)
-    return GoingOn(replace(packing, beginnings=beginnings), dict(states), [])
+    orders = packing.lane_orders(source)
+    positions = _restore_positions(packing.make_lanes(source, range(packing.lanes)), states)
+    orders = [drop_finished_remainder(*each) for each in zip(orders, positions, strict=True)]
+    beginnings = tuple(beginning_state(order.beginning) for order in orders)
+    return Continuation(replace(packing, beginnings=beginnings), dict(states), [])
 
 
 def change_lanes(
@@ -64,38 +71,43 @@ def change_lanes(
     source: ShardSet | Mixture,
     states: Mapping[int, dict[str, Any]],
     weights: Sequence[float] | None = None,
-) -> GoingOn:
-    """Go on with another number of lanes, which first read what those before have left of the epochs begun.
+) -> Continuation:
+    """Continue with another number of lanes, which first read what the old lanes have not read of the epochs begun.
 
-    The lanes before had left out some damaged clips; lane 0 goes on with the count of all.
+    The new lane 0 starts with the number of damaged clips that all old lanes have left out.
 
     Args:
-        before: how samples became packs up to the checkpoint, with the beginnings that it has.
-        packing: how they do from now on.
+        before: the packing up to the checkpoint, with its beginnings.
+        packing: the packing from now on.
         source: what the lanes read.
         states: the checkpoint's, of all lanes.
-        weights: that a mixture's sets had.
+        weights: of a mixture's sets up to the checkpoint.
 
     Raises:
         UserError: a state does not fit the source, or there are more lanes than samples.
     """
-    orders, lanes = before.orders(source), before.clip_lanes(source, range(before.lanes), weights)
-    begins = [after_change(order, standing) for order, standing in zip(orders, _standings(lanes, states), strict=True)]
-    now = replace(packing, beginnings=tuple(beginning_state(begin) for begin in begins))
-    new = now.clip_lanes(source, range(now.lanes))
-    new[0].damaged = sum(lane.damaged for lane in lanes.values())
-    left = [Left(begin.epoch - 1, begin.left, order.samples) for begin, order in zip(begins, orders, strict=True)]
-    return GoingOn(now, {number: lane.state_dict() for number, lane in new.items()}, left)
+    orders, old_lanes = before.lane_orders(source), before.make_lanes(source, range(before.lanes), weights)
+    positions = _restore_positions(old_lanes, states)
+    beginnings = [beginning_after(*each) for each in zip(orders, positions, strict=True)]
+    packing = replace(packing, beginnings=tuple(map(beginning_state, beginnings)))
+    new_lanes = packing.make_lanes(source, range(packing.lanes))
+    new_lanes[0].damaged = sum(lane.damaged for lane in old_lanes.values())
+    unread = [
+        UnreadSamples(beginning.epoch - 1, beginning.remaining, order.samples)
+        for beginning, order in zip(beginnings, orders, strict=True)
+    ]
+    return Continuation(packing, {index: lane.state_dict() for index, lane in new_lanes.items()}, unread)
 
 
-def _standings(lanes: Mapping[int, ClipLane], states: Mapping[int, dict[str, Any]]) -> list[Standing]:
-    """Where the lanes of each shard set stand; moves the lanes there."""
-    numbers: list[list[int]] = [[] for _ in lanes[0].lane.parts]
-    waiting: list[dict[int, list[int]]] = [{} for _ in numbers]
-    for lane, clips in lanes.items():
-        pending = clips.load_place(states[lane])
-        for part, own in enumerate(clips.lane.parts):
-            numbers[part].append(own.number)
-        for part, number in clips.lane.parts_of(pending):
-            waiting[part].setdefault(lane, []).append(number)
-    return [Standing(*each) for each in zip(numbers, waiting, strict=True)]
+def _restore_positions(lanes: Mapping[int, PackedLane], states: Mapping[int, dict[str, Any]]) -> list[LanePositions]:
+    """Move all lanes to their states; returns their positions in each shard set."""
+    sets = len(lanes[0].sample_lane.set_lanes)
+    numbers: list[list[int]] = [[] for _ in range(sets)]
+    waiting: list[dict[int, list[int]]] = [{} for _ in range(sets)]
+    for index, lane in lanes.items():
+        pending = lane.load_position(states[index])
+        for set_numbers, set_lane in zip(numbers, lane.sample_lane.set_lanes, strict=True):
+            set_numbers.append(set_lane.next_number)
+        for set_index, number in lane.sample_lane.locate(pending):
+            waiting[set_index].setdefault(index, []).append(number)
+    return [LanePositions(*each) for each in zip(numbers, waiting, strict=True)]

@@ -1,14 +1,16 @@
 """Lanes: the order in which samples are read, fixed by the recipe and not by the number of ranks.
 
-An epoch lays the shards end to end in the order of a permutation of (seed, epoch), behind the few samples that the
-epoch before left over, and cuts this row into equal runs of samples, one a lane. What does not divide is left over
-for the next epoch. A lane reads its run window by window, shuffled within each window.
+An epoch lays the shards end to end in the order of a permutation of (seed, epoch), after the few samples that the
+previous epoch has carried over, and cuts this row into equal runs of samples, one a lane. A remainder that does not
+divide is carried over to the next epoch. A lane reads its run window by window, shuffled within each window.
 
-With N samples and L lanes, epoch e begins with (e N) mod L samples left over. These are the last ones of the row of
+With N samples and L lanes, epoch e begins with (e N) mod L samples carried over. These are the last ones of the row of
 epoch e - 1, since a row has at least N >= L new samples. So every position of every epoch is found without any
 history, from two permutations of the *shards*; nothing here is as long as the number of samples.
 
-Where the number of lanes has changed within a run, the row begins with what the lanes before have left: see rest.py.
+A lane numbers its samples consecutively over all epochs; clips are drawn at these numbers.
+
+After a change of the number of lanes, the row begins with what the old lanes have not read: see epoch_remainder.py.
 """
 
 from __future__ import annotations
@@ -24,21 +26,21 @@ from far_scale.utils.errors import UserError
 from far_scale.utils.rng import generator
 
 
-class Place(NamedTuple):
-    """A sample: the number of its shard, and its number in the shard."""
+class SampleRef(NamedTuple):
+    """The number of a shard, and a sample's number in it."""
 
     shard: int
     sample: int
 
 
-class Row(Protocol):
+class SampleSequence(Protocol):
     """Samples laid end to end."""
 
-    def place(self, index: int) -> Place:
+    def sample_at(self, index: int) -> SampleRef:
         """The sample at an index."""
         ...
 
-    def shards_from(self, index: int) -> tuple[list[int], int]:
+    def shards_at(self, index: int) -> tuple[list[int], int]:
         """The shards that hold the samples from an index on, and how many samples that covers."""
         ...
 
@@ -48,22 +50,22 @@ class Beginning(NamedTuple):
 
     Attributes:
         epoch: the first whole one.
-        left: samples that come before it.
-        number: of each lane's first sample, such that no lane has had it before: clips are drawn by it.
-        rest: the `left` samples; None where all lanes are past them.
+        remaining: samples that come before it.
+        number: of each lane's first sample; higher than any number used before, so that no random draw is repeated.
+        remainder: the `remaining` samples; None where all lanes are past them.
     """
 
     epoch: int = 0
-    left: int = 0
+    remaining: int = 0
     number: int = 0
-    rest: Row | None = None
+    remainder: SampleSequence | None = None
 
 
 FIRST_EPOCH = Beginning()
 
 
 class LaneOrder:
-    """Which sample stands where, for all lanes and epochs; shared by the lanes of a rank.
+    """The position of every sample, for all lanes and epochs; shared by the lanes of a rank.
 
     What comes before the first whole epoch counts as the epoch before it.
     """
@@ -75,9 +77,9 @@ class LaneOrder:
         seed: int,
         shuffle_window: int,
         stage: int = 0,
-        begin: Beginning = FIRST_EPOCH,
+        beginning: Beginning = FIRST_EPOCH,
     ) -> None:
-        """`shuffle_window` is in samples; 1 reads each run in its order. Each `stage` has an order of its own.
+        """`shuffle_window` is in samples; 1 reads each run in its order. Each `stage` has another order.
 
         Raises:
             UserError: there are more lanes than samples.
@@ -90,99 +92,100 @@ class LaneOrder:
                 f"data.lanes={lanes} is more than the {self.samples} samples of the shard set; "
                 "lower data.lanes, or encode more videos"
             )
-        self.lanes, self.seed, self.shuffle_window, self.stage, self.begin = lanes, seed, shuffle_window, stage, begin
+        self.lanes, self.seed, self.shuffle_window, self.stage = lanes, seed, shuffle_window, stage
+        self.beginning = beginning
         self._counts = np.asarray(samples_per_shard, dtype=np.int64)
         # Lanes are at most one epoch apart, and an epoch looks at the one before it.
         self._shard_row = functools.lru_cache(maxsize=4)(self._make_shard_row)
 
-    def begun_by(self, begin: Beginning) -> LaneOrder:
-        """The same epochs behind another beginning."""
+    def with_beginning(self, beginning: Beginning) -> LaneOrder:
+        """The same epochs after another beginning."""
         counts = self._counts.tolist()
-        return LaneOrder(counts, self.lanes, self.seed, self.shuffle_window, self.stage, begin)
+        return LaneOrder(counts, self.lanes, self.seed, self.shuffle_window, self.stage, beginning)
 
     @property
     def shards(self) -> int:
-        """How many shards there are."""
+        """The number of shards."""
         return len(self._counts)
 
-    def left_over(self, epoch: int) -> int:
-        """Samples that the epochs before left to this one."""
+    def carried_over(self, epoch: int) -> int:
+        """Samples of earlier epochs that are read in this one."""
         return self._row_begin(epoch) % self.lanes
 
     def run_length(self, epoch: int) -> int:
         """Samples that each lane reads in this epoch."""
         return self._row_begin(epoch + 1) // self.lanes - self._row_begin(epoch) // self.lanes
 
-    def read_before(self, epoch: int) -> int:
-        """The number of each lane's first sample of this epoch: without a change of lanes, what it has read before."""
-        return self.begin.number + self._row_begin(epoch) // self.lanes
+    def first_number(self, epoch: int) -> int:
+        """The number of each lane's first sample of this epoch."""
+        return self.beginning.number + self._row_begin(epoch) // self.lanes
 
     def run_position(self, number: int) -> tuple[int, int]:
-        """Epoch and position in a lane's run of the sample of this number, of which the first is `begin.number`."""
-        row_end = (number - self.begin.number + 1) * self.lanes - self.begin.left
-        epoch = self.begin.epoch + max(-1, (row_end - 1) // self.samples)
-        return epoch, number - self.read_before(epoch)
+        """Epoch and position in a lane's run of the sample of this number, `beginning.number` or higher."""
+        row_end = (number - self.beginning.number + 1) * self.lanes - self.beginning.remaining
+        epoch = self.beginning.epoch + max(-1, (row_end - 1) // self.samples)
+        return epoch, number - self.first_number(epoch)
 
-    def place(self, epoch: int, lane: int, position: int) -> Place:
+    def sample_of_run(self, epoch: int, lane: int, position: int) -> SampleRef:
         """The sample at an (unshuffled) position of a lane's run."""
-        return self.at(self._row_index(epoch, lane, position))
+        return self.sample_at(self._row_index(epoch, lane, position))
 
-    def at(self, index: int) -> Place:
-        """The sample at an index of the endless row: what comes before the first whole epoch, and then all epochs."""
-        if index < self.begin.left:
-            assert self.begin.rest is not None, "all lanes are past it"
-            return self.begin.rest.place(index)
-        epoch, position = divmod(index - self.begin.left, self.samples)
-        return self._in_shards(self.begin.epoch + epoch, position)
+    def sample_at(self, index: int) -> SampleRef:
+        """The sample at an index of the endless row: what comes before the first whole epoch, then all epochs."""
+        if index < self.beginning.remaining:
+            assert self.beginning.remainder is not None, "all lanes are past it"
+            return self.beginning.remainder.sample_at(index)
+        epoch, position = divmod(index - self.beginning.remaining, self.samples)
+        return self._in_shards(self.beginning.epoch + epoch, position)
 
     def window(self, epoch: int, position: int) -> tuple[int, int]:
-        """First position and length of the window of a lane's run in which this position is shuffled."""
-        if epoch < self.begin.epoch:  # the rest keeps the order that it had
+        """First position and length of the shuffle window of a lane's run that holds this position."""
+        if epoch < self.beginning.epoch:  # the remainder is shuffled already
             return position, 1
         first = position // self.shuffle_window * self.shuffle_window
         return first, min(self.shuffle_window, self.run_length(epoch) - first)
 
     def shuffle(self, epoch: int, lane: int, first: int, length: int) -> NDArray[np.int64]:
-        """Where in a window, from its first position on, the samples are that come one after another: `[length]`."""
+        """The order of the window that begins at position `first`, as offsets from there: `[length]`."""
         if length == 1:
             return np.zeros(1, np.int64)
         draw = generator(self.seed, in_stage(f"shuffle from {first}", self.stage), epoch, lane)
         return draw.permutation(length)
 
-    def shards_from(self, epoch: int, lane: int, position: int) -> tuple[list[int], int]:
+    def shards_of_run(self, epoch: int, lane: int, position: int) -> tuple[list[int], int]:
         """The shards that hold a run's samples from a position on, and how many samples that covers.
 
-        How the run is shuffled is left aside, but not how the lanes before a change have shuffled theirs.
+        This lane's shuffling is ignored, but not how lanes before a change have shuffled the remainder.
         """
         return self.shards_at(self._row_index(epoch, lane, position))
 
     def shards_at(self, index: int) -> tuple[list[int], int]:
-        """As `shards_from`, at an index of the endless row."""
-        if index < self.begin.left and self.begin.rest is not None:
-            return self.begin.rest.shards_from(index)
-        place = self.at(index)
-        return [place.shard], int(self._counts[place.shard]) - place.sample
+        """As `shards_of_run`, at an index of the endless row."""
+        if index < self.beginning.remaining and self.beginning.remainder is not None:
+            return self.beginning.remainder.shards_at(index)
+        sample = self.sample_at(index)
+        return [sample.shard], int(self._counts[sample.shard]) - sample.sample
 
     def row_end(self, epoch: int) -> int:
         """The index in the endless row at which the lanes' runs of the epochs before this one end."""
         return self._row_begin(epoch) // self.lanes * self.lanes
 
     def _row_begin(self, epoch: int) -> int:
-        """The index in the endless row of an epoch's first own sample, behind what the epoch before left over."""
-        epochs = epoch - self.begin.epoch
-        return self.begin.left + epochs * self.samples if epochs >= 0 else 0
+        """The index in the endless row of an epoch's first new sample, after those carried over to it."""
+        epochs = epoch - self.beginning.epoch
+        return self.beginning.remaining + epochs * self.samples if epochs >= 0 else 0
 
     def _row_index(self, epoch: int, lane: int, position: int) -> int:
         return self.row_end(epoch) + lane * self.run_length(epoch) + position
 
-    def _in_shards(self, epoch: int, position: int) -> Place:
+    def _in_shards(self, epoch: int, position: int) -> SampleRef:
         order, ends = self._shard_row(epoch)
         slot = int(np.searchsorted(ends, position, side="right"))
         shard = int(order[slot])
-        return Place(shard, position - int(ends[slot] - self._counts[shard]))
+        return SampleRef(shard, position - int(ends[slot] - self._counts[shard]))
 
     def _make_shard_row(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The shards in this epoch's order, and where in the row each one ends."""
+        """The shards in this epoch's order, and the index in its row at which each one ends."""
         order = generator(self.seed, in_stage("shard order", self.stage), epoch).permutation(len(self._counts))
         return order, np.cumsum(self._counts[order])
 
@@ -193,46 +196,52 @@ def in_stage(purpose: str, stage: int) -> str:
 
 
 class Lane:
-    """One endless stream of samples. Its whole state is two integers, and restoring it replays nothing."""
+    """One endless stream of samples of a shard set: an iterator with a state of two integers.
 
-    def __init__(self, order: LaneOrder, lane: int) -> None:
-        if not 0 <= lane < order.lanes:
-            raise ValueError(f"lane {lane} of {order.lanes}")
-        self.order, self.lane = order, lane
-        self.epoch, self.position = order.run_position(order.begin.number)
-        self._window: tuple[int, int] = (-1, -1)  # epoch and first position of the window that is shuffled now
+    Attributes:
+        order: of the shard set's samples.
+        index: which lane.
+        epoch, position: of the next sample, in this lane's run.
+    """
+
+    def __init__(self, order: LaneOrder, index: int) -> None:
+        if not 0 <= index < order.lanes:
+            raise ValueError(f"lane {index} of {order.lanes}")
+        self.order, self.index = order, index
+        self.epoch, self.position = order.run_position(order.beginning.number)
+        self._window: tuple[int, int] = (-1, -1)  # epoch and first position of the window in `_shuffled`
         self._shuffled: NDArray[np.int64] = np.empty(0, np.int64)
 
-    def __iter__(self) -> Iterator[Place]:
-        return self
-
     @property
-    def parts(self) -> list[Lane]:
-        """The lanes of single sets that this one is made of: itself."""
+    def set_lanes(self) -> list[Lane]:
+        """The lanes of single shard sets that this one reads: only itself."""
         return [self]
 
     @property
-    def first(self) -> int:
-        """The number of this lane's first sample."""
-        return self.order.begin.number
+    def first_number(self) -> int:
+        """The number of this lane's first sample; 0, unless the number of lanes has changed."""
+        return self.order.beginning.number
 
     @property
-    def number(self) -> int:
-        """The number of this lane's next sample: without a change of lanes, how many it has read so far."""
-        return self.order.read_before(self.epoch) + self.position
+    def next_number(self) -> int:
+        """The number of this lane's next sample."""
+        return self.order.first_number(self.epoch) + self.position
 
-    def __next__(self) -> Place:
-        place = self.order.place(self.epoch, self.lane, self._shuffled_position())
+    def __iter__(self) -> Iterator[SampleRef]:
+        return self
+
+    def __next__(self) -> SampleRef:
+        sample = self.order.sample_of_run(self.epoch, self.index, self._shuffled_position())
         self.position += 1
         if self.position == self.order.run_length(self.epoch):
             self.epoch, self.position = self.epoch + 1, 0
-        return place
+        return sample
 
     def _shuffled_position(self) -> int:
         first, length = self.order.window(self.epoch, self.position)
         if self._window != (self.epoch, first):
             self._window = (self.epoch, first)
-            self._shuffled = self.order.shuffle(self.epoch, self.lane, first, length)
+            self._shuffled = self.order.shuffle(self.epoch, self.index, first, length)
         return first + int(self._shuffled[self.position - first])
 
     def state_dict(self) -> dict[str, int]:
@@ -240,18 +249,18 @@ class Lane:
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a state.
+        """Go to a state; no sample is read again.
 
         Raises:
             UserError: there is no such position, as with the state of another shard set or number of lanes.
         """
         epoch: Any = state.get("epoch")
         position: Any = state.get("position")
-        known = set(state) == {"epoch", "position"} and isinstance(epoch, int) and isinstance(position, int)
-        if not (known and epoch >= 0 and 0 <= position < self.order.run_length(epoch)):
+        well_formed = set(state) == {"epoch", "position"} and isinstance(epoch, int) and isinstance(position, int)
+        if not (well_formed and epoch >= 0 and 0 <= position < self.order.run_length(epoch)):
             raise UserError(
-                f"lane {self.lane}: there is no place {state} among {self.order.samples} samples in {self.order.lanes} "
-                "lanes; resume with the shard set and the data.lanes that the checkpoint was made with"
+                f"lane {self.index}: there is no position {state} for {self.order.samples} samples in "
+                f"{self.order.lanes} lanes; resume with the shard set and the data.lanes of the checkpoint"
             )
         self.epoch, self.position = epoch, position
 
@@ -259,6 +268,6 @@ class Lane:
         """Make the sample of this number the next one."""
         self.epoch, self.position = self.order.run_position(number)
 
-    def parts_of(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
-        """Which of `parts` gives the samples of these numbers, and their numbers there."""
+    def locate(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """For the samples of these numbers: the index in `set_lanes`, and the sample's number in that lane."""
         return [(0, number) for number in numbers]

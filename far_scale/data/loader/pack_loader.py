@@ -1,8 +1,8 @@
-"""Packs: the clips that go through the model together, read ahead by one thread."""
+"""Packs: the clips that go through the model together, read ahead in a thread."""
 
 from __future__ import annotations
 
-import queue
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from far_scale.data.loader.filling import Clip, ClipLane, PackingConfig
 from far_scale.data.loader.mixture import Mixture, sets_of
-from far_scale.data.loader.prefetch import ShardPrefetch
+from far_scale.data.loader.packing import Clip, PackedLane, PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
-from far_scale.data.remote.fetch import Interrupted, interruptible
+from far_scale.data.loader.shard_prefetch import ShardPrefetch
+from far_scale.data.remote.fetch import interruptible
 from far_scale.data.shards.errors import DamagedError, SkippedClip, over_budget
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
+from far_scale.utils.look_ahead import LookAhead
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Pack:
         labels: [clips] int64, or None.
         clip_frames: frames of each clip.
         keys: `key@start` of each clip.
-        lane, step: what drew it; the key of all its randomness.
-        lane_state: the lane's state after it, as a checkpoint keeps it.
-        skipped: clips that were left out since the lane's last pack, damaged ones.
+        lane, step: what it was drawn for; the counter of all its randomness.
+        lane_state: the lane's state after it, for a checkpoint.
+        skipped: damaged clips that were left out since the lane's last pack.
     """
 
     latents: torch.Tensor
@@ -47,16 +48,16 @@ class Pack:
 
 
 class PackLoader:
-    """Iterating yields, for every training step from `step` on, the packs of this rank's lanes in their order.
+    """Iterates over the training steps from `step` on; yields the packs of this rank's lanes, in the lanes' order.
 
-    A pack depends on its lane and step alone, so any division of the lanes among ranks reads the same packs. A thread
-    reads ahead (not a process: handing tensors over would cost more than reading them); whatever it meets is raised
-    by `next`.
+    A pack depends only on its lane and step, so any division of the lanes among ranks reads the same packs. A thread
+    reads ahead (not a process: handing tensors over would cost more than reading them); its errors are raised by
+    `next`, the same one again if called again.
     """
 
     def __init__(
         self,
-        shard_set: ShardSet | Mixture,
+        source: ShardSet | Mixture,
         scaling: LatentScaling,
         lanes: Sequence[int],
         packing: PackingConfig,
@@ -65,30 +66,35 @@ class PackLoader:
         prefetch: int = 2,
         ahead_bytes: int = 0,
     ) -> None:
-        """`lanes` are this rank's; `prefetch` is in steps, `ahead_bytes` of shards that come through the node's cache.
+        """Start reading.
 
-        `lane_states` are the states after the step before `step` (None: each lane's beginning).
+        Args:
+            source: what to read.
+            scaling: of the latents.
+            lanes: this rank's, by their index.
+            packing: of samples into packs.
+            step: the first to read.
+            lane_states: after the step before `step`; None: each lane's beginning.
+            prefetch: steps whose packs may wait.
+            ahead_bytes: of shards to fetch into the node's cache before they are needed.
 
         Raises:
             UserError: more lanes than samples, or a state that does not fit the shard set.
         """
-        self._set, self._scaling = shard_set, scaling
-        self._stride, self._step, self._max_damaged = packing.frame_stride, step, packing.max_damaged
-        self._lanes = packing.clip_lanes(shard_set, lanes)
+        self._source, self._scaling = source, scaling
+        self._frame_stride, self._max_damaged = packing.frame_stride, packing.max_damaged
+        self._lanes = packing.make_lanes(source, lanes)
         if lane_states is not None:
-            for lane, clips in self._lanes.items():
-                clips.load_state_dict(lane_states[lane])
-        self._ready: queue.SimpleQueue[list[Pack] | BaseException] = queue.SimpleQueue()
-        self._room = threading.Semaphore(max(1, prefetch))
-        self._prefetches: dict[int, ShardPrefetch] = {}  # by the number of the set
-        for number, (each, share) in enumerate(sets_of(shard_set)):
-            if each.uses_cache and ahead_bytes and self._lanes:
-                order = next(iter(self._lanes.values())).lane.parts[number].order
-                self._prefetches[number] = ShardPrefetch(each, order, list(self._lanes), int(share * ahead_bytes))
+            for index, lane in self._lanes.items():
+                lane.load_state_dict(lane_states[index])
+        self._shard_prefetches: dict[int, ShardPrefetch] = {}  # by the index of the set
+        for set_index, (shard_set, weight) in enumerate(sets_of(source)):
+            if shard_set.uses_cache and ahead_bytes and self._lanes:
+                order = next(iter(self._lanes.values())).sample_lane.set_lanes[set_index].order
+                prefetched = ShardPrefetch(shard_set, order, list(self._lanes), int(weight * ahead_bytes))
+                self._shard_prefetches[set_index] = prefetched
         self._closed = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._read_ahead, name="packs", daemon=True)
-        self._thread.start()
+        self._steps = LookAhead(map(self._read_step, itertools.count(step)), max(1, prefetch), "packs")
 
     def __iter__(self) -> Iterator[list[Pack]]:
         return self
@@ -97,25 +103,17 @@ class PackLoader:
         """The packs of the next step.
 
         Raises:
-            UserError: a shard or sample that cannot be read, or one too many; asked again, the same one.
+            UserError: a shard or sample that cannot be read, or one damaged sample too many.
+            ValueError: the loader is closed.
+            Interrupted: it is closed by another thread while this one waits.
         """
-        if self._closed.is_set():
-            raise ValueError("the loader is closed")
-        if self._failure is not None:
-            raise self._failure
-        packs = self._ready.get()
-        self._room.release()
-        if isinstance(packs, BaseException):
-            self._failure = packs
-            raise packs
-        return packs
+        return next(self._steps)
 
     def close(self) -> None:
-        """Stop reading ahead; returns when the thread has ended. Whoever waits for packs meets an error."""
+        """Stop reading, also in the middle of fetching a shard; returns when the threads have ended."""
         self._closed.set()
-        self._room.release()
-        self._thread.join()
-        for prefetch in self._prefetches.values():
+        self._steps.close()
+        for prefetch in self._shard_prefetches.values():
             prefetch.close()
 
     def __enter__(self) -> PackLoader:
@@ -124,47 +122,41 @@ class PackLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_ahead(self) -> None:
-        try:
-            with interruptible(self._closed):
-                while True:
-                    self._room.acquire()
-                    if self._closed.is_set():
-                        raise Interrupted
-                    for number, prefetch in self._prefetches.items():
-                        prefetch.move({lane: clips.lane.parts[number].number for lane, clips in self._lanes.items()})
-                    self._ready.put([self._make_pack(lane) for lane in self._lanes])
-                    self._step += 1
-        except BaseException as error:  # the thread has nobody to tell but the one who asks, or still waits, for packs
-            self._ready.put(error)
+    def _read_step(self, step: int) -> list[Pack]:
+        with interruptible(self._closed):
+            for set_index, prefetch in self._shard_prefetches.items():
+                numbers = {i: lane.sample_lane.set_lanes[set_index].next_number for i, lane in self._lanes.items()}
+                prefetch.move_to(numbers)
+            return [self._read_pack(index, step) for index in self._lanes]
 
-    def _make_pack(self, lane: int) -> Pack:
-        read = self._read_clips(self._lanes[lane])
-        samples, manifest = [sample for _, sample in read], self._set.manifest
+    def _read_pack(self, index: int, step: int) -> Pack:
+        lane, manifest = self._lanes[index], self._source.manifest
+        read = self._read_clips(lane)
+        samples = [sample for _, sample in read]
         return Pack(
             latents=self._scaling.normalise(torch.cat([sample.latents for sample in samples])),
             actions=torch.cat([s.actions for s in samples if s.actions is not None]) if manifest.actions else None,
             labels=torch.tensor([s.label for s in samples]) if manifest.labels else None,
             clip_frames=tuple(clip.frames for clip, _ in read),
             keys=tuple(f"{sample.key}@{clip.start}" for clip, sample in read),
-            lane=lane,
-            step=self._step,
-            lane_state=self._lanes[lane].state_dict(),
-            skipped=self._lanes[lane].take_skipped(),
+            lane=index,
+            step=step,
+            lane_state=lane.state_dict(),
+            skipped=lane.pop_skipped(),
         )
 
-    def _read_clips(self, lane: ClipLane) -> list[tuple[Clip, Sample]]:
-        """The lane's next pack, one clip at least; what is damaged is left out as the lane says."""
+    def _read_clips(self, lane: PackedLane) -> list[tuple[Clip, Sample]]:
+        """The clips of the lane's next pack, without damaged ones; a pack without any other is passed over."""
         read: list[tuple[Clip, Sample]] = []
         while not read:
-            clips = lane.next_pack()
+            clips = next(lane)
             while clips:
                 clip = clips.pop(0)
                 try:
-                    read.append((clip, self._set.read(*clip.place, clip.start, clip.frames, self._stride)))
-                except DamagedError as problem:
-                    clips += lane.in_place_of(clip, problem)
-        count = sum(each.damaged for each in self._lanes.values())
-        if count > self._max_damaged:  # of this rank alone; all ranks add up theirs when a step is done
-            raise over_budget(count, self._max_damaged, list(lane.take_skipped()))
+                    read.append((clip, self._source.read(*clip.sample, clip.start, clip.frames, self._frame_stride)))
+                except DamagedError as error:
+                    clips += lane.replace_damaged(clip, error)
+        damaged = sum(each.damaged for each in self._lanes.values())
+        if damaged > self._max_damaged:  # only this rank's; the ranks add up theirs at the end of a step
+            raise over_budget(damaged, self._max_damaged, list(lane.pop_skipped()))
         return read

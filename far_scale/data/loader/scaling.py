@@ -1,4 +1,4 @@
-"""How latents are brought to the scale that the model is trained at."""
+"""Scales latents for the model, and back."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ class LatentScaling:
 
     @staticmethod
     def of(manifest: Manifest | MixtureManifest, kind: Literal["factor", "channel"]) -> LatentScaling:
-        """The scaling of a shard set, or the one scaling of all sets of a mixture.
+        """The scaling of a shard set, or the common one of a mixture.
 
-        "factor": the autoencoder's one factor for all channels, as officially. "channel": to mean 0 and deviation 1
-        in every channel (of a mixture by the statistics of its sets, merged by their shares); a channel that never
-        changes is only shifted.
+        Args:
+            manifest: with the latents' statistics.
+            kind: "factor": the autoencoder's single factor for all channels, as in the official code. "channel": mean
+                0 and standard deviation 1 in every channel; a constant channel is only shifted.
         """
         if kind == "factor":
             channels = manifest.latent_shape[0]
@@ -47,23 +48,23 @@ class LatentScaling:
         return latents.float() / scale + shift
 
     def differences(self, other: LatentScaling) -> tuple[str, str] | None:
-        """In words what this and the other do, where that is not the same but for rounding; None where it is."""
+        """Descriptions of this and the other where they differ beyond rounding; None where they do not."""
         pairs = [zip(self.shift, other.shift, strict=False), zip(self.scale, other.scale, strict=False)]
         if len(self.scale) == len(other.scale):
-            near = [[math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pair] for pair in pairs]
-            channel = next((c for c, same in enumerate(zip(*near, strict=True)) if not all(same)), None)
+            close = [[math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pair] for pair in pairs]
+            channel = next((c for c, same in enumerate(zip(*close, strict=True)) if not all(same)), None)
             if channel is None:
                 return None
         else:
             channel = 0
-        return self._words(channel), other._words(channel)
+        return self._describe(channel), other._describe(channel)
 
     @property
     def kind(self) -> Literal["factor", "channel"]:
-        """How it looks: one factor for all channels, or numbers of each channel."""
+        """One factor for all channels, or a shift and a scale for each channel."""
         return "factor" if not any(self.shift) and len(set(self.scale)) == 1 else "channel"
 
-    def _words(self, channel: int) -> str:
+    def _describe(self, channel: int) -> str:
         if self.kind == "factor":
             return f"one factor {self.scale[0]:.6g}"
         return f"per channel (channel {channel}: shift {self.shift[channel]:.6g}, scale {self.scale[channel]:.6g})"

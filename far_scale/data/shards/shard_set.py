@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from far_scale.data.frame_counts import fewest
+from far_scale.data.frame_counts import min_frames
 from far_scale.data.remote.cache import NodeCache, is_evicted, touch
 from far_scale.data.shards.adopted import AdoptedRow
 from far_scale.data.shards.adopted_samples import SampleReader
@@ -375,11 +375,11 @@ class ShardSet:
             if model.classes != classes:
                 fact = f"which has {classes} {model.condition} classes"
                 refuse("model.classes", model.classes, fact, f"set model.classes={classes}")
-        span = (fewest(data.frames) - 1) * data.frame_stride + 1
+        span = (min_frames(data.frames) - 1) * data.frame_stride + 1
         if span > manifest.min_frames:
             fact = f"where the shortest sample has {manifest.min_frames} frames and {span} are needed"
             fix = "lower data.frames or data.frame_stride, or encode with --min-frames"
-            refuse("data.frames", f"{fewest(data.frames)} with data.frame_stride={data.frame_stride}", fact, fix)
+            refuse("data.frames", f"{min_frames(data.frames)} with data.frame_stride={data.frame_stride}", fact, fix)
 
     def _open_file(self, shard: int) -> _ShardFile:
         entry = self.manifest.shards[shard]

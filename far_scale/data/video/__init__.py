@@ -1,1 +1,1 @@
-"""Videos, lists of them, and latents that others extracted: what is to be encoded, read and cut to size."""
+"""Videos and lists of videos: finding, checking and decoding them, and mapping frames to an autoencoder's input."""

@@ -1,4 +1,4 @@
-"""What the readers of containers share: a file read by place, what a container says, and what may be wrong with it."""
+"""Common parts of the container parsers: random access to a file, what a container declares, and the errors."""
 
 from __future__ import annotations
 
@@ -6,53 +6,53 @@ import os
 from dataclasses import dataclass
 from typing import BinaryIO
 
-MOST_BEHIND = 17  # frames that may be predicted from one that is stored before them but shown after them
+MAX_REORDER = 17  # frames that may be stored after a frame and presented before it
 
 
 @dataclass(frozen=True)
-class Edits:
-    """Seconds of a track in an MP4 or MOV file, as said in four places; its edit list may hide samples.
+class EditDurations:
+    """Durations of an MP4 or MOV track in seconds, from the places that store them; an edit list may hide samples.
 
     Attributes:
-        media: of all samples, by the media's header.
-        samples: the same, summed over the samples.
-        end: when the last sample ends that is shown.
-        track: of what is shown, by the track's header.
-        shown: the same, summed over the edits; None without an edit list.
-        offsets_agree: as many samples have a time to be shown at as there are.
+        media: all samples, by the media header.
+        samples: all samples, by the sum over the sample table.
+        last_end: end of the sample that is presented last.
+        track: what is presented, by the track header.
+        presented: what is presented, by the sum over the edit list; None without an edit list.
+        offsets_agree: whether every sample has a presentation offset.
     """
 
     media: float
     samples: float
-    end: float
+    last_end: float
     track: float
-    shown: float | None
+    presented: float | None
     offsets_agree: bool
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a container says of one stream.
+class StreamInfo:
+    """What a container declares about one stream.
 
     Attributes:
-        packets: how many packets with data it has; None if that is not said.
-        edits: of MP4 and MOV files that are not fragmented.
+        packets: number of packets with data; None if it is not declared.
+        edits: only for MP4 and MOV files without fragments.
     """
 
     packets: int | None = None
-    edits: Edits | None = None
+    edits: EditDurations | None = None
 
 
-class Cut(Exception):
-    """The file ends before what it says it has."""
+class TruncatedFile(Exception):
+    """The file is shorter than its structure declares."""
 
 
-class Damaged(Exception):
+class CorruptFile(Exception):
     """The structure of the file contradicts itself."""
 
 
-class File:
-    """A file, read at given places.
+class BinaryReader:
+    """Random access to a file with bounds checks.
 
     Attributes:
         size: bytes.
@@ -62,17 +62,21 @@ class File:
         self._file = file
         self.size = os.fstat(file.fileno()).st_size
 
-    def at(self, place: int, count: int) -> bytes:
-        """`count` bytes from `place` on.
+    def read(self, offset: int, count: int) -> bytes:
+        """Read `count` bytes at `offset`.
 
         Raises:
-            Cut: the file ends before.
+            TruncatedFile: the file ends before.
         """
-        if place < 0 or place + count > self.size:
-            raise Cut
-        self._file.seek(place)
+        if offset < 0 or offset + count > self.size:
+            raise TruncatedFile
+        self._file.seek(offset)
         return self._file.read(count)
 
-    def number(self, place: int, count: int) -> int:
-        """A big-endian number of `count` bytes."""
-        return int.from_bytes(self.at(place, count), "big")
+    def read_uint(self, offset: int, count: int) -> int:
+        """Read a big-endian unsigned integer of `count` bytes."""
+        return int.from_bytes(self.read(offset, count), "big")
+
+    def read_uint_le(self, offset: int, count: int) -> int:
+        """Read a little-endian unsigned integer of `count` bytes."""
+        return int.from_bytes(self.read(offset, count), "little")

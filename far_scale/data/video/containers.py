@@ -1,7 +1,7 @@
-"""Whether the file of a video is whole, by what its container says of sizes and counts.
+"""Checks whether a video file is complete, by the sizes and counts in its container.
 
-FFmpeg reads what it finds: of a file that is cut off, or whose structure is damaged, it gives the frames that are left,
-often without an error. So the structure is read here too; nothing is decoded.
+FFmpeg returns whatever frames it finds in a truncated or damaged file, often without an error. So the container's
+structure is parsed here as well; nothing is decoded.
 """
 
 from __future__ import annotations
@@ -11,50 +11,51 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from far_scale.data.video import matroska, mp4
-from far_scale.data.video.container_file import Cut, Damaged, File, Said
+from far_scale.data.video.container_file import BinaryReader, CorruptFile, StreamInfo, TruncatedFile
+from far_scale.data.video.find import unreadable_file
 from far_scale.utils.errors import UserError
 
-_MAY_BE_MISSING = 2  # frames: some programs that write AVI count one too many, or one that repeats the last
-_DEEPEST = 8  # lists in lists of an AVI; there are 3
-_AFTER_END = 64  # bytes of anything that may follow the end of a GIF
+_AVI_FRAME_TOLERANCE = 2  # some programs count one frame too many, or one that repeats the last
+_MAX_AVI_DEPTH = 8  # of nested lists; files have 3
+_MAX_GIF_TRAILER = 64  # bytes after the end of a GIF
 _NUT_INDEX = b"NX\xdd\x67\x2f\x23\xe6\x4e"
-_UNKNOWN = 0xFFFFFFFF  # size of an AVI that was written to a pipe, and of its list of frames
+_UNKNOWN_SIZE = 0xFFFFFFFF  # of an AVI that was written to a pipe, and of its list of frames
 
 
 class BadVideo(UserError):
-    """A file whose content cannot be used; that the disk or the network cannot be read is not one of these."""
+    """The content of a file cannot be used. A disk or network that cannot be read is another error."""
 
 
-def check_container(path: Path, name: str, stream: int, track: int) -> Said:
-    """Go through the structure of a file, and return what it says of one stream.
+def check_container(path: Path, name: str, stream: int, track: int) -> StreamInfo:
+    """Check the structure of a file and return what it declares about one stream.
 
     Args:
-        name: of the container's format, as FFmpeg has it.
-        stream: the stream's index; -1 for none.
+        name: FFmpeg's name of the container format.
+        stream: index of the stream; -1 for none.
         track: its id in MP4 and MOV files; 0 for none.
 
     Raises:
-        BadVideo: the file is cut off or damaged.
+        BadVideo: the file is truncated or damaged.
         UserError: it cannot be read.
     """
-    if name not in _READERS:
-        return Said()
+    if name not in _PARSERS:
+        return StreamInfo()
     try:
         with open(path, "rb") as opened:
-            return _READERS[name](File(opened), track if name == _MP4 else stream)
-    except Cut:
+            return _PARSERS[name](BinaryReader(opened), track if name == _MP4 else stream)
+    except TruncatedFile:
         raise BadVideo(f"{path}: cut off: the file is shorter than it says; copy it again, or leave it out") from None
-    except Damaged as error:
+    except CorruptFile as error:
         raise BadVideo(f"{path}: damaged: {error}; copy it again, or leave it out") from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable_file(path, error) from None
 
 
 def check_mp4(path: Path) -> None:
-    """Find out whether a file that cannot be opened is an MP4 or MOV that is cut off: the tables may be at its end.
+    """Check a file that cannot be opened for a truncated MP4 or MOV, which may have lost the tables at its end.
 
     Raises:
-        BadVideo: it is.
+        BadVideo: it is one.
     """
     with open(path, "rb") as file:
         if file.read(8)[4:] == b"ftyp":
@@ -62,237 +63,233 @@ def check_mp4(path: Path) -> None:
 
 
 def check_readable(path: Path) -> None:
-    """Find out whether it is the disk or the network that is broken: a file that cannot be read now may be whole.
+    """Read a whole file, to tell a broken disk or network from broken content.
 
     Raises:
-        UserError: the file's bytes cannot be read.
+        UserError: the bytes of the file cannot be read.
     """
     try:
         with open(path, "rb") as file:
             while file.read(1 << 24):
                 pass
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable_file(path, error) from None
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror}); fix that and run again")
-
-
-def _avi(file: File, stream: int) -> Said:
-    """Chunks of a name and a size, in lists; the frames of stream 0 are in chunks 00dc or 00db."""
+def _parse_avi(file: BinaryReader, stream: int) -> StreamInfo:
+    """Chunks with a name and a size, nested in lists; the frames of stream 0 are in chunks 00dc or 00db."""
     lengths: list[int] = []
     prefix = b"%02d" % stream
-    riffs = found = empty = indexed = 0
-    piped, stop = file.at(4, 4) == _UNKNOWN.to_bytes(4, "little"), 0
-    for name, start, stop in _riffs(file):
+    riffs = frames = empty_frames = indexed = 0
+    is_piped, end = file.read(4, 4) == _UNKNOWN_SIZE.to_bytes(4, "little"), 0
+    for name, start, end in _riff_chunks(file):
         if name == b"RIFF":
             riffs += 1
         elif name == b"strh":
-            lengths.append(int.from_bytes(file.at(start + 32, 4), "little"))
+            lengths.append(file.read_uint_le(start + 32, 4))
         elif name == b"idx1":
-            rows = file.at(start, stop - start)
-            indexed += sum(
-                rows[at : at + 2] == prefix and rows[at + 2 : at + 4] != b"pc" for at in range(0, len(rows), 16)
-            )
-        elif name[:2] == prefix and name[2:] != b"pc":  # a palette is no frame
-            found += 1
-            empty += start == stop  # the frame before is repeated
+            rows = file.read(start, end - start)
+            indexed += sum(rows[i : i + 2] == prefix and rows[i + 2 : i + 4] != b"pc" for i in range(0, len(rows), 16))
+        elif name[:2] == prefix and name[2:] != b"pc":  # pc: a palette change, no frame
+            frames += 1
+            empty_frames += start == end  # repeats the previous frame
     if stream < 0 or not riffs:
-        return Said()
-    if piped and stop + stop % 2 < file.size:  # the last chunk ends; a part of a name and a size is left
-        raise Cut
+        return StreamInfo()
+    if is_piped and end + end % 2 < file.size:  # ends with part of a chunk header
+        raise TruncatedFile
     if stream >= len(lengths):
-        raise Damaged("a stream without its header")
-    if piped:  # its length is none, either
+        raise CorruptFile("a stream without its header")
+    if is_piped:  # the header has no length either
         lengths[stream] = 0
-    if indexed > found or lengths[stream] > found + _MAY_BE_MISSING:
-        raise Damaged(f"{max(indexed, lengths[stream]) - found} of its frames are missing")
-    if indexed and indexed < found and riffs == 1:  # the parts of a large file have other indexes
-        raise Damaged(f"{found - indexed} frames that its index does not have")
-    return Said(found - empty if found else None)
+    if indexed > frames or lengths[stream] > frames + _AVI_FRAME_TOLERANCE:
+        raise CorruptFile(f"{max(indexed, lengths[stream]) - frames} of its frames are missing")
+    if indexed and indexed < frames and riffs == 1:  # further RIFF chunks of a large file have other indexes
+        raise CorruptFile(f"{frames - indexed} frames that its index does not have")
+    return StreamInfo(frames - empty_frames if frames else None)
 
 
-def _riffs(file: File) -> Iterator[tuple[bytes, int, int]]:
-    """The files in the file, and all their chunks that are no lists: name, and where the content begins and ends."""
-    place = 0
-    while file.size - place >= 12:
-        name, size = struct.unpack("<4sI", file.at(place, 8))
+def _riff_chunks(file: BinaryReader) -> Iterator[tuple[bytes, int, int]]:
+    """The RIFF chunks and all chunks in them that are not lists: name, start and end of the content."""
+    offset = 0
+    while file.size - offset >= 12:
+        name, size = struct.unpack("<4sI", file.read(offset, 8))
         if name != b"RIFF" or not size:
-            return  # something else, put behind the film; or a recording that was not ended, which says nothing
-        if size == _UNKNOWN:
-            size = file.size - place - 8
-        if place + size > file.size:  # without the header of 8 bytes: some programs count it
-            raise Cut
-        end = min(place + 8 + size, file.size)
-        yield name, place + 12, end
-        yield from _chunks(file, place + 12, end)
-        place = end + size % 2
+            return  # foreign data appended to the file, or an unfinished recording, which declares no size
+        if size == _UNKNOWN_SIZE:
+            size = file.size - offset - 8
+        if offset + size > file.size:  # without the 8 bytes of the header: some programs count them
+            raise TruncatedFile
+        end = min(offset + 8 + size, file.size)
+        yield name, offset + 12, end
+        yield from _list_chunks(file, offset + 12, end)
+        offset = end + size % 2
 
 
-def _chunks(file: File, place: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:
-    if depth > _DEEPEST:
-        raise Damaged("lists in lists in lists")
-    while end - place >= 8:
-        name, size = struct.unpack("<4sI", file.at(place, 8))
+def _list_chunks(file: BinaryReader, offset: int, list_end: int, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:
+    if depth > _MAX_AVI_DEPTH:
+        raise CorruptFile("lists are nested too deeply")
+    while list_end - offset >= 8:
+        name, size = struct.unpack("<4sI", file.read(offset, 8))
         if not name.isascii() or not name.decode().isprintable():
-            raise Damaged("something else where a chunk must be")
-        start, stop = place + 8, place + 8 + size
-        if size == _UNKNOWN and name == b"LIST" and end == file.size:
-            stop = end
-        if stop > end:
-            if end == file.size:
-                raise Cut
-            raise Damaged("a chunk longer than the list that holds it")
+            raise CorruptFile("unknown data where a chunk is expected")
+        start, end = offset + 8, offset + 8 + size
+        if size == _UNKNOWN_SIZE and name == b"LIST" and list_end == file.size:
+            end = list_end
+        if end > list_end:
+            if list_end == file.size:
+                raise TruncatedFile
+            raise CorruptFile("a chunk longer than its list")
         if name == b"LIST":
-            if file.at(start, 4) in (b"hdrl", b"strl", b"movi", b"rec "):
-                yield from _chunks(file, start + 4, stop, depth + 1)
+            if file.read(start, 4) in (b"hdrl", b"strl", b"movi", b"rec "):
+                yield from _list_chunks(file, start + 4, end, depth + 1)
         else:
-            yield name, start, stop
-        place = stop + size % 2
+            yield name, start, end
+        offset = end + size % 2
 
 
-def _gif(file: File, stream: int) -> Said:
-    """Blocks: extensions and pictures, each with parts of up to 255 bytes behind it, and an end."""
-    pictures, place = 0, 13 + _palette(file.at(10, 1)[0])
-    while (kind := file.at(place, 1)) != b";":
+def _parse_gif(file: BinaryReader, stream: int) -> StreamInfo:
+    """Blocks: extensions and images, each followed by sub-blocks of up to 255 bytes, and a trailer."""
+    images, offset = 0, 13 + _palette_bytes(file.read(10, 1)[0])
+    while (kind := file.read(offset, 1)) != b";":
         if kind == b"!":
-            place += 2
+            offset += 2
         elif kind == b",":
-            pictures += 1
-            across, down, flags = struct.unpack("<HHB", file.at(place + 5, 5))
-            place += 10 + _palette(flags)
-            bits = file.at(place, 1)[0]
-            place += 1
+            images += 1
+            width, height, flags = struct.unpack("<HHB", file.read(offset + 5, 5))
+            offset += 10 + _palette_bytes(flags)
+            min_code_bits = file.read(offset, 1)[0]
+            offset += 1
         else:
-            raise Damaged("something else where a block must be")
-        parts = []
-        while length := file.at(place, 1)[0]:
-            parts.append((place + 1, length))
-            place += 1 + length
-        place += 1
-        # parts are equally long but for the last one, or else damage may have joined one picture to the next
-        if kind == b"," and len({length for _, length in parts[:-1]}) > 1:
-            _check_lzw(b"".join(file.at(*part) for part in parts), bits, across * down)
-    if len(file.at(place + 1, file.size - place - 1).rstrip(b"\0")) > _AFTER_END:
-        raise Damaged("it goes on after its end")
-    return Said(pictures)
+            raise CorruptFile("unknown data where a block is expected")
+        sub_blocks = []
+        while length := file.read(offset, 1)[0]:
+            sub_blocks.append((offset + 1, length))
+            offset += 1 + length
+        offset += 1
+        # all but the last sub-block have one length; otherwise damage may have joined two images
+        if kind == b"," and len({length for _, length in sub_blocks[:-1]}) > 1:
+            _check_lzw(b"".join(file.read(*block) for block in sub_blocks), min_code_bits, width * height)
+    if len(file.read(offset + 1, file.size - offset - 1).rstrip(b"\0")) > _MAX_GIF_TRAILER:
+        raise CorruptFile("more data after its end")
+    return StreamInfo(images)
 
 
-def _check_lzw(data: bytes, bits: int, pixels: int) -> None:
-    """See that the codes of a picture make just its pixels; the slowness of this is no matter, so rare is it.
+def _check_lzw(data: bytes, min_code_bits: int, pixels: int) -> None:
+    """Check that LZW data decodes to exactly `pixels` pixels. Slow, but rarely needed.
 
     Raises:
-        Damaged: they make more or fewer, or end long before their data.
+        CorruptFile: it decodes to more or fewer, or ends long before its data.
     """
-    if not 1 <= bits <= 11:
-        raise Damaged("a picture with codes of no size")
-    clear, end = 1 << bits, (1 << bits) + 1
-    lengths: list[int] = []  # of what a code stands for
-    waiting, held, width, before, made, at = 0, 0, bits + 1, 0, 0, 0
+    if not 1 <= min_code_bits <= 11:
+        raise CorruptFile("an image with an invalid code size")
+    clear, end = 1 << min_code_bits, (1 << min_code_bits) + 1
+    lengths: list[int] = []  # pixels by code
+    buffer, buffered_bits, position = 0, 0, 0
+    code_bits, previous_length, decoded = min_code_bits + 1, 0, 0
     while True:
-        while held < width and at < len(data):
-            waiting, held, at = waiting | data[at] << held, held + 8, at + 1
-        if held < width:
+        while buffered_bits < code_bits and position < len(data):
+            buffer, buffered_bits, position = buffer | data[position] << buffered_bits, buffered_bits + 8, position + 1
+        if buffered_bits < code_bits:
             break
-        code, waiting, held = waiting & (1 << width) - 1, waiting >> width, held - width
+        code = buffer & (1 << code_bits) - 1
+        buffer, buffered_bits = buffer >> code_bits, buffered_bits - code_bits
         if code == end:
             break
         if code == clear or not lengths:
-            lengths, width, before = [1] * clear + [0, 0], bits + 1, 0
+            lengths, code_bits, previous_length = [1] * clear + [0, 0], min_code_bits + 1, 0
             if code == clear:
                 continue
-        if before and len(lengths) < 1 << 12:
-            lengths.append(before + 1)
-            width = max(width, min(12, len(lengths).bit_length()))
+        if previous_length and len(lengths) < 1 << 12:
+            lengths.append(previous_length + 1)
+            code_bits = max(code_bits, min(12, len(lengths).bit_length()))
         if code >= len(lengths):
             break
-        before = lengths[code]
-        made += before
-    if made != pixels or len(data) - at > 4:  # some encoders write a byte too many
-        raise Damaged("a picture with more or fewer pixels than it must have")
+        previous_length = lengths[code]
+        decoded += previous_length
+    if decoded != pixels or len(data) - position > 4:  # some encoders write an extra byte
+        raise CorruptFile("an image with too many or too few pixels")
 
 
-def _palette(flags: int) -> int:
-    """The bytes of a palette that these flags announce."""
+def _palette_bytes(flags: int) -> int:
+    """Size of the palette that these flags announce."""
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def _flv(file: File, stream: int) -> Said:
-    """Tags of a kind, 3 bytes of size, 7 of time and stream, content, and 4 of size once more."""
-    place = file.number(5, 4) + 4
-    while place < file.size:
-        if file.at(place, 1)[0] & 0x1F not in (8, 9, 18):  # sound, pictures, what is said of them
-            raise Damaged("something else where a tag must be")
-        size = 11 + file.number(place + 1, 3)
-        if place + size > file.size:
-            raise Cut
-        place += size + 4
-    return Said()
+def _parse_flv(file: BinaryReader, stream: int) -> StreamInfo:
+    """Tags: 1 byte of type, 3 of size, 7 of time and stream, content, and 4 of size again."""
+    offset = file.read_uint(5, 4) + 4
+    while offset < file.size:
+        if file.read(offset, 1)[0] & 0x1F not in (8, 9, 18):  # audio, video, script data
+            raise CorruptFile("unknown data where a tag is expected")
+        size = 11 + file.read_uint(offset + 1, 3)
+        if offset + size > file.size:
+            raise TruncatedFile
+        offset += size + 4
+    return StreamInfo()
 
 
-def _asf(file: File, stream: int) -> Said:
-    """Objects (WMV): 16 bytes that name it, 8 of size."""
-    place = 0
-    while file.size - place >= 24:
-        size = int.from_bytes(file.at(place + 16, 8), "little")
+def _parse_asf(file: BinaryReader, stream: int) -> StreamInfo:
+    """Objects (WMV): 16 bytes of id, 8 of size, content."""
+    offset = 0
+    while file.size - offset >= 24:
+        size = file.read_uint_le(offset + 16, 8)
         if size < 24:
-            break  # live, or something else behind the film
-        if place + size > file.size:
-            raise Cut
-        place += size
-    return Said()
+            break  # a live stream, or foreign data appended to the file
+        if offset + size > file.size:
+            raise TruncatedFile
+        offset += size
+    return StreamInfo()
 
 
-def _ts(file: File, stream: int) -> Said:
-    """Packets of 188 bytes, or of 192 with a time before each (M2TS): no size of the whole is said."""
-    size = 188 if file.at(0, 1) == b"G" else 192
-    if file.at(0 if size == 188 else 4, 1) == b"G" and file.size % size:
-        raise Cut
-    return Said()
+def _parse_ts(file: BinaryReader, stream: int) -> StreamInfo:
+    """Packets of 188 bytes, or of 192 with a time before each (M2TS); the file declares no size."""
+    size = 188 if file.read(0, 1) == b"G" else 192
+    if file.read(0 if size == 188 else 4, 1) == b"G" and file.size % size:
+        raise TruncatedFile
+    return StreamInfo()
 
 
-def _ogg(file: File, stream: int) -> Said:
-    """Pages; the last one of each of its streams is marked."""
-    place, open_streams = 0, set[bytes]()
-    while file.size - place >= 27 and file.at(place, 4) == b"OggS":
-        flags, serial, parts = file.at(place + 5, 1)[0], file.at(place + 14, 4), file.at(place + 26, 1)[0]
+def _parse_ogg(file: BinaryReader, stream: int) -> StreamInfo:
+    """Pages; the last page of each stream is marked."""
+    offset, open_streams = 0, set[bytes]()
+    while file.size - offset >= 27 and file.read(offset, 4) == b"OggS":
+        flags, serial, segments = file.read(offset + 5, 1)[0], file.read(offset + 14, 4), file.read(offset + 26, 1)[0]
         open_streams.add(serial)
         if flags & 4:
             open_streams.discard(serial)
-        place += 27 + parts + sum(file.at(place + 27, parts))
-    if open_streams or place > file.size:
-        raise Cut
-    return Said()
+        offset += 27 + segments + sum(file.read(offset + 27, segments))
+    if open_streams or offset > file.size:
+        raise TruncatedFile
+    return StreamInfo()
 
 
-def _ivf(file: File, stream: int) -> Said:
-    """A header that says its size, and frames: 4 bytes of size, 8 of time, content."""
-    place = int.from_bytes(file.at(6, 2), "little")
-    while place < file.size:
-        place += 12 + int.from_bytes(file.at(place, 12)[:4], "little")
-    if place > file.size:
-        raise Cut
-    return Said()
+def _parse_ivf(file: BinaryReader, stream: int) -> StreamInfo:
+    """A header with its own size, then frames: 4 bytes of size, 8 of time, content."""
+    offset = file.read_uint_le(6, 2)
+    while offset < file.size:
+        offset += 12 + int.from_bytes(file.read(offset, 12)[:4], "little")
+    if offset > file.size:
+        raise TruncatedFile
+    return StreamInfo()
 
 
-def _nut(file: File, stream: int) -> Said:
-    """An index is the last packet; it ends with how long it is, and a checksum."""
-    if file.at(file.size - file.number(file.size - 12, 8), 8) != _NUT_INDEX:
-        raise Cut
-    return Said()
+def _parse_nut(file: BinaryReader, stream: int) -> StreamInfo:
+    """The last packet is an index; it ends with its own length and a checksum."""
+    if file.read(file.size - file.read_uint(file.size - 12, 8), 8) != _NUT_INDEX:
+        raise TruncatedFile
+    return StreamInfo()
 
 
 _MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
-_READERS: dict[str, Callable[[File, int], Said]] = {
-    _MP4: mp4.read,
-    "matroska,webm": matroska.read,
-    "avi": _avi,
-    "gif": _gif,
-    "flv": _flv,
-    "asf": _asf,
-    "mpegts": _ts,
-    "ogg": _ogg,
-    "ivf": _ivf,
-    "nut": _nut,
+_PARSERS: dict[str, Callable[[BinaryReader, int], StreamInfo]] = {
+    _MP4: mp4.read_stream_info,
+    "matroska,webm": matroska.read_stream_info,
+    "avi": _parse_avi,
+    "gif": _parse_gif,
+    "flv": _parse_flv,
+    "asf": _parse_asf,
+    "mpegts": _parse_ts,
+    "ogg": _parse_ogg,
+    "ivf": _parse_ivf,
+    "nut": _parse_nut,
 }

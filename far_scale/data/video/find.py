@@ -1,4 +1,4 @@
-"""Which files of a folder are videos, through links and past what is hidden."""
+"""Finds the video files in a folder: follows links, skips hidden files and system folders."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ import os
 from collections import Counter
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 from far_scale.utils.errors import UserError, print_warning
 
-_MOVIES = (
+_EXTENSIONS = (
     "mp4 m4v mov qt 3gp 3g2 f4v avi divx mkv mk3d webm ogv flv wmv asf mpg mpeg mpe m1v m2v vob ts m2t mts m2ts mxf"
     " nut rm rmvb ivf h264 264 hevc 265 mjpeg mjpg y4m gif apng"
 )
-SUFFIXES = frozenset(f".{name}" for name in [*_MOVIES.split(), "npz"])
-BESIDE = frozenset((".npy", ".csv", ".json", ".jsonl", ".txt"))  # actions and lists, which may lie beside videos
-# of systems: what was deleted, previews, what a check of the disk found
-_OF_SYSTEMS = frozenset(
+VIDEO_SUFFIXES = frozenset(f".{extension}" for extension in [*_EXTENSIONS.split(), "npz"])
+SIDECAR_SUFFIXES = frozenset((".npy", ".csv", ".json", ".jsonl", ".txt"))  # actions and lists beside videos
+_SYSTEM_FOLDERS = frozenset(  # deleted files, previews, what a disk check found
     (
         "$RECYCLE.BIN",
         "RECYCLER",
@@ -30,70 +28,71 @@ _OF_SYSTEMS = frozenset(
         "@eaDir",
     )
 )
-_KINDS = 10  # of files that are passed over are named
+_MAX_SUFFIXES_LISTED = 10  # in the warning about skipped files
 
 
 def find_videos(path: str | Path) -> list[Path]:
-    """The videos at `path`: itself, if it is a file, or those in the folder and its folders, sorted by path.
+    """Find the videos at `path`: the file itself, or all videos below the folder, sorted by path.
 
-    Links to files and folders are followed, but for a link back to a folder that it lies in. Hidden files and folders
-    are not looked at, unless `path` itself is one, nor folders of the system, such as that of deleted files. Files that
-    are neither videos nor lists nor actions are counted by suffix in one warning.
+    Links to files and folders are followed, except a link back to a folder that contains it. Hidden files and folders
+    (unless `path` itself is hidden) and system folders are skipped. Other files that are neither videos, lists nor
+    actions are counted by suffix in one warning.
 
     Raises:
-        UserError: there is nothing at `path`, a folder without videos, or one that cannot be read; a link that leads
-            nowhere and may have been to a folder of videos.
+        UserError: nothing at `path`; a folder without videos, or one that cannot be read; a broken link that may have
+            led to a folder of videos.
     """
     path = Path(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: there is no such file or folder of videos")
-    found, others = [], Counter[str]()
+    videos, skipped = [], Counter[str]()
     for file in files_below(path):
         suffix = file.suffix.lower()
-        if suffix in SUFFIXES:
-            found.append(file)
-        elif suffix not in BESIDE:
-            others[suffix] += 1
-    if not found:
+        if suffix in VIDEO_SUFFIXES:
+            videos.append(file)
+        elif suffix not in SIDECAR_SUFFIXES:
+            skipped[suffix] += 1
+    if not videos:
         raise UserError(
-            f"{path}: no videos in this folder{_passed_over(others)}; they end in {', '.join(sorted(SUFFIXES))}"
+            f"{path}: no videos in this folder{_describe_skipped(skipped)}; "
+            f"they end in {', '.join(sorted(VIDEO_SUFFIXES))}"
         )
-    if others:
-        _warn_once(f"{path}{_passed_over(others)}")
-    return sorted(found)
+    if skipped:
+        _warn_once(f"{path}{_describe_skipped(skipped)}")
+    return sorted(videos)
 
 
-def files_below(root: Path, suffixes: Container[str] = SUFFIXES | BESIDE) -> Iterator[Path]:
-    """Files below a folder that are not hidden, through links too, each folder once on any way down.
+def files_below(root: Path, suffixes: Container[str] = VIDEO_SUFFIXES | SIDECAR_SUFFIXES) -> Iterator[Path]:
+    """Yield the visible files below a folder, following links; a link to a containing folder is skipped.
 
     Raises:
-        UserError: a folder that cannot be read; a link that leads nowhere and does not end in one of `suffixes`.
+        UserError: a folder that cannot be read; a broken link without one of `suffixes`.
     """
-    waiting = [(root, _ways_up(root))]  # folders, each with itself and all folders that lead to it
-    while waiting:
-        folder, above = waiting.pop()
+    pending = [(root, _ancestors(root))]  # folders, each with the folders that lead to it and itself
+    while pending:
+        folder, ancestors = pending.pop()
         try:
-            with os.scandir(folder) as entries:
-                seen = sorted(entries, key=lambda entry: entry.name)
+            with os.scandir(folder) as scanned:
+                entries = sorted(scanned, key=lambda entry: entry.name)
         except OSError as error:
-            _refuse(error)
-        for entry in seen:
-            # a name that begins with a dot is a file in the making (files.atomic_write), or hidden on purpose
-            if entry.name.startswith(".") or entry.name in _OF_SYSTEMS:
+            raise unreadable_file(folder, error) from None
+        for entry in entries:
+            # a name that begins with a dot is a file being written (utils.io.atomic_write), or hidden on purpose
+            if entry.name.startswith(".") or entry.name in _SYSTEM_FOLDERS:
                 continue
             path = folder / entry.name
-            if not entry.is_symlink():  # the system is asked about links alone: there may be millions of files
+            if not entry.is_symlink():  # only links cost a call to the file system: there may be millions of files
                 if entry.is_dir():
-                    waiting.append((path, above | {_identity(path)}))
+                    pending.append((path, ancestors | {_identity(path)}))
                 else:
                     yield path
             elif path.is_dir():
-                if _identity(path) not in above:
-                    waiting.append((path, above | _ways_up(path)))
+                if _identity(path) not in ancestors:
+                    pending.append((path, ancestors | _ancestors(path)))
             elif path.suffix.lower() in suffixes or path.exists():
-                yield path  # a file's link that leads nowhere is found, and refused when it is read
+                yield path  # a broken link to a file is refused when it is read
             else:
                 raise UserError(
                     f"{path}: this link leads nowhere, and may have been to a folder; put back what it "
@@ -101,8 +100,13 @@ def files_below(root: Path, suffixes: Container[str] = SUFFIXES | BESIDE) -> Ite
                 )
 
 
-def _ways_up(folder: Path) -> frozenset[tuple[int, int]]:
-    """A folder and all that it really lies in: a link to one of these would lead back here."""
+def unreadable_file(path: Path, error: OSError) -> UserError:
+    """The error to raise where the operating system cannot read a file or folder."""
+    return UserError(f"{path}: cannot be read ({error.strerror}); fix that and run again")
+
+
+def _ancestors(folder: Path) -> frozenset[tuple[int, int]]:
+    """The resolved folder and all folders that contain it: a link to one of these would be a cycle."""
     real = folder.resolve()
     return frozenset(map(_identity, (real, *real.parents)))
 
@@ -111,31 +115,27 @@ def _identity(folder: Path) -> tuple[int, int]:
     try:
         status = folder.stat()
     except OSError as error:
-        _refuse(error)
+        raise unreadable_file(folder, error) from None
     return status.st_dev, status.st_ino
 
 
-def _passed_over(suffixes: Counter[str]) -> str:
-    """`: passed over: 3 files (.docx 2, .zip 1)`, or nothing where there are none."""
+def _describe_skipped(suffixes: Counter[str]) -> str:
+    """`: skipped 3 files (.docx 2, .zip 1)`, or nothing where none were skipped."""
     if not suffixes:
         return ""
     named = Counter[str]()
     for suffix, count in suffixes.items():
-        plain = suffix.isprintable() and len(suffix) <= 12  # part of a name may look like one
-        named[(suffix if plain else "other") or "without suffix"] += count
+        is_plain = suffix.isprintable() and len(suffix) <= 12  # otherwise rather a part of the name
+        named[(suffix if is_plain else "other") or "without suffix"] += count
     kinds = sorted(named.items(), key=lambda kind: (-kind[1], kind[0]))
-    shown = ", ".join(f"{kind} {count}" for kind, count in kinds[:_KINDS])
-    more = f", {len(kinds) - _KINDS} more kinds" if len(kinds) > _KINDS else ""
+    listed = ", ".join(f"{kind} {count}" for kind, count in kinds[:_MAX_SUFFIXES_LISTED])
+    more = f", {len(kinds) - _MAX_SUFFIXES_LISTED} more kinds" if len(kinds) > _MAX_SUFFIXES_LISTED else ""
     files = suffixes.total()
-    return f": passed over: {files} file{'s' if files > 1 else ''} ({shown}{more})"
+    return f": skipped {files} file{'s' if files > 1 else ''} ({listed}{more})"
 
 
 @functools.cache
 def _warn_once(text: str) -> None:
-    """Of all ranks the first one says it, once: a folder may be looked at several times."""
+    """Warn on the first rank only, and once: a folder may be searched several times."""
     if os.environ.get("RANK", "0") == "0":
         print_warning(text)
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); fix that and run again")

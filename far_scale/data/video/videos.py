@@ -1,6 +1,6 @@
-"""Videos in and out: any file that PyAV decodes, .npz files of frames and actions, and H.264 for people to watch.
+"""Reads videos (any file that PyAV decodes, .npz files of frames and actions) and writes H.264.
 
-An .npz file has our own names, or those of TECO's DMLab (`video` for `frames`). `actions[f]` is the action that led to
+Keys of an .npz file are our own or those of TECO's DMLab (`video` for `frames`). `actions[f]` is the action that led to
 frame f, taken between the frames f-1 and f; `actions[0]` is 0.
 """
 
@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from far_scale.data.video.containers import BadVideo, check_readable
-from far_scale.data.video.decode import DEFAULT_FPS, Kept, Shrink, as_file, decode
-from far_scale.data.video.find import SUFFIXES as SUFFIXES
+from far_scale.data.video.decode import DEFAULT_FPS, BlockTransform, FrameCollector, decode_video, ffmpeg_url
+from far_scale.data.video.find import VIDEO_SUFFIXES as VIDEO_SUFFIXES
 from far_scale.data.video.find import find_videos as find_videos
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write
 
-_FRAMES = ("frames", "video")  # in an .npz file: ours, TECO's
+_FRAMES_KEYS = ("frames", "video")  # in an .npz file: ours, TECO's
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Video:
     """One decoded video.
 
     Attributes:
-        key: the file's name without its suffix.
-        frames: uint8 [F, H, W, 3], RGB; or what shrinking made of them.
+        key: the file name without its suffix.
+        frames: uint8 [F, H, W, 3], RGB; or the output of the block transform.
         actions: int64 [F], or None; `actions[f]` led to frame f.
-        label: the video's class, or None.
-        fps: frames a second.
-        source: where it comes from, for people.
+        label: class, or None.
+        fps: frames per second.
+        source: origin, for messages.
     """
 
     key: str
@@ -51,16 +51,13 @@ class Video:
 
 
 def read_label(path: Path) -> int | None:
-    """The `label` in an .npz file, of a video or beside one; None where it holds none.
+    """Read the `label` of an .npz file, of a video or beside one; None where it has none.
 
     Raises:
-        BadVideo: the file is broken, or its label is no class.
+        BadVideo: the file is broken, or its label is not a class.
         UserError: the file cannot be read.
     """
-    label = _number(path, _arrays(path, ("label",)), "label", "iu")
-    if label is not None and label < 0:
-        raise BadVideo(f"{path}: `label` is {label}; classes count from 0")
-    return None if label is None else int(label)
+    return _check_label(path, _load_arrays(path, ("label",)))
 
 
 def read_video(
@@ -68,7 +65,7 @@ def read_video(
     actions: bool = True,
     actions_file: Path | None = None,
     stride: int = 1,
-    shrink: Shrink | None = None,
+    transform: BlockTransform | None = None,
 ) -> Video:
     """Read the frames of a video file, or of an .npz file of arrays.
 
@@ -76,76 +73,77 @@ def read_video(
     integer) and `fps`; other keys are not read, and pickled objects are refused.
 
     Args:
-        actions: read actions, where there are some; else they may be anything, as the vectors of BAIR's robot.
-        actions_file: take the actions from this file (see `read_actions`), and not from an .npz file's own.
-        stride: keep every n-th frame, from the first, and the actions of these frames. What was done between two of
-            them is not kept, as officially (`random_sample_frames` of showlab/FAR's data sets).
-        shrink: applied to the frames that are kept, some at a time.
+        actions: read actions, if there are any; otherwise they are not checked (BAIR's are vectors).
+        actions_file: read the actions from this file (see `read_actions`) instead of the .npz file.
+        stride: keep every n-th frame, from the first, and its action. Actions between kept frames are dropped, as in
+            the official code (`random_sample_frames` of showlab/FAR's data sets).
+        transform: applied to the kept frames in blocks.
 
     Raises:
-        BadVideo: it does not decode to its end, has no frames, or its arrays are not as said above.
-        UserError: the file is not there or cannot be read.
+        BadVideo: it does not decode to its end, has no frames, or its arrays are not as above.
+        UserError: the file is missing or cannot be read.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such video")
-    kept = Kept(path, stride, shrink)
+    collector = FrameCollector(path, stride, transform)
     if _is_npz(path):
-        video = _read_npz(path, kept, actions and actions_file is None)
+        video = _read_npz(path, collector, actions and actions_file is None)
     else:
-        fps = decode(path, kept)
-        video = Video(path.stem, kept.frames(), None, None, fps, path.name)
-    own = video.actions if actions_file is None or not actions else read_actions(actions_file, kept.seen)
-    return replace(video, actions=None if own is None else own[::stride], fps=video.fps / stride)
+        fps = decode_video(path, collector)
+        video = Video(path.stem, collector.stack(), None, None, fps, path.name)
+    all_actions = video.actions
+    if actions and actions_file is not None:
+        all_actions = read_actions(actions_file, collector.frames_seen)
+    return replace(video, actions=None if all_actions is None else all_actions[::stride], fps=video.fps / stride)
 
 
 def write_mp4(path: str | Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> None:
-    """Write frames uint8 [H, W, 3] as H.264 (yuv420p, which every player plays), atomically.
+    """Write frames uint8 [H, W, 3] as H.264 (yuv420p, which every player supports), atomically.
 
-    `frames` may be an array [F, H, W, 3], or make its frames one by one: none is kept after it is written. The first
-    one is asked for before anything is written.
+    `frames` may be an array [F, H, W, 3] or a generator: no frame is kept after it is written. The first frame is
+    taken before anything is written.
 
     Raises:
-        UserError: no frames, another shape or dtype, sizes that differ, an odd height or width, or an fps that is
-            not above 0.
+        UserError: no frames, another shape or dtype, differing sizes, an odd height or width, or an fps not above 0.
     """
-    path, source = Path(path), iter(frames)
+    path, iterator = Path(path), iter(frames)
     if not fps > 0:
         raise UserError(f"{path}: {fps} frames a second; it must be above 0")
-    first = next(source, None)
+    first = next(iterator, None)
     if first is None:
         raise UserError(f"{path}: there are no frames to write; give at least one")
-    _check_picture(path, first, first.shape)
+    _check_frame(path, first, first.shape)
     height, width = first.shape[:2]
     if height % 2 or width % 2:
         raise UserError(f"{path}: frames are {height}x{width}; H.264 needs an even height and width, so pad or crop")
-    with atomic_write(path) as beside, av.open(as_file(beside), "w", format="mp4") as container:
+    with atomic_write(path) as part, av.open(ffmpeg_url(part), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        # without mbtree: with AVX-512, libx264 wrote other bytes of the same frames from run to run
+        # no mbtree: with AVX-512, libx264 wrote different bytes for the same frames from run to run
         stream.options = {"crf": "14", "x264-params": "mbtree=0"}
-        stream.thread_count = 1  # more threads would cut the frames differently on other machines
-        for frame in itertools.chain([first], source):
-            _check_picture(path, frame, first.shape)
+        stream.thread_count = 1  # more threads would split the frames differently on other machines
+        for frame in itertools.chain([first], iterator):
+            _check_frame(path, frame, first.shape)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode(None))
 
 
 def read_actions(path: Path, frames: int) -> NDArray[np.int64]:
-    """The actions [F] of a video with that many frames, out of a file of their own: .npy, or .npz with `actions`.
+    """Read the actions [F] of a video of F = `frames` frames from a separate file: .npy, or .npz with `actions`.
 
     Raises:
-        BadVideo: it holds no actions for these frames.
-        UserError: the file is not there or cannot be read.
+        BadVideo: its content is not one action per frame.
+        UserError: the file is missing or cannot be read.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such file of actions")
     if _is_npz(path):
-        arrays = _arrays(path, ("actions", *_FRAMES))
+        arrays = _load_arrays(path, ("actions", *_FRAMES_KEYS))
         if set(arrays) != {"actions"}:
-            held = ", ".join(sorted(arrays)) or "neither frames nor actions"
-            raise BadVideo(f"{path}: holds {held}; a file of actions has `actions` alone, and a video another name")
-        return _actions(path, arrays["actions"], frames)
+            content = ", ".join(sorted(arrays)) or "neither frames nor actions"
+            raise BadVideo(f"{path}: holds {content}; a file of actions has only `actions`, and a video another name")
+        return _check_actions(path, arrays["actions"], frames)
     try:
         actions = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
@@ -153,46 +151,43 @@ def read_actions(path: Path, frames: int) -> NDArray[np.int64]:
         raise BadVideo(f"{path}: no actions ({error}); write them with numpy.save") from None
     if not isinstance(actions, np.ndarray):
         raise BadVideo(f"{path}: holds several arrays; write one with numpy.save")
-    return _actions(path, actions, frames)
+    return _check_actions(path, actions, frames)
 
 
 def _is_npz(path: Path) -> bool:
     return path.suffix.lower() == ".npz"
 
 
-def _read_npz(path: Path, kept: Kept, actions: bool) -> Video:
-    arrays = _arrays(path, (*_FRAMES, "label", "fps", *(["actions"] if actions else [])))
-    named = [key for key in _FRAMES if key in arrays]
-    if len(named) != 1:
-        found = "`frames` and `video`" if named else "no array `frames` or `video`"
-        raise BadVideo(f"{path}: {found}; store uint8 [frames, height, width, 3] under one of these keys")
-    frames = arrays[named[0]]
-    if problem := _problem_of_frames(frames):
-        raise BadVideo(f"{path}: `{named[0]}` {problem}")
+def _read_npz(path: Path, collector: FrameCollector, actions: bool) -> Video:
+    arrays = _load_arrays(path, (*_FRAMES_KEYS, "label", "fps", *(["actions"] if actions else [])))
+    keys = [key for key in _FRAMES_KEYS if key in arrays]
+    if len(keys) != 1:
+        content = "`frames` and `video`" if keys else "no array `frames` or `video`"
+        raise BadVideo(f"{path}: {content}; store uint8 [frames, height, width, 3] under one of these keys")
+    frames = arrays[keys[0]]
+    if problem := _describe_bad_frames(frames):
+        raise BadVideo(f"{path}: `{keys[0]}` {problem}")
     for frame in frames:
-        if kept.wants_next():
-            kept.add(frame)
-    label = _number(path, arrays, "label", "iu")
-    fps = _number(path, arrays, "fps", "iuf")
+        if collector.count_frame():
+            collector.add(frame)
+    fps = _read_scalar(path, arrays, "fps", "iuf")
     if fps is not None and not fps > 0:
         raise BadVideo(f"{path}: `fps` is {fps}; it must be above 0")
-    if label is not None and label < 0:
-        raise BadVideo(f"{path}: `label` is {label}; classes count from 0")
     return Video(
         key=path.stem,
-        frames=kept.frames(),
-        actions=_actions(path, arrays["actions"], len(frames)) if "actions" in arrays else None,
-        label=None if label is None else int(label),
+        frames=collector.stack(),
+        actions=_check_actions(path, arrays["actions"], len(frames)) if "actions" in arrays else None,
+        label=_check_label(path, arrays),
         fps=DEFAULT_FPS if fps is None else float(fps),
         source=path.name,
     )
 
 
-def _arrays(path: Path, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
-    """Those of these arrays that an .npz file holds.
+def _load_arrays(path: Path, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
+    """Load the arrays with these keys that an .npz file has.
 
     Raises:
-        BadVideo: it is broken, or holds pickled objects in their place.
+        BadVideo: it is broken, or has pickled objects.
     """
     if not zipfile.is_zipfile(path):
         check_readable(path)
@@ -204,12 +199,12 @@ def _arrays(path: Path, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
         hint = "store plain arrays only" if "pickle" in str(error).lower() else "write it again with numpy.savez"
         raise BadVideo(f"{path}: {error}; {hint}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-        # zipfile raises RuntimeError, or a kind of it, for what is encrypted or compressed in a way it does not know
+        # zipfile raises RuntimeError or a subclass for encryption and unknown compression
         check_readable(path)
         raise BadVideo(f"{path}: broken ({error}); write it again with numpy.savez") from None
 
 
-def _problem_of_frames(frames: NDArray[Any]) -> str | None:
+def _describe_bad_frames(frames: NDArray[Any]) -> str | None:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
         return f"are {frames.dtype} {list(frames.shape)}; they must be uint8 [frames, height, width, 3]"
     if 0 in frames.shape:
@@ -217,14 +212,14 @@ def _problem_of_frames(frames: NDArray[Any]) -> str | None:
     return None
 
 
-def _check_picture(path: Path, frame: NDArray[Any], shape: tuple[int, ...]) -> None:
+def _check_frame(path: Path, frame: NDArray[Any], shape: tuple[int, ...]) -> None:
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
         raise UserError(f"{path}: a frame is {frame.dtype} {list(frame.shape)}; it must be uint8 [height, width, 3]")
     if frame.shape != shape:
         raise UserError(f"{path}: frames are {list(shape)} and {list(frame.shape)}; they must have one size")
 
 
-def _actions(path: Path, actions: NDArray[Any], frames: int) -> NDArray[np.int64]:
+def _check_actions(path: Path, actions: NDArray[Any], frames: int) -> NDArray[np.int64]:
     if actions.dtype.kind not in "iu" or actions.ndim != 1:
         raise BadVideo(f"{path}: `actions` are {actions.dtype} {list(actions.shape)}; they must be integers [frames]")
     if len(actions) != frames:
@@ -234,8 +229,15 @@ def _actions(path: Path, actions: NDArray[Any], frames: int) -> NDArray[np.int64
     return actions.astype(np.int64)
 
 
-def _number(path: Path, arrays: Mapping[str, NDArray[Any]], key: str, kinds: str) -> float | int | None:
-    """The scalar under `key`, None where there is none."""
+def _check_label(path: Path, arrays: Mapping[str, NDArray[Any]]) -> int | None:
+    label = _read_scalar(path, arrays, "label", "iu")
+    if label is not None and label < 0:
+        raise BadVideo(f"{path}: `label` is {label}; classes count from 0")
+    return None if label is None else int(label)
+
+
+def _read_scalar(path: Path, arrays: Mapping[str, NDArray[Any]], key: str, kinds: str) -> float | int | None:
+    """The scalar under `key`; None where it is missing."""
     if key not in arrays:
         return None
     value = arrays[key]

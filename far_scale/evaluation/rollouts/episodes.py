@@ -15,8 +15,9 @@ from far_scale.convert.model_dir import ModelMetadata
 from far_scale.data.shards.manifest import MANIFEST_NAME
 from far_scale.data.shards.records import classes_differ
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.video.pictures import fit
-from far_scale.data.video.videos import find_videos, read_video
+from far_scale.data.video.find import find_videos
+from far_scale.data.video.transforms import resize_and_crop
+from far_scale.data.video.videos import read_video
 from far_scale.evaluation.rollouts.truth import DecodedLatents, RecordedPixels, Truth
 from far_scale.model import FARConfig
 from far_scale.utils.errors import UserError
@@ -154,7 +155,7 @@ def _fit(file: Path, frames: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
             f"{file}: frames of {frames.shape[2]}x{frames.shape[1]} pixels (width x height), the model's have "
             f"{width}x{height}, and only squares are scaled here; give a video of that size, or a shard set"
         )
-    return fit(frames, height)
+    return resize_and_crop(frames, height)
 
 
 def encode(autoencoder: Autoencoder, frames: np.ndarray, card: ModelMetadata) -> Tensor:

@@ -10,7 +10,7 @@ import far_scale
 from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
-from far_scale.data.video.videos import find_videos
+from far_scale.data.video.find import find_videos
 from far_scale.evaluation.rollouts.curve import loss_curve
 from far_scale.evaluation.rollouts.evaluate import evaluate, load_for_sampling
 from far_scale.model import FAR

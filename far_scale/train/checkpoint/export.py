@@ -9,18 +9,17 @@ from typing import Any, Literal
 
 import torch
 
-from far_scale.convert.fit import empty_model
 from far_scale.convert.model_dir import (
     CONFIG_FILE,
     ModelMetadata,
     TrainingMetadata,
-    holds,
+    empty_model,
+    is_intact,
     load_model,
     read_any_config,
     save_model_dir,
 )
-from far_scale.convert.official import from_far_scale
-from far_scale.convert.official_file import write_official
+from far_scale.convert.official import from_far_scale, write_official
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.model import FARConfig
@@ -70,7 +69,7 @@ def export_if_needed(
         ),
     )
     config = FARConfig.from_dict(state["model"])
-    needed = not holds(out, config, card)
+    needed = not is_intact(out, config, card)
     if needed:
         save_model_dir(out, config, _read_weights(folder, state, weights), card)
     return state["step"], needed

@@ -1,0 +1,164 @@
+"""Starts Python programs by forking a process that has loaded the large libraries: milliseconds instead of seconds.
+
+Run by `processes.py` as a program: fork_server.py SOCKET. It ends when its standard input is closed, and kills what it
+has started. Every connection to SOCKET is one program: a line of JSON with `arguments` (those of `python`: -m MODULE,
+-c CODE, a script or a folder, and what follows), `environment`, `cwd` and `preload` (modules to load before the fork),
+and the three standard streams as file descriptors. The answers are {"pid": N} and {"status": S}, as in `subprocess`.
+A connection that is closed before kills its program.
+
+far_scale itself is not loaded here: a program finds it by its own PYTHONPATH, and may patch it before it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import io
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+from typing import Any
+
+PRELOAD = (
+    "torch._dynamo", "torch._inductor.compile_fx", "torch.nn.attention.flex_attention", "torch.distributed.checkpoint",
+    "deepspeed", "torchmetrics.functional.image", "matplotlib.pyplot", "safetensors.torch", "pydantic", "yaml", "tqdm",
+)  # fmt: skip
+SIGNALS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
+
+
+class Server:
+    def __init__(self, path: str) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(path)
+        self.listener.listen()
+        self.programs: dict[int, socket.socket] = {}  # by process id
+        self.paths = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
+        self.wakeup, ended = os.pipe2(os.O_NONBLOCK)
+        signal.set_wakeup_fd(ended)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def serve(self) -> dict[str, Any] | None:
+        """None at the end; in a forked process its request."""
+        for source in (self.listener, self.wakeup, 0):
+            self.selector.register(source, selectors.EVENT_READ)
+        while True:
+            for key, _ in self.selector.select():
+                if key.fileobj == 0:
+                    for pid in self.programs:
+                        os.kill(pid, signal.SIGKILL)
+                    return None
+                if key.fileobj == self.wakeup:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self.wakeup, 4096)
+                    self._reap()
+                elif key.fileobj is self.listener:
+                    connection, _ = self.listener.accept()
+                    if (request := self._start(connection)) is not None:
+                        return request
+                else:
+                    self._kill(key.fileobj)
+
+    def _start(self, connection: socket.socket) -> dict[str, Any] | None:
+        data, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+        while not data.endswith(b"\n"):
+            data += connection.recv(1 << 20)
+        request = json.loads(data)
+        for name in request["preload"]:
+            importlib.import_module(name)
+        pid = os.fork()
+        if pid == 0:
+            self.selector.close()
+            for other in (self.listener, connection, *self.programs.values()):
+                other.close()
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for target, descriptor in enumerate(descriptors):
+                os.dup2(descriptor, target)
+                os.close(descriptor)
+            return {**request, "paths": self.paths}
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self.programs[pid] = connection
+        self.selector.register(connection, selectors.EVENT_READ)
+        connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+        return None
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if (connection := self.programs.pop(pid, None)) is not None:
+                self.selector.unregister(connection)
+                with contextlib.suppress(OSError):
+                    connection.sendall(json.dumps({"status": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
+                connection.close()
+
+    def _kill(self, connection: Any) -> None:
+        """Its client is gone."""
+        pid = next(pid for pid, other in self.programs.items() if other is connection)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        self.selector.unregister(connection)
+        del self.programs[pid]
+        connection.close()
+
+
+def run(request: dict[str, Any]) -> None:
+    """What `python ARGUMENTS` does, in this process."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in SIGNALS:  # also where the tests were started by nohup
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGPIPE else signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        buffer = open(number, "rb" if number == 0 else "wb", closefd=False)  # noqa: SIM115
+        errors = "backslashreplace" if name == "stderr" else "strict"
+        stream = io.TextIOWrapper(buffer, encoding="utf-8", errors=errors, line_buffering=name == "stderr")
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads is not None:
+        sys.modules["torch"].set_num_threads(int(threads))
+    own = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    first, *rest = request["arguments"]
+    if first == "-m":
+        sys.path[:] = [os.getcwd(), *own, *request["paths"]]
+        sys.argv[:] = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.path[:] = ["", *own, *request["paths"]]
+        sys.argv[:] = ["-c", *rest[1:]]
+        main = type(sys)("__main__")
+        sys.modules["__main__"] = main
+        exec(compile(rest[0], "<string>", "exec"), main.__dict__)
+    else:
+        sys.path[:] = [os.path.dirname(os.path.abspath(first)), *own, *request["paths"]]
+        sys.argv[:] = [first, *rest]
+        runpy.run_path(first, run_name="__main__")
+
+
+def main() -> None:
+    for name in PRELOAD:
+        importlib.import_module(name)
+    gc.freeze()  # the children do not touch, and so do not copy, what is loaded
+    server = Server(sys.argv[1])
+    print("ready", flush=True)
+    if (request := server.serve()) is not None:
+        del server
+        run(request)
+
+
+if __name__ == "__main__":
+    main()
