@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from far_scale.data.remote import compression as compressions
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards import inspect
