@@ -20,7 +20,7 @@ from ranks import Ranks
 from far_scale.config.recipe import load_recipe
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
-from far_scale.data.shards.writer import SetFacts, ShardWriter
+from far_scale.data.shards.writer import ShardSetSpec, ShardWriter
 from far_scale.distributed.collective_costs import ModelShapes, ParallelSetup, step_collectives
 from far_scale.model import FAR, FARConfig
 from far_scale.model.presets import PRESETS
@@ -89,7 +89,7 @@ def worked_out(size: str, nodes: int, node: int) -> list[Row]:
 def make_set(folder: Path) -> None:
     """Clips of two frames of noise."""
     info = AutoencoderInfo(name="none", weight_hash="0" * 64, scaling_factor=1.0)
-    facts = SetFacts(latent_shape=SHAPE, latent_dtype="bfloat16", autoencoder=info, actions=0, labels=0)
+    facts = ShardSetSpec(latent_shape=SHAPE, latent_dtype="bfloat16", autoencoder=info, actions=0, labels=0)
     with ShardWriter(folder, facts, CLIPS) as writer:
         for number in range(CLIPS):
             writer.write(Sample(f"clip_{number}", torch.randn(2, *SHAPE).bfloat16(), None, None, 8.0, f"{number}.mp4"))

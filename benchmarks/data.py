@@ -24,11 +24,11 @@ from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.stream import stream
-from far_scale.data.shards.writer import SetFacts, ShardWriter
+from far_scale.data.shards.writer import ShardSetSpec, ShardWriter
 from far_scale.utils.command_line import command_line
 
 FRAMES, SHAPE, WINDOW = 300, (32, 8, 8), 256
-FACTS = SetFacts(
+FACTS = ShardSetSpec(
     latent_shape=SHAPE,
     latent_dtype="bfloat16",
     autoencoder=AutoencoderInfo(name="none", weight_hash="0" * 64, scaling_factor=1.0),

@@ -18,8 +18,8 @@ from far_scale.config.schema import (
     shard_urls,
 )
 from far_scale.data.frame_counts import clip_tokens, max_frames, min_frames
-from far_scale.data.remote.fetch import is_remote
 from far_scale.utils.errors import UserError
+from far_scale.utils.urls import is_remote
 
 
 @dataclass(frozen=True)

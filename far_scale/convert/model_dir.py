@@ -26,7 +26,7 @@ from torch import Tensor
 
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
-from far_scale.data.shards.typed import Digest, ModelWithClasses, Positive, StrictModel, first_problem
+from far_scale.data.shards.records import Digest, ModelWithClasses, Positive, StrictModel, first_problem
 from far_scale.model import FAR, FARConfig
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import parse_json, read_json, sha256, sync_folder

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from far_scale.data.loader.pack_loader import Pack
-from far_scale.data.shards.damage import Skipped, over_budget
+from far_scale.data.shards.errors import SkippedClip, over_budget
 from far_scale.distributed.process_group import Processes, all_gather_objects
 from far_scale.utils.event_log import EventLog
 
@@ -41,7 +41,7 @@ class DamagedSamples:
             UserError: on all ranks alike: there are more than the budget allows.
         """
         own = [each for pack in packs for each in pack.skipped]
-        everyone: list[Skipped] = [
+        everyone: list[SkippedClip] = [
             each for part in all_gather_objects(own, self._processes.host_group) for each in part
         ]
         for each in sorted(everyone, key=lambda skipped: skipped.lane):

@@ -175,7 +175,7 @@ def _check(shards: ShardSet, stages: Sequence[Stage], manifest: Manifest | Mixtu
         )
     try:
         for stage in stages:
-            shards.check(stage)
+            shards.check(stage.data, stage.model)
         if stages[0].config.labels:
             check_classes([("data.shards", manifest.classes), (shards.folder, shards.manifest.classes)])
     except UserError as error:

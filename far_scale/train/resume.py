@@ -17,8 +17,8 @@ from far_scale.convert.model_dir import load_model
 from far_scale.data.loader.mixture import Mixture, MixtureManifest
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.records import classes_differ
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.typed import classes_differ
 from far_scale.distributed.process_group import Processes, all_gather_objects, broadcast_from_main
 from far_scale.model import FAR, FARConfig
 from far_scale.train import checkpoint

@@ -12,15 +12,15 @@ import torch.distributed as dist
 from far_scale.config.schema import DataSection, Shards, mixture_weights, shard_urls
 from far_scale.data.loader.mixture import Mixture, MixtureManifest, check_classes, sets_of
 from far_scale.data.remote.cache import NodeCache
-from far_scale.data.remote.fetch import is_remote
-from far_scale.data.shards.damage import DamagedError
+from far_scale.data.shards.errors import DamagedError
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.store import StagingCounts, manifest_text, name_of
+from far_scale.data.shards.store import StagingCounts, display_name, read_manifest_bytes
 from far_scale.distributed.process_group import Processes, all_gather_objects, all_ranks_or_raise
 from far_scale.train.curriculum import Stage
 from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import EventLog
+from far_scale.utils.urls import is_remote
 
 
 class OpenedSets(NamedTuple):
@@ -76,7 +76,7 @@ def open_sets(
 
 def _fitting(stage: Stage, opened: Mapping[str, ShardSet]) -> ShardSet | Mixture:
     source = open_source(stage.data.shards, opened.__getitem__)
-    source.check(stage)
+    source.check(stage.data, stage.model)
     return source
 
 
@@ -105,9 +105,9 @@ def open_set(where: str, data: DataSection, processes: Processes, staged: bool =
     """
 
     def opened() -> ShardSet:
-        manifest = Manifest.parse(text, name_of(where, MANIFEST_NAME))
+        manifest = Manifest.parse(text, display_name(where, MANIFEST_NAME))
         node = None
-        if is_remote(where) or manifest.shards.cached:
+        if is_remote(where) or manifest.shards.needs_cache:
             if data.cache_dir is None:
                 raise UserError(
                     f"{where}: its shards are remote or compressed and come through a cache; set data.cache_dir"
@@ -130,8 +130,8 @@ def open_set(where: str, data: DataSection, processes: Processes, staged: bool =
 
 def _manifest_text(where: str, processes: Processes) -> bytes:
     if not is_remote(where):
-        return all_ranks_or_raise(lambda: manifest_text(where), processes)
-    text = all_ranks_or_raise(lambda: manifest_text(where) if processes.is_main_process else b"", processes)
+        return all_ranks_or_raise(lambda: read_manifest_bytes(where), processes)
+    text = all_ranks_or_raise(lambda: read_manifest_bytes(where) if processes.is_main_process else b"", processes)
     if processes.world_size > 1:
         box = [text]
         dist.broadcast_object_list(box, src=0, group=processes.host_group)

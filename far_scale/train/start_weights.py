@@ -7,7 +7,7 @@ from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, read_an
 from far_scale.data.loader.mixture import MixtureManifest
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
-from far_scale.data.shards.typed import classes_differ
+from far_scale.data.shards.records import classes_differ
 from far_scale.model import FAR
 from far_scale.train.resume import load_start_weights
 from far_scale.utils.errors import UserError

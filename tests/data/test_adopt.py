@@ -29,14 +29,13 @@ from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards import inspect
 from far_scale.data.shards import shard_set as shards
+from far_scale.data.shards.adopted_samples import SampleReader
 from far_scale.data.shards.convert import convert
-from far_scale.data.shards.foreign_samples import SampleReader
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.exit_codes import REFUSED
 from harness import processes
-from harness.far_sets import served
 from harness.foreign_sets import (
     BOTH,
     DEALING,
@@ -59,6 +58,7 @@ from harness.latent_sets import make_sample, read_all, write_set
 from harness.launch import ROOT, small_recipe
 from harness.processes import start_training
 from harness.refusal import refused
+from harness.remote_sets import served
 from harness.strangers import Evil
 
 pytestmark = pytest.mark.usefixtures("four_channels")
@@ -94,7 +94,7 @@ def test_adopted_tars_are_copied_to_the_nodes_disk(tmp_path: Path) -> None:
     adopted(tmp_path / "theirs", tmp_path / "set", **BOTH)
     straight = packs_of(ShardSet.open(tmp_path / "set"), 12)
     node = NodeCache(tmp_path / "disk", GB, "data.stage_local")
-    shard_set = ShardSet.known(tmp_path / "set", Manifest.text(tmp_path / "set"), node)
+    shard_set = ShardSet.from_manifest(tmp_path / "set", Manifest.text(tmp_path / "set"), node)
     assert same(packs_of(shard_set, 12), straight)
     for path in [*(tmp_path / "theirs").iterdir(), *(tmp_path / "set").iterdir()]:
         path.unlink()
@@ -133,7 +133,7 @@ def test_layouts_orders_and_types(tmp_path: Path, layout: str, axes: tuple[int, 
         assert manifest.latent_dtype == {np.float16: "float16", np.float64: "float32"}[dtype]
         shard_set, sizes = ShardSet.open(tmp_path / str(number)), list[int]()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shards._Tar, "read", counting(shards._Tar.read, sizes))
+            patch.setattr(shards._ShardFile, "read", counting(shards._ShardFile.read, sizes))
             read = shard_set.read(0, 0, start=1, frames=2, stride=3)
         assert np.array_equal(read.latents.double().numpy(), made[1:5:3])
         if order == "C" or member == "safetensors":  # the bytes of the frames 1 to 4, and of the header
@@ -143,7 +143,7 @@ def test_layouts_orders_and_types(tmp_path: Path, layout: str, axes: tuple[int, 
 def counting(read: Callable[..., bytearray], sizes: list[int]) -> Callable[..., bytearray]:
     """`_Tar.read` that notes how much is read."""
 
-    def counted(tar: shards._Tar, offset: int, size: int) -> bytearray:
+    def counted(tar: shards._ShardFile, offset: int, size: int) -> bytearray:
         sizes.append(size)
         return read(tar, offset, size)
 

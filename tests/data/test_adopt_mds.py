@@ -15,20 +15,21 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from far_scale.data.remote import fetch, unpack
+from far_scale.data.remote import compression as compressions
+from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
 from far_scale.data.shards import inspect
+from far_scale.data.shards.adopted_samples import SampleReader
 from far_scale.data.shards.convert import convert
-from far_scale.data.shards.foreign_samples import SampleReader
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
-from harness.far_sets import served
 from harness.foreign_sets import BOTH, adopted, as_npy, four_channels, json_bytes, npy, packs_of, same, write_tars
 from harness.hostile import attempt, damage, watched
 from harness.latent_sets import make_sample, read_all, write_set
 from harness.mosaic import import_streaming
 from harness.refusal import refused
+from harness.remote_sets import served
 
 pytestmark = pytest.mark.usefixtures("four_channels")
 __all__ = ["four_channels"]
@@ -74,7 +75,7 @@ def test_every_sample_is_what_the_library_reads(tmp_path: Path, compression: str
     manifest = adopted(theirs, tmp_path / "set", **BOTH)
     node = None if compression is None else NodeCache(tmp_path / "cache", GB)
     ours = ShardSet.open(tmp_path / "set", node)
-    assert len(manifest.shards) >= 4 and ours.far == (compression is not None)
+    assert len(manifest.shards) >= 4 and ours.needs_cache == (compression is not None)
     streaming = import_streaming()
     dataset = streaming.StreamingDataset(
         local=str(tmp_path / "local"), remote=str(theirs), batch_size=1, shuffle=False, validate_hash="sha1"
@@ -93,8 +94,8 @@ def test_compressed_shards_are_unpacked_once_per_node(tmp_path: Path, monkeypatc
     own = write_set(tmp_path / "own", FRAMES, samples_per_shard=5)
     np.testing.assert_allclose((packed.mean, packed.std), (own.mean, own.std), rtol=1e-12)
     unpacked: list[int] = []
-    original = unpack.unpack
-    monkeypatch.setattr(fetch, "unpack", lambda data, *rest: (unpacked.append(len(data)), original(data, *rest))[1])
+    original = compressions.decompress
+    monkeypatch.setattr(fetch, "decompress", lambda data, *rest: (unpacked.append(len(data)), original(data, *rest))[1])
     for _ in range(2):  # two processes of a node
         shard_set = ShardSet.open(tmp_path / "packed", NodeCache(tmp_path / "cache", GB))
         for shard, count in enumerate(shard_set.samples_per_shard):
@@ -241,10 +242,10 @@ def test_nothing_unpacks_to_more_than_is_expected(compression: str) -> None:
     from streaming.base.compression import compress
 
     packed = compress(compression, bytes(1 << 20))
-    assert unpack.unpack(packed, compression, 1 << 20) == bytes(1 << 20)
+    assert compressions.decompress(packed, compression, 1 << 20) == bytes(1 << 20)
     for data, size in [(packed, (1 << 20) - 1), (packed, (1 << 20) + 1), (packed[:-2], 1 << 20), (b"", 5)]:
-        with pytest.raises(unpack.PackedError):
-            unpack.unpack(data, compression, size)
+        with pytest.raises(compressions.DecompressionError):
+            compressions.decompress(data, compression, size)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Which class a video is of, and what its name is: folders, lists, name files, and sets that do not fit one another."""
+"""Classes of videos and their names: folders, lists, name files, and sets that do not fit one another."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, read_co
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.records import classes_differ
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.typed import classes_differ
 from far_scale.data.video.sources import find_source_set, find_sources
 from far_scale.data.video.video_lists import read_class_names
 from far_scale.data.video.videos import write_mp4
@@ -54,7 +54,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Encode:
-    """tools/encode_latents.py into tmp_path/set: source and label of each sample."""
+    """Run tools/encode_latents.py into tmp_path/set; returns source and label of each sample."""
 
     def run(videos: Path, *more: object, out: str = "set") -> list[tuple[str, int | None]]:
         where = ["--videos", videos, "--out", tmp_path / out, "--autoencoder", AUTOENCODER, "--workers", 1]
@@ -70,7 +70,7 @@ def encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Encode:
 
 
 def folders(root: Path, clip: Path, *names: str) -> Path:
-    """A folder with a video in a folder of each name."""
+    """A folder with a subfolder of each name that holds a video."""
     for name in names:
         (root / name).mkdir(parents=True, exist_ok=True)
         shutil.copy(clip, root / name / "1.mp4")
@@ -78,7 +78,7 @@ def folders(root: Path, clip: Path, *names: str) -> Path:
 
 
 def labels_of(videos: Path, labels: int, *classes: str) -> dict[str, int | None]:
-    """The folders' classes."""
+    """The class of each folder."""
     found = find_source_set(videos, None, labels, classes or None)
     return {source.path.parent.relative_to(videos).as_posix(): source.folder_label for source in found.sources}
 
@@ -95,7 +95,7 @@ def test_a_linked_class_folder_is_a_class(clip: Path, tmp_path: Path, encode: En
     assert Manifest.read(tmp_path / "split").classes == ("a", "b", "c")
 
 
-def test_folders_that_are_numbers_have_these(clip: Path, tmp_path: Path, encode: Encode) -> None:
+def test_folders_named_by_numbers_have_these_classes(clip: Path, tmp_path: Path, encode: Encode) -> None:
     videos = folders(tmp_path / "videos", clip, "0", "1", "2", "10")
     assert dict(encode(videos, "--labels", 11)) == {"0/1.mp4": 0, "1/1.mp4": 1, "2/1.mp4": 2, "10/1.mp4": 10}
     assert Manifest.read(tmp_path / "set").classes == tuple(map(str, range(11)))
@@ -122,7 +122,7 @@ def test_folders_that_are_numbers_have_these(clip: Path, tmp_path: Path, encode:
     assert [source.folder_label for source in find_source_set(tmp_path / "list.csv", labels=11).sources] == [10, 2]
 
 
-def test_held_out_folders_have_the_classes_of_the_training(
+def test_held_out_folders_have_the_classes_of_the_training_set(
     clip: Path, tmp_path: Path, encode: Encode, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = folders(tmp_path / "training", clip, "a", "b", "c")
@@ -173,7 +173,7 @@ def test_names_and_bytes_do_not_depend_on_tasks_and_are_converted(clip: Path, tm
         encode(videos, *more, "--classes", tmp_path / "names.txt", out="parts")
 
 
-def test_a_set_that_was_begun_before_there_were_names_goes_on(
+def test_a_set_begun_before_class_names_existed_continues(
     clip: Path, tmp_path: Path, encode: Encode, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for names, fits in ((("a", "b"), True), (("2", "10"), False)):
@@ -192,8 +192,8 @@ def test_a_set_that_was_begun_before_there_were_names_goes_on(
             assert "was encoded with classes None, not 11 with fingerprint" in capsys.readouterr().err
 
 
-def test_labels_of_the_files_go_before_their_folders(clip: Path, tmp_path: Path, encode: Encode) -> None:
-    """In an .npz file itself or beside the video; then the folders are no classes, and give no names."""
+def test_labels_of_files_override_those_of_folders(clip: Path, tmp_path: Path, encode: Encode) -> None:
+    """In an .npz file or the one beside the video; then the folders are not classes and give no names."""
     videos, frames = folders(tmp_path / "videos", clip, "part-0", "part-1"), np.zeros((2, 64, 64, 3), np.uint8)
     np.savez(videos / "part-0" / "2.npz", frames=frames, label=4)
     np.savez(videos / "part-1" / "1.npz", label=3)
@@ -294,7 +294,7 @@ def test_lists_as_other_programs_write_them(clip: Path, tmp_path: Path) -> None:
 
 
 def test_one_bad_video_is_a_reject(clip: Path, tmp_path: Path, encode: Encode) -> None:
-    """A link that leads nowhere, no actions, and actions or a label beyond the set's: not the end of all others."""
+    """A broken link, missing actions, and actions or a label out of range do not stop the other videos."""
     videos, frames = tmp_path / "videos", np.zeros((2, 64, 64, 3), np.uint8)
     videos.mkdir()
     (videos / "gone.npz").symlink_to("nowhere.npz")
@@ -328,7 +328,7 @@ def test_latents_that_are_not_finite_are_a_reject(tmp_path: Path, encode: Encode
     assert encode(tmp_path / "list.json", "--max-rejected", 0.5) == [("0.pt", None)]
 
 
-def test_manifests_without_names_are_as_they_were(tmp_path: Path) -> None:
+def test_manifests_without_names_are_unchanged(tmp_path: Path) -> None:
     plain = write_set(tmp_path / "plain", [9] * 4, 4)
     text = (tmp_path / "plain" / "manifest.json").read_text()
     assert (
@@ -347,7 +347,7 @@ def test_manifests_without_names_are_as_they_were(tmp_path: Path) -> None:
         refused(lambda changed=changed: Manifest.parse(json.dumps(changed).encode(), "m.json"), "m.json", "classes")
 
 
-def test_how_names_differ() -> None:
+def test_differences_between_class_names() -> None:
     assert classes_differ(None, ["a"]) is None and classes_differ(("a", "b"), ["a", "b"]) is None
     assert classes_differ(["a", "c"], ["a", "b"]) == "class 1 is 'c', there 'b'"
     assert classes_differ(["a"], ["a", "b\n"]) == "class 1 is missing, there 'b\\n'"

@@ -1,4 +1,4 @@
-"""Damaged samples and shards: left out, counted, told, alike on any number of ranks and after a resume; or refused."""
+"""Damaged samples and shards: skipped, counted and logged, the same on all rank counts and resumes; or refused."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
-from far_scale.data.shards.damage import DamagedError, OverBudgetError
+from far_scale.data.shards.errors import DamagedError, OverBudgetError
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.exit_codes import REFUSED
 from far_scale.train import checkpoint
 from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import read_events
-from harness.far_sets import served
 from harness.latent_sets import write_set
 from harness.launch import small_recipe
 from harness.processes import start_training
+from harness.remote_sets import served
 
 FRAMES = [20 + number % 5 for number in range(22)]
 LANES = 4
@@ -36,7 +36,7 @@ Damage = Callable[[Path], set[str]]
 
 
 def row(folder: Path, shard: int, sample: int) -> list:
-    """A sample's row in its shard's index."""
+    """The index row of a sample."""
     return json.loads((folder / f"shard-{shard:06d}.index.json").read_text())["samples"][sample]
 
 
@@ -54,7 +54,7 @@ def flip_header(folder: Path) -> set[str]:
 
 
 def flip_json(folder: Path) -> set[str]:
-    """Two samples' facts are no JSON."""
+    """The metadata of two samples is not JSON."""
     keys = set()
     for shard, sample in ((0, 0), (3, 1)):
         key, _, offset, *_ = row(folder, shard, sample)
@@ -77,7 +77,7 @@ def cut_shard(folder: Path) -> set[str]:
 DAMAGES: list[Damage] = [flip_header, flip_json, lose_shard, cut_shard]
 
 
-def spoil_index(folder: Path) -> set[str]:
+def damage_index(folder: Path) -> set[str]:
     path = folder / "shard-000003.index.json"
     path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
     return {f"clip_{number:03d}" for number in range(15, 20)}
@@ -92,7 +92,7 @@ def folder(tmp_path: Path) -> Path:
 def read(
     folder: Path, packing: PackingConfig, steps: int, lanes: list[int] | None = None, **from_state
 ) -> list[list[Pack]]:
-    manifest = ShardSet.known(folder, (folder / "manifest.json").read_bytes())
+    manifest = ShardSet.from_manifest(folder, (folder / "manifest.json").read_bytes())
     scaling = LatentScaling.of(manifest.manifest, "channel")
     own = list(range(LANES)) if lanes is None else lanes
     with PackLoader(manifest, scaling, own, packing, **from_state) as packs:
@@ -107,32 +107,32 @@ def facts(pack: Pack) -> tuple:
     return pack.keys, pack.clip_frames, pack.lane_state, pack.skipped, pack.latents.sum().item()
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, spoil_index])
-def test_the_lanes_next_clip_takes_a_damaged_ones_place(folder: Path, damage: Damage) -> None:
+@pytest.mark.parametrize("damage", [*DAMAGES, damage_index])
+def test_next_clip_of_the_lane_replaces_a_damaged_one(folder: Path, damage: Damage) -> None:
     one_by_one = read(folder, replace(PLAIN, clips_per_pack=1), 60)
     lost = damage(folder)
     packs = read(folder, PLAIN, 20)
     skipped = 0
     for lane in range(LANES):
         clips = [key for pack in keys(one_by_one, lane) for key in pack]
-        sound = [place for place, key in enumerate(clips) if key.split("@")[0] not in lost]
+        sound = [position for position, key in enumerate(clips) if key.split("@")[0] not in lost]
         got = [key for pack in keys(packs, lane) for key in pack]
-        assert sorted(got) == sorted(clips[place] for place in sound[:40]) and all(
+        assert sorted(got) == sorted(clips[position] for position in sound[:40]) and all(
             len(pack) == 2 for pack in keys(packs, lane)
         )
-        told = [each for step in packs for each in step[lane].skipped]
+        skipped_clips = [clip for step in packs for clip in step[lane].skipped]
         passed = sound[39] + 1 - 40
-        assert len(told) == packs[-1][lane].lane_state.get("damaged", 0) == passed
-        assert all(each.lane == lane and str(folder) in each.file and each.reason for each in told)
-        if damage is not spoil_index:  # then nobody can say what the samples' keys are
-            assert {each.key for each in told} <= lost
+        assert len(skipped_clips) == packs[-1][lane].lane_state.get("damaged", 0) == passed
+        assert all(clip.lane == lane and str(folder) in clip.file and clip.reason for clip in skipped_clips)
+        if damage is not damage_index:  # then the samples' keys are unknown
+            assert {clip.key for clip in skipped_clips} <= lost
         skipped += passed
     assert skipped > 0
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("packing", [BUDGET, LONE])
-def test_a_pack_with_a_token_budget_is_without_it(folder: Path, damage: Damage, packing: PackingConfig) -> None:
+def test_pack_with_a_token_budget_skips_it(folder: Path, damage: Damage, packing: PackingConfig) -> None:
     whole = read(folder, packing, 40)
     lost = damage(folder)
     packs = read(folder, packing, 20)
@@ -143,8 +143,8 @@ def test_a_pack_with_a_token_budget_is_without_it(folder: Path, damage: Damage, 
 
 
 @pytest.mark.parametrize("packing", [PLAIN, BUDGET, LONE])
-@pytest.mark.parametrize("damage", [flip_json, lose_shard, spoil_index])
-def test_any_number_of_ranks_and_any_resume_give_the_same(folder: Path, packing: PackingConfig, damage: Damage) -> None:
+@pytest.mark.parametrize("damage", [flip_json, lose_shard, damage_index])
+def test_rank_counts_and_resumes_give_the_same_packs(folder: Path, packing: PackingConfig, damage: Damage) -> None:
     damage(folder)
     alone = read(folder, packing, 16)
     assert sum(pack.lane_state.get("damaged", 0) for pack in alone[-1]) > 0
@@ -161,7 +161,7 @@ def test_any_number_of_ranks_and_any_resume_give_the_same(folder: Path, packing:
         ]
 
 
-def test_without_a_budget_the_first_is_an_error(folder: Path) -> None:
+def test_without_a_budget_the_first_damage_is_an_error(folder: Path) -> None:
     flip_header(folder)
     with pytest.raises(DamagedError, match=r"shard-000001\.tar: sample 'clip_007' is not what the index describes"):
         read(folder, replace(PLAIN, max_damaged=0), 20)
@@ -183,14 +183,14 @@ def test_beyond_the_budget_a_rank_stops_at_once(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("packing", [PLAIN, BUDGET])
-def test_where_all_is_damaged_it_ends(folder: Path, packing: PackingConfig) -> None:
+def test_reading_ends_if_all_is_damaged(folder: Path, packing: PackingConfig) -> None:
     for path in folder.glob("shard-*.tar"):
         path.unlink()
     with pytest.raises(OverBudgetError, match="max_damaged_samples=99: 100 clips"):
         read(folder, packing, 1)
 
 
-def test_a_set_of_the_wrong_kind_is_never_skipped(folder: Path) -> None:
+def test_samples_that_do_not_fit_the_manifest_are_never_skipped(folder: Path) -> None:
     key, _, offset, size, *_ = row(folder, 1, 2)
     with (folder / "shard-000001.tar").open("rb") as file:
         file.seek(offset)
@@ -207,14 +207,14 @@ def test_a_set_of_the_wrong_kind_is_never_skipped(folder: Path) -> None:
     assert not isinstance(caught.value, DamagedError)
 
 
-def test_a_far_shard_that_cannot_be_had_is_left_out(folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_remote_shard_that_cannot_be_fetched_is_skipped(folder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(fetch, "FIRST_PAUSE", 0.01)
     lost = lose_shard(folder)
     here = read(folder, PLAIN, 12)
     with served(folder) as server:
-        far = ShardSet.open(server.url, NodeCache(tmp_path / "cache", 10**9))
-        scaling = LatentScaling.of(far.manifest, "channel")
-        with PackLoader(far, scaling, range(LANES), PLAIN, ahead_bytes=10**9) as packs:
+        remote = ShardSet.open(server.url, NodeCache(tmp_path / "cache", 10**9))
+        scaling = LatentScaling.of(remote.manifest, "channel")
+        with PackLoader(remote, scaling, range(LANES), PLAIN, ahead_bytes=10**9) as packs:
             there = list(islice(packs, 12))
     for ours, theirs in zip(there, here, strict=True):
         for a, b in zip(ours, theirs, strict=True):
@@ -231,11 +231,11 @@ def damaged_copy(shards: Path, folder: Path) -> Path:
     return folder
 
 
-def told(run: Path) -> list[dict]:
+def skip_events(run: Path) -> list[dict]:
     return [event for event in read_events(run) if event["event"] == "damaged-sample"]
 
 
-def test_training_goes_on_and_resumes_exactly(recorded_shards: Path, tmp_path: Path) -> None:
+def test_training_continues_and_resumes_exactly(recorded_shards: Path, tmp_path: Path) -> None:
     shards = damaged_copy(recorded_shards, tmp_path / "set")
     key, budget = row(shards, 1, 0)[0], ["data.max_damaged_samples=60", "optimizer.schedule=constant"]
     whole, parts = tmp_path / "whole/run", tmp_path / "parts/run"
@@ -247,7 +247,7 @@ def test_training_goes_on_and_resumes_exactly(recorded_shards: Path, tmp_path: P
     assert start_training(2, small_recipe(shards, parts, *budget), parts.parent / "out").wait() == [0, 0]
 
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    events = told(whole)
+    events = skip_events(whole)
     assert [event["count"] for event in events] == list(range(1, len(events) + 1)) and len(events) >= 10
     for event in events:
         assert event["key"] == key and event["file"] == str(shards / "shard-000001.tar")
@@ -255,7 +255,8 @@ def test_training_goes_on_and_resumes_exactly(recorded_shards: Path, tmp_path: P
     assert lines[-1]["damaged"] == sum(event["step"] < 20 for event in events) and lines[0]["damaged"] == 0
 
     def without_time(run: Path) -> list[dict]:
-        return [{name: value for name, value in event.items() if name not in ("time", "text")} for event in told(run)]
+        events = skip_events(run)
+        return [{name: value for name, value in event.items() if name not in ("time", "text")} for event in events]
 
     assert without_time(parts) == without_time(whole), "also on one rank, and after a resume"
     states = [checkpoint.read_state(checkpoint.step_folder(run, 20))["lanes"] for run in (whole, parts)]
@@ -268,16 +269,16 @@ def test_training_goes_on_and_resumes_exactly(recorded_shards: Path, tmp_path: P
     assert trained[0] == trained[1] and len(trained[0]) == 80
 
 
-def test_training_ends_where_all_ranks_together_pass_the_budget(recorded_shards: Path, tmp_path: Path) -> None:
+def test_training_ends_when_all_ranks_exceed_the_budget(recorded_shards: Path, tmp_path: Path) -> None:
     shards, run = damaged_copy(recorded_shards, tmp_path / "set"), tmp_path / "run"
     first = start_training(2, small_recipe(shards, run, "data.max_damaged_samples=4"), tmp_path / "out").wait()
     assert REFUSED in first and not set(first) - {REFUSED, -9}
     text = (tmp_path / "out").read_text()
     assert "data.max_damaged_samples=4: " in text and "Traceback" not in text
-    assert len(told(run)) >= 4
+    assert len(skip_events(run)) >= 4
 
 
-def test_a_missing_shard_is_refused_before_training_or_told(recorded_shards: Path, tmp_path: Path) -> None:
+def test_missing_shard_is_refused_before_training_or_logged(recorded_shards: Path, tmp_path: Path) -> None:
     shards, run = tmp_path / "set", tmp_path / "run"
     shutil.copytree(recorded_shards, shards)
     (shards / "shard-000003.tar").unlink()
@@ -288,4 +289,4 @@ def test_a_missing_shard_is_refused_before_training_or_told(recorded_shards: Pat
     assert start_training(2, enough, tmp_path / "out").wait() == [0, 0]
     (event,) = [event for event in read_events(run) if event["event"] == "damaged-shard"]
     assert "not whole, and its clips will be left out: " in event["text"] and "shard-000003.tar" in event["text"]
-    assert told(run)
+    assert skip_events(run)

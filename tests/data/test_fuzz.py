@@ -21,10 +21,10 @@ import pytest
 import torch
 
 from far_scale.data.shards.manifest import Manifest
-from far_scale.data.shards.sample import Sample, index_shard
+from far_scale.data.shards.records import MAX_JSON_BYTES
+from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.stream import stream
-from far_scale.data.shards.typed import MAX_JSON_BYTES
+from far_scale.data.shards.stream import index_shard, stream
 from far_scale.utils.errors import UserError
 from harness.hostile import HUGE, attempt, damage, right, watched
 from harness.latent_sets import read_all, write_set
@@ -46,7 +46,7 @@ NAMES = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A set of two shards, watched; a read of each kind goes before, so that what is imported late is there."""
+    """A watched set of two shards, after one read of each kind, so that late imports are done."""
     folder = tmp_path / "set"
     write_set(folder, FRAMES, samples_per_shard=2)
     (tmp_path / "secret.json").write_text('{"label": 0, "fps": 8.0, "source": "v", "frames": 2}')
@@ -56,7 +56,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def read_shard(folder: Path, name: str) -> list[Sample]:
-    """All readers of a tar by itself, which must agree."""
+    """All readers of a single tar, which must agree."""
     rows = index_shard(folder / name)
     samples = list(stream([str(folder / name)]))
     assert [(row.key, row.frames) for row in rows] == [(sample.key, len(sample.latents)) for sample in samples]
@@ -64,7 +64,7 @@ def read_shard(folder: Path, name: str) -> list[Sample]:
 
 
 def seal(folder: Path, number: int = 0, index: Callable[[dict[str, Any]], None] | None = None) -> None:
-    """Write sizes and checksums of a shard anew, as who wants to do harm would, and change its index."""
+    """Recompute sizes and checksums of a changed shard, as an attacker would, and change its index."""
     tar, path = folder / f"shard-{number:06d}.tar", folder / f"shard-{number:06d}.index.json"
     values, manifest = json.loads(path.read_text()), json.loads((folder / "manifest.json").read_text())
     data = tar.read_bytes()
@@ -102,7 +102,7 @@ def test_damaged_shards(folder: Path) -> None:
     assert read > 200 and refused > 400
 
 
-def test_damaged_shards_that_are_sealed_anew(folder: Path) -> None:
+def test_damaged_shards_with_matching_checksums(folder: Path) -> None:
     chance, tar = random.Random(2), folder / "shard-000000.tar"
     whole = tar.read_bytes()
     for _ in range(500):
@@ -128,11 +128,11 @@ def test_damaged_indexes_and_manifests(folder: Path) -> None:
         assert seen is None or right(seen)
 
 
-def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The paths to all values in a JSON document."""
     yield at
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from places(inner, (*at, key))
+        yield from paths(inner, (*at, key))
 
 
 def replaced(value: Any, at: tuple[Any, ...], by: Any) -> Any:
@@ -149,7 +149,7 @@ def replaced(value: Any, at: tuple[Any, ...], by: Any) -> Any:
 def test_every_value_of_index_and_manifest_replaced(folder: Path) -> None:
     index, manifest = folder / "shard-000000.index.json", folder / "manifest.json"
     good = {path: json.loads(path.read_text()) for path in (index, manifest)}
-    for at in places(good[index]):
+    for at in paths(good[index]):
         for odd in (*ODD, *NAMES):
             changed = replaced(good[index], at, odd)
             text = json.dumps(changed)
@@ -160,7 +160,7 @@ def test_every_value_of_index_and_manifest_replaced(folder: Path) -> None:
             seen = attempt(lambda: read_all(folder), folder)
             assert seen is None or right(seen)
     index.write_text(json.dumps(good[index]))
-    for at in places(good[manifest]):
+    for at in paths(good[manifest]):
         for odd in (*ODD, *NAMES):
             manifest.write_text(json.dumps(replaced(good[manifest], at, odd)))
             seen = attempt(lambda: read_all(folder), folder)
@@ -179,7 +179,7 @@ def header_of(values: Any) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def test_hostile_headers_and_facts(folder: Path) -> None:
+def test_hostile_headers_and_metadata(folder: Path) -> None:
     tar, chance = folder / "shard-000000.tar", random.Random(4)
     latent = {"dtype": "BF16", "shape": [2, 4, 2, 2], "data_offsets": [0, 64]}
     facts = {"label": 0, "fps": 8.0, "source": "v", "frames": 2}
@@ -190,12 +190,12 @@ def test_hostile_headers_and_facts(folder: Path) -> None:
         b'"' + b"\\u" * 9,
         b"\xff\xfe{",
     ]
-    headers: list[Any] = [replaced({"latent": latent}, at, odd) for at in places({"latent": latent}) for odd in ODD]
+    headers: list[Any] = [replaced({"latent": latent}, at, odd) for at in paths({"latent": latent}) for odd in ODD]
     headers += [replaced({"latent": latent}, ("latent", "dtype"), name) for name in ("F64", "BOOL", "F8_E4M3", "bf16")]
     headers += [replaced({"latent": latent}, ("latent", "shape"), [size] * n) for size in HUGE for n in (1, 4, 15)]
-    stories: list[Any] = [replaced(facts, at, odd) for at in places(facts) for odd in (*ODD, "\ud800", float("nan"))]
+    texts: list[Any] = [replaced(facts, at, odd) for at in paths(facts) for odd in (*ODD, "\ud800", float("nan"))]
     cases = [(header_of(header), json.dumps(facts).encode()) for header in [*headers, *bombs]]
-    cases += [(header_of({"latent": latent}), s if isinstance(s, bytes) else json.dumps(s).encode()) for s in stories]
+    cases += [(header_of({"latent": latent}), s if isinstance(s, bytes) else json.dumps(s).encode()) for s in texts]
     cases += [(header_of({"latent": latent}), bomb) for bomb in bombs]
     cases += [(struct.pack("<Q", size % 2**64) + b"{}", json.dumps(facts).encode()) for size in HUGE]
     cases.append((header_of({"latent": latent}), b" " * (MAX_JSON_BYTES + 1)))

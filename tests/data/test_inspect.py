@@ -1,4 +1,4 @@
-"""A shard set with broken shards: each is told, and --fix leaves a set of the whole ones."""
+"""A shard set with broken shards: each is reported, and --fix leaves a set of the intact ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def break_five(folder: Path) -> None:
-    """Shard 0 has a bit flipped in a latent, 1 is cut off, 2 is gone, 3 lacks its index, of 5 the index is another."""
+    """Shard 0 has a flipped bit in a latent, 1 is cut off, 2 is missing, 3 lacks its index, 5 has another index."""
     tar = folder / "shard-000000.tar"
     row, data = ShardSet.open(folder).index(0).samples[0], bytearray(tar.read_bytes())
     data[row.tensors_offset + row.tensors_bytes - 1] ^= 1
@@ -46,7 +46,7 @@ def break_five(folder: Path) -> None:
     index.write_text(index.read_text().replace('"fps":8.0', '"fps":9.0'))
 
 
-def test_fix_drops_what_is_broken_and_nothing_else(folder: Path) -> None:
+def test_fix_drops_broken_shards_only(folder: Path) -> None:
     before = (folder / "manifest.json").read_bytes()
     break_five(folder)
     files = {path.name: path.read_bytes() for path in folder.glob("shard-*")}
@@ -69,7 +69,7 @@ def test_fix_drops_what_is_broken_and_nothing_else(folder: Path) -> None:
     assert not list(folder.glob(".*"))
 
 
-def test_verify_tells_how_many_are_broken(folder: Path) -> None:
+def test_verify_counts_broken_shards(folder: Path) -> None:
     opened = ShardSet.open(folder)
     break_five(folder)
     with pytest.raises(UserError, match=r"shard-000000.tar: its SHA-256 .*5 shards are broken: .* --fix` drops them"):
@@ -82,12 +82,12 @@ def test_nothing_to_fix(folder: Path) -> None:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_no_whole_shard_changes_nothing(folder: Path) -> None:
+def test_without_an_intact_shard_nothing_changes(folder: Path) -> None:
     for tar in folder.glob("*.tar"):
         tar.unlink()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     done = tool(folder, "--fix")
-    assert done.returncode == 2 and "none of its 7 shards is whole, nothing is changed" in done.stderr
+    assert done.returncode == 2 and "none of its 7 shards is intact, nothing is changed" in done.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -102,7 +102,7 @@ def test_a_second_fix_keeps_the_first_manifest(folder: Path) -> None:
     assert (folder / "manifest.json.before-fix-2").read_bytes() == second
 
 
-def test_other_statistics_are_told_and_fixed(folder: Path) -> None:
+def test_wrong_statistics_are_reported_and_fixed(folder: Path) -> None:
     manifest = Manifest.read(folder)
     manifest.model_copy(update={"std": tuple(2 * std for std in manifest.std)}).write(folder)
     with pytest.raises(UserError, match="mean and std"):
@@ -111,7 +111,7 @@ def test_other_statistics_are_told_and_fixed(folder: Path) -> None:
     np.testing.assert_allclose(Manifest.read(folder).std, manifest.std, rtol=1e-12)
 
 
-def test_sums_that_are_not_the_latents(folder: Path) -> None:
+def test_sums_that_do_not_match_the_latents(folder: Path) -> None:
     path = folder / "shard-000002.index.json"
     values, manifest = json.loads(path.read_text()), json.loads((folder / "manifest.json").read_text())
     values["sums"]["total"][1] += 1

@@ -29,7 +29,7 @@ from far_scale.data.loader.pack_loader import Pack, PackLoader
 from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.loader.shard_prefetch import shards_ahead
-from far_scale.data.shards.damage import DamagedError
+from far_scale.data.shards.errors import DamagedError
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet

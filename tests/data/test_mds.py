@@ -1,4 +1,4 @@
-"""MDS beside WebDataset: the same bytes, read to the same packs; conversion both ways; hostile files refused."""
+"""MDS and WebDataset: the same bytes and packs; conversion both ways; hostile files are refused."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from far_scale.data.shards import inspect
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.mds import MAX_SAMPLES, check_fits, write_mds
-from far_scale.data.shards.sample import Sample, index_shard, members_of, walk
+from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.stream import stream
+from far_scale.data.shards.stream import index_shard, member_reader, read_samples, stream
 from far_scale.data.shards.table import ShardTable
 from far_scale.utils.errors import UserError
 from harness import processes
@@ -46,7 +46,8 @@ def both(tmp_path: Path, frames: list[int] = FRAMES, samples_per_shard: int = 3)
 
 def members(folder: Path, file: str) -> list[tuple[str, bytes, bytes]]:
     with open(folder / file, "rb") as opened:
-        return [(row.key, facts, tensors) for row, facts, tensors in walk(members_of(file, opened), data=True)]
+        samples = read_samples(member_reader(file, opened), with_data=True)
+        return [(row.key, metadata, tensors) for row, metadata, tensors in samples]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -75,8 +76,8 @@ def test_conversion_is_lossless_both_ways(tmp_path: Path) -> None:
     assert "MDS" in inspect.describe(ShardSet.open(mds)) and "tars" in inspect.describe(ShardSet.open(tars))
 
 
-def test_gaps_in_the_numbers_stay(tmp_path: Path) -> None:
-    """A shard of which all videos were rejected has left its number out."""
+def test_gaps_in_the_numbers_are_kept(tmp_path: Path) -> None:
+    """The number of a shard without samples is left out."""
     tars = tmp_path / "tars"
     write_set(tars, FRAMES, 3)
     manifest = Manifest.read(tars)
@@ -87,7 +88,7 @@ def test_gaps_in_the_numbers_stay(tmp_path: Path) -> None:
     assert back == Manifest.read(tars)
 
 
-def test_the_librarys_own_datasets_read_the_same_bytes(tmp_path: Path) -> None:
+def test_streaming_datasets_read_the_same_bytes(tmp_path: Path) -> None:
     streaming = import_streaming()
     tars, mds = both(tmp_path)
     expected = [sample for shard in Manifest.read(tars).shards for sample in members(tars, shard.file)]
@@ -99,7 +100,7 @@ def test_the_librarys_own_datasets_read_the_same_bytes(tmp_path: Path) -> None:
         assert read == expected
 
 
-def test_we_write_what_the_librarys_writer_writes(tmp_path: Path) -> None:
+def test_files_equal_those_of_the_mds_writer(tmp_path: Path) -> None:
     streaming = import_streaming()
     _, mds = both(tmp_path, samples_per_shard=len(FRAMES))
     columns = {"__key__": "str", "json": "bytes", "safetensors": "bytes"}
@@ -138,7 +139,7 @@ def test_a_thousand_packs_are_the_same_in_both_formats(tmp_path: Path, tokens_pe
     assert len({key for pack, _ in pairs for key in pack.keys}) > 500
 
 
-def test_conversion_goes_on_after_a_kill(tmp_path: Path) -> None:
+def test_conversion_continues_after_a_kill(tmp_path: Path) -> None:
     tars, mds = both(tmp_path)
     out = tmp_path / "out"
     code = f"""if True:
@@ -253,7 +254,7 @@ def mds(tmp_path: Path) -> Iterator[Path]:
 
 
 def read_shard(path: Path) -> list[Sample]:
-    """All readers of an MDS file by itself, which must agree."""
+    """All readers of a single MDS file, which must agree."""
     rows = index_shard(path)
     samples = list(stream([str(path)]))
     assert [(row.key, row.frames) for row in rows] == [(sample.key, len(sample.latents)) for sample in samples]
@@ -284,10 +285,10 @@ def test_every_number_of_an_mds_file_replaced(mds: Path) -> None:
     path = mds / "shard.00000.mds"
     whole = path.read_bytes()
     rows = index_shard(path)
-    places = [4 * n for n in range(2 + len(rows))]  # count and offsets
-    places += [row.json_offset - len(row.key) - 12 + 4 * n for row in rows for n in range(3)]  # sizes
+    offsets = [4 * n for n in range(2 + len(rows))]  # count and offsets
+    offsets += [row.json_offset - len(row.key) - 12 + 4 * n for row in rows for n in range(3)]  # sizes
     numbers = {0, 1, 81, MAX_SAMPLES, MAX_SAMPLES + 1, len(whole), *(n % 2**32 for n in HUGE)}
-    for at in places:
+    for at in offsets:
         old = int(np.frombuffer(whole[at : at + 4], "<u4")[0])
         for number in {*numbers, old + 1, old - 1} - {old}:
             path.write_bytes(whole[:at] + np.asarray(number % 2**32, "<u4").tobytes() + whole[at + 4 :])

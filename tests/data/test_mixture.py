@@ -30,7 +30,7 @@ from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.table import ShardTable
-from far_scale.data.shards.writer import SetFacts, ShardWriter
+from far_scale.data.shards.writer import ShardSetSpec, ShardWriter
 from far_scale.train.changes import changes
 from far_scale.train.sets import open_source
 from harness.latent_sets import FACTS, make_sample, write_set
@@ -192,7 +192,7 @@ def test_clips_are_cut_from_the_sample_that_their_key_names(tmp_path: Path) -> N
     assert len(seen) == 29
 
 
-def with_facts(tmp_path: Path, facts: SetFacts) -> tuple[WeightedShards, ...]:
+def with_facts(tmp_path: Path, facts: ShardSetSpec) -> tuple[WeightedShards, ...]:
     write_set(tmp_path / "one", [9] * 8, 4)
     with ShardWriter(tmp_path / "two", facts, 4) as out:
         for number in range(8):
@@ -269,7 +269,7 @@ def test_each_set_must_serve_the_recipe(tmp_path: Path) -> None:
     stage: Any = type("Stage", (), {})()
     stage.data = type("Data", (), {"autoencoder": "other"})()
     stage.model = None
-    refused(lambda: source.check(stage), "data.autoencoder=other", str(folders[0]))
+    refused(lambda: source.check(stage.data, stage.model), "data.autoencoder=other", str(folders[0]))
     refused(lambda: open_source(weighted([folders[0], tmp_path / "none"], [1, 1])), str(tmp_path / "none"), "manifest")
 
 

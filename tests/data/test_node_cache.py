@@ -1,4 +1,4 @@
-"""The node's cache: shared by processes, kept below its limit, whole after any kill."""
+"""The node's cache: shared by processes, below its limit, intact after any kill."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.table import ShardTable
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
-from harness.far_sets import served, sizes_seen
 from harness.latent_sets import make_sample, write_set
 from harness.launch import ROOT, environment
+from harness.remote_sets import served, sizes_seen
 
 FRAMES = [20 + number % 5 for number in range(24)]
-READER = ROOT / "tests/harness/far_sets.py"
+READER = ROOT / "tests/harness/remote_sets.py"
 GB = 10**9
 
 
@@ -36,17 +36,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def reader(url: str, cache: Path, limit: int, places: list[tuple[int, int]]) -> subprocess.Popen[str]:
-    order = " ".join(f"{shard}.{sample}" for shard, sample in places)
+def reader(url: str, cache: Path, limit: int, samples: list[tuple[int, int]]) -> subprocess.Popen[str]:
+    order = " ".join(f"{shard}.{sample}" for shard, sample in samples)
     command = [sys.executable, str(READER), url, str(cache), str(limit), order]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def right(output: str, places: list[tuple[int, int]]) -> None:
-    """A reader's lines are what was written at these places."""
+def right(output: str, samples: list[tuple[int, int]]) -> None:
+    """Check a reader's lines against the samples that were written."""
     lines = [json.loads(line) for line in output.splitlines()]
-    assert len(lines) == len(places)
-    for (shard, sample), line in zip(places, lines, strict=True):
+    assert len(lines) == len(samples)
+    for (shard, sample), line in zip(samples, lines, strict=True):
         number = 2 * shard + sample
         made = make_sample(number, FRAMES[number]).latents.float()
         assert line == [shard, sample, made.sum().item(), number]
@@ -57,9 +57,9 @@ def test_three_processes_share_a_cache_smaller_than_the_set(folder: Path, tmp_pa
     limit = sum(sizes) // 3
     orders = []
     for seed in range(3):
-        places = [divmod(number, 2) for number in range(24)] * 5
-        random.Random(seed).shuffle(places)
-        orders.append(places)
+        samples = [divmod(number, 2) for number in range(24)] * 5
+        random.Random(seed).shuffle(samples)
+        orders.append(samples)
     cache = tmp_path / "cache"
     cache.mkdir()
     digests = {path.name: sha256(path) for path in folder.glob("shard-*")}
@@ -68,12 +68,12 @@ def test_three_processes_share_a_cache_smaller_than_the_set(folder: Path, tmp_pa
         server.watch = lambda name: (
             name in digests and (cache / digests[name]).exists() and asked_though_there.append(name)
         )
-        processes = [reader(server.url, cache, limit, places) for places in orders]
+        processes = [reader(server.url, cache, limit, samples) for samples in orders]
         seen = sizes_seen(cache, lambda: all(process.poll() is not None for process in processes))
-        for process, places in zip(processes, orders, strict=True):
+        for process, samples in zip(processes, orders, strict=True):
             output, errors = process.communicate(timeout=60)
             assert process.returncode == 0, errors
-            right(output, places)
+            right(output, samples)
         assert max(seen) <= limit + 3 * max(sizes)
         assert max(server.asked.values()) > 3, "what was evicted was fetched again"
         assert not asked_though_there, "and nothing while it was there"
@@ -81,19 +81,19 @@ def test_three_processes_share_a_cache_smaller_than_the_set(folder: Path, tmp_pa
     assert sum(path.stat().st_size for path in kept) <= limit and not list(cache.glob("*.part"))
 
 
-def test_what_fits_is_fetched_once_by_all_together(folder: Path, tmp_path: Path) -> None:
-    places = [divmod(number, 2) for number in range(24)]
+def test_a_set_that_fits_is_fetched_once_by_all_processes(folder: Path, tmp_path: Path) -> None:
+    samples = [divmod(number, 2) for number in range(24)]
     with served(folder) as server:
-        processes = [reader(server.url, tmp_path / "cache", GB, places) for _ in range(3)]
+        processes = [reader(server.url, tmp_path / "cache", GB, samples) for _ in range(3)]
         for process in processes:
             output, errors = process.communicate(timeout=60)
             assert process.returncode == 0, errors
-            right(output, places)
+            right(output, samples)
         assert {count for name, count in server.asked.items() if name != "manifest.json"} == {1}
         assert len(server.asked) == 25
 
 
-def test_a_process_killed_while_it_fetches_harms_nobody(folder: Path, tmp_path: Path) -> None:
+def test_a_process_killed_while_fetching_harms_no_other(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with served(folder) as server:
         server.fails["shard-000003.tar"] = (1, "hang")
@@ -113,7 +113,7 @@ def test_a_process_killed_while_it_fetches_harms_nobody(folder: Path, tmp_path: 
         assert server.asked["shard-000003.tar"] == 2 and not list(cache.glob("*.part"))
 
 
-def test_what_a_killed_process_left_counts_no_longer(folder: Path, tmp_path: Path) -> None:
+def test_partial_files_of_a_killed_process_do_not_count(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with served(folder) as server:
         shard_set = ShardSet.open(server.url, NodeCache(cache, GB))
@@ -126,13 +126,13 @@ def test_what_a_killed_process_left_counts_no_longer(folder: Path, tmp_path: Pat
 
 
 def test_killed_at_random_moments(folder: Path, tmp_path: Path) -> None:
-    """Whatever name a file has in the cache, it is whole."""
+    """All named files in the cache are complete."""
     cache, limit = tmp_path / "cache", sum(path.stat().st_size for path in folder.glob("shard-*")) // 2
-    places = [divmod(number, 2) for number in range(24)] * 200
+    samples = [divmod(number, 2) for number in range(24)] * 200
     dice = random.Random(5)
     with served(folder) as server:
         for _ in range(2):
-            victims = [reader(server.url, cache, limit, dice.sample(places, len(places))) for _ in range(2)]
+            victims = [reader(server.url, cache, limit, dice.sample(samples, len(samples))) for _ in range(2)]
             for victim in victims:
                 assert victim.stdout is not None and victim.stdout.readline()
             time.sleep(dice.uniform(0, 0.3))
@@ -142,13 +142,13 @@ def test_killed_at_random_moments(folder: Path, tmp_path: Path) -> None:
         for path in cache.iterdir():
             if len(path.name) == 64:
                 assert sha256(path) == path.name
-        last = reader(server.url, cache, limit, places[:24])
+        last = reader(server.url, cache, limit, samples[:24])
         output, errors = last.communicate(timeout=60)
         assert last.returncode == 0, errors
-        right(output, places[:24])
+        right(output, samples[:24])
 
 
-def test_the_file_read_longest_ago_goes_first_and_stays_readable_while_it_is_open(folder: Path, tmp_path: Path) -> None:
+def test_least_recently_used_file_is_evicted_and_stays_readable_while_open(folder: Path, tmp_path: Path) -> None:
     shards = sorted(folder.glob("shard-*.tar"))
     limit = sum(path.stat().st_size for path in shards[:4]) - 1
     limit += sum(path.stat().st_size for path in folder.glob("*.index.json"))
@@ -165,11 +165,11 @@ def test_the_file_read_longest_ago_goes_first_and_stays_readable_while_it_is_ope
         indexes = [entry.index_sha256 for entry in shard_set.manifest.shards]
         for digest in indexes:
             os.utime(node.folder / digest)
-        first = shard_set._tars[1]
+        first = shard_set._files[1]
         shard_set.read(3, 0)
         assert digests[1] not in node and all(digests[shard] in node for shard in (0, 2, 3))
         assert first.read(0, 512), "its bytes are there as long as it is open"
-        assert 1 not in shard_set._tars._values, "and the set has let go of it"
+        assert 1 not in shard_set._files._values, "and the set has let go of it"
         assert torch.equal(shard_set.read(1, 0).latents, make_sample(2, FRAMES[2]).latents)
         assert server.asked[shards[1].name] == 2 and server.asked[shards[0].name] == 1
 
@@ -183,8 +183,8 @@ def test_a_file_of_another_size_is_fetched_again(folder: Path, tmp_path: Path) -
         assert (node.folder / digest).stat().st_size == (folder / "shard-000000.tar").stat().st_size
 
 
-def test_prefetch_does_not_go_over_the_limit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who reads may go over it by the files that are being fetched; who fetches ahead waits for room."""
+def test_prefetch_stays_below_the_limit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads may exceed it by the files being fetched; prefetches wait for room."""
     monkeypatch.setattr(fetch, "STALL_SECONDS", 600.0)
     with served(folder) as server:
         probe = ShardSet.open(server.url, NodeCache(tmp_path / "probe", GB))
@@ -222,12 +222,12 @@ def test_clear_errors(folder: Path, tmp_path: Path) -> None:
             ShardSet(
                 server.url, manifest.model_copy(update={"shards": ShardTable(big)}), NodeCache(tmp_path / "c", 10**6)
             )
-        with pytest.raises(UserError, match="is read in training alone"):
+        with pytest.raises(UserError, match="is read in training only"):
             ShardSet.open(server.url)
     assert ShardSet.open(folder, None).read(0, 0).key == "clip_000", "a local set needs no cache"
 
 
-def test_a_full_disk_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_clear_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with served(folder) as server:
         shard_set = ShardSet.open(server.url, NodeCache(tmp_path / "cache", GB))
         shard_set.index(0)

@@ -1,4 +1,4 @@
-"""Shard sets from far away: every kind of URL, servers that fail in every way, prefetch, and clear errors."""
+"""Remote shard sets: all kinds of URLs, failing servers, prefetch, and clear errors."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.loader.shard_prefetch import ShardPrefetch, shards_ahead
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
-from far_scale.data.remote.fetch import Interrupted, fetch_bytes, interruptible, is_remote, join, shown
-from far_scale.data.shards.damage import DamagedError
+from far_scale.data.remote.fetch import Interrupted, fetch_bytes, interruptible
+from far_scale.data.shards.errors import DamagedError
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.exit_codes import REFUSED
 from far_scale.utils.errors import UserError
-from harness.far_sets import WebServer, served
+from far_scale.utils.urls import is_remote, join_url, redact_url
 from harness.latent_sets import make_sample, write_set
 from harness.launch import small_recipe
 from harness.processes import start_training
+from harness.remote_sets import WebServer, served
 
 FRAMES = [20 + number % 5 for number in range(22)]
 GB = 10**9
@@ -50,13 +51,13 @@ def server(folder: Path) -> Iterator[WebServer]:
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pauses of milliseconds, and a transfer that hangs is given up in half a second."""
+    """Pauses of milliseconds, and half a second until a stalled transfer fails."""
     monkeypatch.setattr(fetch, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(fetch, "STALL_SECONDS", 0.5)
 
 
 def all_right(shard_set: ShardSet) -> None:
-    """Every sample is what was written."""
+    """All samples are those that were written."""
     for number, frames in enumerate(FRAMES):
         read, made = shard_set.read(*divmod(number, 5)), make_sample(number, frames)
         assert torch.equal(read.latents, made.latents) and read.key == made.key and read.label == made.label
@@ -83,26 +84,26 @@ def test_through_a_pipe(folder: Path, tmp_path: Path) -> None:
 
 
 def test_from_s3_and_gs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = tmp_path / "asked"
-    aws = f'echo "$@" >> {told}; [ "$1 $2" = "s3 cp" ] && exec cat "{folder}/${{4#s3://bucket/some/set/}}"'
-    gsutil = f'echo "$@" >> {told}; [ "$1 $2" = "-q cat" ] && exec cat "{folder}/${{3#gs://bucket/some/set/}}"'
+    requests = tmp_path / "asked"
+    aws = f'echo "$@" >> {requests}; [ "$1 $2" = "s3 cp" ] && exec cat "{folder}/${{4#s3://bucket/some/set/}}"'
+    gsutil = f'echo "$@" >> {requests}; [ "$1 $2" = "-q cat" ] && exec cat "{folder}/${{3#gs://bucket/some/set/}}"'
     stand_in(tmp_path / "bin", "aws", aws, monkeypatch)
     stand_in(tmp_path / "bin", "gsutil", gsutil, monkeypatch)
     for scheme in ("s3", "gs"):
         all_right(ShardSet.open(f"{scheme}://bucket/some/set", NodeCache(tmp_path / f"cache-{scheme}", GB)))
-    lines = told.read_text().splitlines()
+    lines = requests.read_text().splitlines()
     assert lines[0] == "s3 cp --only-show-errors s3://bucket/some/set/manifest.json -"
     assert "-q cat gs://bucket/some/set/shard-000000.tar" in lines and len(lines) == 22
 
 
-def test_a_command_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_command_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"^s3://bucket/set/manifest.json: needs the command `aws`, which is not inst"):
         ShardSet.open("s3://bucket/set", NodeCache(tmp_path / "cache", GB))
 
 
 @pytest.mark.parametrize("how", ["status", "cut", "flip", "hang"])
-def test_what_fails_for_a_while_is_tried_again(
+def test_temporary_failures_are_retried(
     server: WebServer, tmp_path: Path, how: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shard_set = ShardSet.open(server.url, NodeCache(tmp_path / "cache", GB))
@@ -115,17 +116,17 @@ def test_what_fails_for_a_while_is_tried_again(
     assert len(lines) == tries and all(reason in line and "of 6" in line for line in lines)
 
 
-def test_what_a_server_refuses_is_not_asked_for_again(server: WebServer) -> None:
+def test_refused_requests_are_not_retried(server: WebServer) -> None:
     with pytest.raises(fetch.FetchError, match=r"none.json: cannot be fetched .*404.*; attempt 1,"):
         fetch.fetch_bytes(f"{server.url}/none.json", 1000)
     assert server.asked["none.json"] == 1
 
 
-def test_what_fails_for_good_ends_in_one_error(server: WebServer, folder: Path, tmp_path: Path) -> None:
+def test_permanent_failures_end_in_one_error(server: WebServer, folder: Path, tmp_path: Path) -> None:
     shard_set = ShardSet.open(server.url, NodeCache(tmp_path / "cache", GB))
     server.fails["shard-000002.tar"] = (99, "status")
     with pytest.raises(
-        DamagedError, match=r"^http://127.*/shard-000002.tar: cannot be fetched .*503.*; attempt 6,.*look"
+        DamagedError, match=r"^http://127.*/shard-000002.tar: cannot be fetched .*503.*; attempt 6,.*check the URL"
     ):
         shard_set.read(2, 0)
     with pytest.raises(DamagedError, match="cannot be fetched"):
@@ -148,14 +149,14 @@ def test_what_fails_for_good_ends_in_one_error(server: WebServer, folder: Path, 
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
-def test_a_manifest_that_is_not_there(server: WebServer, tmp_path: Path) -> None:
+def test_a_missing_manifest(server: WebServer, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"/some/set/other/manifest.json: cannot be fetched \(curl ended with status 22"
     ):
         ShardSet.open(f"{server.url}/other", NodeCache(tmp_path / "cache", GB))
 
 
-def test_attempts_end_after_a_time(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attempts_end_after_a_time_limit(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "TOTAL_SECONDS", 0.0)
     server.fails["manifest.json"] = (99, "status")
     with pytest.raises(UserError, match="attempt 1, 0 s in all"):
@@ -176,7 +177,7 @@ def test_pauses_grow_and_differ_between_ranks(monkeypatch: pytest.MonkeyPatch) -
     assert pauses[7] != pauses[8]
 
 
-def test_nobody_waits_for_what_nobody_wants(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_fetches_end_soon(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "STALL_SECONDS", 60.0)
     server.fails["manifest.json"] = (9, "hang")
     event, ended = threading.Event(), threading.Event()
@@ -195,7 +196,7 @@ def test_nobody_waits_for_what_nobody_wants(server: WebServer, monkeypatch: pyte
     thread.join()
 
 
-def test_no_process_is_left_of_a_pipe_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_a_pipe_that_hangs_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "ATTEMPTS", 1)
     with pytest.raises(UserError, match=r"nothing came for 0\.5 s"):
         fetch_bytes(f"pipe:sh -c 'echo $$ > {tmp_path}/pid; sleep 1000; true'; true", 10)
@@ -209,8 +210,8 @@ def test_no_process_is_left_of_a_pipe_that_hangs(tmp_path: Path, monkeypatch: py
 
 
 def test_urls() -> None:
-    assert join("http://h/a/set/?sig=x%2F", "f.tar") == "http://h/a/set/f.tar?sig=x%2F"
-    assert shown("https://me:secret@h/a?sig=secret") == "https://h/a"
+    assert join_url("http://h/a/set/?sig=x%2F", "f.tar") == "http://h/a/set/f.tar?sig=x%2F"
+    assert redact_url("https://me:secret@h/a?sig=secret") == "https://h/a"
     assert (
         is_remote("s3://b/c")
         and is_remote("pipe:cat {file}")
@@ -222,15 +223,15 @@ def test_urls() -> None:
             is_remote(url)
 
 
-def test_the_recipe_says_what_a_url_needs() -> None:
-    far = "data.shards=https://host/set"
-    with pytest.raises(UserError, match=r"data\.shards: it is far away .* set data\.cache_dir"):
-        load_recipe("demo_cpu", [far])
+def test_recipe_errors_for_urls() -> None:
+    remote = "data.shards=https://host/set"
+    with pytest.raises(UserError, match=r"data\.shards: it is remote .* set data\.cache_dir"):
+        load_recipe("demo_cpu", [remote])
     with pytest.raises(UserError, match=r"data\.prefetch_gb: 4 is more than data\.cache_gb, 3"):
-        load_recipe("demo_cpu", [far, "data.cache_dir=c", "data.cache_gb=3"])
+        load_recipe("demo_cpu", [remote, "data.cache_dir=c", "data.cache_gb=3"])
     with pytest.raises(UserError, match=r"data\.shards: ftp://h/s: shard sets are read from a folder, s3://"):
         load_recipe("demo_cpu", ["data.shards=ftp://h/s"])
-    recipe = load_recipe("demo_cpu", [far, "data.cache_dir=c"])
+    recipe = load_recipe("demo_cpu", [remote, "data.cache_dir=c"])
     assert recipe.hash() == load_recipe("demo_cpu").hash()
 
 
@@ -244,19 +245,19 @@ def read(packs: PackLoader, steps: int) -> list[list[Pack]]:
         return list(islice(packs, steps))
 
 
-def test_packs_are_those_of_the_local_set(server: WebServer, folder: Path, tmp_path: Path) -> None:
+def test_packs_equal_those_of_the_local_set(server: WebServer, folder: Path, tmp_path: Path) -> None:
     here = read(loader(ShardSet.open(folder)), 12)
     size = sum(path.stat().st_size for path in folder.glob("shard-*.tar"))
     for ahead, limit in ((0, GB), (GB, GB), (size // 3, size // 2)):
         node = NodeCache(tmp_path / f"cache-{ahead}-{limit}", limit)
-        far = read(loader(ShardSet.open(server.url, node), ahead_bytes=ahead), 12)
-        for ours, theirs in zip(far, here, strict=True):
+        remote = read(loader(ShardSet.open(server.url, node), ahead_bytes=ahead), 12)
+        for ours, theirs in zip(remote, here, strict=True):
             for a, b in zip(ours, theirs, strict=True):
                 assert (a.keys, a.lane_state, a.clip_frames) == (b.keys, b.lane_state, b.clip_frames)
                 assert torch.equal(a.latents, b.latents)
 
 
-def test_shards_ahead_are_those_that_the_lane_reads() -> None:
+def test_prefetched_shards_are_those_that_the_lane_reads() -> None:
     counts = [5, 3, 8, 1, 7, 2, 6]
     for window in (1, 4):
         order = LaneOrder(counts, 3, 11, window)
@@ -312,7 +313,7 @@ def test_a_loader_closes_while_a_shard_hangs(
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
-def test_who_waits_for_packs_of_a_loader_that_closes_is_told(server: WebServer, tmp_path: Path) -> None:
+def test_closing_a_loader_wakes_threads_that_wait_for_packs(server: WebServer, tmp_path: Path) -> None:
     fetch.STALL_SECONDS = 600.0
     shard_set = ShardSet.open(server.url, NodeCache(tmp_path / "cache", GB))
     for number in range(5):
@@ -335,29 +336,29 @@ def test_who_waits_for_packs_of_a_loader_that_closes_is_told(server: WebServer, 
     assert [type(error) for error in met] == [Interrupted]
 
 
-def test_two_ranks_train_from_far_away_as_from_here(recorded_shards: Path, tmp_path: Path) -> None:
-    runs = {name: tmp_path / name / "run" for name in ("here", "far")}
+def test_two_ranks_train_on_a_remote_set_as_on_a_local_one(recorded_shards: Path, tmp_path: Path) -> None:
+    runs = {name: tmp_path / name / "run" for name in ("here", "remote")}
     for run in runs.values():
         run.parent.mkdir()
     few = ["train.steps=5", "optimizer.warmup_steps=2"]
     size = sum(path.stat().st_size for path in recorded_shards.glob("shard-*"))
-    far = [f"data.cache_dir={tmp_path / 'cache'}", f"data.cache_gb={2 * size / GB}", f"data.prefetch_gb={size / GB}"]
+    remote = [f"data.cache_dir={tmp_path / 'cache'}", f"data.cache_gb={2 * size / GB}", f"data.prefetch_gb={size / GB}"]
     with served(recorded_shards) as server:
         server.fails["shard-000001.tar"] = (1, "cut")
         local = small_recipe(recorded_shards, runs["here"], *few)
         assert start_training(2, local, runs["here"].parent / "out").wait() == [0, 0]
-        there = [*small_recipe(recorded_shards, runs["far"], *few), f"data.shards={server.url}", *far]
-        assert start_training(2, there, runs["far"].parent / "out").wait() == [0, 0]
+        there = [*small_recipe(recorded_shards, runs["remote"], *few), f"data.shards={server.url}", *remote]
+        assert start_training(2, there, runs["remote"].parent / "out").wait() == [0, 0]
         assert server.asked.pop("manifest.json") == 1, "one rank fetches it for all"
         assert server.asked.pop("shard-000001.tar") == 2 and set(server.asked.values()) == {1}
-    assert "shard-000001.tar: attempt 1 of 6" in (runs["far"].parent / "out").read_text()
+    assert "shard-000001.tar: attempt 1 of 6" in (runs["remote"].parent / "out").read_text()
     losses = [
         [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()] for run in runs.values()
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 5
 
 
-def test_all_ranks_refuse_what_one_could_not_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_stop_if_one_could_not_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # where no aws is
     recipe = ["data.shards=s3://bucket/set", f"data.cache_dir={tmp_path / 'cache'}"]
     statuses = start_training(2, [*small_recipe(tmp_path, tmp_path / "run"), *recipe], tmp_path / "out").wait()

@@ -1,4 +1,4 @@
-"""The shard format: what is written is read back, also by an ordinary WebDataset reader; what is spoilt is told."""
+"""The shard format: samples are read back, also by WebDataset; damage is reported."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards import inspect
 from far_scale.data.shards import shard_set as shards
 from far_scale.data.shards.manifest import Manifest
-from far_scale.data.shards.sample import index_shard
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.stream import stream
+from far_scale.data.shards.stream import index_shard, stream
 from far_scale.data.shards.writer import ShardWriter
 from far_scale.utils.errors import UserError
 from harness.latent_sets import FACTS, make_sample, write_set
@@ -45,7 +44,7 @@ def rewrite_manifest(folder: Path, change) -> None:
     (folder / "manifest.json").write_text(json.dumps(values))
 
 
-def test_whole_samples_come_back(folder: Path) -> None:
+def test_whole_samples_round_trip(folder: Path) -> None:
     shard_set = ShardSet.open(folder)
     assert shard_set.samples_per_shard == [3, 3, 1]
     numbers = [(shard, sample) for shard, count in enumerate([3, 3, 1]) for sample in range(count)]
@@ -69,14 +68,19 @@ def test_part_of_a_sample(folder: Path) -> None:
 
 def test_only_the_needed_bytes_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    honest = shards._Tar.read
-    monkeypatch.setattr(shards._Tar, "read", lambda tar, at, size: (sizes.append(size), honest(tar, at, size))[1])
+    real_read = shards._ShardFile.read
+
+    def read(file: shards._ShardFile, offset: int, size: int) -> bytearray:
+        sizes.append(size)
+        return real_read(file, offset, size)
+
+    monkeypatch.setattr(shards._ShardFile, "read", read)
     ShardSet.open(folder).read(0, 0, start=5, frames=2)
     frame_bytes = 4 * 2 * 2 * 2
     assert sizes[-2:] == [2 * frame_bytes, 2 * 8] and sum(sizes) < 400
 
 
-def test_manifest_tells_counts_and_statistics(folder: Path) -> None:
+def test_manifest_counts_and_statistics(folder: Path) -> None:
     manifest = Manifest.read(folder)
     everything = torch.cat([make_sample(i, f).latents for i, f in enumerate(FRAMES)]).double()
     np.testing.assert_allclose(manifest.mean, everything.mean(dim=(0, 2, 3)).numpy(), rtol=1e-12)
@@ -121,7 +125,7 @@ def test_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_threads_share_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards, "_MAX_OPEN_SHARDS", 2)
     write_set(tmp_path, [6] * 12, samples_per_shard=1)
     shard_set, wrong = ShardSet.open(tmp_path), []
 
@@ -139,17 +143,17 @@ def test_threads_share_few_descriptors(tmp_path: Path, monkeypatch: pytest.Monke
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(shard_set._tars._values) == 2
+    assert not wrong and len(shard_set._files._values) == 2
 
 
-def test_writer_refuses_what_does_not_belong(tmp_path: Path) -> None:
+def test_writer_refuses_samples_that_do_not_fit(tmp_path: Path) -> None:
     made = make_sample(0, 5)
-    spoilt = torch.full_like(made.latents, float("inf"))
+    infinite = torch.full_like(made.latents, float("inf"))
     cases = [
         (replace(made, key="a.b"), "key"),
         (replace(made, latents=made.latents.float()), "bfloat16"),
         (replace(made, latents=made.latents[:, :3]), "[F, *(4, 2, 2)]"),
-        (replace(made, latents=spoilt), "finite"),
+        (replace(made, latents=infinite), "finite"),
         (replace(made, actions=None), "action for each frame"),
         (replace(made, actions=made.actions[:4]), "action for each frame"),
         (replace(made, actions=made.actions + 2), "0 to 3"),
@@ -181,7 +185,7 @@ def test_writer_refuses_a_folder_with_shards(folder: Path) -> None:
 def test_manifest_missing_or_not_valid(folder: Path, tmp_path: Path) -> None:
     refused(lambda: ShardSet.open(tmp_path / "nowhere"), "nowhere", "manifest.json", "encode_latents")
     good = (folder / "manifest.json").read_text()
-    spoil = {
+    changes = {
         "latent_shape": lambda m: m.update(latent_shape=[4, 2]),
         "colour": lambda m: m.update(colour="red"),
         "format": lambda m: m.update(format="far_scale.shards/2"),
@@ -191,7 +195,7 @@ def test_manifest_missing_or_not_valid(folder: Path, tmp_path: Path) -> None:
         "named twice": lambda m: m["shards"].append(m["shards"][0]),
         "4 channels": lambda m: m.update(mean=[0.0]),
     }
-    for word, change in spoil.items():
+    for word, change in changes.items():
         (folder / "manifest.json").write_text(good)
         rewrite_manifest(folder, change)
         refused(lambda: ShardSet.open(folder), "manifest.json", word)
@@ -264,7 +268,7 @@ def tar_of(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def test_foreign_tars(tmp_path: Path) -> None:
+def test_tars_with_unexpected_members(tmp_path: Path) -> None:
     latent = {"latent": torch.zeros(2, 4, 2, 2, dtype=torch.bfloat16)}
     facts = json.dumps({"label": None, "fps": 8, "source": "v", "frames": 2}).encode()
     double = {"latent": torch.zeros(2, 4, 2, 2, dtype=torch.float64)}
@@ -303,20 +307,21 @@ def test_streams_from_commands(folder: Path) -> None:
     refused(lambda: list(stream(["nowhere://shard.tar"])), "nowhere://shard.tar", "no gopen handler")
 
 
-def recipe(**changes: object) -> SimpleNamespace:
+def recipe(**changes: object) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """The sections data and model."""
     data = {"autoencoder": "some-autoencoder", "latent_shape": [4, 2, 2], "frames": 10, "frame_stride": 2}
     model = {"condition": "action", "classes": 4}
     for name, value in changes.items():
         (model if name in model else data)[name] = value
-    return SimpleNamespace(data=SimpleNamespace(**data), model=SimpleNamespace(**model))
+    return SimpleNamespace(**data), SimpleNamespace(**model)
 
 
 def test_recipe_that_fits(folder: Path) -> None:
     shard_set = ShardSet.open(folder)
-    shard_set.check(recipe())
-    shard_set.check(recipe(condition="label", classes=3))
-    shard_set.check(recipe(condition="none", classes=0))
-    shard_set.check(recipe(frames=20, frame_stride=1))
+    shard_set.check(*recipe())
+    shard_set.check(*recipe(condition="label", classes=3))
+    shard_set.check(*recipe(condition="none", classes=0))
+    shard_set.check(*recipe(frames=20, frame_stride=1))
 
 
 @pytest.mark.parametrize(
@@ -331,14 +336,14 @@ def test_recipe_that_fits(folder: Path) -> None:
     ],
 )
 def test_recipe_that_does_not_fit(folder: Path, changes: dict[str, object], words: list[str]) -> None:
-    refused(lambda: ShardSet.open(folder).check(recipe(**changes)), str(folder), *words)
+    refused(lambda: ShardSet.open(folder).check(*recipe(**changes)), str(folder), *words)
 
 
 @pytest.mark.parametrize(("condition", "classes"), [("action", 4), ("label", 3)])
 def test_recipe_with_a_condition_that_the_set_lacks(tmp_path: Path, condition: str, classes: int) -> None:
     write_set(tmp_path, [20], 1, replace(FACTS, actions=0, labels=0))
-    wanting = recipe(condition=condition, classes=classes)
-    refused(lambda: ShardSet.open(tmp_path).check(wanting), f"model.condition={condition}", f"has no {condition}s")
+    sections = recipe(condition=condition, classes=classes)
+    refused(lambda: ShardSet.open(tmp_path).check(*sections), f"model.condition={condition}", f"has no {condition}s")
 
 
 def test_scaling(folder: Path) -> None:
@@ -364,18 +369,18 @@ def test_manifest_is_read_and_hashed_in_pieces(folder: Path, monkeypatch: pytest
     whole = Manifest.read(folder)
     assert whole.fingerprint() == hashlib.sha256(whole.model_dump_json().encode()).hexdigest()
     text = (folder / "manifest.json").read_text()
-    monkeypatch.setattr("far_scale.data.shards.table._PIECE", 500)  # not two shards
+    monkeypatch.setattr("far_scale.data.shards.table._PIECE_CHARACTERS", 500)  # not two shards
     assert Manifest.parse(text.encode(), "manifest.json") == whole
     assert Manifest.parse(json.dumps(json.loads(text)).encode(), "manifest.json").shards[-1] == whole.shards[2]
     assert [shard.file for shard in whole.shards[1:]] == ["shard-000001.tar", "shard-000002.tar"]
-    spoilt = {
+    damaged = {
         "shards.2.samples": lambda m: m["shards"][2].update(samples=0),
         "shards.1.bytes": lambda m: m["shards"][1].update(bytes=1.5),
         "shards.2.more": lambda m: m["shards"][2].update(more=1),
         "shards.1: it is longer": lambda m: m["shards"][1].update(file="s" * 600),
         "at least": lambda m: m.update(shards=[]),
     }
-    for words, change in spoilt.items():
+    for words, change in damaged.items():
         values = json.loads(text)
         change(values)
         refused(lambda values=values: Manifest.parse(json.dumps(values).encode(), "manifest.json"), words)
@@ -383,10 +388,10 @@ def test_manifest_is_read_and_hashed_in_pieces(folder: Path, monkeypatch: pytest
     refused(lambda: Manifest.parse(text.replace("},", "}").encode(), "manifest.json"), "not a valid manifest")
 
 
-def test_the_look_at_the_shards_is_dealt_out(folder: Path) -> None:
+def test_missing_shards_are_checked_in_parts(folder: Path) -> None:
     for number in (0, 2):
         (folder / f"shard-{number:06d}.tar").unlink()
-    shard_set = ShardSet.known(folder, Manifest.text(folder))
+    shard_set = ShardSet.from_manifest(folder, Manifest.text(folder))
     parts = [[number for number, _ in shard_set.missing_shards(part, 2)] for part in range(2)]
     assert parts == [[0, 2], []] and [number for number, _ in shard_set.missing_shards()] == [0, 2]
     with pytest.raises(UserError, match=r"shard-000000\.tar: this shard is missing"):

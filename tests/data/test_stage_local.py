@@ -1,4 +1,4 @@
-"""Local shard sets that are copied to the node's own disk as they are read (data.stage_local)."""
+"""Local shard sets that are copied to the node's disk while they are read (data.stage_local)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.remote import fetch
 from far_scale.data.remote.cache import NodeCache
-from far_scale.data.shards.damage import DamagedError
+from far_scale.data.shards.errors import DamagedError
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.store import StagedStore
@@ -44,13 +44,13 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def staged_set(folder: Path, disk: Path, limit: int = GB) -> tuple[ShardSet, StagedStore]:
-    shard_set = ShardSet.known(folder, Manifest.text(folder), NodeCache(disk, limit, "data.stage_local"))
+    shard_set = ShardSet.from_manifest(folder, Manifest.text(folder), NodeCache(disk, limit, "data.stage_local"))
     assert isinstance(shard_set.store, StagedStore)
     return shard_set, shard_set.store
 
 
 def all_right(shard_set: ShardSet) -> None:
-    """Every sample is what was written."""
+    """All samples are those that were written."""
     for number, frames in enumerate(FRAMES):
         read, made = shard_set.read(*divmod(number, 5)), make_sample(number, frames)
         assert torch.equal(read.latents, made.latents) and read.key == made.key
@@ -84,7 +84,7 @@ def test_later_epochs_read_nothing_from_the_source(folder: Path, tmp_path: Path,
     assert store.counts()[:2] == (10, sum(sizes)) and store.counts().opened_at_source == 0
 
 
-def test_another_start_reads_nothing_from_the_source(folder: Path, tmp_path: Path) -> None:
+def test_a_second_start_reads_nothing_from_the_source(folder: Path, tmp_path: Path) -> None:
     all_right(staged_set(folder, tmp_path / "disk")[0])
     left = tmp_path / "disk" / f"{'a' * 64}.part"
     left.write_bytes(bytes(10_000))  # of a process that was killed
@@ -100,10 +100,10 @@ def test_another_start_reads_nothing_from_the_source(folder: Path, tmp_path: Pat
     assert not left.exists()
 
 
-def test_what_does_not_fit_is_read_at_the_source(
+def test_files_without_room_are_read_at_the_source(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Files of earlier trainings make room, those of this one stay: so no epoch copies anything twice."""
+    """Files of earlier trainings are evicted, those of this one stay, so no epoch copies a file twice."""
     shards = sorted(folder.glob("shard-*.tar"))
     small = sum(path.stat().st_size for path in folder.glob("*.index.json"))
     limit = small + sum(path.stat().st_size for path in shards[:2])
@@ -116,19 +116,19 @@ def test_what_does_not_fit_is_read_at_the_source(
         for shard in range(5):
             shard_set.index(shard)
         all_right(shard_set)
-        shard_set._tars.clear()
+        shard_set._files._values.clear()
     assert not old.exists()
     assert store.counts().copied_files == 5 + 2 and store.counts().opened_at_source == 3 * 3
     lines = [line for line in capfd.readouterr().err.splitlines() if "data.stage_local=" in line]
     assert len(lines) == 1 and f"is read from {folder}: data.cache_gb={limit / GB:g} is full" in lines[0]
 
 
-def test_a_full_disk_costs_no_training(
+def test_training_continues_with_a_full_disk(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shard_set, store = staged_set(folder, tmp_path / "disk")
     shard_set.read(0, 0)
-    shard_set._tars.clear()
+    shard_set._files._values.clear()
 
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
@@ -152,7 +152,7 @@ def test_damage_at_the_source(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match=r"shard-000000.tar: cannot be fetched \(its SHA-256.*, twice alike"):
         shard_set.read(0, 0)
     shards[1].write_bytes(shards[1].read_bytes()[:-512])
-    with pytest.raises(DamagedError, match=r"cut off after \d+ of \d+ bytes, twice alike; .*look at the file system"):
+    with pytest.raises(DamagedError, match=r"cut off after \d+ of \d+ bytes, twice alike; .*check the file system"):
         shard_set.read(1, 0)
     shards[2].unlink()
     with pytest.raises(DamagedError, match=r"shard-000002.tar: this shard is missing; copy it again"):
@@ -169,7 +169,7 @@ def test_damage_at_the_source(folder: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "disk").glob("*.part"))
 
 
-def test_a_copy_that_nobody_wants_any_more_ends(folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_copy_ends(folder: Path, tmp_path: Path) -> None:
     shard_set, _ = staged_set(folder, tmp_path / "disk")
     stop = threading.Event()
     stop.set()
@@ -178,7 +178,7 @@ def test_a_copy_that_nobody_wants_any_more_ends(folder: Path, tmp_path: Path) ->
     assert not list((tmp_path / "disk").glob("*.part"))
 
 
-def test_the_recipe(tmp_path: Path) -> None:
+def test_recipe_errors(tmp_path: Path) -> None:
     assert load_recipe("demo_cpu", ["data.stage_local=/local"]).hash() == load_recipe("demo_cpu").hash()
     with pytest.raises(UserError, match=r"data\.prefetch_gb: 4 is more than data\.cache_gb, 3"):
         load_recipe("demo_cpu", ["data.stage_local=/local", "data.cache_gb=3"])

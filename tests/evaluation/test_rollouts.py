@@ -22,7 +22,7 @@ from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.writer import SetFacts, ShardWriter
+from far_scale.data.shards.writer import ShardSetSpec, ShardWriter
 from far_scale.evaluation.rollouts import rollout as rollouts
 from far_scale.evaluation.rollouts import run_report as reports
 from far_scale.evaluation.rollouts.runner import evaluate_rollout, prepare_rollout, write_rollout
@@ -109,7 +109,7 @@ def videos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> ShardSet:
-    facts = SetFacts(latent_shape=(3, 2, 2), latent_dtype="float16", autoencoder=INFO, actions=4, labels=0)
+    facts = ShardSetSpec(latent_shape=(3, 2, 2), latent_dtype="float16", autoencoder=INFO, actions=4, labels=0)
     with ShardWriter(tmp_path / "shards", facts, 1) as writer:
         for episode in range(EPISODES):
             frames = torch.from_numpy(pixels(episode, 12)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -9,10 +9,10 @@ import torch
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.writer import SetFacts, ShardWriter
+from far_scale.data.shards.writer import ShardSetSpec, ShardWriter
 
 CHANNELS, SIDE = 4, 2
-FACTS = SetFacts(
+FACTS = ShardSetSpec(
     latent_shape=(CHANNELS, SIDE, SIDE),
     latent_dtype="bfloat16",
     autoencoder=AutoencoderInfo(name="some-autoencoder", weight_hash="0" * 64, scaling_factor=0.5),
@@ -30,7 +30,7 @@ def make_sample(number: int, frames: int) -> Sample:
     return Sample(f"clip_{number:03d}", latents.bfloat16(), actions, number % 3, 8.0, f"videos/clip {number}.mp4")
 
 
-def write_set(folder: Path, frames: list[int], samples_per_shard: int, facts: SetFacts = FACTS) -> Manifest:
+def write_set(folder: Path, frames: list[int], samples_per_shard: int, facts: ShardSetSpec = FACTS) -> Manifest:
     """A shard set of `make_sample(i, frames[i])`; what the facts do not want is dropped."""
     with ShardWriter(folder, facts, samples_per_shard) as writer:
         for number, count in enumerate(frames):

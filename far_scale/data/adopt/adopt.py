@@ -29,9 +29,8 @@ from far_scale.data.adopt.local_copy import LocalCopy, file_stamp, local_copy
 from far_scale.data.adopt.sources import SourceShard
 from far_scale.data.encode.plan import describe_autoencoder
 from far_scale.data.encode.pool import init_worker
-from far_scale.data.remote.fetch import shown
 from far_scale.data.shards.adopted import Adoption
-from far_scale.data.shards.foreign_samples import SampleReader, Scanned
+from far_scale.data.shards.adopted_samples import SampleReader, Scanned
 from far_scale.data.shards.index import AdoptedIndex, parse_index, statistics
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
 from far_scale.data.shards.rejects import REJECTED_NAME, Reject, write_rejects
@@ -39,6 +38,7 @@ from far_scale.data.shards.table import ShardTable
 from far_scale.data.shards.writer import shard_entry, shard_name
 from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import JsonlWriter, read_json, read_json_lines, write_json
+from far_scale.utils.urls import redact_url
 
 SETTINGS_NAME = "adoption.json"
 PROGRESS_NAME = "sources.jsonl"
@@ -169,7 +169,7 @@ def _start(
         raise UserError(f"{out}: there are files here already; adopt into a new folder")
     out.mkdir(parents=True, exist_ok=True)
     with local_copy(shards[0], out, 0) as copy:
-        name, file = shown(shards[0].location), _file_name(0, shards[0])
+        name, file = redact_url(shards[0].location), _file_name(0, shards[0])
         sample_format = detect_format(copy.path, name, file, channels, options)
         job = _AdoptionJob(out, _make_reader(sample_format, options, classes), allow_rejects)
         scanned = _scan(job, 0, shards[0], copy)
@@ -276,7 +276,7 @@ def _scan(job: _AdoptionJob, number: int, shard: SourceShard, copy: LocalCopy) -
     Raises:
         UserError: a sample is broken where none may be, or the shard has changed meanwhile.
     """
-    name = shown(shard.location)
+    name = redact_url(shard.location)
     scanned = job.reader.scan(copy.path, name, _file_name(number, shard))
     if scanned.rejects and not job.allow_rejects:
         sample, reason = scanned.rejects[0]
@@ -300,6 +300,6 @@ def _write_index(
         AdoptedIndex(
             file=file, bytes=copy.bytes, sha256=copy.sha256, fps=scanned.fps, sums=scanned.sums, samples=scanned.rows
         ).write(job.out)
-    rejects = [Reject(shown(shard.location), sample, reason)._asdict() for sample, reason in scanned.rejects]
+    rejects = [Reject(redact_url(shard.location), sample, reason)._asdict() for sample, reason in scanned.rejects]
     line = {"number": number, "source": shard.location, "lies": copy.stamp, "sha256": copy.sha256}
     return {**line, "rejects": rejects}

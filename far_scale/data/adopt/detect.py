@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from far_scale.data.shards.adopted import AXES, Adoption, Layout, Part, PartKind
-from far_scale.data.shards.foreign_mds import kind_of
-from far_scale.data.shards.foreign_samples import encodings_of, read_as, reader_of, samples_of
-from far_scale.data.shards.foreign_tensors import Read, find_tensor, safetensors_entries, torch_keys
-from far_scale.data.shards.foreign_values import Members, json_of
+from far_scale.data.shards.adopted_mds import kind_of
+from far_scale.data.shards.adopted_samples import encodings_of, read_as, reader_of, samples_of
+from far_scale.data.shards.adopted_values import Members, read_json
+from far_scale.data.shards.errors import Mismatch
 from far_scale.data.shards.manifest import LatentDtype
-from far_scale.data.shards.sample import Mismatch
+from far_scale.data.shards.sample import Read
+from far_scale.data.shards.tensor_formats import find_tensor, safetensors_entries, torch_keys
 from far_scale.utils.errors import UserError
 
 _KINDS_BY_SUFFIX: dict[str, PartKind] = {
@@ -194,7 +195,7 @@ class _FormatDetector:
     def _names(self, part: Part) -> list[str]:
         member = self.members[part.member]
         if part.kind == "json":
-            value = json_of(self.read, member.offset, member.size, part)
+            value = read_json(self.read, member.offset, member.size, part)
             return list(value) if isinstance(value, dict) else []
         return self._tensor_names(part) or []
 

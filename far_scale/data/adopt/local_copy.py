@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from far_scale.data.adopt.sources import SourceShard
-from far_scale.data.remote.fetch import fetch_bytes, fetch_unknown, is_file_url, shown
-from far_scale.data.remote.unpack import PackedError, compression_of, most_packed, unpack
-from far_scale.data.shards.typed import read_small
+from far_scale.data.remote.compression import DecompressionError, compression_of, decompress, max_compressed_bytes
+from far_scale.data.remote.fetch import fetch_and_hash, fetch_bytes
+from far_scale.data.shards.records import read_small
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import file_digest, sha256
+from far_scale.utils.urls import is_file_url, redact_url
 
 
 class LocalCopy(NamedTuple):
@@ -65,7 +66,7 @@ def _check_digest(shard: SourceShard, path: Path) -> None:
         return
     name, digest = shard.digest
     if file_digest(path, name) != digest:
-        raise UserError(f"{shown(shard.location)}: its {name} is not that in its index.json; copy it again")
+        raise UserError(f"{redact_url(shard.location)}: its {name} is not that in its index.json; copy it again")
 
 
 def _fetch(shard: SourceShard, compression: str | None, path: Path) -> tuple[int, str]:
@@ -73,27 +74,27 @@ def _fetch(shard: SourceShard, compression: str | None, path: Path) -> tuple[int
     try:
         with open(path, "wb") as file:
             if compression is None:
-                return fetch_unknown(shard.location, file.fileno())
+                return fetch_and_hash(shard.location, file.fileno())
             unpacked = _read_unpacked(shard, compression)
             return file.write(unpacked), hashlib.sha256(unpacked).hexdigest()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"{path.parent}: no space left on this disk for a copy of {shown(shard.location)}"
+                f"{path.parent}: no space left on this disk for a copy of {redact_url(shard.location)}"
             ) from None
         raise
 
 
 def _read_unpacked(shard: SourceShard, compression: str) -> bytearray:
     if shard.bytes is None:
-        raise UserError(f"{shown(shard.location)}: is compressed; name its index.json, which has its size")
-    max_bytes = most_packed(shard.bytes)
+        raise UserError(f"{redact_url(shard.location)}: is compressed; name its index.json, which has its size")
+    max_bytes = max_compressed_bytes(shard.bytes)
     data = (
         fetch_bytes(shard.location, max_bytes)
         if is_file_url(shard.location)
         else read_small(Path(shard.location), max_bytes)
     )
     try:
-        return unpack(data, compression, shard.bytes)
-    except PackedError as problem:
-        raise UserError(f"{shown(shard.location)}: {problem}; copy it again") from None
+        return decompress(data, compression, shard.bytes)
+    except DecompressionError as problem:
+        raise UserError(f"{redact_url(shard.location)}: {problem}; copy it again") from None

@@ -14,19 +14,20 @@ from urllib.parse import urlsplit, urlunsplit
 import pydantic
 from braceexpand import braceexpand
 
-from far_scale.data.remote.fetch import fetch_bytes, is_file_url, shown
-from far_scale.data.remote.unpack import compression_of
+from far_scale.data.remote.compression import compression_of
+from far_scale.data.remote.fetch import fetch_bytes
 from far_scale.data.shards.mds import STREAMING_INDEX_NAME
-from far_scale.data.shards.typed import MAX_MANIFEST_BYTES, Place, read_small
+from far_scale.data.shards.records import MAX_MANIFEST_BYTES, Location, read_small
 from far_scale.data.video.find import files_below
 from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import text_lines
+from far_scale.utils.urls import is_file_url, redact_url
 
 _MAX_SHARDS = 300_000  # limit of a manifest
 _MAX_MDS_BYTES = (1 << 32) - 1
 _HASHES = {name for name in hashlib.algorithms_guaranteed if not name.startswith("shake")}
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd")
-_LOCATION: pydantic.TypeAdapter[str] = pydantic.TypeAdapter(Place)
+_LOCATION: pydantic.TypeAdapter[str] = pydantic.TypeAdapter(Location)
 
 
 class SourceShard(NamedTuple):
@@ -62,7 +63,7 @@ def find_shards(sources: Sequence[str]) -> list[SourceShard]:
     shards = list(itertools.islice(_expand(sources, Path()), _MAX_SHARDS + 1))
     if not shards:
         raise UserError(f"{', '.join(sources)}: names no shard; name tars, folders, .txt lists or URLs")
-    first = shown(shards[0].location)
+    first = redact_url(shards[0].location)
     if len(shards) > _MAX_SHARDS:
         raise UserError(f"{first}, ...: more than {_MAX_SHARDS} shards; adopt them as several sets, and mix these")
     seen: dict[str | tuple[int, int], str] = {}
@@ -71,11 +72,13 @@ def find_shards(sources: Sequence[str]) -> list[SourceShard]:
             _LOCATION.validate_python(location)
             location.encode()
         except (pydantic.ValidationError, UnicodeEncodeError):
-            raise UserError(f"{shown(location)!r}: a shard's name must be UTF-8 without braces; rename it") from None
+            raise UserError(
+                f"{redact_url(location)!r}: a shard's name must be UTF-8 without braces; rename it"
+            ) from None
         if (other := seen.setdefault(_identity(location), location)) != location:
             raise UserError(f"{location}: is the same file as {other}; name it once")
         if len(seen) == count:
-            raise UserError(f"{shown(location)}: this shard is named twice; name it once")
+            raise UserError(f"{redact_url(location)}: this shard is named twice; name it once")
     for kind, other_kind, kinds in (
         ("remote", "local", {is_file_url(shard.location) for shard in shards}),
         ("tars", "MDS files", {shard.is_mds for shard in shards}),
@@ -150,7 +153,7 @@ def _expand_braces(text: str) -> Iterator[str]:
     try:
         yield from braceexpand(text, escape=False)
     except ValueError:
-        raise UserError(f"{shown(text)}: its braces do not close; write a range as {{000..123}}") from None
+        raise UserError(f"{redact_url(text)}: its braces do not close; write a range as {{000..123}}") from None
 
 
 def _mds_shards(index: str) -> Iterator[SourceShard]:
@@ -170,7 +173,7 @@ def _mds_shards(index: str) -> Iterator[SourceShard]:
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise UserError(
-            f"{shown(index)}: no index of MDS shards as mosaicml-streaming writes it; name another"
+            f"{redact_url(index)}: no index of MDS shards as mosaicml-streaming writes it; name another"
         ) from None
     for (raw, packed), size, digest in zip(files, sizes, digests, strict=True):
         if is_remote:

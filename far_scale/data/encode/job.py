@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from far_scale.data.shards.manifest import MANIFEST_NAME
-from far_scale.data.shards.writer import SetFacts
+from far_scale.data.shards.writer import ShardSetSpec
 from far_scale.data.video.sources import Source
 from far_scale.data.video.transforms import FrameTransform
 from far_scale.utils.errors import UserError
@@ -36,7 +36,7 @@ class EncodingJob:
     out: Path
     sources: tuple[Source, ...]
     samples_per_shard: int
-    facts: SetFacts
+    facts: ShardSetSpec
     autoencoder: str
     device: str
     transform: FrameTransform

@@ -16,8 +16,8 @@ from far_scale.data.encode.job import EncodingJob, Precision, read_settings, wri
 from far_scale.data.encode.source_reader import LATENTS_SUFFIX
 from far_scale.data.encode.tasks import encode_task, merge_tasks
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
-from far_scale.data.shards.store import manifest_text
-from far_scale.data.shards.writer import SetFacts
+from far_scale.data.shards.store import read_manifest_bytes
+from far_scale.data.shards.writer import ShardSetSpec
 from far_scale.data.video.sources import Source, check_folder_classes, sources_from_paths
 from far_scale.data.video.transforms import FrameTransform
 from far_scale.data.video.video_lists import read_class_names
@@ -113,7 +113,7 @@ def plan_encoding(
         ]
     _check_latents_options(sources, transform, precision)
     side = transform.size // autoencoder.downsample
-    facts = SetFacts(
+    facts = ShardSetSpec(
         latent_shape=(autoencoder.latent_channels, side, side),
         latent_dtype=dtype,
         autoencoder=describe_autoencoder(autoencoder),
@@ -164,7 +164,7 @@ def load_class_names(file: Path | None, shard_set: str | None) -> tuple[str, ...
     """
     if shard_set is None:
         return None if file is None else read_class_names(file)
-    classes = Manifest.parse(manifest_text(shard_set), shard_set).classes
+    classes = Manifest.parse(read_manifest_bytes(shard_set), shard_set).classes
     if classes is None:
         raise UserError(f"--classes-of {shard_set}: this set has no names of classes; give --classes, a file of them")
     return classes

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from far_scale.data.encode.job import EncodingJob
+from far_scale.data.shards.errors import Mismatch
 from far_scale.data.shards.manifest import DTYPES
-from far_scale.data.shards.sample import Mismatch
-from far_scale.data.shards.torch_file import BrokenFileError, load_torch, plain_tensor
+from far_scale.data.shards.tensor_formats import BrokenFileError, load_torch, plain_tensor
 from far_scale.data.video.containers import BadVideo, check_readable
 from far_scale.data.video.decode import DEFAULT_FPS
 from far_scale.data.video.sources import Source

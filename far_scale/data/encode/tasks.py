@@ -27,7 +27,7 @@ from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.rejects import (
     REJECTED_NAME,
     Reject,
-    check_share,
+    check_reject_rate,
     read_rejects,
     rejects_of_shard,
     write_rejects,
@@ -74,7 +74,7 @@ def encode_task(job: EncodingJob, task: int, tasks: int, workers: int, max_rejec
 
     def add_rejects(new: list[Reject]) -> None:
         rejects.update((reject.key, reject) for reject in new)
-        check_share(job.out, rejects.values(), len(job.sources), max_rejected)
+        check_reject_rate(job.out, rejects.values(), len(job.sources), max_rejected)
 
     add_rejects([])
     if missing:
@@ -105,7 +105,7 @@ def merge_tasks(job: EncodingJob, tasks: int, max_rejected: float) -> Manifest:
     fingerprints = [fingerprint for shard in finished for fingerprint in shard.fingerprints]
     write_rejects(job.out / REJECTED_NAME, rejects)
     write_fingerprints(job.out / VIDEOS_NAME, fingerprints)
-    check_share(job.out, rejects, len(job.sources), max_rejected)
+    check_reject_rate(job.out, rejects, len(job.sources), max_rejected)
     indexes = [shard.index for shard in finished if shard.index is not None]
     if not indexes:
         raise UserError(f"{job.out}: all {len(rejects)} videos are rejected; {job.out / REJECTED_NAME} says why")

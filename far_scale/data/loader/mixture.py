@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from far_scale.data.shards.manifest import AutoencoderInfo, Manifest
+from far_scale.data.shards.records import classes_differ
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.typed import classes_differ
 from far_scale.utils.errors import UserError
 
 
@@ -106,14 +106,14 @@ class Mixture:
         set_index, shard = self._locate(shard)
         return self.sets[set_index].name_of(shard)
 
-    def check(self, recipe: Any) -> None:
+    def check(self, data: Any, model: Any) -> None:
         """Check that every set fits a recipe, as `ShardSet.check` does.
 
         Raises:
             UserError: one does not.
         """
         for shard_set in self.sets:
-            shard_set.check(recipe)
+            shard_set.check(data, model)
 
     def _locate(self, shard: int) -> tuple[int, int]:
         """The index of a shard's set, and the shard's number in it."""

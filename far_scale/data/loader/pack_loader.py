@@ -15,7 +15,7 @@ from far_scale.data.loader.packing import Clip, PackedLane, PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.loader.shard_prefetch import ShardPrefetch
 from far_scale.data.remote.fetch import interruptible
-from far_scale.data.shards.damage import DamagedError, Skipped, over_budget
+from far_scale.data.shards.errors import DamagedError, SkippedClip, over_budget
 from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.utils.look_ahead import LookAhead
@@ -44,7 +44,7 @@ class Pack:
     lane: int
     step: int
     lane_state: dict[str, Any]
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[SkippedClip, ...] = ()
 
 
 class PackLoader:
@@ -89,7 +89,7 @@ class PackLoader:
                 lane.load_state_dict(lane_states[index])
         self._shard_prefetches: dict[int, ShardPrefetch] = {}  # by the index of the set
         for set_index, (shard_set, weight) in enumerate(sets_of(source)):
-            if shard_set.cached and ahead_bytes and self._lanes:
+            if shard_set.uses_cache and ahead_bytes and self._lanes:
                 order = next(iter(self._lanes.values())).sample_lane.set_lanes[set_index].order
                 prefetched = ShardPrefetch(shard_set, order, list(self._lanes), int(weight * ahead_bytes))
                 self._shard_prefetches[set_index] = prefetched

@@ -19,7 +19,7 @@ from far_scale.data.loader.epoch_remainder import load_beginning
 from far_scale.data.loader.lanes import FIRST_EPOCH, Lane, LaneOrder, SampleRef, in_stage
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.loader.mixture_lane import MixtureLane
-from far_scale.data.shards.damage import DamagedError, Skipped, over_budget
+from far_scale.data.shards.errors import DamagedError, SkippedClip, over_budget
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import generator
@@ -137,7 +137,7 @@ class PackedLane:
         self.sample_lane, self._source, self._packing = sample_lane, source, packing
         self._pending: list[Clip] = []
         self.damaged = 0
-        self._skipped: list[Skipped] = []
+        self._skipped: list[SkippedClip] = []
 
     def __iter__(self) -> Iterator[list[Clip]]:
         return self
@@ -179,7 +179,7 @@ class PackedLane:
         self._skip(clip.sample, error)
         return [self._draw_undamaged()] if self._packing.tokens_per_pack is None else []
 
-    def pop_skipped(self) -> tuple[Skipped, ...]:
+    def pop_skipped(self) -> tuple[SkippedClip, ...]:
         """The clips that were left out since the last call."""
         skipped, self._skipped = tuple(self._skipped), []
         return skipped
@@ -254,7 +254,7 @@ class PackedLane:
             raise error
         self.damaged += 1
         key = error.key or f"{sample.sample} of shard {sample.shard}"
-        self._skipped.append(Skipped(self.sample_lane.index, key, error.file, error.problem))
+        self._skipped.append(SkippedClip(self.sample_lane.index, key, error.file, error.problem))
         if self.damaged > self._packing.max_damaged:
             raise over_budget(self.damaged, self._packing.max_damaged, self._skipped)
 

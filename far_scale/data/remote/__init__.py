@@ -1,1 +1,1 @@
-"""Shard sets that lie far away: fetching them, and the cache of a node."""
+"""Remote shard sets: fetching their files, and the node's cache."""

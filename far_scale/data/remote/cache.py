@@ -1,11 +1,11 @@
-"""Files of another place on the node's own disk, shared by all of its ranks, never more than a set number of bytes.
+"""A cache of remote files on the node's disk, shared by its ranks and limited in bytes.
 
-    FOLDER/SHA256          a whole file, by what is in it: two sets, or two versions of one, never get mixed up
-    FOLDER/SHA256.part     one that is being fetched; who fetches it holds a lock on it, which ends with the process
-    FOLDER/lock            held for moments, by who counts the bytes and makes room
+    FOLDER/SHA256          a complete file, named by its content: sets and their versions never mix
+    FOLDER/SHA256.part     a file being fetched; the fetching process holds a lock on it, which ends with the process
+    FOLDER/lock            held briefly while bytes are counted and room is made
 
-A file's time of change is when it was read last: the oldest goes first. It goes even while somebody reads it: on
-Linux an open file stays whole after its name is gone, and its bytes are free when the last reader lets go.
+A file's mtime is the time of its last read: the least recently used file is evicted first, even while it is read. On
+Linux an open file stays readable after it is unlinked, and its bytes are freed when the last reader closes it.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from far_scale.data.remote.fetch import fetch_bytes, fetch_file, fetch_packed, pause
-from far_scale.data.remote.unpack import compression_of
+from far_scale.data.remote.compression import compression_of
+from far_scale.data.remote.fetch import fetch_bytes, fetch_compressed, fetch_file, pause
 from far_scale.utils.errors import UserError
 
-CACHE_BYTES = 200 * 10**9  # the limit where no recipe says another
+CACHE_BYTES = 200 * 10**9  # default limit
 _NAME = re.compile(r"[0-9a-f]{64}(\.part)?")
-_ASK_AGAIN = 0.1  # seconds, while another process fetches the same file
+_LOCK_POLL_SECONDS = 0.1  # while another process fetches the same file
 
 
 class CacheError(UserError):
-    """A file that the node's disk cannot keep: it is full, or not writable."""
+    """The node's disk is full or not writable."""
 
 
 MAX_UNSIZED_BYTES = 1 << 25
-"""Of a file whose size is not known beforehand, such as a shard's index."""
+"""Limit of a file of unknown size, such as a shard's index."""
 
 
 class NodeCache:
     """A cache folder; any number of processes and threads may use it at once.
 
-    What is fetched may lie above the limit by one file a process, where the files that are being fetched fill it.
+    If files being fetched fill the cache, it may exceed the limit by one file a process.
 
     Args:
-        folder: on the node's own disk; made where it is missing.
-        most_bytes: the limit.
-        key: of the recipe, which names the folder.
+        folder: on the node's disk; made if missing.
+        max_bytes: the limit.
+        key: recipe key of the folder, for messages.
 
     Attributes:
-        fetched_files, fetched_bytes: that this object has brought into the folder.
+        fetched_files, fetched_bytes: what this object has fetched into the folder.
 
     Raises:
-        UserError: the folder cannot be made, or not be written to.
+        UserError: the folder cannot be made or written.
     """
 
-    def __init__(self, folder: str | Path, most_bytes: int, key: str = "data.cache_dir") -> None:
-        self.folder, self.most_bytes, self._key = Path(folder), most_bytes, key
+    def __init__(self, folder: str | Path, max_bytes: int, key: str = "data.cache_dir") -> None:
+        self.folder, self.max_bytes, self._key = Path(folder), max_bytes, key
         self.fetched_files = self.fetched_bytes = 0
-        self._counting = threading.Lock()
+        self._counter_lock = threading.Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666))
@@ -64,36 +64,39 @@ class NodeCache:
             raise UserError(f"{key}={folder}: {error.strerror}; give a folder on the node's disk") from None
 
     def open(self, url: str, digest: str, size: int | None) -> int:
-        """A descriptor of the file with this SHA-256, fetched from `url` where it is not there yet, and unpacked.
+        """A descriptor of the file with this SHA-256, fetched from `url` and decompressed if it is not cached.
 
         Args:
-            size: in bytes; None of a small file, whose size nobody has told.
+            url: URL or path of the file.
+            digest: its SHA-256, after decompression.
+            size: in bytes, after decompression; None for a small file of unknown size.
 
         Raises:
             FetchError: it cannot be fetched.
-            CacheError: it cannot be kept.
+            CacheError: it cannot be stored.
         """
         descriptor = self._open(url, digest, size, evict=True)
         assert descriptor is not None
         return descriptor
 
     def open_if_room(self, url: str, digest: str, size: int | None, since: int) -> int | None:
-        """As `open`, but None where there is no room beside the files that were read after `since`, in ns of the epoch.
+        """As `open`, but None if the files read after `since` (ns since the epoch) leave no room.
 
-        So a set that is larger than the cache, and can be read where it lies as well, fills it once: if each epoch's
-        first files made room for its last ones, every epoch would fetch all of them again.
+        Thus a set larger than the cache, which can also be read at its source, fills the cache once. With eviction,
+        every epoch would copy all files again.
         """
         return self._open(url, digest, size, evict=False, since=since)
 
-    def find(self, digest: str, size: int | None) -> int | None:
-        """A descriptor of the file with this SHA-256; None where it is not there."""
-        return _resident(self.folder / digest, size)
+    def open_cached(self, digest: str, size: int | None) -> int | None:
+        """A descriptor of the file with this SHA-256; None if it is not cached."""
+        return _open_complete(self.folder / digest, size)
 
     def fetch_ahead(self, url: str, digest: str, size: int | None, since: int | None = None) -> None:
-        """Fetch a file that will be wanted, unless there is no room for it beside those that are being fetched.
+        """Fetch a file that will be needed, unless the files being fetched leave no room.
 
         Args:
-            since: nor beside those that were read after it, see `open_if_room`.
+            url, digest, size: as of `open`.
+            since: files read after this time are not evicted either, see `open_if_room`.
 
         Raises:
             FetchError, CacheError: as by `open`.
@@ -109,25 +112,25 @@ class NodeCache:
         path, part = self.folder / digest, self.folder / f"{digest}.part"
         try:
             while True:
-                if (found := _resident(path, size)) is not None:
-                    return found
-                with _lock(part) as own:
-                    if not _is_named(own, part):
-                        continue  # who held the lock before has fetched it, or given up
-                    if (found := _resident(path, size)) is not None:
+                if (complete := _open_complete(path, size)) is not None:
+                    return complete
+                with _lock(part) as part_descriptor:
+                    if not _is_linked(part_descriptor, part):
+                        continue  # the process that held the lock before has fetched the file, or failed
+                    if (complete := _open_complete(path, size)) is not None:
                         part.unlink()
-                        return found
+                        return complete
                     try:
-                        if not self._fill(own, part, url, digest, size, evict, since):
+                        if not self._fetch(part_descriptor, part, url, digest, size, evict, since):
                             part.unlink()
                             return None
-                        os.fsync(own)
-                        found = os.open(part, os.O_RDONLY)
+                        os.fsync(part_descriptor)
+                        complete = os.open(part, os.O_RDONLY)
                         os.replace(part, path)
-                        with self._counting:
+                        with self._counter_lock:
                             self.fetched_files += 1
-                            self.fetched_bytes += os.fstat(found).st_size
-                        return found
+                            self.fetched_bytes += os.fstat(complete).st_size
+                        return complete
                     except BaseException:
                         part.unlink(missing_ok=True)
                         raise
@@ -137,67 +140,68 @@ class NodeCache:
                 raise CacheError(f"{self.folder}: no space left on this disk; {fix}") from None
             raise CacheError(f"{self.folder}: {error.strerror}; {self._key} must be writable") from None
 
-    def _fill(
-        self, own: int, part: Path, url: str, digest: str, size: int | None, evict: bool, since: int | None
+    def _fetch(
+        self, descriptor: int, part: Path, url: str, digest: str, size: int | None, evict: bool, since: int | None
     ) -> bool:
-        os.ftruncate(own, 0)  # a killed process may have left some of it
+        """Fetch a file into the open `part`; returns whether there was room."""
+        os.ftruncate(descriptor, 0)  # a killed process may have left a piece
         if size is not None:
-            if not self._reserve(own, part, size, evict, since):
+            if not self._reserve(descriptor, part, size, evict, since):
                 return False
             if (compression := compression_of(url)) is not None:
-                fetch_packed(url, compression, own, size, digest)
+                fetch_compressed(url, compression, descriptor, size, digest)
             else:
-                fetch_file(url, own, size, digest)
+                fetch_file(url, descriptor, size, digest)
             return True
         data = fetch_bytes(url, MAX_UNSIZED_BYTES, digest)
-        if not self._reserve(own, part, len(data), evict, since):
+        if not self._reserve(descriptor, part, len(data), evict, since):
             return False
         while data:
-            data = data[os.write(own, data) :]
+            data = data[os.write(descriptor, data) :]
         return True
 
-    def _reserve(self, own: int, part: Path, size: int, evict: bool, since: int | None) -> bool:
-        """Make room for a file: it has its full size, as a hole, before the next one counts the bytes."""
+    def _reserve(self, descriptor: int, part: Path, size: int, evict: bool, since: int | None) -> bool:
+        """Make room for a file, and give it its full size (as a hole) before another process counts the bytes."""
         with _lock(self.folder / "lock"):
-            whole: list[tuple[int, int, Path]] = []  # when it was read last, bytes, where
-            fetched = 0
+            complete: list[tuple[int, int, Path]] = []  # time of the last read, bytes, path
+            fetching_bytes = 0
             for entry in os.scandir(self.folder):
                 if not _NAME.fullmatch(entry.name) or entry.name == part.name:
                     continue
                 with contextlib.suppress(FileNotFoundError):
-                    facts = entry.stat()
+                    status = entry.stat()
                     if not entry.name.endswith(".part"):
-                        whole.append((facts.st_mtime_ns, facts.st_size, Path(entry.path)))
-                    elif not _removed_if_left_behind(Path(entry.path)):
-                        fetched += facts.st_size
-            if fetched + size > self.most_bytes and not evict:
+                        complete.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
+                    elif not _remove_if_abandoned(Path(entry.path)):
+                        fetching_bytes += status.st_size
+            if fetching_bytes + size > self.max_bytes and not evict:
                 return False
-            total = fetched + size + sum(there for _, there, _ in whole)
+            total = fetching_bytes + size + sum(file_bytes for _, file_bytes, _ in complete)
             if since is not None:
-                whole = [each for each in whole if each[0] < since]
-                if total - sum(there for _, there, _ in whole) > self.most_bytes:
+                complete = [(read_ns, file_bytes, path) for read_ns, file_bytes, path in complete if read_ns < since]
+                if total - sum(file_bytes for _, file_bytes, _ in complete) > self.max_bytes:
                     return False
-            for _, there, path in sorted(whole):
-                if total <= self.most_bytes:
+            for _, file_bytes, path in sorted(complete):
+                if total <= self.max_bytes:
                     break
                 path.unlink(missing_ok=True)
-                total -= there
-            os.ftruncate(own, size)
+                total -= file_bytes
+            os.ftruncate(descriptor, size)
             return True
 
 
 def touch(descriptor: int) -> None:
-    """The file was read now."""
+    """Record that the file was read now."""
     os.utime(descriptor)
 
 
 def is_evicted(descriptor: int) -> bool:
-    """Whether an open file has left the cache, so that its bytes are free once it is closed."""
+    """Whether an open file was evicted, so that closing it frees its bytes."""
     return os.fstat(descriptor).st_nlink == 0
 
 
-def _resident(path: Path, size: int | None) -> int | None:
-    """A descriptor of a file that is there in its size; one of another size is removed."""
+def _open_complete(path: Path, size: int | None) -> int | None:
+    """A descriptor of a file of this size, or None; one of another size is removed."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -212,11 +216,11 @@ def _resident(path: Path, size: int | None) -> int | None:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[int]:
-    """A descriptor of the file, made where it is missing, that nobody else holds a lock on meanwhile."""
+    """Hold an exclusive lock on a file, which is made if missing; gives its descriptor."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         while not _try_lock(descriptor):
-            pause(_ASK_AGAIN)  # and not a lock that blocks, which could not be interrupted
+            pause(_LOCK_POLL_SECONDS)  # a blocking lock could not be interrupted
         yield descriptor
     finally:
         os.close(descriptor)
@@ -230,21 +234,21 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _is_named(descriptor: int, path: Path) -> bool:
-    """Whether `path` still leads to the open file."""
+def _is_linked(descriptor: int, path: Path) -> bool:
+    """Whether `path` is still the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
 
 
-def _removed_if_left_behind(part: Path) -> bool:
-    """Remove what a killed process was fetching: nobody holds its lock any more."""
+def _remove_if_abandoned(part: Path) -> bool:
+    """Remove the partial file of a killed process, which no longer holds its lock; returns whether it was one."""
     descriptor = os.open(part, os.O_RDWR)
     try:
-        left_behind = _try_lock(descriptor) and _is_named(descriptor, part)
-        if left_behind:
+        is_abandoned = _try_lock(descriptor) and _is_linked(descriptor, part)
+        if is_abandoned:
             part.unlink()
-        return left_behind
+        return is_abandoned
     finally:
         os.close(descriptor)

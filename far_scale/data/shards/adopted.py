@@ -1,10 +1,9 @@
-"""Adopted sets: shards that others wrote, read where and as they lie, by a manifest and indexes of ours.
+"""Adopted sets: shards written by other programs, read in place by means of our manifest and indexes.
 
-    FOLDER/manifest.json               as of any set, with `adopted`, how samples are read, and each shard's `source`
-    FOLDER/shard-000000.index.json     the places of the samples' parts in the shard, their labels and frame rates
+    FOLDER/manifest.json               as of any set, with `adopted` (how samples are read) and each shard's `source`
+    FOLDER/shard-000000.index.json     offsets of the samples' parts in the shard, their labels and frame rates
 
-Nothing is believed that stands in such a shard, as in our own: sizes are checked before anything is allocated, and
-nothing is unpickled.
+As in our own shards nothing is trusted: sizes are checked before anything is allocated, nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -15,13 +14,12 @@ from typing import Annotated, Literal, NamedTuple
 
 import pydantic
 
-from far_scale.data.shards.members import KEY_PATTERN
-from far_scale.data.shards.typed import MAX_TENSORS_BYTES, Count, Key, Positive, StrictModel
+from far_scale.data.shards.records import KEY_PATTERN, MAX_TENSORS_BYTES, Count, Key, Positive, StrictModel
 
 MAX_NAME = 400  # characters of a sample's name in its shard
 
 Layout = Literal["FCHW", "CFHW", "FHWC"]
-# The axes of a tensor as it is stored that are frame, channel, height and width.
+# Frame, channel, height and width among the axes of a stored tensor.
 AXES: dict[Layout, tuple[int, int, int, int]] = {"FCHW": (0, 1, 2, 3), "CFHW": (1, 0, 2, 3), "FHWC": (0, 3, 1, 2)}
 
 PartKind = Annotated[
@@ -30,19 +28,19 @@ PartKind = Annotated[
         pattern=r"^(npy|torch|safetensors|json|text|number:[a-z0-9]{3,7}|ndarray(:[a-z0-9]{4,7}(:\d{1,9}(,\d{1,9}){0,7})?)?)$"
     ),
 ]
-"""What a part is: a file of that kind, a number in text, or by mosaicml-streaming's encoding a number or an array."""
+"""How a part is stored: a file format, a text, or mosaicml-streaming's encoding of a number or an array."""
 Name = Annotated[str, pydantic.Field(min_length=1, max_length=MAX_NAME)]
 PartBytes = Annotated[int, pydantic.Field(ge=0, le=MAX_TENSORS_BYTES)]
 
 
 class Part(StrictModel):
-    """Where one part of each sample stands.
+    """Where one part of each sample is stored.
 
     Attributes:
-        member: the extension of its member of a tar, all after the first dot of the file's name, in lower case; or its
-            column of an MDS file.
-        kind: what the member is.
-        key: the part's name in it; None where it is all of it.
+        member: of a tar, the extension: all after the first dot of the file's name, in lower case; of an MDS file, the
+            column.
+        kind: format of the member.
+        key: name of the part in the member; None if the part is the whole member.
     """
 
     member: Name
@@ -57,13 +55,13 @@ class Adoption(StrictModel):
     """How the samples of adopted shards are read.
 
     Attributes:
-        layout: the order of the axes in which latents are stored.
-        scale_factor: what they were multiplied by before they were stored; reading divides by it.
+        layout: order of the axes of the stored latents.
+        scale_factor: factor in the stored latents; reading divides by it.
         latents: an array or tensor of four axes.
-        actions: F whole numbers; None where the set has none.
-        label: a whole number; None where the set has none.
-        fps: a number that stands in each sample, or one for all.
-        name: the column of MDS files that names samples; None where they are numbered, and of tars.
+        actions: F integers; None if the set has none.
+        label: an integer; None if the set has none.
+        fps: a part of each sample, or one number for all.
+        name: the column of MDS files that names samples; None for tars, and if samples are numbered.
     """
 
     layout: Layout
@@ -76,16 +74,15 @@ class Adoption(StrictModel):
 
     @property
     def parts(self) -> list[Part]:
-        """All parts of a sample that are read."""
-        return [
-            each for each in (self.latents, self.actions, self.label, self.fps, self.name) if isinstance(each, Part)
-        ]
+        """All parts that are read of a sample."""
+        parts = self.latents, self.actions, self.label, self.fps, self.name
+        return [part for part in parts if isinstance(part, Part)]
 
 
 class AdoptedRow(NamedTuple):
-    """One sample of an adopted shard; offsets and sizes are those of whole members, in bytes.
+    """One sample of an adopted shard; offsets and sizes are of whole members, in bytes.
 
-    `actions_bytes` is 0 where the set has no actions. Label and frame rate stand here, not to be read anew each time.
+    `actions_bytes` is 0 if the set has no actions. Label and frame rate are here so that reads need not parse them.
     """
 
     name: Name
@@ -99,8 +96,8 @@ class AdoptedRow(NamedTuple):
 
     @property
     def key(self) -> Key:
-        """What we call the sample: its name, or one made from it where that has characters that our keys have not."""
+        """The sample's name, or one made from it if it has characters that keys may not have."""
         if KEY_PATTERN.fullmatch(self.name):
             return self.name
-        plain = re.sub(r"[^A-Za-z0-9_-]+", "_", self.name).strip("_")[:60]
-        return f"{plain}-{hashlib.sha256(self.name.encode()).hexdigest()[:12]}"
+        allowed = re.sub(r"[^A-Za-z0-9_-]+", "_", self.name).strip("_")[:60]
+        return f"{allowed}-{hashlib.sha256(self.name.encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""A shard set in the other format, tars (WebDataset) or MDS files (mosaicml-streaming), with the same bytes in them."""
+"""Converting a shard set between tars (WebDataset) and MDS files (mosaicml-streaming), with the same members."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from tqdm import tqdm
 from far_scale.data.shards.index import ShardIndex
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.mds import check_fits, write_mds, write_streaming_index
+from far_scale.data.shards.records import ShardFormat
 from far_scale.data.shards.rejects import REJECTED_NAME
-from far_scale.data.shards.sample import index_shard, members_of, to_members, walk
+from far_scale.data.shards.sample import to_members
 from far_scale.data.shards.shard_set import ShardSet
+from far_scale.data.shards.stream import index_shard, member_reader, read_samples
 from far_scale.data.shards.table import ShardTable
-from far_scale.data.shards.typed import ShardFormat
 from far_scale.data.shards.writer import finished_index, shard_entry, shard_name, write_tar
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, read_json, sha256, write_json
@@ -24,46 +25,46 @@ CONVERSION_NAME = "conversion.json"
 
 
 def convert(source: ShardSet, out: Path, shard_format: ShardFormat) -> Manifest:
-    """Write `source` to the folder `out` in the other format, or finish it where it was cut off.
+    """Write `source` to the folder `out` in the other format, or finish an interrupted conversion.
 
-    Shards keep their numbers, order and samples, and each sample the bytes of its two members, so converting back gives
-    the same tars again. An adopted set becomes tars of our own. Statistics and sums are carried over. Every byte that
-    is read is held against the manifest's checksums. The manifest comes last.
+    Shards keep their numbers, order and samples, and samples the bytes of their two members, so converting back gives
+    the same tars again. An adopted set becomes tars of our own. Statistics and sums are carried over, and every shard's
+    checksum is verified. The manifest is written last.
 
     Raises:
-        UserError: the set is of that format already, or not whole; `out` holds something else; a shard is too large
-            for an MDS file; the disk is full.
+        UserError: the set is of that format already, or damaged; `out` holds something else; a shard is too large for
+            an MDS file; the disk is full.
     """
-    manifest, adopted = source.manifest, source.manifest.adopted is not None
-    numbers = [_number(source.folder, shard.file) for shard in manifest.shards]
-    if adopted and shard_format == "mds":
+    manifest, is_adopted = source.manifest, source.manifest.adopted is not None
+    numbers = [_parse_number(source.folder, shard.file) for shard in manifest.shards]
+    if is_adopted and shard_format == "mds":
         raise UserError(
             f"{source.folder}: is adopted; convert it to tars of far_scale first (--format tar), then these"
         )
-    if not adopted and manifest.shard_format == shard_format:
+    if not is_adopted and manifest.shard_format == shard_format:
         raise UserError(f"{source.folder}: its format is {shard_format} already; copy the folder, or ask for the other")
-    _claim(source, out, shard_format)
+    _prepare_folder(source, out, shard_format)
     entries = []
     for shard, number in enumerate(tqdm(numbers, desc="convert", unit="shard")):
         index = finished_index(out, number, shard_format)
         if index is None:
             index = _convert_shard(source, shard, out, shard_name(number, shard_format))
         entries.append(shard_entry(out, index))
-    made = manifest.model_copy(update={"shards": ShardTable(entries), "adopted": None})
+    converted = manifest.model_copy(update={"shards": ShardTable(entries), "adopted": None})
     if shard_format == "mds":
-        write_streaming_index(out, made)
+        write_streaming_index(out, converted)
     if (rejected := Path(source.folder) / REJECTED_NAME).exists():
         with atomic_write(out / REJECTED_NAME) as beside:
             beside.write_bytes(rejected.read_bytes())
-    made.write(out)
-    return made
+    converted.write(out)
+    return converted
 
 
-def _number(folder: str, file: str) -> int:
-    """The number of a shard, which its name has in either format.
+def _parse_number(folder: str, file: str) -> int:
+    """The number in a shard's name.
 
     Raises:
-        UserError: a name with more zeros than ours; another shard might have the same number.
+        UserError: a name with more zeros than ours, so that two shards could have one number.
     """
     number = int("".join(filter(str.isdigit, file.rpartition(".")[0])))
     if file not in (shard_name(number), shard_name(number, "mds")):
@@ -71,8 +72,8 @@ def _number(folder: str, file: str) -> int:
     return number
 
 
-def _claim(source: ShardSet, out: Path, shard_format: ShardFormat) -> None:
-    """Write down in `out` what is converted to it, or refuse where that is something else."""
+def _prepare_folder(source: ShardSet, out: Path, shard_format: ShardFormat) -> None:
+    """Record the conversion in `out`, or refuse a folder with other content."""
     settings = {"format": shard_format, "from": source.manifest.fingerprint()}
     path = out / CONVERSION_NAME
     if path.exists():
@@ -86,21 +87,22 @@ def _claim(source: ShardSet, out: Path, shard_format: ShardFormat) -> None:
 
 def _convert_shard(source: ShardSet, shard: int, out: Path, name: str) -> ShardIndex:
     """Write one shard and then its index."""
-    for left_by_a_kill in out.glob(f".{Path(name).stem}.*part*"):
-        left_by_a_kill.unlink(missing_ok=True)
-    entry, before = source.manifest.shards[shard], source.index(shard)
-    path = source.store.path(entry.place, entry.bytes, entry.sha256)
+    for leftover in out.glob(f".{Path(name).stem}.*part*"):  # of a killed process
+        leftover.unlink(missing_ok=True)
+    entry, source_index = source.manifest.shards[shard], source.index(shard)
+    path = source.store.path(entry.location, entry.bytes, entry.sha256)
     if sha256(path) != entry.sha256:
-        where = source.name_of(shard)
-        raise UserError(f"{where}: its SHA-256 is not the manifest's; copy it again, or encode the set again")
-    if isinstance(before, ShardIndex):
-        if index_shard(path) != before.samples:
+        raise UserError(
+            f"{source.name_of(shard)}: its SHA-256 is not the manifest's; copy it again, or encode the set again"
+        )
+    if isinstance(source_index, ShardIndex):
+        if index_shard(path) != source_index.samples:
             raise UserError(f"{path}: its samples are not those of its index; encode the set again")
         if name.endswith(".mds"):
-            check_fits(path, before.samples)
-        members = _members(path)
+            check_fits(path, source_index.samples)
+        members = _read_members(path)
     else:
-        members = _members_of_samples(source, shard, entry.samples)
+        members = _encode_samples(source, shard, entry.samples)
     with atomic_write(out / name) as beside:
         if name.endswith(".mds"):
             write_mds(beside, members, entry.samples)
@@ -110,23 +112,23 @@ def _convert_shard(source: ShardSet, shard: int, out: Path, name: str) -> ShardI
             file=name,
             bytes=os.path.getsize(beside),
             sha256=sha256(beside),
-            fps=before.fps,
-            sums=before.sums,
+            fps=source_index.fps,
+            sums=source_index.sums,
             samples=index_shard(beside),
         )
     index.write(out)
     return index
 
 
-def _members_of_samples(source: ShardSet, shard: int, count: int) -> Iterator[tuple[str, bytes, bytes]]:
-    """The samples of an adopted shard as ours have them: key, JSON, safetensors."""
+def _encode_samples(source: ShardSet, shard: int, count: int) -> Iterator[tuple[str, bytes, bytes]]:
+    """The samples of an adopted shard as members of our format: key, JSON, safetensors."""
     for number in range(count):
         member = to_members(source.read(shard, number))
         yield member["__key__"], member["json"], member["safetensors"]
 
 
-def _members(path: Path) -> Iterator[tuple[str, bytes, bytes]]:
-    """The samples of a shard that was verified: key, JSON, safetensors."""
+def _read_members(path: Path) -> Iterator[tuple[str, bytes, bytes]]:
+    """The samples of a verified shard: key, JSON, safetensors."""
     with open(path, "rb") as file:
-        for row, facts, tensors in walk(members_of(path.name, file), data=True):
-            yield row.key, facts, tensors
+        for row, metadata, tensors in read_samples(member_reader(path.name, file), with_data=True):
+            yield row.key, metadata, tensors

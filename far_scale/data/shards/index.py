@@ -1,4 +1,4 @@
-"""A shard's index: where its samples lie, and the facts that the manifest is made from."""
+"""A shard's index: offsets of its samples, and the sums from which the manifest's statistics are computed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pydantic
 import torch
 
 from far_scale.data.shards.adopted import AdoptedRow
-from far_scale.data.shards.typed import (
+from far_scale.data.shards.records import (
     MAX_HEADER_BYTES,
     MAX_INDEX_BYTES,
     MAX_JSON_BYTES,
@@ -30,9 +30,9 @@ from far_scale.utils.errors import UserError
 
 
 class IndexRow(NamedTuple):
-    """Where one sample lies in its shard; offsets and sizes in bytes, offsets from the start of the file.
+    """Location of one sample in its shard; offsets (from the start of the file) and sizes in bytes.
 
-    `header_bytes` is the safetensors header with its 8 bytes of length: the tensors' data begins after it.
+    `header_bytes` is the size of the safetensors header with its 8 bytes of length; the tensors' data follows it.
     """
 
     key: Key
@@ -45,7 +45,7 @@ class IndexRow(NamedTuple):
 
 
 class ChannelSums(StrictModel):
-    """Float64 sums per channel over `values` stored latent values a channel; they add up over shards."""
+    """Float64 sums per channel over the stored latents, `values` of them in each channel; they add up over shards."""
 
     values: Positive
     total: tuple[float, ...]
@@ -53,14 +53,14 @@ class ChannelSums(StrictModel):
 
 
 class LatentSums:
-    """ChannelSums in the making."""
+    """Accumulates ChannelSums."""
 
     def __init__(self, channels: int) -> None:
         self._total, self._squares, self._values = np.zeros(channels), np.zeros(channels), 0
 
     def add(self, latents: torch.Tensor) -> None:
-        """Count in latents `[F, C, H, W]`."""
-        stored = latents.double().contiguous()  # sums of one order, however the latents lie in memory
+        """Add latents `[F, C, H, W]`."""
+        stored = latents.double().contiguous()  # the order of the sum must not depend on the memory layout
         self._total += stored.sum(dim=(0, 2, 3)).numpy()
         self._squares += stored.square().sum(dim=(0, 2, 3)).numpy()
         self._values += stored[:, 0].numel()
@@ -72,15 +72,23 @@ class LatentSums:
 
 
 def statistics(sums: Sequence[ChannelSums]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and population deviation per channel of the latents that all these sums are of; their order is no matter."""
-    values = sum(each.values for each in sums)
-    mean = [math.fsum(channel) / values for channel in zip(*(each.total for each in sums), strict=True)]
-    square = [math.fsum(channel) / values for channel in zip(*(each.squares for each in sums), strict=True)]
+    """Mean and population standard deviation per channel; independent of the order of `sums`."""
+    values = sum(shard.values for shard in sums)
+    mean = [math.fsum(channel) / values for channel in zip(*(shard.total for shard in sums), strict=True)]
+    square = [math.fsum(channel) / values for channel in zip(*(shard.squares for shard in sums), strict=True)]
     return tuple(mean), tuple(math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean, square, strict=True))
 
 
-class IndexFacts(StrictModel):
-    """What stands in a shard's `.index.json`: the samples' places, and the facts that the manifest is made from."""
+class BaseIndex(StrictModel):
+    """A shard's `.index.json`.
+
+    Attributes:
+        file: name of the shard.
+        bytes, sha256: of the shard.
+        fps: of all samples; None if they differ.
+        sums: of the shard's latents.
+        samples: one row each, in the shard's order.
+    """
 
     format: str
     file: ShardName
@@ -92,29 +100,29 @@ class IndexFacts(StrictModel):
 
     @staticmethod
     def path_of(folder: str | Path, file: str) -> Path:
-        """The index that belongs to the shard `file`."""
+        """Path of the index of shard `file`."""
         return Path(folder) / (file.rpartition(".")[0] + ".index.json")
 
     def write(self, folder: str | Path) -> None:
         """Write the index beside its shard, atomically.
 
         Raises:
-            UserError: it would be larger than any that is read.
+            UserError: it is larger than the reader's limit.
         """
         path, text = self.path_of(folder, self.file), self.model_dump_json() + "\n"
         excess = f"{len(self.samples)} samples are more than the index of a shard may name"
         write_small(path, text, MAX_INDEX_BYTES, excess, "lower --samples-per-shard, or write smaller shards")
 
 
-class ShardIndex(IndexFacts):
+class ShardIndex(BaseIndex):
     """The index of a shard of our own."""
 
     format: Literal["far_scale.index/1"] = "far_scale.index/1"
     samples: Annotated[list[IndexRow], pydantic.Field(min_length=1), pydantic.FailFast()]
 
 
-class AdoptedIndex(IndexFacts):
-    """The index of a shard that others wrote."""
+class AdoptedIndex(BaseIndex):
+    """The index of an adopted shard."""
 
     format: Literal["far_scale.adopted-index/1"] = "far_scale.adopted-index/1"
     samples: Annotated[list[AdoptedRow], pydantic.Field(min_length=1), pydantic.FailFast()]
@@ -124,13 +132,18 @@ AnyIndex = TypeVar("AnyIndex", ShardIndex, AdoptedIndex)
 
 
 def parse_index(text: bytes, path: str | Path, kind: type[AnyIndex]) -> AnyIndex:
-    """The index in `text`, which was read from `path`.
+    """Parse an index.
+
+    Args:
+        text: content of the file.
+        path: of the file, for errors.
+        kind: class of the index.
 
     Raises:
-        UserError: it is not an index of this format.
+        UserError: it is not an index of this kind.
     """
     try:
         return kind.model_validate_json(text)
     except pydantic.ValidationError as error:
-        again = "encode the set again" if kind is ShardIndex else "adopt the shards again"
-        raise UserError(f"{path}: not a valid shard index ({first_problem(error)}); {again}") from None
+        fix = "encode the set again" if kind is ShardIndex else "adopt the shards again"
+        raise UserError(f"{path}: not a valid shard index ({first_problem(error)}); {fix}") from None

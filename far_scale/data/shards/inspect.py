@@ -1,4 +1,4 @@
-"""Looking at a shard set: its facts in words, its latents' statistics, and a picture of its decoded frames."""
+"""Inspecting a shard set: a summary, a full check, repairing the manifest, and a contact sheet of decoded frames."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tqdm import tqdm
 
 from far_scale import autoencoder as autoencoders
 from far_scale.data.remote.cache import NodeCache
+from far_scale.data.shards.errors import NotReadableError
 from far_scale.data.shards.index import ChannelSums, statistics
 from far_scale.data.shards.manifest import MANIFEST_NAME, Manifest
 from far_scale.data.shards.mds import STREAMING_INDEX_NAME, has_streaming_index, write_streaming_index
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.store import NoWayError
 from far_scale.data.shards.table import ShardTable
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write
 
-_CLASSES = 10  # that are named
+_MAX_CLASS_NAMES = 10  # in the summary
 
 
 def describe(shard_set: ShardSet) -> str:
-    """A shard set in a few lines: counts, sizes, conditions, autoencoder, statistics of the latents."""
+    """Summary in a few lines: counts, sizes, conditions, autoencoder, statistics of the latents."""
     manifest = shard_set.manifest
     shards, frames, size = len(manifest.shards), manifest.frames, sum(shard.bytes for shard in manifest.shards)
     info, shape = manifest.autoencoder, " x ".join(map(str, manifest.latent_shape))
@@ -42,29 +42,29 @@ def describe(shard_set: ShardSet) -> str:
             f"files:       {files}",
             f"samples:     {frames / manifest.samples:.1f} frames on average, {manifest.min_frames} at least, {rate}",
             f"latents:     {shape} (C x H x W) {manifest.latent_dtype}",
-            f"conditions:  {manifest.actions or 'no'} actions, {manifest.labels or 'no'} labels{_names(manifest)}",
+            f"conditions:  {manifest.actions or 'no'} actions, {manifest.labels or 'no'} labels{_classes(manifest)}",
             f"autoencoder: {info.name}, scaling factor {info.scaling_factor:g}, weights {info.weight_hash[:16]}",
             f"channels:    mean {min(manifest.mean):.3f} to {max(manifest.mean):.3f}, "
-            f"deviation {min(manifest.std):.3f} to {max(manifest.std):.3f}",
+            f"std {min(manifest.std):.3f} to {max(manifest.std):.3f}",
         ]
     )
 
 
-def _names(manifest: Manifest) -> str:
+def _classes(manifest: Manifest) -> str:
     if manifest.classes is None:
         return ""
-    more = ", ..." if len(manifest.classes) > _CLASSES else ""
-    return f": {', '.join(f'{name!r:.80}' for name in manifest.classes[:_CLASSES])}{more}"
+    more = ", ..." if len(manifest.classes) > _MAX_CLASS_NAMES else ""
+    return f": {', '.join(f'{name!r:.80}' for name in manifest.classes[:_MAX_CLASS_NAMES])}{more}"
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What reading every byte of a shard set found.
+    """Result of reading every byte of a shard set.
 
     Attributes:
-        broken: what is wrong with a shard, by its number.
-        sums: of the latents of each shard that is whole, by its number.
-        rates: frame rates of the whole shards; None for a shard of several.
+        broken: what is wrong with a broken shard, by shard number.
+        sums: of the latents of each intact shard, by shard number.
+        rates: frame rates of the intact shards; None for a shard with several.
     """
 
     broken: dict[int, str]
@@ -76,107 +76,107 @@ def examine(shard_set: ShardSet) -> Findings:
     """Read every byte of every shard and compare it with its index and the manifest.
 
     Raises:
-        UserError: the shards cannot be asked for, as without a cache.
+        UserError: the shards cannot be read with these options, such as without a cache.
     """
-    found = Findings({}, {}, set())
+    findings = Findings({}, {}, set())
     for number in tqdm(range(len(shard_set.manifest.shards)), desc="verify", unit="shard"):
         try:
             index = shard_set.verify_shard(number)
-        except NoWayError:
+        except NotReadableError:
             raise
         except UserError as problem:
-            found.broken[number] = str(problem)
+            findings.broken[number] = str(problem)
         else:
-            found.sums[number] = index.sums
-            found.rates.add(index.fps)
-    return found
+            findings.sums[number] = index.sums
+            findings.rates.add(index.fps)
+    return findings
 
 
 def verify(shard_set: ShardSet) -> None:
     """Check every byte, count and statistic against the manifest.
 
     Raises:
-        UserError: what is wrong with the first shard that is broken, and how many there are.
+        UserError: names the first broken shard and counts them all.
     """
-    found, manifest = examine(shard_set), shard_set.manifest
-    if found.broken:
-        first, count = next(iter(found.broken.values())), len(found.broken)
+    findings, manifest = examine(shard_set), shard_set.manifest
+    if findings.broken:
+        first, count = next(iter(findings.broken.values())), len(findings.broken)
         more = f" ({count} shards are broken: `tools/inspect_shards.py {shard_set.folder} --fix` drops them)"
         raise UserError(first + more)
-    if not np.allclose(statistics(list(found.sums.values())), (manifest.mean, manifest.std), rtol=1e-6, atol=1e-9):
+    if not np.allclose(statistics(list(findings.sums.values())), (manifest.mean, manifest.std), rtol=1e-6, atol=1e-9):
         raise UserError(
             f"{shard_set.folder}: the manifest's mean and std are not those of its latents; "
-            f"`tools/inspect_shards.py {shard_set.folder} --fix` computes them anew"
+            f"`tools/inspect_shards.py {shard_set.folder} --fix` recomputes them"
         )
-    if _has_index_of_streaming(manifest) and not has_streaming_index(Path(shard_set.folder), manifest):
+    if _needs_streaming_index(manifest) and not has_streaming_index(Path(shard_set.folder), manifest):
         raise UserError(
             f"{shard_set.folder}/{STREAMING_INDEX_NAME}: not what the manifest says of the MDS files; "
-            f"`tools/inspect_shards.py {shard_set.folder} --fix` writes it anew"
+            f"`tools/inspect_shards.py {shard_set.folder} --fix` rewrites it"
         )
 
 
-def fix(folder: Path, node: NodeCache | None = None) -> str:
-    """Drop the shards that are broken or missing from the manifest, and compute its statistics anew.
+def fix(folder: Path, cache: NodeCache | None = None) -> str:
+    """Drop broken and missing shards from the manifest, and recompute its statistics.
 
-    The shards themselves are left where they are. The manifest as it was is kept beside it.
+    The shards are not touched. A copy of the old manifest is kept beside the new one.
 
     Args:
         folder: of the set.
-        node: the cache in which remote and compressed shards of an adopted set are read.
+        cache: for the remote and compressed shards of an adopted set.
 
     Returns:
-        What was dropped and why, and what is left, a line each.
+        A report: what was dropped and why, and what is left.
 
     Raises:
-        UserError: there is no valid manifest, or no whole shard; nothing is changed.
+        UserError: there is no valid manifest, or no intact shard; nothing is changed.
     """
     manifest = Manifest.read(folder)
-    found = examine(ShardSet(folder, manifest, node))
-    if not found.sums:
-        first = next(iter(found.broken.values()))
+    findings = examine(ShardSet(folder, manifest, cache))
+    if not findings.sums:
+        first = next(iter(findings.broken.values()))
         raise UserError(
-            f"{folder}: none of its {len(found.broken)} shards is whole, nothing is changed; first: {first}"
+            f"{folder}: none of its {len(findings.broken)} shards is intact, nothing is changed; first: {first}"
         )
-    mean, std = statistics(list(found.sums.values()))
-    whole = ShardTable(entry for number, entry in enumerate(manifest.shards) if number in found.sums)
-    fps = next(iter(found.rates)) if len(found.rates) == 1 else None
-    fixed = manifest.model_copy(update={"shards": whole, "mean": mean, "std": std, "fps": fps})
-    index = []
-    if _has_index_of_streaming(fixed) and not has_streaming_index(folder, fixed):
+    mean, std = statistics(list(findings.sums.values()))
+    intact = ShardTable(entry for number, entry in enumerate(manifest.shards) if number in findings.sums)
+    fps = next(iter(findings.rates)) if len(findings.rates) == 1 else None
+    fixed = manifest.model_copy(update={"shards": intact, "mean": mean, "std": std, "fps": fps})
+    index_lines = []
+    if _needs_streaming_index(fixed) and not has_streaming_index(folder, fixed):
         write_streaming_index(folder, fixed)
-        index = [f"written anew: {folder / STREAMING_INDEX_NAME}"]
+        index_lines = [f"rewritten:   {folder / STREAMING_INDEX_NAME}"]
     if fixed == manifest:
-        return "\n".join(index) or f"nothing to fix: all {len(whole)} shards are whole"
-    kept = _keep(folder / MANIFEST_NAME)
+        return "\n".join(index_lines) or f"nothing to fix: all {len(intact)} shards are intact"
+    backup = _back_up(folder / MANIFEST_NAME)
     fixed.write(folder)
-    lines = [f"dropped:     {problem}" for problem in found.broken.values()]
+    lines = [f"dropped:     {problem}" for problem in findings.broken.values()]
     dropped = manifest.samples - fixed.samples
-    lines.append(f"left:        {fixed.samples} samples in {len(whole)} shards; {dropped} samples are dropped")
-    lines.append("statistics:  computed anew from the shards that are left")
-    return "\n".join([*lines, *index, f"before:      {kept}"])
+    lines.append(f"left:        {fixed.samples} samples in {len(intact)} shards; {dropped} samples are dropped")
+    lines.append("statistics:  recomputed from the remaining shards")
+    return "\n".join([*lines, *index_lines, f"before:      {backup}"])
 
 
-def _has_index_of_streaming(manifest: Manifest) -> bool:
-    """Whether the library's own index is part of the set."""
+def _needs_streaming_index(manifest: Manifest) -> bool:
+    """Whether mosaicml-streaming's index is part of the set."""
     return manifest.shard_format == "mds" and manifest.adopted is None
 
 
-def _keep(path: Path) -> Path:
-    """Copy the manifest to the first name that is free: manifest.json.before-fix, .before-fix-2, ..."""
-    kept, number = path.with_name(f"{path.name}.before-fix"), 1
-    while kept.exists():
+def _back_up(path: Path) -> Path:
+    """Copy the manifest to the first unused name: manifest.json.before-fix, .before-fix-2, ..."""
+    backup, number = path.with_name(f"{path.name}.before-fix"), 1
+    while backup.exists():
         number += 1
-        kept = path.with_name(f"{path.name}.before-fix-{number}")
-    with atomic_write(kept) as beside:
+        backup = path.with_name(f"{path.name}.before-fix-{number}")
+    with atomic_write(backup) as beside:
         beside.write_bytes(path.read_bytes())
-    return kept
+    return backup
 
 
 def contact_sheet(shard_set: ShardSet, samples: int = 8, frames: int = 8) -> Image.Image:
-    """Decoded frames on a sheet: a row each for samples from all over the set, frames from all over the sample.
+    """An image of decoded frames, evenly spaced: one row a sample.
 
     Raises:
-        UserError: the autoencoder that made the latents is not at hand.
+        UserError: the autoencoder that made the latents is not available.
     """
     autoencoder = matching_autoencoder(shard_set.manifest)
     ends = np.cumsum(shard_set.samples_per_shard)
@@ -184,9 +184,9 @@ def contact_sheet(shard_set: ShardSet, samples: int = 8, frames: int = 8) -> Ima
     for number in np.linspace(0, ends[-1] - 1, min(samples, int(ends[-1]))).round().astype(int):
         shard = int(np.searchsorted(ends, number, side="right"))
         latents = shard_set.read(shard, int(number - ends[shard] + shard_set.samples_per_shard[shard])).latents
-        chosen = torch.from_numpy(np.linspace(0, len(latents) - 1, frames).round().astype(int))
+        frame_indices = torch.from_numpy(np.linspace(0, len(latents) - 1, frames).round().astype(int))
         with torch.inference_mode():
-            pixels = autoencoder.decode(latents[chosen].float())  # [F, 3, H, W] in [-1, 1]
+            pixels = autoencoder.decode(latents[frame_indices].float())  # [F, 3, H, W] in [-1, 1]
         row = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         rows.append(np.concatenate(list(np.pad(row, ((0, 0), (1, 1), (1, 1), (0, 0)))), axis=1))
     return Image.fromarray(np.concatenate(rows, axis=0))
@@ -196,7 +196,7 @@ def matching_autoencoder(manifest: Manifest) -> autoencoders.Autoencoder:
     """The autoencoder that made the latents of a set.
 
     Raises:
-        UserError: it cannot be loaded by its name, or its weights are others now.
+        UserError: it cannot be loaded by its name, or has other weights.
     """
     autoencoder = autoencoders.load(manifest.autoencoder.name)
     if autoencoder.weight_hash != manifest.autoencoder.weight_hash:

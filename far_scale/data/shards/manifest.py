@@ -1,20 +1,20 @@
-"""The typed papers of a shard set: `manifest.json` for the whole, one small index beside each shard.
+"""The manifest of a shard set, `manifest.json`.
 
-    FOLDER/manifest.json               what every shard has in common, and one line of facts a shard
-    FOLDER/shard-000000.tar            samples: KEY.json and KEY.safetensors, in any WebDataset reader's order
-    FOLDER/shard-000000.index.json     where each sample lies in the tar; the manifest holds its SHA-256
+    FOLDER/manifest.json               what all shards share, and counts, size and checksums of each
+    FOLDER/shard-000000.tar            samples: KEY.json and KEY.safetensors, readable by WebDataset
+    FOLDER/shard-000000.index.json     offsets of the samples in the tar; the manifest holds its SHA-256
 
-or, with the same members in the columns of MDS files, for mosaicml-streaming's datasets as well,
+The same members may be in the columns of MDS files, which mosaicml-streaming's datasets read:
 
     FOLDER/shard.00000.mds
     FOLDER/shard.00000.index.json
-    FOLDER/index.json                  that library's own; we do not read it
+    FOLDER/index.json                  of that library; we do not read it
 
-or, with shards of others, which lie elsewhere and stay as they are (see adopted.py),
+An adopted set (adopted.py) uses shards of other programs in place:
 
-    FOLDER/shard-000000.index.json     the manifest says where the shard itself lies
+    FOLDER/shard-000000.index.json     the manifest holds the shard's path or URL
 
-The offsets stand in the indexes and not in the manifest, which would be unreadable with 100,000 shards in it.
+The offsets are in the indexes because a manifest of 100,000 shards with all offsets would be too large.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ import pydantic
 import torch
 
 from far_scale.data.shards.adopted import Adoption
-from far_scale.data.shards.table import ENTRIES, ShardEntry, ShardTable, read_shards
-from far_scale.data.shards.typed import (
+from far_scale.data.shards.records import (
     MAX_MANIFEST_BYTES,
     Count,
     ModelWithClasses,
@@ -42,20 +41,21 @@ from far_scale.data.shards.typed import (
     read_small,
     write_small,
 )
+from far_scale.data.shards.table import ENTRIES, ShardEntry, ShardTable, read_shards
 from far_scale.utils.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
-LatentDtype = Literal["bfloat16", "float16", "float32"]  # float32 of adopted sets alone: encoding rounds
+LatentDtype = Literal["bfloat16", "float16", "float32"]  # float32 in adopted sets only: encoding rounds
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-# Within a JSON string a quote has a backslash before it, so this is a key.
-_SHARDS = re.compile(r'(?<!\\)"shards"\s*:\s*\[(?!\s*\])')
+# In a JSON string a quote follows a backslash, so this matches a key only.
+_SHARDS_KEY = re.compile(r'(?<!\\)"shards"\s*:\s*\[(?!\s*\])')
 
 
-def _table(shards: Any, info: pydantic.ValidationInfo) -> ShardTable:
-    """The shards of a manifest that is made; of one that is read `Manifest.parse` has checked them, one by one."""
-    read: ShardTable | None = (info.context or {}).get("shards")
-    table = read if read is not None else shards
+def _validate_table(shards: Any, info: pydantic.ValidationInfo) -> ShardTable:
+    """The shards of a new manifest; for one that is read, `Manifest.parse` passes the checked table as context."""
+    parsed: ShardTable | None = (info.context or {}).get("shards")
+    table = parsed if parsed is not None else shards
     if not isinstance(table, ShardTable) or not len(table):
         raise ValueError("there must be a list of one shard at least")
     return table
@@ -74,17 +74,19 @@ class AutoencoderInfo(StrictModel):
 
 
 class Manifest(ModelWithClasses):
-    """What a shard set is.
+    """Description of a shard set.
 
     Attributes:
         latent_shape: (C, H, W) of a frame latent.
-        latent_dtype: "bfloat16", "float16" or "float32", as read.
-        mean, std: per channel, over all stored latents (population deviation).
-        actions: number of action classes, 0 where frames have no action.
-        labels: number of label classes, 0 where clips have no label.
-        classes: the names of the first of them or of all, or None where they are not known.
-        fps: frames a second, or None where the videos differ.
-        adopted: how the samples of shards that others wrote are read, which lie elsewhere; None in a set of our own.
+        latent_dtype: type in which latents are read.
+        mean, std: per channel, over all stored latents (std of the population).
+        autoencoder: that made the latents.
+        actions: number of action classes; 0 if frames have no actions.
+        labels: number of label classes; 0 if clips have no labels.
+        classes: names of the label classes, or of the first ones; None if unknown.
+        fps: frames per second; None if the videos differ.
+        adopted: how the samples are read in an adopted set; None in a set of our own.
+        shards: one entry each.
     """
 
     OMITTED = ("classes", "adopted")
@@ -98,17 +100,17 @@ class Manifest(ModelWithClasses):
     labels: Count
     fps: float | None
     adopted: Adoption | None = None
-    shards: Annotated[ShardTable, pydantic.PlainValidator(_table), pydantic.PlainSerializer(_dump_table)]
+    shards: Annotated[ShardTable, pydantic.PlainValidator(_validate_table), pydantic.PlainSerializer(_dump_table)]
 
     @pydantic.model_validator(mode="after")
-    def _consistent(self) -> Manifest:
+    def _check_consistency(self) -> Manifest:
         if not len(self.mean) == len(self.std) == self.latent_shape[0]:
             raise ValueError(f"mean and std must have {self.latent_shape[0]} channels")
-        if self.shards.has_twins:
+        if self.shards.has_duplicates:
             raise ValueError("a shard file is named twice")
-        if self.shards.has_both_formats:
+        if self.shards.has_mixed_formats:
             raise ValueError("some shards are tars and some are MDS files")
-        if self.shards.adopted is not (self.adopted is not None) or self.shards.cached is None:
+        if self.shards.is_adopted is not (self.adopted is not None) or self.shards.needs_cache is None:
             raise ValueError("all shards must lie here, or with `adopted` all at paths, all at URLs or all compressed")
         if self.classes is not None and not len(set(self.classes)) == len(self.classes) <= self.labels:
             raise ValueError(f"classes must be different names, {self.labels} at most")
@@ -116,7 +118,7 @@ class Manifest(ModelWithClasses):
 
     @property
     def shard_format(self) -> ShardFormat:
-        """What its shards are; the manifest tells it by their names."""
+        """Format of the shards, from their names."""
         return "mds" if self.shards[0].file.endswith(".mds") else "tar"
 
     @property
@@ -132,8 +134,8 @@ class Manifest(ModelWithClasses):
         return int(self.shards.min_frames.min())
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that this manifest says, but for where shards lie: the same for the same latents in them."""
-        # The text of `model_dump_json`, shard by shard: as a whole it is as large as the file.
+        """SHA-256 of the manifest without the shards' locations: the same for the same shards, wherever they are."""
+        # The text of `model_dump_json` in pieces: as a whole it is as large as the file.
         digest = hashlib.sha256(self.model_dump_json(exclude={"shards"}).encode()[:-1] + b',"shards":[')
         for number in range(0, len(self.shards), 1000):
             piece = ENTRIES.dump_json(self.shards[number : number + 1000], exclude={"__all__": {"source"}})
@@ -146,16 +148,16 @@ class Manifest(ModelWithClasses):
         """Read and check `folder/manifest.json`.
 
         Raises:
-            UserError: it is not there, or is not a manifest of this format.
+            UserError: it does not exist, or is not a manifest of this format.
         """
         return Manifest.parse(Manifest.text(folder), Path(folder) / MANIFEST_NAME)
 
     @staticmethod
     def text(folder: str | Path) -> bytes:
-        """What stands in `folder/manifest.json`.
+        """The content of `folder/manifest.json`.
 
         Raises:
-            UserError: it is not there, or too large.
+            UserError: it does not exist, or is too large.
         """
         path = Path(folder) / MANIFEST_NAME
         if not path.is_file():
@@ -167,18 +169,22 @@ class Manifest(ModelWithClasses):
 
     @staticmethod
     def parse(text: bytes, path: str | Path) -> Manifest:
-        """The manifest in `text`, which was read from `path`.
+        """Parse a manifest.
+
+        Args:
+            text: content of the file.
+            path: of the file, for errors.
 
         Raises:
             UserError: it is not a manifest of this format.
         """
         try:
-            words = text.decode("utf-8-sig")
-            found = _SHARDS.search(words)
-            if found is None:
-                return Manifest.model_validate_json(words)
-            shards, end = read_shards(words, found.end())
-            return Manifest.model_validate_json(words[: found.end()] + words[end:], context={"shards": shards})
+            document = text.decode("utf-8-sig")
+            key = _SHARDS_KEY.search(document)
+            if key is None:
+                return Manifest.model_validate_json(document)
+            shards, end = read_shards(document, key.end())
+            return Manifest.model_validate_json(document[: key.end()] + document[end:], context={"shards": shards})
         except pydantic.ValidationError as error:
             problem = first_problem(error)
         except (ValueError, RecursionError) as error:
@@ -189,7 +195,7 @@ class Manifest(ModelWithClasses):
         """Write `folder/manifest.json`, atomically.
 
         Raises:
-            UserError: it would be larger than any that is read.
+            UserError: it is larger than the reader's limit.
         """
         path = Path(folder) / MANIFEST_NAME
         text = json.dumps(self.model_dump(mode="json"), indent=2) + "\n"

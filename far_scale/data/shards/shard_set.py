@@ -1,4 +1,4 @@
-"""Reading a shard set at random: any sample by its number, any part of it by offset."""
+"""Random access to a shard set: any sample by its number, any frames of it by offset."""
 
 from __future__ import annotations
 
@@ -16,35 +16,43 @@ import torch
 
 from far_scale.data.frame_counts import min_frames
 from far_scale.data.remote.cache import NodeCache, is_evicted, touch
-from far_scale.data.remote.fetch import is_remote, shown
 from far_scale.data.shards.adopted import AdoptedRow
-from far_scale.data.shards.damage import DamagedError
-from far_scale.data.shards.foreign_samples import SampleReader
+from far_scale.data.shards.adopted_samples import SampleReader
+from far_scale.data.shards.errors import DamagedError, Mismatch
 from far_scale.data.shards.index import AdoptedIndex, ChannelSums, IndexRow, LatentSums, ShardIndex, parse_index
 from far_scale.data.shards.manifest import DTYPES, MANIFEST_NAME, Manifest
 from far_scale.data.shards.sample import (
-    Mismatch,
     Sample,
-    TensorPlace,
+    TensorInfo,
     byte_count,
-    index_shard,
-    parse_facts,
     parse_header,
-    view,
+    parse_metadata,
+    read_at,
+    view_tensor,
 )
-from far_scale.data.shards.store import StagedStore, adopted_store, manifest_text, missing, name_of, store_of
+from far_scale.data.shards.store import (
+    AdoptedStore,
+    StagedStore,
+    Store,
+    display_name,
+    missing_file,
+    open_store,
+    read_manifest_bytes,
+)
+from far_scale.data.shards.stream import index_shard
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
+from far_scale.utils.urls import is_remote, redact_url
 
 T = TypeVar("T")
-_OPEN_SHARDS = 128  # of a rank: each lane's shuffle window may stretch over a few
-_KNOWN_INDEXES = 256
+_MAX_OPEN_SHARDS = 128  # of a rank: each lane's shuffle window may cover several
+_MAX_LOADED_INDEXES = 256
 
 
-class _Recent(Generic[T]):
-    """The values used last, made when they are missing. What falls out is closed when its last user lets go of it.
+class _LRUCache(Generic[T]):
+    """The most recently used values, made on demand. An evicted file closes when its last user drops it.
 
-    What is damaged is not tried again, which may take minutes where it comes from far away.
+    Damaged entries are remembered and not tried again: with a remote set each try may take minutes.
     """
 
     def __init__(self, size: int, make: Callable[[int], T]) -> None:
@@ -54,8 +62,8 @@ class _Recent(Generic[T]):
 
     def __getitem__(self, key: int) -> T:
         with self._lock:
-            if (known := self._damaged.get(key)) is not None:
-                raise DamagedError(known.file, known.problem)
+            if (damage := self._damaged.get(key)) is not None:
+                raise DamagedError(damage.file, damage.problem)
             if key not in self._values:
                 try:
                     self._values[key] = self._make(key)
@@ -67,139 +75,142 @@ class _Recent(Generic[T]):
             self._values.move_to_end(key)
             return self._values[key]
 
-    def drop(self, key: int, unwanted: Callable[[T], bool]) -> None:
-        """Let go of the unwanted, but for that of `key`."""
+    def drop(self, condition: Callable[[T], bool], keep: int) -> None:
+        """Drop all values that meet the condition, except that of key `keep`."""
         with self._lock:
-            for other in [other for other, value in self._values.items() if other != key and unwanted(value)]:
-                del self._values[other]
-
-    def clear(self) -> None:
-        with self._lock:
-            self._values.clear()
+            for key in [key for key, value in self._values.items() if key != keep and condition(value)]:
+                del self._values[key]
 
 
-class _Tar:
-    """An open shard. It closes when nothing refers to it, so a reader in another thread never loses its descriptor."""
+class _ShardFile:
+    """An open shard. It closes with its last reference, so no reader in another thread loses its descriptor.
 
-    def __init__(self, name: str, descriptor: int, size: int, again: str) -> None:
-        """`name` is what messages call it, `again` how it is made again; the descriptor is closed with this."""
-        self.descriptor, self.name, self.size, self._again = descriptor, name, size, again
-        check_size(name, os.fstat(descriptor).st_size, size, again)
+    Args:
+        name: for messages.
+        descriptor: of the file; owned by this object.
+        size: the manifest's, in bytes.
+        rebuild_hint: for messages, how the shard is made again.
+    """
+
+    def __init__(self, name: str, descriptor: int, size: int, rebuild_hint: str) -> None:
+        self.descriptor, self.name, self.size, self._rebuild_hint = descriptor, name, size, rebuild_hint
+        check_file_size(name, os.fstat(descriptor).st_size, size, rebuild_hint)
 
     def read(self, offset: int, size: int) -> bytearray:
-        """`size` bytes from `offset`; what does not lie in the file is refused before anything is allocated."""
+        """`size` bytes from `offset`; a range beyond the end is refused before anything is allocated."""
         if offset < 0 or size < 0 or offset + size > self.size:
             raise Mismatch(f"it should have {size} bytes at {offset}, beyond the end of the file")
-        data = bytearray(size)
-        rest, filled = memoryview(data), 0
-        while filled < size:
-            try:
-                count = os.preadv(self.descriptor, [rest[filled:]], offset + filled)
-            except OSError as error:  # of a disk, or a file server
-                raise Mismatch(f"reading fails: {error.strerror}") from None
-            if count == 0:  # it was cut off after it was opened
-                check_size(self.name, os.fstat(self.descriptor).st_size, self.size, self._again)
-                raise Mismatch("the file ends early")
-            filled += count
+        try:
+            data = read_at(self.descriptor, offset, size)
+        except OSError as error:  # of a disk or a file server
+            raise Mismatch(f"reading fails: {error.strerror}") from None
+        if len(data) < size:  # it was cut off after it was opened
+            check_file_size(self.name, os.fstat(self.descriptor).st_size, self.size, self._rebuild_hint)
+            raise Mismatch("the file ends early")
         return data
 
     def __del__(self) -> None:
         os.close(self.descriptor)
 
 
-class _WrongKind(Mismatch):
-    """A sound sample that does not belong into this set."""
+class _WrongSetError(Mismatch):
+    """An intact sample that does not belong in this set."""
 
 
-def check_size(name: str, size: int, expected: int, again: str) -> None:
-    """Refuse a shard whose size is not the manifest's."""
+def check_file_size(name: str, size: int, expected: int, rebuild_hint: str) -> None:
+    """Refuse a shard with another size than the manifest's."""
     if size != expected:
         state = "truncated" if size < expected else "not the shard that the manifest describes"
-        raise DamagedError(name, f"{state} ({size} bytes, the manifest says {expected}); copy it again, or {again}")
+        raise DamagedError(
+            name, f"{state} ({size} bytes, the manifest says {expected}); copy it again, or {rebuild_hint}"
+        )
 
 
-def _close(first: ChannelSums, second: ChannelSums) -> bool:
-    """Whether sums of the same latents, added up in another order, would differ so little."""
-    # They differ by rounding alone, which is far below a millionth of the absolute values' sum.
+def _sums_match(first: ChannelSums, second: ChannelSums) -> bool:
+    """Whether two sums may be of the same latents, added up in another order."""
+    # The rounding error is far below a millionth of the sum of absolute values.
     total, squares = (np.abs(np.subtract(getattr(first, name), getattr(second, name))) for name in ("total", "squares"))
-    known = np.asarray(second.squares)
-    rounding = 1e-6 * np.sqrt(second.values * known) + 1e-12
-    return first.values == second.values and bool((total <= rounding).all() and (squares <= 1e-6 * known).all())
+    expected_squares = np.asarray(second.squares)
+    rounding = 1e-6 * np.sqrt(second.values * expected_squares) + 1e-12
+    return first.values == second.values and bool(
+        (total <= rounding).all() and (squares <= 1e-6 * expected_squares).all()
+    )
 
 
 class ShardSet:
-    """Shards and their manifest, in a folder or far away; safe to read from several threads at once.
+    """Shards and their manifest, local or remote; safe to read from several threads at once.
 
     Attributes:
-        folder: where they lie, folder or URL, as messages call it.
-        manifest: what the set is.
-        store: where its files come from.
-        far: whether its shards are read in the node's cache alone: they are remote, or compressed.
-        cached: whether its shards come through the node's cache, from wherever.
-        staged: a local set that does, with its counters; None otherwise.
+        folder: folder or URL, for messages.
+        manifest: of the set.
+        store: gives the set's files.
+        needs_cache: whether the shards can be read through the node's cache only: they are remote or compressed.
+        uses_cache: whether its shards come through the node's cache, local or remote.
+        staged: the store of a local set that is copied through the node's cache, with its counters; else None.
     """
 
-    def __init__(self, where: str | Path, manifest: Manifest, node: NodeCache | None = None) -> None:
-        """`node` is the node's cache: a remote set is read through it, and a local one where it is given.
+    def __init__(self, location: str | Path, manifest: Manifest, cache: NodeCache | None = None) -> None:
+        """`cache` is the node's: a remote set is read through it, and a local one if it is given.
 
         Raises:
-            UserError: it is remote, and there is no cache, or one that does not hold its largest shard.
+            UserError: the set is remote, and there is no cache, or one smaller than its largest shard.
         """
-        self.folder = shown(str(where)) if is_remote(where) else str(where)
-        self.manifest, self.cached = manifest, node is not None
-        adopted = manifest.adopted is not None
-        self._again = "adopt the shards again" if adopted else "encode the set again"
-        self.far = bool(manifest.shards.cached) if adopted else is_remote(where)
-        # Of a local set whose shards are remote or compressed, the indexes are read where they lie.
-        own = store_of(where, None if self.far and not is_remote(where) else node, self._again)
-        self.staged = own if isinstance(own, StagedStore) else None
-        self.store = adopted_store(own, node, self._again) if adopted else own
-        self._adopted = SampleReader.of(manifest) if adopted else None
+        self.folder = redact_url(str(location)) if is_remote(location) else str(location)
+        self.manifest, self.uses_cache = manifest, cache is not None
+        is_adopted = manifest.adopted is not None
+        self._rebuild_hint = "adopt the shards again" if is_adopted else "encode the set again"
+        self.needs_cache = bool(manifest.shards.needs_cache) if is_adopted else is_remote(location)
+        # The indexes of a local set with remote or compressed shards are read in place.
+        manifest_cache = None if self.needs_cache and not is_remote(location) else cache
+        manifest_store = open_store(location, manifest_cache, self._rebuild_hint)
+        self.staged = manifest_store if isinstance(manifest_store, StagedStore) else None
+        self.store: Store = AdoptedStore(manifest_store, cache, self._rebuild_hint) if is_adopted else manifest_store
+        self._adopted_reader = SampleReader.of(manifest) if is_adopted else None
         largest = int(manifest.shards.bytes.max())
-        if self.far and node is not None and node.most_bytes < largest:
+        if self.needs_cache and cache is not None and cache.max_bytes < largest:
             raise UserError(
-                f"data.cache_gb={node.most_bytes / 1e9:g} holds not one shard of {self.folder}, which has shards of "
+                f"data.cache_gb={cache.max_bytes / 1e9:g} holds not one shard of {self.folder}, which has shards of "
                 f"{largest / 1e9:g} GB; give it room for those that are read at once"
             )
-        self._tars = _Recent(_OPEN_SHARDS, self._open_tar)
-        self._indexes = _Recent(_KNOWN_INDEXES, self._load_index)
+        self._files = _LRUCache(_MAX_OPEN_SHARDS, self._open_file)
+        self._indexes = _LRUCache(_MAX_LOADED_INDEXES, self._load_index)
 
     @staticmethod
-    def open(where: str | Path, node: NodeCache | None = None) -> ShardSet:
-        """Open a shard set; the manifest is checked and, of a local set, that each shard is there in its full size.
+    def open(location: str | Path, cache: NodeCache | None = None) -> ShardSet:
+        """Open a shard set, check its manifest and, of a local set, that each shard exists in its full size.
 
         Raises:
-            UserError: no manifest or not a valid one; a shard is missing or has another size.
+            UserError: the manifest is missing or invalid; a shard is missing or has another size.
         """
-        store_of(where, node)  # without a cache nothing is fetched
-        shard_set = ShardSet.known(where, manifest_text(where), node)
+        open_store(location, cache)  # a remote set without a cache is refused before anything is fetched
+        shard_set = ShardSet.from_manifest(location, read_manifest_bytes(location), cache)
         for _, problem in shard_set.missing_shards():
             raise problem
         return shard_set
 
     @staticmethod
-    def known(where: str | Path, text: bytes, node: NodeCache | None = None) -> ShardSet:
-        """The shard set whose manifest has been read already; no shard is looked at.
+    def from_manifest(location: str | Path, text: bytes, cache: NodeCache | None = None) -> ShardSet:
+        """The shard set with a manifest that has been read already; no shard is checked.
 
         Raises:
-            UserError: it is not a valid manifest.
+            UserError: the manifest is invalid.
         """
-        return ShardSet(where, Manifest.parse(text, name_of(where, MANIFEST_NAME)), node)
+        return ShardSet(location, Manifest.parse(text, display_name(location, MANIFEST_NAME)), cache)
 
     def missing_shards(self, part: int = 0, parts: int = 1) -> Iterator[tuple[int, DamagedError]]:
-        """Of every `parts`-th shard, from `part` on, those that are not there in their full size: number and problem.
+        """Number and problem of each shard that is missing or has another size, among shards part, part + parts, ...
 
-        Those far away are not asked for: each one is checked when it is fetched.
+        Shards that need the cache are not checked: that happens when they are fetched.
         """
-        if self.far:
+        if self.needs_cache:
             return
         for number in range(part, len(self.manifest.shards), parts):
             entry = self.manifest.shards[number]
-            name = self.store.name(entry.place)
+            name = self.store.display_name(entry.location)
             try:
-                check_size(name, os.stat(name).st_size, entry.bytes, self._again)
+                check_file_size(name, os.stat(name).st_size, entry.bytes, self._rebuild_hint)
             except FileNotFoundError:
-                yield number, missing(name, "shard", self._again)
+                yield number, missing_file(name, "shard", self._rebuild_hint)
             except DamagedError as problem:
                 yield number, problem
 
@@ -209,26 +220,28 @@ class ShardSet:
         return counts
 
     def index(self, shard: int) -> ShardIndex | AdoptedIndex:
-        """Where the samples of a shard lie.
+        """The index of a shard.
 
         Raises:
-            UserError: the index is missing, or is not the one that the manifest was written with.
+            UserError: it is missing, or not the one of the manifest.
         """
         return self._indexes[shard]
 
     def name_of(self, shard: int) -> str:
-        """A shard as messages call it."""
-        return self.store.name(self.manifest.shards[shard].place)
+        """Path or URL of a shard, for messages."""
+        return self.store.display_name(self.manifest.shards[shard].location)
 
     def fetch_ahead(self, shard: int) -> None:
-        """Have the index and the shard in the node's cache before they are asked for, unless there is no room.
+        """Fetch the index and the shard into the node's cache before they are needed, unless there is no room.
+
+        Files that cannot be fetched are left to `read`, which raises the error.
 
         Raises:
-            UserError: the cache cannot keep them; what cannot be fetched is left to whoever asks for it.
+            UserError: the cache cannot store them.
         """
         entry = self.manifest.shards[shard]
         self.store.fetch_ahead(ShardIndex.path_of("", entry.file).name, entry.index_sha256, None)
-        self.store.fetch_ahead(entry.place, entry.sha256, entry.bytes)
+        self.store.fetch_ahead(entry.location, entry.sha256, entry.bytes)
 
     def frames_of(self, shard: int, sample: int) -> int:
         """Frame count of a sample.
@@ -239,13 +252,13 @@ class ShardSet:
         return self.index(shard).samples[sample].frames
 
     def read(self, shard: int, sample: int, start: int = 0, frames: int | None = None, stride: int = 1) -> Sample:
-        """A sample, or of its frames `start`, `start + stride`, ... as many as `frames`; only their bytes are read.
+        """A sample, or `frames` of its frames: `start`, `start + stride`, ... Only their bytes are read.
 
-        The latents are a view of the bytes as they were read, without a copy.
+        The latents are a view of the bytes read, without a copy.
 
         Raises:
-            DamagedError: the sample or its shard is damaged, or cannot be had.
-            UserError: it is sound and of another kind than the manifest says.
+            DamagedError: the sample or its shard is damaged, or cannot be fetched.
+            UserError: the sample is intact, but does not fit the manifest.
             ValueError: the sample does not have these frames.
         """
         row = self.index(shard).samples[sample]
@@ -254,143 +267,149 @@ class ShardSet:
         if start < 0 or count < 1 or stride < 1 or last >= row.frames:
             raise ValueError(f"frames {start} to {last} of {row.key}, which has {row.frames}")
         try:
-            return self._read(self._tar(shard), row, start, last + 1, stride)
+            return self._read(self._file(shard), row, start, last + 1, stride)
         except Mismatch as problem:
             name = self.name_of(shard)
-            text = f"sample {row.key!r} is not what the index describes ({problem}); {self._again}"
-            if isinstance(problem, _WrongKind):
+            text = f"sample {row.key!r} is not what the index describes ({problem}); {self._rebuild_hint}"
+            if isinstance(problem, _WrongSetError):
                 raise UserError(f"{name}: {text}") from None
             raise DamagedError(name, text, row.key) from None
         except DamagedError as problem:
             raise DamagedError(problem.file, problem.problem, row.key) from None
 
-    def _tar(self, shard: int) -> _Tar:
-        """An open shard, to be read from now."""
-        tar = self._tars[shard]
-        if self.far:
-            touch(tar.descriptor)
-        if self.cached:
-            # What has left the cache takes no place on the disk once it is closed; what is read now is read on.
-            self._tars.drop(shard, lambda other: is_evicted(other.descriptor))
-        return tar
+    def _file(self, shard: int) -> _ShardFile:
+        """An open shard, marked as used now."""
+        file = self._files[shard]
+        if self.needs_cache:
+            touch(file.descriptor)
+        if self.uses_cache:
+            # An evicted file takes up disk space until it is closed. The current one is read to its end.
+            self._files.drop(lambda other: is_evicted(other.descriptor), keep=shard)
+        return file
 
-    def _read(self, tar: _Tar, row: IndexRow | AdoptedRow, start: int, stop: int, stride: int) -> Sample:
+    def _read(self, file: _ShardFile, row: IndexRow | AdoptedRow, start: int, stop: int, stride: int) -> Sample:
         manifest = self.manifest
         if isinstance(row, AdoptedRow):
-            assert self._adopted is not None
-            return self._adopted.read(tar.read, row, start, stop, stride)
-        places = parse_header(bytes(tar.read(row.tensors_offset, row.header_bytes)), row.tensors_bytes)
-        latent, action = places["latent"], places.get("action")
+            assert self._adopted_reader is not None
+            return self._adopted_reader.read(file.read, row, start, stop, stride)
+        infos = parse_header(bytes(file.read(row.tensors_offset, row.header_bytes)), row.tensors_bytes)
+        latent, action = infos["latent"], infos.get("action")
         if latent.shape != (row.frames, *manifest.latent_shape) or latent.dtype != DTYPES[manifest.latent_dtype]:
-            raise _WrongKind(f"its latents are {list(latent.shape)} {latent.dtype}")
+            raise _WrongSetError(f"its latents are {list(latent.shape)} {latent.dtype}")
         if (action is not None) != (manifest.actions > 0):
-            raise _WrongKind("it has actions and the set has none, or the other way round")
-        data = row.tensors_offset + row.header_bytes
-        facts = parse_facts(bytes(tar.read(row.json_offset, row.json_bytes)), row.frames)
-        label = facts["label"]
+            raise _WrongSetError("it has actions and the set has none, or the other way round")
+        data_offset = row.tensors_offset + row.header_bytes
+        metadata = parse_metadata(bytes(file.read(row.json_offset, row.json_bytes)), row.frames)
+        label = metadata["label"]
         if not (0 <= label < manifest.labels if label is not None else manifest.labels == 0):
-            raise _WrongKind(f"its label is {label}, and the set has {manifest.labels} labels")
-        latents = _read_frames(tar, data, latent, start, stop)[::stride]
-        actions = None if action is None else _read_frames(tar, data, action, start, stop)[::stride]
-        # Checked here, since on a GPU a class that the embedding does not have ends the process without a word of it.
+            raise _WrongSetError(f"its label is {label}, and the set has {manifest.labels} labels")
+        latents = _read_frames(file, data_offset, latent, start, stop)[::stride]
+        actions = None if action is None else _read_frames(file, data_offset, action, start, stop)[::stride]
+        # Checked here: on a GPU, a class beyond the embedding's size ends the process without a clear error.
         if actions is not None and not 0 <= int(actions.min()) <= int(actions.max()) < manifest.actions:
-            raise _WrongKind(f"it has an action beyond the set's {manifest.actions}")
+            raise _WrongSetError(f"it has an action beyond the set's {manifest.actions}")
         return Sample(
             key=row.key,
             latents=latents,
             actions=actions,
             label=label,
-            fps=facts["fps"],
-            source=facts["source"],
+            fps=metadata["fps"],
+            source=metadata["source"],
         )
 
     def verify_shard(self, number: int) -> ShardIndex | AdoptedIndex:
-        """Read every byte of a shard: checksums, members against the index, each sample, the sums of its latents.
+        """Read every byte of a shard and compare checksums, members, samples and sums with its index.
 
         Returns:
-            Its index.
+            The index.
 
         Raises:
-            UserError: the first thing that is wrong with it.
+            UserError: the first problem.
         """
         entry = self.manifest.shards[number]
         index = self.index(number)
-        self._open_tar(number)  # missing, or of another size
-        path = self.store.path(entry.place, entry.bytes, entry.sha256)
+        self._open_file(number)  # missing, or of another size
+        path = self.store.path(entry.location, entry.bytes, entry.sha256)
         if sha256(path) != entry.sha256:
-            raise UserError(f"{path}: its SHA-256 is not the manifest's; copy it again, or {self._again}")
-        if self._adopted is None:
+            raise UserError(f"{path}: its SHA-256 is not the manifest's; copy it again, or {self._rebuild_hint}")
+        if self._adopted_reader is None:
             rows: list[IndexRow] | list[AdoptedRow] = index_shard(path, entry.file)
         else:
-            rows = self._adopted.scan(path, self.name_of(number), entry.file).rows
+            rows = self._adopted_reader.scan(path, self.name_of(number), entry.file).rows
         if rows != index.samples:
-            raise UserError(f"{path}: its samples are not those of its index; {self._again}")
+            raise UserError(f"{path}: its samples are not those of its index; {self._rebuild_hint}")
         sums = LatentSums(len(index.sums.total))
         for sample in range(len(index.samples)):
             sums.add(self.read(number, sample).latents)
-        if not _close(index.sums, sums.result()):
-            raise UserError(f"{path}: the sums in its index are not those of its latents; {self._again}")
+        if not _sums_match(index.sums, sums.result()):
+            raise UserError(f"{path}: the sums in its index are not those of its latents; {self._rebuild_hint}")
         return index
 
-    def check(self, recipe: Any) -> None:
-        """Refuse a recipe that this set cannot serve.
+    def check(self, data: Any, model: Any) -> None:
+        """Refuse recipe sections that this set cannot serve.
+
+        Args:
+            data, model: the recipe's sections of these names.
 
         Raises:
-            UserError: the recipe's key, what it says, what the manifest says, and the mend.
+            UserError: names the recipe's key and value, the manifest's value, and the fix.
         """
-        manifest, data, model = self.manifest, recipe.data, recipe.model
+        manifest = self.manifest
 
-        def refuse(key: str, value: object, fact: str, mend: str) -> None:
-            raise UserError(f"recipe {key}={value} does not fit the shard set {self.folder}, {fact}; {mend}")
+        def refuse(key: str, value: object, fact: str, fix: str) -> None:
+            raise UserError(f"recipe {key}={value} does not fit the shard set {self.folder}, {fact}; {fix}")
 
         name = manifest.autoencoder.name
         if data.autoencoder != name:
-            mend = f"set data.autoencoder={name}, or encode the videos with {data.autoencoder}"
-            refuse("data.autoencoder", data.autoencoder, f"whose latents are by {name}", mend)
+            fix = f"set data.autoencoder={name}, or encode the videos with {data.autoencoder}"
+            refuse("data.autoencoder", data.autoencoder, f"which has latents by {name}", fix)
         shape = list(manifest.latent_shape)
         if list(data.latent_shape) != shape:
-            mend = f"set data.latent_shape={shape}, or encode the videos at the other size"
-            refuse("data.latent_shape", list(data.latent_shape), f"whose frame latents are {shape}", mend)
+            fix = f"set data.latent_shape={shape}, or encode the videos at the other size"
+            refuse("data.latent_shape", list(data.latent_shape), f"where frame latents are {shape}", fix)
         if model.condition != "none":
             classes = {"label": manifest.labels, "action": manifest.actions}[model.condition]
             if not classes:
-                mend = f"set model.condition=none, or encode the videos with their {model.condition}s"
-                refuse("model.condition", model.condition, f"which has no {model.condition}s", mend)
+                fix = f"set model.condition=none, or encode the videos with their {model.condition}s"
+                refuse("model.condition", model.condition, f"which has no {model.condition}s", fix)
             if model.classes != classes:
                 fact = f"which has {classes} {model.condition} classes"
                 refuse("model.classes", model.classes, fact, f"set model.classes={classes}")
         span = (min_frames(data.frames) - 1) * data.frame_stride + 1
         if span > manifest.min_frames:
-            fact = f"whose shortest sample has {manifest.min_frames} frames and {span} are needed"
-            mend = "lower data.frames or data.frame_stride, or encode with --min-frames"
-            refuse("data.frames", f"{min_frames(data.frames)} with data.frame_stride={data.frame_stride}", fact, mend)
+            fact = f"where the shortest sample has {manifest.min_frames} frames and {span} are needed"
+            fix = "lower data.frames or data.frame_stride, or encode with --min-frames"
+            refuse("data.frames", f"{min_frames(data.frames)} with data.frame_stride={data.frame_stride}", fact, fix)
 
-    def _open_tar(self, shard: int) -> _Tar:
+    def _open_file(self, shard: int) -> _ShardFile:
         entry = self.manifest.shards[shard]
-        descriptor = self.store.open(entry.place, entry.bytes, entry.sha256)
-        return _Tar(self.name_of(shard), descriptor, entry.bytes, self._again)
+        descriptor = self.store.open(entry.location, entry.bytes, entry.sha256)
+        return _ShardFile(self.name_of(shard), descriptor, entry.bytes, self._rebuild_hint)
 
     def _load_index(self, shard: int) -> ShardIndex | AdoptedIndex:
         entry = self.manifest.shards[shard]
         file = ShardIndex.path_of("", entry.file).name
-        path, text = self.store.name(file), self.store.read_index(file, entry.index_sha256)
+        path, text = self.store.display_name(file), self.store.read_index(file, entry.index_sha256)
         if hashlib.sha256(text).hexdigest() != entry.index_sha256:
-            raise DamagedError(path, f"its SHA-256 is not the manifest's; copy it again, or {self._again}")
-        own = self._adopted is None
-        index = parse_index(text, path, ShardIndex) if own else parse_index(text, path, AdoptedIndex)
+            raise DamagedError(path, f"its SHA-256 is not the manifest's; copy it again, or {self._rebuild_hint}")
+        is_adopted = self._adopted_reader is not None
+        index = parse_index(text, path, AdoptedIndex) if is_adopted else parse_index(text, path, ShardIndex)
         frames = [row.frames for row in index.samples]
         if (index.file, index.bytes, index.sha256) != (entry.file, entry.bytes, entry.sha256):
-            raise UserError(f"{path}: it belongs to another shard than the manifest says; {self._again}")
+            raise UserError(f"{path}: it belongs to another shard than the manifest says; {self._rebuild_hint}")
         channels = self.manifest.latent_shape[0]
         if not len(index.sums.total) == len(index.sums.squares) == channels:
-            raise UserError(f"{path}: its sums are not those of {channels} channels; {self._again}")
+            raise UserError(f"{path}: its sums are not those of {channels} channels; {self._rebuild_hint}")
         if (len(frames), sum(frames), min(frames)) != (entry.samples, entry.frames, entry.min_frames):
-            raise UserError(f"{path}: the manifest counts other samples or frames in {entry.file}; {self._again}")
+            raise UserError(
+                f"{path}: the manifest counts other samples or frames in {entry.file}; {self._rebuild_hint}"
+            )
         return index
 
 
-def _read_frames(tar: _Tar, data: int, place: TensorPlace, start: int, stop: int) -> torch.Tensor:
-    """Frames `start` to `stop` of a tensor `[F, ...]`; `data` is where the data of the sample's tensors begins."""
-    frame_bytes = byte_count(place) // place.shape[0]
-    part = replace(place, shape=(stop - start, *place.shape[1:]))
-    return view(tar.read(data + place.begin + start * frame_bytes, (stop - start) * frame_bytes), part)
+def _read_frames(file: _ShardFile, data_offset: int, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+    """Frames `start` to `stop` of a tensor `[F, ...]`; `data_offset` is that of the sample's tensor data."""
+    frame_bytes = byte_count(info) // info.shape[0]
+    part = replace(info, shape=(stop - start, *info.shape[1:]))
+    data = file.read(data_offset + info.offset + start * frame_bytes, (stop - start) * frame_bytes)
+    return view_tensor(data, part)

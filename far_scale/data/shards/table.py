@@ -1,4 +1,4 @@
-"""The shards of a manifest: one line of facts each, held in columns, and read piece by piece."""
+"""The shards of a manifest: one entry each, stored in columns and parsed in pieces."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from far_scale.data.remote.unpack import compression_of
-from far_scale.data.shards.typed import Digest, Place, Positive, ShardName, StrictModel, first_problem
+from far_scale.data.remote.compression import compression_of
+from far_scale.data.shards.records import Digest, Location, Positive, ShardName, StrictModel, first_problem
 
 _LIST_END, _COMMA = re.compile(r"\}\s*\]"), re.compile(r"\s*,")
-_PIECE = 1 << 20  # characters
+_PIECE_CHARACTERS = 1 << 20
 
 
 class ShardEntry(StrictModel):
-    """One shard: its file, samples, frames in all, the fewest frames of a sample, its size and checksums.
+    """One shard.
 
     Attributes:
-        source: of an adopted set, where the shard lies; its `file` is then no file but the name of its index.
+        file: name of the shard; in an adopted set it only gives the name of the index.
+        samples, frames: counts.
+        min_frames: of the shortest sample.
+        bytes, sha256: of the shard (of a compressed one, after decompression).
+        index_sha256: of the index.
+        source: path or URL of the shard in an adopted set.
     """
 
     file: ShardName
@@ -32,16 +37,16 @@ class ShardEntry(StrictModel):
     bytes: Positive
     sha256: Digest
     index_sha256: Digest
-    source: Place | None = None
+    source: Location | None = None
 
     @property
-    def place(self) -> str:
-        """Where the shard lies, for the set's store: its file's name, or the source of an adopted one."""
+    def location(self) -> str:
+        """For the set's store: the file name, or the source of an adopted shard."""
         return self.file if self.source is None else self.source
 
 
 class ShardTable(Sequence[ShardEntry]):
-    """The shards of a set in columns: some 110 bytes each, where as many objects have more than a thousand.
+    """The shards of a set in columns: about 110 bytes each, where an object would have more than a thousand.
 
     Attributes:
         samples, frames, min_frames, bytes: int64 `[shards]`, as in ShardEntry.
@@ -49,7 +54,7 @@ class ShardTable(Sequence[ShardEntry]):
 
     def __init__(self, entries: Iterable[ShardEntry]) -> None:
         names, sources, digests, numbers = [], [], bytearray(), array.array("q")
-        for entry in entries:  # one at a time: all at once is what must not lie in memory
+        for entry in entries:  # never all in memory at once
             names.append(entry.file.encode())
             sources.append((entry.source or "").encode())
             digests += bytes.fromhex(entry.sha256) + bytes.fromhex(entry.index_sha256)
@@ -68,7 +73,7 @@ class ShardTable(Sequence[ShardEntry]):
     def __getitem__(self, number: slice) -> list[ShardEntry]: ...
     def __getitem__(self, number: int | slice) -> ShardEntry | list[ShardEntry]:
         if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
+            return [self[index] for index in range(*number.indices(len(self)))]
         number = range(len(self))[number]
         digests = self._digests[64 * number : 64 * (number + 1)]
         return ShardEntry.model_construct(
@@ -88,42 +93,42 @@ class ShardTable(Sequence[ShardEntry]):
     __hash__ = None  # type: ignore[assignment]
 
     @property
-    def has_twins(self) -> bool:
-        """Whether two shards have the same file."""
+    def has_duplicates(self) -> bool:
+        """Whether two shards have the same file name."""
         return len(np.unique(self._names)) != len(self)
 
     @property
-    def has_both_formats(self) -> bool:
-        """Whether there are tars as well as MDS files."""
+    def has_mixed_formats(self) -> bool:
+        """Whether there are both tars and MDS files."""
         return len(np.unique(np.char.endswith(self._names, b".mds"))) > 1
 
     @property
-    def adopted(self) -> bool | None:
-        """Whether the shards lie elsewhere; None where some do and some do not."""
+    def is_adopted(self) -> bool | None:
+        """Whether the shards have sources; None if only some have."""
         return _all_or_none(self._sources != b"")
 
     @property
-    def cached(self) -> bool | None:
-        """Whether the shards lie at URLs, or are compressed, so that they are read in a cache; None where some do."""
-        each = [bool(s) and (not s.startswith(b"/") or compression_of(s.decode()) is not None) for s in self._sources]
-        return _all_or_none(np.array(each))
+    def needs_cache(self) -> bool | None:
+        """Whether the sources are URLs or compressed, and so are read through a cache; None if only some are."""
+        flags = [bool(s) and (not s.startswith(b"/") or compression_of(s.decode()) is not None) for s in self._sources]
+        return _all_or_none(np.array(flags))
 
 
-def _all_or_none(each: NDArray[np.bool_]) -> bool | None:
-    return bool(each.all()) if each.all() or not each.any() else None
+def _all_or_none(flags: NDArray[np.bool_]) -> bool | None:
+    return bool(flags.all()) if flags.all() or not flags.any() else None
 
 
 ENTRIES = pydantic.TypeAdapter(Annotated[list[ShardEntry], pydantic.FailFast()])
 
 
 def read_shards(text: str, begin: int) -> tuple[ShardTable, int]:
-    """The shards in a JSON list that begins before `begin`, and where it ends.
+    """The shards in a JSON list with its bracket just before `begin`, and the offset of its closing bracket.
 
-    They are checked piece by piece, since all together they are objects of many times the size of the text. A shard has
-    no braces within its own, so pieces end with one; text in which that is not so is no manifest of ours.
+    The text is parsed in pieces, because all entries as objects need many times its size. Pieces end at a brace, since
+    entries have none inside.
 
     Raises:
-        ValueError: an entry is no shard, or the text no JSON.
+        ValueError: an entry is not a shard, or the text is not JSON.
     """
     end = _LIST_END.search(text, begin)
     if end is None:
@@ -131,21 +136,22 @@ def read_shards(text: str, begin: int) -> tuple[ShardTable, int]:
     stop = end.start() + 1
 
     def entries() -> Iterator[ShardEntry]:
-        at, number = begin, 0
-        while at < stop:
-            cut = stop if stop - at <= _PIECE else text.rfind("}", at, at + _PIECE) + 1
-            if cut <= at:
+        offset, number = begin, 0
+        while offset < stop:
+            is_last = stop - offset <= _PIECE_CHARACTERS
+            cut = stop if is_last else text.rfind("}", offset, offset + _PIECE_CHARACTERS) + 1
+            if cut <= offset:
                 raise ValueError(f"shards.{number}: it is longer than any of ours")
             try:
-                piece = ENTRIES.validate_json(f"[{text[at:cut]}]")
+                piece = ENTRIES.validate_json(f"[{text[offset:cut]}]")
             except pydantic.ValidationError as error:
-                within, _, problem = first_problem(error).partition(".")  # the place in this piece comes first
-                where = f"{number + int(within)}.{problem}" if within.isdigit() else f"{number}: {within}.{problem}"
-                raise ValueError(f"shards.{where}") from None
+                index, _, problem = first_problem(error).partition(".")  # the index in this piece comes first
+                key = f"{number + int(index)}.{problem}" if index.isdigit() else f"{number}: {index}.{problem}"
+                raise ValueError(f"shards.{key}") from None
             yield from piece
             comma = _COMMA.match(text, cut)
             if comma is None and cut < stop:
                 raise ValueError(f"shards.{number + len(piece)}: there is no comma before it")
-            at, number = stop if comma is None else comma.end(), number + len(piece)
+            offset, number = stop if comma is None else comma.end(), number + len(piece)
 
     return ShardTable(entries()), end.end() - 1

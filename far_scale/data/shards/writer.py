@@ -1,4 +1,4 @@
-"""Writing shards: one shard with its index, and a whole set with its manifest."""
+"""Writing shard sets: one shard with its index, and a whole set with its manifest."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 
 from far_scale.data.shards.index import AdoptedIndex, LatentSums, ShardIndex, parse_index, statistics
 from far_scale.data.shards.manifest import DTYPES, AutoencoderInfo, LatentDtype, Manifest
-from far_scale.data.shards.members import KEY_PATTERN
-from far_scale.data.shards.sample import Sample, index_shard, to_members
+from far_scale.data.shards.records import KEY_PATTERN, MAX_JSON_BYTES, MAX_TENSORS_BYTES, ShardFormat
+from far_scale.data.shards.sample import Sample, to_members
+from far_scale.data.shards.stream import index_shard
 from far_scale.data.shards.table import ShardEntry, ShardTable
-from far_scale.data.shards.typed import MAX_JSON_BYTES, MAX_TENSORS_BYTES, ShardFormat
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, sha256
 
 
 def shard_name(number: int, shard_format: ShardFormat = "tar") -> str:
-    """The file of shard `number`; MDS files bear the names that mosaicml-streaming gives them."""
+    """File name of shard `number`; MDS files have mosaicml-streaming's names."""
     return f"shard-{number:06d}.tar" if shard_format == "tar" else f"shard.{number:05d}.mds"
 
 
 @dataclass(frozen=True)
-class SetFacts:
-    """What all samples of a shard set have in common; the names are the manifest's."""
+class ShardSetSpec:
+    """What all samples of a shard set share; the fields are the manifest's."""
 
     latent_shape: tuple[int, int, int]
     latent_dtype: LatentDtype
@@ -36,10 +36,10 @@ class SetFacts:
     classes: tuple[str, ...] | None = None
 
     def check(self, sample: Sample) -> None:
-        """Refuse a sample that does not belong into the set.
+        """Refuse a sample that does not fit the set.
 
         Raises:
-            UserError: its latents, actions or label are not what the set holds.
+            UserError: its key, latents, actions or label do not fit.
         """
         if not KEY_PATTERN.fullmatch(sample.key):
             raise UserError(f"{sample.source}: the key {sample.key!r} must be 1 to 80 of A-Z a-z 0-9 _ -")
@@ -70,39 +70,37 @@ class SetFacts:
             )
 
     @staticmethod
-    def check_members(sample: Sample, facts: bytes, tensors: bytes) -> None:
-        """Refuse a sample whose members are larger than any that is read.
+    def check_members(sample: Sample, metadata: bytes, tensors: bytes) -> None:
+        """Refuse a sample with members above the reader's limits.
 
         Raises:
-            UserError: which, and how large.
+            UserError: names the member and its size.
         """
-        for what, size, most, mend in (
-            ("JSON", len(facts), MAX_JSON_BYTES, "give the video a shorter name"),
+        for member, size, limit, fix in (
+            ("JSON", len(metadata), MAX_JSON_BYTES, "give the video a shorter name"),
             ("tensors", len(tensors), MAX_TENSORS_BYTES, "cut the video into shorter ones"),
         ):
-            if size > most:
-                raise UserError(f"{sample.source[:80]}: its {what} would have {size} bytes, {most} at most; {mend}")
+            if size > limit:
+                raise UserError(f"{sample.source[:80]}: its {member} would have {size} bytes, {limit} at most; {fix}")
 
 
-def write_shard(folder: Path, number: int, samples: Iterable[Sample], facts: SetFacts) -> None:
-    """Write shard `number` and then its index; the same samples give the same bytes, whenever and wherever.
-
-    Nothing is written where there are no samples.
+def write_shard(folder: Path, number: int, samples: Iterable[Sample], spec: ShardSetSpec) -> None:
+    """Write shard `number` and then its index, or nothing without samples; the same samples give the same bytes.
 
     Raises:
-        UserError: a sample does not belong into the set (nothing is left behind), or the disk is full.
+        UserError: a sample does not fit the set (no file is left), or the disk is full.
     """
     rest = iter(samples)
     if (first := next(rest, None)) is None:
         return
     path = folder / shard_name(number)
-    sums, rates = LatentSums(facts.latent_shape[0]), set()
+    sums, rates = LatentSums(spec.latent_shape[0]), set()
 
     def members() -> Iterator[tuple[str, bytes, bytes]]:
         for sample in itertools.chain([first], rest):
-            facts.check(sample)
+            spec.check(sample)
             member = to_members(sample)
-            facts.check_members(sample, member["json"], member["safetensors"])
+            spec.check_members(sample, member["json"], member["safetensors"])
             yield sample.key, member["json"], member["safetensors"]
             sums.add(sample.latents)
             rates.add(sample.fps)
@@ -122,17 +120,17 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample], facts: Set
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, bytes, bytes]]) -> None:
-    """Write samples (key, JSON, safetensors) to a tar; the same ones give the same bytes, whenever and wherever."""
+    """Write samples (key, JSON, safetensors) to a tar; the same samples give the same bytes."""
     import webdataset
 
-    # The writer is given an open file, since it takes a name with a colon in it for a URL.
+    # An open file, because the writer takes a name with a colon for a URL.
     with open(path, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0.0, compress=False) as tar:
-        for key, facts, tensors in samples:
-            tar.write({"__key__": key, "json": facts, "safetensors": tensors})
+        for key, metadata, tensors in samples:
+            tar.write({"__key__": key, "json": metadata, "safetensors": tensors})
 
 
 def finished_index(folder: Path, number: int, shard_format: ShardFormat = "tar") -> ShardIndex | None:
-    """The index of a shard that is whole by its file's size, or None where either file is missing or not whole."""
+    """The index of a finished shard; None if either file is missing or incomplete (judged by its size)."""
     path = ShardIndex.path_of(folder, shard_name(number, shard_format))
     try:
         index = parse_index(path.read_bytes(), path, ShardIndex)
@@ -141,26 +139,26 @@ def finished_index(folder: Path, number: int, shard_format: ShardFormat = "tar")
         return None
 
 
-def build_manifest(folder: Path, indexes: list[ShardIndex], facts: SetFacts) -> Manifest:
-    """The manifest of a set whose shards have these indexes; mean and deviation from the sums that they keep."""
+def build_manifest(folder: Path, indexes: list[ShardIndex], spec: ShardSetSpec) -> Manifest:
+    """The manifest of the set with these indexes; mean and std come from their sums."""
     mean, std = statistics([index.sums for index in indexes])
     rates = {index.fps for index in indexes}
     return Manifest(
-        latent_shape=facts.latent_shape,
-        latent_dtype=facts.latent_dtype,
+        latent_shape=spec.latent_shape,
+        latent_dtype=spec.latent_dtype,
         mean=mean,
         std=std,
-        autoencoder=facts.autoencoder,
-        actions=facts.actions,
-        labels=facts.labels,
-        classes=facts.classes,
+        autoencoder=spec.autoencoder,
+        actions=spec.actions,
+        labels=spec.labels,
+        classes=spec.classes,
         fps=rates.pop() if len(rates) == 1 else None,
         shards=ShardTable(shard_entry(folder, index) for index in indexes),
     )
 
 
 def shard_entry(folder: Path, index: ShardIndex | AdoptedIndex, source: str | None = None) -> ShardEntry:
-    """The manifest's line about a shard whose index is written; `source` is where one of others lies."""
+    """The manifest's entry of a shard with a written index; `source` is the location of an adopted shard."""
     return ShardEntry(
         file=index.file,
         samples=len(index.samples),
@@ -174,14 +172,14 @@ def shard_entry(folder: Path, index: ShardIndex | AdoptedIndex, source: str | No
 
 
 class ShardWriter:
-    """Write a new shard set, sample by sample; the manifest comes last, when the writer is closed without an error.
+    """Writes a new shard set, sample by sample; the manifest is written on close without an error.
 
-    `with ShardWriter(folder, facts, samples_per_shard) as writer: writer.write(sample)`
+    `with ShardWriter(folder, spec, samples_per_shard) as writer: writer.write(sample)`
     """
 
-    def __init__(self, folder: str | Path, facts: SetFacts, samples_per_shard: int) -> None:
-        self.folder, self.facts, self.samples_per_shard = Path(folder), facts, samples_per_shard
-        self._waiting: list[Sample] = []
+    def __init__(self, folder: str | Path, spec: ShardSetSpec, samples_per_shard: int) -> None:
+        self.folder, self.spec, self.samples_per_shard = Path(folder), spec, samples_per_shard
+        self._buffer: list[Sample] = []
         self._indexes: list[ShardIndex] = []
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(self.folder.glob("shard-*")):
@@ -189,31 +187,31 @@ class ShardWriter:
 
     def write(self, sample: Sample) -> None:
         """Add one sample; a shard is written when it is full."""
-        self._waiting.append(sample)
-        if len(self._waiting) == self.samples_per_shard:
+        self._buffer.append(sample)
+        if len(self._buffer) == self.samples_per_shard:
             self._flush()
 
     def close(self) -> Manifest:
-        """Write what waits and the manifest.
+        """Write the remaining samples and the manifest.
 
         Raises:
             UserError: nothing was written.
         """
-        if self._waiting:
+        if self._buffer:
             self._flush()
         if not self._indexes:
             raise UserError(f"{self.folder}: no sample was written, so there is no shard set")
-        manifest = build_manifest(self.folder, self._indexes, self.facts)
+        manifest = build_manifest(self.folder, self._indexes, self.spec)
         manifest.write(self.folder)
         return manifest
 
     def _flush(self) -> None:
         number = len(self._indexes)
-        write_shard(self.folder, number, self._waiting, self.facts)
+        write_shard(self.folder, number, self._buffer, self.spec)
         index = finished_index(self.folder, number)
         assert index is not None
         self._indexes.append(index)
-        self._waiting = []
+        self._buffer = []
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -18,8 +18,8 @@ from torch import Tensor
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelMetadata
 from far_scale.data.shards.manifest import MANIFEST_NAME
+from far_scale.data.shards.records import classes_differ
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.data.shards.typed import classes_differ
 from far_scale.data.video.find import find_videos
 from far_scale.data.video.transforms import resize_and_crop
 from far_scale.data.video.videos import read_video

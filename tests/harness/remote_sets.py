@@ -1,4 +1,4 @@
-"""A shard set that lies behind a web server which fails as told, and a process that reads one through a cache."""
+"""A shard set behind a web server with programmed failures, and a process that reads one through a cache."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class WebServer:
 
     Attributes:
         url: of the folder.
-        asked: how often each file was asked for.
-        fails: by file, how often it still fails, and how: "status" (503), "cut" (half of the body and no more), "flip"
-            (a byte is another one), "hang" (half of the body, and then nothing).
-        watch: called with a file's name when it is asked for.
+        asked: number of requests for each file.
+        fails: by file, how many requests still fail, and how: "status" (503), "cut" (half of the body), "flip" (one
+            changed byte), "hang" (half of the body, then nothing).
+        watch: called with the file's name at each request.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -85,7 +85,7 @@ def served(folder: Path) -> Iterator[WebServer]:
 
 
 def sizes_seen(folder: Path, stop: Callable[[], bool]) -> list[int]:
-    """What a cache folder held, in bytes, each time it was looked at."""
+    """Size of a cache folder in bytes, sampled until `stop`."""
     seen = []
     while not stop():
         total = 0
@@ -97,9 +97,9 @@ def sizes_seen(folder: Path, stop: Callable[[], bool]) -> list[int]:
     return seen
 
 
-def main(url: str, cache: str, most_bytes: str, order: str) -> None:
-    """Read samples "SHARD.SAMPLE ..." in this order; print what each was, as JSON."""
-    shard_set = ShardSet.open(url, NodeCache(cache, int(most_bytes)))
+def main(url: str, cache: str, max_bytes: str, order: str) -> None:
+    """Read samples "SHARD.SAMPLE ..." in this order; print each as JSON."""
+    shard_set = ShardSet.open(url, NodeCache(cache, int(max_bytes)))
     read = partial(map, int)
     for place in order.split():
         shard, sample = read(place.split("."))
