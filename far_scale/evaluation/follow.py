@@ -24,11 +24,10 @@ from far_scale.evaluation.tables import LABELS, in_digits
 from far_scale.evaluation.units import SETTINGS, Evaluation
 from far_scale.train.checkpoint.export import export_if_needed
 from far_scale.train.checkpoint.folders import damage, is_ephemeral
-from far_scale.train.checkpoint.run_dir import run_identity, step_folder, steps_there
+from far_scale.train.checkpoint.run_dir import existing_steps, run_identity, step_folder
 from far_scale.train.lease import NAME as LEASE
 from far_scale.train.lease import Lease
-from far_scale.train.wandb_run import WandbRun
-from far_scale.train.wandb_scores import STEP_KEY, ScoreRows
+from far_scale.train.wandb_run import STEP_KEY, ScoreRows, WandbRun
 from far_scale.utils.errors import UserError, print_warning
 
 MODEL = "model"
@@ -99,7 +98,7 @@ class _Following:
     def next_step(self) -> int | None:
         """The first checkpoint that is not evaluated and can be, with its model in `out`; None where there is none."""
         begun = step_folders(self.out)
-        lasting = [step for step in steps_there(self.run) if not is_ephemeral(step_folder(self.run, step))]
+        lasting = [step for step in existing_steps(self.run) if not is_ephemeral(step_folder(self.run, step))]
         for step in sorted({*lasting, *begun}):
             if not (step in begun and is_evaluated(begun[step])) and self._export(step):
                 return step
@@ -143,7 +142,7 @@ class _Following:
     def is_over(self) -> bool:
         """Whether all steps are done: the last checkpoint is there, or was."""
         recipe = self.recipe()
-        done = max([*steps_there(self.run), *step_folders(self.out)], default=0)
+        done = max([*existing_steps(self.run), *step_folders(self.out)], default=0)
         return recipe is not None and done >= recipe.train.steps
 
     def wait(self) -> None:
@@ -161,7 +160,7 @@ class _Following:
                 f"{self.run}: no sign of a training for {PATIENCE_HOURS:g} hours ({', '.join(_SIGNS)} are old); "
                 "run this again when it trains"
             )
-        last = max(steps_there(self.run), default=0)
+        last = max(existing_steps(self.run), default=0)
         text = f"{self.run}: waiting for a checkpoint after step {last}"
         if text != self.said:
             print(text, flush=True)
@@ -174,7 +173,10 @@ class _Following:
         assert recipe is not None
         folder = self.run / "evaluation"
         try:
-            WandbRun(recipe, run_identity(self.run)[0], self.run, folder).log_scores()
+            config = recipe.model_dump(mode="json")
+            identity = run_identity(self.run)[0]
+            wandb_run = WandbRun(recipe.log.wandb, recipe.name, config, identity, self.run, folder)
+            wandb_run.log_scores(after_step=recipe.train.steps)
         except Exception as error:  # of whatever kind wandb's connection gives
             print_warning(f"wandb: {type(error).__name__}: {error}; run this again to log the scores")
 

@@ -31,8 +31,9 @@ from far_scale.model import FAR, FARConfig
 from far_scale.train import resume
 from far_scale.train.checkpoint import export as zero
 from far_scale.train.curriculum import stages
-from far_scale.train.resume import check_same_classes, stage_metadata
-from far_scale.train.sets import open_sets, open_source
+from far_scale.train.resume_checks import check_same_classes
+from far_scale.train.run_state import stage_metadata
+from far_scale.train.shard_sets import open_sets, open_source
 from far_scale.utils.event_log import EventLog
 from far_scale.utils.io import sha256
 from harness.latent_sets import FACTS, read_all, write_set

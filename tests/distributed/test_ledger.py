@@ -13,7 +13,7 @@ from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.distributed.collective_costs import Setup, Shapes, step_collectives
 from far_scale.distributed.ledger import Entry, Key, sent_bytes
 from far_scale.model import FAR, FARConfig
-from far_scale.train.collectives import expected_collectives, setup_of
+from far_scale.train.collectives import collective_setup, expected_collectives
 from far_scale.train.deepspeed_adapter import LAST_TESTED, can_reduce_once, installed_version
 from far_scale.train.sharding import Sharding
 from far_scale.utils.event_log import read_events
@@ -85,7 +85,7 @@ def test_a_step_sends_what_was_worked_out(runs: Path, name: str) -> None:
     sharding = Sharding(recipe.train.zero_stage, 2 if hpz else 1, reduce_once=ONCE in RUNS[name])
     with torch.device("meta"):
         shapes = Shapes.of(FAR(recipe.far_config()))
-    expected = step_collectives(shapes, setup_of(recipe, sharding, 4, 2))
+    expected = step_collectives(shapes, collective_setup(recipe, sharding, 4, 2))
     event = recorded(runs / name)
     assert event["step"] == 3
     found = [

@@ -16,8 +16,8 @@ import torch
 
 from far_scale.config.recipe import load_recipe
 from far_scale.train import checkpoint
-from far_scale.train.changes import Changes, changes
 from far_scale.train.checkpoint import FlatPiece, local
+from far_scale.train.resume_checks import Changes, find_changes
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import JsonlWriter
 
@@ -167,7 +167,7 @@ def compared(old: list[str], new: list[str], **facts: Any) -> Changes:
         recipe = load_recipe("demo_cpu", overrides)
         other = {key: values[index] for key, values in facts.items()}
         states.append({"recipe": recipe.model_dump(mode="json"), "versions": {"torch": "2.12"}, "ranks": 2, **other})
-    return changes(states[0], states[1], recipe)
+    return find_changes(states[0], states[1], recipe)
 
 
 def test_what_changes_the_result_is_told_from_what_does_not() -> None:

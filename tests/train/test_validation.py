@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from far_scale.config.recipe import load_recipe
+from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.convert.model_dir import load_model_dir
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.data.loader.scaling import LatentScaling
@@ -250,12 +250,20 @@ TINY = [
 ]  # fmt: skip
 
 
+def open_for(recipe: Recipe, manifest: Manifest, scaling: LatentScaling, events: EventLog) -> HeldOut | None:
+    plan = stages(recipe)
+    return open_held_out(
+        recipe.validation, recipe.held_out_shards(), recipe.objective, recipe.data, recipe.seed, plan, manifest,
+        scaling, ALONE, events, 0,
+        lambda shards: open_validation_videos(recipe, shards, plan[-1], scaling, torch.float32, ALONE, events),
+    )  # fmt: skip
+
+
 def opened(folder: Path, trained_on: Path, *more: str) -> tuple[HeldOut, Stage]:
     recipe = load_recipe("demo_cpu", [*TINY, f"validation.shards={folder}", *more])
     manifest, plan = Manifest.read(trained_on), stages(recipe)
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
-    events = EventLog(folder, main=False)
-    held_out = open_held_out(recipe, plan, manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos)
+    held_out = open_for(recipe, manifest, scaling, EventLog(folder, False))
     assert held_out is not None
     return held_out, plan[0]
 
@@ -304,17 +312,15 @@ def test_lpips_is_that_of_its_network(recorded_shards: Path, tmp_path: Path, mon
     monkeypatch.setattr(validation_samples, "load_lpips", lambda net, device: network)
     spec, *overrides = small_recipe(recorded_shards, tmp_path, *VALIDATION, f"validation.shards={recorded_shards}")
     recipe, manifest = load_recipe(spec, [*overrides, *SAMPLES]), Manifest.read(recorded_shards)
-    scaling, events = LatentScaling.of(manifest, "channel"), EventLog(tmp_path, main=False)
-    held_out = open_held_out(
-        recipe, stages(recipe), manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos
-    )
-    assert held_out is not None and held_out.samples is not None and held_out.samples.without_lpips is None
+    scaling, events = LatentScaling.of(manifest, "channel"), EventLog(tmp_path, False)
+    held_out = open_for(recipe, manifest, scaling, events)
+    assert held_out is not None and held_out.videos is not None and held_out.videos.without_lpips is None
     frames, truth = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    error, ssim, lpips = held_out.samples._score(frames, truth)
+    error, ssim, lpips = held_out.videos._score(frames, truth)
     torch.testing.assert_close(torch.from_numpy(lpips), network(frames, truth).double())
     torch.testing.assert_close(torch.from_numpy(ssim), frame_ssim(frames, truth).double())
     torch.testing.assert_close(torch.from_numpy(error), (frames - truth).double().square().mean((1, 2, 3)))
     small = ["sample.given=30", "data.frames=16", "validation.sample_every=1"]
     with pytest.raises(UserError, match="24 frames, but 42 are needed"):
         wide = load_recipe(spec, [*overrides, *small, "sample.frames=12", "model.window=42"])
-        open_held_out(wide, stages(wide), manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos)
+        open_for(wide, manifest, scaling, events)
