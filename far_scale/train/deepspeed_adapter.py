@@ -227,7 +227,8 @@ def make_engine(model: nn.Module, adam: torch.optim.AdamW, config: dict[str, Any
 
 def adam_of(engine: Any) -> torch.optim.AdamW:
     """The optimizer given to `make_engine`, whatever DeepSpeed wrapped around it."""
-    return engine.basic_optimizer
+    adam: torch.optim.AdamW = engine.basic_optimizer
+    return adam
 
 
 def master_weights(engine: Any) -> list[Tensor]:
@@ -370,7 +371,8 @@ def disable_step_checks(engine: Any, clip_norm: float) -> None:
 
 def grad_norm(engine: Any) -> Tensor:
     """The global norm of this step's gradient before clipping, on the device: a scalar, the same on all ranks."""
-    return engine.optimizer._global_grad_norm.detach().to(engine.device).reshape(())
+    norm: Tensor = engine.optimizer._global_grad_norm
+    return norm.detach().to(engine.device).reshape(())
 
 
 def _clip(engine: Any, clip_norm: float) -> None:
@@ -400,7 +402,7 @@ def _zero_norm(gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type:
 def _offloaded_norm(engine: Any, params: Sequence[nn.Parameter]) -> Tensor:
     """The norm over all ranks of the gradients of a parameter group in main memory; the result is there, too."""
     group, *_ = engine.optimizer.grad_position[engine.optimizer.get_param_id(params[0])]
-    squares = torch.linalg.vector_norm(master_weights(engine)[group].grad).square().to(engine.device)
+    squares: Tensor = torch.linalg.vector_norm(master_weights(engine)[group].grad).square().to(engine.device)
     with phase("norm"):
         dist.all_reduce(squares)
     return squares.sqrt().cpu()

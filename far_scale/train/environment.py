@@ -179,9 +179,11 @@ def _driver(path: Path) -> str | None:
 
 
 def _cudnn() -> str | None:
-    version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    cudnn: Any = torch.backends.cudnn  # without types
+    version = cudnn.version() if cudnn.is_available() else None
     return None if version is None else str(version)
 
 
 def _nccl() -> str | None:
-    return ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
+    nccl: Any = torch.cuda.nccl  # without types
+    return ".".join(map(str, nccl.version())) if torch.cuda.is_available() else None

@@ -229,7 +229,7 @@ def _machine() -> str:
 
 
 def _same_torchrun(own: dict[str, Any], holder: dict[str, Any]) -> bool:
-    return own["torchrun"] is not None and holder.get("torchrun") == own["torchrun"]
+    return own["torchrun"] is not None and bool(holder.get("torchrun") == own["torchrun"])
 
 
 def _are_counts(restarts: Any) -> bool:
@@ -255,7 +255,7 @@ def _is_alive(pid: Any, start: Any) -> bool:
             return True  # another user's process: a mount option may hide its /proc entry
         except (OSError, ValueError, TypeError, OverflowError):
             return False
-    return actual_start == start
+    return bool(actual_start == start)
 
 
 def _link(candidate: Path, name: Path) -> bool:

@@ -17,6 +17,7 @@ from far_scale.convert.model_dir import read_config
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import stop_processes
 from far_scale.evaluation.rollouts.evaluate import evaluate
+from far_scale.evaluation.validation_videos import open_validation_videos
 from far_scale.health.watchdog import collective_timeout
 from far_scale.model import FAR
 from far_scale.train.checkpoint.export import export
@@ -46,7 +47,7 @@ def main() -> None:
         name, *overrides = run.split()
         spec, *others = small_recipe(Path(shards), Path(out) / name, *overrides)
         recipe = load_recipe(spec, others)
-        engine, ema, _ = train(recipe, processes)
+        engine, ema, _ = train(recipe, processes, open_validation_videos)
         assert engine.zero_overlap_comm() == name.startswith("overlap")
         for group in dist.distributed_c10d._world.pg_map:  # DeepSpeed's among them
             assert group._get_backend(torch.device("cpu")).options._timeout == timeout, group.group_name
@@ -54,11 +55,11 @@ def main() -> None:
             weights = gathered_ema(engine, ema)
             if processes.is_main_process:
                 export(recipe.run_dir, None, "ema", Path(out) / "model")
-                config, card = read_config(Path(out) / "model")
+                config, metadata = read_config(Path(out) / "model")
                 model = FAR(config).eval()
                 model.load_state_dict(weights)
                 torch.set_num_threads(1)
-                evaluate(model, card, ShardSet.open(shards), 4, 4, 3, 1.0, 5, 3, Path(out) / "sampled_in_training")
+                evaluate(model, metadata, ShardSet.open(shards), 4, 4, 3, 1.0, 5, 3, Path(out) / "sampled_in_training")
             dist.barrier()
         engine.destroy()
     stop_processes()

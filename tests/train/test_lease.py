@@ -199,7 +199,7 @@ def test_a_lease_with_values_that_are_none_is_refused_in_one_line(
         refused_by(tmp_path, "SLURM job 12")
 
 
-def test_a_lease_whose_time_lies_ahead_counts_from_when_it_is_found(tmp_path: Path) -> None:
+def test_a_lease_with_a_time_in_the_future_ages_from_when_it_is_found(tmp_path: Path) -> None:
     """As in a copy, or after the file server's clock was set back: else nobody could train here until then."""
     held_by(tmp_path)
     os.utime(tmp_path / lease.NAME, (0, time.time() + 10**6))

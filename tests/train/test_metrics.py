@@ -95,7 +95,7 @@ def test_stages_reach_console_log_and_wandb(
     assert f"stage 2/2 ({second.name}): steps {second.first + 1} to {second.end}" in console
 
 
-def test_newly_compiled_graphs_are_told(
+def test_newly_compiled_graphs_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe("demo_cpu", [f"run_dir={tmp_path}", "log.every=1", "train.compile=true"])

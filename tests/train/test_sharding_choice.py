@@ -218,7 +218,7 @@ def test_an_automatic_stage_counts_these_buffers(monkeypatch: pytest.MonkeyPatch
     assert on_gpus.why[0] == f"sharding: {words}"
 
 
-def test_what_is_offloaded_is_said_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_state_is_reported_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ["train.zero_stage=3", f"{SECTION}.offload_optimizer.device=cpu", f"{SECTION}.offload_param.device=cpu"]
     found = choose(monkeypatch, "aa", *keys)
     assert found.offloaded == {"optimizer", "param"}

@@ -44,7 +44,7 @@ def recipe_of(tmp_path: Path, *overrides: str) -> Recipe:
 
 
 def save_model(tmp_path: Path, manifest: Manifest, **changes: Any) -> FAR:
-    """The directory `model`, of random weights whose card fits the recipe but for `changes`."""
+    """The directory `model`, of random weights whose metadata fits the recipe but for `changes`."""
     recipe = recipe_of(tmp_path, "seed=9")
     model = build_model(recipe.far_config(), recipe.seed)
     values = {
@@ -131,11 +131,11 @@ def test_weights_of_other_classes(tmp_path: Path, manifest: Manifest) -> None:
     names = ("autoencoder", "scaling", "latent_shape", "fps")
 
     def differing(theirs: tuple[str, ...] | None, ours: tuple[str, ...] | None, *overrides: str) -> list[str]:
-        card = ModelMetadata(**dict(zip(names, facts, strict=True)), training=TRAINING, classes=theirs)
+        metadata = ModelMetadata(**dict(zip(names, facts, strict=True)), training=TRAINING, classes=theirs)
         with_names = manifest.model_copy(update={"classes": ours})
         recipe = recipe_of(tmp_path, *overrides)
         model = build_model(recipe.far_config(), recipe.seed)
-        return latent_differences(card, model, with_names, scaling, recipe.data.frame_stride)
+        return latent_differences(metadata, model, with_names, scaling, recipe.data.frame_stride)
 
     by_label = ("model.condition=label", "model.classes=3")
     (line,) = differing(("a", "b", "c"), ("a", "c", "b"), *by_label)
@@ -145,7 +145,7 @@ def test_weights_of_other_classes(tmp_path: Path, manifest: Manifest) -> None:
     assert not differing(("a", "b", "c"), ("a", "c", "b")), "the model is not conditioned on them"
 
 
-def test_weights_that_do_not_say_what_they_know_are_taken_and_it_is_said(tmp_path: Path, manifest: Manifest) -> None:
+def test_weights_of_unknown_latents_are_taken_and_reported(tmp_path: Path, manifest: Manifest) -> None:
     nine = recipe_of(tmp_path, "seed=9")
     theirs = build_model(nine.far_config(), nine.seed)
     origin = ImportMetadata(imported_from="far.pth", sha256="a" * 64, far_scale="0")

@@ -108,17 +108,17 @@ def test_training_is_bit_for_bit_the_one_without(runs: Path, name: str, tmp_path
 def by_hand(run: Path, shards: Path, weights: str, out: Path) -> dict[str, Any]:
     """The loss of exported weights in float64, clip by clip."""
     export(run, None, weights, out)  # type: ignore[arg-type]
-    model, card = load_model_dir(out, dtype=torch.float64)
+    model, metadata = load_model_dir(out, dtype=torch.float64)
     shard_set, recipe = ShardSet.open(shards), load_recipe(run / "recipe.yaml")
     places = [(shard, n) for shard, count in enumerate(shard_set.samples_per_shard) for n in range(count)][:7]
     assert recipe.validation is not None
-    seed = HeldOut(recipe.validation, recipe.objective, shard_set, card.scaling, recipe.seed, None).noise_seed
+    seed = HeldOut(recipe.validation, recipe.objective, shard_set, metadata.scaling, recipe.seed, None).noise_seed
     assert seed != recipe.seed
     clips, frames = [], []
     for number in range(3):
         samples = [shard_set.read(*place, frames=8) for place in places[3 * number : 3 * number + 3]]
         pack = Pack(
-            latents=card.scaling.normalise(torch.cat([sample.latents for sample in samples])),
+            latents=metadata.scaling.normalise(torch.cat([sample.latents for sample in samples])),
             actions=torch.cat([sample.actions for sample in samples if sample.actions is not None]),
             labels=None, clip_frames=(8,) * len(samples), keys=(), lane=number, step=0, lane_state={},
         )  # fmt: skip
@@ -193,8 +193,8 @@ def test_resumed_on_another_number_of_ranks(runs: Path, recorded_shards: Path, t
 def test_samples_are_those_of_the_exported_ema(runs: Path, recorded_shards: Path, tmp_path: Path) -> None:
     run = runs / "zero3_validated"
     export(run, None, "ema", tmp_path / "model")
-    model, card = load_model_dir(tmp_path / "model")
-    expected = evaluate(model, card, ShardSet.open(recorded_shards), 4, 4, 2, 1.0, 0, 3, tmp_path / "out")
+    model, metadata = load_model_dir(tmp_path / "model")
+    expected = evaluate(model, metadata, ShardSet.open(recorded_shards), 4, 4, 2, 1.0, 0, 3, tmp_path / "out")
 
     folder = run / "validation/step-00000006"
     assert sorted(path.name for path in folder.iterdir()) == ["samples.mp4", "samples.png", "scores.json"]

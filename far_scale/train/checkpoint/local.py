@@ -107,7 +107,8 @@ def newest(
 def read_state(folder: Path, step: int, rank: int, world_size: int) -> dict[str, Any]:
     """The run's state at a step from `newest`."""
     path = _tensor_file(folder, step, rank, world_size).with_suffix(".json")
-    return read_json(path, "node-local checkpoint")["state"]
+    state: dict[str, Any] = read_json(path, "node-local checkpoint")["state"]
+    return state
 
 
 def load(folder: Path, step: int, rank: int, world_size: int, pieces: Mapping[str, FlatPiece]) -> None:
@@ -131,6 +132,6 @@ def _is_whole(sidecar: Path, pieces: Mapping[str, FlatPiece], latest: str | None
         content = parse_json(sidecar.read_text())
         if content["places"] != _offsets(pieces) or content["latest"] != latest:
             return False
-        return content["file"] == checksums([sidecar.with_suffix(".safetensors")])
+        return bool(content["file"] == checksums([sidecar.with_suffix(".safetensors")]))
     except (OSError, ValueError, KeyError, TypeError):  # damaged, or written by a version before `latest`
         return False

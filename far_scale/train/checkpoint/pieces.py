@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -61,7 +62,8 @@ class FlatPiece:
 
 class _SavePlanner(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].data
+        piece: FlatPiece = self.state_dict[index.fqn]
+        return piece.data
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -75,7 +77,8 @@ class _LoadPlanner(DefaultLoadPlanner):
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].data
+        piece: FlatPiece = self.state_dict[index.fqn]
+        return piece.data
 
 
 class HostCopy:
@@ -114,7 +117,7 @@ def write(folder: Path, pieces: Mapping[str, FlatPiece], group: dist.ProcessGrou
     writer.fs = files = HashingFileSystem()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is intended
-        dcp.save(
+        state_dict_saver.save(
             dict(pieces),
             storage_writer=writer,
             planner=_SavePlanner(),
@@ -146,12 +149,14 @@ def load(folder: Path, pieces: Mapping[str, FlatPiece], alone: bool = False) -> 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is intended
-            dcp.load(dict(pieces), storage_reader=Reader(folder, metadata), planner=_LoadPlanner(), no_dist=alone)
-    except dcp.api.CheckpointException as error:
+            state_dict_loader.load(
+                dict(pieces), storage_reader=Reader(folder, metadata), planner=_LoadPlanner(), no_dist=alone
+            )
+    except CheckpointException as error:
         raise to_user_error(error, folder) from error
 
 
-def to_user_error(error: dcp.api.CheckpointException, folder: Path) -> UserError:
+def to_user_error(error: CheckpointException, folder: Path) -> UserError:
     """The first rank's failure in one line."""
     cause = next(iter(error.failures.values()))[0]
     if isinstance(cause, pickle.UnpicklingError):  # PyTorch's own text tells users how to load it anyway

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from far_scale.distributed.process_group import all_gather_objects
 from far_scale.train.checkpoint.folders import EPHEMERAL, checksums, clear_parts, commit, finalize
@@ -56,7 +56,7 @@ def save(
         begin.check()
         try:
             written = write(beside, pieces, group)
-        except dcp.api.CheckpointException as error:
+        except CheckpointException as error:
             # PyTorch's writer reports a full disk as an unexpected file position, so check the disk itself.
             needed = sum(piece.data.numel() * piece.data.element_size() for piece in pieces.values())
             is_full = shutil.disk_usage(beside).free < needed
