@@ -57,7 +57,7 @@ curriculum:
 def opened(stage: Stage) -> ShardSet:
     """A stage's shard set, as this process opens it alone."""
     alone = Processes(0, 1, torch.device("cpu"))
-    return open_sets(stage.data, [stage], alone, EventLog(Path("."), main=False), 0).of_stages[stage.index]
+    return open_sets(stage.data, [stage], alone, EventLog(Path("."), False), 0).of_stages[stage.index]
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_stages_of_a_recipe(folder: Path) -> None:
     ]
     assert [stage_of(plan, step).index for step in (0, 1, 2, 7, 8, 15)] == [0, 0, 1, 1, 2, 2]
     assert [stage.config.window for stage in plan] == [8, 8, 4]
-    assert plan[2].tokens_of(24) == 4 * 16 + 20 * 4 == plan[2].layout((24,)).tokens
+    assert plan[2].clip_tokens(24) == 4 * 16 + 20 * 4 == plan[2].layout((24,)).tokens
     (only,) = stages(load_recipe("demo_cpu"))
     assert (only.first, only.end, only.learning_rate_scale) == (0, 1500, 1.0)
 
