@@ -381,7 +381,7 @@ curriculum:
     check_same_classes(tmp_path, {}, now)  # a checkpoint of before there were names
     recipe = load_recipe(tmp_path / "staged.yaml")
     with monkeypatch.context() as patch:  # neither --accept-changes nor anything else lets it go on
-        patch.setattr(resume, "pieces", lambda *_: {})
+        patch.setattr(resume, "training_pieces", lambda *_: {})
         patch.setattr(resume, "check_fits", lambda *_: None)
         patch.setattr(resume.checkpoint, "read_state", lambda _: {"stage": 1, "classes": ["x", "y", "z"]})
         going_on = resume.Resume(recipe, stages(recipe), alone, EventLog(tmp_path, False))
