@@ -411,7 +411,7 @@ curriculum:
     }
     state |= {"fps": 8.0, "frame_stride": 1, "step": 2, "recipe_hash": "r", "versions": {"far_scale": "0"}}
     state |= {"model": config.to_dict(), "classes": ["x", "y", "z"]}
-    monkeypatch.setattr(zero, "_find", lambda *_: (tmp_path, state, "f" * 64))
+    monkeypatch.setattr(zero, "_open", lambda *_: (tmp_path, state, "f" * 64))
     monkeypatch.setattr(zero, "_read_weights", lambda *_: FAR(config).state_dict())
     zero.export("run", None, "ema", tmp_path / "exported")
     assert read_config(tmp_path / "exported")[1].classes == ("x", "y", "z")

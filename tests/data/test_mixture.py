@@ -241,7 +241,7 @@ def test_sets_near_and_far_in_both_formats(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) >= 10  # five shards and their indexes
     ShardSet.open(there, NodeCache(tmp_path / "cache", 10**9)).verify_shard(0)
     bad = f"data.shards=[{{shards: '{near}', weight: 1}}, {{shards: 's3://b/x', weight: 1}}]"
-    refused(lambda: recipe(bad), "data.shards: it is far away", "data.cache_dir")
+    refused(lambda: recipe(bad), "data.shards: it is remote", "data.cache_dir")
     assert isinstance(recipe(bad, "data.cache_dir=/somewhere").data.shards, tuple)
 
 
