@@ -20,7 +20,7 @@ from parity import holds, parity
 from steps import Case, Mode, measure_case
 
 from far_scale.model import FARConfig
-from far_scale.train.flops import peak_flops
+from far_scale.train.costs import peak_flops
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 from sampling import sample

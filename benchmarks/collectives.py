@@ -24,7 +24,7 @@ from far_scale.data.shards.writer import ShardSetSpec, ShardWriter
 from far_scale.distributed.collective_costs import ModelShapes, ParallelSetup, step_collectives
 from far_scale.model import FAR, FARConfig
 from far_scale.model.presets import PRESETS
-from far_scale.train.collectives import setup_of
+from far_scale.train.collectives import collective_setup
 from far_scale.train.sharding import Sharding
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
@@ -112,7 +112,7 @@ def recorded(name: str, size: str, folder: Path) -> Row:
             f"train.reduce_once={str(sharding.reduce_once).lower()}",
         ]
     recipe = load_recipe(arguments[0], [*arguments[1:], f"run_dir={run}"])
-    expected = step_collectives(shapes_of(size), setup_of(recipe, sharding, RANKS, RANKS // RANKS_A_NODE))
+    expected = step_collectives(shapes_of(size), collective_setup(recipe, sharding, RANKS, RANKS // RANKS_A_NODE))
     output = folder / f"{run.name}.txt"
     event = None
     began = time.monotonic()

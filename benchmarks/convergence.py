@@ -27,7 +27,7 @@ from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.evaluation.score_statistics import bootstrap_interval, over_seeds
 from far_scale.evaluation.weights import load_lpips
 from far_scale.train.checkpoint.export import export_if_needed
-from far_scale.train.flops import train_flops
+from far_scale.train.costs import train_flops
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import parse_json, read_json_lines, write_json

@@ -31,7 +31,7 @@ from sameness import compare, each_step_once, lanes, logged, loss_difference
 from far_scale.config.recipe import Recipe, check_ranks, load_recipe
 from far_scale.distributed.exit_codes import DONE, REQUEUE
 from far_scale.train import checkpoint
-from far_scale.train.sets import open_source
+from far_scale.train.shard_sets import open_source
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 

@@ -25,10 +25,10 @@ from far_scale.config.schema import ObjectiveSection
 from far_scale.model import FAR, FARConfig
 from far_scale.model.layers import Checkpointing
 from far_scale.model.layout import FrameLayout
-from far_scale.train.compiled import compiled_graphs
+from far_scale.train.costs import train_flops
 from far_scale.train.device_prefetch import DevicePrefetch
-from far_scale.train.flops import train_flops
 from far_scale.train.flow_matching import pack_loss
+from far_scale.train.metrics import compiled_graphs
 
 LEARNING_RATE = 1e-4
 OFFICIAL = "official"

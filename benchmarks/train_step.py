@@ -24,8 +24,8 @@ from far_scale.model import FARConfig
 from far_scale.model.attention import selection
 from far_scale.model.layers import HEAD_DIM
 from far_scale.model.presets import PRESETS
-from far_scale.train.compiled import check_compiler
-from far_scale.train.flops import peak_flops
+from far_scale.train.costs import peak_flops
+from far_scale.train.engine import check_compiler
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 

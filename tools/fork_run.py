@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from far_scale.train.checkpoint.fork import fork
+from far_scale.train.checkpoint.folders import fork
 from far_scale.utils.command_line import command_line
 
 

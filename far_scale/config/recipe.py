@@ -196,6 +196,17 @@ class Recipe(Section):
             values["faults"] = {"spike_deviations": self.faults.spike_deviations}
         return values
 
+    def shared_values(self) -> dict[str, Any]:
+        """The values that must be the same on all ranks: all but folders that may be on a node's own disk."""
+        return self.model_dump(
+            mode="json",
+            exclude={
+                "data": {"shards", "cache_dir", "stage_local"},
+                "curriculum": {"__all__": {"shards"}},
+                "checkpoint": {"local_dir"},
+            },
+        )
+
     def save(self, path: str | Path) -> None:
         """Write the resolved YAML to `path`, atomically."""
         with atomic_write(path) as beside:

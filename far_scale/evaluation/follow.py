@@ -30,11 +30,10 @@ from far_scale.evaluation.scores_by_step import (
 from far_scale.evaluation.tables import LABELS, format_score
 from far_scale.train.checkpoint.export import export_if_needed
 from far_scale.train.checkpoint.folders import damage, is_ephemeral
-from far_scale.train.checkpoint.run_dir import run_identity, step_folder, steps_there
+from far_scale.train.checkpoint.run_dir import existing_steps, run_identity, step_folder
 from far_scale.train.lease import NAME as LEASE
 from far_scale.train.lease import Lease
-from far_scale.train.wandb_run import WandbRun
-from far_scale.train.wandb_scores import STEP_KEY, ScoreRows
+from far_scale.train.wandb_run import STEP_KEY, ScoreRows, WandbRun
 from far_scale.utils.errors import UserError, print_warning
 
 MODEL_FOLDER = "model"
@@ -105,8 +104,8 @@ class _RunFollower:
     def next_step(self) -> int | None:
         """The step of the first checkpoint to evaluate, with its model exported into `out`; None if there is none."""
         begun = step_folders(self.out)
-        permanent = [step for step in steps_there(self.run) if not is_ephemeral(step_folder(self.run, step))]
-        for step in sorted({*permanent, *begun}):
+        lasting = [step for step in existing_steps(self.run) if not is_ephemeral(step_folder(self.run, step))]
+        for step in sorted({*lasting, *begun}):
             if not (step in begun and is_evaluated(begun[step])) and self._export(step):
                 return step
         return None
@@ -151,8 +150,8 @@ class _RunFollower:
     def is_over(self) -> bool:
         """Whether the training is complete: its last checkpoint exists or was evaluated."""
         recipe = self.recipe()
-        last_step = max([*steps_there(self.run), *step_folders(self.out)], default=0)
-        return recipe is not None and last_step >= recipe.train.steps
+        done = max([*existing_steps(self.run), *step_folders(self.out)], default=0)
+        return recipe is not None and done >= recipe.train.steps
 
     def wait(self) -> None:
         """Wait for the next checkpoint for `POLL_SECONDS`.
@@ -169,7 +168,7 @@ class _RunFollower:
                 f"{self.run}: no sign of training for {INACTIVITY_HOURS:g} hours ({', '.join(_ACTIVITY_FILES)} are "
                 "old); run this again when it trains"
             )
-        last = max(steps_there(self.run), default=0)
+        last = max(existing_steps(self.run), default=0)
         text = f"{self.run}: waiting for a checkpoint after step {last}"
         if text != self.last_message:
             print(text, flush=True)
@@ -182,8 +181,11 @@ class _RunFollower:
         assert recipe is not None
         folder = self.run / "evaluation"
         try:
-            WandbRun(recipe, run_identity(self.run)[0], self.run, folder).log_scores()
-        except Exception as error:  # any error of wandb's connection
+            config = recipe.model_dump(mode="json")
+            identity = run_identity(self.run)[0]
+            wandb_run = WandbRun(recipe.log.wandb, recipe.name, config, identity, self.run, folder)
+            wandb_run.log_scores(after_step=recipe.train.steps)
+        except Exception as error:  # of whatever kind wandb's connection gives
             print_warning(f"wandb: {type(error).__name__}: {error}; run this again to log the scores")
 
     def has_unlogged_scores(self) -> bool:

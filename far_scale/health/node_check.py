@@ -8,7 +8,7 @@ import json
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 import far_scale
-from far_scale.config.recipe import Recipe
 from far_scale.health.gemm_probe import GemmProbe
 from far_scale.utils.hosts import rank_list, ranks_on_hosts
 
@@ -56,11 +55,20 @@ class RankReport:
     versions: dict[str, str]
 
 
-def examine(rank: int, host: str, device: torch.device, dtype: torch.dtype, recipe: Recipe) -> RankReport:
+def examine(
+    rank: int,
+    host: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    shared_values: Mapping[str, Any],
+    folders: Mapping[str, str | None],
+) -> RankReport:
     """Examine this rank's node: about half a second.
 
     Args:
         dtype: that training computes in.
+        shared_values: recipe values that must be the same on all ranks.
+        folders: to be written to, by recipe key.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     fault, flops = None, 0.0
@@ -74,7 +82,6 @@ def examine(rank: int, host: str, device: torch.device, dtype: torch.dtype, reci
     except RuntimeError as error:  # what CUDA's errors are
         free = total = 0
         fault = str(error).splitlines()[0]
-    folders = {"run_dir": recipe.run_dir, "checkpoint.local_dir": recipe.checkpoint.local_dir}
     return RankReport(
         rank=rank,
         host=host,
@@ -86,7 +93,7 @@ def examine(rank: int, host: str, device: torch.device, dtype: torch.dtype, reci
         flops=flops,
         free_disk={key: _free_disk(Path(folder)) for key, folder in folders.items() if folder is not None},
         code=code_hash(Path(far_scale.__file__).parent),
-        recipe=hashlib.sha256(json.dumps(common_values(recipe), sort_keys=True).encode()).hexdigest(),
+        recipe=hashlib.sha256(json.dumps(shared_values, sort_keys=True).encode()).hexdigest(),
         versions={
             "Python": ".".join(platform.python_version_tuple()[:2]),
             "torch": torch.__version__,
@@ -141,18 +148,6 @@ def slow_devices(reports: Sequence[RankReport]) -> list[RankReport]:
 def upper_median(values: Sequence[float]) -> float:
     """The median, or the greater of the two middle values: of two ranks the better one is the reference."""
     return sorted(values)[len(values) // 2]
-
-
-def common_values(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's values that must be the same on all ranks: all but folders that may be on node-local disks."""
-    return recipe.model_dump(
-        mode="json",
-        exclude={
-            "data": {"shards", "cache_dir", "stage_local"},
-            "curriculum": {"__all__": {"shards"}},
-            "checkpoint": {"local_dir"},
-        },
-    )
 
 
 def code_hash(package: Path) -> str:

@@ -4,40 +4,46 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 
-from far_scale.config.recipe import Recipe
 from far_scale.distributed import process_group
 from far_scale.distributed.exit_codes import REFUSED
 from far_scale.distributed.process_group import Processes, StuckError, all_gather_objects, wait_for_all_ranks
 from far_scale.health.bandwidth import BETWEEN, INSIDE, Links, measure_links
-from far_scale.health.node_check import (
-    MAX_MEDIAN_RATIO,
-    RankReport,
-    common_values,
-    examine,
-    refusals,
-    slow_devices,
-    upper_median,
-)
-from far_scale.model import FAR
+from far_scale.health.node_check import MAX_MEDIAN_RATIO, RankReport, examine, refusals, slow_devices, upper_median
+from far_scale.model import FAR, FARConfig
 from far_scale.utils.errors import UserError, print_error
 from far_scale.utils.event_log import EventLog
 from far_scale.utils.hosts import host_name, rank_list, ranks_by_host, ranks_on_hosts
 from far_scale.utils.io import flatten
 
 
-def check_nodes(recipe: Recipe, processes: Processes, dtype: torch.dtype, events: EventLog, step: int) -> list[str]:
+def check_nodes(
+    name: str,
+    config: FARConfig,
+    shared_values: Mapping[str, Any],
+    folders: Mapping[str, str | None],
+    processes: Processes,
+    dtype: torch.dtype,
+    events: EventLog,
+    step: int,
+) -> list[str]:
     """Examine all ranks' nodes and the links between them, all ranks together; print a line for each node.
 
     A few seconds: half a second for the node, one or two for the links, and NCCL's first contact, which would
     otherwise come with the first step.
 
     Args:
+        name: of the run, for messages.
+        config: of the model, for the size of a checkpoint.
+        shared_values: recipe values that must be the same on all ranks.
+        folders: to be written to, by recipe key.
+        processes: the run's.
         dtype: that training computes in.
+        events: of this process.
         step: steps done before, for the events.
 
     Returns:
@@ -48,18 +54,18 @@ def check_nodes(recipe: Recipe, processes: Processes, dtype: torch.dtype, events
             have the same code, recipe and versions. Names the ranks, their nodes and the mend.
     """
     hosts = all_gather_objects(host_name(), processes.host_group)
-    report = examine(processes.rank, hosts[processes.rank], processes.device, dtype, recipe)
+    report = examine(processes.rank, hosts[processes.rank], processes.device, dtype, shared_values, folders)
     try:
         wait_for_all_ranks(processes, "the examination of its node", process_group.STUCK_SECONDS)
     except StuckError as error:
         _exit(error, hosts)
     reports: list[RankReport] = all_gather_objects(report, processes.host_group)
-    problems = refusals(reports, checkpoint_bytes(recipe))
+    problems = refusals(reports, checkpoint_bytes(config))
     if len({report.recipe for report in reports}) > 1:
-        keys = _different_keys(all_gather_objects(common_values(recipe), processes.host_group))
+        keys = _different_keys(all_gather_objects(shared_values, processes.host_group))
         problems.append(f"the keys that differ: {', '.join(keys)}")
     if problems:
-        raise UserError(f"{recipe.name}: start-up check: {'; '.join(problems)}")
+        raise UserError(f"{name}: start-up check: {'; '.join(problems)}")
     try:
         links = measure_links(processes, hosts)
     except StuckError as error:
@@ -125,10 +131,10 @@ def node_table(reports: Sequence[RankReport], links: Links) -> list[str]:
     return lines
 
 
-def checkpoint_bytes(recipe: Recipe) -> int:
-    """Size of a checkpoint: weights, two moments and the EMA in float32."""
+def checkpoint_bytes(config: FARConfig) -> int:
+    """What a checkpoint takes: weights, two moments and the EMA in float32."""
     with torch.device("meta"):
-        return 16 * sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())
+        return 16 * sum(parameter.numel() for parameter in FAR(config).parameters())
 
 
 def _exit(error: StuckError, hosts: Sequence[str]) -> NoReturn:

@@ -14,11 +14,11 @@ from far_scale.utils.command_line import never_fail_to_print
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Train as the command line asks; returns the exit status (see `faults/exits.py`) and raises nothing.
+    """Train by a command line; returns the exit status (see `distributed/exit_codes.py`) and raises nothing.
 
-    The signals that ask for a stop (see `StopSignals`) are taken over for the rest of the process, but for a dry run.
-    Standard output and error are replaced by ones that never fail. Where the status is neither DONE nor REQUEUE other
-    ranks may still wait for this one: end the process by `exit_process`, which then waits for no thread.
+    Except in a dry run, the stop signals (see `StopSignals`) are handled for the rest of the process. Standard output
+    and error are replaced by streams that never fail. If the status is neither DONE nor REQUEUE, other ranks may still
+    wait for this one: end the process by `exit_process`, which then waits for no thread.
     """
     never_fail_to_print()
     parser = argparse.ArgumentParser(prog="python -m far_scale.train", description="Train FAR by a recipe.")
@@ -30,15 +30,15 @@ def run(arguments: Sequence[str]) -> int:
         "--accept-changes", action="store_true", help="resume although recipe or data would now give another result"
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    asked = parser.parse_intermixed_args(arguments)
-    signals = None if asked.dry_run else StopSignals()  # a dry run has nothing to save, and ends as any program does
-    return exit_status_of(lambda: _train(asked, signals))
+    options = parser.parse_intermixed_args(arguments)
+    signals = None if options.dry_run else StopSignals()  # a dry run has nothing to save
+    return exit_status_of(lambda: _train(options, signals))
 
 
-def _train(asked: argparse.Namespace, signals: StopSignals | None) -> int:
-    recipe = load_recipe(asked.recipe, asked.overrides)
+def _train(options: argparse.Namespace, signals: StopSignals | None) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
 
-    # Only now: a wrong recipe is refused before torch and DeepSpeed are loaded.
+    # Imported late: a wrong recipe is refused before torch and DeepSpeed are loaded.
     from far_scale.distributed.process_group import stop_processes
     from far_scale.evaluation.validation_videos import open_validation_videos
     from far_scale.health.watchdog import collective_timeout
@@ -48,14 +48,16 @@ def _train(asked: argparse.Namespace, signals: StopSignals | None) -> int:
     from far_scale.train.plan import dry_run
     from far_scale.train.profiler import parse_steps
 
-    steps_to_profile = parse_steps(asked.profile, recipe.train.steps) if asked.profile else range(0)
+    steps_to_profile = parse_steps(options.profile, recipe.train.steps) if options.profile else range(0)
     processes = start_deepspeed_processes(collective_timeout(recipe.faults.watchdog_seconds))
-    if asked.dry_run:
-        dry_run(recipe, processes, open_validation_videos, asked.accept_changes)
+    if options.dry_run:
+        dry_run(recipe, processes, open_validation_videos, options.accept_changes)
         trained = None
     else:
         with Lease(Path(recipe.run_dir), processes):
-            trained = train(recipe, processes, open_validation_videos, steps_to_profile, signals, asked.accept_changes)
+            trained = train(
+                recipe, processes, open_validation_videos, steps_to_profile, signals, options.accept_changes
+            )
     stop_processes()
     return DONE if trained is None or trained.step == recipe.train.steps else REQUEUE
 

@@ -1,92 +1,101 @@
-"""What becomes of the weights after a step: nothing, a checkpoint, or back to the last one."""
+"""When a run saves its weights, and when it goes back to those of the last checkpoint."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-from far_scale.config.recipe import Recipe
+from far_scale.config.schema import CheckpointSection
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.distributed.consensus import StepFlags
 from far_scale.distributed.process_group import Processes, all_gather_objects
 from far_scale.train.checkpoint.saver import CheckpointSaver
 from far_scale.train.ema import ShardedEMA
-from far_scale.train.lanes_again import LaneStates
-from far_scale.train.resume import Resume, pieces
+from far_scale.train.resume import Resume
+from far_scale.train.resume_lanes import LaneStates
+from far_scale.train.run_state import training_pieces
 from far_scale.train.step_guard import StepGuard
 
 
 class CheckpointPolicy:
-    """Saves when a checkpoint is due, never what may be spoilt, and goes back after too many skipped steps.
+    """Saves when a checkpoint is due, but never after a skipped step, and rolls back after too many skipped steps.
 
     Args:
-        recipe: the run's.
-        engine, ema: what to keep.
-        guard: which knows how the steps went.
-        saver: what writes.
-        resume: what reads.
-        card: what stands in every checkpoint of the run, by `describe`.
-        processes: who runs it.
+        section: the recipe's.
+        last_step: steps of the whole run.
+        max_skipped: skipped steps in a row after which it rolls back.
+        engine, ema: what to save.
+        guard: knows which steps were skipped.
+        saver: writes checkpoints.
+        resume: reads them.
+        metadata: `run_metadata`, for every checkpoint of the run.
+        processes: the run's.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        section: CheckpointSection,
+        last_step: int,
+        max_skipped: int,
         engine: Any,
         ema: ShardedEMA,
         guard: StepGuard,
         saver: CheckpointSaver,
         resume: Resume,
-        card: dict[str, Any],
+        metadata: dict[str, Any],
         processes: Processes,
     ) -> None:
-        self._recipe, self._engine, self._ema, self._guard = recipe, engine, ema, guard
-        self._saver, self._resume, self._card, self._processes = saver, resume, card, processes
-        self._owed, self._saved = False, time.monotonic()
+        self._section, self._last_step, self._max_skipped = section, last_step, max_skipped
+        self._engine, self._ema, self._guard = engine, ema, guard
+        self._saver, self._resume, self._metadata, self._processes = saver, resume, metadata, processes
+        self._is_owed, self._last_save = False, time.monotonic()
 
     @property
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether checkpoint.every_minutes have passed since the last save, by this rank's clock."""
-        minutes = self._recipe.checkpoint.every_minutes
-        return minutes is not None and time.monotonic() - self._saved >= 60 * minutes
+        minutes = self._section.every_minutes
+        return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
 
-    def after_step(self, done: int, packs: list[Pack], stage_card: dict[str, Any], outcome: StepFlags) -> None:
-        """Do what is due; all ranks do the same, by what they agree on.
+    def after_step(self, done: int, packs: list[Pack], stage_metadata: dict[str, Any], flags: StepFlags) -> None:
+        """Save or roll back, if due; all ranks do the same, by the agreed flags.
 
         Args:
             done: steps done.
-            packs: that this rank trained on in the last one.
-            stage_card: what stands in every checkpoint of the stage, by `describe_stage`.
-            outcome: of the vote after the step.
+            packs: this rank's packs of the last step.
+            stage_metadata: `stage_metadata`, for every checkpoint of the stage.
+            flags: agreed on after the step.
 
         Raises:
-            UserError: too many steps were skipped, and going back does not help; or saves failed too often.
+            UserError: too many steps were skipped, and a roll-back does not help; or saves failed too often.
         """
-        section, last = self._recipe.checkpoint, done == self._recipe.train.steps
-        # By what is known of the steps before this one, whether or not a save asks about this one below: so a run that
-        # was stopped and resumed goes back at the same step.
-        went_back = self._guard.in_row >= self._recipe.faults.skipped_in_row
-        if went_back:
+        is_last = done == self._last_step
+        # By the verdicts of the steps before this one, whether or not a save waits for that of this one below: so a run
+        # that was stopped and resumed rolls back at the same step.
+        rolled_back = self._guard.in_row >= self._max_skipped
+        if rolled_back:
             self._saver.finish(required=False)
             self._resume.roll_back(done, self._engine, self._ema, self._guard)
-        self._owed = self._owed or went_back or outcome.stop or last or done % section.every == 0
-        timed = outcome.save_due and not outcome.saving
-        locally = section.local_dir is not None and done % section.local_every == 0 and not outcome.saving
-        if not (self._owed or timed or locally):
+        self._is_owed = self._is_owed or rolled_back or flags.stop or is_last or done % self._section.every == 0
+        save_by_time = flags.save_due and not flags.saving
+        save_locally = (
+            self._section.local_dir is not None and done % self._section.local_every == 0 and not flags.saving
+        )
+        if not (self._is_owed or save_by_time or save_locally):
             return
-        self._guard.settle()  # a checkpoint says how its own step went
-        if self._guard.in_row and not last:
-            return  # it may be the weights that are bad, and must not push out good ones: after the next good step
-        state = {**self._card, **stage_card, "guard": self._guard.state(), "went_back": went_back}
+        self._guard.settle()  # a checkpoint records whether its own step was skipped
+        if self._guard.in_row and not is_last:
+            return  # the weights may be bad and must not replace good ones: save after the next good step
+        state = {**self._metadata, **stage_metadata, "guard": self._guard.state(), "went_back": rolled_back}
         state["lanes"] = gather_lane_states(packs, self._processes)
-        if self._owed or timed:
-            self._saver.save(done, pieces(self._engine, self._ema), state, ephemeral=not self._owed)
-            self._owed, self._saved = False, time.monotonic()
+        pieces = training_pieces(self._engine, self._ema)
+        if self._is_owed or save_by_time:
+            self._saver.save(done, pieces, state, ephemeral=not self._is_owed)
+            self._is_owed, self._last_save = False, time.monotonic()
         else:
-            self._saver.save_locally(done, pieces(self._engine, self._ema), state)
+            self._saver.save_locally(done, pieces, state)
 
 
 def gather_lane_states(packs: list[Pack], processes: Processes) -> LaneStates:
-    """All lanes' states after these packs, this rank's, on every process."""
+    """All lanes' states after these packs of this rank, on every process."""
     parts = all_gather_objects({pack.lane: pack.lane_state for pack in packs}, processes.host_group)
     return {lane: state for part in parts for lane, state in sorted(part.items())}

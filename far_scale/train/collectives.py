@@ -1,4 +1,4 @@
-"""The collectives of a run: what a step is expected to send, and what one step of each stage sends."""
+"""The collectives of a run: the expected traffic of a step, and the measured traffic of one step of each stage."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from far_scale.train.deepspeed_adapter import communication_backend
 from far_scale.train.sharding import Sharding
 from far_scale.utils.event_log import EventLog
 
-_STEADY = 3
-"""The step, of those that are done in one go, from which on ZeRO-3 knows the order of the modules: steps are alike."""
+_STEADY_STEP = 3
+"""The step after a start from which ZeRO-3 knows the order of the modules, and all steps are alike."""
 
-# Keys of train.deepspeed that the formula does not cover, with the value that it assumes.
+# Keys of train.deepspeed that the formula does not cover, with the values that it assumes.
 _ASSUMED = {
     "zero_quantized_weights": False,
     "zero_quantized_gradients": False,
@@ -32,36 +32,36 @@ _ASSUMED = {
 
 
 def expected_collectives(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> list[str]:
-    """What a step of `recipe` sends on so many ranks, as lines of text; none for a process alone."""
+    """The collectives of a step of `recipe`, as lines of text; none on one rank."""
     if ranks == 1:
         return []
     given = {} if recipe.train.deepspeed is None else recipe.train.deepspeed.explicit_values()
     for name, value in _ASSUMED.items():
         if given.get(name, value) != value:
-            return [f"collectives: not worked out for train.deepspeed.{name}={given[name]}"]
+            return [f"collectives: unknown for train.deepspeed.{name}={given[name]}"]
     with torch.device("meta"):
         shapes = ModelShapes.from_model(FAR(recipe.far_config()))
-    return table(step_collectives(shapes, setup_of(recipe, sharding, ranks, nodes)))
+    return table(step_collectives(shapes, collective_setup(recipe, sharding, ranks, nodes)))
 
 
-def setup_of(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> ParallelSetup:
-    """What the formula needs to know of a run."""
+def collective_setup(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> ParallelSetup:
+    """The inputs of the formula for a run."""
     given = {} if recipe.train.deepspeed is None else recipe.train.deepspeed.explicit_values()
-    number_bytes = {"bf16": 2, "fp32": 4}
-    known = {  # a field of ParallelSetup, and DeepSpeed's key
+    dtype_bytes = {"bf16": 2, "fp32": 4}
+    fields = {  # field of ParallelSetup: DeepSpeed's key
         "reduce_bucket": "reduce_bucket_size",
         "sub_group": "sub_group_size",
         "prefetch_bucket": "stage3_prefetch_bucket_size",
         "reuse_distance": "stage3_max_reuse_distance",
         "live": "stage3_max_live_parameters",
     }
-    values = {name: given[key] for name, key in known.items() if key in given}
+    values = {name: given[key] for name, key in fields.items() if key in given}
     return ParallelSetup(
         ranks=ranks,
         nodes=nodes,
         stage=sharding.stage,
-        number_bytes=number_bytes[recipe.train.precision],
-        gradient_bytes=number_bytes[given.get("communication_data_type", recipe.train.precision)],
+        number_bytes=dtype_bytes[recipe.train.precision],
+        gradient_bytes=dtype_bytes[given.get("communication_data_type", recipe.train.precision)],
         packs=recipe.data.lanes // ranks,
         reduces_once=sharding.reduce_once,
         hpz=sharding.hpz,
@@ -72,32 +72,32 @@ def setup_of(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> Para
 
 
 class StepLedger:
-    """Notes the collectives of one step of each stage on the main process, prints them and makes them an event.
+    """Records the collectives of one step of each stage on the main process, prints them and emits an event.
 
-    This is the third step: nothing is noted in a stage of fewer steps, nor where the process is alone. A validation
-    right before it adds some gathers.
+    It is the third step: nothing is recorded in a shorter stage, nor on one rank. A validation right before it adds
+    some gathers.
 
     Args:
         hosts: every rank's host, by rank.
-        processes: who runs.
+        processes: the run's.
         events: of this process.
-        say: prints a text.
+        print_text: prints a text.
     """
 
     def __init__(
-        self, hosts: Sequence[str], processes: Processes, events: EventLog, say: Callable[[str], None]
+        self, hosts: Sequence[str], processes: Processes, events: EventLog, print_text: Callable[[str], None]
     ) -> None:
         records = processes.is_main_process and processes.world_size > 1
         self._ledger = Ledger(hosts, communication_backend()) if records else None
-        self._events, self._say, self._step = events, say, 0
+        self._events, self._print, self._step = events, print_text, 0
 
     def begin_stage(self, done: int) -> None:
-        """A stage begins, or is gone on with, after so many steps of the run."""
-        self._step = done + _STEADY
+        """Begin or resume a stage after `done` steps of the run."""
+        self._step = done + _STEADY_STEP
 
     @contextlib.contextmanager
-    def watching(self, step: int) -> Iterator[None]:
-        """Around all that a step sends, which is step number `step` (from 1)."""
+    def record(self, step: int) -> Iterator[None]:
+        """Around all collectives of step number `step` (from 1); records them if its turn has come."""
         if self._ledger is None or step != self._step:
             yield
             return
@@ -110,7 +110,7 @@ class StepLedger:
         self._events.emit(
             "collectives",
             step,
-            f"step {step}: {calls} collectives, of which a rank sends {within / 1e6:,.1f} MB in its node and "
+            f"step {step}: {calls} collectives, a rank sends {within / 1e6:,.1f} MB in its node and "
             f"{between / 1e6:,.1f} MB to other nodes",
             within=within,
             between=between,
@@ -125,4 +125,4 @@ class StepLedger:
                 for entry in entries
             ],
         )
-        self._say("\n".join(table(entries)))
+        self._print("\n".join(table(entries)))

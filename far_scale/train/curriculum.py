@@ -1,4 +1,4 @@
-"""The stages of a run, one after another; a recipe without a curriculum is one stage."""
+"""The stages of a run; a recipe without a curriculum has one."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from far_scale.model.layout import FrameLayout
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage.
+    """A stage.
 
     Attributes:
         index: from 0.
-        name: as the recipe calls it, or stage-1, stage-2, ...
+        name: from the recipe, or stage-1, stage-2, ...
         first: steps of the run before it.
-        steps: its own.
-        config: the model's configuration, which differs between stages in the window alone.
-        model, data: the recipe's sections with what the stage gives in their place.
+        steps: of the stage.
+        config: the model's configuration; stages differ only in the window.
+        model, data: the recipe's sections with the stage's values.
         learning_rate_scale: factor on the learning rate of the recipe's schedule.
     """
 
@@ -37,22 +37,22 @@ class Stage:
 
     @property
     def end(self) -> int:
-        """Steps of the run when it is done."""
+        """Steps of the run at its end."""
         return self.first + self.steps
 
     def layout(self, clip_frames: tuple[int, ...]) -> FrameLayout:
-        """The layout of a pack of this stage."""
+        """The layout of a pack of clips with these numbers of frames."""
         _, height, width = self.data.latent_shape
         return self.config.layout(clip_frames, (height, width))
 
-    def tokens_of(self, frames: int) -> int:
-        """Tokens of a clip of so many frames."""
+    def clip_tokens(self, frames: int) -> int:
+        """Tokens of a clip with this number of frames."""
         _, height, width = self.data.latent_shape
         model = self.model
         return clip_tokens(frames, model.window, model.patch, model.context_patch, height, width)
 
     def packing(self, seed: int) -> PackingConfig:
-        """How this stage's samples become packs in a run of that seed."""
+        """How the stage's samples are packed in a run with this seed."""
         return PackingConfig(
             lanes=self.data.lanes,
             frames=self.data.frames,
@@ -61,22 +61,22 @@ class Stage:
             seed=seed,
             clips_per_pack=self.data.clips_per_pack,
             tokens_per_pack=self.data.tokens_per_pack,
-            tokens_of=self.tokens_of,
+            tokens_of=self.clip_tokens,
             stage=self.index,
             max_damaged=self.data.max_damaged_samples,
         )
 
 
 def stages(recipe: Recipe) -> list[Stage]:
-    """The stages of `recipe` in their order."""
-    found: list[Stage] = []
+    """The stages of `recipe`, in order."""
+    plan: list[Stage] = []
     for index, sections in enumerate(recipe.stages()):
         stage = sections.stage
-        found.append(
+        plan.append(
             Stage(
                 index=index,
                 name=stage.name or f"stage-{index + 1}",
-                first=found[-1].end if found else 0,
+                first=plan[-1].end if plan else 0,
                 steps=stage.steps,
                 config=sections.model.far_config(),
                 model=sections.model,
@@ -84,7 +84,7 @@ def stages(recipe: Recipe) -> list[Stage]:
                 learning_rate_scale=stage.learning_rate_scale,
             )
         )
-    return found
+    return plan
 
 
 def stage_of(plan: list[Stage], step: int) -> Stage:

@@ -1,17 +1,17 @@
 """All that depends on DeepSpeed's internals, so that a new version is checked and adapted to in one place.
 
-DeepSpeed's own ways to judge a step (is the gradient finite? larger than the clip norm?) make the host wait for the
-device in every step, differ from stage to stage, and hide the norm where it is not finite. `leave_steps_to_us` takes
-them out: here the gradient is only clipped, on the device, and far_scale/train/step_guard.py decides.
+DeepSpeed's own checks of a step (is the gradient finite? larger than the clip norm?) make the host wait for the device
+in every step, differ between stages, and hide a norm that is not finite. `disable_step_checks` removes them: the
+gradient is only clipped, on the device, and far_scale/train/step_guard.py decides about the step.
 
-Its class for a run depends on stage and precision; the float32 weights that Adam updates (masters) lie in:
+DeepSpeed's optimizer class depends on stage and precision. The float32 weights that Adam updates (masters) are:
 
     stage 0     float32: the model's own parameters; bf16: FP16_UnfusedOptimizer, a copy of each parameter
     stage 1     bf16: BF16_Optimizer, a run of all parameters laid end to end; float32: as stage 2
     stage 1, 2  DeepSpeedZeroOptimizer, likewise
     stage 3     DeepSpeedZeroOptimizer_Stage3, groups of this rank's pieces of each parameter
 
-Every symbol used here stands in `SYMBOLS` or `_ATTRIBUTES`, with the versions that have it, and is checked at start.
+Every symbol used here is in `SYMBOLS` or `_ATTRIBUTES`, with the versions that have it, and is checked at start.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from far_scale.distributed.process_group import Processes, read_launcher_variabl
 from far_scale.utils.errors import UserError
 
 FIRST_TESTED, LAST_TESTED = (0, 19, 0), (0, 19, 8)
-"""The versions between which the tests of training ran."""
+"""The range of versions that training was tested with."""
 
 
 @dataclass(frozen=True)
 class Symbol:
-    """A function or method of DeepSpeed that is called or replaced here.
+    """A DeepSpeed function or method that is called or replaced here.
 
     Attributes:
         path: `module:name`, the name with dots for a method.
-        parameters: its first parameters, as many as are relied on; it may have more that need not be given.
+        parameters: its first parameters, those that are relied on; others must have defaults.
         since: the first version that has it; an earlier one must not.
         replaced: whether it is replaced, so that DeepSpeed must call it with no more than `parameters`.
     """
@@ -58,20 +58,20 @@ class Symbol:
     replaced: bool = False
 
     def problem(self, installed: tuple[int, ...]) -> str | None:
-        """What is unknown about it in the `installed` version; None where it is as expected."""
+        """How it differs from what is expected in the `installed` version; None if it does not."""
         module, _, name = self.path.partition(":")
         try:
-            found: Any = importlib.import_module(module)
+            function: Any = importlib.import_module(module)
             for part in name.split("."):
-                found = getattr(found, part)
+                function = getattr(function, part)
         except (ImportError, AttributeError):
-            return None if installed < self.since else f"{self.path} is not there"
+            return None if installed < self.since else f"{self.path} is missing"
         if installed < self.since:
-            return f"{self.path} is there, which came with {_dotted(self.since)}"
-        given, relied = inspect.signature(_undecorated(found)).parameters, len(self.parameters)
-        more = list(given.values())[relied:]
-        if tuple(given)[:relied] != self.parameters or any(self.replaced or one.default is one.empty for one in more):
-            return f"{self.path} takes ({', '.join(given)}), expected ({', '.join(self.parameters)})"
+            return f"{self.path} exists, which came with {_dotted(self.since)}"
+        actual, relied = inspect.signature(_undecorated(function)).parameters, len(self.parameters)
+        more = list(actual.values())[relied:]
+        if tuple(actual)[:relied] != self.parameters or any(self.replaced or p.default is p.empty for p in more):
+            return f"{self.path} takes ({', '.join(actual)}), expected ({', '.join(self.parameters)})"
         return None
 
 
@@ -126,14 +126,14 @@ _ATTRIBUTES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """This rank's part of one parameter, and where it lies in the float32 tensors that the optimizer updates.
+    """This rank's part of one parameter, and its position in the float32 tensors that the optimizer updates.
 
     Attributes:
-        name: the parameter's, in the model's state dict.
-        size: numbers in the whole parameter.
-        offset: where this part starts in the flattened parameter.
-        master: the float32 tensor that it lies in.
-        start, length: where in the flattened master.
+        name: the parameter's name in the model's state dict.
+        size: number of elements of the whole parameter.
+        offset: start of this part in the flattened parameter.
+        master: the float32 tensor that holds it.
+        start, length: position in the flattened master.
     """
 
     name: str
@@ -145,26 +145,26 @@ class Part:
 
 
 def check_symbols() -> None:
-    """Hold the installed DeepSpeed against what is used of it.
+    """Check that the installed DeepSpeed has all symbols that are used.
 
     Raises:
         UserError: names the first symbol that is not as expected, the version, and the versions that were tested.
     """
     installed = installed_version()
     if installed < FIRST_TESTED:
-        raise _unknown("it is older")
+        raise _incompatible("it is older")
     for symbol in SYMBOLS:
         if (problem := symbol.problem(installed)) is not None:
-            raise _unknown(problem)
+            raise _incompatible(problem)
 
 
 def installed_version() -> tuple[int, ...]:
-    """The installed DeepSpeed's first three numbers."""
+    """The first three numbers of the installed DeepSpeed's version."""
     return tuple(int(number) for number in re.findall(r"\d+", version("deepspeed"))[:3])
 
 
 def start_deepspeed_processes(timeout: datetime.timedelta | None = None) -> Processes:
-    """Join the process group, which DeepSpeed then uses. Call once a process, before DeepSpeed is loaded.
+    """Join the process group, which DeepSpeed then uses. Call once in a process, before DeepSpeed is loaded.
 
     Args:
         timeout: as for `start_processes`.
@@ -173,7 +173,7 @@ def start_deepspeed_processes(timeout: datetime.timedelta | None = None) -> Proc
         UserError: as by `start_processes` and `check_symbols`.
     """
     read_launcher_variables()
-    # DeepSpeed calls these by their old names, which is not for its users to read at every step.
+    # DeepSpeed uses deprecated names; its users need not read so at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found none
@@ -184,42 +184,42 @@ def start_deepspeed_processes(timeout: datetime.timedelta | None = None) -> Proc
 
 
 def _use_process_group(backend: str) -> None:
-    """Let DeepSpeed communicate by the process group that is there."""
+    """Let DeepSpeed use the existing process group."""
     import deepspeed.ops
 
     if backend == "gloo":
-        # DeepSpeed would compile a shared-memory all-reduce here (a minute, and a compiler must be there).
+        # DeepSpeed would compile a shared-memory all-reduce, which takes a minute and a compiler.
         compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
         if not isinstance(compatible, dict) or "deepspeed_shm_comm" not in compatible:
-            raise _unknown('deepspeed.ops:__compatible_ops__["deepspeed_shm_comm"] is not there')
+            raise _incompatible('deepspeed.ops:__compatible_ops__["deepspeed_shm_comm"] is not there')
         compatible["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def communication_backend() -> Any:
-    """The object whose methods start DeepSpeed's collectives, for a ledger of them."""
+    """The object whose methods start DeepSpeed's collectives, for a ledger."""
     from deepspeed.comm import comm
 
     backend = getattr(comm, "cdb", None)
     for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
         if not hasattr(backend, name):
-            raise _unknown(f"deepspeed.comm.comm:cdb.{name} is not there")
+            raise _incompatible(f"deepspeed.comm.comm:cdb.{name} is missing")
     return backend
 
 
-def make_engine(model: nn.Module, adam: torch.optim.AdamW, config: dict[str, Any], whole: type[nn.Module]) -> Any:
+def make_engine(model: nn.Module, adam: torch.optim.AdamW, config: dict[str, Any], leaf: type[nn.Module]) -> Any:
     """DeepSpeed's engine around `model`.
 
     Args:
         config: DeepSpeed's.
-        whole: ZeRO-3 gathers the weights of a module of this type in one go, which takes an eighth of the messages and
-            hooks of gathering those of each layer in it.
+        leaf: ZeRO-3 gathers the weights of a module of this type at once, with an eighth of the messages and hooks that
+            gathering each layer in it takes.
     """
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if config["zero_optimization"]["stage"] == 3:
-        deepspeed.utils.set_z3_leaf_modules(model, [whole])
+        deepspeed.utils.set_z3_leaf_modules(model, [leaf])
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
     _check_attributes(engine)
     return engine
@@ -227,10 +227,11 @@ def make_engine(model: nn.Module, adam: torch.optim.AdamW, config: dict[str, Any
 
 def adam_of(engine: Any) -> torch.optim.AdamW:
     """The optimizer given to `make_engine`, whatever DeepSpeed wrapped around it."""
-    return engine.basic_optimizer
+    adam: torch.optim.AdamW = engine.basic_optimizer
+    return adam
 
 
-def masters(engine: Any) -> list[Tensor]:
+def master_weights(engine: Any) -> list[Tensor]:
     """The float32 tensors that the optimizer steps."""
     if engine.zero_optimization_stage() == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
@@ -241,10 +242,10 @@ def parts(engine: Any) -> Iterator[Part]:
     """This rank's part of every parameter, in the model's order; parameters it has no part of are left out."""
     stage, named = engine.zero_optimization_stage(), list(engine.module.named_parameters())
     if stage == 0:
-        for (name, parameter), master in zip(named, masters(engine), strict=True):
+        for (name, parameter), master in zip(named, master_weights(engine), strict=True):
             yield Part(name, parameter.numel(), 0, master, 0, parameter.numel())
     elif stage == 3:
-        wrapper, groups = engine.optimizer, masters(engine)
+        wrapper, groups = engine.optimizer, master_weights(engine)
         for name, parameter in named:
             group, start, part = wrapper.grad_position[wrapper.get_param_id(parameter)]
             offset = dist.get_rank() * part
@@ -252,7 +253,7 @@ def parts(engine: Any) -> Iterator[Part]:
             if length > 0:
                 yield Part(name, parameter.ds_numel, offset, groups[group], start, length)
     else:
-        (master,) = masters(engine)  # one parameter group, so one run
+        (master,) = master_weights(engine)  # one parameter group, so one run
         for name, parameter in named:
             mapping = parameter._hp_mapping
             if mapping is not None:
@@ -261,16 +262,16 @@ def parts(engine: Any) -> Iterator[Part]:
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Of a whole parameter, before or after ZeRO-3 has cut it."""
+    """The shape of a whole parameter, before or after ZeRO-3 has sharded it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 @torch.no_grad()
 def use_loaded_weights(engine: Any) -> None:
-    """After the masters were written to: bring the weights that the model computes with in line."""
+    """Copy the masters to the weights that the model computes with, after the masters were written to."""
     stage = engine.zero_optimization_stage()
     if stage == 3:
-        engine.empty_partition_cache()  # gathered copies of the old weights would be used silently
+        engine.empty_partition_cache()  # or gathered copies of the old weights would be used silently
         parameters = dict(engine.module.named_parameters())
         for part in parts(engine):
             weight = part.master.detach()[part.start : part.start + part.length]
@@ -279,7 +280,7 @@ def use_loaded_weights(engine: Any) -> None:
     elif stage > 0:
         engine.optimizer.update_lp_params()
     elif engine.bfloat16_enabled():
-        for parameter, master in zip(engine.module.parameters(), masters(engine), strict=True):
+        for parameter, master in zip(engine.module.parameters(), master_weights(engine), strict=True):
             parameter.copy_(master)
 
 
@@ -290,11 +291,11 @@ def can_reduce_once() -> bool:
 
 @contextlib.contextmanager
 def one_step(engine: Any, packs: int, reduce_once: bool) -> Iterator[Callable[[Tensor], None]]:
-    """One optimizer step: gives what does backward, to be called with the loss of each of its `packs`.
+    """One optimizer step: yields the function that does backward, to be called with the loss of each of its `packs`.
 
     Args:
-        reduce_once: sum the packs' gradients on each rank, and reduce the sum; DeepSpeed's gradient accumulation is 1.
-            Otherwise each pack's are reduced.
+        reduce_once: sum the packs' gradients on each rank and reduce the sum, with DeepSpeed's gradient accumulation 1.
+            Otherwise the gradients of each pack are reduced.
     """
     if not reduce_once:
 
@@ -317,7 +318,7 @@ def one_step(engine: Any, packs: int, reduce_once: bool) -> Iterator[Callable[[T
         try:
             yield backward
         except BaseException:
-            # The run ends; a reduction on the way out would wait for ranks that do not come.
+            # The run ends; a reduction on the way out would wait for the other ranks forever.
             engine._flush_coalesced_reduction_zero12 = engine._flush_coalesced_reduction_zero3 = lambda optimizer: None
             raise
         for name, parameter in engine.module.named_parameters() if sums else ():
@@ -329,35 +330,35 @@ def one_step(engine: Any, packs: int, reduce_once: bool) -> Iterator[Callable[[T
 
 @torch.no_grad()
 def _add_to_sums(engine: Any, sums: dict[str, Tensor]) -> None:
-    """Move a pack's bf16 gradients to their float32 sums over the packs: bf16 would lose what is small beside them."""
+    """Move a pack's bf16 gradients to float32 sums over the packs: bf16 would lose small addends."""
     for name, parameter in engine.module.named_parameters():
         if parameter.grad is not None:
             if name in sums:
                 sums[name].add_(parameter.grad)
             else:
                 sums[name] = parameter.grad.float()
-            parameter.grad.zero_()  # not None: a parameter that ZeRO-3 has cut takes no new gradient
+            parameter.grad.zero_()  # not None: a parameter sharded by ZeRO-3 takes no new gradient
 
 
-def clips_here(stage: int, bf16: bool) -> bool:
-    """Whether the gradient is clipped by `_clip`; otherwise by ZeRO, as it goes through its parts."""
+def clips_before_adam(stage: int, bf16: bool) -> bool:
+    """Whether `_clip` clips the gradient; otherwise ZeRO does, part by part."""
     return stage == 0 or (stage == 1 and bf16)
 
 
-def leave_steps_to_us(engine: Any, clip_norm: float) -> None:
-    """Keep DeepSpeed from judging gradients; `grad_norm` is true afterwards, also where it is not finite.
+def disable_step_checks(engine: Any, clip_norm: float) -> None:
+    """Remove DeepSpeed's checks of gradients; afterwards `grad_norm` is the real norm, even if not finite.
 
-    DeepSpeed's one setting for this (bf16.check_grad_overflow) leaves most of it, and its versions judge in different
-    places: so these methods are replaced on the instance, and one function in its modules.
+    DeepSpeed's setting for this (bf16.check_grad_overflow) leaves most checks, and its versions check in different
+    places. So these methods are replaced on the instance, and one function in its modules.
     """
     wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
-    if clips_here(stage, engine.bfloat16_enabled()):
+    if clips_before_adam(stage, engine.bfloat16_enabled()):
         wrapper._global_grad_norm = torch.zeros((), device=engine.device)
         adam_of(engine).register_step_pre_hook(lambda *_: _clip(engine, clip_norm))
         if engine.bfloat16_enabled():
-            wrapper.step = (lambda: _step_bf16_whole(engine)) if stage == 0 else (lambda: _step_bf16_runs(engine))
+            wrapper.step = (lambda: _step_bf16_stage_0(engine)) if stage == 0 else (lambda: _step_bf16_stage_1(engine))
         return
-    # ZeRO puts -1 for a norm that is not finite, by a copy that the host waits for; and newer versions then ask.
+    # ZeRO replaces a norm that is not finite by -1, with a copy that the host waits for; newer versions then check it.
     wrapper.get_grad_norm_direct = _zero_norm
     if stage < 3:
         wrapper.check_grad_overflow = False
@@ -370,26 +371,27 @@ def leave_steps_to_us(engine: Any, clip_norm: float) -> None:
 
 def grad_norm(engine: Any) -> Tensor:
     """The global norm of this step's gradient before clipping, on the device: a scalar, the same on all ranks."""
-    return engine.optimizer._global_grad_norm.detach().to(engine.device).reshape(())
+    norm: Tensor = engine.optimizer._global_grad_norm
+    return norm.detach().to(engine.device).reshape(())
 
 
 def _clip(engine: Any, clip_norm: float) -> None:
     """Before Adam's step: clip the masters' gradients and keep their norm."""
-    own = masters(engine)
-    gradients = [master.grad for master in own if master.grad is not None]
+    masters = master_weights(engine)
+    gradients = [master.grad for master in masters if master.grad is not None]
     if engine.zero_optimization_stage() == 0:
-        norm = torch.nn.utils.get_total_norm(gradients)  # every rank holds all of it
+        norm = torch.nn.utils.get_total_norm(gradients)  # every rank has the whole gradient
     else:
-        norm = _zero_norm(gradients, own)
-    torch.nn.utils.clip_grads_with_norm_(own, clip_norm, norm)
+        norm = _zero_norm(gradients, masters)
+    torch.nn.utils.clip_grads_with_norm_(masters, clip_norm, norm)
     engine.optimizer._global_grad_norm = norm
 
 
 def _zero_norm(gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type: float = 2) -> Tensor:
-    """The norm of all ranks' `gradients`, this rank's parts of them; replaces ZeRO's `get_grad_norm_direct`."""
-    own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-    if own:
-        squares = torch.stack(torch._foreach_norm(own, norm_type, torch.float32)).square().sum()
+    """The norm over all ranks, of which `gradients` are this rank's parts; replaces ZeRO's `get_grad_norm_direct`."""
+    real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+    if real:
+        squares = torch.stack(torch._foreach_norm(real, norm_type, torch.float32)).square().sum()
     else:
         squares = torch.zeros((), device=params[0].device)
     with phase("norm"):
@@ -398,30 +400,30 @@ def _zero_norm(gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type:
 
 
 def _offloaded_norm(engine: Any, params: Sequence[nn.Parameter]) -> Tensor:
-    """The norm of all ranks' gradients of a group of parameters, which lie in main memory, as the result does."""
+    """The norm over all ranks of the gradients of a parameter group in main memory; the result is there, too."""
     group, *_ = engine.optimizer.grad_position[engine.optimizer.get_param_id(params[0])]
-    squares = torch.linalg.vector_norm(masters(engine)[group].grad).square().to(engine.device)
+    squares: Tensor = torch.linalg.vector_norm(master_weights(engine)[group].grad).square().to(engine.device)
     with phase("norm"):
         dist.all_reduce(squares)
     return squares.sqrt().cpu()
 
 
-def _step_bf16_whole(engine: Any) -> None:
-    """Stage 0 in bf16; replaces DeepSpeed's step, which asks the device about every gradient."""
-    own = masters(engine)
+def _step_bf16_stage_0(engine: Any) -> None:
+    """Stage 0 in bf16; replaces DeepSpeed's step, which makes the host wait for a check of every gradient."""
+    masters = master_weights(engine)
     with torch.no_grad():
-        for parameter, master in zip(engine.module.parameters(), own, strict=True):
+        for parameter, master in zip(engine.module.parameters(), masters, strict=True):
             master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
         adam_of(engine).step()
-        for parameter, master in zip(engine.module.parameters(), own, strict=True):
+        for parameter, master in zip(engine.module.parameters(), masters, strict=True):
             parameter.copy_(master)
             master.grad = None
 
 
-def _step_bf16_runs(engine: Any) -> None:
-    """Stage 1 in bf16; replaces DeepSpeed's step, which asks whether the norm is finite and whether to clip."""
+def _step_bf16_stage_1(engine: Any) -> None:
+    """Stage 1 in bf16; replaces DeepSpeed's step, which makes the host wait for checks of the norm."""
     wrapper = engine.optimizer
-    for master, gradient in zip(masters(engine), wrapper.fp32_groups_gradient_flat_partition, strict=True):
+    for master, gradient in zip(master_weights(engine), wrapper.fp32_groups_gradient_flat_partition, strict=True):
         master.grad = gradient
     adam_of(engine).step()
     wrapper.update_lp_params()
@@ -429,30 +431,30 @@ def _step_bf16_runs(engine: Any) -> None:
 
 
 def _check_attributes(engine: Any) -> None:
-    """Hold a new engine against what is used of it; see `check_symbols`."""
+    """Check that a new engine has all attributes that are used; see `check_symbols`."""
     kind = type(engine.optimizer).__name__
     if kind not in _ATTRIBUTES:
-        raise _unknown(f"it steps ZeRO-{engine.zero_optimization_stage()} by a class {kind}")
-    of_wrapper, of_parameters = _ATTRIBUTES[kind]
+        raise _incompatible(f"it steps ZeRO-{engine.zero_optimization_stage()} by a class {kind}")
+    wrapper_names, parameter_names = _ATTRIBUTES[kind]
     parameter = next(engine.module.parameters())
-    missing = [f"{kind}.{name}" for name in of_wrapper if not hasattr(engine.optimizer, name)]
-    missing += [f"{name} of a parameter" for name in of_parameters if not hasattr(parameter, name)]
-    of_engine = ("basic_optimizer", "module", "device")
-    missing += [f"DeepSpeedEngine.{name}" for name in of_engine if not hasattr(engine, name)]
+    missing = [f"{kind}.{name}" for name in wrapper_names if not hasattr(engine.optimizer, name)]
+    missing += [f"{name} of a parameter" for name in parameter_names if not hasattr(parameter, name)]
+    engine_names = ("basic_optimizer", "module", "device")
+    missing += [f"DeepSpeedEngine.{name}" for name in engine_names if not hasattr(engine, name)]
     if missing:
-        raise _unknown(f"{missing[0]} is not there")
+        raise _incompatible(f"{missing[0]} is missing")
 
 
 def _undecorated(function: Any) -> Any:
-    """The function inside DeepSpeed's decorator for profiles, which does not show its parameters."""
+    """The function inside DeepSpeed's profiling decorator, which hides its parameters."""
     if getattr(function, "__qualname__", "") == "instrument_w_nvtx.<locals>.wrapped_fn":
         return inspect.getclosurevars(function).nonlocals["func"]
     return function
 
 
-def _unknown(problem: str) -> UserError:
+def _incompatible(problem: str) -> UserError:
     return UserError(
-        f"DeepSpeed {version('deepspeed')} is not as far_scale knows it: {problem}; install a version from "
+        f"DeepSpeed {version('deepspeed')} differs from what far_scale expects: {problem}; install a version from "
         f"{_dotted(FIRST_TESTED)} to {_dotted(LAST_TESTED)}, with which it was tested"
     )
 

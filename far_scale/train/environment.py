@@ -1,6 +1,6 @@
-"""`environment.json` of a run: what it was started with last, and what of that has changed since the start before.
+"""The software and hardware of a run: recorded at each start, with an event for what has changed since the last one.
 
-environment.json     packages, code, CUDA libraries, drivers and GPUs of the nodes, and variables, of the newest start
+environment.json     packages, code, CUDA libraries, drivers and GPUs of the nodes, and variables, of the last start
 environments.jsonl   those of earlier starts, where they differ from the next one
 """
 
@@ -30,13 +30,13 @@ from far_scale.utils.io import JsonlWriter, read_json, write_json
 NAME, HISTORY = "environment.json", "environments.jsonl"
 _VARIABLES = re.compile(r"(NCCL|GLOO|SLURM|CUDA|TORCH|PYTORCH|UCX|FI)_\w+|OMP_NUM_THREADS")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|JWT|CREDENTIAL|AUTH")
-_LOGIN = re.compile(r"(?<=://)[^/\s@]*@")  # of an address, with the password
-_OF_THE_JOB = "SLURM_"  # other in each start
-_MOST_LISTED = 12  # changes in the event's text
+_LOGIN = re.compile(r"(?<=://)[^/\s@]*@")  # user and password in a URL
+_JOB_PREFIX = "SLURM_"  # variables that differ in each start
+_MAX_LISTED = 12  # changes in the event's text
 
 
 class Node(NamedTuple):
-    """What a rank knows of its node.
+    """A rank's report of its node.
 
     Attributes:
         host: its name.
@@ -50,36 +50,36 @@ class Node(NamedTuple):
 
 
 def record_environment(run: Path, processes: Processes, events: EventLog, step: int) -> None:
-    """Write environment.json and say what differs from the last start's; every rank calls it.
+    """Write environment.json and emit what differs from the last start's; every rank calls it.
 
-    What cannot be found out is left out: nothing of this is worth a run.
+    What cannot be found is left out: no failure here ends a run.
 
     Args:
         run: the run directory.
-        processes: who runs it.
+        processes: the run's.
         events: of the run.
         step: steps done before.
     """
-    nodes = all_gather_objects(_own_node(processes.device), processes.host_group)
+    nodes = all_gather_objects(_this_node(processes.device), processes.host_group)
     if not processes.is_main_process:
         return
     try:
-        before, now = _last(run), environment(nodes, step)
+        before, now = _read_last(run), environment(nodes, step)
         differences = [] if before is None else differences_of(before, now)
         if differences:
             JsonlWriter(run / HISTORY).append(before)
         write_json(run / NAME, now)
-    except Exception as error:  # of whatever kind odd installations give
+    except Exception as error:  # of any type: installations vary
         print_warning(f"{run / NAME}: not written ({type(error).__name__}: {error})")
         return
     if differences:
-        more = len(differences) - _MOST_LISTED
-        listed = "; ".join(differences[:_MOST_LISTED]) + (f"; and {more} more" if more > 0 else "")
+        more = len(differences) - _MAX_LISTED
+        listed = "; ".join(differences[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
         events.emit("environment", step, f"changed since the last start: {listed}", changes=differences)
 
 
 def environment(nodes: Sequence[Node], step: int) -> dict[str, Any]:
-    """What stands in environment.json.
+    """The content of environment.json.
 
     Args:
         nodes: of all ranks.
@@ -106,71 +106,71 @@ def environment(nodes: Sequence[Node], step: int) -> dict[str, Any]:
 
 def packages() -> dict[str, str]:
     """Versions of all installed distributions by name, as `pip freeze` has them."""
-    found = ((each.name, each.version) for each in importlib.metadata.distributions())
-    return dict(sorted(((name, version) for name, version in found if name), key=lambda item: item[0].lower()))
+    versions = ((package.name, package.version) for package in importlib.metadata.distributions())
+    return dict(sorted(((name, version) for name, version in versions if name), key=lambda item: item[0].lower()))
 
 
-def variables(all_of_them: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables that decide how ranks communicate and compute; none that may be a secret."""
+def variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables that affect communication and computation, without those that may be secrets."""
     return {
         name: _LOGIN.sub("", value)
-        for name, value in sorted(all_of_them.items())
+        for name, value in sorted(environ.items())
         if _VARIABLES.fullmatch(name) and not _SECRET.search(name)
     }
 
 
 def differences_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What makes two environments different, in lines like `torch 2.12.0 -> 2.13.0`; host names and jobs do not."""
+    """Differences of two environments, in lines like `torch 2.12.0 -> 2.13.0`, without host names and job variables."""
     old, new = _comparable(before), _comparable(now)
     names = list(dict.fromkeys([*new, *old]))
     lines = [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
     old_code, new_code = (
-        CodeVersion(**{k: v for k, v in each["code"].items() if k != "far_scale"}) for each in (before, now)
+        CodeVersion(**{k: v for k, v in values["code"].items() if k != "far_scale"}) for values in (before, now)
     )
     if old_code != new_code:
-        lines.insert(0, f"code {_described(old_code)} -> {_described(new_code)}")
+        lines.insert(0, f"code {_code_text(old_code)} -> {_code_text(new_code)}")
     return lines
 
 
-def _comparable(found: Mapping[str, Any]) -> dict[str, str]:
-    """By what a line calls it; without the code."""
-    nodes = found["nodes"].values()
+def _comparable(values: Mapping[str, Any]) -> dict[str, str]:
+    """The values to compare, by the name in a line; without the code."""
+    nodes = values["nodes"].values()
     devices = Counter(device for node in nodes for device in node["devices"])
-    values: dict[str, Any] = {
-        "Python": found["python"],
-        "far_scale": found["code"]["far_scale"],
-        **{name: version for name, version in found["packages"].items() if name != "far_scale"},
-        "CUDA": found["cuda"],
-        "cuDNN": found["cudnn"],
-        "NCCL": found["nccl"],
+    comparable: dict[str, Any] = {
+        "Python": values["python"],
+        "far_scale": values["code"]["far_scale"],
+        **{name: version for name, version in values["packages"].items() if name != "far_scale"},
+        "CUDA": values["cuda"],
+        "cuDNN": values["cudnn"],
+        "NCCL": values["nccl"],
         "driver": ", ".join(sorted({node["driver"] for node in nodes if node["driver"]})) or None,
         "devices": ", ".join(f"{count} x {name}" for name, count in sorted(devices.items())),
-        **{key: value for key, value in found["variables"].items() if not key.startswith(_OF_THE_JOB)},
+        **{key: value for key, value in values["variables"].items() if not key.startswith(_JOB_PREFIX)},
     }
-    return {name: str(value) for name, value in values.items() if value is not None}
+    return {name: str(value) for name, value in comparable.items() if value is not None}
 
 
-def _described(code: CodeVersion) -> str:
+def _code_text(code: CodeVersion) -> str:
     commit = "unknown" if code.commit is None else f"commit {code.commit[:12]}"
     return commit + (f" (with {code.diff_lines} changed lines{' or more' * code.diff_cut})" if code.diff else "")
 
 
-def _last(run: Path) -> dict[str, Any] | None:
+def _read_last(run: Path) -> dict[str, Any] | None:
     try:
-        found = read_json(run / NAME, "environment")
-        differences_of(found, found)
-    except (UserError, KeyError, TypeError, AttributeError):  # there is none, or one that nobody can compare
+        last = read_json(run / NAME, "environment")
+        differences_of(last, last)
+    except (UserError, KeyError, TypeError, AttributeError):  # missing, or not comparable
         return None
-    return found  # type: ignore[no-any-return]
+    return last  # type: ignore[no-any-return]
 
 
-def _own_node(device: torch.device) -> Node:
+def _this_node(device: torch.device) -> Node:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return Node(host_name(), _driver(Path("/proc/driver/nvidia/version")), name)
 
 
 def _driver(path: Path) -> str | None:
-    """The version that the kernel's module says: `NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  ...`."""
+    """The version of the kernel module: `NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  ...`."""
     try:
         match = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", path.read_text(), re.MULTILINE)
     except OSError:
@@ -179,9 +179,11 @@ def _driver(path: Path) -> str | None:
 
 
 def _cudnn() -> str | None:
-    version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    cudnn: Any = torch.backends.cudnn  # without types
+    version = cudnn.version() if cudnn.is_available() else None
     return None if version is None else str(version)
 
 
 def _nccl() -> str | None:
-    return ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
+    nccl: Any = torch.cuda.nccl  # without types
+    return ".".join(map(str, nccl.version())) if torch.cuda.is_available() else None

@@ -1,9 +1,9 @@
 """The lease of a run directory: one job at a time trains in it.
 
-`run_dir/lease.json` names its holder, which renews it every 30 seconds. It needs no lock of the file system: `flock`
-is not kept between nodes on many shared file systems, and a job that is killed removes nothing. A file becomes the
-lease by link(2), of which only one can succeed, also on NFS. All ages are taken between times that the file server
-gave, so the clocks of the nodes do not matter.
+`run_dir/lease.json` names its holder, which renews it every 30 seconds. It needs no file system lock: on many shared
+file systems `flock` does not work between nodes, and a killed job removes nothing. A file becomes the lease by link(2),
+which succeeds for one process only, also on NFS. All ages are differences of the file server's times, so the clocks of
+the nodes do not matter.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from typing import Any, NoReturn
 
 from far_scale.distributed.exit_codes import REFUSED
 from far_scale.distributed.process_group import Processes, broadcast_from_main
-from far_scale.train.checkpoint.run_dir import is_copy, place_of
+from far_scale.train.checkpoint.run_dir import directory_id, is_copy
 from far_scale.utils.errors import UserError, print_error, print_warning
 from far_scale.utils.event_log import EventLog
 from far_scale.utils.hosts import host_name
 from far_scale.utils.io import parse_json
 
 NAME = "lease.json"
-RENEWED_EVERY = 30.0
-"""Seconds between two renewals."""
-VALID_FOR = 300.0
-"""Seconds after its last renewal for which a lease holds, if its holder may still be alive."""
-_TAKEOVER_SECONDS = 60.0  # after which a takeover that was killed in its middle no longer keeps others from one
+RENEW_SECONDS = 30.0
+"""Between two renewals."""
+VALID_SECONDS = 300.0
+"""Time after its last renewal for which a lease is valid, if its holder may still be alive."""
+_TAKEOVER_SECONDS = 60.0  # after which a takeover that was killed no longer blocks others
 
 
 class Lease:
     """Holds a run directory for the processes of one job; a context manager that every process enters.
 
-    The main process takes the lease and renews it. Where it finds that another job took the lease over meanwhile, as
-    after a long suspension, it ends the process with status 2.
+    The main process acquires the lease and renews it. If another job took it over meanwhile, as after a long
+    suspension, the process ends with status 2.
 
-    A lease is taken over where its holder is the same job before a restart, or a process of this machine that is
-    dead, or did not renew it for `VALID_FOR` seconds.
+    A lease is taken over if its holder is the same job before a restart, or a dead process of this machine, or did not
+    renew it for `VALID_SECONDS`.
 
     Args:
         run: the run directory.
-        processes: those of the job.
+        processes: the job's.
 
     Raises:
         UserError: on all processes, when entered: another job holds the directory.
@@ -55,9 +55,9 @@ class Lease:
     def __init__(self, run: Path, processes: Processes) -> None:
         self._run, self._processes = run, processes
         self._holder = _this_job(str(uuid.uuid4()))
-        self._made: list[Path] = []
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._new_folders: list[Path] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew_until_stopped, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
         broadcast_from_main(self._acquire, self._processes)
@@ -69,18 +69,20 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._processes.is_main_process:
-            self._over.set()
+            self._stop.set()
             self._thread.join()
             if _read(self._run / NAME).get("token") == self._holder["token"]:
                 (self._run / NAME).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # the run was refused before it wrote anything: leave no empty folders
-                for folder in self._made:
+            with contextlib.suppress(
+                OSError
+            ):  # a run that was refused before it wrote anything leaves no empty folders
+                for folder in self._new_folders:
                     folder.rmdir()
 
     def _acquire(self) -> None:
-        self._made = [folder for folder in (self._run, *self._run.parents) if not folder.exists()]
+        self._new_folders = [folder for folder in (self._run, *self._run.parents) if not folder.exists()]
         self._run.mkdir(parents=True, exist_ok=True)
-        self._holder["directory"] = place_of(self._run)
+        self._holder["directory"] = directory_id(self._run)
         lease = self._run / NAME
         first_renewal: float | None = None
         while True:
@@ -89,28 +91,28 @@ class Lease:
                     return
                 holder, renewed = _read_with_time(lease)
                 if renewed is None:
-                    continue  # released just now
-                if renewed > now + VALID_FOR:  # copied, or the clock was set back: its age counts from now
+                    continue  # released a moment ago
+                if renewed > now + VALID_SECONDS:  # copied, or the clock was set back: its age counts from now
                     os.utime(lease)
                     renewed = now
-                why = self._may_take_over(holder, now - renewed)
-                if why is not None:
+                reason = self._takeover_reason(holder, now - renewed)
+                if reason is not None:
                     if self._take_over(candidate, holder, now):
-                        text = f"took over {lease} from {_name(holder)}: {why}"
+                        text = f"took over {lease} from {_describe(holder)}: {reason}"
                         EventLog(self._run, is_main_process=True).emit("lease", 0, text, holder=holder)
                         return
                     continue
             first_renewal = renewed if first_renewal is None else first_renewal
-            # The same torchrun job on another node, whose restart count is its own: is the old holder still alive?
+            # Another node of the same torchrun job has a restart count of its own: is the old holder still alive?
             if not _same_torchrun(self._holder, holder) or renewed > first_renewal:
                 raise _refusal(lease, holder, now - renewed)
             time.sleep(1.0)
 
-    def _may_take_over(self, holder: dict[str, Any], age: float) -> str | None:
-        """Why the lease of `holder`, renewed `age` seconds ago, may be taken; None where it may not."""
+    def _takeover_reason(self, holder: dict[str, Any], age: float) -> str | None:
+        """Why the lease of `holder`, renewed `age` seconds ago, may be taken over; None if it may not."""
         if is_copy(self._run, holder.get("directory")):
             return "it was copied with the directory"
-        if age > VALID_FOR:
+        if age > VALID_SECONDS:
             return f"it was not renewed for {age:.0f} s"
         own = self._holder
         same_machine = holder.get("machine") == own["machine"]
@@ -122,14 +124,14 @@ class Lease:
             return None
         if own["restarts"][0] != restarts[0]:
             return later_start if own["restarts"][0] > restarts[0] else None
-        # torchrun's count says something of its own workers alone. Those of this machine are dead before others
-        # start, so who lives here is of another torchrun of the same job.
+        # torchrun's count holds for its own workers only. Those of this machine are dead before new ones start, so a
+        # living holder on this machine belongs to another torchrun of the same job.
         if _same_torchrun(own, holder) and not same_machine and own["restarts"][1] > restarts[1]:
             return later_start
         return None
 
     def _take_over(self, candidate: Path, holder: dict[str, Any], now: float) -> bool:
-        """Replace the lease of `holder`, unless somebody else did or does."""
+        """Replace the lease of `holder`, unless another job did or does; returns whether it did."""
         lease, gate = self._run / NAME, self._run / f"{NAME}.takeover"
         if not _link(candidate, gate):
             _, since = _read_with_time(gate)
@@ -155,14 +157,14 @@ class Lease:
         finally:
             path.unlink(missing_ok=True)
 
-    def _keep(self) -> None:
-        """Renew the lease until the end; between renewals notice when this process was stopped for a while."""
-        renewed = before = time.monotonic()
+    def _renew_until_stopped(self) -> None:
+        """Renew the lease until the end, and at once after this process was suspended."""
+        renewed = last_wake = time.monotonic()
         warned = False
-        while not self._over.wait(1.0):
+        while not self._stop.wait(1.0):
             now = time.monotonic()
-            stopped, before = now - before > RENEWED_EVERY, now
-            if now - renewed < RENEWED_EVERY and not stopped:
+            was_suspended, last_wake = now - last_wake > RENEW_SECONDS, now
+            if now - renewed < RENEW_SECONDS and not was_suspended:
                 continue
             renewed = now
             try:
@@ -180,7 +182,7 @@ class Lease:
                 if _link(candidate, lease):
                     return
             holder = _read(lease)
-        elif "token" not in holder:  # overwritten, but by no other job: those replace the file as a whole
+        elif "token" not in holder:  # overwritten, but not by another job, which would replace the whole file
             with self._candidate() as (candidate, _):
                 os.replace(candidate, lease)
                 return
@@ -189,8 +191,8 @@ class Lease:
         os.utime(lease)  # to now, by the file server's clock
 
     def _lost(self, holder: dict[str, Any]) -> NoReturn:
-        print_error(UserError(f"{self._run / NAME}: taken over by {_name(holder)}, so this job ends"))
-        os._exit(REFUSED)  # at once, for each further step would write into the other job's run
+        print_error(UserError(f"{self._run / NAME}: taken over by {_describe(holder)}, so this job ends"))
+        os._exit(REFUSED)  # at once, since each further step would write into the other job's run
 
 
 def _this_job(token: str) -> dict[str, Any]:
@@ -216,9 +218,9 @@ def _this_job(token: str) -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Where process ids mean the same: this boot of this machine, and in a container this one's process namespace.
+    """An id of the process namespace: this boot of this machine, or this container.
 
-    Where the system does not say, a text that no other process has: then only time ends a lease.
+    A random text if the system has none: then only time ends a lease.
     """
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -227,7 +229,7 @@ def _machine() -> str:
 
 
 def _same_torchrun(own: dict[str, Any], holder: dict[str, Any]) -> bool:
-    return own["torchrun"] is not None and holder.get("torchrun") == own["torchrun"]
+    return own["torchrun"] is not None and bool(holder.get("torchrun") == own["torchrun"])
 
 
 def _are_counts(restarts: Any) -> bool:
@@ -235,7 +237,7 @@ def _are_counts(restarts: Any) -> bool:
 
 
 def _process_start(pid: Any) -> str | None:
-    """When the process `pid` of this machine started, in clock ticks since boot; None where it is dead."""
+    """Start time of process `pid` of this machine, in clock ticks since boot; None if it is dead."""
     try:
         fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError, TypeError):
@@ -244,20 +246,20 @@ def _process_start(pid: Any) -> str | None:
 
 
 def _is_alive(pid: Any, start: Any) -> bool:
-    """Whether the process `pid` of this machine that started at `start` still lives."""
-    found = _process_start(pid)
-    if found is None:
+    """Whether the process `pid` of this machine that started at `start` is alive."""
+    actual_start = _process_start(pid)
+    if actual_start is None:
         try:
             os.kill(int(pid), 0)
         except PermissionError:
-            return True  # another user's, whose /proc entry a mount option hides
+            return True  # another user's process: a mount option may hide its /proc entry
         except (OSError, ValueError, TypeError, OverflowError):
             return False
-    return found == start
+    return bool(actual_start == start)
 
 
 def _link(candidate: Path, name: Path) -> bool:
-    """Give `candidate` the further name `name`; False where that is taken."""
+    """Link `candidate` to `name`; False if that exists."""
     try:
         os.link(candidate, name)
     except FileExistsError:
@@ -275,9 +277,9 @@ def _link(candidate: Path, name: Path) -> bool:
 
 
 def _read_with_time(path: Path) -> tuple[dict[str, Any], float | None]:
-    """What a lease says (nothing where it is not readable) and when it was renewed; None where there is none."""
+    """The content of a lease (empty if unreadable), and when it was renewed (None if there is none)."""
     try:
-        with open(path, "rb") as file:  # opened, so that NFS asks the server anew
+        with open(path, "rb") as file:  # open() makes NFS ask the server
             renewed = os.fstat(file.fileno()).st_mtime
             content = parse_json(file.read())
     except FileNotFoundError:
@@ -291,14 +293,14 @@ def _read(path: Path) -> dict[str, Any]:
     return _read_with_time(path)[0]
 
 
-def _name(holder: dict[str, Any]) -> str:
+def _describe(holder: dict[str, Any]) -> str:
     job = f", {holder['job']}" if holder.get("job") else ""
     return f"host {holder.get('host', 'unknown')}, pid {holder.get('pid', 'unknown')}{job}"
 
 
 def _refusal(lease: Path, holder: dict[str, Any], age: float) -> UserError:
     return UserError(
-        f"{lease}: another job trains in this run directory: {_name(holder)}, started {holder.get('started')}, lease "
-        f"renewed {max(0.0, age):.0f} s ago; wait for its end, or take another run_dir. If it is dead, start again "
-        f"{VALID_FOR:.0f} s after the last renewal"
+        f"{lease}: another job trains in this run directory: {_describe(holder)}, started {holder.get('started')}, "
+        f"lease renewed {max(0.0, age):.0f} s ago; wait for its end, or take another run_dir. If it is dead, start "
+        f"again {VALID_SECONDS:.0f} s after the last renewal"
     )

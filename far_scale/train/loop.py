@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,52 +11,44 @@ import torch.distributed as dist
 
 from far_scale.config.recipe import Recipe, check_ranks
 from far_scale.data.loader.mixture import summary
-from far_scale.data.loader.pack_loader import Pack, PackLoader
-from far_scale.data.loader.scaling import LatentScaling
+from far_scale.data.loader.pack_loader import Pack
 from far_scale.distributed.consensus import Consensus
 from far_scale.distributed.ledger import phase
-from far_scale.distributed.process_group import Processes, set_timeouts
+from far_scale.distributed.process_group import Processes
 from far_scale.distributed.signals import StopSignals
 from far_scale.health.preflight import check_nodes
 from far_scale.health.straggler import StragglerDetector
 from far_scale.health.watchdog import Watchdog
-from far_scale.model import FAR
-from far_scale.model.attention import choose_kernel
-from far_scale.model.layers import HEAD_DIM
 from far_scale.train.checkpoint import local
 from far_scale.train.checkpoint.saver import CheckpointSaver
 from far_scale.train.checkpoint_policy import CheckpointPolicy
 from far_scale.train.collectives import StepLedger
-from far_scale.train.compiled import check_compiler
-from far_scale.train.costs import most_activation_bytes
+from far_scale.train.costs import train_flops
 from far_scale.train.curriculum import Stage, stages
-from far_scale.train.damaged_samples import DamagedSamples
 from far_scale.train.deepspeed_adapter import grad_norm, one_step
-from far_scale.train.device_prefetch import Batch, DevicePrefetch
+from far_scale.train.device_prefetch import Batch
 from far_scale.train.ema import ShardedEMA
-from far_scale.train.engine import fragments, set_learning_rate, start_engine
+from far_scale.train.engine import build_model, check_computation, compute_dtype, fragments, set_learning_rate
 from far_scale.train.environment import record_environment
-from far_scale.train.flops import peak_flops, train_flops
 from far_scale.train.flow_matching import pack_loss
-from far_scale.train.held_out import OpenVideos, open_held_out
 from far_scale.train.lr_schedule import learning_rate
 from far_scale.train.metrics import Monitor
 from far_scale.train.profiler import Profiler
-from far_scale.train.resume import Resume, identity, run_metadata, stage_metadata
-from far_scale.train.sets import open_sets, say_staged
-from far_scale.train.sharding import choose_sharding
-from far_scale.train.start_weights import start_from
+from far_scale.train.resume import Resume, find_identity
+from far_scale.train.run_state import run_metadata, stage_metadata
+from far_scale.train.setup import OpenVideos, load_start, open_data, open_monitor, prefetched_batches, shard_model
+from far_scale.train.shard_sets import DamagedSamples, log_staged_reads
 from far_scale.train.step_guard import StepGuard
 from far_scale.train.validation import Validation
 from far_scale.utils.event_log import EventLog
 
 
 class Trained(NamedTuple):
-    """What `train` leaves.
+    """The result of `train`.
 
     Attributes:
-        engine, ema: as they are after the last step.
-        step: steps done, fewer than the recipe's where the run was asked to stop.
+        engine, ema: after the last step.
+        step: steps done; fewer than the recipe's if the run was asked to stop.
     """
 
     engine: Any
@@ -73,7 +64,7 @@ def train(
     signals: StopSignals | None = None,
     accept_changes: bool = False,
 ) -> Trained | None:
-    """Train `recipe` to its last step, from its run directory's latest checkpoint where there is one.
+    """Train `recipe` to its last step, from the latest checkpoint in its run directory if there is one.
 
     Every process calls this. The run directory gets recipe.yaml, log.jsonl, events.jsonl, environment.json and
     checkpoints/, profile/ if there are `steps_to_profile` (counted from 1), and validation/ if the recipe asks for
@@ -81,22 +72,22 @@ def train(
 
     Args:
         recipe: what to train.
-        processes: who trains it.
-        open_videos: opens what samples the videos of validation.
+        processes: the run's.
+        open_videos: see `OpenVideos`.
         steps_to_profile: steps to trace.
-        signals: what may ask for a stop; then the run ends after a step, with a checkpoint.
-        accept_changes: resume even where what has changed since the checkpoint makes another result.
+        signals: requests to stop; then the run ends after a step, with a checkpoint.
+        accept_changes: resume even if changes since the checkpoint change the result.
 
     Returns:
-        None where there was nothing left to do.
+        None if there was nothing left to do.
 
     Raises:
-        UserError: ranks, shard sets, checkpoint, start weights or disk do not fit the recipe, or the attention kernel
-            or the compiler that it asks for is missing; a node is not as the others; no good step is left to take.
+        UserError: ranks, shard sets, checkpoint, start weights or disk do not fit the recipe, or its attention kernel
+            or compiler is missing; a node differs from the others; no good step is left.
     """
     check_ranks(recipe, processes.world_size)
-    attention = check_computation(recipe, processes)
-    plan = stages(recipe)
+    attention = check_computation(recipe.train, processes.device)
+    plan, dtype = stages(recipe), compute_dtype(recipe.train)
     run, events = Path(recipe.run_dir), EventLog(Path(recipe.run_dir), processes.is_main_process)
     resume = Resume(recipe, plan, processes, events)
     start = resume.newest_whole()
@@ -105,96 +96,92 @@ def train(
         if processes.is_main_process:
             print(f"{run}: all {recipe.train.steps} steps are done; raise train.steps to go on")
         return None
-    to_come = [stage for stage in plan if stage.end > start]
-    shard_sets, manifest = open_sets(recipe.data, to_come, processes, events, start)
-    scaling = LatentScaling.of(manifest, recipe.data.scaling)
-    not_over = [stage for stage in plan if stage.end >= start]
-    held_out = open_held_out(
-        recipe, not_over, manifest, scaling, compute_dtype(recipe), processes, events, start, open_videos
-    )
+    data = open_data(recipe, plan, start, processes, events, open_videos)
 
-    hosts = check_nodes(recipe, processes, compute_dtype(recipe), events, start)
+    folders = {"run_dir": recipe.run_dir, "checkpoint.local_dir": recipe.checkpoint.local_dir}
+    hosts = check_nodes(
+        recipe.name, recipe.far_config(), recipe.shared_values(), folders, processes, dtype, events, start
+    )
     record_environment(run, processes, events, start)
     with Watchdog(run, processes.rank, recipe.faults.watchdog_seconds, events, hosts) as watchdog:
-        model = build_model(recipe)
+        model = build_model(recipe.far_config(), recipe.seed)
         if recipe.train.start_from is not None and start == 0:
-            first_set = shard_sets[to_come[0].index].manifest
-            events.emit("started-from", 0, start_from(model, recipe, first_set, scaling, accept_changes))
-        card = run_metadata(recipe, model, manifest, scaling, processes)
-        stage_cards = {index: stage_metadata(plan[index], shards.manifest) for index, shards in shard_sets.items()}
-        sharding = choose_sharding(
-            recipe,
-            sum(parameter.numel() for parameter in model.parameters()),
-            processes,
-            lambda: most_activation_bytes(recipe, to_come, shard_sets),
-        )
-        engine = start_engine(model, recipe, processes, sharding)
-        set_timeouts(processes)  # of DeepSpeed's groups
+            events.emit("started-from", 0, load_start(model, recipe, data, accept_changes))
+        metadata = run_metadata(recipe, model, data.manifest, data.scaling, processes)
+        metadata_of_stages = {
+            index: stage_metadata(plan[index], shards.manifest) for index, shards in data.shard_sets.items()
+        }
+        engine, sharding = shard_model(model, recipe, [stage for stage in plan if stage.end > start], data, processes)
         ema = ShardedEMA(fragments(engine), recipe.optimizer.ema_decay)
-        name = identity(run, processes, events)
-        local_folder = local.folder_of(recipe.checkpoint, run, name)
-        position = resume.restore(start, engine, ema, local_folder, card, stage_cards, shard_sets, accept_changes)
+        identity = find_identity(run, processes, events)
+        local_folder = local.local_run_folder(recipe.checkpoint, run, identity)
+        resumed = resume.restore(
+            start, engine, ema, local_folder, metadata, metadata_of_stages, data.shard_sets, accept_changes
+        )
         if processes.is_main_process:
             recipe.save(run / "recipe.yaml")
         dist.barrier()
 
         guard = StepGuard(engine, recipe.faults, processes, events)
-        if position.guard is not None:
-            guard.load_state(position.guard)
+        if resumed.guard is not None:
+            guard.load_state(resumed.guard)
         else:
-            guard.updates = position.step  # of a checkpoint from before steps could be skipped, or of none
-        if position.step == 0:
+            guard.updates = resumed.step  # 0, or a checkpoint from before steps could be skipped
+        if resumed.step == 0:
             events.emit("began", 0, f"training {recipe.name} on {processes.world_size} ranks")
-        own_lanes = list(range(processes.rank, recipe.data.lanes, processes.world_size))
-        profiler, consensus = Profiler(steps_to_profile, run, processes, position.step), Consensus(signals, processes)
-        slow = StragglerDetector(processes, compute_dtype(recipe), events, hosts)
-        peak, done, stopping = peak_flops(processes.device, compute_dtype(recipe)), position.step, False
+        profiler, consensus = Profiler(steps_to_profile, run, processes, resumed.step), Consensus(signals, processes)
+        stragglers = StragglerDetector(processes, dtype, events, hosts)
+        done, stopping = resumed.step, False
         with (
-            Monitor(recipe, processes, peak, done, name, slow) as monitor,
+            open_monitor(recipe, processes, dtype, done, identity, stragglers) as monitor,
             CheckpointSaver(run, recipe.checkpoint, processes, events, local_folder, resume.latest) as saver,
         ):
-            keeper = CheckpointPolicy(recipe, engine, ema, guard, saver, resume, card, processes)
-            ledger = StepLedger(hosts, processes, events, monitor.say)
-            monitor.say(attention)
-            for line in sharding.why:
-                monitor.say(line)
-            validation = Validation(plan, held_out, engine, ema, monitor, watchdog, processes)
-            validation.after_step(position.step)  # which the last start may not have come to
+            policy = CheckpointPolicy(
+                recipe.checkpoint,
+                recipe.train.steps,
+                recipe.faults.skipped_in_row,
+                engine,
+                ema,
+                guard,
+                saver,
+                resume,
+                metadata,
+                processes,
+            )
+            ledger = StepLedger(hosts, processes, events, monitor.print)
+            for line in (attention, *sharding.why):
+                monitor.print(line)
+            validation = Validation(plan, data.held_out, engine, ema, monitor, watchdog, processes)
+            validation.after_step(done)  # the last start may have ended before it
             for stage in plan:
-                if stage.end <= position.step or stopping:
+                if stage.end <= done or stopping:
                     continue
-                shard_set = shard_sets[stage.index]
+                shard_set, first = data.shard_sets[stage.index], max(done, stage.first)
                 monitor.begin_stage(stage)
-                ledger.begin_stage(max(position.step, stage.first))
-                monitor.say("\n".join(summary(shard_set)))
-                first = max(position.step, stage.first)
-                middle = first > stage.first  # or else the stage begins its shard set afresh
-                states, beginnings = (position.lanes, position.beginnings) if middle else (None, ())
-                if first == stage.first or position.lanes_changed:
-                    guard.forget_levels()
+                ledger.begin_stage(first)
+                monitor.print("\n".join(summary(shard_set)))
+                is_resumed = first > stage.first  # otherwise the stage begins its shard set anew
+                lanes, beginnings = (resumed.lanes, resumed.beginnings) if is_resumed else (None, ())
+                if not is_resumed or resumed.lanes_changed:
+                    guard.clear_levels()
                 packing = replace(stage.packing(recipe.seed), beginnings=beginnings)
-                stage_card = stage_cards[stage.index] | ({"beginnings": beginnings} if beginnings else {})
-                ahead = (stage.data.prefetch, stage.data.prefetch_bytes)
-                damaged = DamagedSamples(stage.data.max_damaged_samples, states, processes, events)
-                with (
-                    PackLoader(shard_set, scaling, own_lanes, packing, first, states, *ahead) as packs_of_steps,
-                    DevicePrefetch(
-                        packs_of_steps, recipe.objective, stage.config, recipe.seed, processes.device
-                    ) as batches,
-                    contextlib.closing(packs_of_steps),  # before the feed, which may be waiting for it
-                ):
+                metadata_of_stage = metadata_of_stages[stage.index] | ({"beginnings": beginnings} if beginnings else {})
+                damaged = DamagedSamples(stage.data.max_damaged_samples, lanes, processes, events)
+                with prefetched_batches(
+                    stage, shard_set, data.scaling, packing, first, lanes, recipe.objective, processes
+                ) as batches:
                     for step in range(first, stage.end):
                         with monitor.waiting_for_data():
                             batch = next(batches)
-                        rate = learning_rate(recipe, step) * stage.learning_rate_scale
+                        rate = learning_rate(recipe.optimizer, recipe.train.steps, step) * stage.learning_rate_scale
                         set_learning_rate(engine, rate)
 
                         done = step + 1
-                        with ledger.watching(done):
-                            with profiler.watching(done):
+                        with ledger.record(done):
+                            with profiler.trace(done):
                                 loss = train_step(engine, batch, stage, processes, monitor, guard, sharding.reduce_once)
                                 ema.update(guard.update_mask)
-                            consensus.start(saver.busy, any(pack.skipped for pack in batch.packs), keeper.due)
+                            consensus.start(saver.busy, any(pack.skipped for pack in batch.packs), policy.is_due)
                         guard.end_step(done, batch.packs)
                         monitor.end_step(done, loss, rate, grad_norm(engine), guard.skipped, damaged.count)
                         watchdog.beat(done)
@@ -203,12 +190,12 @@ def train(
                         if flags.damaged:
                             damaged.report(done, batch.packs)
                         with monitor.waiting_for_save():
-                            keeper.after_step(done, batch.packs, stage_card, flags)
+                            policy.after_step(done, batch.packs, metadata_of_stage, flags)
                         stopping = flags.stop
                         if stopping:
                             break
                         validation.after_step(done)
-                say_staged(shard_set, done, processes, events)
+                log_staged_reads(shard_set, done, processes, events)
             saver.finish(required=done == recipe.train.steps)
             if done == recipe.train.steps:
                 events.emit("finished", done, f"all {done} steps are done")
@@ -227,7 +214,7 @@ def train_step(
     guard: StepGuard | None = None,
     reduce_once: bool = False,
 ) -> torch.Tensor:
-    """One optimizer step on this rank's packs of a global batch, unless the guard finds it bad.
+    """One optimizer step on this rank's packs of a global batch, unless the guard skips it.
 
     DeepSpeed averages over the packs and the ranks, and steps after the last pack.
 
@@ -235,8 +222,8 @@ def train_step(
         reduce_once: as in `Sharding`.
 
     Returns:
-        The mean of the packs' losses, weighted by their clips: a scalar tensor whose mean over the ranks is the loss,
-        the mean over the clips of the global batch.
+        The mean of the packs' losses, weighted by their clips: a scalar tensor. Its mean over the ranks is the loss,
+        which is the mean over the clips of the global batch.
     """
     weights = pack_weights(batch.packs, stage, processes)
     losses = []
@@ -246,7 +233,7 @@ def train_step(
                 velocity = engine(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
             loss = pack_loss(velocity, noisy) * weight
             if guard is not None:
-                guard.watch(loss)
+                guard.add_loss(loss)
             backward(loss)
             losses.append(loss.detach())
             if monitor is not None:
@@ -256,9 +243,9 @@ def train_step(
 
 
 def pack_weights(packs: list[Pack], stage: Stage, processes: Processes) -> torch.Tensor:
-    """`[packs]` what each pack's mean over its clips counts in the global batch: its clips over those of a mean pack.
+    """`[packs]` weight of each pack's loss in the global batch: its clips, divided by the mean clips of a pack.
 
-    Only a token budget gives packs of different numbers of clips; without one no rank asks the others.
+    Only with a token budget do packs differ in their clips; without one the ranks need not communicate.
     """
     if stage.data.tokens_per_pack is None:
         return torch.ones(len(packs), device=processes.device)
@@ -267,25 +254,3 @@ def pack_weights(packs: list[Pack], stage: Stage, processes: Processes) -> torch
     with phase("clips"):
         dist.all_reduce(total)
     return clips * (stage.data.lanes / total)
-
-
-def build_model(recipe: Recipe) -> FAR:
-    """The model with random first weights, which depend on `seed` alone: the same on every process."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return FAR(recipe.far_config())
-
-
-def check_computation(recipe: Recipe, processes: Processes) -> str:
-    """Which attention kernel this run takes and why, as a line for the log.
-
-    Raises:
-        UserError: that kernel is unknown or not usable here, or there is no compiler for train.compile.
-    """
-    if recipe.train.compile:
-        check_compiler(processes.device)
-    return choose_kernel(recipe.train.attention, processes.device, compute_dtype(recipe), HEAD_DIM).why
-
-
-def compute_dtype(recipe: Recipe) -> torch.dtype:
-    return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32

@@ -1,4 +1,4 @@
-"""`--dry-run`: everything that can be found out about a run without running it, and one batch of each stage."""
+"""`--dry-run`: checks everything about a run that can be known before it, and trains one batch of each stage."""
 
 from __future__ import annotations
 
@@ -10,66 +10,60 @@ import torch
 from far_scale.config.recipe import Recipe, check_ranks
 from far_scale.data.loader.mixture import summary
 from far_scale.data.loader.pack_loader import PackLoader
-from far_scale.data.loader.scaling import LatentScaling
 from far_scale.distributed.process_group import Processes, all_gather_objects
 from far_scale.model import FAR
 from far_scale.train.collectives import expected_collectives
-from far_scale.train.costs import StageCosts, activation_bytes
+from far_scale.train.costs import StageCosts, activation_bytes, peak_flops
 from far_scale.train.curriculum import stages
 from far_scale.train.device_prefetch import Batch
-from far_scale.train.engine import start_engine
-from far_scale.train.flops import peak_flops
+from far_scale.train.engine import build_model, check_computation, compute_dtype, start_engine
 from far_scale.train.flow_matching import add_noise
-from far_scale.train.held_out import OpenVideos, open_held_out
-from far_scale.train.loop import build_model, check_computation, compute_dtype, train_step
-from far_scale.train.sets import open_sets
+from far_scale.train.loop import train_step
+from far_scale.train.setup import OpenVideos, load_start, open_data
 from far_scale.train.sharding import choose_sharding, free_memory, state_bytes
-from far_scale.train.start_weights import start_from
 from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.event_log import EventLog
 from far_scale.utils.hosts import host_name
 
-_MFU = 0.4  # of the device's peak, for the estimate of a step's time
+_MFU = 0.4  # fraction of the device's peak, for the estimate of a step's time
 
 
 def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accept_changes: bool = False) -> None:
     """Check recipe, ranks, shard sets and memory, then train one batch of each stage; nothing is written.
 
     Raises:
-        UserError: something does not fit; memory is judged before anything is allocated.
+        UserError: something does not fit; memory is checked before anything is allocated.
     """
     check_ranks(recipe, processes.world_size)
-    attention = check_computation(recipe, processes)
-    dtype, events = compute_dtype(recipe), EventLog(Path(recipe.run_dir), False)
-    shard_sets, manifest = open_sets(recipe.data, stages(recipe), processes, events, 0)
-    plan = [(stage, shard_sets[stage.index]) for stage in stages(recipe)]
-    scaling = LatentScaling.of(manifest, recipe.data.scaling)
-    held_out = open_held_out(recipe, stages(recipe), manifest, scaling, dtype, processes, events, 0, open_videos)
+    attention = check_computation(recipe.train, processes.device)
+    config, train, plan = recipe.far_config(), recipe.train, stages(recipe)
+    dtype, events = compute_dtype(train), EventLog(Path(recipe.run_dir), False)
+    data = open_data(recipe, plan, 0, processes, events, open_videos)
+    packs_per_step = recipe.data.lanes // processes.world_size
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in FAR(recipe.far_config()).parameters())
-    costs = [StageCosts.of(stage, shard_set, recipe.seed) for stage, shard_set in plan]
-    activations = [activation_bytes(recipe, cost.largest) for cost in costs]
-    sharding = choose_sharding(recipe, parameters, processes, lambda: max(activations))
+        parameters = sum(parameter.numel() for parameter in FAR(config).parameters())
+    costs = [StageCosts.sample(stage, data.shard_sets[stage.index], recipe.seed) for stage in plan]
+    activations = [activation_bytes(config, train, cost.largest) for cost in costs]
+    sharding = choose_sharding(train, recipe.data.lanes, parameters, processes, lambda: max(activations))
     nodes = len(set(all_gather_objects(host_name(), processes.host_group)))
-    state = state_bytes(recipe.train.precision, sharding, parameters, processes.world_size)
+    state = state_bytes(train.precision, sharding, parameters, processes.world_size)
     needs = [state + activation for activation in activations]
     need, have = max(needs), free_memory(processes)
     if processes.is_main_process:
-        train = recipe.train
         print(f"recipe      {recipe.name} ({recipe.hash()[:12]}), {train.steps} steps")
-        print(f"ranks       {processes.world_size} x {recipe.data.lanes // processes.world_size} packs a step")
-        for line in dict.fromkeys(line for _, shard_set in plan for line in summary(shard_set)):
+        print(f"ranks       {processes.world_size} x {packs_per_step} packs a step")
+        for line in dict.fromkeys(line for stage in plan for line in summary(data.shard_sets[stage.index])):
             print(f"shard set   {line}")
-        if held_out is not None:
-            print(f"held-out    {held_out.clips} clips of {held_out.shards.folder}")
+        if data.held_out is not None:
+            print(f"held-out    {data.held_out.clips} clips of {data.held_out.shards.folder}")
         print(f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{sharding.stage}, {train.precision}")
         peak = processes.world_size * peak_flops(processes.device, dtype)
-        print(attention)
-        for line in sharding.why:
-            print(line)
-        for line in stage_table(costs, needs, peak):
-            print(line)
-        for line in expected_collectives(recipe, sharding, processes.world_size, nodes):
+        for line in (
+            attention,
+            *sharding.why,
+            *stage_table(costs, needs, peak),
+            *expected_collectives(recipe, sharding, processes.world_size, nodes),
+        ):
             print(line)
         print(f"memory      about {need / 1e9:.2f} GB a rank at most, {have / 1e9:.2f} GB free")
     if need > have:
@@ -79,17 +73,18 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
             "data.tokens_per_pack"
         )
 
-    model = build_model(recipe)
-    if recipe.train.start_from is not None:
-        said = start_from(model, recipe, plan[0][1].manifest, scaling, accept_changes)
+    model = build_model(config, recipe.seed)
+    if train.start_from is not None:
+        text = load_start(model, recipe, data, accept_changes)
         if processes.is_main_process:
-            print(said)
-    engine = start_engine(model, recipe, processes, sharding)
+            print(text)
+    engine = start_engine(model, recipe.optimizer, train, packs_per_step, processes, sharding)
     own_lanes = list(range(processes.rank, recipe.data.lanes, processes.world_size))
-    for stage, shard_set in plan:
-        with PackLoader(shard_set, scaling, own_lanes, stage.packing(recipe.seed), stage.first, prefetch=1) as loader:
+    for stage in plan:
+        shard_set, packing = data.shard_sets[stage.index], stage.packing(recipe.seed)
+        with PackLoader(shard_set, data.scaling, own_lanes, packing, stage.first, prefetch=1) as loader:
             packs = next(loader)
-            for skipped in (each for pack in packs for each in pack.skipped):
+            for skipped in (skipped for pack in packs for skipped in pack.skipped):
                 print_warning(f"one batch: {skipped}")
             noisy = [add_noise(pack, recipe.objective, stage.config, recipe.seed) for pack in packs]
             start = time.perf_counter()
@@ -97,18 +92,18 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
             loss = processes.mean(train_step(engine, batch, stage, processes, reduce_once=sharding.reduce_once)).item()
             seconds = time.perf_counter() - start
         if processes.is_main_process:
-            of = f"of {stage.name}: " if recipe.curriculum else ""
-            print(f"one batch   {of}loss {loss:.4f}, {seconds:.2f} s (the first is the slowest)")
+            of_stage = f"of {stage.name}: " if recipe.curriculum else ""
+            print(f"one batch   {of_stage}loss {loss:.4f}, {seconds:.2f} s (the first is the slowest)")
     if processes.is_main_process:
         print(f"dry run of {recipe.name} passed")
 
 
 def stage_table(costs: list[StageCosts], needs: list[float], peak: float) -> list[str]:
-    """The stages as lines of text.
+    """The stages as a table.
 
     Args:
         needs: bytes that a rank needs in each stage.
-        peak: FLOP/s of all ranks together at best.
+        peak: FLOP/s of all ranks together.
     """
     rows = [
         ("stage", "steps", "frames", "clips a pack", "tokens a pack", "attended pairs", "TFLOP/step", "GB", "s/step")
@@ -120,9 +115,9 @@ def stage_table(costs: list[StageCosts], needs: list[float], peak: float) -> lis
                 cost.stage.name,
                 str(cost.stage.steps),
                 str(list(frames) if isinstance(frames, tuple) else frames),
-                cost.mean_and_most(lambda layout: len(layout.clip_frames)),
-                cost.mean_and_most(lambda layout: layout.tokens),
-                cost.mean_and_most(lambda layout: layout.attended_pairs),
+                cost.mean_and_max(lambda layout: len(layout.clip_frames)),
+                cost.mean_and_max(lambda layout: layout.tokens),
+                cost.mean_and_max(lambda layout: layout.attended_pairs),
                 f"{cost.step_flops / 1e12:.3g}",
                 f"{need / 1e9:.2f}",
                 f"{cost.step_flops / (peak * _MFU):.3g}",

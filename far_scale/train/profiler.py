@@ -1,4 +1,4 @@
-"""`--profile`: what chosen steps of a run do, as a trace and, on a GPU, a memory snapshot (docs/kernels.md)."""
+"""`--profile`: a trace of steps steps and, on a GPU, a memory snapshot (docs/performance.md)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from far_scale.utils.errors import UserError, print_warning
 
 
 class Profiler:
-    """Watches some steps of the main process; files go to run_dir/profile/ when the last of them is done."""
+    """Traces steps of the main process; writes files to run_dir/profile/ after the last of them."""
 
     def __init__(self, steps: range, run: Path, processes: Processes, done: int = 0) -> None:
-        """`steps` count from 1; empty for none. Where some are among the `done` ones, none is watched."""
+        """`steps` count from 1; empty for none. If some of them are `done` already, none is traced."""
         self._steps = steps if processes.is_main_process else range(0)
         if self._steps and self._steps[0] <= done:
             print_warning(
@@ -28,8 +28,8 @@ class Profiler:
         self._profile: Any = None
 
     @contextlib.contextmanager
-    def watching(self, step: int) -> Iterator[None]:
-        """Around step number `step` (from 1)."""
+    def trace(self, step: int) -> Iterator[None]:
+        """Around step number `step` (from 1); traces it if it was steps."""
         if step in self._steps and self._profile is None:
             self._begin()
         yield
@@ -50,7 +50,7 @@ class Profiler:
         name = f"steps-{self._steps[0]}-{self._steps[-1]}"
         self._profile.export_chrome_trace(str(self._folder / f"{name}.trace.json.gz"))
         if self._on_gpu:
-            torch.cuda.memory._dump_snapshot(str(self._folder / f"{name}.memory.pickle"))
+            torch.cuda.memory._dump_snapshot(str(self._folder / f"{name}.memory.pickle"))  # type: ignore[no-untyped-call]
             torch.cuda.memory._record_memory_history(enabled=None)
         self._profile, self._steps = None, range(0)
 
@@ -59,19 +59,19 @@ def parse_steps(text: str, last: int | None = None) -> range:
     """'20' or '20:22', steps counted from 1, the last included.
 
     Args:
-        text: what was asked for.
-        last: of the run's steps, if it is known.
+        text: the command line's.
+        last: the run's last step, if known.
 
     Raises:
-        UserError: it is neither, or the run ends before.
+        UserError: it is neither, or the run is shorter.
     """
     first, _, end = text.partition(":")
     try:
-        chosen = range(int(first), int(end or first) + 1)
+        steps = range(int(first), int(end or first) + 1)
     except ValueError:
-        chosen = range(0)
-    if not chosen or chosen[0] < 1:
+        steps = range(0)
+    if not steps or steps[0] < 1:
         raise UserError(f"--profile {text}: give a step, or the first and the last as in 20:22")
-    if last is not None and chosen[-1] > last:
+    if last is not None and steps[-1] > last:
         raise UserError(f"--profile {text}: the run ends with step {last}; give steps up to it, or raise train.steps")
-    return chosen
+    return steps

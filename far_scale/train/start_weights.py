@@ -1,85 +1,117 @@
-"""`train.start_from`: a new run's first weights out of a model directory, where they know the run's latents."""
+"""`train.start_from`: the first weights of a new run from a model directory, if it was trained on the run's latents."""
 
 from __future__ import annotations
 
-from far_scale.config.recipe import Recipe
-from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, read_any_config
+from dataclasses import asdict
+
+import torch
+
+from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, load_model, read_any_config
 from far_scale.data.loader.mixture import MixtureManifest
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.records import classes_differ
 from far_scale.model import FAR
-from far_scale.train.resume import load_start_weights
 from far_scale.utils.errors import UserError
 
 
 def start_from(
-    model: FAR, recipe: Recipe, manifest: Manifest | MixtureManifest, scaling: LatentScaling, accept: bool
+    model: FAR,
+    folder: str,
+    manifest: Manifest | MixtureManifest,
+    scaling: LatentScaling,
+    frame_stride: int,
+    accept_changes: bool,
 ) -> str:
-    """Put the weights of the model directory `train.start_from` into `model`, before the engine shards it.
+    """Load the weights of a model directory into `model`, before the engine shards it.
 
     Args:
-        model: of the recipe.
-        recipe: which has train.start_from.
+        model: the run's.
+        folder: the model directory.
         manifest: of the first stage's shard set.
         scaling: of the run's latents.
-        accept: take them also where they know other latents.
+        frame_stride: the recipe's data.frame_stride.
+        accept_changes: load them even if they were trained on other latents.
 
     Returns:
-        What was done, as a line for the events: where the weights come from, and what of their latents is another or
-        not known.
+        A line for the events: where the weights come from, and how their latents differ, or that they are unknown.
 
     Raises:
         UserError: it is no model directory, one of another shape, damaged, or, unless accepted, of other latents.
     """
-    folder = str(recipe.train.start_from)
-    card = read_any_config(folder)[1]
-    found = other_latents(card, recipe, manifest, scaling) if isinstance(card, ModelMetadata) else []
-    if found and not accept:
+    metadata = read_any_config(folder)[1]
+    differences = []
+    if isinstance(metadata, ModelMetadata):
+        differences = latent_differences(metadata, model, manifest, scaling, frame_stride)
+    if differences and not accept_changes:
         raise UserError(
-            f"train.start_from={folder}: that model was trained on other latents: {'; '.join(found)}; or start with "
-            "--accept-changes to train it on these all the same"
+            f"train.start_from={folder}: that model was trained on other latents: {'; '.join(differences)}; or start "
+            "with --accept-changes to train it on these all the same"
         )
     load_start_weights(model, folder)
-    training = card.training
+    training = metadata.training
     if isinstance(training, TrainingMetadata):
-        whose = f"the {training.weights} weights of step {training.step} in {folder}"
+        weights = f"the {training.weights} weights of step {training.step} in {folder}"
     else:
-        whose = f"the weights in {folder}, imported from {training.imported_from}"
-    if not isinstance(card, ModelMetadata):
-        return f"starting from {whose}; it does not say which latents they were trained on"
-    return f"starting from {whose}" + (f"; accepted: trained on other latents: {'; '.join(found)}" if found else "")
+        weights = f"the weights in {folder}, imported from {training.imported_from}"
+    if not isinstance(metadata, ModelMetadata):
+        return f"starting from {weights}; it does not say which latents they were trained on"
+    accepted = f"; accepted: trained on other latents: {'; '.join(differences)}" if differences else ""
+    return f"starting from {weights}{accepted}"
 
 
-def other_latents(
-    card: ModelMetadata, recipe: Recipe, manifest: Manifest | MixtureManifest, scaling: LatentScaling
+def latent_differences(
+    metadata: ModelMetadata,
+    model: FAR,
+    manifest: Manifest | MixtureManifest,
+    scaling: LatentScaling,
+    frame_stride: int,
 ) -> list[str]:
-    """In which the latents that a model knows differ from those of a run, a line each with both values and the fix."""
+    """How the latents of a model directory differ from the run's: a line each, with both values and the fix."""
     lines = []
-    theirs, ours = card.autoencoder, manifest.autoencoder
+    theirs, ours = metadata.autoencoder, manifest.autoencoder
     if theirs.weight_hash != ours.weight_hash:
         lines.append(
             f"its autoencoder is {theirs.name} ({theirs.weight_hash[:12]}), the shard set's {ours.name} "
             f"({ours.weight_hash[:12]}): set data.autoencoder={theirs.name} and data.shards to a set made by it"
         )
-    if card.latent_shape != tuple(manifest.latent_shape):
+    if metadata.latent_shape != tuple(manifest.latent_shape):
         lines.append(
-            f"its frame latents are {list(card.latent_shape)}, the shard set's {list(manifest.latent_shape)}: set "
+            f"its frame latents are {list(metadata.latent_shape)}, the shard set's {list(manifest.latent_shape)}: set "
             "data.latent_shape and data.shards to a set of these"
         )
-    if card.frame_stride != recipe.data.frame_stride:
+    if metadata.frame_stride != frame_stride:
         lines.append(
-            f"its frame stride is {card.frame_stride}, the recipe's {recipe.data.frame_stride}: set "
-            f"data.frame_stride={card.frame_stride}"
+            f"its frame stride is {metadata.frame_stride}, the recipe's {frame_stride}: set "
+            f"data.frame_stride={metadata.frame_stride}"
         )
-    if recipe.model.condition == "label" and (difference := classes_differ(manifest.classes, card.classes)) is not None:
+    if model.config.labels and (difference := classes_differ(manifest.classes, metadata.classes)) is not None:
         lines.append(
             f"its classes are not the shard set's: {difference}: encode the videos with --classes-of the set that it "
             "was trained on"
         )
-    if (words := card.scaling.differences(scaling)) is not None:
+    if (scalings := metadata.scaling.differences(scaling)) is not None:
         kinds = ("factor", "channel")
-        fitting = [k for k in kinds if card.scaling.differences(LatentScaling.of(manifest, k)) is None]  # type: ignore[arg-type]
-        fix = f"data.scaling={fitting[0]}" if fitting else "data.shards to the set that it was trained on"
-        lines.append(f"its scaling of latents is {words[0]}, the run's {words[1]}: set {fix}")
+        matching = [k for k in kinds if metadata.scaling.differences(LatentScaling.of(manifest, k)) is None]  # type: ignore[arg-type]
+        fix = f"data.scaling={matching[0]}" if matching else "data.shards to the set that it was trained on"
+        lines.append(f"its scaling of latents is {scalings[0]}, the run's {scalings[1]}: set {fix}")
     return lines
+
+
+def load_start_weights(model: FAR, folder: str) -> None:
+    """Load the weights of a model directory into `model`, before the engine shards it.
+
+    Raises:
+        UserError: it is no model directory, or one of another shape.
+    """
+    start_model = load_model(folder, dtype=torch.float32)
+    ours, theirs = asdict(model.config), asdict(start_model.config)
+    no_shape = ("window", "condition_dropout", "causal")  # change no stored tensor
+    differing = [key for key in ours if key not in no_shape and ours[key] != theirs[key]]
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"train.start_from={folder}: that model's {key} is {theirs[key]}, the recipe's model has {ours[key]}; "
+            "make the recipe's model section fit it, or start from another"
+        )
+    model.load_state_dict(start_model.state_dict())

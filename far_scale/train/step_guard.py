@@ -1,9 +1,8 @@
 """The guard against bad steps: a loss or gradient that is not finite, or a spike of one, must not reach the weights.
 
-Every step is judged on the device, before Adam takes it: all ranks add up loss and gradient norm in one tiny message,
-so all come to the same verdict, and Adam (torch's fused one) reads it there as `found_inf` and then changes nothing,
-neither weights nor moments nor its step number. The host learns of it one step later, by which time the device has
-long passed that step, so no step waits for its own verdict.
+Every step is checked on the device before Adam's update. One small all-reduce of loss and gradient norm gives all ranks
+the same verdict. Adam (torch's fused one) reads it on the device as `found_inf` and then changes nothing: neither
+weights nor moments nor its step number. The host reads the verdict one step later, so no step waits for its own.
 """
 
 from __future__ import annotations
@@ -23,19 +22,31 @@ from far_scale.distributed.ledger import phase
 from far_scale.distributed.process_group import Processes, all_gather_objects
 from far_scale.train.deepspeed_adapter import grad_norm
 from far_scale.train.engine import before_adam
-from far_scale.train.spikes import RunningLevels
 from far_scale.utils.event_log import EventLog
 
-_LANES_TOLD = 4  # on the console; events.jsonl has all
+SPIKE_WINDOW = 128
+"""How many of the last steps a step is compared with."""
+
+MIN_STEPS = 16
+"""Steps that must have been seen before any can be a spike: the std of a few numbers says little."""
+
+_MAD_TO_STD = 1.4826
+"""The standard deviation of normal numbers, in median absolute deviations."""
+
+_MIN_STD = 0.01
+"""The std is at least this fraction of the median: numbers that hardly move have one near 0, and any change would be a
+spike."""
+
+_MAX_LANES_PRINTED = 4  # events.jsonl has all
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """A step that was skipped or warned of; the same on all ranks.
+class BadStep:
+    """A step that was skipped or got a warning; the same on all ranks.
 
     Attributes:
         step: its number, from 1.
-        reason: what was wrong with it.
+        reason: what is wrong with it.
         skipped: whether it was skipped.
         in_row: steps skipped in a row up to this one.
         total: steps skipped in the whole run.
@@ -53,30 +64,30 @@ class Trouble:
 
 
 @dataclass(frozen=True)
-class _Pending:
-    """A step whose verdict is on its way to the host.
+class _PendingVerdict:
+    """A verdict that is being copied to the host.
 
     Attributes:
-        step: its number.
+        step: the step's number.
         lanes: lane and keys of this rank's packs.
-        told: `[5 + packs]` float32 in host memory: skipped, spike of the loss, of the norm, loss, norm, packs' losses.
-        arrived: when `told` can be read; None where it can at once.
+        values: `[5 + packs]` float32 on the host: skipped, spike of the loss, of the norm, loss, norm, packs' losses.
+        copied: event after which `values` can be read; None where they can be read at once.
     """
 
     step: int
     lanes: list[tuple[int, tuple[str, ...]]]
-    told: Tensor
-    arrived: torch.cuda.Event | None
+    values: Tensor
+    copied: torch.cuda.Event | None
 
 
 class StepGuard:
-    """Judges every step of one engine.
+    """Checks every step of an engine.
 
-    A step calls `watch` with the loss of each pack before `engine.step()`, and `end_step` at its end.
+    A step calls `add_loss` with the loss of each pack before `engine.step()`, and `end_step` at its end.
 
     Attributes:
         updates: steps that changed the weights, the step number that Adam counts.
-        in_row: steps skipped in a row, up to the last that the host knows of.
+        in_row: steps skipped in a row, up to the last verdict that the host has.
         skipped: steps skipped in the whole run.
     """
 
@@ -86,43 +97,45 @@ class StepGuard:
         self._levels = RunningLevels(faults.spike_deviations, processes.device)
         self._losses: list[Tensor] = []
         self._verdict: Tensor | None = None
-        self._pending: _Pending | None = None
-        before_adam(engine, self._judge)
+        self._pending: _PendingVerdict | None = None
+        before_adam(engine, self._check)
 
-    def watch(self, loss: Tensor) -> None:
-        """Take note of a pack's loss, as it counts in the mean over packs and ranks."""
+    def add_loss(self, loss: Tensor) -> None:
+        """Add a pack's loss, weighted as in the mean over packs and ranks."""
         self._losses.append(loss.detach())
 
     @property
     def update_mask(self) -> Tensor:
-        """Between `engine.step()` and `end_step`: 1 if the step changed the weights, 0 if it was skipped; a scalar on
-        the device."""
+        """Scalar on the device: 1 if the step changed the weights, 0 if it was skipped.
+
+        Valid between `engine.step()` and `end_step`.
+        """
         assert self._verdict is not None, "no step has been taken"
         return 1 - self._verdict[0]
 
-    def end_step(self, step: int, packs: Sequence[Pack]) -> Trouble | None:
-        """The step is over; tells what was wrong with the step before it, if anything.
+    def end_step(self, step: int, packs: Sequence[Pack]) -> BadStep | None:
+        """End a step; returns the step before it if that was bad.
 
         Args:
             step: its number, from 1.
-            packs: what it trained on, on this rank, in the order of the `watch` calls.
+            packs: this rank's, in the order of the `add_loss` calls.
         """
         assert self._verdict is not None, "a step ends with engine.step()"
-        told, arrived = _send_to_host(self._verdict)
-        now = _Pending(step, [(pack.lane, pack.keys) for pack in packs], told, arrived)
+        values, copied = _copy_to_host(self._verdict)
+        pending = _PendingVerdict(step, [(pack.lane, pack.keys) for pack in packs], values, copied)
         self._losses, self._verdict = [], None
-        trouble = self.settle()
-        self._pending = now
-        return trouble
+        bad_step = self.settle()
+        self._pending = pending
+        return bad_step
 
-    def settle(self) -> Trouble | None:
-        """Wait for the last step's verdict too, as a checkpoint must; tells what was wrong with it, if anything."""
+    def settle(self) -> BadStep | None:
+        """Wait for the last step's verdict, as a checkpoint must; returns the step if it was bad."""
         if self._pending is None:
             return None
-        step, self._pending = self._pending, None
-        if step.arrived is not None:
-            step.arrived.synchronize()
-        skipped, loss_spike, norm_spike, loss, norm, *losses = step.told.tolist()
+        pending, self._pending = self._pending, None
+        if pending.copied is not None:
+            pending.copied.synchronize()
+        skipped, loss_spike, norm_spike, loss, norm, *losses = pending.values.tolist()
         if skipped:
             self.in_row, self.skipped = self.in_row + 1, self.skipped + 1
         else:
@@ -133,42 +146,44 @@ class StepGuard:
             "the loss is a spike": loss_spike,
             "the gradient norm is a spike": norm_spike,
         }
-        found = [reason for reason, holds in reasons.items() if holds]
-        if not found:
+        true_reasons = [reason for reason, is_true in reasons.items() if is_true]
+        if not true_reasons:
             return None
-        trouble = Trouble(step.step, " and ".join(found), bool(skipped), self.in_row, self.skipped, loss, norm)
-        self._tell(trouble, [(lane, keys, loss) for (lane, keys), loss in zip(step.lanes, losses, strict=True)])
-        return trouble
+        bad_step = BadStep(
+            pending.step, " and ".join(true_reasons), bool(skipped), self.in_row, self.skipped, loss, norm
+        )
+        self._emit(bad_step, [(lane, keys, loss) for (lane, keys), loss in zip(pending.lanes, losses, strict=True)])
+        return bad_step
 
-    def forget_row(self) -> None:
-        """After a roll-back: count the row from 0, drop the verdict of a step that was undone, and learn the levels of
-        loss and norm anew, since what stayed above the old ones for so long is no spike."""
+    def reset_after_rollback(self) -> None:
+        """Set `in_row` to 0, drop the verdict of the step that was undone, and clear the levels of loss and norm, since
+        what stayed above the old ones for so long is no spike."""
         self.in_row, self._pending = 0, None
-        self.forget_levels()
+        self.clear_levels()
 
-    def forget_levels(self) -> None:
-        """Where the loss is about to change its level, as at a new stage: judge no spikes until enough were seen."""
-        self._levels.forget()
+    def clear_levels(self) -> None:
+        """Find no spikes until enough steps were seen; for a loss that changes its level, as at a new stage."""
+        self._levels.clear()
 
     def state(self) -> dict[str, Any]:
-        """All that later verdicts depend on, for JSON; call `settle` first."""
+        """Everything that later verdicts depend on, for JSON; call `settle` first."""
         assert self._pending is None, "settle() comes before state()"
         levels = self._levels.state()
         return {"updates": self.updates, "in_row": self.in_row, "skipped": self.skipped, "levels": levels}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`; what is known of later steps is dropped."""
+        """Restore `state()`; verdicts of later steps are dropped."""
         self.updates, self.in_row, self.skipped = state["updates"], state["in_row"], state["skipped"]
         self._levels.load_state(state["levels"])
         self._pending = None
 
     @torch.no_grad()
-    def _judge(self, adam: torch.optim.AdamW) -> None:
+    def _check(self, adam: torch.optim.AdamW) -> None:
         if self._verdict is not None:
-            return  # ZeRO-3 comes here for each group of parameters; a step has one verdict
+            return  # ZeRO-3 calls this for each group of parameters; a step has one verdict
         losses = torch.stack(self._losses).float()
         now = torch.stack([losses.mean(), grad_norm(self._engine).float()])
-        # The norm is the same on all ranks already, or should be; after this it is to the last bit.
+        # The norm should be the same on all ranks already; after this it is, to the last bit.
         with phase("guard"):
             dist.all_reduce(now)
         now /= self._processes.world_size
@@ -177,48 +192,99 @@ class StepGuard:
             spikes = self._levels.spikes(now) & ~skipped
             if self._faults.spikes == "skip":
                 skipped = skipped | spikes.any()
-            # A spike that was only warned of is taken in: a level that lasts must become the usual one.
-            self._levels.take(now, ~skipped)
+            # A spike that was only warned of is added: a level that lasts must become the usual one.
+            self._levels.add(now, ~skipped)
         self._verdict = torch.cat([skipped[None], spikes, now, losses])
-        # Adam's fused kernels leave everything as it is where this scalar is 1, and take its step number back.
+        # Adam's fused kernels change nothing where this scalar is 1, and undo the increment of its step number.
         stepped = next(tensor for group in adam.param_groups for tensor in group["params"])
-        adam.found_inf = self._verdict[0].to(stepped.device)  # type: ignore[attr-defined]  # another one if offloaded
+        adam.found_inf = self._verdict[0].to(stepped.device)  # type: ignore[attr-defined]  # another device if offloaded
 
-    def _tell(self, trouble: Trouble, own: list[tuple[int, tuple[str, ...], float]]) -> None:
-        """Write the event, with lanes and keys: those whose loss is not finite, or else all of the batch."""
-        everyone = [pack for part in all_gather_objects(own, self._processes.host_group) for pack in part]
-        culprits = [pack for pack in everyone if not math.isfinite(pack[2])] or everyone
+    def _emit(self, bad_step: BadStep, packs: list[tuple[int, tuple[str, ...], float]]) -> None:
+        """Emit the event, with lanes and keys of the packs whose loss is not finite, or else of the whole batch."""
+        all_packs = [pack for part in all_gather_objects(packs, self._processes.host_group) for pack in part]
+        culprits = [pack for pack in all_packs if not math.isfinite(pack[2])] or all_packs
         lanes = [{"lane": lane, "keys": list(keys), "loss": _for_json(loss)} for lane, keys, loss in sorted(culprits)]
         where = "; ".join(f"lane {lane['lane']}: {', '.join(lane['keys'])}" for lane in lanes)
-        if len(lanes) > _LANES_TOLD:
+        if len(lanes) > _MAX_LANES_PRINTED:
             where = f"{len(lanes)} lanes, named in events.jsonl"
-        row = f"{trouble.in_row} in a row, {trouble.total} in all"
-        what = f"skipped ({row})" if trouble.skipped else "warning"
-        numbers = f"loss {trouble.loss:.4g}, gradient norm {trouble.grad_norm:.4g}"
+        row = f"{bad_step.in_row} in a row, {bad_step.total} in all"
+        what = f"skipped ({row})" if bad_step.skipped else "warning"
+        numbers = f"loss {bad_step.loss:.4g}, gradient norm {bad_step.grad_norm:.4g}"
         self._events.emit(
-            "skipped" if trouble.skipped else "spike",
-            trouble.step,
-            f"step {trouble.step}: {what}: {trouble.reason}; {numbers}; {where}",
-            reason=trouble.reason,
-            loss=_for_json(trouble.loss),
-            grad_norm=_for_json(trouble.grad_norm),
-            in_row=trouble.in_row,
-            total=trouble.total,
+            "skipped" if bad_step.skipped else "spike",
+            bad_step.step,
+            f"step {bad_step.step}: {what}: {bad_step.reason}; {numbers}; {where}",
+            reason=bad_step.reason,
+            loss=_for_json(bad_step.loss),
+            grad_norm=_for_json(bad_step.grad_norm),
+            in_row=bad_step.in_row,
+            total=bad_step.total,
             lanes=lanes,
         )
 
 
-def _send_to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """`values` in host memory, and the event after which they are there; nobody waits."""
+class RunningLevels:
+    """Loss and gradient norm of the last steps; finds spikes far above them on the device, without a host sync.
+
+    Uses median and median absolute deviation, not mean and std: a few outliers hardly move them. Skipped steps must
+    not be added.
+
+    Args:
+        spike_stds: robust stds above the median from which a value is a spike.
+        device: of the numbers.
+    """
+
+    def __init__(self, spike_stds: float, device: torch.device) -> None:
+        self._spike_stds = spike_stds
+        self._slots = torch.arange(SPIKE_WINDOW, device=device)
+        # Ring buffers, filled from slot 0 on; empty slots hold infinity, so that they sort last.
+        self._rings = torch.full((2, SPIKE_WINDOW), float("inf"), device=device)
+        self._seen = torch.zeros((), dtype=torch.int64, device=device)
+
+    def spikes(self, now: Tensor) -> Tensor:
+        """`[2]` bool: whether loss and gradient norm in `now` (`[2]` float32) are spikes."""
+        middle = (self._seen.clamp(1, SPIKE_WINDOW) - 1).div(2, rounding_mode="floor").expand(2, 1)
+        median = self._rings.sort(1).values.gather(1, middle)
+        std = _MAD_TO_STD * (self._rings - median).abs().sort(1).values.gather(1, middle)
+        limit = median + self._spike_stds * torch.maximum(std, _MIN_STD * median.abs())
+        return (now > limit[:, 0]) & (self._seen >= MIN_STEPS)
+
+    def add(self, now: Tensor, good: Tensor) -> None:
+        """Add `now` (`[2]` float32) if the scalar bool tensor `good` is true."""
+        is_next = (self._slots == self._seen % SPIKE_WINDOW) & good
+        self._rings = torch.where(is_next, now[:, None], self._rings)
+        self._seen = self._seen + good
+
+    def clear(self) -> None:
+        """Forget all steps: those to come have another level."""
+        self._rings.fill_(float("inf"))
+        self._seen.zero_()
+
+    def state(self) -> dict[str, Any]:
+        """For JSON. A float32 as a Python float is exact, so that a resumed run decides as one that never stopped."""
+        seen = int(self._seen)
+        loss, norm = self._rings[:, :seen].tolist()
+        return {"seen": seen, "loss": loss, "grad_norm": norm}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore `state()`."""
+        self.clear()
+        self._seen.fill_(state["seen"])
+        for ring, key in zip(self._rings, ("loss", "grad_norm"), strict=True):
+            ring[: len(state[key])] = torch.tensor(state[key])
+
+
+def _copy_to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """`values` on the host, and the event after which they can be read; does not wait."""
     if values.device.type != "cuda":
         return values, None
-    there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    there.copy_(values, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return there, arrived
+    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    on_host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+    return on_host, copied
 
 
 def _for_json(value: float) -> float | str:
-    """JSON has no word for what is not finite."""
+    """JSON cannot hold a number that is not finite."""
     return value if math.isfinite(value) else str(value)

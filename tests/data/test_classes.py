@@ -32,8 +32,9 @@ from far_scale.model import FAR, FARConfig
 from far_scale.train import resume
 from far_scale.train.checkpoint import export as zero
 from far_scale.train.curriculum import stages
-from far_scale.train.resume import check_same_classes, stage_metadata
-from far_scale.train.sets import open_sets, open_source
+from far_scale.train.resume_checks import check_same_classes
+from far_scale.train.run_state import stage_metadata
+from far_scale.train.shard_sets import open_sets, open_source
 from far_scale.utils.event_log import EventLog
 from far_scale.utils.io import sha256
 from harness.latent_sets import FACTS, read_all, write_set
@@ -384,7 +385,7 @@ curriculum:
     check_same_classes(tmp_path, {}, now)  # a checkpoint of before there were names
     recipe = load_recipe(tmp_path / "staged.yaml")
     with monkeypatch.context() as patch:  # neither --accept-changes nor anything else lets it go on
-        patch.setattr(resume, "pieces", lambda *_: {})
+        patch.setattr(resume, "training_pieces", lambda *_: {})
         patch.setattr(resume, "check_fits", lambda *_: None)
         patch.setattr(resume.checkpoint, "read_state", lambda _: {"stage": 1, "classes": ["x", "y", "z"]})
         going_on = resume.Resume(recipe, stages(recipe), alone, EventLog(tmp_path, False))
@@ -414,7 +415,7 @@ curriculum:
     }
     state |= {"fps": 8.0, "frame_stride": 1, "step": 2, "recipe_hash": "r", "versions": {"far_scale": "0"}}
     state |= {"model": config.to_dict(), "classes": ["x", "y", "z"]}
-    monkeypatch.setattr(zero, "_find", lambda *_: (tmp_path, state, "f" * 64))
+    monkeypatch.setattr(zero, "_open", lambda *_: (tmp_path, state, "f" * 64))
     monkeypatch.setattr(zero, "_read_weights", lambda *_: FAR(config).state_dict())
     zero.export("run", None, "ema", tmp_path / "exported")
     assert read_config(tmp_path / "exported")[1].classes == ("x", "y", "z")

@@ -37,7 +37,7 @@ from far_scale.data.shards.writer import ShardWriter
 from far_scale.distributed.exit_codes import REFUSED
 from far_scale.train import checkpoint
 from far_scale.train.curriculum import Stage, stages
-from far_scale.train.lanes_again import ResumedLanes, resume_lanes
+from far_scale.train.resume_lanes import ResumedLanes, resume_lanes
 from far_scale.utils.event_log import read_events
 from harness.latent_sets import FACTS, write_set
 from harness.launch import small_recipe
@@ -275,7 +275,7 @@ def test_the_message_of_a_change_and_when_a_remainder_is_dropped(folder: Path) -
         return recipe, stages(recipe)
 
     def lanes_now(state: dict[str, Any], recipe: Recipe, plan: list[Stage]) -> ResumedLanes:
-        return resume_lanes(Path("step"), state, recipe, plan, {0: source})
+        return resume_lanes(Path("step"), state, plan, recipe.seed, {0: source})
 
     (four, (stage,)), (nine, (after,)) = loaded(4), loaded(9, "data.clips_per_pack=null", "data.tokens_per_pack=40")
     state = state_of(source, four, 10, stage.packing(0), 10)

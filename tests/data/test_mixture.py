@@ -31,8 +31,8 @@ from far_scale.data.shards.sample import Sample
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.table import ShardTable
 from far_scale.data.shards.writer import ShardSetSpec, ShardWriter
-from far_scale.train.changes import changes
-from far_scale.train.sets import open_source
+from far_scale.train.resume_checks import find_changes
+from far_scale.train.shard_sets import open_source
 from harness.latent_sets import FACTS, make_sample, write_set
 from harness.launch import small_recipe
 from harness.processes import launch
@@ -368,12 +368,12 @@ def test_a_checkpoint_of_another_mixture_is_reported() -> None:
 
     before, now = recipe(TWO), recipe("data.shards=[{shards: a, weight: 1}, {shards: b, weight: 1}]")
     assert before != now
-    found = changes(
+    found = find_changes(
         state(TWO, shard_set="a" * 64), state(now_override := "data.shards=b", shard_set="b" * 64), recipe(now_override)
     )
     assert f"the mixture's shard sets or weights {'a' * 12} -> {'b' * 12}" in found.of_result
     even = "data.shards=[{shards: a, weight: 1}, {shards: b, weight: 1}]"
-    found = changes(state(TWO, shard_set="a" * 64), state(even, shard_set="b" * 64), recipe(even))
+    found = find_changes(state(TWO, shard_set="a" * 64), state(even, shard_set="b" * 64), recipe(even))
     assert "data.weights [0.75, 0.25] -> [0.5, 0.5]" in found.of_result
 
 

@@ -23,12 +23,11 @@ from far_scale.evaluation.clip_sets import ClipSource
 from far_scale.evaluation.follow import follow
 from far_scale.evaluation.pipeline import evaluate, open_evaluation
 from far_scale.evaluation.protocol import Protocol, load_protocol
-from far_scale.train.wandb_offline import last_step, offline_files, read_records
-from far_scale.train.wandb_run import WandbRun
-from far_scale.train.wandb_scores import ScoreRows
+from far_scale.train.wandb_run import ScoreRows, WandbRun
 from harness.launch import ROOT, small_recipe
 from harness.processes import launch
 from harness.refusal import refused
+from harness.wandb_files import last_step, offline_files, read_records
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 PROTOCOL = """
@@ -243,8 +242,11 @@ def test_a_training_logs_scores_beside_its_lines_and_every_step_once(tmp_path: P
     run.mkdir()
     (run / "identity").write_text("one\n")
 
+    def opened(folder: Path | None = None) -> WandbRun:
+        return WandbRun(recipe.log.wandb, recipe.name, recipe.model_dump(mode="json"), "one", run, folder)
+
     def trains(steps: range) -> None:
-        wandb_run = WandbRun(recipe, "one", run)
+        wandb_run = opened()
         for step in steps:
             wandb_run.log({"step": step, "loss": 0.5})
         wandb_run.finish()
@@ -260,7 +262,7 @@ def test_a_training_logs_scores_beside_its_lines_and_every_step_once(tmp_path: P
     trains(range(1, 4))  # steps 1 and 2 are there already
     rows.put("p-2", scores(2))  # was logged
     rows.put("p-4", scores(4))
-    WandbRun(recipe, "one", run, run / "evaluation").log_scores()
+    opened(run / "evaluation").log_scores(after_step=3)
     trains(range(1, 6))
     lines = history(run, run)
     assert [step for step, _ in lines] == [1, 2, 3, 4, 5] and all(values["train/loss"] == 0.5 for _, values in lines)

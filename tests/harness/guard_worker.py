@@ -91,9 +91,11 @@ class Run:
         spec, *others = small_recipe(shards, out / name, *overrides)
         self.recipe, self.processes, self.steps = load_recipe(spec, others), processes, 0
         (self.stage,) = stages(self.recipe)
-        model = loop.build_model(self.recipe)
-        self.sharding = choose_sharding(self.recipe, sum(p.numel() for p in model.parameters()), processes, lambda: 0)
-        self.engine = engine.start_engine(model, self.recipe, processes, self.sharding)
+        model = engine.build_model(self.recipe.far_config(), self.recipe.seed)
+        recipe, parameters = self.recipe, sum(p.numel() for p in model.parameters())
+        self.sharding = choose_sharding(recipe.train, recipe.data.lanes, parameters, processes, lambda: 0)
+        packs = recipe.data.lanes // processes.world_size
+        self.engine = engine.start_engine(model, recipe.optimizer, recipe.train, packs, processes, self.sharding)
         self.ema = ShardedEMA(engine.fragments(self.engine), self.recipe.optimizer.ema_decay)
         self.guard = StepGuard(
             self.engine, self.recipe.faults, processes, EventLog(out / name, processes.is_main_process)
@@ -205,7 +207,7 @@ def spikes(run: Run, batches: list[Batch]) -> dict:
     run.note(run.guard.settle())
     after_first = run.guard.state()
 
-    run.guard.forget_levels()
+    run.guard.clear_levels()
     run.guard.load_state(json.loads(kept))
     again = run.guard.state() == json.loads(kept)
     run.step(batches[0], "spike")
@@ -216,7 +218,7 @@ def spikes(run: Run, batches: list[Batch]) -> dict:
         run.step(batches[2], "nan")
         run.note(run.guard.settle())
         rows.append(run.guard.in_row)
-    run.guard.forget_row()
+    run.guard.reset_after_rollback()
     told = len(run.troubles)
     run.step(batches[3], "spike")  # of unknown levels
     run.note(run.guard.settle())

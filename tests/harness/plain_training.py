@@ -11,8 +11,8 @@ from far_scale.data.loader.pack_loader import PackLoader
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.train.curriculum import stages
+from far_scale.train.engine import build_model
 from far_scale.train.flow_matching import add_noise, pack_loss
-from far_scale.train.loop import build_model
 from far_scale.train.lr_schedule import learning_rate
 from harness.launch import small_recipe
 
@@ -23,14 +23,14 @@ def train_plainly(shards: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     recipe = load_recipe(spec, overrides)
     shard_set = ShardSet.open(shards)
     scaling = LatentScaling.of(shard_set.manifest, recipe.data.scaling)
-    model = build_model(recipe).train()
+    model = build_model(recipe.far_config(), recipe.seed).train()
     adam = torch.optim.AdamW(model.parameters(), lr=1.0, betas=recipe.optimizer.betas, weight_decay=0.0)
     ema = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses, decay = [], recipe.optimizer.ema_decay
     (stage,) = stages(recipe)
     with PackLoader(shard_set, scaling, range(recipe.data.lanes), stage.packing(recipe.seed)) as loader:
         for step, packs in zip(range(recipe.train.steps), loader, strict=False):
-            adam.param_groups[0]["lr"] = learning_rate(recipe, step)
+            adam.param_groups[0]["lr"] = learning_rate(recipe.optimizer, recipe.train.steps, step)
             adam.zero_grad()
             total = 0.0
             for pack in packs:

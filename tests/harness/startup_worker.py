@@ -87,8 +87,10 @@ def main() -> None:
         with broken(case, recipe) if rank == count - 1 else contextlib.nullcontext(recipe) as own:
             try:
                 hosts = startup.check_nodes(
-                    own, processes, torch.float32, EventLog(out / case, processes.is_main_process), 0
-                )
+                    own.name, own.far_config(), own.shared_values(),
+                    {"run_dir": own.run_dir, "checkpoint.local_dir": own.checkpoint.local_dir},
+                    processes, torch.float32, EventLog(out / case, processes.is_main_process), 0,
+                )  # fmt: skip
                 result += f" {hosts}"
             except UserError as error:
                 result = str(error)

@@ -56,13 +56,13 @@ def main() -> None:
             weights = gathered_ema(engine, ema)
             if processes.is_main_process:
                 export(recipe.run_dir, None, "ema", Path(out) / "model")
-                config, card = read_config(Path(out) / "model")
+                config, metadata = read_config(Path(out) / "model")
                 model = FAR(config).eval()
                 model.load_state_dict(weights)
                 torch.set_num_threads(1)
                 evaluate_rollout(
                     model,
-                    card,
+                    metadata,
                     ShardSet.open(shards),
                     SamplingConfig(4, 3, seed=5),
                     4,

@@ -137,9 +137,10 @@ def test_a_nodes_own_disk_must_hold_its_ranks_share_of_a_checkpoint() -> None:
 
 def test_a_checkpoint_takes_sixteen_bytes_a_parameter() -> None:
     recipe = load_recipe("demo_cpu")
-    from far_scale.train.loop import build_model
+    from far_scale.train.engine import build_model
 
-    assert checkpoint_bytes(recipe) == 16 * sum(parameter.numel() for parameter in build_model(recipe).parameters())
+    model = build_model(recipe.far_config(), recipe.seed)
+    assert checkpoint_bytes(recipe.far_config()) == 16 * sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (8,), (1, 1, 1), (2, 2), (4, 4, 4), (3, 2, 1, 2, 5)], ids=str)
@@ -210,6 +211,8 @@ def test_the_product_is_exact_and_one_wrong_number_is_found(
 @pytest.mark.gpu
 def test_a_gpu_is_examined(tmp_path: Path) -> None:
     recipe = load_recipe("demo_gpu", [f"run_dir={tmp_path}"])
-    found = examine(0, "n0", torch.device("cuda", 0), torch.bfloat16, recipe)
+    found = examine(
+        0, "n0", torch.device("cuda", 0), torch.bfloat16, recipe.shared_values(), {"run_dir": recipe.run_dir}
+    )
     assert found.fault is None and found.kind == "cuda" and found.flops > 1e12
     assert 0 < found.free_memory <= found.total_memory

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from far_scale.model import FAR, FARConfig, layers
 from far_scale.model.attention import causal_pair, frame_attention
 from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout
-from far_scale.train.flops import forward_flops
+from far_scale.train.costs import forward_flops
 
 LONG = FARConfig(layers=3, heads=2, patch=2, channels=8, window=8, context_patch=4, actions=4)
 PACKS = [(8, 8), (12, 9, 3), (20,), (3, 4), (9, 9, 9, 10), (5, 5, 2), (300, 17)]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from far_scale.config.recipe import load_recipe
 from far_scale.config.schema import ObjectiveSection
 from far_scale.convert.official import from_far_scale
 from far_scale.data.loader.pack_loader import Pack
@@ -20,9 +19,9 @@ from far_scale.model.attention import dense, flex, frame_attention
 from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout
 from far_scale.sampling.config import SamplingConfig
 from far_scale.sampling.sampler import cache_bytes, euler_sigmas, roll_out
-from far_scale.train.flops import forward_flops
+from far_scale.train.costs import forward_flops
 from far_scale.train.flow_matching import add_noise, pack_loss
-from far_scale.train.resume import check_fits
+from far_scale.train.resume_checks import check_fits
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import generator
 
@@ -130,7 +129,7 @@ def test_a_run_does_not_resume_as_the_other_kind(was_causal: bool) -> None:
     plan = [SimpleNamespace(index=0, end=10, config=now)]
     state = {"step": 5, "model": was.to_dict()}
     with pytest.raises(UserError, match=rf"model.causal was {was_causal}, the recipe has {not was_causal}"):
-        check_fits(Path("step"), state, load_recipe("demo_cpu"), plan)
+        check_fits(Path("step"), state, plan)
 
 
 def test_the_official_format_is_refused() -> None:

@@ -16,8 +16,8 @@ import torch
 
 from far_scale.config.recipe import load_recipe
 from far_scale.train import checkpoint
-from far_scale.train.changes import Changes, changes
 from far_scale.train.checkpoint import FlatPiece, local
+from far_scale.train.resume_checks import Changes, find_changes
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import JsonlWriter
 
@@ -128,7 +128,7 @@ def test_checkpoints_from_before_there_were_checksums_are_read(tmp_path: Path) -
     assert checkpoint.damage(folder) is None
 
 
-def test_a_node_local_file_is_good_for_the_same_ranks_and_pieces_alone(tmp_path: Path) -> None:
+def test_a_node_local_file_is_good_for_the_same_ranks_and_pieces_only(tmp_path: Path) -> None:
     folder = tmp_path / "node"
     for step in (5, 10, 15):
         local.save(folder, step, 0, 1, pieces(float(step)), {"lanes": {}}, None)
@@ -147,7 +147,7 @@ def test_a_node_local_file_is_good_for_the_same_ranks_and_pieces_alone(tmp_path:
     assert local.read_state(folder, 10, 0, 1) == {"step": 10, "lanes": {}}
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     save(run, 10)
 
@@ -167,10 +167,10 @@ def compared(old: list[str], new: list[str], **facts: Any) -> Changes:
         recipe = load_recipe("demo_cpu", overrides)
         other = {key: values[index] for key, values in facts.items()}
         states.append({"recipe": recipe.model_dump(mode="json"), "versions": {"torch": "2.12"}, "ranks": 2, **other})
-    return changes(states[0], states[1], recipe)
+    return find_changes(states[0], states[1], recipe)
 
 
-def test_what_changes_the_result_is_told_from_what_does_not() -> None:
+def test_changes_of_the_result_and_harmless_changes() -> None:
     assert compared([], []) == Changes([], [])
     found = compared([], ["optimizer.learning_rate=0.5", "train.zero_stage=1", "log.every=7"])
     (line,) = found.of_result
@@ -182,7 +182,7 @@ def test_what_changes_the_result_is_told_from_what_does_not() -> None:
     assert found.harmless == ["torch 2.12 -> 2.13", "ranks 2 -> 4"]
 
 
-def test_more_steps_are_harmless_under_a_constant_learning_rate_alone() -> None:
+def test_more_steps_are_harmless_under_a_constant_learning_rate_only() -> None:
     more = ["train.steps=9000"]
     assert compared(["optimizer.schedule=cosine"], ["optimizer.schedule=cosine", *more]).of_result
     assert not compared(["optimizer.schedule=constant"], ["optimizer.schedule=constant", *more]).of_result

@@ -20,13 +20,14 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import Processes
 from far_scale.model import FAR, FARConfig
 from far_scale.train.checkpoint import read_state, step_folder
+from far_scale.train.costs import forward_flops
 from far_scale.train.curriculum import Stage, stage_of, stages
-from far_scale.train.flops import forward_flops
+from far_scale.train.engine import build_model
 from far_scale.train.flow_matching import NoisyPack, add_noise, pack_loss
-from far_scale.train.loop import build_model
 from far_scale.train.lr_schedule import learning_rate
-from far_scale.train.resume import check_fits, load_start_weights
-from far_scale.train.sets import open_sets
+from far_scale.train.resume_checks import check_fits
+from far_scale.train.shard_sets import open_sets
+from far_scale.train.start_weights import load_start_weights
 from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import EventLog
 from harness.processes import launch, run, start_ranks
@@ -134,7 +135,7 @@ def test_stages_before_a_checkpoint_cannot_change(folder: Path, printed: str) ->
     recipe = load_recipe(folder / "staged.yaml", ["curriculum=[{steps: 14}, {steps: 2, frames: 8}]"])
     checkpoint = step_folder(folder / "whole", 12)
     with pytest.raises(UserError, match="written in stage 3 of a curriculum, by the recipe step 12 is of stage 1; the"):
-        check_fits(checkpoint, read_state(checkpoint), recipe, stages(recipe))
+        check_fits(checkpoint, read_state(checkpoint), stages(recipe))
 
 
 def test_the_log_shows_the_stage(folder: Path, printed: str) -> None:
@@ -145,7 +146,9 @@ def test_the_log_shows_the_stage(folder: Path, printed: str) -> None:
     recipe = load_recipe(folder / "staged.yaml")
     for line in lines:
         scale = 0.5 if line["stage"] == 2 else 1.0
-        assert line["learning_rate"] == learning_rate(recipe, int(line["step"]) - 1) * scale
+        assert (
+            line["learning_rate"] == learning_rate(recipe.optimizer, recipe.train.steps, int(line["step"]) - 1) * scale
+        )
 
 
 def test_the_loss_is_the_mean_over_the_clips_of_the_global_batch(folder: Path, printed: str) -> None:
@@ -224,7 +227,7 @@ def test_stages_of_a_recipe(folder: Path) -> None:
     ]
     assert [stage_of(plan, step).index for step in (0, 1, 2, 7, 8, 15)] == [0, 0, 1, 1, 2, 2]
     assert [stage.config.window for stage in plan] == [8, 8, 4]
-    assert plan[2].tokens_of(24) == 4 * 16 + 20 * 4 == plan[2].layout((24,)).tokens
+    assert plan[2].clip_tokens(24) == 4 * 16 + 20 * 4 == plan[2].layout((24,)).tokens
     (only,) = stages(load_recipe("demo_cpu"))
     assert (only.first, only.end, only.learning_rate_scale) == (0, 1500, 1.0)
 
@@ -276,7 +279,7 @@ def saved_model(folder: Path, recipe: Recipe, **changes: int) -> tuple[FAR, Path
 def test_training_starts_from_the_weights_of_a_model_directory(folder: Path, tmp_path: Path) -> None:
     recipe = load_recipe(folder / "staged.yaml")
     saved, model_dir = saved_model(tmp_path / "model", recipe, window=5)
-    model = build_model(recipe)
+    model = build_model(recipe.far_config(), recipe.seed)
     load_start_weights(model, str(model_dir))
     assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
     _, other = saved_model(tmp_path / "other", recipe, layers=1)

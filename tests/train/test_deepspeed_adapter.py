@@ -48,7 +48,7 @@ def test_a_symbol_that_vanished_is_refused(symbol: Symbol, monkeypatch: pytest.M
     monkeypatch.delattr(where, name)
     version = ".".join(map(str, deepspeed_adapter.installed_version()))
     message = refusal()
-    assert message.startswith(f"DeepSpeed {version} is not as far_scale knows it: {symbol.path} is not there; ")
+    assert message.startswith(f"DeepSpeed {version} differs from what far_scale expects: {symbol.path} is missing; ")
     assert message.endswith("install a version from 0.19.0 to 0.19.8, with which it was tested")
 
 
@@ -66,9 +66,9 @@ def test_what_came_with_a_version_is_expected_from_it_on(symbol: Symbol, monkeyp
     where, name = owner(symbol)
     monkeypatch.setattr(where, name, eval(f"lambda {', '.join(symbol.parameters)}: None"), raising=False)
     assert symbol.problem(symbol.since) is None
-    assert symbol.problem(before) == f"{symbol.path} is there, which came with {'.'.join(map(str, symbol.since))}"
+    assert symbol.problem(before) == f"{symbol.path} exists, which came with {'.'.join(map(str, symbol.since))}"
     monkeypatch.delattr(where, name)
-    assert symbol.problem(symbol.since) == f"{symbol.path} is not there"
+    assert symbol.problem(symbol.since) == f"{symbol.path} is missing"
     assert symbol.problem(before) is None
 
 
@@ -86,7 +86,7 @@ def test_an_attribute_that_vanished_is_refused(missing: str) -> None:
     wrapper = type("DeepSpeedZeroOptimizer_Stage3", (), dict.fromkeys(names, 1))()
     own = {"basic_optimizer": None, "module": model, "device": None, "optimizer": wrapper}
     engine = types.SimpleNamespace(**{name: value for name, value in own.items() if name != missing})
-    with pytest.raises(UserError, match=rf"far_scale knows it: .*{missing}.* is not there; install"):
+    with pytest.raises(UserError, match=rf"far_scale expects: .*{missing}.* is missing; install"):
         deepspeed_adapter._check_attributes(engine)
 
 

@@ -6,12 +6,10 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch
 
 from far_scale.config.deepspeed_keys import KEY_STAGES, SET_ELSEWHERE
 from far_scale.config.recipe import load_recipe
 from far_scale.config.schema import DeepSpeedSection
-from far_scale.distributed.process_group import Processes
 from far_scale.train.engine import deepspeed_config
 from far_scale.train.sharding import Sharding
 from far_scale.utils.errors import UserError
@@ -67,7 +65,7 @@ def test_deepspeed_reads_what_it_is_handed(stage: int) -> None:
     keys = {name: value for name, value in VALUES.items() if stage in KEY_STAGES[name]}
     overrides = [f"{SECTION}.{name}={value}" for name, value in keys.items()]
     recipe = load_recipe("demo_cpu", [f"train.zero_stage={stage}", *overrides])
-    config = deepspeed_config(recipe, Processes(0, 4, torch.device("cpu")), Sharding(stage, 2))
+    config = deepspeed_config(recipe.optimizer, recipe.train, 2, False, Sharding(stage, 2))
     assert config["communication_data_type"] == "fp32"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     read = DeepSpeedZeroConfig(**config["zero_optimization"]).model_dump(by_alias=True)

@@ -50,7 +50,7 @@ def test_a_folder_of_another_export_is_written_again(runs: Path, tmp_path: Path)
     assert [value / found[3] for value in found] == pytest.approx([2, 10, 2, 1, 3])
 
 
-def test_what_is_whole_is_left_and_said_so(
+def test_a_whole_export_is_kept_and_reported(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "model"

@@ -28,7 +28,7 @@ def pack(clip_frames: tuple[int, ...] = (3, 5), step: int = 0, lane: int = 0, la
     )
 
 
-def test_draws_depend_on_seed_step_and_lane_alone() -> None:
+def test_draws_depend_on_seed_step_and_lane_only() -> None:
     objective = ObjectiveSection()
     first = add_noise(pack(step=7, lane=2), objective, CONFIG, seed=1)
     torch.manual_seed(123)

@@ -145,7 +145,7 @@ def test_restarts_of_a_second_torchrun_within_a_slurm_job_do_not_take_over(
         if first != second or first == "none":
             refused_by(tmp_path, "SLURM job 12")
         else:  # those wait for it to end, see the test after the next
-            assert Lease(tmp_path, ALONE)._may_take_over(json.loads((tmp_path / lease.NAME).read_text()), 1.0) is None
+            assert Lease(tmp_path, ALONE)._takeover_reason(json.loads((tmp_path / lease.NAME).read_text()), 1.0) is None
 
 
 def test_a_restart_by_torchrun_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,10 +163,10 @@ def test_torchruns_rank_0_may_move_to_a_node_of_a_lower_count(tmp_path: Path, mo
     """It waits until the lease ends, or the holder shows that it is alive."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     held_by(tmp_path, restarts=[0, 3])
-    monkeypatch.setattr(lease, "VALID_FOR", 2.0)
+    monkeypatch.setattr(lease, "VALID_SECONDS", 2.0)
     assert taken(tmp_path)
     held_by(tmp_path, restarts=[0, 3])
-    monkeypatch.setattr(lease, "VALID_FOR", 300.0)
+    monkeypatch.setattr(lease, "VALID_SECONDS", 300.0)
     renew = f"import os, sys, time; time.sleep(1.5); os.utime({str(tmp_path / lease.NAME)!r})"
     with subprocess.Popen([sys.executable, "-c", renew]):
         refused_by(tmp_path, "torchrun mine")
@@ -199,7 +199,7 @@ def test_a_lease_with_values_that_are_none_is_refused_in_one_line(
         refused_by(tmp_path, "SLURM job 12")
 
 
-def test_a_lease_whose_time_lies_ahead_counts_from_when_it_is_found(tmp_path: Path) -> None:
+def test_a_lease_with_a_time_in_the_future_ages_from_when_it_is_found(tmp_path: Path) -> None:
     """As in a copy, or after the file server's clock was set back: else nobody could train here until then."""
     held_by(tmp_path)
     os.utime(tmp_path / lease.NAME, (0, time.time() + 10**6))
@@ -256,7 +256,7 @@ from pathlib import Path
 import torch
 from far_scale.train import lease
 from far_scale.distributed.process_group import Processes
-lease.RENEWED_EVERY = 0.5
+lease.RENEW_SECONDS = 0.5
 with lease.Lease(Path(sys.argv[1]), Processes(0, 1, torch.device("cpu"))):
     print("held", flush=True)
     time.sleep(60)

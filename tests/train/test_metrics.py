@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from far_scale.config.recipe import load_recipe
+from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.distributed.process_group import Processes
 from far_scale.train import metrics as monitor_module
 from far_scale.train.curriculum import stages
 from far_scale.train.metrics import Monitor
+from far_scale.train.wandb_run import WandbRun
 
 
 class Alone(Processes):
@@ -52,6 +53,17 @@ class FakeWandb(types.ModuleType):
     def finish(self) -> None:
         self.finished = True
 
+    def teardown(self) -> None:
+        assert self.finished
+
+
+def monitor_of(recipe: Recipe, start: int = 0) -> Monitor:
+    run = Path(recipe.run_dir)
+    return Monitor(
+        run, recipe.log, recipe.train, len(recipe.curriculum), Alone(0, 1, torch.device("cpu")), 1e12, start,
+        lambda: WandbRun(recipe.log.wandb, recipe.name, recipe.model_dump(mode="json"), "one", run),
+    )  # fmt: skip
+
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
@@ -64,7 +76,7 @@ def test_stages_reach_console_log_and_wandb(
     wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = load_recipe("demo_long", [f"run_dir={tmp_path}", "log.every=2", "log.wandb.mode=offline"])
-    monitor = Monitor(recipe, Alone(0, 1, torch.device("cpu")), peak_flops=1e12, start=0, identity="one")
+    monitor = monitor_of(recipe)
     first, second = stages(recipe)
     for stage, step in ((first, 1), (first, 2), (second, first.steps + 2)):
         monitor.begin_stage(stage)
@@ -83,11 +95,11 @@ def test_stages_reach_console_log_and_wandb(
     assert f"stage 2/2 ({second.name}): steps {second.first + 1} to {second.end}" in console
 
 
-def test_newly_compiled_graphs_are_told(
+def test_newly_compiled_graphs_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe("demo_cpu", [f"run_dir={tmp_path}", "log.every=1", "train.compile=true"])
-    monitor = Monitor(recipe, Alone(0, 1, torch.device("cpu")), peak_flops=1e12, start=0, identity="one")
+    monitor = monitor_of(recipe)
     for step, graphs in enumerate((2, 2, 5), start=1):
         monkeypatch.setattr(monitor_module, "compiled_graphs", lambda count=graphs: count)
         monitor.count(clips=1, tokens=1, flops=1)
@@ -116,7 +128,7 @@ def test_a_validation_is_a_line_of_its_own_and_a_row_with_its_step(
     samples = {"prediction": {"psnr": 20.0, "ssim": 0.5, "lpips": None}, "video": "samples.mp4"}
 
     def started(at: int) -> Monitor:
-        return Monitor(recipe, Alone(0, 1, torch.device("cpu")), peak_flops=1e12, start=at, identity="one")
+        return monitor_of(recipe, at)
 
     def end_step(monitor: Monitor, step: int) -> None:
         monitor.count(clips=3, tokens=100, flops=10**9)

@@ -32,7 +32,7 @@ def test_steps_that_were_done_before_are_not_traced(tmp_path: Path, capsys: pyte
     alone = Processes(0, 1, torch.device("cpu"))
     profiler = Profiler(range(2, 5), tmp_path, alone, done=3)
     assert "goes on from step 3, so steps 2 to 4 are not traced" in capsys.readouterr().err
-    with profiler.watching(4):
+    with profiler.trace(4):
         pass
     assert not list(tmp_path.iterdir())
 

@@ -15,7 +15,7 @@ from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.convert import convert
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.train.sets import open_source
+from far_scale.train.shard_sets import open_source
 from harness.latent_sets import write_set
 
 LANES, NEXT = 4, 1000  # keys of each lane

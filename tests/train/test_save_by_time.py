@@ -19,7 +19,7 @@ from far_scale.evaluation.protocol import load_protocol
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
 from far_scale.train.checkpoint.folders import is_ephemeral
-from far_scale.train.checkpoint.run_dir import latest_step, steps_there
+from far_scale.train.checkpoint.run_dir import existing_steps, latest_step
 from far_scale.utils.event_log import read_events
 from far_scale.utils.io import read_json
 from harness.launch import ROOT, small_recipe
@@ -34,18 +34,18 @@ def save(run: Path, step: int, ephemeral: bool, keep: int = 2) -> None:
 def test_only_the_newest_stays_beside_those_that_are_kept(tmp_path: Path) -> None:
     save(tmp_path, 10, ephemeral=False)
     save(tmp_path, 13, ephemeral=True)
-    assert steps_there(tmp_path) == [13, 10] and latest_step(tmp_path) == 13
+    assert existing_steps(tmp_path) == [13, 10] and latest_step(tmp_path) == 13
     save(tmp_path, 17, ephemeral=True)
-    assert steps_there(tmp_path) == [17, 10] and is_ephemeral(checkpoint.step_folder(tmp_path, 17))
+    assert existing_steps(tmp_path) == [17, 10] and is_ephemeral(checkpoint.step_folder(tmp_path, 17))
     save(tmp_path, 20, ephemeral=False)
-    assert steps_there(tmp_path) == [20, 10], "and none where a later one of the others is there"
+    assert existing_steps(tmp_path) == [20, 10], "and none where a later one of the others is there"
     save(tmp_path, 23, ephemeral=True)
     save(tmp_path, 30, ephemeral=False)
     save(tmp_path, 33, ephemeral=True)
-    assert steps_there(tmp_path) == [33, 30, 20]
+    assert existing_steps(tmp_path) == [33, 30, 20]
     checkpoint.point_at(checkpoint.step_folder(tmp_path, 20))  # sent back by hand
     save(tmp_path, 22, ephemeral=True)
-    assert steps_there(tmp_path) == [33, 30, 22, 20] and latest_step(tmp_path) == 22
+    assert existing_steps(tmp_path) == [33, 30, 22, 20] and latest_step(tmp_path) == 22
     assert not is_ephemeral(tmp_path / "none")
 
 
@@ -99,6 +99,6 @@ def test_two_ranks_go_on_from_one_bit_for_bit(recorded_shards: Path, tmp_path: P
     assert (found["step"], found["ranks"]) == (first, 2) and not [e for e in events if e["event"] == "environment"]
     saved = {event["step"]: event.get("ephemeral", False) for event in events if event["event"] == "saved"}
     assert saved.pop(20) is False and saved.pop(24) is False and saved and all(saved.values())
-    assert steps_there(run) == [24, 20] == steps_there(whole)
+    assert existing_steps(run) == [24, 20] == existing_steps(whole)
     states = [checkpoint.read_state(checkpoint.step_folder(folder, 24)) for folder in (run, whole)]
     assert states[0].keys() == states[1].keys() and states[0]["lanes"] == states[1]["lanes"]

@@ -31,7 +31,7 @@ def choose(
     monkeypatch.setattr(sharding, "free_memory", lambda _: each[0])
     recipe = load_recipe("demo_cpu", overrides)
     processes = Processes(0, len(nodes), torch.device(device))
-    return choose_sharding(recipe, int(parameters), processes, lambda: activations)
+    return choose_sharding(recipe.train, recipe.data.lanes, int(parameters), processes, lambda: activations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,8 @@ def test_memory_is_not_estimated_where_nothing_depends_on_it(monkeypatch: pytest
     """Drawing the packs of long stages takes seconds."""
     recipe = load_recipe("demo_cpu", ["train.zero_stage=3"])
     monkeypatch.setattr(sharding, "all_gather_objects", lambda *_: [("a", 1e9)] * 4)
-    choose_sharding(recipe, 1000, Processes(0, 4, torch.device("cpu")), lambda: pytest.fail("it is not needed"))
+    ranks = Processes(0, 4, torch.device("cpu"))
+    choose_sharding(recipe.train, recipe.data.lanes, 1000, ranks, lambda: pytest.fail("it is not needed"))
 
 
 def test_an_old_deepspeed_reduces_each_pack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +196,8 @@ def test_the_buffers_of_gradients_take_a_gpus_memory(
 ) -> None:
     """DeepSpeed makes them as large as reduce_bucket_size, also for a small model."""
     found = choose(monkeypatch, "aa", *keys, parameters=1e6, device="cuda")
-    assert found.buckets == gigabytes * 1e9
-    assert choose(monkeypatch, "aa", *keys, parameters=1e6).buckets == 0
+    assert found.bucket_bytes == gigabytes * 1e9
+    assert choose(monkeypatch, "aa", *keys, parameters=1e6).bucket_bytes == 0
     assert state_bytes("bf16", found, 0, 2) == gigabytes * 1e9 + 2 * found.gathered
 
 
@@ -217,7 +218,7 @@ def test_an_automatic_stage_counts_these_buffers(monkeypatch: pytest.MonkeyPatch
     assert on_gpus.why[0] == f"sharding: {words}"
 
 
-def test_what_is_offloaded_is_said_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_state_is_reported_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ["train.zero_stage=3", f"{SECTION}.offload_optimizer.device=cpu", f"{SECTION}.offload_param.device=cpu"]
     found = choose(monkeypatch, "aa", *keys)
     assert found.offloaded == {"optimizer", "param"}

@@ -15,12 +15,12 @@ from far_scale.data.shards.manifest import Manifest
 from far_scale.distributed.process_group import Processes
 from far_scale.model import FAR
 from far_scale.train import checkpoint
-from far_scale.train.changes import changes
 from far_scale.train.checkpoint import FlatPiece
 from far_scale.train.curriculum import stages
-from far_scale.train.loop import build_model
+from far_scale.train.engine import build_model
 from far_scale.train.resume import Resume
-from far_scale.train.start_weights import other_latents, start_from
+from far_scale.train.resume_checks import find_changes
+from far_scale.train.start_weights import latent_differences, start_from
 from far_scale.utils.event_log import EventLog, read_events
 from harness.latent_sets import FACTS, write_set
 from harness.refusal import refused
@@ -44,8 +44,9 @@ def recipe_of(tmp_path: Path, *overrides: str) -> Recipe:
 
 
 def save_model(tmp_path: Path, manifest: Manifest, **changes: Any) -> FAR:
-    """The directory `model`, of random weights whose card fits the recipe but for `changes`."""
-    model = build_model(recipe_of(tmp_path, "seed=9"))
+    """The directory `model`, of random weights whose metadata fits the recipe but for `changes`."""
+    recipe = recipe_of(tmp_path, "seed=9")
+    model = build_model(recipe.far_config(), recipe.seed)
     values = {
         "autoencoder": manifest.autoencoder,
         "scaling": LatentScaling.of(manifest, "factor"),
@@ -60,8 +61,9 @@ def save_model(tmp_path: Path, manifest: Manifest, **changes: Any) -> FAR:
 def started(tmp_path: Path, manifest: Manifest, *overrides: str, accept: bool = False) -> tuple[FAR, str]:
     """A fresh model, started; and what was said."""
     recipe = recipe_of(tmp_path, *overrides)
-    model = build_model(recipe)
-    return model, start_from(model, recipe, manifest, LatentScaling.of(manifest, recipe.data.scaling), accept)
+    model, scaling = build_model(recipe.far_config(), recipe.seed), LatentScaling.of(manifest, recipe.data.scaling)
+    folder = str(recipe.train.start_from)
+    return model, start_from(model, folder, manifest, scaling, recipe.data.frame_stride, accept)
 
 
 def same_weights(one: FAR, other: FAR) -> bool:
@@ -129,9 +131,11 @@ def test_weights_of_other_classes(tmp_path: Path, manifest: Manifest) -> None:
     names = ("autoencoder", "scaling", "latent_shape", "fps")
 
     def differing(theirs: tuple[str, ...] | None, ours: tuple[str, ...] | None, *overrides: str) -> list[str]:
-        card = ModelMetadata(**dict(zip(names, facts, strict=True)), training=TRAINING, classes=theirs)
+        metadata = ModelMetadata(**dict(zip(names, facts, strict=True)), training=TRAINING, classes=theirs)
         with_names = manifest.model_copy(update={"classes": ours})
-        return other_latents(card, recipe_of(tmp_path, *overrides), with_names, scaling)
+        recipe = recipe_of(tmp_path, *overrides)
+        model = build_model(recipe.far_config(), recipe.seed)
+        return latent_differences(metadata, model, with_names, scaling, recipe.data.frame_stride)
 
     by_label = ("model.condition=label", "model.classes=3")
     (line,) = differing(("a", "b", "c"), ("a", "c", "b"), *by_label)
@@ -141,8 +145,9 @@ def test_weights_of_other_classes(tmp_path: Path, manifest: Manifest) -> None:
     assert not differing(("a", "b", "c"), ("a", "c", "b")), "the model is not conditioned on them"
 
 
-def test_weights_that_do_not_say_what_they_know_are_taken_and_it_is_said(tmp_path: Path, manifest: Manifest) -> None:
-    theirs = build_model(recipe_of(tmp_path, "seed=9"))
+def test_weights_of_unknown_latents_are_taken_and_reported(tmp_path: Path, manifest: Manifest) -> None:
+    nine = recipe_of(tmp_path, "seed=9")
+    theirs = build_model(nine.far_config(), nine.seed)
     origin = ImportMetadata(imported_from="far.pth", sha256="a" * 64, far_scale="0")
     save_model_dir(tmp_path / "model", theirs.config, theirs.state_dict(), WeightsMetadata(training=origin))
     model, said = started(tmp_path, manifest)
@@ -196,8 +201,8 @@ def test_another_scaling_autoencoder_or_shape_on_resume_is_a_change_of_the_resul
             "latent_shape": [2, side, side],
         }
 
-    assert changes(state(2.0, "a", 2), state(2.0, "a", 2), recipe).of_result == []
-    assert changes(state(2.0, "a", 2), state(3.0, "b", 4), recipe).of_result == [
+    assert find_changes(state(2.0, "a", 2), state(2.0, "a", 2), recipe).of_result == []
+    assert find_changes(state(2.0, "a", 2), state(3.0, "b", 4), recipe).of_result == [
         "the latents' scaling, per channel (channel 1: shift 0.25, scale 2) -> "
         "per channel (channel 1: shift 0.25, scale 3)",
         "the latents' autoencoder, a (aaaaaaaaaaaa) -> b (bbbbbbbbbbbb)",

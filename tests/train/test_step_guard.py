@@ -13,7 +13,7 @@ import torch
 from far_scale.train.deepspeed_adapter import can_reduce_once
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import Fragment
-from far_scale.train.spikes import LEAST, WINDOW, RunningLevels
+from far_scale.train.step_guard import MIN_STEPS, SPIKE_WINDOW, RunningLevels
 from far_scale.utils.event_log import read_events
 from harness.launch import ROOT
 from harness.processes import launch
@@ -155,12 +155,12 @@ def test_levels_are_medians_of_the_last_steps() -> None:
     levels, numbers = RunningLevels(4.0, torch.device("cpu")), torch.Generator().manual_seed(1)
     seen: list[list[float]] = []
     judged = 0
-    for step in range(2 * WINDOW):
+    for step in range(2 * SPIKE_WINDOW):
         now = torch.randn(2, generator=numbers).exp() + 1
         expected = []
         for place in range(2):
-            values = [one[place] for one in seen[-WINDOW:]]
-            if len(values) >= LEAST:
+            values = [one[place] for one in seen[-SPIKE_WINDOW:]]
+            if len(values) >= MIN_STEPS:
                 median = statistics.median_low(values)
                 deviation = 1.4826 * statistics.median_low([abs(value - median) for value in values])
                 expected.append(now[place].item() > median + 4 * max(deviation, 0.01 * median))
@@ -170,36 +170,36 @@ def test_levels_are_medians_of_the_last_steps() -> None:
         assert spikes.tolist() == expected
         judged += any(expected)
         good = ~spikes.any()
-        levels.take(now, good)
+        levels.add(now, good)
         if good:
             seen.append(now.tolist())
-        if step == WINDOW + 40:
+        if step == SPIKE_WINDOW + 40:
             state = levels.state()
             levels = RunningLevels(4.0, torch.device("cpu"))
             levels.load_state(json.loads(json.dumps(state)))
             assert levels.state() == state
-    assert judged > 10 and len(seen) > WINDOW
+    assert judged > 10 and len(seen) > SPIKE_WINDOW
 
 
 def test_numbers_that_hardly_move_make_no_spikes() -> None:
     levels = RunningLevels(10.0, torch.device("cpu"))
-    for _ in range(LEAST):
-        levels.take(torch.tensor([2.0, 1.0]), torch.tensor(True))
+    for _ in range(MIN_STEPS):
+        levels.add(torch.tensor([2.0, 1.0]), torch.tensor(True))
     assert levels.spikes(torch.tensor([2.1, 1.2])).tolist() == [False, True]
-    levels.take(torch.tensor([float("nan"), 1.0]), torch.tensor(False))
-    assert levels.state()["seen"] == LEAST
+    levels.add(torch.tensor([float("nan"), 1.0]), torch.tensor(False))
+    assert levels.state()["seen"] == MIN_STEPS
 
 
 def test_a_level_that_lasts_becomes_the_usual_one() -> None:
     """As with spikes that are only warned of."""
     levels = RunningLevels(10.0, torch.device("cpu"))
-    for _ in range(WINDOW):
-        levels.take(torch.tensor([1.0, 1.0]), torch.tensor(True))
+    for _ in range(SPIKE_WINDOW):
+        levels.add(torch.tensor([1.0, 1.0]), torch.tensor(True))
     higher, warned = torch.tensor([3.0, 1.0]), 0
-    for _ in range(WINDOW):
+    for _ in range(SPIKE_WINDOW):
         warned += int(levels.spikes(higher)[0])
-        levels.take(higher, torch.tensor(True))
-    assert 0 < warned < WINDOW and not levels.spikes(higher).any()
+        levels.add(higher, torch.tensor(True))
+    assert 0 < warned < SPIKE_WINDOW and not levels.spikes(higher).any()
 
 
 def test_the_average_moves_with_kept_steps_only() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from far_scale.config.recipe import load_recipe
+from far_scale.config.recipe import Recipe, load_recipe
 from far_scale.convert.model_dir import load_model_dir
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.data.loader.scaling import LatentScaling
@@ -110,17 +110,17 @@ def test_training_is_bit_for_bit_the_one_without(runs: Path, name: str, tmp_path
 def by_hand(run: Path, shards: Path, weights: str, out: Path) -> dict[str, Any]:
     """The loss of exported weights in float64, clip by clip."""
     export(run, None, weights, out)  # type: ignore[arg-type]
-    model, card = load_model_dir(out, dtype=torch.float64)
+    model, metadata = load_model_dir(out, dtype=torch.float64)
     shard_set, recipe = ShardSet.open(shards), load_recipe(run / "recipe.yaml")
     places = [(shard, n) for shard, count in enumerate(shard_set.samples_per_shard) for n in range(count)][:7]
     assert recipe.validation is not None
-    seed = HeldOut(recipe.validation, recipe.objective, shard_set, card.scaling, recipe.seed, None).noise_seed
+    seed = HeldOut(recipe.validation, recipe.objective, shard_set, metadata.scaling, recipe.seed, None).noise_seed
     assert seed != recipe.seed
     clips, frames = [], []
     for number in range(3):
         samples = [shard_set.read(*place, frames=8) for place in places[3 * number : 3 * number + 3]]
         pack = Pack(
-            latents=card.scaling.normalise(torch.cat([sample.latents for sample in samples])),
+            latents=metadata.scaling.normalise(torch.cat([sample.latents for sample in samples])),
             actions=torch.cat([sample.actions for sample in samples if sample.actions is not None]),
             labels=None, clip_frames=(8,) * len(samples), keys=(), lane=number, step=0, lane_state={},
         )  # fmt: skip
@@ -195,9 +195,9 @@ def test_resumed_on_another_number_of_ranks(runs: Path, recorded_shards: Path, t
 def test_samples_are_those_of_the_exported_ema(runs: Path, recorded_shards: Path, tmp_path: Path) -> None:
     run = runs / "zero3_validated"
     export(run, None, "ema", tmp_path / "model")
-    model, card = load_model_dir(tmp_path / "model")
+    model, metadata = load_model_dir(tmp_path / "model")
     expected = evaluate_rollout(
-        model, card, ShardSet.open(recorded_shards), SamplingConfig(4, 2), 4, 3, tmp_path / "out"
+        model, metadata, ShardSet.open(recorded_shards), SamplingConfig(4, 2), 4, 3, tmp_path / "out"
     )
 
     folder = run / "validation/step-00000006"
@@ -254,12 +254,20 @@ TINY = [
 ]  # fmt: skip
 
 
+def open_for(recipe: Recipe, manifest: Manifest, scaling: LatentScaling, events: EventLog) -> HeldOut | None:
+    plan = stages(recipe)
+    return open_held_out(
+        recipe.validation, recipe.held_out_shards(), recipe.objective, recipe.data, recipe.seed, plan, manifest,
+        scaling, ALONE, events, 0,
+        lambda shards: open_validation_videos(recipe, shards, plan[-1], scaling, torch.float32, ALONE, events),
+    )  # fmt: skip
+
+
 def opened(folder: Path, trained_on: Path, *more: str) -> tuple[HeldOut, Stage]:
     recipe = load_recipe("demo_cpu", [*TINY, f"validation.shards={folder}", *more])
     manifest, plan = Manifest.read(trained_on), stages(recipe)
     scaling = LatentScaling.of(manifest, recipe.data.scaling)
-    events = EventLog(folder, is_main_process=False)
-    held_out = open_held_out(recipe, plan, manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos)
+    held_out = open_for(recipe, manifest, scaling, EventLog(folder, False))
     assert held_out is not None
     return held_out, plan[0]
 
@@ -308,10 +316,8 @@ def test_lpips_is_that_of_its_network(recorded_shards: Path, tmp_path: Path, mon
     monkeypatch.setattr(validation_samples, "load_lpips", lambda net, device: network)
     spec, *overrides = small_recipe(recorded_shards, tmp_path, *VALIDATION, f"validation.shards={recorded_shards}")
     recipe, manifest = load_recipe(spec, [*overrides, *SAMPLES]), Manifest.read(recorded_shards)
-    scaling, events = LatentScaling.of(manifest, "channel"), EventLog(tmp_path, is_main_process=False)
-    held_out = open_held_out(
-        recipe, stages(recipe), manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos
-    )
+    scaling, events = LatentScaling.of(manifest, "channel"), EventLog(tmp_path, False)
+    held_out = open_for(recipe, manifest, scaling, events)
     assert held_out is not None and held_out.videos is not None and held_out.videos.without_lpips is None
     frames, truth = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     error, ssim, lpips = held_out.videos._score(frames, truth)
@@ -321,4 +327,4 @@ def test_lpips_is_that_of_its_network(recorded_shards: Path, tmp_path: Path, mon
     small = ["sample.given=30", "data.frames=16", "validation.sample_every=1"]
     with pytest.raises(UserError, match="24 frames, but 42 are needed"):
         wide = load_recipe(spec, [*overrides, *small, "sample.frames=12", "model.window=42"])
-        open_held_out(wide, stages(wide), manifest, scaling, torch.float32, ALONE, events, 0, open_validation_videos)
+        open_for(wide, manifest, scaling, events)

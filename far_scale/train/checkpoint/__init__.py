@@ -1,11 +1,11 @@
-"""Checkpoints: written beside training, checksummed, synced, renamed; `latest` changes last.
+"""Checkpoints: written in the background, checksummed, synced, renamed; `latest` changes last.
 
     checkpoints/step-00001000/   state.json, torch.distributed.checkpoint's files, checksums.json
     checkpoints/latest           the name of the newest whole one
 
-Weights, Adam's moments and the EMA are stored as flat float32 tensors by parameter name, in whatever pieces the
-ranks held; a reader asks for other pieces and gets them. So neither the rank count nor the ZeRO stage is part of
-the format, and one process can read any of it.
+Weights, Adam's moments and the EMA are stored as flat float32 tensors by parameter name, in the pieces that the ranks
+held; a reader can ask for any other pieces. So neither the rank count nor the ZeRO stage is part of the format, and one
+process can read any of it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""From a checkpoint, written by any number of ranks under any ZeRO stage, to a model directory or an official file, in
-one process."""
+"""Exports a checkpoint of any rank count and ZeRO stage as a model directory or an official file, in one process."""
 
 from __future__ import annotations
 
@@ -35,25 +34,25 @@ def export(run: str | Path, step: int | None, weights: Literal["ema", "model"], 
 def export_if_needed(
     run: str | Path, step: int | None, weights: Literal["ema", "model"], out: str | Path
 ) -> tuple[int, bool]:
-    """Write the float32 weights of a run's checkpoint as a model directory, if they are not there already.
+    """Write the float32 weights of a run's checkpoint as a model directory, unless `out` has them already.
 
-    They are there where config.json names this content of a checkpoint and these weights, and all files are as they
-    were written. Anything else that is a model directory is replaced.
+    It has them if config.json names this content of a checkpoint and these weights, and all files are as they were
+    written. Any other model directory is replaced.
 
     Args:
         run: the run directory.
-        step: which checkpoint; the latest where None.
+        step: of the checkpoint; None for the latest.
         weights: the EMA or the trained weights themselves.
         out: the model directory to write.
 
     Returns:
-        The step exported, and whether it had to be written.
+        The exported step, and whether it was written.
 
     Raises:
-        UserError: no such checkpoint, or it is not whole.
+        UserError: there is no such checkpoint, or it is damaged.
     """
-    folder, state, fingerprint = _find(Path(run), step)
-    card = ModelMetadata(
+    folder, state, fingerprint = _open(Path(run), step)
+    metadata = ModelMetadata(
         autoencoder=AutoencoderInfo(**state["autoencoder"]),
         scaling=LatentScaling.from_dict(state["scaling"]),
         latent_shape=tuple(state["latent_shape"]),
@@ -69,48 +68,49 @@ def export_if_needed(
         ),
     )
     config = FARConfig.from_dict(state["model"])
-    needed = not is_intact(out, config, card)
-    if needed:
-        save_model_dir(out, config, _read_weights(folder, state, weights), card)
-    return state["step"], needed
+    is_needed = not is_intact(out, config, metadata)
+    if is_needed:
+        save_model_dir(out, config, _read_weights(folder, state, weights), metadata)
+    return state["step"], is_needed
 
 
 def export_official(source: str | Path, step: int | None, weights: Literal["ema", "model"], out: str | Path) -> str:
     """Write weights as a file that the official code loads strictly.
 
     Args:
-        source: a run directory, or a model directory, which holds one set of weights: `weights` is for runs only.
-        step: which checkpoint of a run; the latest where None.
+        source: a run directory or a model directory.
+        step: of a run's checkpoint; None for the latest.
+        weights: of a run; a model directory has one set of weights.
         out: the .pth file to write.
 
     Returns:
-        What was exported, for the user.
+        The exported weights, as text.
 
     Raises:
-        UserError: no such checkpoint or model, or it is not whole; a step of a model directory.
+        UserError: there is no such checkpoint or model, or it is damaged; or a step of a model directory.
     """
     source = Path(source)
     if not (source / CONFIG_FILE).is_file():
-        folder, state, _ = _find(source, step)
+        folder, state, _ = _open(source, step)
         config = FARConfig.from_dict(state["model"])
         write_official(out, from_far_scale(config, _read_weights(folder, state, weights)))
         return f"{weights} weights of step {state['step']}"
     if step is not None:
         raise UserError(f"{source}: a model directory holds one set of weights; leave --step out, or name the run")
-    config, card = read_any_config(source)
+    config, metadata = read_any_config(source)
     write_official(out, from_far_scale(config, load_model(source).state_dict()))
-    if isinstance(card.training, TrainingMetadata):
-        return f"{card.training.weights} weights of step {card.training.step}"
-    return f"weights imported from {card.training.imported_from}"
+    if isinstance(metadata.training, TrainingMetadata):
+        return f"{metadata.training.weights} weights of step {metadata.training.step}"
+    return f"weights imported from {metadata.training.imported_from}"
 
 
-def _find(run: Path, step: int | None) -> tuple[Path, dict[str, Any], str]:
-    """A checkpoint's folder, its state.json and its fingerprint; all its files are held against their checksums."""
+def _open(run: Path, step: int | None) -> tuple[Path, dict[str, Any], str]:
+    """A checkpoint's folder, state.json and fingerprint, after a check of all its files."""
     step = checkpoint.latest_step(run) if step is None else step
     if step is None:
         raise UserError(f"{run}: there is no checkpoint in this run yet; train it first")
     folder = checkpoint.step_folder(run, step)
-    state = checkpoint.read_state(folder)  # the more helpful of the errors
+    state = checkpoint.read_state(folder)  # its errors are more helpful
     if (problem := checkpoint.damage(folder)) is not None:
         what = problem.removeprefix(f"{folder}/")
         raise UserError(f"{folder}: damaged: {what}; export another step, or copy this checkpoint again")
@@ -118,7 +118,7 @@ def _find(run: Path, step: int | None) -> tuple[Path, dict[str, Any], str]:
 
 
 def _read_weights(folder: Path, state: dict[str, Any], weights: Literal["ema", "model"]) -> dict[str, torch.Tensor]:
-    """The model's state dict, float32: the parameters from the checkpoint, the buffers as every model has them."""
+    """The model's float32 state dict: parameters from the checkpoint, and buffers."""
     tensors = {name: torch.empty(shape) for name, shape in state["parameters"].items()}
     kind = "ema" if weights == "ema" else "weight"
     pieces = {
@@ -130,8 +130,7 @@ def _read_weights(folder: Path, state: dict[str, Any], weights: Literal["ema", "
 
 
 def _buffers(config: FARConfig) -> dict[str, torch.Tensor]:
-    """The model's buffers as they start. Nothing reads or trains them: they are there for the official code's sake,
-    which starts the norm's weight at one and the context's output at zero."""
+    """The model's buffers with their initial values. They are never read or trained; the official code has them."""
     return {
         name: torch.ones(buffer.shape) if name.endswith("norm_q.weight") else torch.zeros(buffer.shape)
         for name, buffer in empty_model(config).named_buffers()

@@ -1,4 +1,4 @@
-"""The folders that checkpoints lie in: which there are, which is whole, which may go."""
+"""The folders of checkpoints: read, checked, finalized, committed, pruned, forked."""
 
 from __future__ import annotations
 
@@ -8,46 +8,49 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from far_scale.train.checkpoint.run_dir import damaged_folder, step_folder, steps_there
+from far_scale.config.recipe import load_recipe
+from far_scale.train.checkpoint.run_dir import damaged_folder, existing_steps, latest_step, step_folder
 from far_scale.utils.errors import UserError
+from far_scale.utils.event_log import EventLog, lines_up_to
 from far_scale.utils.io import atomic_write, read_json, sha256, sync_folder, write_json
 
 FORMAT = "far_scale.checkpoint/2"
-_UNSEALED = "far_scale.checkpoint/1"  # before there were checksums
+_FORMAT_WITHOUT_CHECKSUMS = "far_scale.checkpoint/1"
 CHECKSUMS = "checksums.json"
 EPHEMERAL = "ephemeral"
-"""The key in state.json of a checkpoint that stays only until the next one."""
+"""The key in state.json of a checkpoint that is removed after the next one."""
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint.
 
     Raises:
-        UserError: there is no checkpoint, it is half-written, or of another format.
+        UserError: there is no checkpoint, or it is half-written or of another format.
     """
     if not folder.is_dir():
-        there = [step_folder(folder.parent.parent, step).name for step in reversed(steps_there(folder.parent.parent))]
-        raise UserError(f"{folder}: there is no such checkpoint; there are: {', '.join(there) or 'none'}")
+        run = folder.parent.parent
+        existing = [step_folder(run, step).name for step in reversed(existing_steps(run))]
+        raise UserError(f"{folder}: there is no such checkpoint; there are: {', '.join(existing) or 'none'}")
     if not (folder / ".metadata").exists() or not (folder / "state.json").exists():
         raise UserError(f"{folder}: this checkpoint is half-written; remove it and use an earlier one")
     state = read_json(folder / "state.json", "checkpoint state")
-    if not isinstance(state, dict) or state.get("format") not in (FORMAT, _UNSEALED):
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, _FORMAT_WITHOUT_CHECKSUMS):
         found = state.get("format") if isinstance(state, dict) else None
         raise UserError(f"{folder}/state.json: format {found!r}, this version reads {FORMAT!r}")
     return state
 
 
 def finalize(folder: Path, state: dict[str, Any], sums: dict[str, dict[str, Any]]) -> None:
-    """Write state.json and, over it and all other files, checksums.json; then make the folder durable.
+    """Write state.json and checksums.json, and sync the folder.
 
     Args:
-        sums: `checksums` of the other files.
+        sums: `checksums` of the other files, on this or other ranks.
     """
     text = write_json(folder / "state.json", {"format": FORMAT, **state}).encode()
-    own = {"state.json": {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
-    if ".metadata" not in sums:  # of a PyTorch that writes it in another way
-        own |= checksums([folder / ".metadata"])
-    write_json(folder / CHECKSUMS, dict(sorted({**sums, **own}.items())))
+    sums = {**sums, "state.json": {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
+    if ".metadata" not in sums:  # some PyTorch writes it in another way
+        sums |= checksums([folder / ".metadata"])
+    write_json(folder / CHECKSUMS, dict(sorted(sums.items())))
     sync_folder(folder)
 
 
@@ -57,15 +60,15 @@ def checksums(files: Any) -> dict[str, dict[str, Any]]:
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, in one line that names the file; None where it is whole.
+    """The first problem of a checkpoint, in one line that names the file; None if it is whole.
 
     Args:
         folder: the checkpoint.
-        part, parts: check each `parts`-th file from number `part` on, so that ranks can share the work.
+        part, parts: check every `parts`-th file from number `part` on, so that ranks can share the work.
     """
     try:
         state = read_state(folder)
-        if state["format"] == _UNSEALED:
+        if state["format"] == _FORMAT_WITHOUT_CHECKSUMS:
             return None
         sums = read_json(folder / CHECKSUMS, "list of checksums")
     except UserError as error:
@@ -86,9 +89,9 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the names, sizes and SHA-256 of a checkpoint's files: the same for the same content alone.
+    """SHA-256 over the names, sizes and SHA-256 of a checkpoint's files, which identifies its content.
 
-    That the files are those of the checksums is not looked at, see `damage`.
+    Trusts checksums.json; `damage` verifies it.
     """
     if (folder / CHECKSUMS).is_file():
         sums = read_json(folder / CHECKSUMS, "list of checksums")
@@ -98,7 +101,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def is_ephemeral(folder: Path) -> bool:
-    """Whether a checkpoint stays only until the next one; False where that cannot be read."""
+    """Whether a checkpoint is removed after the next one; False if its state cannot be read."""
     try:
         state = read_json(folder / "state.json", "checkpoint state")
     except UserError:
@@ -109,8 +112,8 @@ def is_ephemeral(folder: Path) -> bool:
 def commit(beside: Path, folder: Path, keep: int, ephemeral: bool = False) -> None:
     """Give a written checkpoint its name, point `latest` at it, then remove all but the newest `keep` up to it.
 
-    Ephemeral ones are not counted, and all before this one are removed. Later ones, of a run that went back to an
-    earlier checkpoint, are left where they are until they are overwritten.
+    Ephemeral ones are not counted, and all before this one are removed. Later ones, of a run that was sent back to an
+    earlier checkpoint, stay until they are overwritten.
     """
     if folder.exists():  # of a run that died between this rename and `latest`, or went back
         _remove(folder)
@@ -118,10 +121,10 @@ def commit(beside: Path, folder: Path, keep: int, ephemeral: bool = False) -> No
     sync_folder(folder.parent)
     point_at(folder)
     run = folder.parent.parent
-    before = [old for step in steps_there(run) if (old := step_folder(run, step)).name < folder.name]
-    passing = [old for old in before if is_ephemeral(old)]
-    lasting = [old for old in before if old not in passing]
-    for old in [*lasting[keep if ephemeral else keep - 1 :], *passing]:
+    earlier = [old for step in existing_steps(run) if (old := step_folder(run, step)).name < folder.name]
+    ephemeral_ones = [old for old in earlier if is_ephemeral(old)]
+    lasting = [old for old in earlier if old not in ephemeral_ones]
+    for old in [*lasting[keep if ephemeral else keep - 1 :], *ephemeral_ones]:
         _remove(old)
 
 
@@ -132,33 +135,76 @@ def point_at(folder: Path) -> None:
 
 
 def quarantine(folder: Path) -> Path:
-    """Rename a damaged checkpoint so that nothing takes it for a whole one; returns where it is now."""
-    aside = damaged_folder(folder)
+    """Rename a damaged checkpoint so that it is not loaded; returns its new path."""
+    damaged = damaged_folder(folder)
     if folder.exists():
-        _clear(aside)
-        folder.rename(aside)
-    return aside
+        _remove_tree(damaged)
+        folder.rename(damaged)
+    return damaged
 
 
 def clear_parts(checkpoints: Path) -> None:
-    """Remove what runs that died have left half-written or half-removed."""
+    """Remove half-written and half-removed files of runs that died."""
     for part in checkpoints.glob("step-*.part"):
-        _clear(part)
+        _remove_tree(part)
     for part in checkpoints.glob(".latest.*.part"):
         part.unlink(missing_ok=True)
 
 
 def _remove(folder: Path) -> None:
-    # Under another name first: killed in the middle of it, no half of a checkpoint is left under this one.
+    # Rename first, so that a kill leaves no half-removed checkpoint under this name.
     part = folder.with_name(folder.name + ".old.part")
-    _clear(part)
+    _remove_tree(part)
     folder.rename(part)
-    _clear(part)
+    _remove_tree(part)
 
 
-def _clear(path: Path) -> None:
-    """Remove a folder; of a link, as to a checkpoint that was moved to another disk, only the link."""
+def _remove_tree(path: Path) -> None:
+    """Remove a folder, or a link (to a checkpoint that was moved to another disk) but not its target."""
     if path.is_symlink():
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def fork(run: Path, step: int | None, out: Path) -> int:
+    """Make `out` a new run, with an identity of its own, that goes on from a checkpoint of `run`.
+
+    It gets the checkpoint, the lines of log.jsonl up to it, and the recipe with its own run_dir. `run` is only read.
+
+    Args:
+        run: a run directory.
+        step: of the checkpoint; None for the one that the run would go on from.
+        out: the new run directory, which must not exist.
+
+    Returns:
+        The step.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or `out` exists.
+    """
+    step = latest_step(run) if step is None else step
+    if step is None:
+        raise UserError(f"{run}/checkpoints: there is no checkpoint to fork")
+    folder = step_folder(run, step)
+    if (problem := damage(folder)) is not None:
+        raise UserError(problem)
+    if out.exists():
+        raise UserError(f"{out}: exists already; name a folder that does not")
+    recipe = load_recipe(str(run / "recipe.yaml"), [f"run_dir={out}"])
+    beside = out.with_name(f".{out.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        shutil.copytree(folder, step_folder(beside, step))
+        point_at(step_folder(beside, step))
+        recipe.save(beside / "recipe.yaml")
+        (beside / "log.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in lines_up_to(run / "log.jsonl", step))
+        )
+        EventLog(beside, is_main_process=True).emit(
+            "forked", step, f"{out} goes on from step {step} of {run}", source=str(run)
+        )
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return step

@@ -1,6 +1,6 @@
-"""Files whose SHA-256 is computed from the bytes on their way to the disk, so that none is read again after a save.
+"""Files whose SHA-256 is computed while they are written, so that none is read again after a save.
 
-The hash and the write of a large block run side by side: both let other threads run.
+Hash and write of a large block run in parallel, since both release the GIL.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-Sum = dict[str, Any]
-"""Of a file: `bytes` and `sha256`, as they stand in checksums.json."""
+FileSum = dict[str, Any]
+"""`bytes` and `sha256` of a file, as in checksums.json."""
 
-_LARGE = 1 << 20  # bytes from which a second thread pays
+_PARALLEL_BYTES = 1 << 20  # block size from which a second thread is faster
 
 
 class HashedFile(io.BufferedWriter):
-    """A new file to write to from its beginning to its end."""
+    """A new file to be written from beginning to end."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(io.FileIO(path, "w"))
         self._digest, self._hashed, self._in_order = hashlib.sha256(), 0, True
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")  # which starts with the first large block
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")  # starts with the first large block
 
     def write(self, data: Any, /) -> int:
         block = memoryview(data).cast("B")
         self._hashed += block.nbytes
-        if block.nbytes < _LARGE:
+        if block.nbytes < _PARALLEL_BYTES:
             self._digest.update(block)
             return super().write(block)
         hashing = self._thread.submit(self._digest.update, block)
@@ -57,20 +57,20 @@ class HashedFile(io.BufferedWriter):
         self._thread.shutdown()
         super().close()
 
-    def sum(self) -> Sum | None:
-        """Of all that was written; None where it was not written in order, and must be read again."""
+    def sum(self) -> FileSum | None:
+        """The sum of the file; None if it was not written in order and must be read again."""
         return {"bytes": self._hashed, "sha256": self._digest.hexdigest()} if self._in_order else None
 
 
 class HashingFileSystem(FileSystem):
-    """PyTorch's file system for checkpoints, as torch.distributed.checkpoint's writers take any other.
+    """PyTorch's file system for checkpoints, with sums.
 
     Attributes:
         sums: of the files that were written in order, by name.
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Sum] = {}
+        self.sums: dict[str, FileSum] = {}
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
@@ -80,17 +80,17 @@ class HashingFileSystem(FileSystem):
             return
         with HashedFile(path) as file:
             yield file
-        if (found := file.sum()) is not None:
-            self.sums[Path(path).name] = found
+        if (file_sum := file.sum()) is not None:
+            self.sums[Path(path).name] = file_sum
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)
-        if (found := self.sums.pop(Path(path).name, None)) is not None:
-            self.sums[Path(new_path).name] = found
+        if (file_sum := self.sums.pop(Path(path).name, None)) is not None:
+            self.sums[Path(new_path).name] = file_sum
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sum:
-    """Write flat float32 tensors on the CPU as a safetensors file, byte for byte as safetensors does."""
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> FileSum:
+    """Write flat float32 CPU tensors as a safetensors file, byte for byte as safetensors does."""
     header: dict[str, Any] = {}
     end = 0
     ordered = dict(sorted(tensors.items()))
@@ -104,6 +104,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> Sum:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered.values():
             file.write(tensor.detach().numpy())  # a copy of a weight may require gradients
-    found = file.sum()
-    assert found is not None
-    return found
+    file_sum = file.sum()
+    assert file_sum is not None
+    return file_sum

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: flat pieces of tensors, and torch.distributed.checkpoint around them."""
+"""Flat pieces of tensors, written and read by torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -24,19 +25,19 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from far_scale.train.checkpoint.hashed import HashingFileSystem, Sum
+from far_scale.train.checkpoint.hashed import FileSum, HashingFileSystem
 from far_scale.train.checkpoint.metadata import Reader, read_metadata
 from far_scale.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class FlatPiece:
-    """A run of one flat tensor, in the form that torch.distributed.checkpoint asks a tensor for its parts.
+    """A contiguous piece of one flat tensor, with the methods that torch.distributed.checkpoint calls on a tensor.
 
     Attributes:
-        total: numbers in the whole tensor.
-        offset: where this run starts.
-        data: `[run]` the numbers; loading writes into them.
+        total: number of elements of the whole tensor.
+        offset: start of this piece.
+        data: `[piece]` the elements; loading writes into them.
     """
 
     total: int
@@ -61,7 +62,8 @@ class FlatPiece:
 
 class _SavePlanner(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].data
+        piece: FlatPiece = self.state_dict[index.fqn]
+        return piece.data
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -71,24 +73,25 @@ class _LoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        # The default sets up no more than this, but copies every piece on the way.
+        # The default does the same, but copies every piece.
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].data
+        piece: FlatPiece = self.state_dict[index.fqn]
+        return piece.data
 
 
 class HostCopy:
-    """Copies of pieces in host memory (pinned where they come from a GPU), in buffers that are used again.
+    """Copies pieces to host memory (pinned, from a GPU), into buffers that every call reuses.
 
-    The pieces of every call must be the same but for their numbers.
+    The pieces of every call must have the same names and sizes.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def of(self, pieces: Mapping[str, FlatPiece]) -> dict[str, FlatPiece]:
-        """The pieces as they are now; valid until the next call. Returns when all is copied."""
+    def copy(self, pieces: Mapping[str, FlatPiece]) -> dict[str, FlatPiece]:
+        """Copies of the pieces, valid until the next call; returns when all is copied."""
         copies = {}
         for name, piece in pieces.items():
             on_gpu = piece.data.device.type == "cuda"
@@ -101,20 +104,20 @@ class HostCopy:
         return copies
 
 
-def write(folder: Path, pieces: Mapping[str, FlatPiece], group: dist.ProcessGroup | None) -> dict[str, Sum]:
-    """Write the pieces of all ranks of `group` into `folder`; of this process alone without process groups.
+def write(folder: Path, pieces: Mapping[str, FlatPiece], group: dist.ProcessGroup | None) -> dict[str, FileSum]:
+    """Write the pieces of all ranks of `group` into `folder`; of this process only, without process groups.
 
     Returns:
         The checksums of the files that this process wrote in order, by name.
 
     Raises:
-        CheckpointException: on every rank, whichever it happened on.
+        CheckpointException: on every rank, if one of them failed.
     """
     writer = FileSystemWriter(str(folder))
     writer.fs = files = HashingFileSystem()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # alone is meant
-        dcp.save(
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is intended
+        state_dict_saver.save(
             dict(pieces),
             storage_writer=writer,
             planner=_SavePlanner(),
@@ -125,15 +128,15 @@ def write(folder: Path, pieces: Mapping[str, FlatPiece], group: dist.ProcessGrou
 
 
 def load(folder: Path, pieces: Mapping[str, FlatPiece], alone: bool = False) -> None:
-    """Fill `pieces` in place from a checkpoint, whatever cut it was written in.
+    """Load `pieces` in place from a checkpoint that was written in any other pieces.
 
     Args:
         folder: the checkpoint.
-        pieces: what to read, by the tensors' names.
-        alone: read in this process only, without a process group.
+        pieces: what to load, by the tensors' names.
+        alone: load in this process only, without a process group.
 
     Raises:
-        UserError: a tensor is not there, has another size, or cannot be read.
+        UserError: a tensor is missing, has another size, or cannot be read.
     """
     metadata = read_metadata(folder)
     for name, piece in pieces.items():
@@ -145,15 +148,17 @@ def load(folder: Path, pieces: Mapping[str, FlatPiece], alone: bool = False) -> 
             )
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # `alone` is meant
-            dcp.load(dict(pieces), storage_reader=Reader(folder, metadata), planner=_LoadPlanner(), no_dist=alone)
-    except dcp.api.CheckpointException as error:
-        raise explained(error, folder) from error
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is intended
+            state_dict_loader.load(
+                dict(pieces), storage_reader=Reader(folder, metadata), planner=_LoadPlanner(), no_dist=alone
+            )
+    except CheckpointException as error:
+        raise to_user_error(error, folder) from error
 
 
-def explained(error: dcp.api.CheckpointException, folder: Path) -> UserError:
-    """One line for the first rank's failure."""
+def to_user_error(error: CheckpointException, folder: Path) -> UserError:
+    """The first rank's failure in one line."""
     cause = next(iter(error.failures.values()))[0]
-    if isinstance(cause, pickle.UnpicklingError):  # PyTorch's own text says how to load it all the same
+    if isinstance(cause, pickle.UnpicklingError):  # PyTorch's own text tells users how to load it anyway
         return UserError(f"{folder}: a .distcp file holds something else than tensors; use an earlier checkpoint")
     return UserError(f"{folder}: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}")

@@ -1,4 +1,4 @@
-"""Saving beside training: a step waits for the copy to host memory, and for the save before it if that still runs."""
+"""Saves in the background: a step waits only for the copy to host memory, and for a save that is still running."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from far_scale.train.checkpoint.write import save
 from far_scale.utils.errors import UserError, print_error
 from far_scale.utils.event_log import EventLog
 
-FAILURES = 3  # saves that fail in a row before the run gives up: a disk may be full for a while, not for days
+MAX_FAILURES = 3  # failed saves in a row before the run ends: a disk may be full for a while, not for days
 
 
 class CheckpointSaver:
     """Writes the checkpoints of a run, in a thread and with a process group of its own.
 
-    A save that fails (a full disk) does not end the run: it is told, and the next one is tried in its time. Only
-    the third in a row, or the one that somebody waits for, raises. Ephemeral ones are not counted.
+    A failed save (a full disk) does not end the run: it is an event, and the next save is tried when due. Only the
+    third failure in a row, or that of a required save, raises. Ephemeral saves are not counted.
 
     Args:
         run: the run directory.
         section: of the recipe.
-        processes: who runs it.
-        events: where saves are told.
-        local_folder: this run's on the node's own disk, or None.
+        processes: the run's.
+        events: gets an event for each save.
+        local_folder: this run's folder on the node's own disk, or None.
         latest: `latest_stamp` of the run now, the same on all ranks.
     """
 
@@ -49,29 +49,28 @@ class CheckpointSaver:
     ) -> None:
         self._run, self._section, self._processes, self._events = run, section, processes, events
         self._local_folder, self._latest = local_folder, latest
-        self._group = dist.new_group(
-            backend="gloo", timeout=processes.timeout
-        )  # by itself, since the thread's messages cross the main thread's
+        # A group of its own, since the thread's messages interleave with the main thread's.
+        self._group = dist.new_group(backend="gloo", timeout=processes.timeout)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._copy = HostCopy()
+        self._host_copy = HostCopy()
         self._running: Future[None] | None = None
         self._failures, self._ephemeral = 0, False
 
     def save(self, step: int, pieces: Mapping[str, FlatPiece], state: dict[str, Any], ephemeral: bool = False) -> None:
-        """Begin to save; returns when the pieces are copied. All ranks call this at the same step.
+        """Start a save; returns when the pieces are copied. All ranks call this at the same step.
 
         Args:
             step: steps done.
             pieces: this rank's, by the tensors' names.
-            state: what goes into state.json.
-            ephemeral: the checkpoint stays only until the next one.
+            state: for state.json.
+            ephemeral: remove the checkpoint after the next one.
 
         Raises:
-            UserError: this is the third save in a row that failed, on all ranks.
+            UserError: the save before was the third failure in a row, on all ranks.
         """
         start = time.perf_counter()
-        self._join(raise_after=FAILURES)
-        copies = self._copy.of(pieces)
+        self._join(raise_after=MAX_FAILURES)
+        copies = self._host_copy.copy(pieces)
         self._ephemeral = ephemeral
         if ephemeral:
             state = {**state, EPHEMERAL: True}
@@ -79,35 +78,35 @@ class CheckpointSaver:
 
     @property
     def busy(self) -> bool:
-        """Whether a save still runs, on this rank."""
+        """Whether a save is still running on this rank."""
         return self._running is not None and not self._running.done()
 
     def save_locally(self, step: int, pieces: Mapping[str, FlatPiece], state: dict[str, Any]) -> None:
-        """Begin to save on this node's own disk; all ranks call this at the same step, while none is busy.
+        """Start a save on this node's own disk; all ranks call this at the same step, while none is busy.
 
         Raises:
-            UserError: the save before was the third in a row that failed, on all ranks.
+            UserError: the save before was the third failure in a row, on all ranks.
         """
-        self._join(raise_after=FAILURES)
+        self._join(raise_after=MAX_FAILURES)
         self._ephemeral = False
-        self._running = self._thread.submit(self._write_locally, step, self._copy.of(pieces), state)
+        self._running = self._thread.submit(self._write_locally, step, self._host_copy.copy(pieces), state)
 
     def finish(self, required: bool) -> None:
-        """Wait for the save that runs.
+        """Wait for the running save.
 
         Args:
-            required: raise where it failed; else that was told, and the run has the checkpoint before.
+            required: raise if it failed; otherwise the run keeps the checkpoint before.
 
         Raises:
             UserError: it failed, on all ranks.
         """
-        self._join(raise_after=1 if required else FAILURES + 1)
+        self._join(raise_after=1 if required else MAX_FAILURES + 1)
 
     def __enter__(self) -> CheckpointSaver:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        # After an error the other ranks may never come to the messages that a save still waits for.
+        # After an error the other ranks may never send the messages that a save still waits for.
         self._thread.shutdown(wait=error is None, cancel_futures=True)
 
     def _join(self, raise_after: int) -> None:
@@ -133,11 +132,11 @@ class CheckpointSaver:
             raise
         seconds = time.perf_counter() - start
         facts = {EPHEMERAL: True} if EPHEMERAL in state else {}
-        stays = ", until the next one," if facts else ""
+        until = ", until the next one," if facts else ""
         self._events.emit(
             "saved",
             step,
-            f"step {step}: saved {step_folder(self._run, step)}{stays} in {seconds:.1f} s; training waited "
+            f"step {step}: saved {step_folder(self._run, step)}{until} in {seconds:.1f} s; training waited "
             f"{stall:.2f} s",
             stall_seconds=stall,
             seconds=seconds,
@@ -147,7 +146,7 @@ class CheckpointSaver:
     def _write_locally(self, step: int, copies: Mapping[str, FlatPiece], state: dict[str, Any]) -> None:
         assert self._local_folder is not None
         try:
-            who = self._processes.rank, self._processes.world_size
-            local.save(self._local_folder, step, *who, copies, state, self._latest)
-        except (UserError, OSError) as error:  # of one rank alone, so it must not change what the ranks do together
+            ranks = self._processes.rank, self._processes.world_size
+            local.save(self._local_folder, step, *ranks, copies, state, self._latest)
+        except (UserError, OSError) as error:  # of one rank only, so it must not change what the ranks do together
             print_error(UserError(f"step {step}: no node-local checkpoint: {error}"))

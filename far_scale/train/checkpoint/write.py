@@ -1,4 +1,4 @@
-"""Writing one checkpoint, all ranks together, so that at no instant the last good one is not there."""
+"""Writes one checkpoint, all ranks together, so that the last good one exists at every moment."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from far_scale.distributed.process_group import all_gather_objects
 from far_scale.train.checkpoint.folders import EPHEMERAL, checksums, clear_parts, commit, finalize
-from far_scale.train.checkpoint.pieces import FlatPiece, explained, write
+from far_scale.train.checkpoint.pieces import FlatPiece, to_user_error, write
 from far_scale.train.checkpoint.run_dir import latest_stamp, step_folder
 from far_scale.utils.errors import UserError, print_warning
 
@@ -28,47 +28,48 @@ def save(
 ) -> str | None:
     """Write one checkpoint, then remove all but the newest `keep`.
 
-    Every rank of `group` calls this; without process groups one process writes all.
+    Every rank of `group` calls this; without process groups one process writes everything.
 
     Args:
         run: the run directory.
         step: steps done.
         pieces: this rank's pieces by the tensors' names.
-        state: what goes into state.json (rank 0's is written).
+        state: for state.json (rank 0's is written).
         keep: whole checkpoints to keep, at least 1.
-        group: of CPU tensors; the default one where None.
+        group: for CPU tensors; None for the default one.
 
     Returns:
-        `latest_stamp` of the run after it, the same on every rank.
+        `latest_stamp` of the run afterwards, the same on every rank.
 
     Raises:
-        UserError: on every rank, if one of them could not write, as on a full disk; the checkpoints before are
-            untouched.
+        UserError: on every rank, if one of them could not write, as on a full disk; earlier checkpoints are untouched.
     """
     folder = step_folder(run, step)
     beside = folder.with_name(folder.name + ".part")
     rank = dist.get_rank(group) if dist.is_initialized() else 0
     try:
-        with _Together(folder, group) as begin:
+        with _OnAllRanks(folder, group) as begin:
             if rank == 0:
-                beside.mkdir(parents=True, exist_ok=True)  # so that there is a folder to clear
+                beside.mkdir(parents=True, exist_ok=True)  # so that `clear_parts` finds a folder
                 clear_parts(beside.parent)
                 beside.mkdir()
         begin.check()
         try:
             written = write(beside, pieces, group)
-        except dcp.api.CheckpointException as error:
-            # PyTorch's writer tells a full disk as a file position it did not expect, so the disk itself is asked.
-            need = sum(piece.data.numel() * piece.data.element_size() for piece in pieces.values())
-            full = shutil.disk_usage(beside).free < need
-            raise _no_space(folder) if any(all_gather_objects(full, group)) else explained(error, folder) from error
-        with _Together(folder, group) as sums:
-            rest = [path for path in beside.glob(f"__{rank}_*") if path.name not in written]
-            for path in rest:
+        except CheckpointException as error:
+            # PyTorch's writer reports a full disk as an unexpected file position, so check the disk itself.
+            needed = sum(piece.data.numel() * piece.data.element_size() for piece in pieces.values())
+            is_full = shutil.disk_usage(beside).free < needed
+            raise (
+                _no_space(folder) if any(all_gather_objects(is_full, group)) else to_user_error(error, folder)
+            ) from error
+        with _OnAllRanks(folder, group) as sums:
+            unhashed = [path for path in beside.glob(f"__{rank}_*") if path.name not in written]
+            for path in unhashed:
                 print_warning(f"{folder / path.name}: was not written in order, so it is read again for its SHA-256")
-            sums.value = {**written, **checksums(rest)}
+            sums.value = {**written, **checksums(unhashed)}
         parts = sums.check()
-        with _Together(folder, group) as end:
+        with _OnAllRanks(folder, group) as end:
             if rank == 0:
                 finalize(beside, {"step": step, **state}, {name: sum_ for part in parts for name, sum_ in part.items()})
                 commit(beside, folder, keep, ephemeral=EPHEMERAL in state)
@@ -81,32 +82,32 @@ def save(
         raise
 
 
-class _Together:
-    """A part of the work that every rank does by itself: `check` tells all of them what went wrong on any."""
+class _OnAllRanks:
+    """Work that every rank does by itself; afterwards `check` raises on all ranks if one failed."""
 
     def __init__(self, folder: Path, group: dist.ProcessGroup | None) -> None:
         self._folder, self._group = folder, group
         self._error: str | None = None
         self.value: Any = None
 
-    def __enter__(self) -> _Together:
+    def __enter__(self) -> _OnAllRanks:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
         if isinstance(error, OSError):
-            full = error.errno == errno.ENOSPC
-            self._error = str(_no_space(self._folder) if full else f"{self._folder}: {error}")
+            is_full = error.errno == errno.ENOSPC
+            self._error = str(_no_space(self._folder) if is_full else f"{self._folder}: {error}")
         elif isinstance(error, UserError):
             self._error = str(error)
         return self._error is not None
 
     def check(self) -> list[Any]:
         """All ranks' `value`s; raises UserError on all of them if one failed."""
-        told = all_gather_objects((self._error, self.value), self._group)
-        errors = [error for error, _ in told if error is not None]
+        results = all_gather_objects((self._error, self.value), self._group)
+        errors = [error for error, _ in results if error is not None]
         if errors:
             raise UserError(errors[0])
-        return [value for _, value in told]
+        return [value for _, value in results]
 
 
 def _no_space(folder: Path) -> UserError:

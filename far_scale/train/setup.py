@@ -1,0 +1,150 @@
+"""What a run opens before its first step: data, start weights, engine, monitor and batches, from the recipe."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from far_scale.config.recipe import Recipe
+from far_scale.config.schema import ObjectiveSection
+from far_scale.data.loader.mixture import Mixture, MixtureManifest
+from far_scale.data.loader.pack_loader import PackLoader
+from far_scale.data.loader.packing import PackingConfig
+from far_scale.data.loader.scaling import LatentScaling
+from far_scale.data.shards.manifest import Manifest
+from far_scale.data.shards.shard_set import ShardSet
+from far_scale.distributed.process_group import Processes, set_timeouts
+from far_scale.health.straggler import StragglerDetector
+from far_scale.model import FAR
+from far_scale.train.costs import max_activation_bytes, peak_flops
+from far_scale.train.curriculum import Stage
+from far_scale.train.device_prefetch import DevicePrefetch
+from far_scale.train.engine import compute_dtype, start_engine
+from far_scale.train.held_out import HeldOut, ValidationVideos, open_held_out
+from far_scale.train.metrics import Monitor
+from far_scale.train.resume_lanes import LaneStates
+from far_scale.train.shard_sets import open_sets
+from far_scale.train.sharding import Sharding, choose_sharding
+from far_scale.train.start_weights import start_from
+from far_scale.train.wandb_run import WandbRun
+from far_scale.utils.event_log import EventLog
+
+OpenVideos = Callable[[Recipe, ShardSet, Stage, LatentScaling, torch.dtype, Processes, EventLog], ValidationVideos]
+"""Opens what samples validation videos from held-out clips. An argument of `train`, since sampling and evaluation are
+built on top of the training code."""
+
+
+class RunData(NamedTuple):
+    """The data of a run.
+
+    Attributes:
+        shard_sets: of the stages to come, by the stage's index.
+        manifest: of data.shards; its autoencoder and scaling hold for all stages.
+        scaling: of the latents.
+        held_out: for validation, or None.
+    """
+
+    shard_sets: dict[int, ShardSet | Mixture]
+    manifest: Manifest | MixtureManifest
+    scaling: LatentScaling
+    held_out: HeldOut | None
+
+
+def open_data(
+    recipe: Recipe,
+    plan: Sequence[Stage],
+    start: int,
+    processes: Processes,
+    events: EventLog,
+    open_videos: OpenVideos,
+) -> RunData:
+    """Open and check the data of the stages that are not over after `start` steps; every rank calls it."""
+    to_come = [stage for stage in plan if stage.end > start]
+    shard_sets, manifest = open_sets(recipe.data, to_come, processes, events, start)
+    scaling, dtype = LatentScaling.of(manifest, recipe.data.scaling), compute_dtype(recipe.train)
+    held_out = open_held_out(
+        recipe.validation,
+        recipe.held_out_shards(),
+        recipe.objective,
+        recipe.data,
+        recipe.seed,
+        [stage for stage in plan if stage.end >= start],  # the validation of one that is just over may be missing
+        manifest,
+        scaling,
+        processes,
+        events,
+        start,
+        lambda shards: open_videos(recipe, shards, plan[-1], scaling, dtype, processes, events),
+    )
+    return RunData(shard_sets, manifest, scaling, held_out)
+
+
+def load_start(model: FAR, recipe: Recipe, data: RunData, accept_changes: bool) -> str:
+    """Load the weights of train.start_from into `model`; returns a line that says so."""
+    manifest = data.shard_sets[min(data.shard_sets)].manifest
+    folder = str(recipe.train.start_from)
+    return start_from(model, folder, manifest, data.scaling, recipe.data.frame_stride, accept_changes)
+
+
+def shard_model(
+    model: FAR, recipe: Recipe, plan: Sequence[Stage], data: RunData, processes: Processes
+) -> tuple[Any, Sharding]:
+    """The engine around `model`, and how it is sharded; `plan` has the stages to come."""
+    sharding = choose_sharding(
+        recipe.train,
+        recipe.data.lanes,
+        sum(parameter.numel() for parameter in model.parameters()),
+        processes,
+        lambda: max_activation_bytes(model.config, recipe.train, recipe.seed, plan, data.shard_sets),
+    )
+    packs_per_step = recipe.data.lanes // processes.world_size
+    engine = start_engine(model, recipe.optimizer, recipe.train, packs_per_step, processes, sharding)
+    set_timeouts(processes)  # of DeepSpeed's groups
+    return engine, sharding
+
+
+def open_monitor(
+    recipe: Recipe, processes: Processes, dtype: torch.dtype, start: int, identity: str, stragglers: StragglerDetector
+) -> Monitor:
+    run = Path(recipe.run_dir)
+    return Monitor(
+        run,
+        recipe.log,
+        recipe.train,
+        len(recipe.curriculum),
+        processes,
+        peak_flops(processes.device, dtype),
+        start,
+        lambda: WandbRun(recipe.log.wandb, recipe.name, recipe.model_dump(mode="json"), identity, run),
+        stragglers,
+    )
+
+
+@contextlib.contextmanager
+def prefetched_batches(
+    stage: Stage,
+    shard_set: ShardSet | Mixture,
+    scaling: LatentScaling,
+    packing: PackingConfig,
+    first: int,
+    lanes: LaneStates | None,
+    objective: ObjectiveSection,
+    processes: Processes,
+) -> Iterator[DevicePrefetch]:
+    """This rank's batches of a stage from step `first` (from 0) on, on the device.
+
+    Args:
+        lanes: the lanes' states, or None where they begin.
+    """
+    own_lanes = list(range(processes.rank, stage.data.lanes, processes.world_size))
+    ahead = (stage.data.prefetch, stage.data.prefetch_bytes)
+    with (
+        PackLoader(shard_set, scaling, own_lanes, packing, first, lanes, *ahead) as packs,
+        DevicePrefetch(packs, objective, stage.config, packing.seed, processes.device) as batches,
+        contextlib.closing(packs),  # before DevicePrefetch, which may be waiting for it
+    ):
+        yield batches
