@@ -1,39 +1,7 @@
 #!/usr/bin/env python
-"""Record episodes of the demo world (ViZDoom mazes) as .npz files. Complete episodes are kept."""
+"""Record episodes of the demo world: the command `far-scale record-demo`."""
 
-from __future__ import annotations
-
-import argparse
-import os
-from pathlib import Path
-
-from far_scale.data.demo.episodes import record_episodes
-from far_scale.utils.command_line import command_line
-from far_scale.utils.errors import UserError
-from far_scale.utils.rng import MAX_SEED
-
-
-@command_line
-def main() -> None:
-    cores = len(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the episodes' folder")
-    parser.add_argument("--episodes", type=int, default=64, help="number of episodes")
-    parser.add_argument("--frames", type=int, default=256, help="frames of an episode")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first episode; the next ones count up")
-    parser.add_argument("--workers", type=int, default=cores, help="processes; the result is the same")
-    arguments = parser.parse_args()
-    for name, least in (("episodes", 1), ("frames", 1), ("seed", 0), ("workers", 1)):
-        if getattr(arguments, name) < least:
-            raise UserError(f"--{name} {getattr(arguments, name)}: it must be at least {least}")
-    if arguments.seed + arguments.episodes - 1 > MAX_SEED:
-        raise UserError(
-            f"--seed {arguments.seed}: the seeds of {arguments.episodes} episodes go past 2^64 - 1; lower it"
-        )
-    seeds = range(arguments.seed, arguments.seed + arguments.episodes)
-    paths = record_episodes(arguments.out, seeds, arguments.frames, arguments.workers)
-    print(f"{arguments.out}: {len(paths)} episodes of {arguments.frames} frames")
-
+from far_scale.cli.record_demo import main
 
 if __name__ == "__main__":
     main()

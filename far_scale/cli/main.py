@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import runpy
 import sys
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import far_scale
 from far_scale.utils.command_line import command_line
@@ -88,21 +86,8 @@ def main() -> None:
 def _run(command: Command) -> None:
     if command.is_script:
         runpy.run_module(command.module, run_name="__main__")
-    elif importlib.util.find_spec(command.module) is not None:
-        importlib.import_module(command.module).main()
     else:
-        _load_tool(command.module.rpartition(".")[2]).main()
-
-
-def _load_tool(name: str) -> Any:
-    """A tool that is not in the package yet, from the checkout's tools/."""
-    path = Path(far_scale.__file__).parents[1] / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise UserError(f"{path}: no such file; install far_scale from a checkout (pip install --editable .)")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        importlib.import_module(command.module).main()
 
 
 if __name__ == "__main__":
