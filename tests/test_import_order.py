@@ -12,6 +12,7 @@ import far_scale
 PACKAGE = Path(far_scale.__file__).parent
 
 LAYERS = (
+    "far_scale.cli",
     "far_scale.play",
     "far_scale.slurm",
     "far_scale.evaluation",
@@ -154,3 +155,10 @@ def test_cycles_are_found() -> None:
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == [["a", "b", "c"]]
     assert cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_the_architecture_page_lists_the_same_order() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    folders = [layer.replace(".", "/") for layer in LAYERS]
+    positions = [text.find(f"| `{folder}/` |") for folder in folders if (PACKAGE.parent / folder).is_dir()]
+    assert -1 not in positions and positions == sorted(positions)

@@ -84,7 +84,3 @@ def main() -> None:
         f"{arguments.out}: {len(manifest.shards)} shards, {manifest.samples} samples, {manifest.frames} frames"
         + (f"; some samples are rejected, see {rejected}" if rejected.exists() else "")
     )
-
-
-if __name__ == "__main__":
-    main()

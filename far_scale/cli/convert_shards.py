@@ -29,7 +29,3 @@ def main() -> None:
         f"{arguments.out}: {len(made.shards)} shards, {made.samples} samples, "
         f"{sum(shard.bytes for shard in made.shards) / 1e6:.1f} MB"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -97,7 +97,3 @@ def main() -> None:
         f"{arguments.out}: {len(manifest.shards)} shards, {manifest.samples} samples, {manifest.frames} frames"
         + (f"; {rejected} videos rejected, see {arguments.out / REJECTED_NAME}" if rejected else "")
     )
-
-
-if __name__ == "__main__":
-    main()

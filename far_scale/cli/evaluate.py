@@ -130,7 +130,3 @@ def main() -> None:
             print(f"{arguments.out}: task {shard.task} of {shard.tasks} has computed its batches")
         elif scores is not None and processes.is_main_process:
             print(f"{format_table(scores)}\n{arguments.out}: {', '.join(result_files(arguments.out))}")
-
-
-if __name__ == "__main__":
-    main()

@@ -26,7 +26,3 @@ def main() -> None:
     step, is_written = export_if_needed(args.source, args.step, args.weights, args.out)
     result = "exported" if is_written else "exist already and are intact: not written again"
     print(f"{args.out}: {args.weights} weights of step {step} {result}")
-
-
-if __name__ == "__main__":
-    main()

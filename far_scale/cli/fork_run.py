@@ -18,7 +18,3 @@ def main() -> None:
     args = parser.parse_args()
     fork(args.run, args.step, args.out)
     print(f"train it: python -m far_scale.train {args.out / 'recipe.yaml'} [key=value ...] [--accept-changes]")
-
-
-if __name__ == "__main__":
-    main()

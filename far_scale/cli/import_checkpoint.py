@@ -38,7 +38,3 @@ def main() -> None:
     print(f"{args.out}: {describe(config)}")
     if args.shards is None:
         print("only weights: give --shards to sample from it")
-
-
-if __name__ == "__main__":
-    main()

@@ -34,7 +34,3 @@ def main() -> None:
     if arguments.png:
         inspect.save_contact_sheet(shard_set, arguments.png)
         print(f"picture:     {arguments.png}")
-
-
-if __name__ == "__main__":
-    main()

@@ -77,7 +77,3 @@ def main() -> None:
     missing = [network for network in requested if network not in cached]
     for network, imported in zip(missing, import_from_index(missing), strict=True):
         report(network, imported)
-
-
-if __name__ == "__main__":
-    main()

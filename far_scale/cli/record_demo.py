@@ -32,7 +32,3 @@ def main() -> None:
     seeds = range(arguments.seed, arguments.seed + arguments.episodes)
     paths = record_episodes(arguments.out, seeds, arguments.frames, arguments.workers)
     print(f"{arguments.out}: {len(paths)} episodes of {arguments.frames} frames")
-
-
-if __name__ == "__main__":
-    main()

@@ -32,7 +32,3 @@ def main() -> None:
         return
     for key, name in (("prediction", "prediction"), ("repeat_last", "repeat the last given frame")):
         print(f"  {name:28} PSNR {report[key]['psnr']:6.2f} dB   SSIM {report[key]['ssim']:.4f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -65,7 +65,3 @@ def main() -> None:
     print(f"against the {report['truth']} of {report['truth_frames']} frames:")
     for name in ("prediction", "repeat_last"):
         print(f"  {name:12} PSNR {report[name]['psnr']:6.2f} dB   SSIM {report[name]['ssim']:.4f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -43,7 +43,3 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
         is_done = train_autoencoder(recipe, paths, command, processes, signals)
     stop_processes()
     return DONE if is_done else REQUEUE
-
-
-if __name__ == "__main__":
-    main()

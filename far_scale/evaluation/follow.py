@@ -30,9 +30,9 @@ from far_scale.evaluation.scores_by_step import (
 from far_scale.evaluation.tables import LABELS, format_score
 from far_scale.train.checkpoint.export import export_if_needed
 from far_scale.train.checkpoint.folders import damage, is_ephemeral
-from far_scale.train.checkpoint.run_dir import existing_steps, run_identity, step_folder
 from far_scale.train.lease import NAME as LEASE
 from far_scale.train.lease import Lease
+from far_scale.train.run_dir import existing_steps, run_identity, step_folder
 from far_scale.train.wandb_run import STEP_KEY, ScoreRows, WandbRun
 from far_scale.utils.errors import UserError, print_warning
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from far_scale.distributed.exit_codes import DONE, REFUSED, REQUEUE
 from far_scale.slurm.job import Job, JobState, early_warning, query_state, requeue
 from far_scale.slurm.snapshot import ACCEPT, REFUSED_MARKER, make_snapshot, read_submission
-from far_scale.train.checkpoint.run_dir import latest_step
+from far_scale.train.run_dir import latest_step
 from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import EventLog, read_events
 

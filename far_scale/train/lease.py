@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from far_scale.distributed.exit_codes import REFUSED
 from far_scale.distributed.process_group import Processes, broadcast_from_main
-from far_scale.train.checkpoint.run_dir import directory_id, is_copy
+from far_scale.train.run_dir import directory_id, is_copy
 from far_scale.utils.errors import UserError, print_error, print_warning
 from far_scale.utils.event_log import EventLog
 from far_scale.utils.hosts import host_name

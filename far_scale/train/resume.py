@@ -13,13 +13,13 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import Processes, all_gather_objects, broadcast_from_main
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import local
-from far_scale.train.checkpoint.run_dir import existing_steps, latest_stamp, no_step_up_to, read_latest, run_identity
 from far_scale.train.curriculum import Stage
 from far_scale.train.deepspeed_adapter import use_loaded_weights
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import set_adam_step
 from far_scale.train.resume_checks import check_fits, check_same_classes, find_changes
 from far_scale.train.resume_lanes import LaneStates, resume_lanes
+from far_scale.train.run_dir import existing_steps, latest_stamp, no_step_up_to, read_latest, run_identity
 from far_scale.train.run_state import training_pieces
 from far_scale.train.step_guard import StepGuard
 from far_scale.utils.errors import UserError

@@ -12,7 +12,7 @@ import torch
 from far_scale.slurm.lifecycle import checkpoint_step
 from far_scale.train.checkpoint import FlatPiece, local, point_at, quarantine, step_folder
 from far_scale.train.checkpoint.folders import commit
-from far_scale.train.checkpoint.run_dir import latest_stamp, latest_step, run_identity, steps_to_try
+from far_scale.train.run_dir import latest_stamp, latest_step, run_identity, steps_to_try
 from harness.refusal import refused
 
 

@@ -19,7 +19,7 @@ from far_scale.evaluation.protocol import load_protocol
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
 from far_scale.train.checkpoint.folders import is_ephemeral
-from far_scale.train.checkpoint.run_dir import existing_steps, latest_step
+from far_scale.train.run_dir import existing_steps, latest_step
 from far_scale.utils.event_log import read_events
 from far_scale.utils.io import read_json
 from harness.launch import ROOT, small_recipe

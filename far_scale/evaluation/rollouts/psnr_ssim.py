@@ -6,7 +6,6 @@ import math
 from typing import TypedDict
 
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 PSNR_CAP = 100.0  # dB, for equal frames: JSON has no infinity
 
@@ -91,6 +90,9 @@ def frame_ssim(frames: Tensor, truth: Tensor) -> Tensor:
     SSIM of Wang et al. (2004) as torchmetrics computes it: a Gaussian window of std 1.5, mirrored borders, and the
     mean over channels and all pixels of a frame.
     """
+    # Here, for it loads matplotlib: half a second of each training's start.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     ssim = structural_similarity_index_measure(frames, truth, data_range=1.0, reduction="none")
     assert isinstance(ssim, Tensor)  # it is a pair only where the full image is asked for
     return ssim

@@ -16,7 +16,7 @@ from far_scale.evaluation.rollouts.runner import evaluate_rollout, load_for_samp
 from far_scale.model import FAR
 from far_scale.sampling.config import SamplingConfig
 from far_scale.train.checkpoint.folders import CHECKSUMS, fingerprint
-from far_scale.train.checkpoint.run_dir import step_folder
+from far_scale.train.run_dir import step_folder
 from far_scale.utils.errors import print_warning
 from far_scale.utils.io import check_writable, parse_json, sha256, write_json
 

@@ -96,12 +96,15 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 def _one_pass(function: _Function) -> _Function:
     """Compile a function for GPUs into one pass over memory; uncompiled, it takes longer than the attention kernels."""
-    compiled = torch.compile(function, dynamic=True)
+
+    @functools.cache
+    def compiled() -> Callable[..., object]:
+        return torch.compile(function, dynamic=True)  # at its first use: this loads the compiler, for a second
 
     @functools.wraps(function)
     def run(*args: Tensor | None) -> object:
         on_gpu = any(x is not None and x.is_cuda for x in args)
-        return (compiled if on_gpu else function)(*args)
+        return (compiled() if on_gpu else function)(*args)
 
     return cast(_Function, run)
 

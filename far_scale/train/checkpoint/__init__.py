@@ -8,17 +8,11 @@ held; a reader can ask for any other pieces. So neither the rank count nor the Z
 process can read any of it.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from far_scale.train.checkpoint.folders import damage, fingerprint, point_at, quarantine, read_state
-    from far_scale.train.checkpoint.metadata import read_metadata
-    from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy, load
-    from far_scale.train.checkpoint.run_dir import latest_step, step_folder, steps_to_try
-    from far_scale.train.checkpoint.write import save
+from far_scale.train.checkpoint.folders import damage, fingerprint, point_at, quarantine, read_state
+from far_scale.train.checkpoint.metadata import read_metadata
+from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy, load
+from far_scale.train.checkpoint.write import save
+from far_scale.train.run_dir import latest_step, step_folder, steps_to_try
 
 __all__ = [
     "FlatPiece",
@@ -35,26 +29,3 @@ __all__ = [
     "step_folder",
     "steps_to_try",
 ]
-
-_MODULES = {
-    "FlatPiece": "pieces",
-    "HostCopy": "pieces",
-    "damage": "folders",
-    "fingerprint": "folders",
-    "latest_step": "run_dir",
-    "load": "pieces",
-    "point_at": "folders",
-    "quarantine": "folders",
-    "read_metadata": "metadata",
-    "read_state": "folders",
-    "save": "write",
-    "step_folder": "run_dir",
-    "steps_to_try": "run_dir",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name on first use: the launchers import `run_dir` on hosts without torch."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from far_scale.config.recipe import load_recipe
-from far_scale.train.checkpoint.run_dir import damaged_folder, existing_steps, latest_step, step_folder
+from far_scale.train.run_dir import damaged_folder, existing_steps, latest_step, step_folder
 from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import EventLog, lines_up_to
 from far_scale.utils.io import atomic_write, read_json, sha256, sync_folder, write_json

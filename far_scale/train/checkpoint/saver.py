@@ -15,8 +15,8 @@ from far_scale.distributed.process_group import Processes
 from far_scale.train.checkpoint import local
 from far_scale.train.checkpoint.folders import EPHEMERAL
 from far_scale.train.checkpoint.pieces import FlatPiece, HostCopy
-from far_scale.train.checkpoint.run_dir import step_folder
 from far_scale.train.checkpoint.write import save
+from far_scale.train.run_dir import step_folder
 from far_scale.utils.errors import UserError, print_error
 from far_scale.utils.event_log import EventLog
 

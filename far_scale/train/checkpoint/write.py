@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from far_scale.distributed.process_group import all_gather_objects
 from far_scale.train.checkpoint.folders import EPHEMERAL, checksums, clear_parts, commit, finalize
 from far_scale.train.checkpoint.pieces import FlatPiece, to_user_error, write
-from far_scale.train.checkpoint.run_dir import latest_stamp, step_folder
+from far_scale.train.run_dir import latest_stamp, step_folder
 from far_scale.utils.errors import UserError, print_warning
 
 
