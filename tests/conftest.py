@@ -16,7 +16,9 @@ EPISODE_SEED = 10_900  # held-out seeds, which the autoencoder was not trained o
 
 LONGEST_FIRST = (
     "test_slurm.py",
-    "test_drill.py",
+    "test_drill_kills.py",
+    "test_drill_guard.py",
+    "test_drill_stops.py",
     "test_training.py",
     "test_restarts.py",
     "test_site.py",

@@ -91,7 +91,9 @@ def test_warning_then_time_limit_then_scancel(cluster: Cluster, recorded_shards:
         cluster.run("scontrol", "update", f"jobid={job}", update)
         cluster.until(job, "requeued", lambda: cluster.show(job)["Restarts"] == str(restarts))
         cluster.run("scontrol", "update", f"jobid={job}", "timelimit=30")
-        saved = steps_logged(run)[-1]
+        # The log may lack its last lines when SLURM shows the requeue.
+        cluster.until(job, "stopped", lambda: len(events(run, "stopped")) == restarts)
+        saved: int = events(run, "stopped")[-1]["step"]
         cluster.until(job, "goes on", lambda: len(steps_logged(run)) >= saved + 3)
         return saved
 
