@@ -61,6 +61,12 @@ def test_row_is_the_remainder_and_then_whole_shards_in_sequence() -> None:
     assert [sample.shard for sample in together[:29]] != [sample.shard for sample in together[29:58]]
 
 
+def test_each_lane_and_epoch_has_its_own_shuffle() -> None:
+    order = LaneOrder([80], 4, seed=1, shuffle_window=20)
+    shuffles = {tuple(order.shuffle(epoch, lane, 0, 20)) for epoch in range(3) for lane in range(4)}
+    assert len(shuffles) == 12
+
+
 def test_shuffle_stays_in_its_window_and_moves() -> None:
     plain = LaneOrder([64], 2, seed=1, shuffle_window=1)
     mixed = LaneOrder([64], 2, seed=1, shuffle_window=10)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -9,6 +11,7 @@ from far_scale.config.schema import ObjectiveSection
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.model import FARConfig
 from far_scale.train.flow_matching import add_noise, pack_loss
+from far_scale.utils.rng import generator
 
 CONFIG = FARConfig(layers=1, heads=1, channels=2, window=20000, actions=4, condition_dropout=0.25)
 
@@ -61,6 +64,14 @@ def test_timesteps_are_logit_normal() -> None:
     torch.testing.assert_close(quartiles, torch.tensor([338.0, 500.0, 662.0]), rtol=0, atol=8)
     uniform = add_noise(pack((20000,)), ObjectiveSection(timesteps="uniform", clean_frame_ratio=0.0), CONFIG, seed=0)
     assert abs(uniform.timesteps.quantile(0.25).item() - 250) < 10
+
+
+def test_timesteps_are_counted_down_from_1000() -> None:
+    """t = 1000 - floor(1000 u), so u in [0, 1/1000) is the whole noise and t is never 0."""
+    noisy = add_noise(pack((20000,)), ObjectiveSection(timesteps="uniform", clean_frame_ratio=0.0), CONFIG, seed=0)
+    u = generator(0, "timesteps", 0, 0).random(20000)
+    assert u.min() < 1e-3 and u.max() >= 0.999
+    assert noisy.timesteps.tolist() == [1000 - math.floor(1000 * each) for each in u]
 
 
 def test_conditions_are_dropped_to_the_null_class() -> None:
