@@ -80,7 +80,7 @@ def test_saves_are_timed_with_each_kind_of_checksum(tmp_path: Path) -> None:
 
 def test_a_kernel_that_is_not_usable_is_refused(tmp_path: Path) -> None:
     finished = run("attention", "--kernels", "flash-attn-2", "--out", tmp_path)
-    assert finished.returncode == 2 and "--kernels flash-attn-2: runs on NVIDIA GPUs alone" in finished.stderr
+    assert finished.returncode == 2 and "--kernels flash-attn-2: runs only on NVIDIA GPUs" in finished.stderr
 
 
 def test_a_rival_that_fails_does_not_take_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,8 +196,8 @@ class Ranks(list[Any]):
     def wait(self, timeout: float = 600) -> list[int]:
         """Exit statuses of all. As by srun --kill-on-bad-exit the others are killed as soon as one ends badly."""
         end = time.monotonic() + timeout
-        while any(process.poll() is None for process in self):
-            if any(process.returncode not in (None, *ENDS_WELL) for process in self):
+        while None in (statuses := [process.poll() for process in self]):
+            if any(status not in (None, *ENDS_WELL) for status in statuses):
                 self.kill()
             assert time.monotonic() < end, f"still running after {timeout} s"
             time.sleep(0.005)

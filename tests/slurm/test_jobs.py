@@ -356,7 +356,7 @@ def test_training_here_goes_the_same_way(recorded_shards: Path, tmp_path: Path) 
     run = tmp_path / "run"
     size = ["--gpus-per-node", 0, "--cpus-per-task", 1, "--time", 30]
     arguments = [*small_recipe(recorded_shards, run), *size, "--local"]
-    done = run(ROOT / "tools" / "submit.py", *arguments)
+    done = run_program(ROOT / "tools" / "submit.py", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (run / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))

@@ -302,7 +302,7 @@ def test_a_held_out_set_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     for name, words in {
         "encoded": "the latents are by some-autoencoder (111111111111), those of data.shards by some-autoencoder (0",
         "actions": "model.condition=action does not fit the shard set",
-        "short": "whose shortest sample has 2 frames and 3 are needed",
+        "short": "the shortest sample has 2 frames and 3 are needed",
         "missing": "there is no shard set's manifest here",
         "damaged": "truncated (0 bytes",
     }.items():
