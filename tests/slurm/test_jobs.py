@@ -25,6 +25,7 @@ from far_scale.slurm.submit import check_size, draft, submit, train_here
 from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import EventLog, read_events
 from harness.launch import ROOT, environment, small_recipe
+from harness.processes import run as run_program
 
 RUNNING = JobState("RUNNING", "None", may_requeue=True)
 
