@@ -51,7 +51,7 @@ def check_nodes(
 
     Raises:
         UserError: on all ranks alike: a device calculates wrongly or is full, a disk is full, or the ranks do not all
-            have the same code, recipe and versions. Names the ranks, their nodes and the mend.
+            have the same code, recipe and versions. Names the ranks, their nodes and the fix.
     """
     hosts = all_gather_objects(host_name(), processes.host_group)
     report = examine(processes.rank, hosts[processes.rank], processes.device, dtype, shared_values, folders)

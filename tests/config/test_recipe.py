@@ -375,7 +375,7 @@ IMPOSSIBLE = {
 def test_impossible_combination(overrides: tuple[str, ...], folder: Path) -> None:
     message = refusal("whole", *overrides)
     assert IMPOSSIBLE[overrides] in message
-    assert ";" in message  # the mend
+    assert ";" in message  # the fix
 
 
 def test_limits_that_are_still_possible(folder: Path) -> None:

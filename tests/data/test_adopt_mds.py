@@ -154,17 +154,17 @@ COLUMN_SETS: list[tuple[dict[str, str], Callable[[Sample], dict[str, Any]], dict
 ]
 
 
-@pytest.mark.parametrize(("columns", "samples", "wishes"), COLUMN_SETS)
+@pytest.mark.parametrize(("columns", "samples", "options"), COLUMN_SETS)
 def test_columns_of_every_encoding(
-    tmp_path: Path, columns: dict[str, str], samples: Callable[[Sample], dict[str, Any]], wishes: dict[str, Any]
+    tmp_path: Path, columns: dict[str, str], samples: Callable[[Sample], dict[str, Any]], options: dict[str, Any]
 ) -> None:
     theirs = write_mds_set(tmp_path / "theirs", columns, samples, frames=[24] * 12)
-    adopted(theirs, tmp_path / "set", **wishes)
+    adopted(theirs, tmp_path / "set", **options)
     for number, sample in enumerate(read_all(tmp_path / "set")):
         made = make_sample(number, 24)
         assert torch.equal(sample.latents.bfloat16(), made.latents) and sample.fps == 8
-        assert sample.label == (made.label if "labels" in wishes else None)
-        if "actions" in wishes:
+        assert sample.label == (made.label if "labels" in options else None)
+        if "actions" in options:
             assert torch.equal(sample.actions, made.actions)
         assert sample.source == (f"a/{made.key}" if "id" in columns else sample.key)
     inspect.verify(ShardSet.open(tmp_path / "set"))
@@ -200,11 +200,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ("index.json", whole["index.json"], {"label_in": "x", "labels": 3}, "it has no x, but the members"),
         ("index.json", whole["index.json"], {"labels": 2}, "its label is 2, and the set has the labels 0 to 1"),
     ]
-    for number, (file, data, wishes, word) in enumerate(cases):
+    for number, (file, data, options, word) in enumerate(cases):
         (theirs / file).write_bytes(data or b"")
         if data is None:
             (theirs / file).unlink()
-        refused(lambda: adopted(theirs, tmp_path / str(number), **wishes), str(theirs), word)  # noqa: B023
+        refused(lambda: adopted(theirs, tmp_path / str(number), **options), str(theirs), word)  # noqa: B023
         (theirs / file).write_bytes(whole[file])
     write_tars(tmp_path / "tars", FRAMES[:2], 2, as_npy)
     (tmp_path / "both.txt").write_text("tars\ntheirs\n")

@@ -280,8 +280,8 @@ def test_shards_of_others_may_have_the_same_keys(
         data = save({"latent": sample.latents, "action": sample.actions})
         tar_of(tmp_path / "theirs" / f"{shard}.tar", {"0.safetensors": data})
     m = own.manifest
-    wishes = {"layout": "FCHW", "actions": m.actions, "fps": 8.0}
-    adopted(tmp_path / "theirs", tmp_path / "set", autoencoder=m.autoencoder.name, **wishes)
+    options = {"layout": "FCHW", "actions": m.actions, "fps": 8.0}
+    adopted(tmp_path / "theirs", tmp_path / "set", autoencoder=m.autoencoder.name, **options)
     protocol = load_protocol(protocol_file(clips={"count": 2}))
     source = ClipSource(shards=tmp_path / "set")
     evaluation = open_evaluation(model_dir, None, protocol, tmp_path / "s", source, CPU, first=True)

@@ -117,10 +117,10 @@ def adopted(
     max_rejected: float = 0.0,
     autoencoder: str = FACTS.autoencoder.name,
     classes: tuple[str, ...] | None = None,
-    **wishes: Any,
+    **options: Any,
 ) -> Manifest:
     """Adopt a source."""
-    return adopt(find_shards([str(source)]), out, autoencoder, FormatOptions(**wishes), classes, max_rejected)
+    return adopt(find_shards([str(source)]), out, autoencoder, FormatOptions(**options), classes, max_rejected)
 
 
 def packs_of(

@@ -1,4 +1,4 @@
-"""What a user is told: one line, with all that he must know."""
+"""What a user sees of a refusal: one line with the file, the key and the fix."""
 
 from __future__ import annotations
 

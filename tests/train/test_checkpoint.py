@@ -1,4 +1,4 @@
-"""Checkpoints by themselves: whole at every instant of a save, damage found, the right ones kept, changes told."""
+"""Checkpoints by themselves: whole at every instant of a save, damage found, the right ones kept, changes reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad steps: skipped on all ranks with nothing changed, told with lane and keys, and no wait for the device."""
+"""Bad steps: skipped on all ranks with nothing changed, reported with lane and keys, and no wait for the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be wrong with shards: damaged files are told apart from wrong sets, and skipped up to a budget."""
+"""What can be wrong with shards. Damaged shards are skipped up to a budget; wrong sets never are."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Roll-outs: samples beside their ground truth, as pictures, videos and figures."""
