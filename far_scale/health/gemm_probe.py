@@ -50,7 +50,7 @@ class GemmProbe:
         torch.mm(self._left, self._right, out=self._out)
 
     def _cuda_batches(self, batches: int) -> list[float]:
-        times = [torch.cuda.Event(enable_timing=True) for _ in range(batches + 1)]  # type: ignore[no-untyped-call]
+        times = [torch.cuda.Event(enable_timing=True) for _ in range(batches + 1)]
         with torch.cuda.device(self._device):
             times[0].record()
             for end in times[1:]:

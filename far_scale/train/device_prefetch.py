@@ -43,7 +43,7 @@ class DevicePrefetch:
         device: torch.device,
     ) -> None:
         self._objective, self._config, self._seed, self._device = objective, config, seed, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._batches = LookAhead(map(self._make_batch, packs), name="device-prefetch")
 
     def __iter__(self) -> Iterator[Batch]:
@@ -74,6 +74,6 @@ class DevicePrefetch:
             return Batch(packs, [pack.to(self._device) for pack in noisy]), None
         with torch.cuda.stream(self._stream):
             batch = Batch(packs, [pack.pin().to(self._device) for pack in noisy])
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied = torch.cuda.Event()
             copied.record(self._stream)
         return batch, copied

@@ -50,7 +50,7 @@ class Profiler:
         name = f"steps-{self._steps[0]}-{self._steps[-1]}"
         self._profile.export_chrome_trace(str(self._folder / f"{name}.trace.json.gz"))
         if self._on_gpu:
-            torch.cuda.memory._dump_snapshot(str(self._folder / f"{name}.memory.pickle"))  # type: ignore[no-untyped-call]
+            torch.cuda.memory._dump_snapshot(str(self._folder / f"{name}.memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
         self._profile, self._steps = None, range(0)
 
