@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
@@ -182,6 +184,23 @@ def recipe_problems(path: Path, arguments: list[str]) -> list[str]:
         if key and key[1] not in recipe_keys(name == "train_autoencoder"):
             problems.append(f"{key[1]}: no such key")
     return problems
+
+
+@each_page
+def test_python_names_exist(page: Path) -> None:
+    """Those in modules of the package, as in `from far_scale.evaluation.weights import load_i3d`."""
+    text = page.read_text()
+    names = set(re.findall(r"\bfar_scale(?:\.\w+)+", text))
+    for module, imported in re.findall(r"^from (far_scale\S*) import ([\w, ]+)$", text, re.MULTILINE):
+        names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
+    names = {name for name in names if importlib.util.find_spec(".".join(name.split(".")[:2])) is not None}
+    missing = []
+    for name in sorted(names):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            missing.append(name)
+    assert missing == []
 
 
 def test_the_readme_is_short_and_starts_with_what_it_does() -> None:

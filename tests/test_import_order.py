@@ -77,7 +77,7 @@ def layer(module: str) -> int:
 
 
 def is_command_line(module: str) -> bool:
-    return module == "far_scale.recipe" or module.endswith(".__main__")
+    return module in ("far_scale.launch", "far_scale.recipe") or module.endswith(".__main__")
 
 
 def cycles(graph: Mapping[str, set[str]]) -> list[list[str]]:

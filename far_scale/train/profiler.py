@@ -1,4 +1,4 @@
-"""`--profile`: a trace of steps steps and, on a GPU, a memory snapshot (docs/performance.md)."""
+"""`--profile`: a trace of chosen steps and, on a GPU, a memory snapshot (docs/performance.md)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def trace(self, step: int) -> Iterator[None]:
-        """Around step number `step` (from 1); traces it if it was steps."""
+        """Around step number `step` (from 1); traces it if it is among the chosen ones."""
         if step in self._steps and self._profile is None:
             self._begin()
         yield

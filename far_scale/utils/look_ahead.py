@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -61,9 +62,12 @@ class LookAhead(Generic[T]):
         self._closed.set()
         self._room.release()
         self._thread.join()
-        while not isinstance(item := self._ready.get(), _End):
-            pass
-        self._ready.put(item)
+        end = _End(self._closed_error())
+        with contextlib.suppress(queue.Empty):  # not up to the end: a `next` may be interrupted before it puts it back
+            while True:
+                if isinstance(item := self._ready.get_nowait(), _End):
+                    end = item
+        self._ready.put(end)  # for a `next` that is blocked in another thread
 
     def __enter__(self) -> LookAhead[T]:
         return self

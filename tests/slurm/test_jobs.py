@@ -256,9 +256,10 @@ def test_only_a_warning_that_is_certain_refuses_a_job(
     for certain, status, line in ((False, 0, f"warning: {text}{unseen}\n"), (True, 2, f"error: {text}\n")):
         if certain:
             monkeypatch.setenv("SBATCH_SIGNAL", "USR1@300")
-        command = [sys.executable, "-m", "far_scale.slurm", "check"]
-        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (status, line)
+        for module in ("far_scale.slurm", "far_scale.launch"):  # the second by scripts of jobs that are pending
+            command = [sys.executable, "-m", module, "check"]
+            done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (status, line)
 
 
 def test_a_job_that_its_warning_stops_at_once_does_not_start_again(

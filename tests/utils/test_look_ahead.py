@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import queue
 import threading
 import time
 import weakref
@@ -156,6 +157,39 @@ def test_a_caller_that_waits_while_another_closes_gets_an_error(fail_at: int, er
     # A caller that was so late that it found the look-ahead closed gets a ValueError.
     assert len(errors) == 2 and {type(raised) for raised in errors} <= {error, ValueError}
     assert thread_ended("awaited")
+
+
+def test_close_after_an_interrupt_in_next_does_not_wait_for_the_end() -> None:
+    """Ctrl-C may come when `next` has taken the end and not yet put it back."""
+
+    class InterruptedOnce(queue.SimpleQueue):  # type: ignore[type-arg]
+        def put(self, item: object, *_: object) -> None:
+            if threading.current_thread() is caller:
+                raise KeyboardInterrupt
+            super().put(item)
+
+    go = threading.Event()
+
+    def nothing() -> Iterator[int]:
+        go.wait()
+        yield from ()
+
+    items = LookAhead(nothing(), 1, "interrupted")
+    items._ready = InterruptedOnce()
+
+    def take() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            next(items)
+
+    caller = threading.Thread(target=take)
+    go.set()
+    caller.start()
+    caller.join(20)
+    assert not caller.is_alive()
+    closing = threading.Thread(target=items.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive() and thread_ended("interrupted")
 
 
 def test_items_are_freed_when_they_are_taken_or_dropped() -> None:
