@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 import far_scale
 
 PACKAGE = Path(far_scale.__file__).parent
@@ -108,6 +110,7 @@ def cycles(graph: Mapping[str, set[str]]) -> list[list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_imports_run_one_way() -> None:
     upward = [
         f"{module} imports {target}"

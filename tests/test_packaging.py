@@ -30,6 +30,7 @@ def test_every_folder_of_modules_is_a_package() -> None:
     assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
+@pytest.mark.slow
 def test_every_import_is_a_declared_requirement() -> None:
     declared = {name.lower() for name in re.findall(r'"([A-Za-z][\w.-]*?)(?:[<>=].*?)?"', SETUP)}
     imported: dict[str, str] = {}
@@ -129,6 +130,7 @@ def test_the_wheel_has_all_recipes_and_protocols(installed: Path, tmp_path: Path
     assert sorted(path.relative_to(package / "recipes") for path in package.glob("recipes/**/*.yaml")) == names
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_gets_to_the_check_of_the_data(installed: Path, tmp_path: Path) -> None:
     done = run_installed(tmp_path, str(installed / "far-scale"), "train", "demo_cpu", "--dry-run")
     assert done.returncode == 2, done.stderr

@@ -28,7 +28,7 @@ check_style() {
 bash tools/setup_env.sh
 export PATH="$PWD/.venv/bin:$PATH"
 # Test files are spread over processes, each on one thread; three, since many tests wait for other processes or SLURM.
-in_parallel=(-n 3 --dist loadfile)
+in_parallel=(-n 3 --dist loadfile --no-loadscope-reorder)
 
 case "${1-}" in
     "")

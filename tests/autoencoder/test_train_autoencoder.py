@@ -120,6 +120,7 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # Losses
 
 
+@pytest.mark.slow
 def test_perceptual_loss_is_that_of_the_paper(vgg: Path) -> None:
     random = torch.Generator().manual_seed(1)
     first, second = (torch.rand(2, 3, 32, 32, generator=random) * 2 - 1 for _ in range(2))
@@ -203,6 +204,7 @@ def test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer(alone: Proc
 # Steps
 
 
+@pytest.mark.slow
 def test_ema_follows_the_weights(alone: Processes, recorded: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, recorded, "train.discriminator_start=3", "train.loss.perceptual=0")
     trainer, frames = trainer_of(recipe, alone)
@@ -224,6 +226,7 @@ def test_ema_follows_the_weights(alone: Processes, recorded: Path, tmp_path: Pat
             assert name.endswith("bias") or not torch.equal(weight, live[name])
 
 
+@pytest.mark.slow
 def test_discriminator_starts_at_its_step_and_updates_only_the_decoder(
     alone: Processes, recorded: Path, tmp_path: Path
 ) -> None:
@@ -268,6 +271,7 @@ def test_discriminator_starts_at_its_step_and_updates_only_the_decoder(
         assert name in moved and not torch.equal(without[2]["network"][name], with_it[2]["network"][name])
 
 
+@pytest.mark.slow
 def test_a_narrow_dc_ae_learns_and_is_exported(
     alone: Processes, recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,6 +321,7 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds_per_step"} for line in lines]
 
 
+@pytest.mark.slow
 def test_ranks_kills_and_stops_change_nothing(recorded: Path, vgg: Path, tmp_path: Path) -> None:
     file = recipe_file(tmp_path, recorded)
     overrides = ["train.steps=14", "train.batch=8", "train.discriminator_start=6", f"train.perceptual_weights={vgg}"]
@@ -419,6 +424,7 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return processes.run(TOOL, *arguments, preload=PRELOAD)
 
 
+@pytest.mark.slow
 def test_the_compact_one_improves_on_its_linear_start(tmp_path: Path) -> None:
     path, episodes = small_recipe(tmp_path), tmp_path / "episodes"
     folders = ("--run-dir", tmp_path / "run", "--episodes", episodes, "--workers", "1")

@@ -19,6 +19,8 @@ from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
 from harness import processes
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
 

@@ -46,12 +46,14 @@ def test_help_and_version_load_no_torch() -> None:
 
 
 @pytest.mark.parametrize("name", ["recipe", "export-checkpoint", "inspect-shards"])  # a module, a command, a tool
+@pytest.mark.slow
 def test_a_subcommand_gets_its_arguments(name: str) -> None:
     done = far_scale(name, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: far-scale {name} [-h]")
 
 
+@pytest.mark.slow
 def test_exit_statuses_are_those_of_the_subcommand(tmp_path: Path) -> None:
     done = far_scale("train", "demo_cpu", f"data.shards={tmp_path}", "--dry-run")
     assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path}"), done.stderr

@@ -61,7 +61,7 @@ from harness.refusal import refused
 from harness.remote_sets import served
 from harness.strangers import Evil
 
-pytestmark = pytest.mark.usefixtures("four_channels")
+pytestmark = [pytest.mark.usefixtures("four_channels"), pytest.mark.slow]
 __all__ = ["four_channels"]
 
 FRAMES = [20 + number % 5 for number in range(22)]

@@ -69,6 +69,7 @@ def write_mds_set(
 
 
 @pytest.mark.parametrize("compression", [None, "zstd:7", "gz", "br:3", "bz2", "snappy"])
+@pytest.mark.slow
 def test_every_sample_is_what_the_library_reads(tmp_path: Path, compression: str | None) -> None:
     theirs = write_mds_set(tmp_path / "theirs", COLUMNS, as_columns, compression)
     before = {path: path.read_bytes() for path in theirs.iterdir()}
@@ -89,6 +90,7 @@ def test_every_sample_is_what_the_library_reads(tmp_path: Path, compression: str
     assert {path: path.read_bytes() for path in theirs.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_compressed_shards_are_unpacked_once_per_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = adopted(write_mds_set(tmp_path / "b", COLUMNS, as_columns, "zstd"), tmp_path / "packed", **BOTH)
     own = write_set(tmp_path / "own", FRAMES, samples_per_shard=5)
@@ -274,6 +276,7 @@ def test_damaged_foreign_mds_files(mds: Path, tmp_path: Path) -> None:
     assert read > 50 and refusals > 100 and rejected > 5
 
 
+@pytest.mark.slow
 def test_inspection_through_a_cache(tmp_path: Path) -> None:
     theirs = write_mds_set(tmp_path / "theirs", COLUMNS, as_columns, "zstd")
     adopted(theirs, tmp_path / "set", **BOTH)

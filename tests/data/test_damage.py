@@ -235,6 +235,7 @@ def skip_events(run: Path) -> list[dict]:
     return [event for event in read_events(run) if event["event"] == "damaged-sample"]
 
 
+@pytest.mark.slow
 def test_training_continues_and_resumes_exactly(recorded_shards: Path, tmp_path: Path) -> None:
     shards = damaged_copy(recorded_shards, tmp_path / "set")
     key, budget = row(shards, 1, 0)[0], ["data.max_damaged_samples=60", "optimizer.schedule=constant"]
@@ -269,6 +270,7 @@ def test_training_continues_and_resumes_exactly(recorded_shards: Path, tmp_path:
     assert trained[0] == trained[1] and len(trained[0]) == 80
 
 
+@pytest.mark.slow
 def test_training_ends_when_all_ranks_exceed_the_budget(recorded_shards: Path, tmp_path: Path) -> None:
     shards, run = damaged_copy(recorded_shards, tmp_path / "set"), tmp_path / "run"
     first = start_training(2, small_recipe(shards, run, "data.max_damaged_samples=4"), tmp_path / "out").wait()
@@ -278,6 +280,7 @@ def test_training_ends_when_all_ranks_exceed_the_budget(recorded_shards: Path, t
     assert len(skip_events(run)) >= 4
 
 
+@pytest.mark.slow
 def test_missing_shard_is_refused_before_training_or_logged(recorded_shards: Path, tmp_path: Path) -> None:
     shards, run = tmp_path / "set", tmp_path / "run"
     shutil.copytree(recorded_shards, shards)

@@ -115,6 +115,7 @@ def test_the_wad_holds_the_map() -> None:
     assert wad[:4] == b"PWAD" and wad[12:15] == b"abc" and len(wad) == 12 + 3 + 3 * 16
 
 
+@pytest.mark.slow
 def test_records_many_keeps_complete_ones_and_replaces_broken_ones(tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "episodes"
     work.mkdir()

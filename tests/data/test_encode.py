@@ -108,6 +108,7 @@ def runs(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(episodes: Path, encoded: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     process = subprocess.Popen(

@@ -27,6 +27,8 @@ from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
 from harness import processes
 
+pytestmark = pytest.mark.slow
+
 TOOL = Path(__file__).parents[2] / "tools" / "encode_latents.py"
 AUTOENCODER = "compact-vizdoom-f8c32"
 PER_SHARD = 2

@@ -77,6 +77,7 @@ def seal(folder: Path, number: int = 0, index: Callable[[dict[str, Any]], None] 
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_damaged_shards(folder: Path) -> None:
     chance, tar = random.Random(1), folder / "shard-000000.tar"
     whole, made = tar.read_bytes(), read_all(folder)
@@ -102,6 +103,7 @@ def test_damaged_shards(folder: Path) -> None:
     assert read > 200 and refused > 400
 
 
+@pytest.mark.slow
 def test_damaged_shards_with_matching_checksums(folder: Path) -> None:
     chance, tar = random.Random(2), folder / "shard-000000.tar"
     whole = tar.read_bytes()
@@ -114,6 +116,7 @@ def test_damaged_shards_with_matching_checksums(folder: Path) -> None:
         assert seen is None or (right(seen) and len(seen) == 3)
 
 
+@pytest.mark.slow
 def test_damaged_indexes_and_manifests(folder: Path) -> None:
     chance, index, manifest = random.Random(3), folder / "shard-000000.index.json", folder / "manifest.json"
     good = {path: path.read_bytes() for path in (index, manifest)}
@@ -146,6 +149,7 @@ def replaced(value: Any, at: tuple[Any, ...], by: Any) -> Any:
     return changed
 
 
+@pytest.mark.slow
 def test_every_value_of_index_and_manifest_replaced(folder: Path) -> None:
     index, manifest = folder / "shard-000000.index.json", folder / "manifest.json"
     good = {path: json.loads(path.read_text()) for path in (index, manifest)}

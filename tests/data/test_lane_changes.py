@@ -194,6 +194,7 @@ def states_after(packs: list[list[Pack]]) -> dict[int, dict[str, Any]]:
 @pytest.mark.parametrize("filling", [CLIPS, TOKENS], ids=["clips", "tokens"])
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.slow
 def test_packs_over_several_changes(
     folder: Path, name: str, filling: PackingConfig, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +335,7 @@ def trained_keys(log: Path) -> dict[tuple[int, int], list[str]]:
     return {(step, lane): keys for step, lane, keys in lines}
 
 
+@pytest.mark.slow
 def test_a_run_continues_with_another_number_of_lanes(tmp_path: Path) -> None:
     """4 lanes on 2 ranks, 8 on 2, 2 on 1: two epochs, each sample once in each of them; refused without the flag."""
     shards, run, log = tmp_path / "set", tmp_path / "run", tmp_path / "out"

@@ -353,6 +353,7 @@ def antialiased(line: np.ndarray, size: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("height", "width", "scaled"), [(240, 320, (128, 170)), (320, 240, (170, 128)), (100, 128, None)]
 )
+@pytest.mark.slow
 def test_torch_resize_is_the_official_one(height: int, width: int, scaled: tuple[int, int] | None) -> None:
     """Sizes as torchvision's Resize(int) gives them, values as a plain computation does."""
     transform, rng = FrameTransform(128, "torch"), np.random.default_rng(0)
@@ -445,6 +446,7 @@ def test_any_number_of_tasks_with_flips(recorded: Path, tmp_path: Path, tasks: i
             planned(sources, tmp_path / "set", **changes)
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_every_option(recorded: Path, tmp_path: Path) -> None:
     rows = [{"video_path": f"recorded/{path.name}"} for path in sorted(recorded.glob("*.npz"))[:2]]
     (tmp_path / "recorded").symlink_to(recorded)

@@ -124,6 +124,7 @@ def same(first: Pack, second: Pack) -> bool:
 
 
 @pytest.mark.parametrize("tokens_per_pack", [None, 24])
+@pytest.mark.slow
 def test_a_thousand_packs_are_the_same_in_both_formats(tmp_path: Path, tokens_per_pack: int | None) -> None:
     chance = random.Random(0)
     tars, mds = both(tmp_path, [chance.randrange(4, 16) for _ in range(90)], 7)
@@ -189,6 +190,7 @@ def test_conversion_refuses(tmp_path: Path) -> None:
     assert not (tmp_path / "y" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_the_command_lines(tmp_path: Path) -> None:
     tars, mds = both(tmp_path)
     tools = Path(__file__).parents[2] / "tools"
@@ -261,6 +263,7 @@ def read_shard(path: Path) -> list[Sample]:
     return samples
 
 
+@pytest.mark.slow
 def test_damaged_mds_files(mds: Path) -> None:
     chance, path = random.Random(1), mds / "shard.00000.mds"
     whole, made = path.read_bytes(), read_all(mds)

@@ -152,6 +152,7 @@ BUDGET = {"clips_per_pack": None, "tokens_per_pack": 24}
 
 
 @pytest.mark.parametrize("filling", [{}, BUDGET])
+@pytest.mark.slow
 def test_any_ranks_read_the_same_and_resume_in_the_middle(tmp_path: Path, filling: dict[str, Any]) -> None:
     tars = sets(tmp_path, 40, 25)
     convert(ShardSet.open(tars[1]), tmp_path / "mds", "mds")
@@ -224,6 +225,7 @@ def test_sets_that_do_not_fit_one_another(tmp_path: Path, changed: dict[str, Any
     refused(lambda: open_source(shards), str(tmp_path / "one"), str(tmp_path / "two"), "data.shards", *words)
 
 
+@pytest.mark.slow
 def test_local_and_remote_sets_in_both_formats(tmp_path: Path) -> None:
     """One set is in a folder; the MDS files of the other are remote and fetched ahead of the lanes."""
     local, source = sets(tmp_path, 40, 33)
@@ -384,6 +386,7 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mixture_resumes_on_other_ranks_but_not_with_other_weights(
     recorded_shards: Path, tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def right(output: str, samples: list[tuple[int, int]]) -> None:
         assert line == [shard, sample, made.sum().item(), number]
 
 
+@pytest.mark.slow
 def test_three_processes_share_a_cache_smaller_than_the_set(folder: Path, tmp_path: Path) -> None:
     sizes = [path.stat().st_size for path in folder.glob("shard-*")]
     limit = sum(sizes) // 3
@@ -81,6 +82,7 @@ def test_three_processes_share_a_cache_smaller_than_the_set(folder: Path, tmp_pa
     assert sum(path.stat().st_size for path in kept) <= limit and not list(cache.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_a_set_that_fits_is_fetched_once_by_all_processes(folder: Path, tmp_path: Path) -> None:
     samples = [divmod(number, 2) for number in range(24)]
     with served(folder) as server:
@@ -93,6 +95,7 @@ def test_a_set_that_fits_is_fetched_once_by_all_processes(folder: Path, tmp_path
         assert len(server.asked) == 25
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_fetching_harms_no_other(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with served(folder) as server:
@@ -125,6 +128,7 @@ def test_partial_files_of_a_killed_process_do_not_count(folder: Path, tmp_path: 
         assert not left.exists() and other.exists()
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(folder: Path, tmp_path: Path) -> None:
     """All named files in the cache are complete."""
     cache, limit = tmp_path / "cache", sum(path.stat().st_size for path in folder.glob("shard-*")) // 2

@@ -51,6 +51,7 @@ def test_clip_tokens_are_those_of_the_layout(frames: int) -> None:
     assert long_tokens(frames) == FrameLayout.of((frames,), (8, 8), window=16, coarser=4).tokens
 
 
+@pytest.mark.slow
 def test_packs_of_the_long_demo_are_full() -> None:
     """The budgets of recipes/demo_long.yaml and demo_long_gpu.yaml, and some between."""
     demo = replace(LONG, tokens_of=lambda frames: clip_tokens(frames, 16, 2, 4, 8, 8))

@@ -122,6 +122,7 @@ def test_refused_requests_are_not_retried(server: WebServer) -> None:
     assert server.asked["none.json"] == 1
 
 
+@pytest.mark.slow
 def test_permanent_failures_end_in_one_error(server: WebServer, folder: Path, tmp_path: Path) -> None:
     shard_set = ShardSet.open(server.url, NodeCache(tmp_path / "cache", GB))
     server.fails["shard-000002.tar"] = (99, "status")
@@ -177,6 +178,7 @@ def test_pauses_grow_and_differ_between_ranks(monkeypatch: pytest.MonkeyPatch) -
     assert pauses[7] != pauses[8]
 
 
+@pytest.mark.slow
 def test_interrupted_fetches_end_soon(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "STALL_SECONDS", 60.0)
     server.fails["manifest.json"] = (9, "hang")
@@ -245,6 +247,7 @@ def read(packs: PackLoader, steps: int) -> list[list[Pack]]:
         return list(islice(packs, steps))
 
 
+@pytest.mark.slow
 def test_packs_equal_those_of_the_local_set(server: WebServer, folder: Path, tmp_path: Path) -> None:
     here = read(loader(ShardSet.open(folder)), 12)
     size = sum(path.stat().st_size for path in folder.glob("shard-*.tar"))
@@ -336,6 +339,7 @@ def test_closing_a_loader_wakes_threads_that_wait_for_packs(server: WebServer, t
     assert [type(error) for error in met] == [Interrupted]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_on_a_remote_set_as_on_a_local_one(recorded_shards: Path, tmp_path: Path) -> None:
     runs = {name: tmp_path / name / "run" for name in ("here", "remote")}
     for run in runs.values():
@@ -358,6 +362,7 @@ def test_two_ranks_train_on_a_remote_set_as_on_a_local_one(recorded_shards: Path
     assert losses[0] == losses[1] and len(losses[0]) == 5
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_if_one_could_not_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # where no aws is
     recipe = ["data.shards=s3://bucket/set", f"data.cache_dir={tmp_path / 'cache'}"]

@@ -189,6 +189,7 @@ def test_recipe_errors(tmp_path: Path) -> None:
         NodeCache("/sys/kernel", GB, "data.stage_local")
 
 
+@pytest.mark.slow
 def test_two_ranks_copy_each_file_once(recorded_shards: Path, tmp_path: Path) -> None:
     few = ["train.steps=6", "optimizer.warmup_steps=2", f"sample.shards={recorded_shards}"]
     few += ["validation.every=3", "validation.clips=2"]

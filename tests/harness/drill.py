@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,8 +64,7 @@ def saved_step(run: Path) -> int:
 def kill_after_checkpoint(launch: Ranks, run: Path, step: int) -> None:
     """-9 for all ranks as soon as a checkpoint of `step` or later is there."""
     assert wait_until(lambda: saved_step(run) >= step)
-    for pid in launch.pids:
-        os.kill(pid, signal.SIGKILL)
+    launch.kill()
     launch.wait()
 
 

@@ -104,6 +104,7 @@ def test_a_full_disk_is_refused(checks: tuple[Path, str]) -> None:
     ],
     ids=["device", "link", "messages"],
 )
+@pytest.mark.slow
 def test_a_node_that_hangs_is_named_and_the_check_ends(tmp_path: Path, case: str, text: str) -> None:
     with started(2, tmp_path / "out", WORKER, tmp_path, case) as ranks:
         status, output = ranks[0].end(60)

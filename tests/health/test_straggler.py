@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
+
 from far_scale.health.straggler import SlowRank, slow_ranks
 from far_scale.utils.event_log import read_events
 from harness.launch import ROOT
@@ -34,6 +36,7 @@ def test_a_wait_that_delays_nobody_is_not_reported() -> None:
     assert slow_ranks([0.0, 0.02], min_excess=0.01) == [SlowRank(1, float("inf"))]
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_named_with_its_node_once_until_it_recovers(tmp_path: Path) -> None:
     with started(2, tmp_path / "out", ROOT / "tests/harness/slow_ranks_worker.py", tmp_path) as ranks:
         ends = [rank.end(60) for rank in ranks]

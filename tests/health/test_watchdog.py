@@ -16,6 +16,8 @@ from far_scale.utils.hosts import rank_list, ranks_on_hosts
 from harness.launch import ROOT, small_recipe
 from harness.processes import Rank, started
 
+pytestmark = pytest.mark.slow
+
 WORKER = ROOT / "tests/harness/watchdog_worker.py"
 
 

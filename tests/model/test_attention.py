@@ -41,6 +41,7 @@ def test_causal_pair_equals_the_reference_in_float64(tokens: int, clip_frames: t
         torch.testing.assert_close(ours, reference, rtol=0, atol=2e-14)
 
 
+@pytest.mark.slow
 def test_forty_frames_of_64_tokens_in_float32() -> None:
     group = FrameGroup.of((40,), (8, 8))
     inputs = tensors(group, torch.float32)

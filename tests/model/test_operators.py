@@ -97,6 +97,7 @@ def test_a_step_has_the_flops_that_torch_counts(clip_frames: tuple[int, ...]) ->
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "attention-kept", "full"])
+@pytest.mark.slow
 def test_one_graph_for_all_layers_and_packs(checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled (without code generation, which is what takes time), nothing breaks the graph, the numbers are the same,
     and packs of ever new clip lengths compile nothing more."""
@@ -124,6 +125,7 @@ def test_one_graph_for_all_layers_and_packs(checkpointing: str, monkeypatch: pyt
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@pytest.mark.slow
 def test_generated_code_gives_the_same() -> None:
     """The whole compiler once, on the smallest model."""
     torch._dynamo.reset()

@@ -42,6 +42,7 @@ CASES = [  # model, conditions, guidance
 
 @pytest.mark.parametrize(("shape", "conditions", "guidance"), CASES)
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 9])
+@pytest.mark.slow
 def test_with_the_cache_and_without_it(shape: dict[str, int], conditions: str, guidance: float, start: int) -> None:
     """A roll-out to far past the window of 4 frames, from nothing, inside the window and from beyond it."""
     model, new = trained_like(**shape), 8
@@ -92,6 +93,7 @@ def test_one_step_is_the_training_layout_s_velocity(frames: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [{}, {"context_patch": 2}])
+@pytest.mark.slow
 def test_context_noise_with_the_cache_and_without_it(shape: dict[str, int]) -> None:
     """float32, past the window of 4 frames; coarse context stays clean, so it is not the same as noising all."""
     model = trained_like(**shape)
@@ -107,6 +109,7 @@ def test_context_noise_with_the_cache_and_without_it(shape: dict[str, int]) -> N
     assert torch.equal(clean, again) and not torch.allclose(clean[:, 0], frames[0][:, 0], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_float64_roll_out_is_exact() -> None:
     model = trained_like(torch.float64, context_patch=2, actions=3)
     actions = torch.randint(0, 3, (2, 14), generator=torch.Generator().manual_seed(4))

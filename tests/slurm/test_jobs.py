@@ -27,6 +27,8 @@ from far_scale.utils.event_log import EventLog, read_events
 from harness.launch import ROOT, environment, small_recipe
 from harness.processes import run as run_program
 
+pytestmark = pytest.mark.slow
+
 RUNNING = JobState("RUNNING", "None", may_requeue=True)
 
 

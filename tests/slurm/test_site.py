@@ -187,6 +187,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_all_of_a_training_runs_in_the_container(
     cluster: Cluster, bare: dict[str, str], image: Path, recorded_shards: Path, tmp_path: Path
 ) -> None:
@@ -215,6 +216,7 @@ def test_all_of_a_training_runs_in_the_container(
     assert sorted(words[:7] for words in trained) == [["yes", rank, "--nv", *inside, "python"] for rank in "0011"]
 
 
+@pytest.mark.slow
 def test_srun_may_start_the_container_and_sbatchs_options_reach_the_jobs(
     cluster: Cluster, bare: dict[str, str], image: Path, recorded_shards: Path, tmp_path: Path
 ) -> None:

@@ -18,6 +18,8 @@ from harness.launch import ROOT
 from harness.slurm_jobs import SCRIPT as CLUSTER_SCRIPT
 from harness.slurm_jobs import Cluster, runs, started_cluster, steps_logged, tiny
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = ROOT / "slurm" / "far_xl.sh"
 TWO_NODES = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1 --time=10"
 

@@ -21,6 +21,8 @@ from harness.processes import launch, run
 from harness.refusal import refused
 from harness.strangers import Evil, seal_again
 
+pytestmark = pytest.mark.slow
+
 
 def train_alone(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`python -m far_scale.train` without a launcher."""

@@ -44,6 +44,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     runpy.run_path(str(ROOT / "tools" / "sample.py"), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_a_video_its_sheet_and_its_report(
     model_dir: Path, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,7 @@ def steps_there(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_killed_at_every_instant_of_a_save_a_whole_checkpoint_is_there(tmp_path: Path) -> None:
     """A child saves step 20 over step 10 and dies at its first, second, ... touch of the file system."""
     instants, statuses = 0, []

@@ -32,6 +32,8 @@ from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import EventLog
 from harness.processes import launch, run, start_ranks
 
+pytestmark = pytest.mark.slow
+
 # Windows of 8 of at most 24 frames, 16 tokens a window frame and 4 a context frame. Checkpoints: in stage 2, at the
 # boundary of stages 2 and 3, and within stage 3, where clips wait for a pack they fit.
 CURRICULUM = """\

@@ -14,6 +14,8 @@ from harness.drill import DRILL, STEPS, assert_same_run, events, kill_after_chec
 from harness.launch import small_recipe
 from harness.processes import start_training
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from far_scale.train import checkpoint
 from harness.drill import DRILL, STEPS, assert_same_run, events, kill_after_checkpoint, losses, trained_on
 from harness.launch import small_recipe
 from harness.processes import start_training
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_nan_is_skipped_and_the_curve_goes_on(undisturbed: Path, recorded_shards: Path, tmp_path: Path) -> None:

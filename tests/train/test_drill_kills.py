@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from far_scale.train import checkpoint
@@ -29,6 +30,8 @@ from harness.drill import (
 from harness.launch import small_recipe
 from harness.processes import start_training
 from harness.refusal import refused
+
+pytestmark = pytest.mark.slow
 
 
 def test_twenty_kills_change_nothing(undisturbed: Path, recorded_shards: Path, tmp_path: Path) -> None:
@@ -107,8 +110,7 @@ def test_a_node_local_checkpoint_is_gone_on_from_where_it_is_newer(
     def killed_at_local(step: int) -> int:
         launch = start_training(2, arguments, out)
         assert wait_until(lambda: local_step() >= step)
-        for pid in launch.pids:
-            os.kill(pid, signal.SIGKILL)
+        launch.kill()
         launch.wait()
         return local_step()
 

@@ -8,6 +8,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from far_scale.distributed.signals import DUPLICATE_SECONDS
 from far_scale.utils.hosts import host_name
 from harness.drill import (
@@ -25,6 +27,8 @@ from harness.launch import small_recipe
 from harness.processes import run as run_program
 from harness.processes import start_training
 from harness.wandb_files import history_steps, offline_files, read_records
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(

@@ -111,6 +111,7 @@ def changed(change: Callable[[dict[str, Any]], object]) -> list[str]:
     return differences_of(before, now)
 
 
+@pytest.mark.slow
 def test_differences() -> None:
     assert changed(lambda now: now.update(time="later", step=7)) == []
     assert changed(lambda now: now["variables"].update(SLURM_JOB_ID="2")) == []

@@ -159,6 +159,7 @@ def test_a_restart_by_torchrun_takes_over(tmp_path: Path, monkeypatch: pytest.Mo
     assert taken(tmp_path)
 
 
+@pytest.mark.slow
 def test_torchruns_rank_0_may_move_to_a_node_of_a_lower_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits until the lease ends, or the holder shows that it is alive."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
@@ -226,6 +227,7 @@ def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert taken(tmp_path)
 
 
+@pytest.mark.slow
 def test_of_many_that_take_over_one_gets_it(tmp_path: Path) -> None:
     for attempt in range(3):
         run = tmp_path / str(attempt)
@@ -263,6 +265,7 @@ with lease.Lease(Path(sys.argv[1]), Processes(0, 1, torch.device("cpu"))):
 """
 
 
+@pytest.mark.slow
 def test_the_holder_renews_and_ends_when_another_has_taken_over(tmp_path: Path) -> None:
     path = tmp_path / lease.NAME
     holder = subprocess.Popen(

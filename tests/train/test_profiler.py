@@ -37,6 +37,7 @@ def test_steps_that_were_done_before_are_not_traced(tmp_path: Path, capsys: pyte
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_trace_of_the_chosen_steps(recorded_shards: Path, tmp_path: Path) -> None:
     recipe = small_recipe(recorded_shards, tmp_path / "run", "train.steps=4", "optimizer.warmup_steps=1")
     finished = launch(1, "-m", "far_scale.train", *recipe, "--profile", "2:3")

@@ -17,6 +17,8 @@ from far_scale.utils.event_log import read_events
 from harness.launch import ROOT, environment, free_port, small_recipe
 from harness.processes import server_path, start_training
 
+pytestmark = pytest.mark.slow
+
 STEPS = 40
 MORE = [f"train.steps={STEPS}", "checkpoint.every=5", "model.layers=1", "model.heads=1", "optimizer.warmup_steps=1"]
 

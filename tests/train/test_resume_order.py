@@ -18,6 +18,8 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.train.shard_sets import open_source
 from harness.latent_sets import write_set
 
+pytestmark = pytest.mark.slow
+
 LANES, NEXT = 4, 1000  # keys of each lane
 STEP = 41
 CLIPS, TOKENS = {"clips_per_pack": 2}, {"clips_per_pack": None, "tokens_per_pack": 9}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import time
 from pathlib import Path
 
@@ -73,6 +71,7 @@ def test_the_recipe() -> None:
     assert load_recipe("demo_cpu", ["checkpoint.every_minutes=null"]).hash() == load_recipe("demo_cpu").hash()
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_from_one_bit_for_bit(recorded_shards: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     keys = ["train.steps=24", "checkpoint.every=20", "checkpoint.keep=5"]
@@ -83,8 +82,7 @@ def test_two_ranks_go_on_from_one_bit_for_bit(recorded_shards: Path, tmp_path: P
     launch = start_training(2, timed, tmp_path / "out")
     while not any(event["event"] == "saved" for event in read_events(run)):
         time.sleep(0.01)
-    for pid in launch.pids:
-        os.kill(pid, signal.SIGKILL)
+    launch.kill()
     assert launch.wait() == [-9, -9]
     first = latest_step(run)
     assert first is not None and is_ephemeral(checkpoint.step_folder(run, first))

@@ -18,6 +18,8 @@ from harness.launch import ROOT
 from harness.plain_training import train_plainly
 from harness.processes import started
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = {
     "zero1": "train.zero_stage=1",
     "zero3": "train.zero_stage=3 train.deepspeed.zero_hpz_partition_size=1",

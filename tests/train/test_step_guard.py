@@ -18,6 +18,8 @@ from far_scale.utils.event_log import read_events
 from harness.launch import ROOT
 from harness.processes import launch
 
+pytestmark = pytest.mark.slow
+
 CHANGING = ["adam_step", "ema", "exp_avg", "exp_avg_sq", "model", "weight"]
 RUNS = {
     **{f"fp32_zero{stage}": f"train.zero_stage={stage}" for stage in (0, 1, 2, 3)},

@@ -16,6 +16,8 @@ from harness.launch import ROOT, small_recipe
 from harness.plain_training import train_plainly
 from harness.processes import launch, run, start_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def keys(stage: int, *of_deepspeed: str) -> str:
     """The overrides of a ZeRO stage with keys of train.deepspeed."""

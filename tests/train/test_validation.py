@@ -39,6 +39,8 @@ from harness.latent_sets import FACTS, write_set
 from harness.launch import ROOT, small_recipe
 from harness.processes import launch
 
+pytestmark = pytest.mark.slow
+
 # Seven clips in three packs, so that one of two ranks computes a pack that is not counted; three clips sampled.
 VALIDATION = ["validation.every=2", "validation.clips=7", "validation.clips_per_pack=3"]
 SAMPLES = ["validation.sample_every=4", "validation.sample_clips=3", "sample.steps=2"]

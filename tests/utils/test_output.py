@@ -20,6 +20,7 @@ SHORT = ["train.steps=3", "checkpoint.every=2", "optimizer.warmup_steps=1", "mod
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.slow
 def test_a_run_whose_output_cannot_be_written_trains_to_its_end(recorded_shards: Path, tmp_path: Path) -> None:
     """Standard output is a pipe that nobody reads any more, standard error lies on a full disk."""
     read, write = os.pipe()
