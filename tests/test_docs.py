@@ -23,7 +23,6 @@ PAGES = sorted(
         *(ROOT / "docs").glob("*.md"),
     ]
 )
-PAGES = [page for page in PAGES if page.is_file()]
 # Programs that are not ours, whose options are not looked at.
 OTHERS = {"cp", "git", "pip", "pre-commit", "pytest", "rm", "scancel", "source", "squeue", "tail", "wandb"}
 LAUNCHERS = {"bash", "deepspeed", "python", "sbatch", "srun", "torchrun"}

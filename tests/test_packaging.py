@@ -136,3 +136,11 @@ def test_an_installed_wheel_gets_to_the_check_of_the_data(installed: Path, tmp_p
     code = "from far_scale.evaluation.protocol import load_protocol; print(load_protocol('vizdoom-8to8').name)"
     done = run_installed(tmp_path, str(installed / "python"), "-c", code)
     assert done.stdout == "vizdoom-8to8\n", done.stderr
+
+
+def test_an_installed_wheel_refuses_to_submit_in_one_line(installed: Path, tmp_path: Path) -> None:
+    done = run_installed(tmp_path, str(installed / "far-scale"), "submit", "demo_cpu", "--dry-run")
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "a job needs slurm/ of a checkout" in line
+    assert list(tmp_path.iterdir()) == []
