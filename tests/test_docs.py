@@ -166,6 +166,16 @@ def test_commands_name_what_exists(page: Path) -> None:
     assert problems == []
 
 
+def test_commands_are_found() -> None:
+    """The checks of commands have something to check."""
+    count = {
+        str(page.relative_to(ROOT)): sum(source(command) is not None for command in commands(page)) for page in PAGES
+    }
+    assert sum(count.values()) > 50 and min(count["README.md"], count["docs/slurm.md"], count["docs/data.md"]) > 2, (
+        count
+    )
+
+
 def recipe_problems(path: Path, arguments: list[str]) -> list[str]:
     """The recipes that are not there, and overrides of keys that no recipe has, of a command that takes them."""
     name = path.parent.name if path.name == "__main__.py" else path.stem

@@ -65,6 +65,11 @@ def test_the_licence_is_the_standard_text_and_the_notice_names_third_parties() -
     assert all((PACKAGE.parent / path).is_file() for path in re.findall(r"(?:docs|far_scale)/[\w/.-]+\.\w+", notice))
 
 
+def test_the_citation_has_this_version() -> None:
+    citation = (PACKAGE.parent / "CITATION.cff").read_text()
+    assert f"\nversion: {far_scale.__version__}\nlicense: Apache-2.0\n" in citation
+
+
 def test_shipped_weights_are_installed() -> None:
     weights = PACKAGE / "autoencoder" / "weights"
     assert '"far_scale.autoencoder": ["weights/*"]' in SETUP
@@ -126,6 +131,7 @@ def test_the_wheel_has_all_recipes_and_protocols(installed: Path, tmp_path: Path
     recipes = PACKAGE.parent / "recipes"
     names = sorted(path.relative_to(recipes) for path in recipes.rglob("*.yaml"))
     assert len(names) > 40
+    assert (package / "py.typed").is_file()
     assert sorted(path.relative_to(package / "recipes") for path in package.glob("recipes/**/*.yaml")) == names
 
 
