@@ -35,7 +35,7 @@ setup(
     packages=find_packages(include=["far_scale", "far_scale.*"]),
     cmdclass={"build_py": BuildWithRecipes},
     entry_points={"console_scripts": ["far-scale = far_scale.cli.main:main"]},
-    package_data={"far_scale.autoencoder": ["weights/*"]},
+    package_data={"far_scale": ["py.typed"], "far_scale.autoencoder": ["weights/*"]},
     install_requires=[
         "torch>=2.9,<2.16",
         "deepspeed>=0.19,<0.20",

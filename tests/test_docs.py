@@ -25,7 +25,6 @@ PAGES = sorted(
         *(ROOT / "docs").glob("*.md"),
     ]
 )
-PAGES = [page for page in PAGES if page.is_file()]
 # Programs that are not ours, whose options are not looked at.
 OTHERS = {"cp", "git", "pip", "pre-commit", "pytest", "rm", "scancel", "source", "squeue", "tail", "wandb"}
 LAUNCHERS = {"bash", "deepspeed", "python", "sbatch", "srun", "torchrun"}
@@ -167,6 +166,16 @@ def test_commands_name_what_exists(page: Path) -> None:
                 problems.append(f"{path.name}: no flag {name}")
         problems += recipe_problems(path, arguments)
     assert problems == []
+
+
+def test_commands_are_found() -> None:
+    """The checks of commands have something to check."""
+    count = {
+        str(page.relative_to(ROOT)): sum(source(command) is not None for command in commands(page)) for page in PAGES
+    }
+    assert sum(count.values()) > 50 and min(count["README.md"], count["docs/slurm.md"], count["docs/data.md"]) > 2, (
+        count
+    )
 
 
 def recipe_problems(path: Path, arguments: list[str]) -> list[str]:

@@ -66,6 +66,11 @@ def test_the_licence_is_the_standard_text_and_the_notice_names_third_parties() -
     assert all((PACKAGE.parent / path).is_file() for path in re.findall(r"(?:docs|far_scale)/[\w/.-]+\.\w+", notice))
 
 
+def test_the_citation_has_this_version() -> None:
+    citation = (PACKAGE.parent / "CITATION.cff").read_text()
+    assert f"\nversion: {far_scale.__version__}\nlicense: Apache-2.0\n" in citation
+
+
 def test_shipped_weights_are_installed() -> None:
     weights = PACKAGE / "autoencoder" / "weights"
     assert '"far_scale.autoencoder": ["weights/*"]' in SETUP
@@ -127,6 +132,7 @@ def test_the_wheel_has_all_recipes_and_protocols(installed: Path, tmp_path: Path
     recipes = PACKAGE.parent / "recipes"
     names = sorted(path.relative_to(recipes) for path in recipes.rglob("*.yaml"))
     assert len(names) > 40
+    assert (package / "py.typed").is_file()
     assert sorted(path.relative_to(package / "recipes") for path in package.glob("recipes/**/*.yaml")) == names
 
 
@@ -138,3 +144,11 @@ def test_an_installed_wheel_gets_to_the_check_of_the_data(installed: Path, tmp_p
     code = "from far_scale.evaluation.protocol import load_protocol; print(load_protocol('vizdoom-8to8').name)"
     done = run_installed(tmp_path, str(installed / "python"), "-c", code)
     assert done.stdout == "vizdoom-8to8\n", done.stderr
+
+
+def test_an_installed_wheel_refuses_to_submit_in_one_line(installed: Path, tmp_path: Path) -> None:
+    done = run_installed(tmp_path, str(installed / "far-scale"), "submit", "demo_cpu", "--dry-run")
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "a job needs slurm/ of a checkout" in line
+    assert list(tmp_path.iterdir()) == []

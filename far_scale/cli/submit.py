@@ -48,11 +48,6 @@ def main() -> None:
         raise UserError("--local goes with neither --chain nor --dry-run; python -m far_scale.train has a --dry-run")
     if args.local and options:
         raise UserError(f"-- {' '.join(options)}: are options of sbatch; leave them out with --local")
-    if not args.local and not (CHECKOUT / "slurm" / "environment.sh").is_file():
-        raise UserError(
-            f"{CHECKOUT}: a job needs slurm/ of a checkout, and far_scale was installed without one; clone the "
-            "repository and run its tools/submit.py"
-        )
     if args.dry_run:
         print(draft(recipe, size, args.chain, CHECKOUT, options))
     elif args.local:

@@ -26,6 +26,19 @@ def check_size(recipe: Recipe, size: JobSize) -> None:
         refuse_early_warning(60 * size.minutes, WARNING_SECONDS, "--time")
 
 
+def check_checkout(checkout: Path) -> None:
+    """Refuse to submit from an installed wheel, which lacks the scripts that jobs source.
+
+    Raises:
+        UserError: `checkout` has no slurm/environment.sh.
+    """
+    if not (checkout / "slurm" / "environment.sh").is_file():
+        raise UserError(
+            f"{checkout}: a job needs slurm/ of a checkout, and far_scale was installed without one; clone the "
+            "repository and run its tools/submit.py"
+        )
+
+
 def submit(
     recipe: Recipe, command: Sequence[str], size: JobSize, chain: int | None, checkout: Path, options: Sequence[str]
 ) -> list[str]:
@@ -38,8 +51,10 @@ def submit(
         options: further ones for sbatch, see `check_options`.
 
     Raises:
-        UserError: as `check_size` and `check_options`, or there is no SLURM here, or it refuses the job.
+        UserError: as `check_checkout`, `check_size` and `check_options`, or there is no SLURM here, or it refuses the
+            job.
     """
+    check_checkout(checkout)
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     from far_scale.slurm.executor import SubmittedTraining, TrainingExecutor
@@ -66,8 +81,9 @@ def draft(recipe: Recipe, size: JobSize, chain: int | None, checkout: Path, opti
     """The sbatch file that `submit` would submit; writes nothing and needs no SLURM.
 
     Raises:
-        UserError: as `check_size` and `check_options`.
+        UserError: as `check_checkout`, `check_size` and `check_options`.
     """
+    check_checkout(checkout)
     from far_scale.slurm.executor import TrainingExecutor
 
     check_size(recipe, size)

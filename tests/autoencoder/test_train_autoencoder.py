@@ -35,7 +35,7 @@ from far_scale.autoencoder.training.loop import init_network, open_video_frames
 from far_scale.autoencoder.training.losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss
 from far_scale.autoencoder.training.recipe import AutoencoderRecipe, VideoData
 from far_scale.autoencoder.training.trainer import Trainer
-from far_scale.config.yaml_loader import SHIPPED_RECIPES
+from far_scale.config.yaml_loader import CHECKOUT
 from far_scale.distributed.process_group import Processes
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import write_json
@@ -414,7 +414,7 @@ def small_recipe(folder: Path, **changes: str) -> Path:
         "heldout_seeds": "  heldout_seeds: [30000, 30001]",
         "warmup_steps": "  warmup_steps: 5", "precision": "  precision: fp32", **changes,
     }  # fmt: skip
-    shipped = (SHIPPED_RECIPES / "autoencoder_compact.yaml").read_text().splitlines()
+    shipped = (CHECKOUT / "recipes" / "autoencoder_compact.yaml").read_text().splitlines()
     path = folder / "small.yaml"
     path.write_text("\n".join(lines.get(line.split(":")[0].strip(), line) for line in shipped) + "\n")
     return path

@@ -14,7 +14,7 @@ import yaml
 from far_scale.config.recipe import Recipe, check_ranks, load_recipe
 from far_scale.config.reference import fields
 from far_scale.config.schema import ModelSection
-from far_scale.config.yaml_loader import CHECKOUT, SHIPPED_RECIPES
+from far_scale.config.yaml_loader import CHECKOUT
 from far_scale.model import FAR, FARConfig
 from far_scale.model.presets import PRESETS
 from far_scale.recipe import config_page
@@ -23,7 +23,7 @@ from far_scale.utils.io import flatten
 
 SHIPPED = sorted(
     path.stem
-    for path in SHIPPED_RECIPES.glob("*.yaml")
+    for path in (CHECKOUT / "recipes").glob("*.yaml")
     if path.stem != "base" and not path.stem.startswith("autoencoder_")
 )
 

@@ -48,3 +48,13 @@ def test_lines_come_at_once_where_python_is_asked_not_to_buffer() -> None:
     code = "from far_scale.utils.command_line import never_fail_to_print as n; n(); print(1); import os; os._exit(0)"
     done = subprocess.run([sys.executable, "-u", "-c", code], cwd=ROOT, env=environment(), capture_output=True)
     assert done.stdout == b"1\n"
+
+
+@pytest.mark.parametrize(
+    "module", ["far_scale.train.__main__", "far_scale.cli.train_autoencoder", "far_scale.cli.main"]
+)
+def test_training_commands_load_no_torch_before_they_block_signals(module: str) -> None:
+    """Threads that torch starts when it is loaded must inherit the signal mask."""
+    code = f"import sys, {module}; print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

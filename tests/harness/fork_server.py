@@ -39,7 +39,7 @@ class Server:
         self.listener.listen()
         self.programs: dict[int, socket.socket] = {}  # by process id
         self.paths = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
-        self.wakeup, ended = os.pipe2(os.O_NONBLOCK)
+        self.wakeup, ended = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(ended)
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
@@ -51,7 +51,7 @@ class Server:
             for key, _ in self.selector.select():
                 if key.fileobj == 0:
                     for pid in self.programs:
-                        os.kill(pid, signal.SIGKILL)
+                        kill_group(pid)
                     return None
                 if key.fileobj == self.wakeup:
                     with contextlib.suppress(BlockingIOError):
@@ -65,9 +65,16 @@ class Server:
                     self._kill(key.fileobj)
 
     def _start(self, connection: socket.socket) -> dict[str, Any] | None:
-        data, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
-        while not data.endswith(b"\n"):
-            data += connection.recv(1 << 20)
+        data, descriptors = b"", []
+        with contextlib.suppress(ConnectionError):
+            data, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+            while not data.endswith(b"\n") and (part := connection.recv(1 << 20)):
+                data += part
+        if not data.endswith(b"\n"):  # its client was killed
+            for descriptor in descriptors:
+                os.close(descriptor)
+            connection.close()
+            return None
         request = json.loads(data)
         for name in request["preload"]:
             importlib.import_module(name)
@@ -76,7 +83,8 @@ class Server:
             self.selector.close()
             for other in (self.listener, connection, *self.programs.values()):
                 other.close()
-            signal.set_wakeup_fd(-1)
+            os.close(signal.set_wakeup_fd(-1))
+            os.close(self.wakeup)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for target, descriptor in enumerate(descriptors):
                 os.dup2(descriptor, target)
@@ -86,7 +94,8 @@ class Server:
             os.close(descriptor)
         self.programs[pid] = connection
         self.selector.register(connection, selectors.EVENT_READ)
-        connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+        with contextlib.suppress(OSError):  # a client that is gone is noticed by `serve`
+            connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
         return None
 
     def _reap(self) -> None:
@@ -105,12 +114,20 @@ class Server:
 
     def _kill(self, connection: Any) -> None:
         """Its client is gone."""
-        pid = next(pid for pid, other in self.programs.items() if other is connection)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        pid = next((pid for pid, other in self.programs.items() if other is connection), None)
+        if pid is None:  # it ended at the same moment, and `_reap` came first
+            return
+        kill_group(pid)
         self.selector.unregister(connection)
         del self.programs[pid]
         connection.close()
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILL for a program and what it has started in its process group."""
+    for kill in (os.killpg, os.kill):  # before its setsid it leads no group
+        with contextlib.suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
 
 
 def run(request: dict[str, Any]) -> None:
@@ -128,6 +145,8 @@ def run(request: dict[str, Any]) -> None:
         stream = io.TextIOWrapper(buffer, encoding="utf-8", errors=errors, line_buffering=name == "stderr")
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    if "numpy" in sys.modules:  # as in a new process, no two have the same global state; Python reseeds `random` itself
+        sys.modules["numpy"].random.seed()
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads is not None:
         sys.modules["torch"].set_num_threads(int(threads))

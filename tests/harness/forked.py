@@ -4,6 +4,7 @@ For launchers that start processes by themselves, such as torchrun. The socket i
 on; when this process is killed, so is the other. It ends as the other ends, by the same signal or status.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -19,8 +20,13 @@ def main() -> None:
     connection.sendall(data[socket.send_fds(connection, [data], [0, 1, 2]) :])
     answers = connection.makefile()
     pid = json.loads(answers.readline())["pid"]
+
+    def pass_on(number: int, _: object) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
-        signal.signal(number, lambda number, _: os.kill(pid, number))
+        signal.signal(number, pass_on)
     status = json.loads(answers.readline())["status"]
     if status < 0:
         if -status != signal.SIGKILL:

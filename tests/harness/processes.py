@@ -66,7 +66,7 @@ class Process:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):  # it has ended since
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(self.pid, number)
 
     def terminate(self) -> None:
@@ -104,7 +104,10 @@ class _Server:
     def stop(self) -> None:
         assert self._process.stdin is not None and self._folder is not None
         self._process.stdin.close()
-        self._process.wait(timeout=30)
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
