@@ -71,7 +71,7 @@ class SamplingSection(Section):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**64)], ...], Field(strict=False, min_length=1)] = (0,)
     """Seeds of the noise; scores are means over them."""
     steps: Annotated[int, Field(ge=1, le=1000)]
-    """Euler steps a frame."""
+    """Euler steps per frame."""
     guidance: Annotated[float, AfterValidator(valid_guidance)] = 1.0
     """Classifier-free guidance of a model with labels or actions (see sample.guidance); others sample at 1."""
     context_noise: Fraction = 0.0
@@ -227,7 +227,7 @@ class Protocol(Section):
             update["published"] = ()
         return self.model_copy(update=update)
 
-    def of_metrics(self, metrics: tuple[Metric, ...]) -> Protocol:
+    def with_metrics(self, metrics: tuple[Metric, ...]) -> Protocol:
         """This protocol, computing some of its metrics; the hash stays, since the scores are the same.
 
         Raises:

@@ -109,7 +109,7 @@ def _describe_settings(scores: Scores) -> Iterator[str]:
     """The main settings, a line each."""
     protocol, sampling = scores.settings, scores.settings.sampling
     yield f"frames: {sampling.given} given -> {sampling.predicted} predicted, {protocol.clips.size} px"
-    yield f"sampling: {sampling.steps} steps a frame, guidance {scores.guidance:g}"
+    yield f"sampling: {sampling.steps} steps per frame, guidance {scores.guidance:g}"
     yield f"seeds: {', '.join(map(str, sampling.seeds))}"
     if sampling.trajectories > 1:
         yield f"{sampling.trajectories} samples of each clip: the best one counts (of FVD: the mean)"

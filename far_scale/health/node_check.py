@@ -20,7 +20,8 @@ from far_scale.health.gemm_probe import GemmProbe
 from far_scale.utils.hosts import rank_list, ranks_on_hosts
 
 MAX_MEDIAN_RATIO = 2.0
-"""A rank so many times worse than the median is logged as slow, or refused if other processes use its GPU's memory."""
+"""A rank that is this many times worse than the median is logged as slow; if other processes use its GPU's memory, it
+is refused."""
 
 _BATCHES = 100  # of the GEMM probe: long enough for a GPU to leave its idle clock
 

@@ -16,16 +16,16 @@ from far_scale.health.gemm_probe import GemmProbe
 from far_scale.utils.event_log import EventLog
 
 MEDIANS = 1.5
-"""A slow rank takes more than so many times the median of all ranks."""
+"""A slow rank takes more than this many times the median of all ranks."""
 
 MADS = 8.0
-"""It is also so many median absolute deviations above the median, since ranks may differ widely by nature."""
+"""It is also this many median absolute deviations above the median, since ranks may differ widely by nature."""
 
 LOG_LINES = 5
-"""A rank's time is its median over so many log lines: among thousands of ranks single hiccups are common."""
+"""A rank's time is its median over this many log lines: among thousands of ranks single hiccups are common."""
 
 MIN_LOG_LINES = 3
-"""Slow ranks are reported from so many log lines on."""
+"""Slow ranks are reported from this many log lines on."""
 
 _WAIT_FRACTION = 0.1  # of a step's time: ranks that wait for data less than this above the median delay nobody
 _BATCHES = 5  # of the GEMM probe: a few milliseconds per log line
@@ -99,7 +99,7 @@ def slow_ranks(seconds: Sequence[float], min_excess: float = 0.0) -> list[SlowRa
 
     Args:
         seconds: by rank.
-        min_excess: a slow rank is at least so many seconds above the median.
+        min_excess: a slow rank is at least this many seconds above the median.
     """
     median = median_low(seconds)
     mad = median_low([abs(value - median) for value in seconds])

@@ -19,7 +19,7 @@ class SamplingConfig:
 
     Attributes:
         frames: number of frames to predict, F.
-        steps: Euler steps a frame, or a clip in a model that is not causal; each runs the model once (on twice the
+        steps: Euler steps per frame, or a clip in a model that is not causal; each runs the model once (on twice the
             batch with guidance).
         guidance: above 1, classifier-free guidance: null + guidance * (conditioned - null); 1, conditioned only
             (or a model without conditions); -1, the null class only.
@@ -62,7 +62,7 @@ class SamplingConfig:
         if self.frames < 1:
             raise UserError(f"frames={self.frames}: at least 1 is needed")
         if not 1 <= self.steps <= TRAIN_TIMESTEPS:
-            raise UserError(f"steps={self.steps}: 1 to {TRAIN_TIMESTEPS} Euler steps a frame can be taken")
+            raise UserError(f"steps={self.steps}: 1 to {TRAIN_TIMESTEPS} Euler steps per frame can be taken")
         check_guidance(model, self.guidance)
         check_context_noise(model, self.context_noise)
         if not 0 <= self.seed <= MAX_SEED:

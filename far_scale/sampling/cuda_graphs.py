@@ -1,7 +1,7 @@
 """CUDA graphs for the denoising steps of a frame.
 
 A frame of one clip is so little work that the GPU waits for the host, which launches some 40 kernels a layer. All
-denoising steps of a frame launch the same kernels, so they are captured once a frame and replayed.
+denoising steps of a frame launch the same kernels, so they are captured once per frame and replayed.
 """
 
 from __future__ import annotations

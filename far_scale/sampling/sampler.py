@@ -82,7 +82,7 @@ def predict_frames(
         context: `[B, G, C, H, W]` scaled latents of the given frames; G may be 0.
         sampling: the settings.
         actions: `[B, G + F]` integers, the action that led to each frame; only for a model with actions.
-        labels: `[B]` integers, one a clip; only for a model with labels.
+        labels: `[B]` integers, one per clip; only for a model with labels.
         clip_ids: one number a clip, which with the seed determines its noise; 0 ... B - 1 unless given.
         progress: show a progress bar of the frames.
 

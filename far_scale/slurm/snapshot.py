@@ -30,7 +30,7 @@ ACCEPT = "--accept-changes"
 """The flag of `python -m far_scale.train` that a job's overrides may include."""
 
 REFUSED_MARKER = "refused"
-"""The file that a training process leaves in the snapshot when it refuses to go on."""
+"""The file that a training process leaves in the snapshot when it refuses to continue."""
 
 _MAIN = '''"""Runs the code of this folder: Python puts the folder of what it runs first on its path."""
 

@@ -48,7 +48,7 @@ class CheckpointPolicy:
         self._section, self._last_step, self._max_skipped = section, last_step, max_skipped
         self._engine, self._ema, self._guard = engine, ema, guard
         self._saver, self._resume, self._metadata, self._processes = saver, resume, metadata, processes
-        self._is_owed, self._last_save = False, time.monotonic()
+        self._save_pending, self._last_save = False, time.monotonic()
 
     @property
     def is_due(self) -> bool:
@@ -75,12 +75,14 @@ class CheckpointPolicy:
         if rolled_back:
             self._saver.finish(required=False)
             self._resume.roll_back(done, self._engine, self._ema, self._guard)
-        self._is_owed = self._is_owed or rolled_back or flags.stop or is_last or done % self._section.every == 0
+        self._save_pending = (
+            self._save_pending or rolled_back or flags.stop or is_last or done % self._section.every == 0
+        )
         save_by_time = flags.save_due and not flags.saving
         save_locally = (
             self._section.local_dir is not None and done % self._section.local_every == 0 and not flags.saving
         )
-        if not (self._is_owed or save_by_time or save_locally):
+        if not (self._save_pending or save_by_time or save_locally):
             return
         self._guard.settle()  # a checkpoint records whether its own step was skipped
         if self._guard.in_row and not is_last:
@@ -88,9 +90,9 @@ class CheckpointPolicy:
         state = {**self._metadata, **stage_metadata, "guard": self._guard.state(), "went_back": rolled_back}
         state["lanes"] = gather_lane_states(packs, self._processes)
         pieces = training_pieces(self._engine, self._ema)
-        if self._is_owed or save_by_time:
-            self._saver.save(done, pieces, state, ephemeral=not self._is_owed)
-            self._is_owed, self._last_save = False, time.monotonic()
+        if self._save_pending or save_by_time:
+            self._saver.save(done, pieces, state, ephemeral=not self._save_pending)
+            self._save_pending, self._last_save = False, time.monotonic()
         else:
             self._saver.save_locally(done, pieces, state)
 

@@ -109,10 +109,10 @@ def activation_bytes(config: FARConfig, train: TrainSection, layout: FrameLayout
     """
     number_bytes = 2 if train.precision == "bf16" else 4
     layer_bytes = 34 * layout.tokens * config.width * number_bytes
-    numbers_kept = {"none": 0, "attention-kept": 2, "full": 1}[train.activation_checkpointing]
-    if not numbers_kept:
+    kept_tensors = {"none": 0, "attention-kept": 2, "full": 1}[train.activation_checkpointing]
+    if not kept_tensors:
         return config.layers * layer_bytes
-    return layer_bytes + numbers_kept * config.layers * layout.tokens * config.width * number_bytes
+    return layer_bytes + kept_tensors * config.layers * layout.tokens * config.width * number_bytes
 
 
 def max_activation_bytes(

@@ -60,7 +60,7 @@ class Monitor:
         self._bar: tqdm[Any] | None = None
         self._wandb: WandbRun | None = None
         self._stage: Stage | None = None
-        self._graphs, self._graphs_apart, self._start = 0, 0, start
+        self._graphs, self._excluded_graphs, self._start = 0, 0, start
         self.validated_steps: set[int] = set()
         if processes.is_main_process:
             lines = lines_up_to(path, start)
@@ -102,12 +102,12 @@ class Monitor:
         self._save_wait += time.perf_counter() - start
 
     @contextlib.contextmanager
-    def apart(self) -> Iterator[None]:
+    def excluded(self) -> Iterator[None]:
         """For work that is no part of training: neither its time nor the graphs it compiles count."""
         start, graphs = time.perf_counter(), compiled_graphs()
         yield
         self._interval_start += time.perf_counter() - start
-        self._graphs_apart += compiled_graphs() - graphs
+        self._excluded_graphs += compiled_graphs() - graphs
 
     def count(self, clips: int, tokens: int, flops: int) -> None:
         """Count a pack that this process trained on."""
@@ -130,7 +130,7 @@ class Monitor:
         self._losses.append(loss)
         if self._bar is not None:
             self._bar.update()
-        if self._train.compile and (graphs := compiled_graphs() - self._graphs_apart) != self._graphs:
+        if self._train.compile and (graphs := compiled_graphs() - self._excluded_graphs) != self._graphs:
             self._graphs = graphs
             self.print(f"step {step}: {graphs} graphs compiled so far")
         last = step == self._train.steps
@@ -139,13 +139,13 @@ class Monitor:
         losses = torch.stack(self._losses)
         # The mean is over steps of finite loss, so that a skipped step leaves no gap in the curve.
         global_losses = self._processes.mean(losses)
-        loss_now, loss_mean = global_losses[-1].item(), global_losses[global_losses.isfinite()].mean().item()
+        last_loss, loss_mean = global_losses[-1].item(), global_losses[global_losses.isfinite()].mean().item()
         seconds = time.perf_counter() - self._interval_start
         ranks = self._processes.world_size
         line: dict[str, Any] = {
             "step": step,
             **({} if self._stage is None else {"stage": self._stage.index + 1, "stage_name": self._stage.name}),
-            "loss": loss_now,
+            "loss": last_loss,
             "loss_mean": loss_mean,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm.item(),

@@ -226,12 +226,12 @@ def _choose_hpz(section: DeepSpeedSection, stage: int, parameters: int, hosts: S
 
 
 def _choose_reduction(inputs: _Inputs, stage: int, hpz: int) -> tuple[bool, tuple[str, ...]]:
-    """Whether gradients are reduced once a step, and the reason; without one where there is no choice."""
+    """Whether gradients are reduced once per step, and the reason; without one where there is no choice."""
     packs = inputs.lanes // len(inputs.hosts)
     requested, nodes = inputs.train.reduce_once, len(ranks_by_host(inputs.hosts))
     if stage < 2 or packs == 1:
         return False, ()  # reduced once anyway
-    once, after_each = "gradients: reduced once a step", f"gradients: reduced after each of {packs} packs"
+    once, after_each = "gradients: reduced once per step", f"gradients: reduced after each of {packs} packs"
     if requested != "auto":
         return requested, (f"{once if requested else after_each}, as the recipe sets",)
     if nodes == 1:

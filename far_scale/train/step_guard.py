@@ -21,11 +21,11 @@ from far_scale.data.loader.pack_loader import Pack
 from far_scale.distributed.ledger import phase
 from far_scale.distributed.process_group import Processes, all_gather_objects
 from far_scale.train.deepspeed_adapter import grad_norm
-from far_scale.train.engine import before_adam
+from far_scale.train.engine import call_before_adam
 from far_scale.utils.event_log import EventLog
 
 SPIKE_WINDOW = 128
-"""How many of the last steps a step is compared with."""
+"""Number of previous steps that a step is compared with."""
 
 MIN_STEPS = 16
 """Steps that must have been seen before any can be a spike: the std of a few numbers says little."""
@@ -98,7 +98,7 @@ class StepGuard:
         self._losses: list[Tensor] = []
         self._verdict: Tensor | None = None
         self._pending: _PendingVerdict | None = None
-        before_adam(engine, self._check)
+        call_before_adam(engine, self._check)
 
     def add_loss(self, loss: Tensor) -> None:
         """Add a pack's loss, weighted as in the mean over packs and ranks."""

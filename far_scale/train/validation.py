@@ -89,7 +89,7 @@ class Validation:
             return
         beat, values, start = partial(self._watchdog.beat, step), dict[str, Any](), time.perf_counter()
         stage = stage_of(self._plan, step - 1)
-        with self._monitor.apart(), evaluating(self._engine):
+        with self._monitor.excluded(), evaluating(self._engine):
             if loss_due:
                 values["weights"] = self._loss(self._held_out, stage, beat)
                 with ema_as_weights(self._engine, self._ema):

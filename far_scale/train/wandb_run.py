@@ -152,7 +152,7 @@ class WandbRun:
             yield
         except Exception as error:  # of any type: wandb's connection raises many
             if not self._failed:
-                print(f"wandb: {type(error).__name__}: {error}; the log goes on without it", file=sys.stderr)
+                print(f"wandb: {type(error).__name__}: {error}; logging continues without it", file=sys.stderr)
             self._failed = True
 
 

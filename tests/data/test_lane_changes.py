@@ -131,7 +131,7 @@ def test_a_change_at_an_epochs_border_leaves_no_remainder() -> None:
     new = LaneOrder([5, 3, 8], 2, 0, 1, 0, begin)
     samples = [sample for lane in (0, 1) for sample in islice(Lane(new, lane), 8)]
     straight = LaneOrder([5, 3, 8], 2, 0, 1)
-    assert samples == [straight.sample_of_run(2, lane, position) for lane in (0, 1) for position in range(8)]
+    assert samples == [straight.sample_in_segment(2, lane, position) for lane in (0, 1) for position in range(8)]
 
 
 SIZES = {"tar": [71], "mixture": [71, 65]}

@@ -48,7 +48,7 @@ def packs_of(packing: PackingConfig, count: int, **lane: int) -> list[list[Clip]
 
 @pytest.mark.parametrize("frames", [1, 16, 17, 300])
 def test_clip_tokens_are_those_of_the_layout(frames: int) -> None:
-    assert long_tokens(frames) == FrameLayout.of((frames,), (8, 8), window=16, coarser=4).tokens
+    assert long_tokens(frames) == FrameLayout.of((frames,), (8, 8), window=16, coarsening=4).tokens
 
 
 def test_packs_of_the_long_demo_are_full() -> None:

@@ -44,7 +44,7 @@ def outputs(model: FAR, clip_frames: tuple[int, ...]) -> list[torch.Tensor]:
 
 def arguments(requires_grad: bool = False) -> tuple:
     """A pack with a context, for the operators."""
-    layout = FrameLayout.of((6, 2), (2, 2), window=3, coarser=2)
+    layout = FrameLayout.of((6, 2), (2, 2), window=3, coarsening=2)
     generator = torch.Generator().manual_seed(0)
     sizes = [layout.window.tokens] * 3 + [layout.context.tokens] * 2
     tensors = [torch.randn(n, 2, 16, generator=generator, dtype=torch.float64) for n in sizes]
@@ -75,7 +75,7 @@ def test_a_freed_plan_is_an_error() -> None:
 
 
 def test_flops_count_attended_pairs() -> None:
-    layout = FrameLayout.of((6, 2), (2, 2), window=3, coarser=2)
+    layout = FrameLayout.of((6, 2), (2, 2), window=3, coarsening=2)
     *tensors, plan, kernel = arguments(requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         out, _ = FORWARD(*tensors, plan, kernel)

@@ -201,8 +201,8 @@ def test_another_scaling_autoencoder_or_shape_on_resume_is_a_change_of_the_resul
             "latent_shape": [2, side, side],
         }
 
-    assert find_changes(state(2.0, "a", 2), state(2.0, "a", 2), recipe).of_result == []
-    assert find_changes(state(2.0, "a", 2), state(3.0, "b", 4), recipe).of_result == [
+    assert find_changes(state(2.0, "a", 2), state(2.0, "a", 2), recipe).affecting_result == []
+    assert find_changes(state(2.0, "a", 2), state(3.0, "b", 4), recipe).affecting_result == [
         "the latents' scaling, per channel (channel 1: shift 0.25, scale 2) -> "
         "per channel (channel 1: shift 0.25, scale 3)",
         "the latents' autoencoder, a (aaaaaaaaaaaa) -> b (bbbbbbbbbbbb)",

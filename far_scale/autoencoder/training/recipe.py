@@ -57,7 +57,7 @@ class EpisodeData(Section):
 
 
 class VideoData(Section):
-    """Videos and the clips taken from them: `train.batch` / `clip_frames` videos a step, each once an epoch."""
+    """Videos and the clips taken from them: `train.batch` / `clip_frames` videos a step, each once per epoch."""
 
     videos: str
     """A folder of videos, one video, or a list of them (.csv, .jsonl); a relative path starts at the working folder."""

@@ -239,7 +239,7 @@ class _StreamStats:
     def _gaps_at_end(self) -> int:
         """Ticks without a frame at the end, where a copy was cut between reordered frames.
 
-        0 where packets after the beginning are hidden: then the file goes on after them.
+        0 where packets after the beginning are hidden: then the file continues after them.
         """
         if self._hidden_packet_late or self._start is None or self._hidden_until > self._start:
             return 0

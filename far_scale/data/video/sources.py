@@ -198,7 +198,7 @@ def check_folder_classes(
                 "take its videos out"
             )
         if number >= labels:
-            fix = "raise --labels, or give --classes, a file of the folders' names, one a line"
+            fix = "raise --labels, or give --classes, a file of the folders' names, one per line"
             raise UserError(f"{folder}: is class {number}, and --labels {labels} has 0 to {labels - 1}; {fix}")
     folders = len({source.path.parent for source in by_folder})
     all_have_files = source_set.classes is None and all(source.label_file for source in by_folder)

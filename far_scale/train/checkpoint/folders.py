@@ -168,13 +168,13 @@ def _remove_tree(path: Path) -> None:
 
 
 def fork(run: Path, step: int | None, out: Path) -> int:
-    """Make `out` a new run, with an identity of its own, that goes on from a checkpoint of `run`.
+    """Make `out` a new run, with an identity of its own, that resumes from a checkpoint of `run`.
 
     It gets the checkpoint, the lines of log.jsonl up to it, and the recipe with its own run_dir. `run` is only read.
 
     Args:
         run: a run directory.
-        step: of the checkpoint; None for the one that the run would go on from.
+        step: of the checkpoint; None for the one that the run would resume from.
         out: the new run directory, which must not exist.
 
     Returns:
@@ -202,7 +202,7 @@ def fork(run: Path, step: int | None, out: Path) -> int:
             "".join(json.dumps(row) + "\n" for row in lines_up_to(run / "log.jsonl", step))
         )
         EventLog(beside, is_main_process=True).emit(
-            "forked", step, f"{out} goes on from step {step} of {run}", source=str(run)
+            "forked", step, f"{out} resumes from step {step} of {run}", source=str(run)
         )
         beside.rename(out)
     finally:
