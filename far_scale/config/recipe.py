@@ -209,8 +209,8 @@ class Recipe(Section):
 
     def save(self, path: str | Path) -> None:
         """Write the resolved YAML to `path`, atomically."""
-        with atomic_write(path) as beside:
-            beside.write_text(self.resolved_yaml(), encoding="utf-8")
+        with atomic_write(path) as temporary:
+            temporary.write_text(self.resolved_yaml(), encoding="utf-8")
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:

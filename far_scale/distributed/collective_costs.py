@@ -61,8 +61,8 @@ class ModelShapes:
             prefix = f"{name}." if name else ""
             if name.startswith("blocks."):
                 return ModuleNode(tuple(i for key, i in indices.items() if key.startswith(prefix)), is_leaf=True)
-            own = [indices[prefix + key] for key, _ in module.named_parameters(recurse=False)]
-            own += [indices[_DTYPE_READS[name]]] if name in _DTYPE_READS else []
+            numbers = [indices[prefix + key] for key, _ in module.named_parameters(recurse=False)]
+            numbers += [indices[_DTYPE_READS[name]]] if name in _DTYPE_READS else []
             modules = dict(module.named_children())
             called = [key for key in _CALL_ORDER if modules.get(key) is not None] if not name else list(modules)
             children: list[ModuleNode] = []
@@ -71,7 +71,7 @@ class ModelShapes:
                     children += [node(f"blocks.{index}", block) for index, block in enumerate(model.blocks)]
                 else:
                     children.append(node(prefix + key, modules[key]))
-            return ModuleNode(tuple(own), tuple(children))
+            return ModuleNode(tuple(numbers), tuple(children))
 
         return ModelShapes(tuple(parameter.numel() for parameter in model.parameters()), node("", model))
 

@@ -81,7 +81,7 @@ def write_scores(evaluation: Evaluation, guidance: float) -> dict[str, Any]:
         **scores,
         "settings": protocol.model_dump(mode="json"),
     }
-    with atomic_write(evaluation.out / PER_CLIP_FILE) as beside, open(beside, "wb") as file:
+    with atomic_write(evaluation.out / PER_CLIP_FILE) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **per_clip)
     write_json(evaluation.out / SCORES_FILE, result)
     return result

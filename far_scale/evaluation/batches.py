@@ -259,7 +259,7 @@ def read_arrays(path: Path) -> Arrays | None:
 
 
 def _write_arrays(path: Path, arrays: Arrays) -> None:
-    with atomic_write(path) as beside, open(beside, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 

@@ -210,8 +210,8 @@ def _store_network(
         )
     path, weight_hash = network_file(network, label), _hash(weights)
     notes = {"network": network, "source": source, "zeros_ones": repr(value), "weights_sha256": weight_hash}
-    with atomic_write(path) as beside:
-        save_tensors(weights, beside, notes)
+    with atomic_write(path) as temporary:
+        save_tensors(weights, temporary, notes)
     return Imported(path, value, weight_hash, source)
 
 

@@ -112,9 +112,9 @@ class Watchdog:
         wait = GRACE_SECONDS + min(self._step_seconds, self._seconds)  # their time may have begun up to a step later
         self._arm(wait + GRACE_SECONDS)
         try:
-            own = self._write_stacks()
+            stacks = self._write_stacks()
             time.sleep(wait)
-            self._report(own)
+            self._report(stacks)
             sys.stdout.flush()
         except OSError as error:  # a full disk, where the others fail likewise
             os.write(_STDERR_FD, f"watchdog: {self._description()}; the stacks cannot be written ({error}):\n".encode())
@@ -136,13 +136,13 @@ class Watchdog:
         os.write(_STDERR_FD, f"watchdog: {self._description()}; Python stacks in {path}\n".encode())
         return path
 
-    def _report(self, own: Path) -> None:
+    def _report(self, stacks: Path) -> None:
         """Log which ranks wrote stacks; done by the lowest of them."""
-        wrote = _writers(own.parent, own.stat().st_mtime - self._seconds)
+        wrote = _writers(stacks.parent, stacks.stat().st_mtime - self._seconds)
         if min(wrote) != self._rank:
             return
         missing = sorted(set(range(len(self._hosts))) - wrote)
-        text = f"watchdog: {self._silence()}; Python stacks of {rank_list(sorted(wrote))} in {own.parent}"
+        text = f"watchdog: {self._silence()}; Python stacks of {rank_list(sorted(wrote))} in {stacks.parent}"
         if missing:
             where = ranks_on_hosts(missing, self._hosts)
             text += f"; {where} wrote none: stopped, dead, or stuck in code that holds Python's lock (GIL)"

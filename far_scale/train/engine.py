@@ -150,9 +150,8 @@ def deepspeed_config(
     if bf16 and stage > 0:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if train.deepspeed is not None:
-        explicit = {
-            name: value for name, value in train.deepspeed.explicit_values().items() if stage in KEY_STAGES[name]
-        }
+        explicit = train.deepspeed.explicit_values()
+        keys = {name: value for name, value in explicit.items() if stage in KEY_STAGES[name]}
         if "communication_data_type" in keys:
             config["communication_data_type"] = keys.pop("communication_data_type")
         config["zero_optimization"] |= keys

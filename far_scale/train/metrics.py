@@ -66,8 +66,8 @@ class Monitor:
             lines = lines_up_to(path, start)
             self.validated_steps = {line["step"] for line in lines if "validation" in line}
             if path.exists():
-                with atomic_write(path) as beside:
-                    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                with atomic_write(path) as temporary:
+                    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
             self._bar = tqdm(total=train.steps, initial=start, desc="train", unit="step", disable=None)
             if log.wandb.mode != "disabled":
                 self._wandb = open_wandb()

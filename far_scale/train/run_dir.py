@@ -150,7 +150,7 @@ def run_identity(run: Path) -> tuple[str, str | None]:
             f"{run} is a copy of {recorded.get('path')}: from now on it is the run {identity}, which does not use the "
             f"other's node-local checkpoints and wandb run; to continue as the other, write {old} into {path}"
         )
-    with atomic_write(path) as beside:
-        beside.write_text(identity + "\n")
+    with atomic_write(path) as temporary:
+        temporary.write_text(identity + "\n")
     write_json(directory_path, {"identity": identity, **directory_id(run)})
     return identity, copied

@@ -178,7 +178,7 @@ def test_beyond_the_budget_a_rank_stops_at_once(folder: Path) -> None:
     with pytest.raises(OverBudgetError, match="max_damaged_samples=4: 5 clips"):  # the lanes' states count too
         read(folder, replace(PLAIN, max_damaged=4), 20, step=1, lane_states=states)
     states[2]["damaged"] = -1
-    with pytest.raises(UserError, match="lane 2: -1 is no count of damaged clips"):
+    with pytest.raises(UserError, match="lane 2: -1 is not a count of damaged clips"):
         read(folder, PLAIN, 1, step=1, lane_states=states)
 
 

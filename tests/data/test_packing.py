@@ -127,7 +127,7 @@ def test_a_state_continues_exactly_from_every_step() -> None:
     ],
 )
 def test_an_impossible_state_is_refused(state: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"lane 0: .* are no clips that wait"):
+    with pytest.raises(UserError, match=r"lane 0: .* cannot be the pending clips"):
         clip_lane(LONG).load_state_dict(state)
 
 

@@ -208,5 +208,5 @@ def test_context_noise_is_put_on_finished_frames() -> None:
         with torch.no_grad():
             frames.append(noise - model(torch.stack([*seen, noise])[None], timesteps)[0, -1])
     torch.testing.assert_close(result, torch.stack(frames[-2:]), rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="context_noise: 1 is no noise level"):
+    with pytest.raises(UserError, match="context_noise: 1 is not a noise level"):
         roll_out(model, context, SamplingConfig(frames=1, steps=1, context_noise=1.0))

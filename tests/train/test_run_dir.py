@@ -71,9 +71,9 @@ def test_a_link_to_a_checkpoint_on_another_disk_counts_and_goes_as_a_checkpoint_
         step_folder(run, step).symlink_to(place)
     assert steps_to_try(run) == [30, 20, 10]
     assert quarantine(step_folder(run, 10)).is_symlink()
-    beside = run / "checkpoints" / "step-00000035.part"
-    beside.mkdir()
-    commit(beside, step_folder(run, 35), keep=1)
+    temporary = run / "checkpoints" / "step-00000035.part"
+    temporary.mkdir()
+    commit(temporary, step_folder(run, 35), keep=1)
     assert steps_to_try(run) == [35] and not list((run / "checkpoints").glob("*.old.part"))
     assert all((place / "state.json").exists() for place in elsewhere)
 

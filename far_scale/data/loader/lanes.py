@@ -4,9 +4,9 @@ An epoch is a sequence of samples: the few that the previous epoch has carried o
 permutation of (seed, epoch). It is cut into equal segments, one per lane; the remainder of this division is carried
 over to the next epoch. A lane reads its segment window by window, shuffled within each window.
 
-With N samples and L lanes, epoch e begins with (e N) mod L samples carried over. These are the last ones of epoch e - 1,
-which has N >= L new samples. So every position of every epoch is computed without any history, from two permutations
-of the *shards*; no array here is as long as the number of samples.
+With N samples and L lanes, epoch e begins with (e N) mod L samples carried over. These are the last ones of epoch
+e - 1, which has N >= L new samples. So every position of every epoch is computed without any history, from two
+permutations of the *shards*; no array here is as long as the number of samples.
 
 A lane numbers its samples consecutively over all epochs; clips are drawn at these numbers.
 
@@ -122,9 +122,9 @@ class LaneOrder:
         return self.beginning.number + self._epoch_begin(epoch) // self.lanes
 
     def segment_position(self, number: int) -> tuple[int, int]:
-        """The epoch, and the position in a lane's segment, of the sample with this number (from `beginning.number` on)."""
-        segments_begin = (number - self.beginning.number + 1) * self.lanes - self.beginning.remaining
-        epoch = self.beginning.epoch + max(-1, (segments_begin - 1) // self.samples)
+        """Epoch and position in a lane's segment of a sample, by its number (`beginning.number` or higher)."""
+        end = (number - self.beginning.number + 1) * self.lanes - self.beginning.remaining
+        epoch = self.beginning.epoch + max(-1, (end - 1) // self.samples)
         return epoch, number - self.first_number(epoch)
 
     def sample_in_segment(self, epoch: int, lane: int, position: int) -> SampleRef:

@@ -63,8 +63,8 @@ class MixtureLane:
         well_formed = set(state) == {"read"} and isinstance(read, list) and len(read) == len(firsts)
         if not (well_formed and all(type(n) is int and n >= first for n, first in zip(read, firsts, strict=True))):
             raise UserError(
-                f"lane {self.index}: {state} is not a position in a mixture of {len(self.set_lanes)} shard sets; resume "
-                "with the data.shards that the checkpoint was made with"
+                f"lane {self.index}: {state} is not a position in a mixture of {len(self.set_lanes)} shard sets; "
+                "resume with the data.shards that the checkpoint was made with"
             )
         self._set_numbers(read)
 

@@ -125,12 +125,12 @@ class Clip:
 class PackedLane:
     """One endless stream of packs, as lists of clips: an iterator with a state of plain numbers.
 
-    A clip's frame count and start are drawn at the counter (number of the sample in the lane, lane). Damaged samples
-    are left out and counted. Both depend only on the shard set, so they are the same on any number of ranks.
+    A clip's frame count and start are drawn with the counter (number of the sample in the lane, lane). Damaged samples
+    are skipped and counted. Both depend only on the shard set, so they are the same on any number of ranks.
 
     Attributes:
-        sample_lane: the stream of samples, after the last clip that was drawn.
-        damaged: clips that were left out so far.
+        sample_lane: the stream of samples, positioned after the last drawn clip.
+        damaged: number of clips skipped so far.
     """
 
     def __init__(self, sample_lane: Lane | MixtureLane, source: ShardSet | Mixture, packing: PackingConfig) -> None:
@@ -146,7 +146,7 @@ class PackedLane:
         """The clips of the next pack, older ones first.
 
         Raises:
-            UserError: a sample has fewer frames than the shortest clip; or more is damaged than may be left out.
+            UserError: a sample has fewer frames than the shortest clip; or more are damaged than may be skipped.
         """
         if self._packing.tokens_per_pack is None:
             return [self._draw_undamaged() for _ in range(self._packing.clips_per_pack or 0)]
@@ -224,8 +224,8 @@ class PackedLane:
         self.damaged = damaged
         if (pending is None) != (self._packing.tokens_per_pack is None) or not self._is_valid_pending(pending or []):
             raise UserError(
-                f"lane {self.sample_lane.index}: {pending} cannot be the pending clips at {position}; resume with the shard "
-                "set and the data section that the checkpoint was made with"
+                f"lane {self.sample_lane.index}: {pending} cannot be the pending clips at {position}; resume with the "
+                "shard set and the data section that the checkpoint was made with"
             )
         return pending or []
 

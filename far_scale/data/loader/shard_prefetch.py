@@ -24,8 +24,8 @@ def shards_ahead(order: LaneOrder, lane: int, number: int) -> Iterator[tuple[int
         number: number of the lane's next sample.
 
     Yields:
-        The number of samples that the lane reads before the shard, and the shard. Shuffling is ignored, except that the walk starts at the
-        beginning of the current shuffle window, up to `order.shuffle_window` samples earlier.
+        The number of samples that the lane reads before the shard, and the shard. Ignores shuffling, except that it
+        starts at the beginning of the current shuffle window, up to `order.shuffle_window` samples earlier.
     """
     epoch, position = order.segment_position(number)
     position, _ = order.window(epoch, position)

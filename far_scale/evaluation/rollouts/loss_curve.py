@@ -50,8 +50,8 @@ def draw_loss_curve(path: str | Path, log: str | Path) -> None:
     rate_axes.set_xlabel("step")
     for axes in (loss_axes, rate_axes):
         axes.grid(alpha=0.3)
-    with atomic_write(path) as beside:
-        figure.savefig(beside, dpi=120, format="png")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def validation_losses(log: str | Path) -> dict[int, dict[str, float]]:
