@@ -95,7 +95,7 @@ def _check_model(model: ModelSection, optimizer: OptimizerSection, train: TrainS
     if model.context_patch % model.patch:
         yield (
             "model.context_patch",
-            f"{model.context_patch} is no multiple of model.patch, {model.patch}; set it to 0, {4 * model.patch} or so",
+            f"{model.context_patch} is not a multiple of model.patch, {model.patch}; set it to 0 or {4 * model.patch}",
         )
     if model.context_patch and not model.causal:
         yield (

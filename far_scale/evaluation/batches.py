@@ -172,7 +172,7 @@ class Evaluation:
         for folder in (self.out / "units", self.out / "samples"):
             for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
                 if path.is_file() and path not in expected and ".part" not in path.name:
-                    raise UserError(f"{path}: is not of this evaluation; remove it, or give another --out")
+                    raise UserError(f"{path}: does not belong to this evaluation; remove it, or give another --out")
 
 
 class _BatchWorker:

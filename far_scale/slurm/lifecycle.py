@@ -50,7 +50,7 @@ def start(snapshot: Path) -> int:
     """Log a start of this job in the run's events; returns 0, or NOTHING_LEFT where all steps are done.
 
     Raises:
-        UserError: the job's last starts reached no new checkpoint, so another one would hardly help.
+        UserError: the job's last starts reached no new checkpoint, so another start would hardly help.
     """
     job, submission = Job.this(), read_submission(snapshot)
     run = Path(submission.run_dir)

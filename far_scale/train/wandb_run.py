@@ -46,7 +46,7 @@ class WandbRun:
 
     Args:
         settings: the recipe's log.wandb section.
-        name: the run's name where the settings have none.
+        name: the run's name if the settings have none.
         config: the recipe's values.
         identity: the wandb id; differs from that of an earlier training in the same run directory.
         run: the run directory.
@@ -91,17 +91,17 @@ class WandbRun:
             self._run.define_metric("evaluation/*", step_metric=STEP_KEY)
             self._scores.requeue_after(self._last_logged)
 
-    def log(self, line: dict[str, Any], late: bool = False) -> None:
+    def log(self, line: dict[str, Any], is_resumed: bool = False) -> None:
         """Log a line of log.jsonl, unless the run had its step at the start.
 
         A line of training takes the first waiting row of scores with it.
 
         Args:
             line: of training or of validation.
-            late: the line was made at the start, for the step from which training continues: if the run has the row of
-                that step, which cannot change any more, the line goes into the next row.
+            is_resumed: the line was made at the start, for the step that training resumes from: if the run has the row
+                of that step, which can no longer change, the line goes into the next row.
         """
-        step = max(line["step"], self._first_missing) if late else line["step"]
+        step = max(line["step"], self._first_missing) if is_resumed else line["step"]
         if step >= self._first_missing:
             self._last_logged = max(self._last_logged, step)
             with self._report_errors():

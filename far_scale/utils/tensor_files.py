@@ -44,7 +44,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{file}: there is no such file or folder") from None
         except Exception as error:  # of any kind, since the file may hold any bytes
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{file}: no file of weights ({reason}); get it again") from None
+            raise UserError(f"{file}: not a file of weights ({reason}); get it again") from None
         if isinstance(values, dict):
             tensors |= {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
     return tensors

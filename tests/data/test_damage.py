@@ -288,5 +288,5 @@ def test_missing_shard_is_refused_before_training_or_logged(recorded_shards: Pat
     enough = small_recipe(shards, run, "data.max_damaged_samples=90", "train.steps=6")
     assert start_training(2, enough, tmp_path / "out").wait() == [0, 0]
     (event,) = [event for event in read_events(run) if event["event"] == "damaged-shard"]
-    assert "not whole, and its clips will be left out: " in event["text"] and "shard-000003.tar" in event["text"]
+    assert "incomplete, its clips will be skipped: " in event["text"] and "shard-000003.tar" in event["text"]
     assert skip_events(run)

@@ -152,7 +152,7 @@ def test_weights_of_unknown_latents_are_taken_and_reported(tmp_path: Path, manif
     save_model_dir(tmp_path / "model", theirs.config, theirs.state_dict(), WeightsMetadata(training=origin))
     model, said = started(tmp_path, manifest)
     assert same_weights(model, theirs)
-    assert "imported from far.pth" in said and "does not say which latents" in said
+    assert "imported from far.pth" in said and "the latents that they were trained on are unknown" in said
 
 
 def with_checkpoint(tmp_path: Path, start: str | None) -> None:

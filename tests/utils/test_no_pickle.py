@@ -56,7 +56,7 @@ def in_place_of_all(metadata: Any, evil: Evil) -> Any:
     return evil
 
 
-def temporary(metadata: Any, evil: Evil) -> Any:
+def beside(metadata: Any, evil: Evil) -> Any:
     metadata.planner_data = [evil]
     return metadata
 
@@ -80,7 +80,7 @@ def with_a_hole(metadata: Any, evil: Evil) -> Any:
     return metadata
 
 
-@pytest.mark.parametrize("change", [in_place_of_all, temporary, as_bytes, elsewhere, with_a_hole])
+@pytest.mark.parametrize("change", [in_place_of_all, beside, as_bytes, elsewhere, with_a_hole])
 def test_metadata_is_read_without_calling_anything(folder: Path, mark: Path, change: Callable[..., Any]) -> None:
     metadata = dcp.FileSystemReader(str(folder)).read_metadata()
     (folder / ".metadata").write_bytes(pickle.dumps(change(metadata, Evil(mark))))

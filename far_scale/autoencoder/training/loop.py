@@ -229,7 +229,7 @@ def init_network(recipe: AutoencoderRecipe[Any, Any], frames: FrameSource, proce
     """Build the network with initial weights, by the seed and, for the compact one, from the frames.
 
     Raises:
-        UserError: model.config is no configuration of an AutoencoderDC, or data.size does not fit the network.
+        UserError: model.config is not a configuration of an AutoencoderDC, or data.size does not fit the network.
     """
     model: CompactModel | DCAEModel = recipe.model
     if isinstance(model, CompactModel):
@@ -253,7 +253,7 @@ def init_network(recipe: AutoencoderRecipe[Any, Any], frames: FrameSource, proce
             ) from None
     if frames.size % network.downsample:
         raise UserError(
-            f"{recipe.name}: data.size: {frames.size} is no multiple of {network.downsample}, the network's pixels "
+            f"{recipe.name}: data.size: {frames.size} is not a multiple of {network.downsample}, the network's pixels "
             "per latent position along each side"
         )
     # Other ranks get the main process's weights.

@@ -28,8 +28,8 @@ Cell = tuple[int, int]
 def _neighbours(cell: Cell, side: int) -> list[Cell]:
     """The up to four cells beside `cell` on a grid of side x side."""
     x, y = cell
-    temporary = ((x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1))
-    return [(i, j) for i, j in temporary if 0 <= i < side and 0 <= j < side]
+    beside = ((x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1))
+    return [(i, j) for i, j in beside if 0 <= i < side and 0 <= j < side]
 
 
 def cell_centre(cell: Cell) -> tuple[float, float]:

@@ -155,7 +155,7 @@ class SampleReader:
         if part.kind == "json":
             values = read_json_value(read, row.actions_offset, row.actions_bytes, part)
             if not isinstance(values, list) or not all(type(v) is int and 0 <= v < self.actions for v in values):
-                raise Mismatch(f"its {part} is no list of whole numbers from 0 to {self.actions - 1}")
+                raise Mismatch(f"its {part} is not a list of whole numbers from 0 to {self.actions - 1}")
             actions = torch.tensor(values, dtype=torch.int64)
         else:
             tensor = self._find_tensor(part, read, row.actions_offset, row.actions_bytes)

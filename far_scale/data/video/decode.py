@@ -273,7 +273,7 @@ def _rotate_upright(path: Path, frame: Any, rgb: NDArray[np.uint8]) -> NDArray[n
     """Rotate and flip a frame [H, W, 3] by its display matrix: phones store frames as the sensor sees them.
 
     Raises:
-        BadVideo: the rotation is no multiple of 90 degrees.
+        BadVideo: the rotation is not a multiple of 90 degrees.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -285,5 +285,5 @@ def _rotate_upright(path: Path, frame: Any, rgb: NDArray[np.uint8]) -> NDArray[n
     elif max(abs(a), abs(d)) <= _ROTATION_TOLERANCE * max(abs(b), abs(c)):
         rgb, flip_x, flip_y = rgb.swapaxes(0, 1), c < 0, b < 0
     else:
-        raise BadVideo(f"{path}: turned by {frame.rotation} degrees, no multiple of 90; convert it, or leave it out")
+        raise BadVideo(f"{path}: turned by {frame.rotation} degrees, not a multiple of 90; convert it, or leave it out")
     return rgb[:: -1 if flip_y else 1, :: -1 if flip_x else 1]

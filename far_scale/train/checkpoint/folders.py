@@ -74,11 +74,11 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     except UserError as error:
         return str(error)
     if not isinstance(sums, dict) or not {".metadata", "state.json"} <= sums.keys():
-        return f"{folder / CHECKSUMS}: this is no list of checksums"
+        return f"{folder / CHECKSUMS}: this is not a list of checksums"
     for name in sorted(sums)[part::parts]:
         path, expected = folder / name, sums[name]
         if not isinstance(expected, dict):
-            return f"{folder / CHECKSUMS}: this is no list of checksums"
+            return f"{folder / CHECKSUMS}: this is not a list of checksums"
         if not path.is_file():
             return f"{path}: this file is missing"
         if path.stat().st_size != expected.get("bytes"):
