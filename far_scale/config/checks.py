@@ -28,7 +28,7 @@ class StageSections:
 
     Attributes:
         number: from 1; 0 if the recipe has no curriculum.
-        stage: the stage's own section.
+        stage: the stage's section.
         model: with the stage's window.
         data: with the stage's overrides.
     """
@@ -39,7 +39,7 @@ class StageSections:
     data: DataSection
 
     def key(self, section: str, name: str) -> str:
-        """The key that sets `section.name` in this stage: its own, or that of the section."""
+        """The key that sets `section.name` in this stage: the stage's override, or the section's key."""
         overridden = name in StageSection.model_fields and getattr(self.stage, name) is not None
         return f"curriculum.{self.number}.{name}" if overridden and self.number else f"{section}.{name}"
 

@@ -20,7 +20,7 @@ from far_scale.utils.errors import UserError
 
 
 def unit_range(pixels: Tensor, what: str) -> Tensor:
-    """`pixels` as float32 in [0, 1]: uint8 ones are divided by 255, floating ones must lie in that range already.
+    """`pixels` as float32 in [0, 1]: uint8 ones are divided by 255, floating-point ones must already be in that range.
 
     Raises:
         UserError: another dtype, or values outside of [0, 1], such as those of pixels in [-1, 1] or [0, 255].

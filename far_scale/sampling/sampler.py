@@ -226,7 +226,7 @@ def _condition_rows(
         raise UserError(f"{name}: the dtype is {classes.dtype}, needed are integers (torch.int64)")
     if classes.min() < 0 or classes.max() >= count:
         raise UserError(
-            f"{name}: classes {int(classes.min())} to {int(classes.max())} were given; the model knows 0 to {count - 1}"
+            f"{name}: classes {int(classes.min())} to {int(classes.max())} were given; the model has 0 to {count - 1}"
         )
     conditioned = classes.to(device, torch.int64)
     return torch.cat([null, conditioned]) if guidance > 1 else conditioned

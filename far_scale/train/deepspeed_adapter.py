@@ -197,7 +197,7 @@ def _use_process_group(backend: str) -> None:
 
 
 def communication_backend() -> Any:
-    """The object whose methods start DeepSpeed's collectives, for a ledger."""
+    """DeepSpeed's communication backend; its methods start collectives."""
     from deepspeed.comm import comm
 
     backend = getattr(comm, "cdb", None)

@@ -263,7 +263,7 @@ def _link(candidate: Path, name: Path) -> bool:
     try:
         os.link(candidate, name)
     except FileExistsError:
-        return candidate.stat().st_nlink == 2  # NFS may repeat a request whose answer was lost
+        return candidate.stat().st_nlink == 2  # NFS may repeat a request after its answer was lost
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
             raise

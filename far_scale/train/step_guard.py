@@ -200,7 +200,7 @@ class StepGuard:
         adam.found_inf = self._verdict[0].to(stepped.device)  # type: ignore[attr-defined]  # another device if offloaded
 
     def _emit(self, bad_step: BadStep, packs: list[tuple[int, tuple[str, ...], float]]) -> None:
-        """Emit the event, with lanes and keys of the packs whose loss is not finite, or else of the whole batch."""
+        """Emit the event, with lanes and keys of the packs with non-finite loss; if none, of the whole batch."""
         all_packs = [pack for part in all_gather_objects(packs, self._processes.host_group) for pack in part]
         culprits = [pack for pack in all_packs if not math.isfinite(pack[2])] or all_packs
         lanes = [{"lane": lane, "keys": list(keys), "loss": _for_json(loss)} for lane, keys, loss in sorted(culprits)]

@@ -50,7 +50,7 @@ class WandbRun:
         config: the recipe's values.
         identity: the wandb id; differs from that of an earlier training in the same run directory.
         run: the run directory.
-        folder: where wandb's files go; None for the training, whose files go into `run`.
+        folder: folder for wandb's files; None for `run`, which the training uses.
 
     Raises:
         UserError: wandb is not installed.
@@ -121,7 +121,7 @@ class WandbRun:
                 self._last_logged = step
             self._finish()
             for row in rows:
-                self._scores.mark_logged(row, 0)  # wherever a longer training resumes, it is logged
+                self._scores.mark_logged(row, 0)  # step 0: a longer training need not log it again, wherever it resumes
 
     def finish(self) -> None:
         """End the run of this start; a later start continues it."""

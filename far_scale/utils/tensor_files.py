@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, and files of unknown origin, whose pickles are read without running them."""
+"""Files of tensors: safetensors, and files of unknown origin: their pickles are read without being executed."""
 
 from __future__ import annotations
 
@@ -87,5 +87,5 @@ class RecordUnpickler(pickle.Unpickler):
         if full in self._known:
             return self._known[full]
         if self._names.fullmatch(full) is None:
-            raise pickle.UnpicklingError(f"it names {full[:80]!r}, which has no place in such a file")
+            raise pickle.UnpicklingError(f"it names {full[:80]!r}, which does not belong in such a file")
         return type("Record", (Record,), {"name": name, "module": module})

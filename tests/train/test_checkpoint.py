@@ -46,7 +46,7 @@ def test_killed_at_every_instant_of_a_save_a_whole_checkpoint_is_there(tmp_path:
         folder = checkpoint.step_folder(run, step)
         assert checkpoint.damage(folder) is None, f"killed at instant {instants}"
         loaded = pieces(0.0)
-        checkpoint.load(folder, loaded, alone=True)
+        checkpoint.load(folder, loaded, single_process=True)
         assert all(torch.equal(piece.data, torch.full((1000,), float(step))) for piece in loaded.values())
         save(run, 30)  # what the killed one left is no hindrance
         assert steps_there(run) == ["latest", "step-00000030"]
