@@ -195,7 +195,7 @@ def test_a_metric_without_its_section_is_refused(tmp_path: Path) -> None:
 
 def test_without_given_frames_only_fvd_is_allowed() -> None:
     refused(
-        lambda: load_protocol("ucf101-latte-128").with_metrics(("lpips",)), "--metrics", "ucf101-latte-128", "fvd only"
+        lambda: load_protocol("ucf101-latte-128").with_metrics(("lpips",)), "--metrics", "ucf101-latte-128", "only fvd"
     )
 
 

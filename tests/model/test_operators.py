@@ -70,7 +70,7 @@ def test_a_freed_plan_is_an_error() -> None:
     q = torch.zeros(4, 1, 16)
     assert torch.ops.far_scale.frame_attention(q, q, q, None, None, key, "cpu")[0].shape == q.shape
     del plan  # without waiting for the garbage collector: packs come by the thousand
-    with pytest.raises(RuntimeError, match="layout of this attention call was dropped"):
+    with pytest.raises(RuntimeError, match="layout of this attention call was freed"):
         torch.ops.far_scale.frame_attention(q, q, q, None, None, key, "cpu")
 
 

@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_refused() -> None:
     cases = [
         (lambda: roll_out(acting, context, two), r"the model needs actions of shape \[2, 3\]"),
         (lambda: roll_out(acting, context, two, actions=actions[:, 1:]), r"the shape is \[2, 2\], needed is \[2, 3\]"),
-        (lambda: roll_out(acting, context, two, actions=actions + 3), "classes 3 to 3 .* knows 0 to 2"),
+        (lambda: roll_out(acting, context, two, actions=actions + 3), "classes 3 to 3 .* has 0 to 2"),
         (lambda: roll_out(acting, context, two, actions=actions - 1), "classes -1 to -1"),
         (lambda: roll_out(acting, context, two, actions=actions.float()), "integers"),
         (lambda: roll_out(acting, context, two, actions=actions, labels=labels), "labels: .* trained without"),
