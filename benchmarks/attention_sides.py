@@ -274,4 +274,4 @@ def causal_frames(clips: int, frames: int, tokens: int, heads: int) -> Case:
 def long_frames(clips: int, frames: int, side: int, heads: int) -> Case:
     """Likewise, frames of `side` x `side` tokens, of which the last 16 are the window and all others are 16 times
     coarser context."""
-    return Case("FAR-Long", FrameLayout.of((frames,) * clips, (side, side), window=16, coarser=4), heads)
+    return Case("FAR-Long", FrameLayout.of((frames,) * clips, (side, side), window=16, coarsening=4), heads)

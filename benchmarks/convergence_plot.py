@@ -41,8 +41,8 @@ def draw(path: Path, rows: Sequence[Row], baseline: Sequence[Row]) -> None:
         _long_clips(of_long, long_sides, rows, baseline)
     else:
         of_long.remove()
-    with atomic_write(path) as beside:
-        figure.savefig(beside, dpi=110, format="png")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def _curves(axes: Any, rows: Sequence[Row], x: str, metric: str, baseline: Sequence[Row]) -> None:

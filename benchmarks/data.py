@@ -123,7 +123,7 @@ def state_after(source: ShardSet | Mixture, position: int, lanes: int) -> dict[s
     """Of a lane that has read so many samples; of a mixture, its half of each of two sets."""
     if isinstance(source, Mixture):
         return {"read": [position // 2, position - position // 2], "pending": []}
-    epoch, place = LaneOrder(source.samples_per_shard, lanes, 0, WINDOW).run_position(position)
+    epoch, place = LaneOrder(source.samples_per_shard, lanes, 0, WINDOW).segment_position(position)
     return {"epoch": epoch, "position": place, "pending": []}
 
 

@@ -126,7 +126,7 @@ def start_up(folder: Path, args: argparse.Namespace) -> tuple[list[Row], Manifes
     counts = shard_set.samples_per_shard
 
     def order() -> None:
-        LaneOrder(counts, args.lanes, 0, args.shuffle_window).sample_of_run(
+        LaneOrder(counts, args.lanes, 0, args.shuffle_window).sample_in_segment(
             1, 0, 0
         )  # two permutations, as an epoch's edge needs
 

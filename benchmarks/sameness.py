@@ -71,5 +71,5 @@ def _tensors(run: Path, steps: int, kind: str) -> dict[str, torch.Tensor]:
     stored = checkpoint.read_metadata(folder).state_dict_metadata
     sizes = {name: entry.size.numel() for name, entry in stored.items() if name.split("/")[0] == kind}
     pieces = {name: FlatPiece(size, 0, torch.empty(size)) for name, size in sizes.items()}
-    checkpoint.load(folder, pieces, alone=True)
+    checkpoint.load(folder, pieces, single_process=True)
     return {name: piece.data for name, piece in pieces.items()}

@@ -35,7 +35,7 @@ def build_network(config: Mapping[str, Any]) -> AutoencoderNetwork:
         return CompactAutoencoder(CompactConfig(**config))
     if kind != CLASS_NAME:
         raise UserError(f"_class_name is {kind}, only {CLASS_NAME} is supported (compact ones have none)")
-    # Other keys with an underscore are diffusers' notes, such as its version; the factor is no part of the network.
+    # Other keys with an underscore are diffusers' notes, such as its version; the factor is not part of the network.
     ignored = ("_", "scaling_factor")
     return DeepCompressionAutoencoder({key: value for key, value in config.items() if not key.startswith(ignored)})
 

@@ -37,7 +37,7 @@ class AutoencoderNetwork(nn.Module, ABC):
     @property
     @abstractmethod
     def last_layer(self) -> Tensor:
-        """The weights of the decoder's last layer, whose gradient norms set the discriminator's adaptive weight."""
+        """The weights of the decoder's last layer; their gradient norms set the discriminator's adaptive weight."""
 
 
 class Autoencoder:

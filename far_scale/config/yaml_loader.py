@@ -17,7 +17,7 @@ from far_scale.utils.errors import UserError
 KeyPath = tuple[str, ...]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-"""The folder that the package lies in: a checkout (an editable install points there), or site-packages."""
+"""The folder that contains the package: a checkout (an editable install points there), or site-packages."""
 PACKAGE = Path(__file__).resolve().parents[1]
 """The package; a wheel has a copy of recipes/ in it, see setup.py."""
 

@@ -128,7 +128,7 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path}: is not a complete torch.save file; download or copy it again")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:  # PyTorch's own text says how to load it unsafely
+    except pickle.UnpicklingError:  # PyTorch's text describes how to load it unsafely
         raise UserError(
             f"{path}: cannot be read as weights (it holds more than tensors); save a state_dict()"
         ) from None
@@ -174,7 +174,7 @@ def import_model(
         path: see `read_official`.
         out: the model directory to write.
         window, patch: not in the file, see `to_far_scale`.
-        shards: a shard set of the model's latents, whose manifest has autoencoder, latent shape and frame rate.
+        shards: a shard set of the model's latents; its manifest has autoencoder, latent shape and frame rate.
             Without it the directory holds only weights: it loads, but cannot sample.
         scaling: of those latents to the model's scale; officially by the autoencoder's single factor.
         frame_stride: the model takes every n-th frame.

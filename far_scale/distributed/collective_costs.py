@@ -3,15 +3,15 @@
 The entries equal those that a ledger records (far_scale/distributed/ledger.py) from the third step on, when DeepSpeed
 has recorded the order of the modules. P is the number of parameters, n the ranks, and p(n) pads to a multiple of n:
 
-    stage 0     gradients: all-reduce of P, once a step
-    stage 1, 2  gradients: all-reduce of P (stage 1 in bf16: p(2 n) of P), once a step in stage 1, with each pack in 2
+    stage 0     gradients: all-reduce of P, once per step
+    stage 1, 2  gradients: all-reduce of P (stage 1 in bf16: p(2 n) of P), once per step in stage 1, with each pack in 2
                 weights, after the update: all-gather of p(2 n) of P
     stage 3     gradients: reduce-scatter of the sum of each parameter's p(n), with each pack
                 weights: all-gathers in forward and backward, see gathers.py; after the update, one for each unsharded
                 parameter
 
-Stages 2 and 3 reduce once a step if the packs' gradients are summed first. Collectives are split into buckets. The norm
-of the gradient (stages 1 to 3), the step guard, the consensus on stopping, and the number of clips (if it differs
+Stages 2 and 3 reduce once per step if the packs' gradients are summed first. Collectives are split into buckets. The
+norm of the gradient (stages 1 to 3), the step guard, the consensus on stopping, and the number of clips (if it differs
 between packs) take a few bytes each. EMA, activation checkpointing (it recomputes a block while its weights are
 gathered) and compilation send nothing.
 
@@ -61,8 +61,8 @@ class ModelShapes:
             prefix = f"{name}." if name else ""
             if name.startswith("blocks."):
                 return ModuleNode(tuple(i for key, i in indices.items() if key.startswith(prefix)), is_leaf=True)
-            own = [indices[prefix + key] for key, _ in module.named_parameters(recurse=False)]
-            own += [indices[_DTYPE_READS[name]]] if name in _DTYPE_READS else []
+            numbers = [indices[prefix + key] for key, _ in module.named_parameters(recurse=False)]
+            numbers += [indices[_DTYPE_READS[name]]] if name in _DTYPE_READS else []
             modules = dict(module.named_children())
             called = [key for key in _CALL_ORDER if modules.get(key) is not None] if not name else list(modules)
             children: list[ModuleNode] = []
@@ -71,7 +71,7 @@ class ModelShapes:
                     children += [node(f"blocks.{index}", block) for index, block in enumerate(model.blocks)]
                 else:
                     children.append(node(prefix + key, modules[key]))
-            return ModuleNode(tuple(own), tuple(children))
+            return ModuleNode(tuple(numbers), tuple(children))
 
         return ModelShapes(tuple(parameter.numel() for parameter in model.parameters()), node("", model))
 
@@ -86,9 +86,9 @@ class ParallelSetup:
         number_bytes: bytes of a weight in the model's precision: 4 or 2.
         gradient_bytes: bytes of a gradient element in reductions.
         packs: per rank and step.
-        reduces_once: whether gradients are reduced once a step, not with each pack.
+        reduces_once: whether gradients are reduced once per step, not with each pack.
         hpz: ranks of an hpZ group; 1 for none.
-        whole_below: parameters of up to so many elements are unsharded (stage 3).
+        whole_below: parameters of up to this many elements are unsharded (stage 3).
         reduce_bucket: elements reduced at a time.
         sub_group: elements of a rank's shard that the optimizer updates at a time, each with its own norm (stage 3).
         prefetch_bucket, reuse_distance, live: see `GatherRules`.

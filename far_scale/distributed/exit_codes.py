@@ -15,7 +15,7 @@ CRASHED = 1
 """An unexpected error, such as of a device: a restart may help."""
 
 REFUSED = 2
-"""A wrong input, or restarts without progress: a restart would not help, a person must look."""
+"""A wrong input, or restarts without progress: a restart would not help; a user must fix it."""
 
 REQUEUE = 75
 """Stopped on purpose before the last step (signal, watchdog): restart the same command. 75 is EX_TEMPFAIL."""

@@ -24,20 +24,20 @@ class ModuleNode:
     """A module as ZeRO-3 sees it.
 
     Attributes:
-        own: indices of the parameters that must be gathered while it runs: its own, those of its children that it reads
-            itself, and all of a leaf.
+        parameters: indices of the parameters that must be gathered while it runs: its own, those of its children that
+            it reads itself, and all of a leaf.
         children: the modules that it calls, in that order; empty for a leaf.
         is_leaf: whether it is gathered as a whole (DeepSpeed's "leaf module").
     """
 
-    own: tuple[int, ...]
+    parameters: tuple[int, ...]
     children: tuple[ModuleNode, ...] = ()
     is_leaf: bool = False
 
     @property
     def subtree(self) -> tuple[int, ...]:
         """The parameters of the module and its subtree; one that the module reads of a child comes twice."""
-        return self.own + tuple(index for child in self.children for index in child.subtree)
+        return self.parameters + tuple(index for child in self.children for index in child.subtree)
 
 
 class Gather(NamedTuple):
@@ -99,7 +99,9 @@ class _Simulation:
     ) -> None:
         self._sizes, self._persistent, self._rules, self._hpz = sizes, persistent, rules, hpz
         self._order = [*_visited(root, False), *_visited(root, True)]
-        self._queue = deque((number, step) for step, module in enumerate(self._order) for number in sorted(module.own))
+        self._queue = deque(
+            (number, step) for step, module in enumerate(self._order) for number in sorted(module.parameters)
+        )
         self._secondary = set() if first or not hpz else set(range(len(sizes))) - persistent
         self._available = set(persistent)
         self._gathered = 0  # elements that are available and not persistent
@@ -122,10 +124,10 @@ class _Simulation:
         self._leave(module)
 
     def _enter(self, module: ModuleNode) -> None:
-        self._gather({number for number in module.own if number not in self._available})
-        for number in module.own:
+        self._gather({number for number in module.parameters if number not in self._available})
+        for number in module.parameters:
             self._in_use[number] = self._in_use.get(number, 0) + 1
-        due = sum(self._fetched_for.get(number, -1) < self._step for number in set(module.own))
+        due = sum(self._fetched_for.get(number, -1) < self._step for number in set(module.parameters))
         taken: set[int] = set()
         while self._queue and len(taken) < due:
             number, step = self._queue.popleft()
@@ -156,17 +158,17 @@ class _Simulation:
 
     def _leave(self, module: ModuleNode) -> None:
         dropped = {
-            number for number in module.own if self._fetched_for.get(number, -1) <= self._step
+            number for number in module.parameters if self._fetched_for.get(number, -1) <= self._step
         } - self._persistent
         distance = 0
         for later in self._order[self._step :]:
             if distance >= self._rules.reuse_distance:
                 break
             # As DeepSpeed counts them: for other modules a leaf has no parameters of its own.
-            walked = later.subtree if module.is_leaf else () if later.is_leaf else later.own
+            walked = later.subtree if module.is_leaf else () if later.is_leaf else later.parameters
             dropped -= set(walked)
             distance += sum(self._sizes[number] for number in walked)
-        for number in module.own:
+        for number in module.parameters:
             self._in_use[number] -= 1
             if number in dropped and number in self._available and not self._in_use[number]:
                 self._available.remove(number)

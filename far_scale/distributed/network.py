@@ -113,9 +113,9 @@ def _check_host(
 ) -> str:
     """The problem of this host, or of its connection to the next one; listens until `listeners` is closed."""
     host, single_host = host_name(), neighbour[0] == rank
-    own, token = endpoints(cuda, named_only=single_host), uuid.uuid4().hex
+    local_endpoints, token = endpoints(cuda, named_only=single_host), uuid.uuid4().hex
     published = []
-    for endpoint in own:
+    for endpoint in local_endpoints:
         problem, port = endpoint.problem(single_host), 0
         if problem is None and not single_host:
             try:
@@ -131,10 +131,10 @@ def _check_host(
     store.set(
         f"network/at/{rank}", json.dumps({"listening": published, "token": token, "interfaces": interface_list()})
     )
-    return _check_neighbour(store, own, neighbour)
+    return _check_neighbour(store, local_endpoints, neighbour)
 
 
-def _check_neighbour(store: dist.Store, own: Sequence[Endpoint], neighbour: tuple[int, str]) -> str:
+def _check_neighbour(store: dist.Store, local_endpoints: Sequence[Endpoint], neighbour: tuple[int, str]) -> str:
     host, (next_rank, next_host) = host_name(), neighbour
     try:
         store.wait([f"network/at/{next_rank}"], _NEIGHBOUR_TIMEOUT)
@@ -144,7 +144,7 @@ def _check_neighbour(store: dist.Store, own: Sequence[Endpoint], neighbour: tupl
     for fields in published["listening"]:
         port = fields.pop("port")
         remote = Endpoint(**fields)
-        same_variable = [local for local in own if local.variable == remote.variable]
+        same_variable = [local for local in local_endpoints if local.variable == remote.variable]
         reason = _connect(remote, port, published["token"])
         if not reason and same_variable and remote.family not in [local.family for local in same_variable]:
             reason = f"{host} itself uses {same_variable[0].address}, of the other IP version"

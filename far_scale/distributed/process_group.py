@@ -147,7 +147,7 @@ def wait_for_all_ranks(processes: Processes, after: str, seconds: float) -> None
         seconds: how long rank 0 waits.
 
     Raises:
-        StuckError: some ranks did not come. Only rank 0 knows which, so the others wait longer, to let it report them.
+        StuckError: some ranks did not arrive. Only rank 0 can tell which, so the others wait longer until it reports.
     """
     if processes.world_size == 1:
         return

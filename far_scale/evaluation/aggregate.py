@@ -35,7 +35,7 @@ Float = NDArray[np.float64]
 
 @dataclass
 class _SystemResults:
-    """The metrics of one system, an entry a seed."""
+    """The metrics of one system, one entry per seed."""
 
     paired: list[dict[str, list[Float]]] = field(default_factory=list)  # seed -> mse, ssim, lpips -> [S, P] a clip
     fvd: list[float] = field(default_factory=list)
@@ -45,7 +45,7 @@ class _SystemResults:
 def write_scores(evaluation: Evaluation, guidance: float) -> dict[str, Any]:
     """Aggregate all batches into scores.json and per_clip.npz; returns the content of scores.json.
 
-    Batches are read one by one; memory holds a few numbers a frame, and the features.
+    Batches are read one by one; memory holds a few numbers per frame, and the features.
 
     Args:
         guidance: that the model sampled with.
@@ -81,7 +81,7 @@ def write_scores(evaluation: Evaluation, guidance: float) -> dict[str, Any]:
         **scores,
         "settings": protocol.model_dump(mode="json"),
     }
-    with atomic_write(evaluation.out / PER_CLIP_FILE) as beside, open(beside, "wb") as file:
+    with atomic_write(evaluation.out / PER_CLIP_FILE) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **per_clip)
     write_json(evaluation.out / SCORES_FILE, result)
     return result
@@ -108,7 +108,7 @@ def _read_batches(evaluation: Evaluation, seed: int | None) -> Iterator[Arrays]:
 
 
 def _real_features(baselines: list[Arrays]) -> torch.Tensor | None:
-    """`[N, 400]` features of the true clips; None if each sample has its own, or without FVD."""
+    """`[N, 400]` features of the true clips; None without FVD, or if the truth differs between samples."""
     if "real_logits" not in baselines[0]:
         return None
     return torch.from_numpy(np.concatenate([arrays["real_logits"][:, 0] for arrays in baselines]))

@@ -172,7 +172,7 @@ class Evaluation:
         for folder in (self.out / "units", self.out / "samples"):
             for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
                 if path.is_file() and path not in expected and ".part" not in path.name:
-                    raise UserError(f"{path}: is not of this evaluation; remove it, or give another --out")
+                    raise UserError(f"{path}: does not belong to this evaluation; remove it, or give another --out")
 
 
 class _BatchWorker:
@@ -259,7 +259,7 @@ def read_arrays(path: Path) -> Arrays | None:
 
 
 def _write_arrays(path: Path, arrays: Arrays) -> None:
-    with atomic_write(path) as beside, open(beside, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 

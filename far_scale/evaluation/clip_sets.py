@@ -182,7 +182,7 @@ class _VideoClipSet:
             raise UserError(f"{source.path}: holds no actions and the model needs them; give an npz with `actions`")
         if video.actions.max() >= self._actions:
             raise UserError(
-                f"{source.path}: action {video.actions.max()}, and the model knows 0 to {self._actions - 1}; give the "
+                f"{source.path}: action {video.actions.max()}, and the model has 0 to {self._actions - 1}; give the "
                 "videos of its world"
             )
         return torch.from_numpy(video.actions)
@@ -194,7 +194,7 @@ class _VideoClipSet:
         label = source.folder_label if label is None else label
         if label is None or label >= self._labels:
             raise UserError(
-                f"{source.path}: its class is {label}, and the model knows 0 to {self._labels - 1}; give videos with "
+                f"{source.path}: its class is {label}, and the model has 0 to {self._labels - 1}; give videos with "
                 "the model's classes"
             )
         return label

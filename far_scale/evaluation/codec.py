@@ -38,7 +38,7 @@ def through_h264(sample: NDArray[np.uint8], truth: NDArray[np.uint8]) -> tuple[N
     The F frames may hold several trajectories, one after the other. libx264's defaults, yuv420p, 8 frames a second.
 
     Raises:
-        UserError: shapes that differ, no frames, or a side that is no multiple of 16.
+        UserError: shapes that differ, no frames, or a side that is not a multiple of 16.
     """
     if sample.shape != truth.shape or sample.ndim != 4 or sample.shape[3] != 3 or not len(sample):
         shapes = f"{list(sample.shape)} and {list(truth.shape)}"

@@ -56,8 +56,8 @@ def compare(folders: Sequence[Path], out: Path) -> str:
         remarks = [LEGEND, *comparison_notes([model.scores for model in group])]
         markdown += [f"## {_title(group)}", table.markdown().rstrip("\n"), *remarks]
         console.append("\n".join([_title(group), table.plain().rstrip("\n"), *remarks]))
-    with atomic_write(out / "comparison.md") as beside:
-        beside.write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
+    with atomic_write(out / "comparison.md") as temporary:
+        temporary.write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
     return "\n\n".join(console) + "\n"
 
 

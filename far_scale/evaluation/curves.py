@@ -93,8 +93,8 @@ def draw_curves(path: Path, plots: Sequence[tuple[str, Sequence[Line]]]) -> None
         row.legend(
             named.values(), named.keys(), loc="outside lower center", ncols=min(len(named), columns), frameon=False
         )
-    with atomic_write(path) as beside:
-        figure.savefig(beside, dpi=120, format="png")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _metrics(lines: Sequence[Line]) -> list[Metric]:

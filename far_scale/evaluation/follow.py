@@ -1,4 +1,4 @@
-"""Evaluates the checkpoints of a run while it trains, in processes of its own."""
+"""Evaluates the checkpoints of a run while it trains, in separate processes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def follow(run: Path, protocol: Protocol, out: Path, clips: ClipSource, once: bo
 
     Each checkpoint gets a folder `out`/step-XXXXXXXX, which keeps neither model nor samples; after each,
     scores_by_step.json and .png are rewritten. A removed or damaged checkpoint is skipped with a warning. Temporary
-    checkpoints (checkpoint.every_minutes) are skipped without.
+    checkpoints (checkpoint.every_minutes) are skipped without a warning.
 
     Args:
         run: the run directory, which may not exist yet.

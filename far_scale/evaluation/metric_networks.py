@@ -20,7 +20,7 @@ from far_scale.utils.errors import UserError
 
 
 def unit_range(pixels: Tensor, what: str) -> Tensor:
-    """`pixels` as float32 in [0, 1]: uint8 ones are divided by 255, floating ones must lie in that range already.
+    """`pixels` as float32 in [0, 1]: uint8 ones are divided by 255, floating-point ones must already be in that range.
 
     Raises:
         UserError: another dtype, or values outside of [0, 1], such as those of pixels in [-1, 1] or [0, 255].
@@ -196,8 +196,8 @@ class LPIPS(LPIPSNetwork):
         """Distances `[N]` of float32 pixels `[N, 3, H, W]` in the network's range, without checks."""
         distance = torch.zeros(len(pixels), device=pixels.device, dtype=torch.float32)
         with full_float32(pixels.device):
-            for unit, other, share in zip(
+            for unit, other, weight in zip(
                 self.normalized_features(pixels), self.normalized_features(others), self.shares, strict=True
             ):
-                distance = distance + ((unit - other).square() * share).sum(1).mean((1, 2))
+                distance = distance + ((unit - other).square() * weight).sum(1).mean((1, 2))
         return distance

@@ -1,6 +1,6 @@
 """A protocol: everything that fixes an evaluation's scores, as a typed YAML file in recipes/protocols/.
 
-Two scores can be compared where the hashes of their protocols are equal. The hash covers every field that changes a
+Two scores can be compared if the hashes of their protocols are equal. The hash covers every field that changes a
 score, and the fingerprint of the clips; texts and names are left out.
 """
 
@@ -32,72 +32,72 @@ class ClipsSection(Section):
     """Which clips are evaluated."""
 
     source: str
-    """Which videos these are, for people."""
+    """Description of the videos; not hashed."""
     count: Count
-    """How many clips; a set that has fewer is refused."""
+    """Number of clips; a set with fewer is refused."""
     every: Count = 1
     """Take every n-th video of the set, from the first."""
     per_class: Count | None = None
-    """Draw as many videos of each class, in an order drawn by clips.seed, and of these clips.count; null: in the order
-    of the set."""
+    """Draw this many videos of each class in a random order by clips.seed, then take clips.count of them; null: take
+    clips in the order of the set."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of clips.per_class."""
     start: Annotated[int, Field(ge=0)] = 0
     """Frame of the video that a clip starts with."""
     stride: Count = 1
-    """Take every n-th frame from there; this is the frame rate of the evaluation."""
+    """Take every n-th frame from there; this sets the frame rate of the evaluation."""
     short: Literal["refuse", "stride-1"] = "refuse"
-    """A video that is too short: an error, or, as officially, its frames without stride (and an error if that does not
-    help)."""
+    """If a video is too short: refuse is an error; stride-1 takes its frames without stride, as the official code does
+    (an error if there are still too few)."""
     size: Count
     """Height and width of a clip in pixels: the shorter side is scaled to it, and the centre is cropped."""
     resize: Literal["pillow", "torch"] = "pillow"
-    """How frames are scaled: in 8 bits, or in float32 with antialiasing, as officially."""
+    """How frames are scaled: in 8 bits, or in float32 with antialiasing, as in the official code."""
     pixels: Literal["recorded", "decoded"] = "recorded"
-    """The truth: recorded pixels, or for a shard set its decoded latents (set by --shards)."""
+    """The ground truth: recorded pixels, or the decoded latents of a shard set (set by --shards)."""
     fingerprint: Sha256 | None = None
-    """SHA-256 of the clips (`clips.fingerprint`); others are refused. Null takes any, and the hash has theirs."""
+    """SHA-256 of the clips (`clips.fingerprint`); others are refused. Null accepts any clips and hashes theirs."""
 
 
 class SamplingSection(Section):
-    """How the model generates."""
+    """Sampling from the model."""
 
     given: Annotated[int, Field(ge=0)]
-    """True frames that are given."""
+    """Ground-truth frames given to the model."""
     predicted: Count
-    """Frames that follow."""
+    """Frames that the model predicts after them."""
     trajectories: Count = 1
-    """Samples of each clip: of LPIPS, PSNR and SSIM the best one counts, of FVD the mean over their numbers."""
+    """Samples of each clip. LPIPS, PSNR and SSIM take the best one; FVD is averaged over the samples."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**64)], ...], Field(strict=False, min_length=1)] = (0,)
     """Seeds of the noise; scores are means over them."""
     steps: Annotated[int, Field(ge=1, le=1000)]
-    """Euler steps a frame."""
+    """Euler steps per frame."""
     guidance: Annotated[float, AfterValidator(valid_guidance)] = 1.0
     """Classifier-free guidance of a model with labels or actions (see sample.guidance); others sample at 1."""
     context_noise: Fraction = 0.0
     """Noise level of clean frames (see sample.context_noise)."""
     weights: Literal["ema", "model"] = "ema"
-    """Which weights of a run."""
+    """Weights of a run to evaluate."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What the model computes in."""
+    """Precision of the model."""
     autoencoder_precision: Literal["fp32", "bf16"] = "fp32"
-    """What the autoencoder computes in."""
+    """Precision of the autoencoder."""
     batch: Count
-    """Clips that are sampled together; the last batch is filled up, so that no result depends on what is beside it."""
+    """Clips that are sampled together; the last batch is padded, so that results do not depend on the batch."""
 
 
 class FramesSection(Section):
-    """How samples become the frames that are compared."""
+    """Conversion of samples to the frames that are compared."""
 
     given: Literal["true", "decoded"] = "true"
-    """The given frames of a sample: the true pixels, or, as officially, the autoencoder's reconstruction."""
+    """The given frames in a sample: true pixels, or the autoencoder's reconstruction, as in the official code."""
     rounding: Literal["nearest", "down"] = "nearest"
-    """How pixels become 8 bits; officially they are cut off."""
+    """Rounding of pixels to 8 bits; the official code rounds down."""
     border: bool = False
-    """Draw a red border of one pixel on given frames of sample and truth; officially that is `anno_context`."""
+    """Draw a red border of one pixel on given frames of sample and truth: the official code's `anno_context`."""
     codec: Literal["none", "h264"] = "none"
-    """none: lossless. h264: sample and truth side by side through an MP4 (crf 23, yuv420p, 8 frames/s), as officially;
-    sides are multiples of 16."""
+    """none: lossless. h264: sample and truth side by side through an MP4 (crf 23, yuv420p, 8 frames/s), as in the
+    official code; sides are multiples of 16."""
 
 
 class FVDSection(Section):
@@ -105,13 +105,13 @@ class FVDSection(Section):
     antialiasing; covariances with N - 1."""
 
     frames: Literal["all", "predicted"] = "all"
-    """Which frames the network sees."""
+    """Input frames of the network."""
     batch: Count = 4
-    """Videos that go through the network together; the last batch is filled up."""
+    """Batch size of the network; the last batch is padded."""
     network: Sha256
     """SHA-256 of the network's tensors."""
     name: str | None = None
-    """The name that a network of your own was imported under; null is FVD's own."""
+    """Name of an imported custom network; null for the standard one of FVD."""
 
 
 class LPIPSSection(Section):
@@ -120,33 +120,34 @@ class LPIPSSection(Section):
     net: Literal["alex", "vgg"] = "alex"
     """The backbone."""
     range: Literal["[-1, 1]", "[0, 1]"] = "[-1, 1]"
-    """Of the pixels that the network gets. [-1, 1] is right; officially it is [0, 1], and distances are too low."""
+    """Range of the network's input pixels. [-1, 1] is right; the official code uses [0, 1], and its distances are too
+    low."""
     network: Sha256
     """SHA-256 of the network's tensors."""
     name: str | None = None
-    """The name that a network of your own was imported under; null is LPIPS' own."""
+    """Name of an imported custom network; null for the standard one of LPIPS."""
 
 
 class PSNRSection(Section):
     """PSNR with range 1."""
 
     mean_of: Literal["frames", "clips", "set"] = "frames"
-    """frames: the mean of each frame's PSNR, as officially. clips: of each clip's PSNR. set: the PSNR of the mean
-    squared error over all clips, which frames that are repeated exactly do not dominate."""
+    """frames: the mean of each frame's PSNR, as in the official code. clips: the mean of each clip's PSNR. set: the
+    PSNR of the mean squared error over all clips, which exactly repeated frames do not dominate."""
 
 
 class SSIMSection(Section):
-    """SSIM as torchmetrics has it: a Gaussian window of std 1.5, range 1."""
+    """SSIM as in torchmetrics: a Gaussian window of std 1.5, range 1."""
 
     mean_of: Literal["frames"] = "frames"
     """The mean over the predicted frames of a clip, on RGB."""
 
 
 class Published(Section):
-    """Scores that were published for a protocol."""
+    """Published scores for a protocol."""
 
     model: str
-    """Whose they are."""
+    """The model with these scores."""
     lpips: float | None = None
     psnr: float | None = None
     ssim: float | None = None
@@ -159,18 +160,18 @@ class Protocol(Section):
     name: str
     """The protocol's name; without it, the file's name."""
     about: str = ""
-    """What it is, for people."""
+    """Description; not hashed."""
     clips: ClipsSection
     sampling: SamplingSection
     frames: FramesSection = FramesSection()
     metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)]
-    """Which metrics are computed; others can be asked for where they have a section."""
+    """Metrics to compute; --metrics can select others that have a section."""
     fvd: FVDSection | None = None
     lpips: LPIPSSection | None = None
     psnr: PSNRSection | None = None
     ssim: SSIMSection | None = None
     published: Annotated[tuple[Published, ...], Field(strict=False)] = ()
-    """Scores to print beside ours; only in a protocol that makes the choices they were made with."""
+    """Published scores to print beside ours; only if they were computed with the choices of this protocol."""
 
     @model_validator(mode="after")
     def _check(self) -> Protocol:
@@ -182,18 +183,21 @@ class Protocol(Section):
         sampling = self.sampling
         for metric in self.metrics:
             if getattr(self, metric) is None:
-                yield "metrics", f"{metric} has no section; write `{metric}:` with what fixes it"
+                yield "metrics", f"{metric} has no section; write `{metric}:` with its settings"
         if not sampling.given and set(self.metrics) != {"fvd"}:
-            yield "metrics", "without given frames nothing has to follow, so only fvd can be computed; set it to [fvd]"
+            yield (
+                "metrics",
+                "without given frames there are no true frames to compare with, only fvd is possible; set it to [fvd]",
+            )
         if len(set(sampling.seeds)) < len(sampling.seeds):
-            yield "sampling.seeds", "names a seed twice; take one out"
+            yield "sampling.seeds", "names a seed twice; remove one"
         if self.frames.codec == "h264" and self.clips.size % H264_BLOCK:
             yield (
                 "clips.size",
                 f"{self.clips.size}, and h264 needs a multiple of {H264_BLOCK}; set frames.codec to none",
             )
         if self.fvd is not None and self.fvd_frames < MIN_FRAMES:
-            yield "fvd.frames", f"{self.fvd_frames} frames, and I3D needs {MIN_FRAMES}; take fvd out, or predict more"
+            yield "fvd.frames", f"{self.fvd_frames} frames, and I3D needs {MIN_FRAMES}; remove fvd, or predict more"
 
     @property
     def total_frames(self) -> int:
@@ -202,7 +206,7 @@ class Protocol(Section):
 
     @property
     def fvd_frames(self) -> int:
-        """How many frames FVD's network sees."""
+        """Number of input frames of FVD's network."""
         return self.total_frames if self.fvd is None or self.fvd.frames == "all" else self.sampling.predicted
 
     def hashed_values(self) -> dict[str, Any]:
@@ -219,34 +223,33 @@ class Protocol(Section):
     def with_clips(self, **changes: Any) -> Protocol:
         """This protocol with other fields of `clips`: another protocol, with another hash.
 
-        Published scores are of the protocol's own clips; they are left out where another field than the fingerprint
-        changes.
+        Published scores hold only for the original clips: they are dropped if any field but the fingerprint changes.
         """
         update: dict[str, Any] = {"clips": self.clips.model_copy(update=changes)}
         if set(changes) - {"fingerprint"}:
             update["published"] = ()
         return self.model_copy(update=update)
 
-    def of_metrics(self, metrics: tuple[Metric, ...]) -> Protocol:
-        """This protocol, computing some of its metrics; the hash stays, since the scores are the same.
+    def with_metrics(self, metrics: tuple[Metric, ...]) -> Protocol:
+        """This protocol with only some of its metrics; the hash is unchanged, since the scores are the same.
 
         Raises:
-            UserError: the protocol does not say how one of them is computed.
+            UserError: one of them has no section in the protocol.
         """
         for metric in metrics:
             if getattr(self, metric) is None:
-                known = ", ".join(each for each in METRICS if getattr(self, each) is not None)
+                known = ", ".join(name for name in METRICS if getattr(self, name) is not None)
                 raise UserError(f"--metrics {metric}: protocol {self.name} does not have it; it has {known}")
         if not self.sampling.given and set(metrics) != {"fvd"}:
-            raise UserError(f"--metrics: protocol {self.name} gives no frames, so it has fvd only")
-        return self.model_copy(update={"metrics": tuple(each for each in METRICS if each in metrics)})
+            raise UserError(f"--metrics: protocol {self.name} gives no frames, so it has only fvd")
+        return self.model_copy(update={"metrics": tuple(name for name in METRICS if name in metrics)})
 
 
 def load_protocol(path_or_name: str | Path) -> Protocol:
     """Read and check a protocol: a file, or a name in recipes/protocols, such as `vizdoom-8to8`.
 
     Raises:
-        UserError: one line with file, line, key and fix for all that is wrong.
+        UserError: one line with file, line, key and fix of every error.
     """
     document = read_document(path_or_name, kind=PROTOCOL)
     try:

@@ -109,7 +109,7 @@ def _describe_settings(scores: Scores) -> Iterator[str]:
     """The main settings, a line each."""
     protocol, sampling = scores.settings, scores.settings.sampling
     yield f"frames: {sampling.given} given -> {sampling.predicted} predicted, {protocol.clips.size} px"
-    yield f"sampling: {sampling.steps} steps a frame, guidance {scores.guidance:g}"
+    yield f"sampling: {sampling.steps} steps per frame, guidance {scores.guidance:g}"
     yield f"seeds: {', '.join(map(str, sampling.seeds))}"
     if sampling.trajectories > 1:
         yield f"{sampling.trajectories} samples of each clip: the best one counts (of FVD: the mean)"
@@ -121,7 +121,7 @@ def _describe_settings(scores: Scores) -> Iterator[str]:
 
 def _write_clips(path: Path, clips: PerClip) -> None:
     columns = {f"{system}_{metric}": clips.clip_scores(system, metric) for system, metric in clips.values}
-    with atomic_write(path) as beside, open(beside, "w", encoding="utf-8", newline="") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["key", *columns])
         for number, key in enumerate(clips.keys):
@@ -191,5 +191,5 @@ def _grid_spec(protocol: Protocol, clips: int, frame: Pixels) -> GridSpec:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with atomic_write(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -122,8 +122,8 @@ def _draw_plot(path: Path, by_step: dict[int, Scores], last: Scores) -> None:
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
-    with atomic_write(path) as beside:
-        figure.savefig(beside, dpi=120, format="png")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _draw_panel(axes: Axes, metric: Metric, by_step: dict[int, Scores], last: Scores) -> None:

@@ -77,7 +77,7 @@ def cell_text(row: Row, metric: Metric) -> str:
 
 
 def format_score(metric: Metric, value: float | None) -> str:
-    """A score with as many digits as papers print; None stands for one that is not finite."""
+    """A score with the usual number of digits in papers; None if it is not finite."""
     return "not finite" if value is None else f"{value:.{_DIGITS[metric]}f}"
 
 

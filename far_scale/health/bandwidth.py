@@ -97,7 +97,7 @@ def fastest_links(plan: Sequence[Round], measured: Sequence[dict[int, float]]) -
 
     Args:
         plan: the rounds that were measured.
-        measured: by rank, the bandwidth with each partner. The slower of both ranks' measurements is right, since at
+        measured: by rank, the bandwidth with each partner. Takes the slower of both ranks' measurements, since at
             the other rank the message may have arrived early.
     """
     fastest: dict[str, dict[int, float]] = {}
@@ -136,7 +136,7 @@ def _timed(processes: Processes, send: Callable[[], list[dist.Work]], repeats: i
         start = time.perf_counter()
         arrived = arrived and _wait_for_messages(send(), processes.device)
         fastest = min(fastest, time.perf_counter() - start)
-    # A rank that waited for a lost message comes that much later.
+    # A rank that waited for a lost message arrives later by that timeout.
     wait_for_all_ranks(processes, "an exchange of messages", 2 * process_group.STUCK_SECONDS)
     stuck = {rank for ranks in all_gather_objects([] if arrived else involved, processes.host_group) for rank in ranks}
     if stuck:

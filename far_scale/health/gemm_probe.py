@@ -36,7 +36,7 @@ class GemmProbe:
         return torch.equal(out @ vector, left @ (right @ vector))
 
     def seconds(self, batches: int) -> float:
-        """Seconds of one product: the fastest of so many batches, which excludes disturbances."""
+        """Seconds of one product: the fastest of this many batches, which excludes disturbances."""
         if self._device.type == "cuda":
             return min(self._cuda_batches(batches)) / self._batch_size
         return min(self._cpu_batches(batches)) / self._batch_size

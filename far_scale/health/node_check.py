@@ -1,4 +1,4 @@
-"""Examination of each rank's node before training, and the ranks that it disqualifies."""
+"""Checks of each rank's node before training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from far_scale.health.gemm_probe import GemmProbe
 from far_scale.utils.hosts import rank_list, ranks_on_hosts
 
 MAX_MEDIAN_RATIO = 2.0
-"""A rank so many times worse than the median is logged as slow, or refused if other processes use its GPU's memory."""
+"""A rank that is this many times worse than the median is logged as slow; if other processes use its GPU's memory, it
+is refused."""
 
 _BATCHES = 100  # of the GEMM probe: long enough for a GPU to leave its idle clock
 
@@ -66,7 +67,7 @@ def examine(
     """Examine this rank's node: about half a second.
 
     Args:
-        dtype: that training computes in.
+        dtype: dtype of the computation.
         shared_values: recipe values that must be the same on all ranks.
         folders: to be written to, by recipe key.
     """
@@ -79,7 +80,7 @@ def examine(
             flops = product.flops / product.seconds(_BATCHES)
         else:
             fault = "a matrix product of small whole numbers came out wrong"
-    except RuntimeError as error:  # what CUDA's errors are
+    except RuntimeError as error:  # the type of CUDA errors
         free = total = 0
         fault = str(error).splitlines()[0]
     return RankReport(
@@ -216,6 +217,6 @@ def _differences(
         groups.setdefault(value_of(report), []).append(report.rank)
     if len(groups) == 1:
         return []
-    usual = max(groups, key=lambda value: len(groups[value]))  # of equally large groups the one with the lowest rank
+    usual = max(groups, key=lambda value: len(groups[value]))  # ties: the group with the lowest rank
     odd = ", ".join(f"{value} on {ranks_on_hosts(ranks, hosts)}" for value, ranks in groups.items() if value != usual)
     return [f"{what} is not the same everywhere: {odd}, but {usual} on {rank_list(groups[usual])}; {fix}"]

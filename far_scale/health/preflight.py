@@ -42,7 +42,7 @@ def check_nodes(
         shared_values: recipe values that must be the same on all ranks.
         folders: to be written to, by recipe key.
         processes: the run's.
-        dtype: that training computes in.
+        dtype: dtype of the computation.
         events: of this process.
         step: steps done before, for the events.
 
@@ -132,7 +132,7 @@ def node_table(reports: Sequence[RankReport], links: Links) -> list[str]:
 
 
 def checkpoint_bytes(config: FARConfig) -> int:
-    """What a checkpoint takes: weights, two moments and the EMA in float32."""
+    """Bytes of a checkpoint: weights, two moments and the EMA in float32."""
     with torch.device("meta"):
         return 16 * sum(parameter.numel() for parameter in FAR(config).parameters())
 

@@ -16,18 +16,18 @@ from far_scale.health.gemm_probe import GemmProbe
 from far_scale.utils.event_log import EventLog
 
 MEDIANS = 1.5
-"""A slow rank takes more than so many times the median of all ranks."""
+"""A slow rank takes more than this multiple of the median of all ranks."""
 
 MADS = 8.0
-"""It is also so many median absolute deviations above the median, since ranks may differ widely by nature."""
+"""It is also more than this many median absolute deviations above the median, since ranks may always differ widely."""
 
 LOG_LINES = 5
-"""A rank's time is its median over so many log lines: among thousands of ranks single hiccups are common."""
+"""A rank's time is its median over this many log lines: with thousands of ranks, single delays are common."""
 
 MIN_LOG_LINES = 3
-"""Slow ranks are reported from so many log lines on."""
+"""Slow ranks are reported only after this many log lines."""
 
-_WAIT_FRACTION = 0.1  # of a step's time: ranks that wait for data less than this above the median delay nobody
+_WAIT_FRACTION = 0.1  # of a step's time: a wait for data less than this above the median does not delay the others
 _BATCHES = 5  # of the GEMM probe: a few milliseconds per log line
 
 
@@ -37,7 +37,7 @@ class SlowRank:
 
     Attributes:
         rank: the rank.
-        times: its time over the median (infinite if that is 0).
+        times: its time divided by the median (infinite if the median is 0).
     """
 
     rank: int
@@ -67,9 +67,9 @@ class StragglerDetector:
             step: steps done.
             waited: seconds per step that this rank waited for data since the last line.
         """
-        own = torch.tensor([waited, self._probe.seconds(_BATCHES)], dtype=torch.float64)
-        all_ranks = [torch.empty_like(own) for _ in self._hosts]
-        dist.all_gather(all_ranks, own, group=self._processes.host_group)
+        local_times = torch.tensor([waited, self._probe.seconds(_BATCHES)], dtype=torch.float64)
+        all_ranks = [torch.empty_like(local_times) for _ in self._hosts]
+        dist.all_gather(all_ranks, local_times, group=self._processes.host_group)
         waits, gemms = torch.stack(all_ranks).T.tolist()
 
         now = time.monotonic()
@@ -99,7 +99,7 @@ def slow_ranks(seconds: Sequence[float], min_excess: float = 0.0) -> list[SlowRa
 
     Args:
         seconds: by rank.
-        min_excess: a slow rank is at least so many seconds above the median.
+        min_excess: a slow rank is at least this many seconds above the median.
     """
     median = median_low(seconds)
     mad = median_low([abs(value - median) for value in seconds])

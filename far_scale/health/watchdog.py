@@ -25,7 +25,7 @@ START_SECONDS = 1800.0
 """Additional time for the first step: building, loading, NCCL's first contact and compilation take minutes."""
 
 GRACE_SECONDS = 5.0
-"""How long a rank waits, beyond a step's time, for the stacks of the others before its exit ends them."""
+"""Time that a rank waits, beyond a step's time, for the stacks of the others; its exit ends them."""
 
 _STDERR_FD = 2
 
@@ -93,7 +93,7 @@ class Watchdog:
             while not self._over.wait(tick):
                 self._arm(self._seconds + GRACE_SECONDS)
                 now = time.monotonic()
-                # In a much longer tick the whole process was stopped.
+                # If a tick takes much longer, the whole process was suspended.
                 silent, last_tick = silent + min(now - last_tick, tick + 1), now
                 if beats != self._beats:
                     beats, silent = self._beats, 0.0
@@ -109,14 +109,14 @@ class Watchdog:
 
     def _end(self) -> None:
         """Write the stacks, wait for those of other ranks, report ranks without stacks, and exit."""
-        wait = GRACE_SECONDS + min(self._step_seconds, self._seconds)  # their time may have begun up to a step later
+        wait = GRACE_SECONDS + min(self._step_seconds, self._seconds)  # they may time out up to a step later
         self._arm(wait + GRACE_SECONDS)
         try:
-            own = self._write_stacks()
+            stacks = self._write_stacks()
             time.sleep(wait)
-            self._report(own)
+            self._report(stacks)
             sys.stdout.flush()
-        except OSError as error:  # a full disk, where the others fail likewise
+        except OSError as error:  # a full disk; the other ranks fail in the same way
             os.write(_STDERR_FD, f"watchdog: {self._description()}; the stacks cannot be written ({error}):\n".encode())
             faulthandler.dump_traceback(_STDERR_FD)
         finally:
@@ -136,13 +136,13 @@ class Watchdog:
         os.write(_STDERR_FD, f"watchdog: {self._description()}; Python stacks in {path}\n".encode())
         return path
 
-    def _report(self, own: Path) -> None:
+    def _report(self, stacks: Path) -> None:
         """Log which ranks wrote stacks; done by the lowest of them."""
-        wrote = _writers(own.parent, own.stat().st_mtime - self._seconds)
+        wrote = _writers(stacks.parent, stacks.stat().st_mtime - self._seconds)
         if min(wrote) != self._rank:
             return
         missing = sorted(set(range(len(self._hosts))) - wrote)
-        text = f"watchdog: {self._silence()}; Python stacks of {rank_list(sorted(wrote))} in {own.parent}"
+        text = f"watchdog: {self._silence()}; Python stacks of {rank_list(sorted(wrote))} in {stacks.parent}"
         if missing:
             where = ranks_on_hosts(missing, self._hosts)
             text += f"; {where} wrote none: stopped, dead, or stuck in code that holds Python's lock (GIL)"

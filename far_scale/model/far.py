@@ -1,7 +1,7 @@
 """FAR: a transformer that denoises every frame of a video given all earlier ones (arXiv 2503.19325).
 
-Long clips (FAR-Long, the paper's long short-term context): the window, a clip's last frames, is denoised; all frames
-before it are the context, cut into coarse patches with an embedding of their own.
+Long clips (FAR-Long, the paper's long short-term context): the window, a clip's last frames, is denoised; all earlier
+frames are the context, cut into coarse patches with a separate embedding.
 
 shape letters   B clips   F frames (of a clip, or of all clips of a pack), Fw/Fc of the window/context
                 C/H/W latent channels/height/width   P/Q tokens of a window/context frame   E width
@@ -41,7 +41,7 @@ class FARConfig:
         heads: attention heads of 64 dimensions; the width is heads * 64.
         patch: side of a window frame's patch, in latent pixels.
         channels: latent channels C.
-        window: how many of a clip's last frames are patchified finely; the longest clip of a window-only model.
+        window: number of window frames, the last frames of a clip; the maximum clip length of a window-only model.
         context_patch: side of a context frame's patch, a multiple of `patch`; 0 for a window-only model.
         actions: classes of a frame's action, 0 for none; the null class is the index `actions`.
         labels: classes of a clip's label, 0 for none; the null class is the index `labels`.
@@ -66,15 +66,13 @@ class FARConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"FARConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.context_patch < 0 or self.context_patch % self.patch:
-            raise ValueError(f"FARConfig.context_patch {self.context_patch} is no multiple of patch {self.patch}")
+            raise ValueError(f"FARConfig.context_patch {self.context_patch} is not a multiple of patch {self.patch}")
         if self.actions and self.labels:
-            raise ValueError("FARConfig: a model is conditioned on actions or on labels, not on both")
+            raise ValueError("FARConfig: a model is conditioned on actions or labels, not on both")
         if type(self.causal) is not bool:
             raise ValueError(f"FARConfig.causal must be true or false, got {self.causal!r}")
         if self.context_patch and not self.causal:
-            raise ValueError(
-                "FARConfig.context_patch must be 0 where causal is false: no frame comes before the others"
-            )
+            raise ValueError("FARConfig.context_patch must be 0 if causal is false: such a model has no context")
 
     @property
     def width(self) -> int:
@@ -85,7 +83,7 @@ class FARConfig:
         """The cached layout of a pack of clips of `clip_frames` frame latents, each `size` (height, width).
 
         Raises:
-            ValueError: a clip longer than the window of a window-only model, or a size that the patches do not divide.
+            ValueError: a clip is longer than the window of a window-only model, or the patches do not divide the size.
         """
         height, width = size
         if height % (self.context_patch or self.patch) or width % (self.context_patch or self.patch):
@@ -97,7 +95,7 @@ class FARConfig:
         return FrameLayout.of(clip_frames, grid, self.window, self.context_patch // self.patch, self.causal)
 
     def to_dict(self) -> dict[str, Any]:
-        """The values stored in files. `causal` is left out if true, as files of causal models never had it."""
+        """The values stored in files, without `causal` if it is true: older files do not have it."""
         values = asdict(self)
         if self.causal:
             del values["causal"]
@@ -169,19 +167,19 @@ class FAR(nn.Module):
                 frame, which is always clean.
             actions: `[B, F]` (or `[F]`) int64, only for an action-conditioned model.
             labels: `[B]` int64, only for a label-conditioned model.
-            layout: of the pack (`config.layout`), for clips of different lengths.
+            layout: layout of the pack (`config.layout`), for clips of different lengths.
 
         Returns:
             The velocity of the window frames, `[B, Fw, C, H, W]` or `[Fw, C, H, W]`, in the weights' precision.
 
         Raises:
-            ValueError: shapes that do not fit together, or a condition that the model lacks or needs.
+            ValueError: shapes do not match, or a condition is missing or not supported by the model.
         """
         *batch, channels, height, width = latents.shape
         if channels != self.config.channels:
             raise ValueError(f"latents {list(latents.shape)} do not have {self.config.channels} channels")
         if list(timesteps.shape) != batch:
-            raise ValueError(f"timesteps must be {batch}, one a frame, got {list(timesteps.shape)}")
+            raise ValueError(f"timesteps must be {batch}, one per frame, got {list(timesteps.shape)}")
         clips = batch[:1] if layout is None else []
         if layout is None:
             layout = self.config.layout((batch[1],) * batch[0], (height, width))

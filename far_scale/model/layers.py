@@ -1,5 +1,5 @@
 """The layers of a FAR block. They compute the same function as the official code (arXiv 2503.19325, showlab/FAR), but
-a condition, which is constant over a frame, is projected once a frame and broadcast, not once a token.
+a condition, which is constant over a frame, is projected once per frame and broadcast, not once per token.
 
     shape letters   F frames   P/Q tokens of a window/context frame   T tokens   N heads   D head dim   E = N * D width
 """
@@ -31,7 +31,7 @@ def linear(inputs: int, outputs: int, parts: int = 1) -> nn.Linear:
     """A linear layer, initialised Xavier-uniform with zero bias as in the official code.
 
     Args:
-        parts: number of layers fused into this one, each initialised by its own fan-out.
+        parts: number of layers fused into this one, each initialised with its own fan-out.
     """
     layer = nn.Linear(inputs, outputs)
     for part in layer.weight.data.chunk(parts):
@@ -66,12 +66,12 @@ def apply_rotary(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate neighbouring channel pairs of x `[T, N, D]` by `rotation` `[T, D/2, 2]`, in float32 or better."""
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
-        # In real numbers, which the compiler fuses with the norm before and the layout after.
+        # Real arithmetic, which the compiler fuses with the preceding norm and the following layout change.
         cos, sin = rotation[:, None].unbind(-1)
         first, second = pairs.unbind(-1)
         rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
     else:
-        # The same as one complex product, in a single pass.
+        # The same as one complex product, in one kernel.
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation)[:, None])
     return rotated.flatten(-2).to(x.dtype)
 
@@ -112,7 +112,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class UnusedWeights(nn.Module):
-    """Weights of the official model that its computation never reads, kept for an unchanged export.
+    """Weights of the official model that its computation does not use, kept for an identical export.
 
     They are buffers: in the state dict, but neither trained nor sharded.
     """
@@ -126,8 +126,8 @@ class UnusedWeights(nn.Module):
 class Attention(nn.Module):
     """Frame-block causal self-attention with fused q/k/v, RMSNorm on q and k, and rotary positions.
 
-    With `context`, context tokens have their own projections and norms. In the last block nothing reads their outputs,
-    so they only give keys and values.
+    With `context`, context tokens have their own projections and norms. In the last block their outputs are unused, so
+    they only provide keys and values.
     """
 
     def __init__(self, heads: int, context: bool, last: bool) -> None:
@@ -223,20 +223,20 @@ class Block(nn.Module):
         Args:
             kernel: name of the attention kernel.
             tensors: the window's `Tokens`, with Fw frames, and in a model with context the context's, with Fc frames.
-                They are flat since module hooks, such as ZeRO-3's, see only tensors among the arguments. Fc may be 0: a
-                pack of short clips still uses every weight, since ranks gather weights and reduce gradients together.
+                They are passed flat since module hooks, such as ZeRO-3's, see only arguments that are tensors. Fc may
+                be 0: a pack of short clips still uses every weight, since gathers and reductions are collective.
 
         Returns:
             The window `[Fw, P, E]` and the context `[Fc, Q, E]` (None after the last block and without a context).
         """
         window, context = Tokens(*tensors[:4]), Tokens(*tensors[4:]) if len(tensors) > 4 else None
-        # The compiler specializes on a size of one; one frame is too rare to be worth a graph.
+        # The compiler specializes on size 1; single frames are too rare to be worth a graph.
         if not self.compiled or len(window.x) == 1 or (context is not None and len(context.x) == 1):
             return _layer(self, window, context, kernel)
         for tokens in (window,) if context is None else (window, context):
             for tensor in tokens[:3]:
-                # The number of frames differs by pack; unmarked, the first pack's would be compiled in. (Marked here,
-                # since ZeRO's hooks pass other tensors than the model did.)
+                # The number of frames differs between packs; without the mark, the graph would be specialized to the
+                # first pack's. (Marked here, since ZeRO's hooks replace the model's tensors.)
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return _compiled_layer()(self, window, context, kernel)
 

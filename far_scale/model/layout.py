@@ -1,4 +1,4 @@
-"""FrameLayout: the frame and clip of each token of a pack. The only place that knows causality.
+"""FrameLayout: the frame and clip of each token of a pack. Causality is defined only here.
 
 The frames of a pack are ordered clip after clip. The last frames of a clip are its *window*, cut into fine tokens; all
 earlier ones are its *context*, cut into coarse tokens. Each kind is a `FrameGroup`: its tokens are ordered by
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Spans:
-    """Token sequences that lie end to end, each attended separately: the input of a varlen attention kernel.
+    """Concatenated token sequences, each attended separately: the input of a varlen attention kernel.
 
     Attributes:
         lengths: tokens of each sequence, none zero.
@@ -65,8 +65,8 @@ class Spans:
 class UpperTriangle:
     """The tokens *after* itself that a token sees in its own frame, as ordinary causal attention over reversed frames.
 
-    In every frame the query rows run from its last but one token down to its first, the key rows from its last
-    token down to its second: reversed query j then sees reversed keys <= j, which are the later tokens.
+    In every frame the query rows go from the second-to-last token down to the first, the key rows from the last token
+    down to the second: reversed query j then sees reversed keys <= j, which are the later tokens.
 
     Attributes:
         queries: row numbers `[U]` into the group's tokens.
@@ -217,10 +217,10 @@ class FrameGroup:
 
 
 class AttentionPlan:
-    """The keys that the tokens of a group see: those of the group by its causality, and those of the prefix.
+    """The keys that the tokens of a group attend to: those of the group, by its causality, and those of the prefix.
 
     Torch operators take only tensors, and a compiled graph with a plan's lengths as constants would be recompiled for
-    every pack. So an operator gets `handle`, a number in a tensor, and looks the plan up by it.
+    every pack. So an operator gets `handle`, a number in a tensor, and looks up the plan by it.
 
     Attributes:
         group: of the tokens.
@@ -228,14 +228,14 @@ class AttentionPlan:
         handle: int64 scalar tensor in host memory.
     """
 
-    _living: ClassVar[weakref.WeakValueDictionary[int, AttentionPlan]] = weakref.WeakValueDictionary()
+    _live_plans: ClassVar[weakref.WeakValueDictionary[int, AttentionPlan]] = weakref.WeakValueDictionary()
     _numbers: ClassVar[itertools.count[int]] = itertools.count()
 
     def __init__(self, group: FrameGroup, prefix: Prefix | None = None) -> None:
         self.group, self.prefix = group, prefix
         number = next(AttentionPlan._numbers)
         self.handle = torch.tensor(number)
-        AttentionPlan._living[number] = self
+        AttentionPlan._live_plans[number] = self
 
     @staticmethod
     def find(handle: Tensor) -> AttentionPlan:
@@ -244,9 +244,9 @@ class AttentionPlan:
         Raises:
             RuntimeError: the plan was freed; a caller must keep it until after the backward.
         """
-        plan = AttentionPlan._living.get(int(handle))
+        plan = AttentionPlan._live_plans.get(int(handle))
         if plan is None:
-            raise RuntimeError("the layout of this attention call was dropped before its backward; keep it until then")
+            raise RuntimeError("the layout of this attention call was freed before its backward; keep it until then")
         return plan
 
     @cached_property
@@ -273,23 +273,23 @@ class FrameLayout:
 
     @staticmethod
     def of(
-        clip_frames: Sequence[int], grid: tuple[int, int], window: int, coarser: int = 0, causal: bool = True
+        clip_frames: Sequence[int], grid: tuple[int, int], window: int, coarsening: int = 0, causal: bool = True
     ) -> FrameLayout:
         """The layout of clips of uniform frames. Calls with equal arguments return the same cached object.
 
         Args:
             clip_frames: `[B]` frames of each clip.
             grid: rows and columns of a window frame's tokens; P = rows * columns.
-            window: how many of a clip's last frames are window frames.
-            coarser: width and height of a context token in window tokens; Q = P / coarser^2. 0: no context, and no clip
-                may be longer than the window.
+            window: number of window frames, the last frames of a clip.
+            coarsening: width and height of a context token in window tokens; Q = P / coarsening^2. 0: no context, and
+                no clip may be longer than the window.
             causal: frame-block causal; otherwise every token sees its whole clip, and there is no context.
 
         Raises:
-            ValueError: a clip without frames or too long, a grid that `coarser` does not divide, or a context in a
+            ValueError: a clip without frames or too long, a grid that `coarsening` does not divide, or a context in a
                 layout that is not causal.
         """
-        return _layout(tuple(clip_frames), grid, window, coarser, causal)
+        return _layout(tuple(clip_frames), grid, window, coarsening, causal)
 
     @property
     def frames(self) -> int:
@@ -302,7 +302,7 @@ class FrameLayout:
         return self.window.tokens + self.context.tokens
 
     def tensors(self, device: torch.device) -> list[Tensor]:
-        """All cached tensors for computing on `device`. Made ahead, they are not copied during the computation."""
+        """All cached tensors for computing on `device`; called early, so that none is copied during the computation."""
         tensors = [self.clip_of_frame(device), self.window_rows(device), self.context_rows(device)]
         tensors.append(self.window.clip_of_frame(device))
         for plan in (self.window_plan(device), self.context_plan):
@@ -382,23 +382,23 @@ class FrameLayout:
 
 @functools.lru_cache(maxsize=32)  # packs of random lengths rarely repeat
 def _layout(
-    clip_frames: tuple[int, ...], grid: tuple[int, int], window: int, coarser: int, causal: bool
+    clip_frames: tuple[int, ...], grid: tuple[int, int], window: int, coarsening: int, causal: bool
 ) -> FrameLayout:
     if not clip_frames or min(clip_frames) < 1:
         raise ValueError(f"every clip needs at least one frame, got clips of {list(clip_frames)} frames")
-    if not coarser and max(clip_frames) > window:
+    if not coarsening and max(clip_frames) > window:
         raise ValueError(f"a clip of {max(clip_frames)} frames is longer than the window of {window}")
-    if coarser and not causal:
-        raise ValueError("a layout that is not causal has no context; coarser must be 0")
-    if coarser and (grid[0] % coarser or grid[1] % coarser):
-        raise ValueError(f"a frame of {grid[0]} x {grid[1]} tokens cannot be cut {coarser} times coarser")
+    if coarsening and not causal:
+        raise ValueError("a layout that is not causal has no context; coarsening must be 0")
+    if coarsening and (grid[0] % coarsening or grid[1] % coarsening):
+        raise ValueError(f"a frame of {grid[0]} x {grid[1]} tokens does not divide by coarsening {coarsening}")
     fine = tuple(min(frames, window) for frames in clip_frames)
     coarse = tuple(frames - in_window for frames, in_window in zip(clip_frames, fine, strict=True))
-    coarse_grid = (grid[0] // coarser, grid[1] // coarser) if coarser else grid
+    coarse_grid = (grid[0] // coarsening, grid[1] // coarsening) if coarsening else grid
     return FrameLayout(
         clip_frames,
         window=FrameGroup.of(fine, grid, first_frames=coarse, causal=causal),
-        context=FrameGroup.of(coarse, coarse_grid, spacing=coarser),
+        context=FrameGroup.of(coarse, coarse_grid, spacing=coarsening),
     )
 
 

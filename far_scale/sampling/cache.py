@@ -1,8 +1,8 @@
-"""The multi-level KV cache: keys and values of the clean frames, as every layer sees them, rotary positions applied.
+"""The multi-level KV cache: keys and values of the clean frames in every layer, with rotary positions applied.
 
-Level 1 holds the window, P tokens a frame, its last slot for the frame that is being denoised; level 2 holds the
-context, Q tokens a frame. Both lie in one tensor a layer, allocated once, level 1 first. Attention does not depend on
-the order of keys, so a new frame always sees one slice from the start:
+Level 1 holds the window, P tokens per frame, with the last slot for the frame that is being denoised; level 2 holds the
+context, Q tokens per frame. Both are in one tensor per layer, allocated once, level 1 first. Attention does not depend
+on the order of keys, so a new frame always attends to one slice from the start:
 
     level 1 | [frame 0 | frame 1 | ... | new frame |  free ...]           while the window is not full
     both    | [first   | ...     | last | new frame | context 0 | context 1 | ... |  free ...]      from then on
@@ -38,7 +38,7 @@ class MultiLevelCache:
         """
         Args:
             clips: number of clips.
-            frames: of the longest clip, given and new ones.
+            frames: number of frames of the longest clip, given and new.
             size: height and width of a latent.
         """
         self.fine, self.coarse = tokens_per_frame(config, size)
@@ -84,7 +84,7 @@ class MultiLevelCache:
 
 
 def tokens_per_frame(config: FARConfig, size: tuple[int, int]) -> tuple[int, int]:
-    """Tokens of a window and of a context frame; 0 of the latter in a window-only model."""
+    """Tokens of a window frame and of a context frame; the latter is 0 in a window-only model."""
     area = size[0] * size[1]
     return area // config.patch**2, area // config.context_patch**2 if config.context_patch else 0
 

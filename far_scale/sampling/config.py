@@ -19,11 +19,11 @@ class SamplingConfig:
 
     Attributes:
         frames: number of frames to predict, F.
-        steps: Euler steps a frame, or a clip in a model that is not causal; each runs the model once (on twice the
+        steps: Euler steps per frame, or per clip in a model that is not causal; each runs the model once (on twice the
             batch with guidance).
         guidance: above 1, classifier-free guidance: null + guidance * (conditioned - null); 1, conditioned only
             (or a model without conditions); -1, the null class only.
-        seed: of the noise, together with the clip ids.
+        seed: determines the noise, with the clip ids.
         context_noise: noise level s of the frames that a new one sees in its window, given and predicted ones: they
             are s * noise + (1 - s) * frame with timestep 1000 s, as in training with `objective.context_noise`; 0 for
             clean frames. Yielded frames and coarse context carry no noise.
@@ -50,7 +50,7 @@ class SamplingConfig:
 
     @property
     def batch_copies(self) -> int:
-        """How many times each clip is in the model's batch: guidance needs the null class beside the condition."""
+        """How often each clip is in the model's batch: twice with guidance, for the null class and the condition."""
         return 2 if self.guidance > 1 else 1
 
     def check(self, model: FARConfig) -> None:
@@ -62,11 +62,11 @@ class SamplingConfig:
         if self.frames < 1:
             raise UserError(f"frames={self.frames}: at least 1 is needed")
         if not 1 <= self.steps <= TRAIN_TIMESTEPS:
-            raise UserError(f"steps={self.steps}: 1 to {TRAIN_TIMESTEPS} Euler steps a frame can be taken")
+            raise UserError(f"steps={self.steps}: 1 to {TRAIN_TIMESTEPS} Euler steps per frame are possible")
         check_guidance(model, self.guidance)
         check_context_noise(model, self.context_noise)
         if not 0 <= self.seed <= MAX_SEED:
-            raise UserError(f"seed: {self.seed} is not from 0 to 2^64 - 1; give one that is")
+            raise UserError(f"seed: {self.seed} must be from 0 to 2^64 - 1")
 
 
 def check_guidance(model: FARConfig, guidance: float) -> None:
@@ -78,9 +78,9 @@ def check_guidance(model: FARConfig, guidance: float) -> None:
 
 
 def check_context_noise(model: FARConfig, context_noise: float) -> None:
-    """Raises UserError for a context noise that is out of range, or that the model cannot use."""
+    """Raises UserError for a context noise that is out of range or that the model cannot use."""
     if not 0 <= context_noise < 1:
-        raise UserError(f"context_noise: {context_noise:g} is no noise level; give one from 0 up to, but below, 1")
+        raise UserError(f"context_noise: {context_noise:g} is not a noise level; it must be at least 0 and below 1")
     if context_noise and not model.causal:
         raise UserError(
             f"context_noise: {context_noise:g}, but this model is not causal and sees no finished frames; give 0"

@@ -1,7 +1,7 @@
 """CUDA graphs for the denoising steps of a frame.
 
-A frame of one clip is so little work that the GPU waits for the host, which launches some 40 kernels a layer. All
-denoising steps of a frame launch the same kernels, so they are captured once a frame and replayed.
+A frame of one clip is so little work that the GPU waits for the host, which launches some 40 kernels per layer. All
+denoising steps of a frame launch the same kernels, so they are captured once per frame and replayed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class CUDAGraphRunner:
-    """Computes a function of tensors by replaying one capture of its kernels.
+    """Computes a function of tensors by replaying a CUDA graph of its kernels.
 
     The first call runs it without a graph, so that libraries have allocated their workspaces when the second call
-    captures it. Tensors that the function reads beside its arguments must keep their addresses, and it must not
+    captures it. Other tensors that the function reads must keep their addresses, and it must not
     synchronize with the host.
     """
 

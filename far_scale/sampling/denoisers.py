@@ -1,9 +1,9 @@
-"""The velocity of a clip's newest frame given all earlier ones, with the multi-level KV cache and without it.
+"""The velocity of a clip's newest frame given all earlier ones, with and without the multi-level KV cache.
 
-Both compute what the training layout defines, so the cache only changes the speed: `UncachedDenoiser` runs the whole
-clip through the model at every denoising step, `CachedDenoiser` keeps keys and values of the clean frames.
+Both denoisers follow the training layout, so the cache changes only the speed: `UncachedDenoiser` runs the whole clip
+through the model at every denoising step, `CachedDenoiser` caches keys and values of the clean frames.
 
-    shape letters   B clips   R rows of the model's batch: each clip `copies` times (guidance needs it twice)
+    shape letters   B clips   R rows of the model's batch: each clip `copies` times (twice with guidance)
                     f clean frames   S denoising steps   C/H/W latent channels/height/width
 """
 
@@ -25,14 +25,14 @@ from far_scale.train.flow_matching import CLEAN, CLEAN_CONTEXT
 
 
 class Denoiser(Protocol):
-    """Begins a frame, then gives its velocity at each noise level."""
+    """Computes the velocity of one frame after another, at each noise level."""
 
     def begin_frame(self, clean: Tensor, seen: Tensor, actions: Tensor | None, labels: Tensor | None) -> None:
         """Begin the frame that follows the frames of `clean`.
 
         Args:
-            clean: `[B, f, C, H, W]` finished frames; coarse context is made from these.
-            seen: the same frames as inputs of the window: clean, or with context noise.
+            clean: `[B, f, C, H, W]` finished frames, the input of coarse context.
+            seen: the same frames as the input of the window: clean, or with context noise.
             actions: `[R, f + 1]` or None.
             labels: `[R]` or None.
         """
@@ -44,14 +44,14 @@ class Denoiser(Protocol):
 
 
 class UncachedDenoiser:
-    """Runs the new frame and all frames that it sees through the model at every step."""
+    """Runs the new frame and all frames that it attends to through the model at every step."""
 
     def __init__(self, model: FAR, timesteps: Tensor, copies: int, seen_timestep: float = CLEAN) -> None:
         """
         Args:
-            timesteps: `[S]` of the denoising steps.
+            timesteps: `[S]`, those of the denoising steps.
             copies: rows of the model's batch for each clip.
-            seen_timestep: of the window's other frames.
+            seen_timestep: timestep of the window's other frames.
         """
         self._model, self._timesteps, self._copies, self._seen_timestep = model, timesteps, copies, seen_timestep
         self._dtype = model.patch_embedding.weight.dtype
@@ -78,10 +78,10 @@ class UncachedDenoiser:
 class CachedDenoiser:
     """Runs only the new frame through the model at a denoising step.
 
-    While the clip fits the window, a finished frame is appended to level 1. From then on the window moves with
-    every frame. The frame that leaves it is encoded coarsely into level 2, once; the window's frames, which now see
-    it in that coarse form, are encoded again. A window-only model forgets that frame, and the frame indices of its
-    window restart.
+    While the clip fits the window, a finished frame is appended to level 1. Then the window slides by one frame at a
+    time: the frame that leaves it is encoded once, coarsely, into level 2, and the window's frames, which now attend to
+    it as coarse context, are encoded again. A window-only model drops that frame and restarts the frame indices of its
+    window at 0.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class CachedDenoiser:
     ) -> None:
         """
         Args:
-            timesteps: `[S]` of the denoising steps.
+            timesteps: `[S]`, those of the denoising steps.
             copies: rows of the model's batch for each clip.
             clips: B.
-            frames: of a finished clip.
+            frames: number of frames of a finished clip.
             size: H, W.
-            seen_timestep: of the window's other frames.
+            seen_timestep: timestep of the window's other frames.
         """
         weight = model.patch_embedding.weight
         self._model, self._timesteps, self._copies, self._size = model, timesteps, copies, size
@@ -161,7 +161,7 @@ class CachedDenoiser:
         self._context_frames += frames
 
     def _encode_window(self, seen: Tensor, classes: Tensor | None) -> None:
-        """Append frames `[R, n, C, H, W]` to level 1. They see the frames cached there, or else the context."""
+        """Append frames `[R, n, C, H, W]` to level 1. They attend to those cached there, or else to the context."""
         model, cache, cached_frames, frames = self._model, self._cache, self._window_frames, seen.shape[1]
         group = self._group(frames, coarse=False, first_frame=self._next_frame_index())
         rotation = model.rotary_embedding(group)
@@ -171,7 +171,7 @@ class CachedDenoiser:
         plan = AttentionPlan(group, self._full_prefix(cached_tokens, frames * cache.fine))
         for layer, block in enumerate(self._blocks):
             if layer == len(self._blocks) - 1:
-                k, v = block.window_kv(x, condition, rotation)  # nothing reads the last layer's outputs of clean frames
+                k, v = block.window_kv(x, condition, rotation)  # the outputs of clean frames are unused here
             else:
                 k, v = (
                     cache.window(layer, cached_frames) if cached_frames else cache.context(layer, self._context_frames)
@@ -182,11 +182,11 @@ class CachedDenoiser:
         self._window_frames += frames
 
     def _full_prefix(self, keys: int, queries: int) -> Prefix | None:
-        """The prefix in which every row's queries see all of its prefix keys; None without keys."""
+        """The prefix in which each row's queries attend to all prefix keys of the row; None without keys."""
         return Prefix(None, Spans((queries,) * self._rows), Spans((keys,) * self._rows)) if keys else None
 
     def _prepare_steps(self, classes: Tensor | None, group: FrameGroup) -> None:
-        """Compute what all steps share: their modulations, in one product, and the frame's rotary embedding."""
+        """Compute in advance: the modulations of all steps, in one product, and the frame's rotary embedding."""
         steps = len(self._timesteps)
         timesteps = self._timesteps.repeat_interleave(self._rows)
         condition = self._model.condition(timesteps, None if classes is None else classes.repeat(steps))

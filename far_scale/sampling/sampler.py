@@ -1,4 +1,4 @@
-"""Euler sampling: from noise to new frames, one frame after the other, or all at once in a model that is not causal.
+"""Euler sampling: from noise to new frames, frame by frame, or all frames at once in a model that is not causal.
 
 The flow runs from noise at sigma 1 to data at sigma 0, and the model predicts the velocity noise - data, so one
 Euler step from sigma to sigma' < sigma is x += (sigma' - sigma) * velocity.
@@ -24,9 +24,9 @@ from far_scale.utils.rng import generator
 
 
 def euler_sigmas(steps: int) -> Tensor:
-    """The noise levels of `steps` Euler steps, `[steps + 1]` float32: evenly from 1 to 1/1000, then 0.
+    """The noise levels of `steps` Euler steps, `[steps + 1]` float32: evenly spaced from 1 to 1/1000, then 0.
 
-    They are those of diffusers' FlowMatchEulerDiscreteScheduler with shift 1, which the official pipeline uses.
+    The same as those of diffusers' FlowMatchEulerDiscreteScheduler with shift 1, which the official pipeline uses.
     """
     evenly = np.linspace(1.0, 1.0 / TRAIN_TIMESTEPS, steps)
     return torch.from_numpy(np.append(evenly, 0.0)).float()
@@ -35,8 +35,8 @@ def euler_sigmas(steps: int) -> Tensor:
 def frame_noise(seed: int, clip_id: int, frame: int, shape: Sequence[int], purpose: str = "sample") -> Tensor:
     """The noise of one frame of one clip, float32 of `shape`, on the CPU; `frame` counts from 0.
 
-    It depends on nothing else, so neither batch nor device changes a clip. A frame's starting noise has the purpose
-    "sample", the noise that `context_noise` adds to a finished frame has "context noise".
+    It depends on nothing else, so neither batch nor device changes a clip. The purpose is "sample" for the noise that a
+    frame starts from, and "context noise" for the noise that `context_noise` adds to a finished frame.
     """
     draw = generator(seed, purpose, step=frame, lane=clip_id)
     return torch.from_numpy(draw.standard_normal(tuple(shape), dtype=np.float32))
@@ -52,7 +52,7 @@ def roll_out(
     clip_ids: Sequence[int] | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """All frames of `predict_frames`, `[B, F, C, H, W]`; arguments and errors as there."""
+    """All frames of `predict_frames`, `[B, F, C, H, W]`; same arguments and errors."""
     return torch.stack(list(predict_frames(model, context, sampling, actions, labels, clip_ids, progress)), dim=1)
 
 
@@ -68,36 +68,36 @@ def predict_frames(
 ) -> Iterator[Tensor]:
     """Predict the frame latents that follow `context`, one after the other.
 
-    The given and the already predicted frames are clean. A clip longer than the model's window keeps its earlier
-    frames as coarse context in a model with context; a window-only model forgets them, and the frame indices of its
-    sliding window restart at 0 with the oldest frame it still sees.
+    The given and the already predicted frames are clean. In a clip longer than the model's window, earlier frames
+    become coarse context; a window-only model drops them, and its frame indices restart at 0 with the oldest frame in
+    the window.
 
     A model that is not causal denoises all frames of the clip together, with one sigma for all of them. Given frames
-    are put in by the replacement method (Ho et al. 2022, 'Video Diffusion Models', arXiv 2204.03458, section 3.1):
-    before every step they are set to sigma * noise + (1 - sigma) * frame, with a noise of their own that stays the
-    same. The new frames are yielded in order once all are done.
+    are inserted by the replacement method (Ho et al. 2022, 'Video Diffusion Models', arXiv 2204.03458, section 3.1):
+    before every step they are set to sigma * noise + (1 - sigma) * frame, with the same noise in every step. The new
+    frames are yielded in order when all are done.
 
     Args:
-        model: its parameters' dtype and device are those of the computation; the state x stays in float32.
+        model: computes in its parameters' dtype and on their device; the state x stays in float32.
         context: `[B, G, C, H, W]` scaled latents of the given frames; G may be 0.
-        sampling: the settings.
+        sampling: the sampling settings.
         actions: `[B, G + F]` integers, the action that led to each frame; only for a model with actions.
-        labels: `[B]` integers, one a clip; only for a model with labels.
-        clip_ids: one number a clip, which with the seed determines its noise; 0 ... B - 1 unless given.
+        labels: `[B]` integers, one per clip; only for a model with labels.
+        clip_ids: one number per clip, which with the seed determines its noise; default 0 ... B - 1.
         progress: show a progress bar of the frames.
 
     Yields:
         `[B, C, H, W]` float32 scaled latents of one frame, on the model's device.
 
     Raises:
-        UserError: shapes, conditions or settings that do not fit the model, or predicted latents that are not finite.
+        UserError: shapes, conditions or settings do not fit the model, or predicted latents are not finite.
     """
     given = context.shape[1] if context.ndim > 1 else 0
     predicted = _predict_frames(model, context, sampling, actions, labels, clip_ids, progress)
     for index, latents in enumerate(predicted, start=given):
         if not latents.isfinite().all():
             raise UserError(
-                f"frame {index}: the model gives numbers that are not finite at guidance {sampling.guidance:g}; lower "
+                f"frame {index}: the predicted latents are not finite at guidance {sampling.guidance:g}; lower "
                 "the guidance, or take the weights of an earlier step"
             )
         yield latents
@@ -166,7 +166,7 @@ def _predict_frames(
 
 
 def _guided(velocity: Tensor, guidance: float) -> Tensor:
-    """One velocity a clip from those of the null class and of the condition; without guidance there is only one."""
+    """One velocity per clip, combined from those of the null class and of the condition; unchanged without guidance."""
     if guidance <= 1:
         return velocity
     null, conditioned = velocity.chunk(2)
@@ -196,7 +196,7 @@ def _denoise_jointly(
 def cache_bytes(model: FAR, clips: int, frames: int, size: tuple[int, int], guidance: float = 1.0) -> int:
     """Memory of the KV cache for `clips` clips of `frames` frames, given and new ones.
 
-    0 in a model that is not causal: its frames change together until all are done.
+    0 for a model that is not causal: it denoises all frames together.
     """
     if not model.config.causal:
         return 0
@@ -207,7 +207,7 @@ def cache_bytes(model: FAR, clips: int, frames: int, size: tuple[int, int], guid
 def _condition_rows(
     name: str, classes: Tensor | None, count: int, shape: tuple[int, ...], guidance: float, device: torch.device
 ) -> Tensor | None:
-    """The class indices of the model's batch, the null class' rows before the conditioned ones; None without classes.
+    """The class indices of the model's batch, rows of the null class before conditioned ones; None without classes.
 
     `count` is the model's number of classes, which is also the index of its null class.
     """
@@ -226,7 +226,7 @@ def _condition_rows(
         raise UserError(f"{name}: the dtype is {classes.dtype}, needed are integers (torch.int64)")
     if classes.min() < 0 or classes.max() >= count:
         raise UserError(
-            f"{name}: classes {int(classes.min())} to {int(classes.max())} were given; the model knows 0 to {count - 1}"
+            f"{name}: classes {int(classes.min())} to {int(classes.max())} were given; the model has 0 to {count - 1}"
         )
     conditioned = classes.to(device, torch.int64)
     return torch.cat([null, conditioned]) if guidance > 1 else conditioned

@@ -60,10 +60,10 @@ class TrainingExecutor(submitit.SlurmExecutor):
         name: of the job.
         folder: for submitit's files and the job's output.
         snapshot: the folder of the code and the recipe.
-        checkout: where slurm/environment.sh and the site's settings lie.
+        checkout: folder with slurm/environment.sh and the site's settings.
         options: further options for sbatch.
         requeue: whether the job may be started again.
-        after: number of the job after whose end this one starts; None for at once.
+        after: number of a job; this one starts after it ends. None to start at once.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from far_scale.utils.errors import UserError
 
-_OWN_OPTIONS = {
+_REPLACED_OPTIONS = {
     "--nodes": ("--nodes", "-N"),
     "--time": ("--time", "-t"),
     "--partition": ("--partition", "-p"),
@@ -37,7 +37,7 @@ _FLAGS = (
 
 
 WARNING_SECONDS = 300
-"""How long before its time limit a job is warned."""
+"""Seconds before the time limit at which SLURM warns a job."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class JobSize:
 
     Attributes:
         nodes: how many.
-        gpus_per_node: GPUs of each, with one process a GPU; 0 for one process on the CPU.
+        gpus_per_node: GPUs of each, with one process per GPU; 0 for one process on the CPU.
         cpus_per_task: cores of a process.
         minutes: time limit of one start; 0 for none, as sbatch takes it.
         partition: None for the cluster's default.
@@ -94,7 +94,7 @@ def check_options(options: Sequence[str], chain: int | None) -> None:
         if not option.startswith("-") or not option.strip("-"):
             if not _takes_value(previous):
                 raise UserError(
-                    f"-- {shlex.quote(option)}: is no option of sbatch; write it with its dashes, such as --account=x"
+                    f"-- {shlex.quote(option)}: is not an option of sbatch; write it with dashes, such as --account=x"
                 )
         elif (replacement := _replacement(option)) is not None:
             use = f"use {replacement} before the --" if replacement else "does not go with this tool; leave it out"
@@ -115,7 +115,7 @@ def _takes_value(option: str) -> bool:
 
 def _replacement(option: str) -> str | None:
     """The option of tools/submit.py that replaces `option`, "" for none; None if sbatch may have it."""
-    return next((tool for tool, names in _OWN_OPTIONS.items() if _matches(option, names)), None)
+    return next((tool for tool, names in _REPLACED_OPTIONS.items() if _matches(option, names)), None)
 
 
 def _matches(option: str, names: Sequence[str]) -> bool:

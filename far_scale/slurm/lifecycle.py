@@ -50,7 +50,7 @@ def start(snapshot: Path) -> int:
     """Log a start of this job in the run's events; returns 0, or NOTHING_LEFT where all steps are done.
 
     Raises:
-        UserError: the job's last starts reached no new checkpoint, so another one would hardly help.
+        UserError: the job's last starts reached no new checkpoint, so another start would hardly help.
     """
     job, submission = Job.this(), read_submission(snapshot)
     run = Path(submission.run_dir)
@@ -131,14 +131,14 @@ def decide(status: int, done: bool, state: JobState) -> Decision:
     """Whether to requeue a job.
 
     Args:
-        status: exit status of srun, or REFUSED where any training process refused to go on.
+        status: exit status of srun, or REFUSED where any training process refused to continue.
         done: whether all steps are done; used only where the status is DONE.
         state: of the job, from the controller.
     """
     if status == DONE and done:
         return Decision(False, DONE, "all steps are done")
     if status == REFUSED:
-        return Decision(False, REFUSED, "training refused to go on (see the error above); fix that and submit again")
+        return Decision(False, REFUSED, "training refused to continue (see the error above); fix that and submit again")
     if status == DONE:
         why, status = "srun saw no error, but not all steps are done, as after a node's failure", REQUEUE
     elif status == REQUEUE:
@@ -149,7 +149,7 @@ def decide(status: int, done: bool, state: JobState) -> Decision:
         # Cancelled, or requeued by SLURM itself. Requeueing would bring a cancelled job back.
         return Decision(False, status, f"{why}; SLURM is ending the job")
     if not state.may_requeue:
-        return Decision(False, status, f"{why}; this job may not be requeued, submit it again to go on")
+        return Decision(False, status, f"{why}; this job may not be requeued, submit it again to continue")
     return Decision(True, status, f"{why}; it starts again")
 
 

@@ -30,7 +30,7 @@ ACCEPT = "--accept-changes"
 """The flag of `python -m far_scale.train` that a job's overrides may include."""
 
 REFUSED_MARKER = "refused"
-"""The file that a training process leaves in the snapshot when it refuses to go on."""
+"""The file that a training process leaves in the snapshot when it refuses to continue."""
 
 _MAIN = '''"""Runs the code of this folder: Python puts the folder of what it runs first on its path."""
 
@@ -64,17 +64,17 @@ def make_snapshot(recipe: Recipe, command: Sequence[str], name: str) -> Path:
     """
     run = Path(recipe.run_dir).absolute()
     folder = run / "snapshots" / name
-    beside = folder.with_name(f".{name}.{os.getpid()}.part")
-    shutil.rmtree(beside, ignore_errors=True)
+    temporary = folder.with_name(f".{name}.{os.getpid()}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
     code = Path(far_scale.__file__).parent
-    shutil.copytree(code, beside / "far_scale", ignore=shutil.ignore_patterns("__pycache__"))
-    (beside / "__main__.py").write_text(_MAIN)
-    code_version.record(code_version.running_code(), beside)
-    recipe.save(beside / "recipe.yaml")
+    shutil.copytree(code, temporary / "far_scale", ignore=shutil.ignore_patterns("__pycache__"))
+    (temporary / "__main__.py").write_text(_MAIN)
+    code_version.record(code_version.running_code(), temporary)
+    recipe.save(temporary / "recipe.yaml")
     steps, limit = recipe.train.steps, recipe.faults.starts_without_progress
-    write_json(beside / "submission.json", asdict(Submission(list(command), str(run), steps, limit)))
+    write_json(temporary / "submission.json", asdict(Submission(list(command), str(run), steps, limit)))
     shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    temporary.rename(folder)
     sync_folder(folder.parent)
     return folder
 

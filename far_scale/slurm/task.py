@@ -39,7 +39,7 @@ def train_for_submitit(snapshot: str) -> int:
 
 def train_in_process(snapshot: Path) -> int:
     """Train by the snapshot's recipe; returns the exit status."""
-    # Only where they are not set: the site or the user knows better.
+    # Only if they are not set: settings of the site or the user take precedence.
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     os.environ.setdefault("NCCL_DEBUG", "WARN")  # names the host and link that failed
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a failed collective ends the process

@@ -1,4 +1,4 @@
-"""`python -m far_scale.train RECIPE [key=value ...] [--dry-run]`, alone or under torchrun, deepspeed or srun."""
+"""`python -m far_scale.train RECIPE [key=value ...] [--dry-run]`, by itself or under torchrun, deepspeed or srun."""
 
 from __future__ import annotations
 

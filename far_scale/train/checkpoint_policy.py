@@ -1,4 +1,4 @@
-"""When a run saves its weights, and when it goes back to those of the last checkpoint."""
+"""When a run saves a checkpoint, and when it rolls back to the last one."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class CheckpointPolicy:
         last_step: steps of the whole run.
         max_skipped: skipped steps in a row after which it rolls back.
         engine, ema: what to save.
-        guard: knows which steps were skipped.
+        guard: detects skipped steps.
         saver: writes checkpoints.
-        resume: reads them.
+        resume: loads them.
         metadata: `run_metadata`, for every checkpoint of the run.
         processes: the run's.
     """
@@ -48,7 +48,7 @@ class CheckpointPolicy:
         self._section, self._last_step, self._max_skipped = section, last_step, max_skipped
         self._engine, self._ema, self._guard = engine, ema, guard
         self._saver, self._resume, self._metadata, self._processes = saver, resume, metadata, processes
-        self._is_owed, self._last_save = False, time.monotonic()
+        self._save_pending, self._last_save = False, time.monotonic()
 
     @property
     def is_due(self) -> bool:
@@ -66,31 +66,33 @@ class CheckpointPolicy:
             flags: agreed on after the step.
 
         Raises:
-            UserError: too many steps were skipped, and a roll-back does not help; or saves failed too often.
+            UserError: too many steps were skipped and a roll-back did not help, or saves failed too often.
         """
         is_last = done == self._last_step
-        # By the verdicts of the steps before this one, whether or not a save waits for that of this one below: so a run
-        # that was stopped and resumed rolls back at the same step.
+        # Uses only the verdicts of earlier steps, even if a save waits for this step's verdict below: so a run that was
+        # stopped and resumed rolls back at the same step.
         rolled_back = self._guard.in_row >= self._max_skipped
         if rolled_back:
             self._saver.finish(required=False)
             self._resume.roll_back(done, self._engine, self._ema, self._guard)
-        self._is_owed = self._is_owed or rolled_back or flags.stop or is_last or done % self._section.every == 0
+        self._save_pending = (
+            self._save_pending or rolled_back or flags.stop or is_last or done % self._section.every == 0
+        )
         save_by_time = flags.save_due and not flags.saving
         save_locally = (
             self._section.local_dir is not None and done % self._section.local_every == 0 and not flags.saving
         )
-        if not (self._is_owed or save_by_time or save_locally):
+        if not (self._save_pending or save_by_time or save_locally):
             return
-        self._guard.settle()  # a checkpoint records whether its own step was skipped
+        self._guard.settle()  # a checkpoint records whether its last step was skipped
         if self._guard.in_row and not is_last:
             return  # the weights may be bad and must not replace good ones: save after the next good step
         state = {**self._metadata, **stage_metadata, "guard": self._guard.state(), "went_back": rolled_back}
         state["lanes"] = gather_lane_states(packs, self._processes)
         pieces = training_pieces(self._engine, self._ema)
-        if self._is_owed or save_by_time:
-            self._saver.save(done, pieces, state, ephemeral=not self._is_owed)
-            self._is_owed, self._last_save = False, time.monotonic()
+        if self._save_pending or save_by_time:
+            self._saver.save(done, pieces, state, ephemeral=not self._save_pending)
+            self._save_pending, self._last_save = False, time.monotonic()
         else:
             self._saver.save_locally(done, pieces, state)
 

@@ -17,7 +17,7 @@ from far_scale.train.sharding import Sharding
 from far_scale.utils.event_log import EventLog
 
 _STEADY_STEP = 3
-"""The step after a start from which ZeRO-3 knows the order of the modules, and all steps are alike."""
+"""The first step after a start in which ZeRO-3 has recorded the order of the modules; later steps are the same."""
 
 # Keys of train.deepspeed that the formula does not cover, with the values that it assumes.
 _ASSUMED = {

@@ -23,11 +23,11 @@ BF16_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 def forward_flops(config: FARConfig, layout: FrameLayout) -> int:
-    """Floating-point operations (2 a multiply-add) of one forward pass over a pack.
+    """Floating-point operations (2 per multiply-add) of one forward pass over a pack.
 
-    A layer takes 12 E^2 multiply-adds a token (q, k, v, out: 4; MLP: 8), 6 E^2 a frame (modulation) and 2 E an
-    attended pair (scores and values). The last layer makes only keys and values of context tokens (2 E^2 a token,
-    3 E^2 a frame), and no context token is a query there.
+    A layer takes 12 E^2 multiply-adds per token (q, k, v, out: 4; MLP: 8), 6 E^2 per frame (modulation) and 2 E per
+    attended pair (scores and values). The last layer makes only keys and values of context tokens (2 E^2 per token,
+    3 E^2 per frame), and no context token is a query there.
     """
     width, window, context = config.width, layout.window, layout.context
     layer = 12 * width**2 * layout.tokens + 6 * width**2 * layout.frames + 2 * width * layout.attended_pairs
@@ -103,16 +103,16 @@ class StageCosts:
 
 
 def activation_bytes(config: FARConfig, train: TrainSection, layout: FrameLayout) -> float:
-    """Rough bytes that a forward pass keeps for backward: some 34 numbers a token, layer and channel of width.
+    """Rough bytes that a forward pass keeps for backward: about 34 numbers per token, layer and channel of width.
 
-    With activation checkpointing one number a layer (two, where attention is kept) and one whole layer.
+    With activation checkpointing one number per layer (two if attention is kept) and one whole layer.
     """
     number_bytes = 2 if train.precision == "bf16" else 4
     layer_bytes = 34 * layout.tokens * config.width * number_bytes
-    numbers_kept = {"none": 0, "attention-kept": 2, "full": 1}[train.activation_checkpointing]
-    if not numbers_kept:
+    kept_tensors = {"none": 0, "attention-kept": 2, "full": 1}[train.activation_checkpointing]
+    if not kept_tensors:
         return config.layers * layer_bytes
-    return layer_bytes + numbers_kept * config.layers * layout.tokens * config.width * number_bytes
+    return layer_bytes + kept_tensors * config.layers * layout.tokens * config.width * number_bytes
 
 
 def max_activation_bytes(

@@ -197,7 +197,7 @@ def _use_process_group(backend: str) -> None:
 
 
 def communication_backend() -> Any:
-    """The object whose methods start DeepSpeed's collectives, for a ledger."""
+    """DeepSpeed's communication backend; its methods start collectives."""
     from deepspeed.comm import comm
 
     backend = getattr(comm, "cdb", None)
@@ -225,7 +225,7 @@ def make_engine(model: nn.Module, adam: torch.optim.AdamW, config: dict[str, Any
     return engine
 
 
-def adam_of(engine: Any) -> torch.optim.AdamW:
+def adam_optimizer(engine: Any) -> torch.optim.AdamW:
     """The optimizer given to `make_engine`, whatever DeepSpeed wrapped around it."""
     adam: torch.optim.AdamW = engine.basic_optimizer
     return adam
@@ -235,11 +235,11 @@ def master_weights(engine: Any) -> list[Tensor]:
     """The float32 tensors that the optimizer steps."""
     if engine.zero_optimization_stage() == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
-    return [master for group in adam_of(engine).param_groups for master in group["params"]]
+    return [master for group in adam_optimizer(engine).param_groups for master in group["params"]]
 
 
-def parts(engine: Any) -> Iterator[Part]:
-    """This rank's part of every parameter, in the model's order; parameters it has no part of are left out."""
+def parameter_parts(engine: Any) -> Iterator[Part]:
+    """This rank's part of every parameter, in the model's order, without parameters that it holds nothing of."""
     stage, named = engine.zero_optimization_stage(), list(engine.module.named_parameters())
     if stage == 0:
         for (name, parameter), master in zip(named, master_weights(engine), strict=True):
@@ -253,7 +253,7 @@ def parts(engine: Any) -> Iterator[Part]:
             if length > 0:
                 yield Part(name, parameter.ds_numel, offset, groups[group], start, length)
     else:
-        (master,) = master_weights(engine)  # one parameter group, so one run
+        (master,) = master_weights(engine)  # one parameter group, so one flat tensor
         for name, parameter in named:
             mapping = parameter._hp_mapping
             if mapping is not None:
@@ -273,7 +273,7 @@ def use_loaded_weights(engine: Any) -> None:
     if stage == 3:
         engine.empty_partition_cache()  # or gathered copies of the old weights would be used silently
         parameters = dict(engine.module.named_parameters())
-        for part in parts(engine):
+        for part in parameter_parts(engine):
             weight = part.master.detach()[part.start : part.start + part.length]
             parameters[part.name].ds_tensor[: part.length].copy_(weight)
         engine.optimizer.invalidate_secondary_tensor()  # hpZ's copies, which emptying the cache may have made
@@ -290,7 +290,7 @@ def can_reduce_once() -> bool:
 
 
 @contextlib.contextmanager
-def one_step(engine: Any, packs: int, reduce_once: bool) -> Iterator[Callable[[Tensor], None]]:
+def optimizer_step(engine: Any, packs: int, reduce_once: bool) -> Iterator[Callable[[Tensor], None]]:
     """One optimizer step: yields the function that does backward, to be called with the loss of each of its `packs`.
 
     Args:
@@ -340,7 +340,7 @@ def _add_to_sums(engine: Any, sums: dict[str, Tensor]) -> None:
             parameter.grad.zero_()  # not None: a parameter sharded by ZeRO-3 takes no new gradient
 
 
-def clips_before_adam(stage: int, bf16: bool) -> bool:
+def clips_gradient_before_adam(stage: int, bf16: bool) -> bool:
     """Whether `_clip` clips the gradient; otherwise ZeRO does, part by part."""
     return stage == 0 or (stage == 1 and bf16)
 
@@ -352,9 +352,9 @@ def disable_step_checks(engine: Any, clip_norm: float) -> None:
     places. So these methods are replaced on the instance, and one function in its modules.
     """
     wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
-    if clips_before_adam(stage, engine.bfloat16_enabled()):
+    if clips_gradient_before_adam(stage, engine.bfloat16_enabled()):
         wrapper._global_grad_norm = torch.zeros((), device=engine.device)
-        adam_of(engine).register_step_pre_hook(lambda *_: _clip(engine, clip_norm))
+        adam_optimizer(engine).register_step_pre_hook(lambda *_: _clip(engine, clip_norm))
         if engine.bfloat16_enabled():
             wrapper.step = (lambda: _step_bf16_stage_0(engine)) if stage == 0 else (lambda: _step_bf16_stage_1(engine))
         return
@@ -388,7 +388,7 @@ def _clip(engine: Any, clip_norm: float) -> None:
 
 
 def _zero_norm(gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type: float = 2) -> Tensor:
-    """The norm over all ranks, of which `gradients` are this rank's parts; replaces ZeRO's `get_grad_norm_direct`."""
+    """The norm over all ranks' gradients; `gradients` are this rank's. Replaces ZeRO's `get_grad_norm_direct`."""
     real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
     if real:
         squares = torch.stack(torch._foreach_norm(real, norm_type, torch.float32)).square().sum()
@@ -400,7 +400,7 @@ def _zero_norm(gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type:
 
 
 def _offloaded_norm(engine: Any, params: Sequence[nn.Parameter]) -> Tensor:
-    """The norm over all ranks of the gradients of a parameter group in main memory; the result is there, too."""
+    """The norm over all ranks of the gradients of a parameter group in main memory, as a CPU tensor."""
     group, *_ = engine.optimizer.grad_position[engine.optimizer.get_param_id(params[0])]
     squares: Tensor = torch.linalg.vector_norm(master_weights(engine)[group].grad).square().to(engine.device)
     with phase("norm"):
@@ -414,7 +414,7 @@ def _step_bf16_stage_0(engine: Any) -> None:
     with torch.no_grad():
         for parameter, master in zip(engine.module.parameters(), masters, strict=True):
             master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
-        adam_of(engine).step()
+        adam_optimizer(engine).step()
         for parameter, master in zip(engine.module.parameters(), masters, strict=True):
             parameter.copy_(master)
             master.grad = None
@@ -425,7 +425,7 @@ def _step_bf16_stage_1(engine: Any) -> None:
     wrapper = engine.optimizer
     for master, gradient in zip(master_weights(engine), wrapper.fp32_groups_gradient_flat_partition, strict=True):
         master.grad = gradient
-    adam_of(engine).step()
+    adam_optimizer(engine).step()
     wrapper.update_lp_params()
     wrapper.clear_hp_grads()
 

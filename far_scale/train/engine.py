@@ -4,8 +4,8 @@ ZeRO shards the float32 weights and Adam's moments over the ranks, each stage in
 stages one form, so that the EMA and the checkpoints need not know the stage:
 
     stage 0     each rank holds every parameter whole
-    stage 1, 2  all parameters are laid end to end and cut into equal runs: a rank holds whole and partial parameters
-    stage 3     every parameter is cut into equal runs: a rank holds a piece of each
+    stage 1, 2  all parameters are concatenated and cut into equal parts: a rank holds whole and partial parameters
+    stage 3     every parameter is cut into equal parts: a rank holds a part of each
 
 What depends on DeepSpeed's internals is in deepspeed_adapter.py.
 """
@@ -29,12 +29,12 @@ from far_scale.model import FAR, FARConfig
 from far_scale.model.attention import choose_kernel
 from far_scale.model.layers import HEAD_DIM, Block
 from far_scale.train.deepspeed_adapter import (
-    adam_of,
-    clips_before_adam,
+    adam_optimizer,
+    clips_gradient_before_adam,
     disable_step_checks,
     make_engine,
     master_weights,
-    parts,
+    parameter_parts,
 )
 from far_scale.train.sharding import Sharding
 from far_scale.utils.errors import UserError
@@ -60,7 +60,7 @@ class Fragment:
 
 
 def check_computation(train: TrainSection, device: torch.device) -> str:
-    """Check the attention kernel and the compiler; returns a line for the log: the kernel, and why it was chosen.
+    """Check the attention kernel and the compiler; returns a line for the log with the kernel and the reason for it.
 
     Raises:
         UserError: the kernel is unknown or not usable here, or there is no compiler for train.compile.
@@ -71,7 +71,11 @@ def check_computation(train: TrainSection, device: torch.device) -> str:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises UserError if torch.compile cannot generate code for `device`: before the first step, not in it."""
+    """Check before the first step that torch.compile can generate code for `device`.
+
+    Raises:
+        UserError: triton or a C++ compiler is missing.
+    """
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("train.compile: triton is not installed; pip install triton, or train.compile=false")
     if shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -83,7 +87,7 @@ def compute_dtype(train: TrainSection) -> torch.dtype:
 
 
 def build_model(config: FARConfig, seed: int) -> FAR:
-    """The model with random first weights, which depend on `seed` only: the same on every process."""
+    """The model with random initial weights, which depend only on `seed`: the same on every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FAR(config)
@@ -97,12 +101,12 @@ def start_engine(
     processes: Processes,
     sharding: Sharding,
 ) -> Any:
-    """Shard `model` over the processes; returns the DeepSpeed engine, which `one_step` steps.
+    """Shard `model` over the processes; returns the DeepSpeed engine, for `optimizer_step`.
 
-    The optimizer's state exists at once, so that it can be loaded (torch itself makes it at the first step).
+    Creates the optimizer's state, so that a checkpoint can be loaded (torch creates it in the first step).
 
     Args:
-        packs_per_step: of each rank.
+        packs_per_step: packs of each rank.
     """
     model.configure_execution(train.compile, train.activation_checkpointing, train.attention)
     model.to(processes.device)
@@ -131,9 +135,9 @@ def deepspeed_config(
     bf16, stage = train.precision == "bf16", sharding.stage
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        # Where the packs' gradients are summed before DeepSpeed sees them, it must count them as one pass.
+        # If the packs' gradients are summed before DeepSpeed sees them, they count as one pass.
         "gradient_accumulation_steps": 1 if sharding.reduce_once else packs_per_step,
-        "gradient_clipping": 0.0 if clips_before_adam(stage, bf16) else optimizer.clip_norm,
+        "gradient_clipping": 0.0 if clips_gradient_before_adam(stage, bf16) else optimizer.clip_norm,
         "zero_optimization": {"stage": stage, "overlap_comm": on_gpu},
         "zero_allow_untested_optimizer": True,  # torch's own AdamW; DeepSpeed's would be compiled at start
         "bf16": {"enabled": bf16},
@@ -146,42 +150,43 @@ def deepspeed_config(
     if bf16 and stage > 0:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if train.deepspeed is not None:
-        given = {name: value for name, value in train.deepspeed.explicit_values().items() if stage in KEY_STAGES[name]}
-        if "communication_data_type" in given:
-            config["communication_data_type"] = given.pop("communication_data_type")
-        config["zero_optimization"] |= given
-        if "offload_optimizer" in given:
+        explicit = train.deepspeed.explicit_values()
+        keys = {name: value for name, value in explicit.items() if stage in KEY_STAGES[name]}
+        if "communication_data_type" in keys:
+            config["communication_data_type"] = keys.pop("communication_data_type")
+        config["zero_optimization"] |= keys
+        if "offload_optimizer" in keys:
             config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, so that the guard can skip its steps
     if sharding.hpz > 1:
         config["zero_optimization"]["zero_hpz_partition_size"] = sharding.hpz
     return config
 
 
-def before_adam(engine: Any, hook: Callable[[torch.optim.AdamW], None]) -> None:
+def call_before_adam(engine: Any, hook: Callable[[torch.optim.AdamW], None]) -> None:
     """Call `hook` with the optimizer before each of its steps, when `grad_norm` is known and gradients are clipped.
 
     ZeRO-3 steps the optimizer once for each of its parameter groups, several times for a large model.
     """
-    adam_of(engine).register_step_pre_hook(lambda adam, *_: hook(adam))
+    adam_optimizer(engine).register_step_pre_hook(lambda adam, *_: hook(adam))
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
     """Set the learning rate of the next step."""
-    for group in adam_of(engine).param_groups:
+    for group in adam_optimizer(engine).param_groups:
         group["lr"] = learning_rate
 
 
 def set_adam_step(engine: Any, step: int) -> None:
-    """Set how many steps Adam's moments have seen, for the bias correction."""
+    """Set the number of steps in Adam's moments, for the bias correction."""
     for master in master_weights(engine):
-        adam_of(engine).state[master]["step"].fill_(step)
+        adam_optimizer(engine).state[master]["step"].fill_(step)
 
 
 def fragments(engine: Any) -> list[Fragment]:
-    """This rank's part of every parameter, in the model's order; parameters it has no part of are left out."""
-    state = adam_of(engine).state
+    """This rank's part of every parameter, in the model's order, without parameters that it holds nothing of."""
+    state = adam_optimizer(engine).state
     result = []
-    for part in parts(engine):
+    for part in parameter_parts(engine):
         masters = (part.master, state[part.master]["exp_avg"], state[part.master]["exp_avg_sq"])
         views = (tensor.detach().view(-1)[part.start : part.start + part.length] for tensor in masters)
         result.append(Fragment(part.name, part.size, part.offset, *views))

@@ -1,4 +1,4 @@
-"""The training objective: frame-wise flow matching with some clean frames (arXiv 2503.19325, section 3).
+"""The training objective: frame-wise flow matching with randomly clean frames (arXiv 2503.19325, section 3).
 
 For every frame of a clip, as in the official trainer:
 
@@ -40,13 +40,13 @@ class NoisyPack:
 
     Attributes:
         latents: `[F, C, H, W]` float32, noisy or clean frames of all clips.
-        timesteps: `[F]` float32, 1..1000, or for a clean window frame -1 (1000 s with context noise s), for a context
-            frame -2.
+        timesteps: `[F]` float32: 1..1000; -1 for a clean window frame (1000 s with context noise s); -2 for a context
+            frame.
         target: `[Fw, C, H, W]` float32, noise - latent, of the window frames.
         has_loss: `[Fw]` bool, false for clean frames.
         actions: `[F]` int64 or None, with the null class where dropped.
         labels: `[B]` int64 or None, likewise.
-        layout: of the pack.
+        layout: layout of the pack.
     """
 
     latents: Tensor
@@ -119,14 +119,14 @@ def add_noise(pack: Pack, objective: ObjectiveSection, config: FARConfig, seed: 
         ),
         target=noise - x,
         has_loss=~clean,
-        actions=_drop(pack.actions, config.actions, config.condition_dropout, seed, pack),
-        labels=_drop(pack.labels, config.labels, config.condition_dropout, seed, pack),
+        actions=_drop_conditions(pack.actions, config.actions, config.condition_dropout, seed, pack),
+        labels=_drop_conditions(pack.labels, config.labels, config.condition_dropout, seed, pack),
         layout=layout,
     )
 
 
-def _drop(classes: Tensor | None, null: int, fraction: float, seed: int, pack: Pack) -> Tensor | None:
-    """`classes` with a fraction replaced by the null class; None where the model takes none (null == 0)."""
+def _drop_conditions(classes: Tensor | None, null: int, fraction: float, seed: int, pack: Pack) -> Tensor | None:
+    """`classes` with a fraction replaced by the null class; None for a model without classes (null == 0)."""
     if classes is None or not null:
         return None
     dropped = generator(seed, "condition dropout", pack.step, pack.lane).random(len(classes)) < fraction
@@ -139,9 +139,9 @@ def frame_errors(velocity: Tensor, noisy: NoisyPack) -> Tensor:
 
 
 def pack_loss(velocity: Tensor, noisy: NoisyPack) -> Tensor:
-    """Mean squared error of a frame, mean over the noisy frames of a clip, mean over the clips; float32 scalar.
+    """The mean squared error of a frame, averaged over a clip's noisy frames, then over the clips: float32 scalar.
 
-    A clip with clean frames only counts with loss 0, as in the official code.
+    A clip whose frames are all clean counts with loss 0, as in the official code.
 
     Args:
         velocity: `[Fw, C, H, W]`, the model's output.
@@ -149,7 +149,7 @@ def pack_loss(velocity: Tensor, noisy: NoisyPack) -> Tensor:
     frame_error = frame_errors(velocity, noisy)
     weight = noisy.has_loss.float()
     clips = len(noisy.layout.clip_frames)
-    # Sums by clip are products with the membership matrix: index_add_ adds in no fixed order on a GPU, and one_hot
+    # Sums per clip are products with the membership matrix: index_add_ is not deterministic on a GPU, and one_hot
     # makes the host wait.
     clip_of_frame = noisy.layout.window.clip_of_frame(velocity.device)
     member = (clip_of_frame[:, None] == torch.arange(clips, device=velocity.device)).float()  # [Fw, B]

@@ -29,7 +29,7 @@ class ValidationVideos(Protocol):
     """Samples videos with the EMA's weights, see `far_scale.evaluation.validation_videos`.
 
     Attributes:
-        without_lpips: why there is no LPIPS, and the fix; None where there is.
+        without_lpips: why LPIPS is not available, and the fix; None if it is.
     """
 
     without_lpips: str | None
@@ -46,10 +46,10 @@ class HeldOut:
 
     Attributes:
         section: the recipe's.
-        objective: the training's.
+        objective: the recipe's objective section.
         shards: the held-out shard set.
-        scaling: of the training's latents.
-        seed: of the training.
+        scaling: scaling of the training's latents.
+        seed: seed of the training.
         videos: samples videos, or None.
     """
 
@@ -62,7 +62,7 @@ class HeldOut:
 
     @property
     def noise_seed(self) -> int:
-        """The seed of all draws, which is never the training's: its draws of the same counters differ."""
+        """The seed of all draws; differs from the training's, so that draws with the same counters differ."""
         return int.from_bytes(hashlib.sha256(f"{self.seed}/validation".encode()).digest()[:8], "little")
 
     @property
@@ -76,9 +76,9 @@ class HeldOut:
         return -(-self.clips // self.section.clips_per_pack)
 
     def packs(self, stage: Stage, processes: Processes) -> list[Pack]:
-        """This rank's packs for `stage`: of each clip the most frames that the stage trains on, or all there are.
+        """This rank's packs for `stage`: each clip with the maximum frames of the stage, or all that it has.
 
-        All ranks have equally many: the last one of some ranks is counted by another rank (see `counts`).
+        All ranks have equally many packs; the last one of some ranks is counted by another rank (see `counts`).
 
         Raises:
             UserError: on all ranks, where a clip cannot be read on one.
@@ -88,7 +88,7 @@ class HeldOut:
         return all_ranks_or_raise(lambda: self._read_packs(stage, numbers), processes)
 
     def counts(self, position: int, processes: Processes) -> bool:
-        """Whether this rank counts its pack at that position of `packs`, or only computes it for the collectives."""
+        """Whether this rank counts the pack at a position of `packs`; otherwise it only joins the collectives."""
         return position * processes.world_size + processes.rank < self.pack_count
 
     def _read_packs(self, stage: Stage, numbers: Sequence[int]) -> list[Pack]:
@@ -135,7 +135,7 @@ def open_held_out(
         section: the recipe's validation section; None for no validation.
         url: folder or URL of the held-out shard set.
         objective, data, seed: of the recipe.
-        stages: those to come, and one that is just over.
+        stages: the remaining ones, and one that has just ended.
         manifest, scaling: of data.shards.
         processes: the run's.
         events: of this process.

@@ -114,19 +114,19 @@ class Lease:
             return "it was copied with the directory"
         if age > VALID_SECONDS:
             return f"it was not renewed for {age:.0f} s"
-        own = self._holder
-        same_machine = holder.get("machine") == own["machine"]
+        this_job = self._holder
+        same_machine = holder.get("machine") == this_job["machine"]
         if same_machine and not _is_alive(holder.get("pid"), holder.get("pid_start")):
             return "that process is dead"
         later_start = "this is a later start of the same job"
         restarts = holder.get("restarts") or []
-        if own["job"] is None or holder.get("job") != own["job"] or not _are_counts(restarts):
+        if this_job["job"] is None or holder.get("job") != this_job["job"] or not _are_counts(restarts):
             return None
-        if own["restarts"][0] != restarts[0]:
-            return later_start if own["restarts"][0] > restarts[0] else None
+        if this_job["restarts"][0] != restarts[0]:
+            return later_start if this_job["restarts"][0] > restarts[0] else None
         # torchrun's count holds for its own workers only. Those of this machine are dead before new ones start, so a
         # living holder on this machine belongs to another torchrun of the same job.
-        if _same_torchrun(own, holder) and not same_machine and own["restarts"][1] > restarts[1]:
+        if _same_torchrun(this_job, holder) and not same_machine and this_job["restarts"][1] > restarts[1]:
             return later_start
         return None
 
@@ -177,7 +177,7 @@ class Lease:
     def _renew(self) -> None:
         lease = self._run / NAME
         holder, renewed = _read_with_time(lease)
-        if renewed is None:  # removed, by a person
+        if renewed is None:  # removed by a user
             with self._candidate() as (candidate, _):
                 if _link(candidate, lease):
                     return
@@ -228,8 +228,8 @@ def _machine() -> str:
         return uuid.uuid4().hex
 
 
-def _same_torchrun(own: dict[str, Any], holder: dict[str, Any]) -> bool:
-    return own["torchrun"] is not None and bool(holder.get("torchrun") == own["torchrun"])
+def _same_torchrun(this_job: dict[str, Any], holder: dict[str, Any]) -> bool:
+    return this_job["torchrun"] is not None and bool(holder.get("torchrun") == this_job["torchrun"])
 
 
 def _are_counts(restarts: Any) -> bool:
@@ -263,7 +263,7 @@ def _link(candidate: Path, name: Path) -> bool:
     try:
         os.link(candidate, name)
     except FileExistsError:
-        return candidate.stat().st_nlink == 2  # NFS may repeat a request whose answer was lost
+        return candidate.stat().st_nlink == 2  # NFS may repeat a request after its answer was lost
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
             raise

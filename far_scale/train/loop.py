@@ -25,7 +25,7 @@ from far_scale.train.checkpoint_policy import CheckpointPolicy
 from far_scale.train.collectives import StepLedger
 from far_scale.train.costs import train_flops
 from far_scale.train.curriculum import Stage, stages
-from far_scale.train.deepspeed_adapter import grad_norm, one_step
+from far_scale.train.deepspeed_adapter import grad_norm, optimizer_step
 from far_scale.train.device_prefetch import Batch
 from far_scale.train.ema import ShardedEMA
 from far_scale.train.engine import build_model, check_computation, compute_dtype, fragments, set_learning_rate
@@ -47,8 +47,8 @@ class Trained(NamedTuple):
     """The result of `train`.
 
     Attributes:
-        engine, ema: after the last step.
-        step: steps done; fewer than the recipe's if the run was asked to stop.
+        engine, ema: their state after the last step.
+        step: steps done; fewer than train.steps if the run was stopped by a signal.
     """
 
     engine: Any
@@ -72,29 +72,29 @@ def train(
 
     Args:
         recipe: what to train.
-        processes: the run's.
+        processes: the processes of the run.
         open_videos: see `OpenVideos`.
         steps_to_profile: steps to trace.
         signals: requests to stop; then the run ends after a step, with a checkpoint.
-        accept_changes: resume even if changes since the checkpoint change the result.
+        accept_changes: resume even if something that affects the result has changed since the checkpoint.
 
     Returns:
         None if there was nothing left to do.
 
     Raises:
         UserError: ranks, shard sets, checkpoint, start weights or disk do not fit the recipe, or its attention kernel
-            or compiler is missing; a node differs from the others; no good step is left.
+            or compiler is missing; a node differs from the others; too many steps are skipped.
     """
     check_ranks(recipe, processes.world_size)
-    attention = check_computation(recipe.train, processes.device)
+    kernel_line = check_computation(recipe.train, processes.device)
     plan, dtype = stages(recipe), compute_dtype(recipe.train)
     run, events = Path(recipe.run_dir), EventLog(Path(recipe.run_dir), processes.is_main_process)
     resume = Resume(recipe, plan, processes, events)
-    start = resume.newest_whole()
+    start = resume.newest_undamaged()
     resume.check_start_from(start, accept_changes)
     if start >= recipe.train.steps:
         if processes.is_main_process:
-            print(f"{run}: all {recipe.train.steps} steps are done; raise train.steps to go on")
+            print(f"{run}: all {recipe.train.steps} steps are done; raise train.steps to continue")
         return None
     data = open_data(recipe, plan, start, processes, events, open_videos)
 
@@ -126,7 +126,7 @@ def train(
         if resumed.guard is not None:
             guard.load_state(resumed.guard)
         else:
-            guard.updates = resumed.step  # 0, or a checkpoint from before steps could be skipped
+            guard.updates = resumed.step  # 0, or an old checkpoint without a guard, when no step could be skipped
         if resumed.step == 0:
             events.emit("began", 0, f"training {recipe.name} on {processes.world_size} ranks")
         profiler, consensus = Profiler(steps_to_profile, run, processes, resumed.step), Consensus(signals, processes)
@@ -149,10 +149,10 @@ def train(
                 processes,
             )
             ledger = StepLedger(hosts, processes, events, monitor.print)
-            for line in (attention, *sharding.why):
+            for line in (kernel_line, *sharding.why):
                 monitor.print(line)
             validation = Validation(plan, data.held_out, engine, ema, monitor, watchdog, processes)
-            validation.after_step(done)  # the last start may have ended before it
+            validation.after_step(done)  # the last start may have ended before this validation
             for stage in plan:
                 if stage.end <= done or stopping:
                     continue
@@ -160,7 +160,7 @@ def train(
                 monitor.begin_stage(stage)
                 ledger.begin_stage(first)
                 monitor.print("\n".join(summary(shard_set)))
-                is_resumed = first > stage.first  # otherwise the stage begins its shard set anew
+                is_resumed = first > stage.first  # otherwise the stage starts at the beginning of its shard set
                 lanes, beginnings = (resumed.lanes, resumed.beginnings) if is_resumed else (None, ())
                 if not is_resumed or resumed.lanes_changed:
                     guard.clear_levels()
@@ -200,8 +200,8 @@ def train(
             if done == recipe.train.steps:
                 events.emit("finished", done, f"all {done} steps are done")
             else:
-                events.emit("stopped", done, f"step {done}: stopped as asked; the same command goes on from here")
-        dist.barrier()  # a launcher that sees one process end may kill the others in their last moments
+                events.emit("stopped", done, f"step {done}: stopped on request; the same command resumes from here")
+        dist.barrier()  # when one process exits, a launcher may kill the others before they are done
         return Trained(engine, ema, done)
 
 
@@ -227,7 +227,7 @@ def train_step(
     """
     weights = pack_weights(batch.packs, stage, processes)
     losses = []
-    with one_step(engine, len(batch.noisy), reduce_once) as backward:
+    with optimizer_step(engine, len(batch.noisy), reduce_once) as backward:
         for noisy, weight in zip(batch.noisy, weights, strict=True):
             with phase("forward"):
                 velocity = engine(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
@@ -243,9 +243,9 @@ def train_step(
 
 
 def pack_weights(packs: list[Pack], stage: Stage, processes: Processes) -> torch.Tensor:
-    """`[packs]` weight of each pack's loss in the global batch: its clips, divided by the mean clips of a pack.
+    """`[packs]` weight of each pack's loss in the global batch: its number of clips over the mean number of a pack.
 
-    Only with a token budget do packs differ in their clips; without one the ranks need not communicate.
+    Packs have different numbers of clips only with a token budget; otherwise no communication is needed.
     """
     if stage.data.tokens_per_pack is None:
         return torch.ones(len(packs), device=processes.device)

@@ -1,4 +1,4 @@
-"""What a run reports: a console line, a line in log.jsonl, and wandb where the recipe asks for it."""
+"""Logging of a run: console lines, log.jsonl, and wandb if the recipe enables it."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Monitor:
         start: steps done before; lines of later steps in log.jsonl (from a run that died past its last checkpoint)
             are dropped, so that no step is in it twice.
         open_wandb: opens the wandb run; called on the main process, unless log.wandb.mode is disabled.
-        stragglers: names slow ranks at every line; None without a process group.
+        stragglers: reports slow ranks at every line; None without a process group.
 
     Attributes:
-        validated_steps: those that had a validation in the log at the start; on the main process only.
+        validated_steps: steps with a validation in the log at the start; only on the main process.
     """
 
     def __init__(
@@ -60,18 +60,18 @@ class Monitor:
         self._bar: tqdm[Any] | None = None
         self._wandb: WandbRun | None = None
         self._stage: Stage | None = None
-        self._graphs, self._graphs_apart, self._start = 0, 0, start
+        self._graphs, self._excluded_graphs, self._start = 0, 0, start
         self.validated_steps: set[int] = set()
         if processes.is_main_process:
             lines = lines_up_to(path, start)
             self.validated_steps = {line["step"] for line in lines if "validation" in line}
             if path.exists():
-                with atomic_write(path) as beside:
-                    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                with atomic_write(path) as temporary:
+                    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
             self._bar = tqdm(total=train.steps, initial=start, desc="train", unit="step", disable=None)
             if log.wandb.mode != "disabled":
                 self._wandb = open_wandb()
-                for line in lines:  # those that it lacks after a kill
+                for line in lines:  # those missing in wandb after a kill
                     self._wandb.log(line)
         self._begin_interval()
 
@@ -81,7 +81,7 @@ class Monitor:
         self._losses: list[torch.Tensor] = []
 
     def begin_stage(self, stage: Stage) -> None:
-        """The next steps are of `stage`; printed where the recipe has a curriculum."""
+        """Begin `stage`; prints it if the recipe has a curriculum."""
         if self._stage_count:
             self._stage = stage
             number = f"{stage.index + 1}/{self._stage_count}"
@@ -102,12 +102,12 @@ class Monitor:
         self._save_wait += time.perf_counter() - start
 
     @contextlib.contextmanager
-    def apart(self) -> Iterator[None]:
-        """For work that is no part of training: neither its time nor the graphs it compiles count."""
+    def excluded(self) -> Iterator[None]:
+        """Exclude work that is not training: its time and the graphs that it compiles are not counted."""
         start, graphs = time.perf_counter(), compiled_graphs()
         yield
         self._interval_start += time.perf_counter() - start
-        self._graphs_apart += compiled_graphs() - graphs
+        self._excluded_graphs += compiled_graphs() - graphs
 
     def count(self, clips: int, tokens: int, flops: int) -> None:
         """Count a pack that this process trained on."""
@@ -118,34 +118,34 @@ class Monitor:
     def end_step(
         self, step: int, loss: torch.Tensor, learning_rate: float, grad_norm: torch.Tensor, skipped: int, damaged: int
     ) -> None:
-        """End step number `step` (from 1), and report where a line is due.
+        """End step `step` (from 1), and log a line if one is due.
 
         Args:
             loss: this process's mean over its packs, a scalar tensor; averaged over the processes for a line.
             grad_norm: global norm before clipping, a scalar tensor.
-            skipped: steps that the guard is known to have skipped so far.
-            damaged: clips of damaged samples that the stage skipped up to the step before.
+            skipped: steps that the guard has skipped so far.
+            damaged: damaged clips that the stage has skipped up to the previous step.
         """
         self._steps += 1
         self._losses.append(loss)
         if self._bar is not None:
             self._bar.update()
-        if self._train.compile and (graphs := compiled_graphs() - self._graphs_apart) != self._graphs:
+        if self._train.compile and (graphs := compiled_graphs() - self._excluded_graphs) != self._graphs:
             self._graphs = graphs
             self.print(f"step {step}: {graphs} graphs compiled so far")
         last = step == self._train.steps
         if step % self._log.every and step != 1 and not last:
             return
         losses = torch.stack(self._losses)
-        # The mean is over steps of finite loss, so that a skipped step leaves no gap in the curve.
+        # The mean over steps with finite loss, so that a skipped step leaves no gap in the curve.
         global_losses = self._processes.mean(losses)
-        loss_now, loss_mean = global_losses[-1].item(), global_losses[global_losses.isfinite()].mean().item()
+        last_loss, loss_mean = global_losses[-1].item(), global_losses[global_losses.isfinite()].mean().item()
         seconds = time.perf_counter() - self._interval_start
         ranks = self._processes.world_size
         line: dict[str, Any] = {
             "step": step,
             **({} if self._stage is None else {"stage": self._stage.index + 1, "stage_name": self._stage.name}),
-            "loss": loss_now,
+            "loss": last_loss,
             "loss_mean": loss_mean,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm.item(),
@@ -167,7 +167,7 @@ class Monitor:
         self._begin_interval()
 
     def validated(self, step: int, values: dict[str, Any]) -> None:
-        """Report a validation after `step`, in a line of its own.
+        """Report a validation after `step`, in a separate line.
 
         Args:
             step: steps done.
@@ -179,7 +179,7 @@ class Monitor:
         line = {"step": step, "validation": values}
         self._file.append(line)
         if self._wandb is not None:
-            self._wandb.log(line, late=step == self._start)
+            self._wandb.log(line, is_resumed=step == self._start)
         figures = [
             f"{name} {values[key]['loss']:.4f}" for key, name in (("weights", "loss"), ("ema", "EMA")) if key in values
         ]
@@ -220,12 +220,12 @@ class Monitor:
 
 
 def _none_unless_finite(value: Any) -> Any:
-    """JSON cannot hold a number that is not finite."""
+    """None for a number that is not finite, which JSON cannot represent."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Bytes that this process has held at most: on its GPU, or in main memory without one."""
+    """Peak memory of this process in bytes: on its GPU, or main memory without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -21,7 +21,7 @@ class Profiler:
         self._steps = steps if processes.is_main_process else range(0)
         if self._steps and self._steps[0] <= done:
             print_warning(
-                f"--profile: the run goes on from step {done}, so steps {steps[0]} to {steps[-1]} are not traced"
+                f"--profile: the run resumes from step {done}, so steps {steps[0]} to {steps[-1]} are not traced"
             )
             self._steps = range(0)
         self._folder, self._on_gpu = run / "profile", processes.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""How a run goes on from a checkpoint, and back to one."""
+"""Resuming a run from a checkpoint, and rolling back to one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ALL_DAMAGED = (
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run goes on.
+    """The state that a run resumes from.
 
     Attributes:
         step: steps done.
@@ -51,7 +51,7 @@ class ResumePoint:
 
 
 class Resume:
-    """Finds the checkpoint that a run goes on from, checks that the run may do so, and loads it.
+    """Finds the checkpoint that a run resumes from, checks that the run may do so, and loads it.
 
     Args:
         recipe: the run's.
@@ -66,7 +66,7 @@ class Resume:
         self.latest = broadcast_from_main(lambda: latest_stamp(self._run), processes)
         """`latest_stamp` of the run when it started, before damage could change it."""
 
-    def newest_whole(self) -> int:
+    def newest_undamaged(self) -> int:
         """The step of the newest checkpoint in the run directory that is not damaged; 0 where there is none yet.
 
         The ranks share the check. A damaged one is an event and is quarantined.
@@ -87,10 +87,10 @@ class Resume:
                     if number == 0:
                         path = f"{self._run}/checkpoints/latest"
                         what = f"{path} is missing" if named is None else f"the checkpoint that {path} names is gone"
-                        self._events.emit("latest", step, f"{what}; going on from the newest, step {step}")
+                        self._events.emit("latest", step, f"{what}; resuming from the newest, step {step}")
                     checkpoint.point_at(folder)
                 return step
-            next_try = f"going on from step {steps[number + 1]}" if number + 1 < len(steps) else "there is none before"
+            next_try = f"resuming from step {steps[number + 1]}" if number + 1 < len(steps) else "there is none before"
             if self._processes.is_main_process:
                 quarantined = checkpoint.quarantine(folder)
                 self._events.emit("damaged", step, f"damaged checkpoint: {problem}; now {quarantined.name}; {next_try}")
@@ -130,7 +130,7 @@ class Resume:
         what = "random weights" if before is None else before
         problem = f"train.start_from={folder}: not read, since {where} exists and the run started from {what}"
         if not accept_changes:
-            fix = "use another run_dir to start from these weights, or leave the key as it was to go on"
+            fix = "use another run_dir to start from these weights, or leave the key as it was to resume"
             raise UserError(f"{problem}; {fix}")
         self._events.emit("accepted-changes", step, problem, changes=[f"train.start_from {before} -> {folder}"])
 
@@ -153,7 +153,7 @@ class Resume:
             local_folder: this run's folder on the node's own disk, or None.
             run_metadata, stage_metadata: those of this run's checkpoints; of stages, those that are not over.
             sources: what the stages to come read, by the stage's index.
-            accept_changes: go on even where something has changed that changes the result.
+            accept_changes: resume even if something that affects the result has changed.
 
         Raises:
             UserError: it was written by another model, or by another recipe and that is not accepted.
@@ -182,13 +182,13 @@ class Resume:
         guard = state.get("guard")
         set_adam_step(engine, state["step"] if guard is None else guard["updates"])
         use_loaded_weights(engine)
-        self._events.emit("resumed", state["step"], f"going on from step {state['step']} of {where}")
+        self._events.emit("resumed", state["step"], f"resuming from step {state['step']} of {where}")
         return ResumePoint(state["step"], lanes.states, guard, lanes.beginnings, lanes.change is not None)
 
     def roll_back(self, done: int, engine: Any, ema: ShardedEMA, guard: StepGuard) -> None:
         """After too many skipped steps: load weights, moments and EMA of the newest checkpoint.
 
-        Steps and data go on after the skipped batches.
+        Steps and data continue after the skipped batches.
 
         Args:
             done: steps done.
@@ -200,7 +200,7 @@ class Resume:
         """
         row = f"step {done}: {guard.in_row} steps in a row were skipped"
         hint = f"{self._run}/events.jsonl names them and their samples; lower optimizer.learning_rate or fix the data"
-        step = self.newest_whole()
+        step = self.newest_undamaged()
         if step == 0:
             raise UserError(f"{row}, and there is no checkpoint to go back to: {hint}")
         folder = checkpoint.step_folder(self._run, step)
@@ -213,23 +213,26 @@ class Resume:
         guard.reset_after_rollback()
         set_adam_step(engine, guard.updates)
         use_loaded_weights(engine)
-        self._events.emit("rolled-back", done, f"{row}; going on with the weights of step {step}", weights_of=step)
+        self._events.emit("rolled-back", done, f"{row}; continuing with the weights of step {step}", weights_of=step)
 
     def _check_changes(
         self, where: Path, state: dict[str, Any], now: dict[str, Any], lanes_change: str | None, accept: bool
     ) -> None:
         """Emit what has changed since the checkpoint; raises UserError unless changes of the result are accepted."""
         changes = find_changes(state, now, self._recipe)
-        of_result = changes.of_result
+        important = changes.affecting_result
         if lanes_change is not None:
-            of_result = [lanes_change, *(line for line in of_result if not line.startswith("data.lanes "))]
-        if of_result and not accept:
+            important = [
+                lanes_change,
+                *(line for line in important if not line.startswith("data.lanes ")),
+            ]
+        if important and not accept:
             raise UserError(
                 f"{where}: since this checkpoint has changed, and would change the result: "
-                f"{'; '.join(of_result)}; start with --accept-changes to go on all the same, or use another "
+                f"{'; '.join(important)}; start with --accept-changes to continue nevertheless, or use another "
                 "run_dir"
             )
-        for event, lines in (("accepted-changes", of_result), ("harmless-changes", changes.harmless)):
+        for event, lines in (("accepted-changes", important), ("harmless-changes", changes.harmless)):
             if lines:
                 what = "other results accepted" if event == "accepted-changes" else "the same result but for rounding"
                 text = f"changed since the checkpoint ({what}): {'; '.join(lines)}"

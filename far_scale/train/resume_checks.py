@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: what has changed since, and what does not fit."""
+"""Checks whether a run may resume from a checkpoint: what has changed since, and what does not fit."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Changes:
     """Lines like `optimizer.learning_rate 0.0001 -> 0.0002`.
 
     Attributes:
-        of_result: changes that give another result.
+        affecting_result: changes that give another result.
         harmless: changes that alter the result by rounding at most.
     """
 
-    of_result: list[str]
+    affecting_result: list[str]
     harmless: list[str]
 
 
@@ -50,21 +50,21 @@ def find_changes(state: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> 
     # It was read before the first step.
     old_result.pop("train.start_from", None)
     new_result.pop("train.start_from", None)
-    of_result = _differences(old_result, new_result)
+    affecting_result = _differences(old_result, new_result)
     old_set, new_set = state.get("shard_set"), now.get("shard_set")
     if old_set is not None and new_set is not None and old_set != new_set:
         is_mixture = any(isinstance(values.get("data.shards"), list) for values in (old, new))
         what = "the mixture's shard sets or weights" if is_mixture else "the shard set's manifest"
-        of_result.append(f"{what} {old_set[:12]} -> {new_set[:12]}")
-    of_result += _latent_changes(state, now)
-    reported = {line.split(" ", 1)[0] for line in of_result}
+        affecting_result.append(f"{what} {old_set[:12]} -> {new_set[:12]}")
+    affecting_result += _latent_changes(state, now)
+    reported = {line.split(" ", 1)[0] for line in affecting_result}
     if new.get("train.start_from") is not None:
         reported.add("train.start_from")  # see Resume.check_start_from
     harmless = [line for line in _differences(old, new) if line.split(" ", 1)[0] not in reported]
     harmless += _differences(state["versions"], now["versions"])
     if state.get("ranks") not in (None, now["ranks"]):
         harmless.append(f"ranks {state['ranks']} -> {now['ranks']}")
-    return Changes(of_result, harmless)
+    return Changes(affecting_result, harmless)
 
 
 def _latent_changes(state: dict[str, Any], now: dict[str, Any]) -> list[str]:

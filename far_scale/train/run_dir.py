@@ -1,9 +1,9 @@
-"""The run directory: the checkpoint that a run goes on from, and the run that the directory belongs to.
+"""The run directory: the checkpoint that a run resumes from, and the run that the directory belongs to.
 
 Loads no torch, so that the launchers can use it in a job that is being killed.
 
     checkpoints/step-00001000/   a checkpoint
-    checkpoints/latest           the name of the checkpoint to go on from
+    checkpoints/latest           the name of the checkpoint to resume from
     identity                     the run's identity
     identity.place               the directory that the identity was given to
     lease.json                   the job that trains here now, see `lease`
@@ -57,11 +57,11 @@ def read_latest(run: Path) -> int | None:
 
 
 def steps_to_try(run: Path) -> list[int]:
-    """The steps that a run can go on from, newest first.
+    """The steps that a run can resume from, newest first.
 
     They begin with the one that `latest` names, so that a user can send a run back to an earlier checkpoint. Without
     `latest`, or if the checkpoint that it names is gone, they begin with the newest. A damaged one is not gone: a run
-    that was sent back to it goes on from an earlier one, never from a later.
+    that was sent back to it resumes from an earlier one, never from a later.
 
     Raises:
         UserError: `latest` is not readable; or there is no checkpoint, or only later ones, where it names one.
@@ -85,7 +85,7 @@ def no_step_up_to(run: Path, named: int, existing: list[int]) -> str:
     later = ", ".join(step_folder(run, step).name for step in reversed(existing))
     return (
         f"{run}/checkpoints/latest: the checkpoint that it names, step {named}, is damaged, and there is none before; "
-        f"write the name of a later one into it to go on from there: {later}"
+        f"write the name of a later one into it to resume from there: {later}"
     )
 
 
@@ -148,9 +148,9 @@ def run_identity(run: Path) -> tuple[str, str | None]:
         old, identity = identity, secrets.token_hex(8)
         copied = (
             f"{run} is a copy of {recorded.get('path')}: from now on it is the run {identity}, which does not use the "
-            f"other's node-local checkpoints and wandb run; to go on as the other, write {old} into {path}"
+            f"other's node-local checkpoints and wandb run; to continue as the other, write {old} into {path}"
         )
-    with atomic_write(path) as beside:
-        beside.write_text(identity + "\n")
+    with atomic_write(path) as temporary:
+        temporary.write_text(identity + "\n")
     write_json(directory_path, {"identity": identity, **directory_id(run)})
     return identity, copied

@@ -34,17 +34,17 @@ from far_scale.train.wandb_run import WandbRun
 from far_scale.utils.event_log import EventLog
 
 OpenVideos = Callable[[Recipe, ShardSet, Stage, LatentScaling, torch.dtype, Processes, EventLog], ValidationVideos]
-"""Opens what samples validation videos from held-out clips. An argument of `train`, since sampling and evaluation are
-built on top of the training code."""
+"""Opens the sampler of validation videos. An argument of `train`, since sampling and evaluation import the training
+code, not the reverse."""
 
 
 class RunData(NamedTuple):
     """The data of a run.
 
     Attributes:
-        shard_sets: of the stages to come, by the stage's index.
+        shard_sets: those of the remaining stages, by the stage's index.
         manifest: of data.shards; its autoencoder and scaling hold for all stages.
-        scaling: of the latents.
+        scaling: scaling of the latents.
         held_out: for validation, or None.
     """
 
@@ -62,9 +62,9 @@ def open_data(
     events: EventLog,
     open_videos: OpenVideos,
 ) -> RunData:
-    """Open and check the data of the stages that are not over after `start` steps; every rank calls it."""
-    to_come = [stage for stage in plan if stage.end > start]
-    shard_sets, manifest = open_sets(recipe.data, to_come, processes, events, start)
+    """Open and check the data of the stages that remain after `start` steps; every rank calls it."""
+    remaining = [stage for stage in plan if stage.end > start]
+    shard_sets, manifest = open_sets(recipe.data, remaining, processes, events, start)
     scaling, dtype = LatentScaling.of(manifest, recipe.data.scaling), compute_dtype(recipe.train)
     held_out = open_held_out(
         recipe.validation,
@@ -72,7 +72,7 @@ def open_data(
         recipe.objective,
         recipe.data,
         recipe.seed,
-        [stage for stage in plan if stage.end >= start],  # the validation of one that is just over may be missing
+        [stage for stage in plan if stage.end >= start],  # the validation of a stage that has just ended may be missing
         manifest,
         scaling,
         processes,
@@ -84,7 +84,7 @@ def open_data(
 
 
 def load_start(model: FAR, recipe: Recipe, data: RunData, accept_changes: bool) -> str:
-    """Load the weights of train.start_from into `model`; returns a line that says so."""
+    """Load the weights of train.start_from into `model`; returns a line for the log."""
     manifest = data.shard_sets[min(data.shard_sets)].manifest
     folder = str(recipe.train.start_from)
     return start_from(model, folder, manifest, data.scaling, recipe.data.frame_stride, accept_changes)
@@ -93,7 +93,7 @@ def load_start(model: FAR, recipe: Recipe, data: RunData, accept_changes: bool) 
 def shard_model(
     model: FAR, recipe: Recipe, plan: Sequence[Stage], data: RunData, processes: Processes
 ) -> tuple[Any, Sharding]:
-    """The engine around `model`, and how it is sharded; `plan` has the stages to come."""
+    """The engine around `model`, and how it is sharded; `plan` has the remaining stages."""
     sharding = choose_sharding(
         recipe.train,
         recipe.data.lanes,
@@ -140,10 +140,10 @@ def prefetched_batches(
     Args:
         lanes: the lanes' states, or None where they begin.
     """
-    own_lanes = list(range(processes.rank, stage.data.lanes, processes.world_size))
+    rank_lanes = list(range(processes.rank, stage.data.lanes, processes.world_size))
     ahead = (stage.data.prefetch, stage.data.prefetch_bytes)
     with (
-        PackLoader(shard_set, scaling, own_lanes, packing, first, lanes, *ahead) as packs,
+        PackLoader(shard_set, scaling, rank_lanes, packing, first, lanes, *ahead) as packs,
         DevicePrefetch(packs, objective, stage.config, packing.seed, processes.device) as batches,
         contextlib.closing(packs),  # before DevicePrefetch, which may be waiting for it
     ):

@@ -1,6 +1,6 @@
 """The shard sets of a run: opened and checked by all ranks together, and the budget of damaged samples.
 
-The ranks share the work, and what one of them refuses all refuse.
+The ranks share the work; if one of them finds an error, all raise it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class OpenedSets(NamedTuple):
     """The shard sets of a run.
 
     Attributes:
-        of_stages: the shard set or mixture of each stage, by the stage's index; stages with the same sets share them.
+        by_stage: the shard set or mixture of each stage, by the stage's index; stages with the same sets share them.
         manifest: of data.shards; its autoencoder and scaling hold for all stages.
     """
 
-    of_stages: dict[int, ShardSet | Mixture]
+    by_stage: dict[int, ShardSet | Mixture]
     manifest: Manifest | MixtureManifest
 
 
@@ -56,13 +56,13 @@ def open_sets(
         UserError: on all ranks alike: a set is missing, incomplete, not the same on all ranks, or does not fit.
     """
     opened: dict[str, ShardSet] = {}
-    of_stages = {}
+    by_stage = {}
     for stage in plan:
         for url in shard_urls(stage.data.shards):
             if url not in opened:
                 opened[url] = open_set(url, stage.data, processes, staged=True)
                 check_shards(opened[url], stage.data.max_damaged_samples, processes, events, step)
-        of_stages[stage.index] = all_ranks_or_raise(partial(_open_for_stage, stage, opened), processes)
+        by_stage[stage.index] = all_ranks_or_raise(partial(_open_for_stage, stage, opened), processes)
     for url in shard_urls(data.shards):
         if url not in opened:
             opened[url] = open_set(url, data, processes, staged=True)
@@ -73,7 +73,7 @@ def open_sets(
         label_sets = [opened[url] for section in sections for url in shard_urls(section.shards)]
         names = ((shard_set.folder, shard_set.manifest.classes) for shard_set in label_sets)
         all_ranks_or_raise(lambda: check_classes(names), processes)
-    return OpenedSets(of_stages, source.manifest)
+    return OpenedSets(by_stage, source.manifest)
 
 
 def _open_for_stage(stage: Stage, opened: Mapping[str, ShardSet]) -> ShardSet | Mixture:
@@ -125,7 +125,7 @@ def open_set(url: str, data: DataSection, processes: Processes, staged: bool = F
     if len(set(digests)) > 1:
         other_rank = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
         raise UserError(
-            f"{shard_set.folder}: rank {other_rank} finds another manifest there than rank 0; copy the same set to all "
+            f"{shard_set.folder}: rank {other_rank} finds a different manifest than rank 0; copy the same set to all "
             "nodes"
         )
     return shard_set
@@ -143,10 +143,10 @@ def _read_manifest(url: str, processes: Processes) -> bytes:
 
 
 def check_shards(shard_set: ShardSet, budget: int, processes: Processes, events: EventLog, step: int) -> None:
-    """Check that a set's shards are there; every rank checks its part.
+    """Check that a set's shards exist; every rank checks its part.
 
     Args:
-        budget: samples that may be missing; then each missing shard is an event.
+        budget: maximum number of missing samples; each missing shard is logged as an event.
 
     Raises:
         DamagedError: on all ranks alike: more are missing.
@@ -159,15 +159,15 @@ def check_shards(shard_set: ShardSet, budget: int, processes: Processes, events:
     if first is None:
         return
     if samples > budget:
-        more = f" ({shards} shards of {samples} samples are not whole)" if shards > 1 else ""
+        more = f" ({shards} shards of {samples} samples are incomplete)" if shards > 1 else ""
         raise DamagedError(first.file, first.problem + more)
     all_missing = all_gather_objects([(number, str(problem)) for number, problem in missing], processes.host_group)
     for _, problem in sorted(shard for part in all_missing for shard in part):
-        events.emit("damaged-shard", step, f"not whole, and its clips will be left out: {problem}")
+        events.emit("damaged-shard", step, f"incomplete, its clips will be skipped: {problem}")
 
 
 def log_staged_reads(source: ShardSet | Mixture, step: int, processes: Processes, events: EventLog) -> None:
-    """Emit where the staged sets of a stage were read so far, over all ranks; nothing where none is staged."""
+    """Emit how often the staged sets of a stage were read from copies and from the source, over all ranks."""
     stores = [shard_set.staged for shard_set, _ in sets_of(source) if shard_set.staged is not None]
     if not stores:
         return

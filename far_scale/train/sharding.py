@@ -18,9 +18,9 @@ from far_scale.utils.hosts import host_name, ranks_by_host
 # Up to here a copy of the weights on every node is small beside the rest of a rank's state: the 1.3B preset has 1.37e9.
 _MAX_PARAMETERS_FOR_HPZ = 1.4e9
 
-# Bytes a parameter in training: (weights, gradients, optimizer with master weights and EMA).
+# Bytes per parameter in training: (weights, gradients, optimizer with master weights and EMA).
 _BYTES = {"bf16": (2, 4, 16), "fp32": (4, 4, 12)}
-# Bytes a parameter of unsharded gradients during a step: in bf16 the model's, and their float32 sum over the packs.
+# Bytes per parameter of unsharded gradients during a step: in bf16 the model's, and their float32 sum over the packs.
 _WHOLE_GRADIENTS = {"bf16": 6, "fp32": 4}
 
 _DEFAULT_MAX_GATHERED = 10**9
@@ -226,20 +226,20 @@ def _choose_hpz(section: DeepSpeedSection, stage: int, parameters: int, hosts: S
 
 
 def _choose_reduction(inputs: _Inputs, stage: int, hpz: int) -> tuple[bool, tuple[str, ...]]:
-    """Whether gradients are reduced once a step, and the reason; without one where there is no choice."""
+    """Whether gradients are reduced once per step, and the reason; without one where there is no choice."""
     packs = inputs.lanes // len(inputs.hosts)
     requested, nodes = inputs.train.reduce_once, len(ranks_by_host(inputs.hosts))
     if stage < 2 or packs == 1:
         return False, ()  # reduced once anyway
-    once, after_each = "gradients: reduced once a step", f"gradients: reduced after each of {packs} packs"
+    once, per_pack = "gradients: reduced once per step", f"gradients: reduced after each of {packs} packs"
     if requested != "auto":
-        return requested, (f"{once if requested else after_each}, as the recipe sets",)
+        return requested, (f"{once if requested else per_pack}, as the recipe sets",)
     if nodes == 1:
-        return False, (f"{after_each}: one node",)
+        return False, (f"{per_pack}: one node",)
     if not can_reduce_once():
-        return False, (f"{after_each}: DeepSpeed 0.19.0 cannot sum them first",)
+        return False, (f"{per_pack}: DeepSpeed 0.19.0 cannot sum them first",)
     candidate = inputs.sharding(stage, hpz, reduce_once=True)
     need = f"a rank needs about {inputs.needed_bytes(candidate) / 1e9:.3g} of {inputs.free / 1e9:.3g} GB free"
     if inputs.fits(candidate):
         return True, (f"{once}, not after each of {packs} packs: {nodes} nodes, and whole gradients fit: {need}",)
-    return False, (f"{after_each}: whole gradients do not fit: {need}",)
+    return False, (f"{per_pack}: whole gradients do not fit: {need}",)

@@ -1,4 +1,4 @@
-"""`train.start_from`: the first weights of a new run from a model directory, if it was trained on the run's latents."""
+"""`train.start_from`: the initial weights of a new run from a model directory that was trained on the same latents."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def start_from(
         A line for the events: where the weights come from, and how their latents differ, or that they are unknown.
 
     Raises:
-        UserError: it is no model directory, one of another shape, damaged, or, unless accepted, of other latents.
+        UserError: it is not a model directory, one of another shape, damaged, or, unless accepted, of other latents.
     """
     metadata = read_any_config(folder)[1]
     differences = []
@@ -46,7 +46,7 @@ def start_from(
     if differences and not accept_changes:
         raise UserError(
             f"train.start_from={folder}: that model was trained on other latents: {'; '.join(differences)}; or start "
-            "with --accept-changes to train it on these all the same"
+            "with --accept-changes to train it on these nevertheless"
         )
     load_start_weights(model, folder)
     training = metadata.training
@@ -55,7 +55,7 @@ def start_from(
     else:
         weights = f"the weights in {folder}, imported from {training.imported_from}"
     if not isinstance(metadata, ModelMetadata):
-        return f"starting from {weights}; it does not say which latents they were trained on"
+        return f"starting from {weights}; the latents that they were trained on are unknown"
     accepted = f"; accepted: trained on other latents: {'; '.join(differences)}" if differences else ""
     return f"starting from {weights}{accepted}"
 
@@ -102,11 +102,11 @@ def load_start_weights(model: FAR, folder: str) -> None:
     """Load the weights of a model directory into `model`, before the engine shards it.
 
     Raises:
-        UserError: it is no model directory, or one of another shape.
+        UserError: it is not a model directory, or one of another shape.
     """
     start_model = load_model(folder, dtype=torch.float32)
     ours, theirs = asdict(model.config), asdict(start_model.config)
-    no_shape = ("window", "condition_dropout", "causal")  # change no stored tensor
+    no_shape = ("window", "condition_dropout", "causal")  # these do not change stored tensors
     differing = [key for key in ours if key not in no_shape and ours[key] != theirs[key]]
     if differing:
         key = differing[0]

@@ -2,7 +2,7 @@
 
 Every step is checked on the device before Adam's update. One small all-reduce of loss and gradient norm gives all ranks
 the same verdict. Adam (torch's fused one) reads it on the device as `found_inf` and then changes nothing: neither
-weights nor moments nor its step number. The host reads the verdict one step later, so no step waits for its own.
+weights nor moments nor its step number. The host reads the verdict one step later, so that no step waits for it.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from far_scale.data.loader.pack_loader import Pack
 from far_scale.distributed.ledger import phase
 from far_scale.distributed.process_group import Processes, all_gather_objects
 from far_scale.train.deepspeed_adapter import grad_norm
-from far_scale.train.engine import before_adam
+from far_scale.train.engine import call_before_adam
 from far_scale.utils.event_log import EventLog
 
 SPIKE_WINDOW = 128
-"""How many of the last steps a step is compared with."""
+"""Number of previous steps that a step is compared with."""
 
 MIN_STEPS = 16
-"""Steps that must have been seen before any can be a spike: the std of a few numbers says little."""
+"""Minimum number of previous steps for spike detection: the std of fewer numbers is unreliable."""
 
 _MAD_TO_STD = 1.4826
 """The standard deviation of normal numbers, in median absolute deviations."""
 
 _MIN_STD = 0.01
-"""The std is at least this fraction of the median: numbers that hardly move have one near 0, and any change would be a
-spike."""
+"""Lower limit of the std, as a fraction of the median: of nearly constant numbers it is near 0, and any change would
+be a spike."""
 
 _MAX_LANES_PRINTED = 4  # events.jsonl has all
 
@@ -98,7 +98,7 @@ class StepGuard:
         self._losses: list[Tensor] = []
         self._verdict: Tensor | None = None
         self._pending: _PendingVerdict | None = None
-        before_adam(engine, self._check)
+        call_before_adam(engine, self._check)
 
     def add_loss(self, loss: Tensor) -> None:
         """Add a pack's loss, weighted as in the mean over packs and ranks."""
@@ -157,16 +157,16 @@ class StepGuard:
 
     def reset_after_rollback(self) -> None:
         """Set `in_row` to 0, drop the verdict of the step that was undone, and clear the levels of loss and norm, since
-        what stayed above the old ones for so long is no spike."""
+        values that stay above the old levels are not spikes."""
         self.in_row, self._pending = 0, None
         self.clear_levels()
 
     def clear_levels(self) -> None:
-        """Find no spikes until enough steps were seen; for a loss that changes its level, as at a new stage."""
+        """Detect no spikes until there are enough new steps; for a loss with a new level, such as at a new stage."""
         self._levels.clear()
 
     def state(self) -> dict[str, Any]:
-        """Everything that later verdicts depend on, for JSON; call `settle` first."""
+        """The state that later verdicts depend on, for JSON; call `settle` first."""
         assert self._pending is None, "settle() comes before state()"
         levels = self._levels.state()
         return {"updates": self.updates, "in_row": self.in_row, "skipped": self.skipped, "levels": levels}
@@ -183,7 +183,7 @@ class StepGuard:
             return  # ZeRO-3 calls this for each group of parameters; a step has one verdict
         losses = torch.stack(self._losses).float()
         now = torch.stack([losses.mean(), grad_norm(self._engine).float()])
-        # The norm should be the same on all ranks already; after this it is, to the last bit.
+        # The norm should already be the same on all ranks; this makes it bitwise equal.
         with phase("guard"):
             dist.all_reduce(now)
         now /= self._processes.world_size
@@ -192,7 +192,7 @@ class StepGuard:
             spikes = self._levels.spikes(now) & ~skipped
             if self._faults.spikes == "skip":
                 skipped = skipped | spikes.any()
-            # A spike that was only warned of is added: a level that lasts must become the usual one.
+            # A spike with only a warning is added: a lasting new level must become the usual one.
             self._levels.add(now, ~skipped)
         self._verdict = torch.cat([skipped[None], spikes, now, losses])
         # Adam's fused kernels change nothing where this scalar is 1, and undo the increment of its step number.
@@ -200,7 +200,7 @@ class StepGuard:
         adam.found_inf = self._verdict[0].to(stepped.device)  # type: ignore[attr-defined]  # another device if offloaded
 
     def _emit(self, bad_step: BadStep, packs: list[tuple[int, tuple[str, ...], float]]) -> None:
-        """Emit the event, with lanes and keys of the packs whose loss is not finite, or else of the whole batch."""
+        """Emit the event, with lanes and keys of the packs with non-finite loss; if none, of the whole batch."""
         all_packs = [pack for part in all_gather_objects(packs, self._processes.host_group) for pack in part]
         culprits = [pack for pack in all_packs if not math.isfinite(pack[2])] or all_packs
         lanes = [{"lane": lane, "keys": list(keys), "loss": _for_json(loss)} for lane, keys, loss in sorted(culprits)]

@@ -1,7 +1,7 @@
 """Validation while training: the loss on held-out clips, of the weights and of their EMA, and sampled videos.
 
 The loss is the training's, with noise, timesteps and clean frames that never change: they are drawn by the pack's
-number, with a seed of their own. So two values differ only by the weights. The packs do not depend on the number of
+number, with a separate seed. So two losses differ only by the weights. The packs do not depend on the number of
 ranks: rank r of W computes packs r, r + W, ..., and all errors are added in one order.
 
 Validation does not change training: it draws from no random state of the training, and restores the weights bit for
@@ -41,7 +41,7 @@ MAX_FRAME_BINS = 16
 
 
 class Validation:
-    """Validates after the steps that the recipe names, if any.
+    """Validates at the intervals of the recipe, if any.
 
     The EMA is evaluated by the training's own engine, which takes one more float32 copy of this rank's part of the
     weights. For sampled videos each rank holds a whole model in the compute dtype.
@@ -78,7 +78,7 @@ class Validation:
         """Validate if it is due after `step` and not in the log yet; all ranks call it.
 
         Raises:
-            UserError: a held-out clip cannot be read any more.
+            UserError: a held-out clip can no longer be read.
         """
         if self._held_out is None or step == 0:
             return
@@ -89,7 +89,7 @@ class Validation:
             return
         beat, values, start = partial(self._watchdog.beat, step), dict[str, Any](), time.perf_counter()
         stage = stage_of(self._plan, step - 1)
-        with self._monitor.apart(), evaluating(self._engine):
+        with self._monitor.excluded(), evaluating(self._engine):
             if loss_due:
                 values["weights"] = self._loss(self._held_out, stage, beat)
                 with ema_as_weights(self._engine, self._ema):
@@ -172,7 +172,7 @@ def summary(rows: NDArray[np.float64], clips: int) -> dict[str, Any]:
     Args:
         rows: `[noisy frames, 5]`: pack, clip in it, frame index in the clip, timestep, mean squared error; the rows of
             a pack are together, the packs in any order.
-        clips: number of held-out clips; one with clean frames only counts with loss 0, as in `pack_loss`.
+        clips: number of held-out clips; a clip whose frames are all clean counts with loss 0, as in `pack_loss`.
 
     Returns:
         `loss`, the mean over a clip's noisy frames, then over the clips; `timesteps`, the mean over the frames in each

@@ -46,11 +46,11 @@ class WandbRun:
 
     Args:
         settings: the recipe's log.wandb section.
-        name: the run's name where the settings have none.
+        name: the run's name if the settings have none.
         config: the recipe's values.
         identity: the wandb id; differs from that of an earlier training in the same run directory.
         run: the run directory.
-        folder: where wandb's files go; None for the training, whose files go into `run`.
+        folder: folder for wandb's files; None for `run`, which the training uses.
 
     Raises:
         UserError: wandb is not installed.
@@ -91,17 +91,17 @@ class WandbRun:
             self._run.define_metric("evaluation/*", step_metric=STEP_KEY)
             self._scores.requeue_after(self._last_logged)
 
-    def log(self, line: dict[str, Any], late: bool = False) -> None:
+    def log(self, line: dict[str, Any], is_resumed: bool = False) -> None:
         """Log a line of log.jsonl, unless the run had its step at the start.
 
         A line of training takes the first waiting row of scores with it.
 
         Args:
             line: of training or of validation.
-            late: the line was made at the start, for the step from which training continues: if the run has the row of
-                that step, which cannot change any more, the line goes into the next row.
+            is_resumed: the line was made at the start, for the step that training resumes from: if the run has the row
+                of that step, which can no longer change, the line goes into the next row.
         """
-        step = max(line["step"], self._first_missing) if late else line["step"]
+        step = max(line["step"], self._first_missing) if is_resumed else line["step"]
         if step >= self._first_missing:
             self._last_logged = max(self._last_logged, step)
             with self._report_errors():
@@ -121,7 +121,7 @@ class WandbRun:
                 self._last_logged = step
             self._finish()
             for row in rows:
-                self._scores.mark_logged(row, 0)  # wherever a longer training resumes, it is logged
+                self._scores.mark_logged(row, 0)  # step 0: a longer training need not log it again, wherever it resumes
 
     def finish(self) -> None:
         """End the run of this start; a later start continues it."""
@@ -152,7 +152,7 @@ class WandbRun:
             yield
         except Exception as error:  # of any type: wandb's connection raises many
             if not self._failed:
-                print(f"wandb: {type(error).__name__}: {error}; the log goes on without it", file=sys.stderr)
+                print(f"wandb: {type(error).__name__}: {error}; logging continues without it", file=sys.stderr)
             self._failed = True
 
 

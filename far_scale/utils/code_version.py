@@ -42,7 +42,7 @@ class CodeVersion:
 def running_code() -> CodeVersion:
     """The version of the imported package: of its checkout, or as recorded in its snapshot."""
     root = Path(far_scale.__file__).resolve().parent.parent
-    return _recorded(root) if (root / _FILE_NAME).is_file() else of_checkout(root)
+    return _recorded(root) if (root / _FILE_NAME).is_file() else read_checkout(root)
 
 
 def record(version: CodeVersion, folder: Path) -> None:
@@ -50,7 +50,7 @@ def record(version: CodeVersion, folder: Path) -> None:
     write_json(folder / _FILE_NAME, asdict(version))
 
 
-def of_checkout(root: Path) -> CodeVersion:
+def read_checkout(root: Path) -> CodeVersion:
     """The version of the checkout at `root`; empty if it is none, such as where pip installed the package."""
     # Check the package itself: the folder may be inside another repository.
     if _git(root, "ls-files", "--error-unmatch", "far_scale/__init__.py") is None:

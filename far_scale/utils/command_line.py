@@ -1,4 +1,4 @@
-"""Shared by the command lines: exit statuses, output that never fails, and argument types."""
+"""Helpers of the command lines: exit statuses, output that never fails, and argument types."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def never_fail_to_print() -> None:
         setattr(sys, f"__{name}__", lossy)  # flushed only once, and found by a second call
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """A number from 0 to 1."""
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")

@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class ReportedByMain(UserError):
-    """A UserError that the main process prints; this rank only exits with its status."""
+    """A UserError that only the main process prints; other ranks just exit with its status."""
 
 
 def file_problem(error: OSError) -> str | None:

@@ -40,20 +40,20 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # not the process id, which may be the same on two hosts
-    beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.part{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.part{path.suffix}")
     try:
-        yield beside
-        with open(beside, "rb") as file:
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if error.errno == errno.ENOSPC:
             raise UserError(f"{path}: no space left on this disk; free some, or write elsewhere") from error
         raise
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -126,8 +126,8 @@ def read_text(path: str | Path, what: str) -> str:
 def write_json(path: str | Path, value: Any) -> str:
     """Write `value` as JSON, atomically, with non-finite numbers as null; returns the text."""
     text = _json(value, indent=2) + "\n"
-    with atomic_write(path) as beside:
-        beside.write_text(text)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
     return text
 
 

@@ -37,10 +37,10 @@ class LookAhead(Generic[T]):
         """
         if ahead < 1:
             raise ValueError(f"ahead={ahead}: must be at least 1")
-        self._ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()  # the end stays in it for every later `next`
+        self._ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()  # the end stays queued for every later `next`
         self._room = threading.Semaphore(ahead)
         self._closed = threading.Event()
-        # The items are an argument and no attribute: they are freed when the thread ends.
+        # The items are an argument, not an attribute, so that they are freed when the thread ends.
         self._thread = threading.Thread(target=self._make_items, args=(items,), name=name, daemon=True)
         self._thread.start()
 
@@ -58,7 +58,7 @@ class LookAhead(Generic[T]):
         return item
 
     def close(self) -> None:
-        """End the thread and drop the items that wait; may be called again."""
+        """End the thread and drop its pending items; may be called again."""
         self._closed.set()
         self._room.release()
         self._thread.join()
@@ -81,7 +81,7 @@ class LookAhead(Generic[T]):
             while self._room.acquire() and not self._closed.is_set():
                 self._ready.put(next(iterator))
             self._ready.put(_End(self._closed_error()))
-        except BaseException as error:  # the caller's `next` is the only one that can handle it
+        except BaseException as error:  # re-raised by the caller's `next`
             self._ready.put(_End(error))
 
     def _closed_error(self) -> ValueError:

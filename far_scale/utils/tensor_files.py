@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, and files of unknown origin, whose pickles are read without running them."""
+"""Files of tensors: safetensors, and files of unknown origin: their pickles are read without being executed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{file}: there is no such file or folder") from None
         except Exception as error:  # of any kind, since the file may hold any bytes
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{file}: no file of weights ({reason}); get it again") from None
+            raise UserError(f"{file}: not a file of weights ({reason}); get it again") from None
         if isinstance(values, dict):
             tensors |= {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
     return tensors
@@ -87,5 +87,5 @@ class RecordUnpickler(pickle.Unpickler):
         if full in self._known:
             return self._known[full]
         if self._names.fullmatch(full) is None:
-            raise pickle.UnpicklingError(f"it names {full[:80]!r}, which has no place in such a file")
+            raise pickle.UnpicklingError(f"it names {full[:80]!r}, which does not belong in such a file")
         return type("Record", (Record,), {"name": name, "module": module})

@@ -172,9 +172,9 @@ def test_wrong_perceptual_weights_are_refused_in_one_line(vgg: Path, tmp_path: P
     refused(vgg / "vgg.pth", r"has no features\.0\.weight")
     whole = (vgg / "vgg.pth").read_bytes()
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
-    refused(tmp_path / "half.pth", "no file of weights")
+    refused(tmp_path / "half.pth", "not a file of weights")
     torch.save(np.float64, tmp_path / "pickle.pth")
-    refused(tmp_path / "pickle.pth", "no file of weights")
+    refused(tmp_path / "pickle.pth", "not a file of weights")
     shutil.copytree(vgg, tmp_path / "other")
     torch.save({f"lin{depth}.model.1.weight": torch.ones(1, 3, 1, 1) for depth in range(5)}, tmp_path / "other/vgg.pth")
     refused(tmp_path / "other", "not VGG16's")
@@ -583,7 +583,7 @@ def test_what_does_not_fit_the_recipe_is_refused_in_one_line(alone: Processes, r
         assert "\n" not in str(caught.value)
 
     refused(r"train\.batch: 16 frames, 4 clips, cannot be divided evenly among 3 ranks", ranks=3)
-    refused(r"data\.size: 36 is no multiple of 8", "data.size=36")
+    refused(r"data\.size: 36 is not a multiple of 8", "data.size=36")
     refused("there is no config of an autoencoder here", f"model.config={tmp_path / 'absent.json'}")
     write_json(tmp_path / "odd.json", {"_class_name": "AutoencoderDC", "latent": 8})
     refused(

@@ -259,7 +259,7 @@ def test_the_fault_drill_sees_a_single_bit(monkeypatch: pytest.MonkeyPatch, tmp_
     tensor.view(torch.int32)[1] ^= 1
     folder = checkpoint.step_folder(other, 2)
     kept = {name: FlatPiece(3, 0, torch.empty(3)) for name in (f"{k}/layer" for k in KINDS)}
-    checkpoint.load(folder, kept, alone=True)
+    checkpoint.load(folder, kept, single_process=True)
     checkpoint.save(other, 2, {**kept, f"{kind}/layer": FlatPiece(3, 0, tensor)}, {"lanes": {"0": {}}}, keep=1)
     unequal = {row["what"]: row["largest difference"] for row in compare(one, other, 2) if not row["equal"]}
     assert unequal.keys() == {KINDS[kind], "lanes"}

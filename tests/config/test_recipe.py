@@ -323,7 +323,7 @@ def test_wrong_value(override: str, folder: Path) -> None:
 
 
 IMPOSSIBLE = {
-    ("model.patch=2", "model.context_patch=3"): "model.context_patch: 3 is no multiple of model.patch, 2",
+    ("model.patch=2", "model.context_patch=3"): "model.context_patch: 3 is not a multiple of model.patch, 2",
     ("model.context_patch=4", "model.causal=false", "objective.clean_frame_ratio=0"): (
         "model.context_patch: 4, but with model.causal false all frames are denoised together"
     ),

@@ -282,7 +282,7 @@ def test_lists_as_other_programs_write_them(clip: Path, tmp_path: Path) -> None:
         ("6.csv", 'video,label\na.mp4,1\n"b.mp4,0\nc.mp4,1\n', "6.csv:3: no CSV", "quote that is not closed"),
         ("7.csv", 'video,label\n"a.mp4,1\n"b.mp4",0\nc.mp4,1\n', "7.csv:2: no CSV", "quote that is not closed"),
         ("8.csv", "video,label,video\na.mp4,1,b.mp4\n", "8.csv: has the column `video` twice"),
-        ("list.txt", "a.mp4\n", "list.txt: is a text file, no video", ".csv file with the header video,label"),
+        ("list.txt", "a.mp4\n", "list.txt: is a text file, not a video", ".csv file with the header video,label"),
         ("list.tsv", "video\tlabel\na.mp4\t1\n", "list.tsv: is a text file"),
     ]:
         (tmp_path / name).write_text(text)
@@ -376,7 +376,7 @@ curriculum:
     def opened(*overrides: str) -> dict[str, object]:
         recipe = load_recipe(tmp_path / "staged.yaml", overrides)
         sets = open_sets(recipe.data, stages(recipe), alone, EventLog(tmp_path, False), 0)
-        return stage_metadata(stages(recipe)[1], sets.of_stages[1].manifest)
+        return stage_metadata(stages(recipe)[1], sets.by_stage[1].manifest)
 
     refused(opened, f"{tmp_path}/other does not fit {tmp_path}/one", "class 0 is 'y', there 'x'", "--classes-of")
     now = opened(f"data.shards={tmp_path}/unknown")

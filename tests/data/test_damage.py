@@ -178,7 +178,7 @@ def test_beyond_the_budget_a_rank_stops_at_once(folder: Path) -> None:
     with pytest.raises(OverBudgetError, match="max_damaged_samples=4: 5 clips"):  # the lanes' states count too
         read(folder, replace(PLAIN, max_damaged=4), 20, step=1, lane_states=states)
     states[2]["damaged"] = -1
-    with pytest.raises(UserError, match="lane 2: -1 is no count of damaged clips"):
+    with pytest.raises(UserError, match="lane 2: -1 is not a count of damaged clips"):
         read(folder, PLAIN, 1, step=1, lane_states=states)
 
 
@@ -291,5 +291,5 @@ def test_missing_shard_is_refused_before_training_or_logged(recorded_shards: Pat
     enough = small_recipe(shards, run, "data.max_damaged_samples=90", "train.steps=6")
     assert start_training(2, enough, tmp_path / "out").wait() == [0, 0]
     (event,) = [event for event in read_events(run) if event["event"] == "damaged-shard"]
-    assert "not whole, and its clips will be left out: " in event["text"] and "shard-000003.tar" in event["text"]
+    assert "incomplete, its clips will be skipped: " in event["text"] and "shard-000003.tar" in event["text"]
     assert skip_events(run)

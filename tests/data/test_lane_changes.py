@@ -131,7 +131,7 @@ def test_a_change_at_an_epochs_border_leaves_no_remainder() -> None:
     new = LaneOrder([5, 3, 8], 2, 0, 1, 0, begin)
     samples = [sample for lane in (0, 1) for sample in islice(Lane(new, lane), 8)]
     straight = LaneOrder([5, 3, 8], 2, 0, 1)
-    assert samples == [straight.sample_of_run(2, lane, position) for lane in (0, 1) for position in range(8)]
+    assert samples == [straight.sample_in_segment(2, lane, position) for lane in (0, 1) for position in range(8)]
 
 
 SIZES = {"tar": [71], "mixture": [71, 65]}
@@ -246,7 +246,7 @@ def test_states_of_something_else(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert lanes[0].state_dict() == state
     refused(lambda: lanes[0].load_state_dict({"read": [3, 4]}), "lane 0", "mixture of 2 shard sets")
     budget = replace(TOKENS, beginnings=(begin, begin)).make_lanes(source, [0])[0]
-    refused(lambda: budget.load_state_dict({"read": [9, 9], "pending": [7]}), "no clips that wait")
+    refused(lambda: budget.load_state_dict({"read": [9, 9], "pending": [7]}), "cannot be the pending clips")
     of_one_set = {lane: {"epoch": 0, "position": 0} for lane in range(8)}
     refused(lambda: change_lanes(CLIPS, replace(CLIPS, lanes=4), source, of_one_set), "mixture of 2 shard sets")
     refused(lambda: replace(CLIPS, beginnings=(begin,)).lane_orders(source), "2 shard sets", "made with 1")

@@ -28,7 +28,7 @@ def all_samples(samples_per_shard: list[int]) -> list[SampleRef]:
 def read_run(order: LaneOrder, lane: int, epoch: int) -> list[SampleRef]:
     stream = Lane(order, lane)
     stream.load_state_dict({"epoch": epoch, "position": 0})
-    return list(islice(stream, order.run_length(epoch)))
+    return list(islice(stream, order.segment_length(epoch)))
 
 
 @pytest.mark.parametrize("window", [1, 3, 1000])
@@ -41,7 +41,7 @@ def test_every_epoch_reads_each_sample_once(name: str, window: int) -> None:
     for epoch in range(9):
         assert order.carried_over(epoch) == owed.total()
         read = Counter(sample for lane in range(lanes) for sample in read_run(order, lane, epoch))
-        assert read.total() == lanes * order.run_length(epoch)
+        assert read.total() == lanes * order.segment_length(epoch)
         due = everything + owed
         assert not read - due  # nothing else
         assert not owed - read  # the remainder comes first
@@ -155,7 +155,7 @@ def test_a_hundred_thousand_shards() -> None:
     lane.load_state_dict({"epoch": 50, "position": 12_345})
     samples = list(islice(lane, 1000))
     assert len(set(samples)) == 1000 and len({sample.shard for sample in samples}) <= 4
-    arrays = [array for epoch in (50,) for array in order._shard_row(epoch)]
+    arrays = [array for epoch in (50,) for array in order._shard_order(epoch)]
     assert sum(array.nbytes for array in arrays) < 2_000_000  # as long as the shards, not the 100 million samples
     before = time.process_time()
     list(islice(lane, 5000))

@@ -373,10 +373,10 @@ def test_a_checkpoint_of_another_mixture_is_reported() -> None:
     found = find_changes(
         state(TWO, shard_set="a" * 64), state(now_override := "data.shards=b", shard_set="b" * 64), recipe(now_override)
     )
-    assert f"the mixture's shard sets or weights {'a' * 12} -> {'b' * 12}" in found.of_result
+    assert f"the mixture's shard sets or weights {'a' * 12} -> {'b' * 12}" in found.affecting_result
     even = "data.shards=[{shards: a, weight: 1}, {shards: b, weight: 1}]"
     found = find_changes(state(TWO, shard_set="a" * 64), state(even, shard_set="b" * 64), recipe(even))
-    assert "data.weights [0.75, 0.25] -> [0.5, 0.5]" in found.of_result
+    assert "data.weights [0.75, 0.25] -> [0.5, 0.5]" in found.affecting_result
 
 
 # In a run.

@@ -219,7 +219,7 @@ def test_clear_errors(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.cache_dir=.*file/cache: Not a directory; give a folder"):
         NodeCache(tmp_path / "file/cache", GB)
     with served(folder) as server:
-        with pytest.raises(UserError, match=r"data\.cache_gb=0\.001 holds not one shard of http://127"):
+        with pytest.raises(UserError, match=r"data\.cache_gb=0\.001 is too small for a shard of http://127"):
             shards = ShardSet.open(server.url, NodeCache(tmp_path / "cache", GB)).manifest.shards
             big = [entry.model_copy(update={"bytes": 10**7}) for entry in shards]
             manifest = ShardSet.open(server.url, NodeCache(tmp_path / "cache", GB)).manifest

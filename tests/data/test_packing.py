@@ -48,7 +48,7 @@ def packs_of(packing: PackingConfig, count: int, **lane: int) -> list[list[Clip]
 
 @pytest.mark.parametrize("frames", [1, 16, 17, 300])
 def test_clip_tokens_are_those_of_the_layout(frames: int) -> None:
-    assert long_tokens(frames) == FrameLayout.of((frames,), (8, 8), window=16, coarser=4).tokens
+    assert long_tokens(frames) == FrameLayout.of((frames,), (8, 8), window=16, coarsening=4).tokens
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_a_state_continues_exactly_from_every_step() -> None:
     ],
 )
 def test_an_impossible_state_is_refused(state: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"lane 0: .* are no clips that wait"):
+    with pytest.raises(UserError, match=r"lane 0: .* cannot be the pending clips"):
         clip_lane(LONG).load_state_dict(state)
 
 

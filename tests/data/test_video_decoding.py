@@ -95,7 +95,7 @@ def test_frames_are_turned_as_players_turn_them(frames: NDArray[np.uint8], tmp_p
         shrunk = read_video(path, transform=lambda block: block[:, ::2, ::4]).frames
         assert np.array_equal(shrunk, read.frames[:, ::2, ::4])
     write_turned(path, frames[:3], (46341, 46341, 0, -46341, 46341, 0, 0, 0, 1 << 30))
-    refused(lambda: read_video(path), str(path), "45 degrees, no multiple of 90", "convert it")
+    refused(lambda: read_video(path), str(path), "45 degrees, not a multiple of 90", "convert it")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

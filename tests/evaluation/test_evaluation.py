@@ -218,7 +218,7 @@ def test_a_folder_takes_one_evaluation_only(
     out, protocol = tmp_path / "out", load_protocol(protocol_file())
     run(model_dir, protocol, out, recorded)
     refused(lambda: run(model_dir, protocol.with_clips(count=4), out, recorded), "evaluation.json", "protocol_hash")
-    refused(lambda: run(model_dir, protocol.of_metrics(("psnr",)), out, recorded), "evaluation.json", "metrics")
+    refused(lambda: run(model_dir, protocol.with_metrics(("psnr",)), out, recorded), "evaluation.json", "metrics")
     (out / "scores.json").unlink()
     shutil.copy(out / "samples" / "episode-010900.npz", out / "samples" / "left-over.npz")
     refused(lambda: run(model_dir, protocol, out, recorded), "left-over.npz", "remove it")

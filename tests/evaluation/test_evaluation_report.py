@@ -114,7 +114,7 @@ def test_the_table_has_the_scores_and_what_they_were_made_with(reported: Path) -
         f"vizdoom-8to8, hash {protocol().hash()[:12]}",
         "ema of step 1500, SHA-256 abababababab",
         "8 given -> 8 predicted, 16 px",
-        "8 steps a frame, guidance 1.5",
+        "8 steps per frame, guidance 1.5",
         "seeds: 0",
         "FVD sees 16 frames of a clip (all)",
         "of the mean squared error over all clips",

@@ -183,19 +183,19 @@ def test_published_scores_are_left_out_of_other_clips() -> None:
 
 
 def test_fewer_metrics_make_no_other_protocol(protocol: Protocol) -> None:
-    fewer = protocol.of_metrics(("fvd", "psnr"))
+    fewer = protocol.with_metrics(("fvd", "psnr"))
     assert fewer.metrics == ("psnr", "fvd") and fewer.hash() == protocol.hash()
 
 
 def test_a_metric_without_its_section_is_refused(tmp_path: Path) -> None:
     protocol = load_protocol(written(tmp_path, TEXT.replace("psnr, ssim, ", "").replace("ssim: {}", "")))
-    refused(lambda: protocol.of_metrics(("ssim",)), "--metrics ssim", "mine", "it has lpips, psnr, fvd")
-    assert protocol.of_metrics(("psnr",)).metrics == ("psnr",)
+    refused(lambda: protocol.with_metrics(("ssim",)), "--metrics ssim", "mine", "it has lpips, psnr, fvd")
+    assert protocol.with_metrics(("psnr",)).metrics == ("psnr",)
 
 
 def test_without_given_frames_only_fvd_is_allowed() -> None:
     refused(
-        lambda: load_protocol("ucf101-latte-128").of_metrics(("lpips",)), "--metrics", "ucf101-latte-128", "fvd only"
+        lambda: load_protocol("ucf101-latte-128").with_metrics(("lpips",)), "--metrics", "ucf101-latte-128", "only fvd"
     )
 
 

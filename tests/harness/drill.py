@@ -31,7 +31,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
     folder = checkpoint.step_folder(run, STEPS)
     stored = checkpoint.read_metadata(folder).state_dict_metadata
     pieces = {name: FlatPiece(m.size.numel(), 0, torch.empty(m.size)) for name, m in stored.items()}
-    checkpoint.load(folder, pieces, alone=True)
+    checkpoint.load(folder, pieces, single_process=True)
     return {name: piece.data for name, piece in pieces.items()}
 
 

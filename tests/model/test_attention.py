@@ -118,7 +118,7 @@ def by_frame_order(layout: FrameLayout, q, k, v, context_k, context_v) -> torch.
 @pytest.mark.parametrize("clip_frames", LONG_CLIPS)
 def test_a_window_sees_its_context_and_itself(clip_frames: tuple[int, ...]) -> None:
     """float64: the kernels, the dense mask and the definition give the same, forward; the first two backward too."""
-    layout = FrameLayout.of(clip_frames, (8, 8), window=4, coarser=4)
+    layout = FrameLayout.of(clip_frames, (8, 8), window=4, coarsening=4)
     assert layout.tokens == sum(64 * min(n, 4) + 4 * max(0, n - 4) for n in clip_frames)
     tensors = long_tensors(layout)
     kernels, dense = run_long(frame_attention, layout, *tensors), run_long(dense_attention, layout, *tensors)
@@ -129,7 +129,7 @@ def test_a_window_sees_its_context_and_itself(clip_frames: tuple[int, ...]) -> N
 
 def test_long_layouts() -> None:
     """Clips of 9 and 3 frames, a window of 4 frames of 4 x 4 tokens, context tokens twice as wide and high."""
-    layout = FrameLayout.of((9, 3), (4, 4), window=4, coarser=2)
+    layout = FrameLayout.of((9, 3), (4, 4), window=4, coarsening=2)
     device = torch.device("cpu")
     assert layout.window.clip_frames == (4, 3) and layout.context.clip_frames == (5, 0)
     assert layout.window_rows(device).tolist() == [5, 6, 7, 8, 9, 10, 11]
@@ -141,8 +141,8 @@ def test_long_layouts() -> None:
     assert layout.attended_pairs == pairs
     with pytest.raises(ValueError, match="longer than the window of 4"):
         FrameLayout.of((5,), (4, 4), window=4)
-    with pytest.raises(ValueError, match="cannot be cut 3 times coarser"):
-        FrameLayout.of((5,), (4, 4), window=4, coarser=3)
+    with pytest.raises(ValueError, match="does not divide by coarsening 3"):
+        FrameLayout.of((5,), (4, 4), window=4, coarsening=3)
 
 
 def test_attended_pairs_count_the_mask() -> None:

@@ -35,10 +35,10 @@ HEADS = 2
 
 
 def long_order(
-    clip_frames: tuple[int, ...], side: int, window: int, coarser: int
+    clip_frames: tuple[int, ...], side: int, window: int, coarsening: int
 ) -> Callable[[torch.device], AttentionPlan]:
     """FAR-Long: what the window tokens see, of frames of `side` x `side` tokens."""
-    return lambda device: FrameLayout.of(clip_frames, (side, side), window, coarser).window_plan(device)
+    return lambda device: FrameLayout.of(clip_frames, (side, side), window, coarsening).window_plan(device)
 
 
 def uniform_order(
@@ -66,8 +66,8 @@ ORDERS: dict[str, Callable[[torch.device], AttentionPlan]] = {
     "frames of 64": uniform_order((2, 1, 3), (8, 8)),
     "one frame": uniform_order((1,), (3, 3)),
     "mixed frames": mixed_order,
-    "long": long_order((7, 2), 4, window=3, coarser=2),
-    "long, all clips": long_order((5, 9, 6), 4, window=2, coarser=4),
+    "long": long_order((7, 2), 4, window=3, coarsening=2),
+    "long, all clips": long_order((5, 9, 6), 4, window=2, coarsening=4),
     "cached": cached_order((30, 12), 3),
     "not causal": uniform_order((4, 4), (3, 3), causal=False),
     "not causal, mixed clips": uniform_order((5, 1, 3), (4, 4), causal=False),
@@ -340,7 +340,7 @@ def test_flex_equals_the_reference(plan: AttentionPlan) -> None:
 @pytest.mark.parametrize("clip_frames", [(5, 1, 3), (12, 4)])
 def test_blocks_that_flex_skips(clip_frames: tuple[int, ...]) -> None:
     """A block is left out where the mask is all zero, and taken without looking where it is all one."""
-    plan = long_order(clip_frames, 8, window=4, coarser=2)(CPU)
+    plan = long_order(clip_frames, 8, window=4, coarsening=2)(CPU)
     blocks = flex.block_mask(plan, CPU)
     mask = dense.mask(plan, CPU)
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 128, 0, -mask.shape[0] % 128))
@@ -419,9 +419,9 @@ GPU_ORDERS = ORDERS | {
     "frames of 7, long clips": uniform_order((40, 1, 7), (7, 1)),
     "frames of 64, long clips": uniform_order((40, 1, 7), (8, 8)),
     "frames of 256": uniform_order((4, 1, 6), (16, 16)),
-    "long, frames of 64": long_order((30, 3, 9, 4), 8, window=4, coarser=4),
+    "long, frames of 64": long_order((30, 3, 9, 4), 8, window=4, coarsening=4),
     "long, contexts": lambda device: FrameLayout.of((30, 3, 9, 4), (8, 8), 4, 4).context_plan,
-    "long, frames of 256": long_order((12, 9), 16, window=2, coarser=4),
+    "long, frames of 256": long_order((12, 9), 16, window=2, coarsening=4),
     "cached, frames of 64": cached_order((640, 1), 8),
 }
 
@@ -447,7 +447,7 @@ def test_on_a_gpu(name: str, layout: str, dtype: torch.dtype) -> None:
 def test_deterministic_on_a_gpu(name: str) -> None:
     """Twice the same, bit by bit, where torch is asked for determinism."""
     usable_or_skip(name, torch.bfloat16)
-    inputs = Inputs.draw(long_order((20, 3, 9), 16, window=6, coarser=4)(GPU), 12, GPU, torch.bfloat16)
+    inputs = Inputs.draw(long_order((20, 3, 9), 16, window=6, coarsening=4)(GPU), 12, GPU, torch.bfloat16)
     torch.use_deterministic_algorithms(True)
     try:
         first, second = attention_with_gradients(name, inputs), attention_with_gradients(name, inputs)

@@ -119,7 +119,7 @@ def test_unused_weights_are_kept_but_not_trained() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="no multiple of patch 2"):
+    with pytest.raises(ValueError, match="not a multiple of patch 2"):
         FARConfig(layers=1, heads=1, patch=2, context_patch=3)
     with pytest.raises(ValueError, match="6 x 6 cannot be cut into patches of 1 and 4"):
         FARConfig(layers=1, heads=1, context_patch=4).layout((20,), (6, 6))

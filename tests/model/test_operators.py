@@ -44,7 +44,7 @@ def outputs(model: FAR, clip_frames: tuple[int, ...]) -> list[torch.Tensor]:
 
 def arguments(requires_grad: bool = False) -> tuple:
     """A pack with a context, for the operators."""
-    layout = FrameLayout.of((6, 2), (2, 2), window=3, coarser=2)
+    layout = FrameLayout.of((6, 2), (2, 2), window=3, coarsening=2)
     generator = torch.Generator().manual_seed(0)
     sizes = [layout.window.tokens] * 3 + [layout.context.tokens] * 2
     tensors = [torch.randn(n, 2, 16, generator=generator, dtype=torch.float64) for n in sizes]
@@ -70,12 +70,12 @@ def test_a_freed_plan_is_an_error() -> None:
     q = torch.zeros(4, 1, 16)
     assert torch.ops.far_scale.frame_attention(q, q, q, None, None, key, "cpu")[0].shape == q.shape
     del plan  # without waiting for the garbage collector: packs come by the thousand
-    with pytest.raises(RuntimeError, match="layout of this attention call was dropped"):
+    with pytest.raises(RuntimeError, match="layout of this attention call was freed"):
         torch.ops.far_scale.frame_attention(q, q, q, None, None, key, "cpu")
 
 
 def test_flops_count_attended_pairs() -> None:
-    layout = FrameLayout.of((6, 2), (2, 2), window=3, coarser=2)
+    layout = FrameLayout.of((6, 2), (2, 2), window=3, coarsening=2)
     *tensors, plan, kernel = arguments(requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         out, _ = FORWARD(*tensors, plan, kernel)

@@ -100,7 +100,7 @@ def test_layouts_count_attended_pairs() -> None:
     more = forward_flops(config, layout) - forward_flops(config, causal)
     assert more == 2 * 3 * 2 * 128 * (layout.attended_pairs - causal.attended_pairs)
     with pytest.raises(ValueError, match="no context"):
-        FrameLayout.of((3,), (2, 2), window=2, coarser=2, causal=False)
+        FrameLayout.of((3,), (2, 2), window=2, coarsening=2, causal=False)
 
 
 def test_earlier_frames_see_later_ones() -> None:

@@ -140,7 +140,7 @@ def test_the_cache_size_is_known_beforehand() -> None:
     cache = MultiLevelCache(model.config, 4, 1000, SIZE, torch.device("cpu"), torch.float32)
     held = cache._keys.nbytes + cache._values.nbytes
     assert cache_bytes(model, 2, 1000, SIZE, guidance=1.5) == held == 2 * 3 * 4 * (4 * 16 + 996 * 4) * 128 * 4
-    layout = FrameLayout.of((1000,), SIZE, window=4, coarser=2)
+    layout = FrameLayout.of((1000,), SIZE, window=4, coarsening=2)
     assert held == 2 * 3 * 4 * layout.tokens * 128 * 4
 
 

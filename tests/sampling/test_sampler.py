@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_refused() -> None:
     cases = [
         (lambda: roll_out(acting, context, two), r"the model needs actions of shape \[2, 3\]"),
         (lambda: roll_out(acting, context, two, actions=actions[:, 1:]), r"the shape is \[2, 2\], needed is \[2, 3\]"),
-        (lambda: roll_out(acting, context, two, actions=actions + 3), "classes 3 to 3 .* knows 0 to 2"),
+        (lambda: roll_out(acting, context, two, actions=actions + 3), "classes 3 to 3 .* has 0 to 2"),
         (lambda: roll_out(acting, context, two, actions=actions - 1), "classes -1 to -1"),
         (lambda: roll_out(acting, context, two, actions=actions.float()), "integers"),
         (lambda: roll_out(acting, context, two, actions=actions, labels=labels), "labels: .* trained without"),
@@ -208,5 +208,5 @@ def test_context_noise_is_put_on_finished_frames() -> None:
         with torch.no_grad():
             frames.append(noise - model(torch.stack([*seen, noise])[None], timesteps)[0, -1])
     torch.testing.assert_close(result, torch.stack(frames[-2:]), rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="context_noise: 1 is no noise level"):
+    with pytest.raises(UserError, match="context_noise: 1 is not a noise level"):
         roll_out(model, context, SamplingConfig(frames=1, steps=1, context_noise=1.0))

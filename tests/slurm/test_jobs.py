@@ -341,13 +341,13 @@ def test_options_after_two_dashes_go_to_sbatch(tmp_path: Path) -> None:
         "--wait": "does not go with this tool; leave it out",
         "-D/tmp": "does not go with this tool; leave it out",
         "-sN4": "write each option by itself, -s -N4",
-        "account=x": "is no option of sbatch; write it with its dashes, such as --account=x",
+        "account=x": "is not an option of sbatch; write it with dashes, such as --account=x",
     }.items():
         with pytest.raises(UserError) as error:
             draft(recipe, size, None, ROOT, ["--qos=high", refused])
         assert str(error.value) == f"-- {refused}: {message}"
     for before in ("--exclusive", "-H", "-Ax", "--account=x"):  # sbatch would run the word as a script
-        with pytest.raises(UserError, match=r"^-- n3: is no option of sbatch;"):
+        with pytest.raises(UserError, match=r"^-- n3: is not an option of sbatch;"):
             draft(recipe, size, None, ROOT, [before, "n3"])
     draft(recipe, size, None, ROOT, ["--dependency=after:7"])
     for dependency in ("--dependency=after:7", "--dep=after:7", "-dafter:7"):

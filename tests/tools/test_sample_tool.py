@@ -97,7 +97,7 @@ def test_wrong_use_is_reported_in_one_line(
         (tmp_path / "absent", ["--out", out / "walk.mp4"], "no such file or folder"),
         (recorded, ["--out", "/proc/none/walk.mp4"], "/proc/none/walk.mp4: cannot be written"),
         (recorded, ["--guidance", "inf", "--out", out / "walk.mp4"], "guidance: inf has no meaning"),
-        (recorded, ["--seed", 2**64, "--out", out / "walk.mp4"], "is not from 0 to 2^64 - 1"),
+        (recorded, ["--seed", 2**64, "--out", out / "walk.mp4"], "must be from 0 to 2^64 - 1"),
         (recorded, ["--guidance", 0, "--out", out / "walk.mp4"], "guidance: 0 has no meaning"),
     ]
     for context, arguments, message in cases:

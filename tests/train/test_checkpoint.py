@@ -47,7 +47,7 @@ def test_killed_at_every_instant_of_a_save_a_whole_checkpoint_is_there(tmp_path:
         folder = checkpoint.step_folder(run, step)
         assert checkpoint.damage(folder) is None, f"killed at instant {instants}"
         loaded = pieces(0.0)
-        checkpoint.load(folder, loaded, alone=True)
+        checkpoint.load(folder, loaded, single_process=True)
         assert all(torch.equal(piece.data, torch.full((1000,), float(step))) for piece in loaded.values())
         save(run, 30)  # what the killed one left is no hindrance
         assert steps_there(run) == ["latest", "step-00000030"]
@@ -174,20 +174,20 @@ def compared(old: list[str], new: list[str], **facts: Any) -> Changes:
 def test_changes_of_the_result_and_harmless_changes() -> None:
     assert compared([], []) == Changes([], [])
     found = compared([], ["optimizer.learning_rate=0.5", "train.zero_stage=1", "log.every=7"])
-    (line,) = found.of_result
+    (line,) = found.affecting_result
     assert line.startswith("optimizer.learning_rate ") and line.endswith(" -> 0.5")
     assert {line.split()[0] for line in found.harmless} == {"train.zero_stage", "log.every"}
     versions = ({"torch": "2.12"}, {"torch": "2.13"})
     found = compared([], [], versions=versions, ranks=(2, 4), shard_set=("a" * 64, "b" * 64))
-    assert found.of_result == [f"the shard set's manifest {'a' * 12} -> {'b' * 12}"]
+    assert found.affecting_result == [f"the shard set's manifest {'a' * 12} -> {'b' * 12}"]
     assert found.harmless == ["torch 2.12 -> 2.13", "ranks 2 -> 4"]
 
 
 def test_more_steps_are_harmless_under_a_constant_learning_rate_only() -> None:
     more = ["train.steps=9000"]
-    assert compared(["optimizer.schedule=cosine"], ["optimizer.schedule=cosine", *more]).of_result
-    assert not compared(["optimizer.schedule=constant"], ["optimizer.schedule=constant", *more]).of_result
-    assert compared(["faults.spikes=warn"], ["faults.spikes=skip"]).of_result, "skipped spikes change the result"
+    assert compared(["optimizer.schedule=cosine"], ["optimizer.schedule=cosine", *more]).affecting_result
+    assert not compared(["optimizer.schedule=constant"], ["optimizer.schedule=constant", *more]).affecting_result
+    assert compared(["faults.spikes=warn"], ["faults.spikes=skip"]).affecting_result, "skipped spikes change the result"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")

@@ -55,7 +55,7 @@ curriculum:
 def opened(stage: Stage) -> ShardSet:
     """A stage's shard set, as this process opens it alone."""
     alone = Processes(0, 1, torch.device("cpu"))
-    return open_sets(stage.data, [stage], alone, EventLog(Path("."), is_main_process=False), 0).of_stages[stage.index]
+    return open_sets(stage.data, [stage], alone, EventLog(Path("."), is_main_process=False), 0).by_stage[stage.index]
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_a_step_that_fails_reduces_nothing_on_its_way_out() -> None:
 
     with (
         pytest.raises(RuntimeError, match="out of memory"),
-        deepspeed_adapter.one_step(Engine(), packs=2, reduce_once=True),
+        deepspeed_adapter.optimizer_step(Engine(), packs=2, reduce_once=True),
     ):
         raise RuntimeError("out of memory")
     assert done == []

@@ -35,7 +35,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     assert start_training(2, arguments, tmp_path / "out").wait() == [0, 0]
     (damaged,) = events(run, "damaged")
     assert str(file) in damaged["text"] and damaged["step"] == newest
-    assert f"now step-{newest:08d}.damaged; going on from step {newest - 5}" in damaged["text"]
+    assert f"now step-{newest:08d}.damaged; resuming from step {newest - 5}" in damaged["text"]
     assert (tmp_path / "out").read_text().count("damaged checkpoint") == 1, "one clear line"
     assert checkpoint.damage(checkpoint.step_folder(run, newest - 5).with_name(f"step-{newest:08d}.damaged"))
     assert_same_run(run, undisturbed)

@@ -19,7 +19,7 @@ from far_scale.slurm.snapshot import make_snapshot
 from far_scale.train import environment
 from far_scale.train.environment import Node, differences_of, record_environment
 from far_scale.utils import code_version
-from far_scale.utils.code_version import CodeVersion, of_checkout
+from far_scale.utils.code_version import CodeVersion, read_checkout
 from far_scale.utils.event_log import EventLog, read_events
 from far_scale.utils.io import read_json, read_json_lines
 
@@ -45,24 +45,24 @@ def checkout(tmp_path: Path) -> Path:
 
 def test_code_of_a_checkout(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = git(checkout, "rev-parse", "HEAD")
-    assert of_checkout(checkout) == CodeVersion(head)
+    assert read_checkout(checkout) == CodeVersion(head)
     (checkout / "far_scale/__init__.py").write_text("one\nthree\nfour\n")
-    found = of_checkout(checkout)
+    found = read_checkout(checkout)
     assert found.commit == head and "+three\n" in found.diff and found.diff_lines == 3 and not found.diff_cut
     (checkout / "far_scale/__init__.py").write_text("many\n" * 300_000)
-    found = of_checkout(checkout)
+    found = read_checkout(checkout)
     assert len(found.diff) == code_version.MAX_DIFF_BYTES and found.diff_cut
     installed = checkout / ".venv/site-packages"  # in a checkout, and none of its files
     (installed / "far_scale").mkdir(parents=True)
     (installed / "far_scale/__init__.py").write_text("")
-    assert of_checkout(installed) == CodeVersion() == of_checkout(tmp_path)
+    assert read_checkout(installed) == CodeVersion() == read_checkout(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert of_checkout(checkout) == CodeVersion()
+    assert read_checkout(checkout) == CodeVersion()
 
 
 def test_a_snapshot_knows_the_code_that_it_is_a_copy_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = CodeVersion("a" * 40, "+line\n", True)
-    monkeypatch.setattr(code_version, "of_checkout", lambda _: recorded)
+    monkeypatch.setattr(code_version, "read_checkout", lambda _: recorded)
     snapshot = make_snapshot(load_recipe("demo_cpu", [f"run_dir={tmp_path / 'run'}"]), ["demo_cpu"], "1")
     ask = "from far_scale.utils.code_version import running_code; print(running_code())"
     path = {**os.environ, "PYTHONPATH": str(snapshot)}

@@ -60,7 +60,7 @@ def test_a_save_reads_none_of_its_files_again(tmp_path: Path) -> None:
     dcp.save(pieces(), checkpoint_id=str(tmp_path / "plain"), planner=_SavePlanner(), no_dist=True)
     assert (folder / "__0_0.distcp").read_bytes() == (tmp_path / "plain/__0_0.distcp").read_bytes()
     loaded = {name: FlatPiece(piece.total, 0, torch.zeros_like(piece.data)) for name, piece in pieces().items()}
-    checkpoint.load(folder, loaded, alone=True)
+    checkpoint.load(folder, loaded, single_process=True)
     assert all(torch.equal(loaded[name].data, piece.data) for name, piece in pieces().items())
 
 

@@ -104,7 +104,7 @@ def test_newly_compiled_graphs_are_reported(
         monkeypatch.setattr(monitor_module, "compiled_graphs", lambda count=graphs: count)
         monitor.count(clips=1, tokens=1, flops=1)
         monitor.end_step(step, torch.tensor(0.5), 1e-3, torch.tensor(0.1), skipped=0, damaged=0)
-    with monitor.apart():  # validation's own are no matter of training
+    with monitor.excluded():  # validation's own are no matter of training
         monkeypatch.setattr(monitor_module, "compiled_graphs", lambda: 7)
     monitor.end_step(4, torch.tensor(0.5), 1e-3, torch.tensor(0.1), skipped=0, damaged=0)
     monitor.__exit__()
@@ -135,7 +135,7 @@ def test_a_validation_is_a_line_of_its_own_and_a_row_with_its_step(
         monitor.end_step(step, torch.tensor(0.5), 1e-3, torch.tensor(0.1), skipped=0, damaged=0)
 
     monitor = started(0)
-    with monitor.apart():
+    with monitor.excluded():
         time.sleep(0.3)
     for step in (1, 2):
         end_step(monitor, step)

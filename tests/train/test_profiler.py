@@ -31,7 +31,7 @@ def test_steps_are_one_or_a_first_and_a_last() -> None:
 def test_steps_that_were_done_before_are_not_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone = Processes(0, 1, torch.device("cpu"))
     profiler = Profiler(range(2, 5), tmp_path, alone, done=3)
-    assert "goes on from step 3, so steps 2 to 4 are not traced" in capsys.readouterr().err
+    assert "resumes from step 3, so steps 2 to 4 are not traced" in capsys.readouterr().err
     with profiler.trace(4):
         pass
     assert not list(tmp_path.iterdir())

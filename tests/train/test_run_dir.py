@@ -1,4 +1,4 @@
-"""The run directory: which checkpoint a run goes on from, and whether the directory is a copy of another."""
+"""The run directory: which checkpoint a run resumes from, and whether the directory is a copy of another."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_run_that_was_sent_back_to_a_damaged_checkpoint_never_goes_on_from_a_l
     quarantine(step_folder(run, 20))
     assert steps_to_try(run) == [10]
     step_folder(run, 10).rmdir()
-    refused(lambda: steps_to_try(run), "latest", "step 20, is damaged", "go on from there: step-00000030")
+    refused(lambda: steps_to_try(run), "latest", "step 20, is damaged", "resume from there: step-00000030")
 
 
 def test_a_link_to_a_checkpoint_on_another_disk_counts_and_goes_as_a_checkpoint_does(run: Path, tmp_path: Path) -> None:
@@ -71,9 +71,9 @@ def test_a_link_to_a_checkpoint_on_another_disk_counts_and_goes_as_a_checkpoint_
         step_folder(run, step).symlink_to(place)
     assert steps_to_try(run) == [30, 20, 10]
     assert quarantine(step_folder(run, 10)).is_symlink()
-    beside = run / "checkpoints" / "step-00000035.part"
-    beside.mkdir()
-    commit(beside, step_folder(run, 35), keep=1)
+    temporary = run / "checkpoints" / "step-00000035.part"
+    temporary.mkdir()
+    commit(temporary, step_folder(run, 35), keep=1)
     assert steps_to_try(run) == [35] and not list((run / "checkpoints").glob("*.old.part"))
     assert all((place / "state.json").exists() for place in elsewhere)
 
@@ -96,7 +96,7 @@ def test_a_copy_of_a_run_is_another_run(tmp_path: Path) -> None:
     shutil.copytree(moved, run)
     assert run_identity(moved) == (own, None)
     assert run_identity(run)[0] not in (own, other)
-    # As the line says: to go on as the other, write its identity into the file.
+    # As the line says: to continue as the other, write its identity into the file.
     (copy / "identity").write_text(own + "\n")
     assert run_identity(copy) == run_identity(copy) == (own, None)
 

@@ -113,7 +113,7 @@ def test_an_automatic_stage_takes_the_keys_of_any_stage(monkeypatch: pytest.Monk
     assert choose(monkeypatch, "aabb", *keys, parameters=1e9, free=6e9).hpz == 2
 
 
-ONCE, EACH = "gradients: reduced once a step", "gradients: reduced after each of 2 packs"
+ONCE, EACH = "gradients: reduced once per step", "gradients: reduced after each of 2 packs"
 
 
 @pytest.mark.parametrize(

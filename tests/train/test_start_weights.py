@@ -152,7 +152,7 @@ def test_weights_of_unknown_latents_are_taken_and_reported(tmp_path: Path, manif
     save_model_dir(tmp_path / "model", theirs.config, theirs.state_dict(), WeightsMetadata(training=origin))
     model, said = started(tmp_path, manifest)
     assert same_weights(model, theirs)
-    assert "imported from far.pth" in said and "does not say which latents" in said
+    assert "imported from far.pth" in said and "the latents that they were trained on are unknown" in said
 
 
 def with_checkpoint(tmp_path: Path, start: str | None) -> None:
@@ -201,8 +201,8 @@ def test_another_scaling_autoencoder_or_shape_on_resume_is_a_change_of_the_resul
             "latent_shape": [2, side, side],
         }
 
-    assert find_changes(state(2.0, "a", 2), state(2.0, "a", 2), recipe).of_result == []
-    assert find_changes(state(2.0, "a", 2), state(3.0, "b", 4), recipe).of_result == [
+    assert find_changes(state(2.0, "a", 2), state(2.0, "a", 2), recipe).affecting_result == []
+    assert find_changes(state(2.0, "a", 2), state(3.0, "b", 4), recipe).affecting_result == [
         "the latents' scaling, per channel (channel 1: shift 0.25, scale 2) -> "
         "per channel (channel 1: shift 0.25, scale 3)",
         "the latents' autoencoder, a (aaaaaaaaaaaa) -> b (bbbbbbbbbbbb)",

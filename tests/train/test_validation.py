@@ -171,7 +171,7 @@ def test_stages_and_precisions_agree(runs: Path) -> None:
 
 
 def test_resumed_on_another_number_of_ranks(runs: Path, recorded_shards: Path, tmp_path: Path) -> None:
-    """One rank goes on from the checkpoint of step 4, to whose validation a kill did not let the run come."""
+    """One rank resumes from the checkpoint of step 4, to whose validation a kill did not let the run come."""
     before, run = runs / "zero3_validated", tmp_path / "resumed"
     shutil.copytree(before, run)
     shutil.rmtree(run / "checkpoints/step-00000006")

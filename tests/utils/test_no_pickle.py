@@ -48,7 +48,7 @@ def test_pytorch_and_we_read_the_same(folder: Path) -> None:
     assert ours.state_dict_metadata == theirs.state_dict_metadata
     assert ours.storage_data == theirs.storage_data
     loaded = pieces()
-    checkpoint.load(folder, loaded, alone=True)
+    checkpoint.load(folder, loaded, single_process=True)
     assert all(torch.equal(piece.data, torch.full((1000,), 5.0)) for piece in loaded.values())
 
 
@@ -86,7 +86,9 @@ def test_metadata_is_read_without_calling_anything(folder: Path, mark: Path, cha
     (folder / ".metadata").write_bytes(pickle.dumps(change(metadata, Evil(mark))))
     seal_again(folder)
     assert checkpoint.damage(folder) is None
-    refused(lambda: checkpoint.load(folder, pieces(), alone=True), str(folder / ".metadata"), "not the metadata")
+    refused(
+        lambda: checkpoint.load(folder, pieces(), single_process=True), str(folder / ".metadata"), "not the metadata"
+    )
     assert not mark.exists()
 
 
@@ -95,7 +97,7 @@ def test_any_bytes_are_refused_as_metadata(folder: Path) -> None:
     others = [b"", b"none", whole[:-20], pickle.dumps([]), pickle.dumps(3), pickle.dumps(torch.Size([2]))]
     for content in [*others, pickle.dumps(dcp.metadata.Metadata({"x": 3}, storage_data={}))]:  # type: ignore[dict-item]
         (folder / ".metadata").write_bytes(content)
-        refused(lambda: checkpoint.load(folder, pieces(), alone=True), str(folder / ".metadata"))
+        refused(lambda: checkpoint.load(folder, pieces(), single_process=True), str(folder / ".metadata"))
 
 
 def test_files_of_tensors_hold_nothing_else(folder: Path, mark: Path) -> None:
@@ -107,7 +109,7 @@ def test_files_of_tensors_hold_nothing_else(folder: Path, mark: Path) -> None:
     for place in metadata.storage_data.values():
         place.offset, place.length = start, file.stat().st_size - start
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    refused(lambda: checkpoint.load(folder, pieces(), alone=True), str(folder), "something else than tensors")
+    refused(lambda: checkpoint.load(folder, pieces(), single_process=True), str(folder), "something else than tensors")
     assert not mark.exists()
 
 

@@ -31,7 +31,7 @@ class Checkpoints:
 
     Args:
         folder: the checkpoint folder.
-        processes: the ranks, all of which load them.
+        processes: the ranks; all of them load the checkpoint.
         log: called with a line about each broken checkpoint.
     """
 

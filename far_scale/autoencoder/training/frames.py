@@ -33,7 +33,7 @@ _MAX_HELDOUT_VIDEOS = 64  # evenly spaced in the list
 
 
 class FrameSource(ABC):
-    """Training and held-out frames. A context manager, whose exit stops the read-ahead.
+    """Training and held-out frames. A context manager: its exit stops the read-ahead.
 
     Attributes:
         fingerprint: identifies the training frames, to detect a change on resume.

@@ -38,7 +38,7 @@ from far_scale.utils.event_log import lines_up_to
 from far_scale.utils.io import JsonlWriter, atomic_write, flatten, read_json, write_json
 
 _FRAMES_FOR_INIT = 1024  # for the principal components of their patches
-# Keys that may differ from the checkpoint's recipe: paths, and what does not change the weights.
+# Keys that may differ from the checkpoint's recipe: paths, and keys that do not change the weights.
 _CHANGEABLE = (
     "name",
     "data.videos",
@@ -54,7 +54,7 @@ _CHANGEABLE = (
 
 @dataclass(frozen=True)
 class TrainingPaths:
-    """Where a training reads and writes, and how many workers do it.
+    """The folders of a training, and its number of workers.
 
     Attributes:
         out: folder for NAME.safetensors and its metadata NAME.json.
@@ -229,7 +229,7 @@ def init_network(recipe: AutoencoderRecipe[Any, Any], frames: FrameSource, proce
     """Build the network with initial weights, by the seed and, for the compact one, from the frames.
 
     Raises:
-        UserError: model.config is no configuration of an AutoencoderDC, or data.size does not fit the network.
+        UserError: model.config is not a configuration of an AutoencoderDC, or data.size does not fit the network.
     """
     model: CompactModel | DCAEModel = recipe.model
     if isinstance(model, CompactModel):
@@ -253,7 +253,7 @@ def init_network(recipe: AutoencoderRecipe[Any, Any], frames: FrameSource, proce
             ) from None
     if frames.size % network.downsample:
         raise UserError(
-            f"{recipe.name}: data.size: {frames.size} is no multiple of {network.downsample}, the network's pixels "
+            f"{recipe.name}: data.size: {frames.size} is not a multiple of {network.downsample}, the network's pixels "
             "per latent position along each side"
         )
     # Other ranks get the main process's weights.
@@ -269,7 +269,7 @@ def restore(checkpoints: Checkpoints, trainer: Trainer, identity: dict[str, Any]
         checkpoints: of the run.
         trainer: gets the state.
         identity: `recipe` (JSON), `frames` and `perceptual`, as stored in a checkpoint.
-        settings: of the training; its steps may change where the learning rate does not depend on them.
+        settings: of the training; its steps may change if the learning rate does not depend on them.
 
     Raises:
         UserError: another recipe, other videos, more steps than the recipe's, or an unreadable checkpoint.
@@ -297,7 +297,7 @@ def restore(checkpoints: Checkpoints, trainer: Trainer, identity: dict[str, Any]
 
 
 def use_deterministic_kernels(device: torch.device) -> None:
-    """Select deterministic GPU kernels; those of CPUs are."""
+    """Select deterministic GPU kernels; CPU kernels already are."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

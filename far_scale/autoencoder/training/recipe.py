@@ -1,4 +1,4 @@
-"""The recipe of an autoencoder training: its sections, how it is read and checked."""
+"""The recipe of an autoencoder training: sections, reading and checks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CompactModel(Section):
 
 
 class DCAEModel(Section):
-    """FAR's own autoencoder: a preset, or any other configuration of the same class."""
+    """FAR's autoencoder: a preset, or any other configuration of the same class."""
 
     kind: Literal["dc_ae"]
     """Which autoencoder: this one, or compact."""
@@ -57,7 +57,7 @@ class EpisodeData(Section):
 
 
 class VideoData(Section):
-    """Videos and the clips taken from them: `train.batch` / `clip_frames` videos a step, each once an epoch."""
+    """Videos and the clips taken from them: `train.batch` / `clip_frames` videos per step, each once per epoch."""
 
     videos: str
     """A folder of videos, one video, or a list of them (.csv, .jsonl); a relative path starts at the working folder."""

@@ -23,7 +23,7 @@ from far_scale.autoencoder.training.recipe import TrainSection
 from far_scale.distributed.process_group import Processes
 from far_scale.utils.rng import generator
 
-_CLIP_NORM = 1.0  # of the autoencoder; the discriminator is not clipped, as officially
+_CLIP_NORM = 1.0  # of the autoencoder; the discriminator is not clipped, as in the official code
 _FINAL_LR_FACTOR = 0.01  # at the end of the cosine
 
 
@@ -76,7 +76,7 @@ class Trainer:
         pixels = to_pixels(frames.to(self._processes.device)).contiguous(memory_format=torch.channels_last)
         adversarial = self._discriminator is not None and step >= settings.discriminator_start
         with self._autocast():
-            with torch.set_grad_enabled(not adversarial):  # officially the encoder is frozen from then on
+            with torch.set_grad_enabled(not adversarial):  # the official code freezes the encoder from then on
                 latents = self._network.encode(pixels)
             decoded = self._network.decode(self._with_noise(step, latents)).float()
         error = decoded - pixels
@@ -185,8 +185,8 @@ class Trainer:
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        """ema <- decay x ema + (1 - decay) x weight, of weights with gradients: officially the EMA of a frozen encoder
-        is frozen, too."""
+        """ema <- decay x ema + (1 - decay) x weight, of weights with gradients: the official code also freezes the EMA
+        of a frozen encoder."""
         trained = {name: weight for name, weight in self._network.named_parameters() if weight.grad is not None}
         averages = [self._ema[name] for name in trained]
         torch._foreach_lerp_(averages, list(trained.values()), 1 - self._settings.ema_decay)

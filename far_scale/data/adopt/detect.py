@@ -72,7 +72,7 @@ def detect_format(path: Path, name: str, file: str, channels: int, options: Form
     Args:
         path: the shard.
         name: its name in messages.
-        file: its name in the manifest, whose suffix is its format.
+        file: its name in the manifest; the suffix is the format.
         channels: latent channels of the autoencoder.
 
     Raises:

@@ -161,7 +161,7 @@ def _game(text: str) -> Iterator[Any]:
         game.set_available_game_variables(
             [variable.POSITION_X, variable.POSITION_Y, variable.ANGLE, variable.VELOCITY_X, variable.VELOCITY_Y]
         )
-        game.set_episode_timeout(0)  # none: episodes are as long as asked for
+        game.set_episode_timeout(0)  # none: episodes have the requested length
         game.set_episode_start_time(10)  # the player has landed by then
         game.set_mode(vizdoom.Mode.PLAYER)
         game.add_game_args("-nomonsters +fov 100 +movebob 0 +stillbob 0 +wipetype 0")

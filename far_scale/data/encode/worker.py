@@ -120,6 +120,6 @@ class Worker:
 
 
 def _make_reject(source: Source, error: UserError) -> Reject:
-    """A reject whose reason is the error without the name of the source."""
+    """A reject with the error as its reason, without the name of the source."""
     reason = str(error).removeprefix(f"{source.path}: ").removeprefix(f"{source.name}: ")
     return Reject(source.name, source.key, reason)

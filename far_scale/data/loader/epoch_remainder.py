@@ -1,12 +1,12 @@
-"""What the lanes have not yet read of the epochs begun when their number changes.
+"""The samples of the begun epochs that the lanes have not read when the number of lanes changes.
 
-The samples that no lane has trained on are laid end to end: for each lane those of its clips that wait for a pack, then
-what it had still to read, in its order; last comes what the last epoch would have carried over to the next. This row is
-cut over the new lanes as an epoch is, and a remainder of the division goes into the next epoch as always. So every
-sample of every epoch is read once, also where the number of lanes changes again before the remainder is read: the new
-remainder then holds a part of the old one.
+These samples form one sequence: for each old lane its pending clips (drawn, but not in a pack yet), then the rest of
+its segment, in its order; at the end the samples that the last epoch would have carried over. The sequence is cut into
+segments of the new lanes like an epoch, and the remainder of this division is carried over as usual. So every sample of
+every epoch is read once, even if the number of lanes changes again before then: the new remainder then contains a part
+of the old one.
 
-Only a few numbers for each old lane are stored; a sample of the remainder is found by its index.
+Only a few numbers per old lane are stored; a sample of the remainder is computed from its index.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import numpy as np
 from far_scale.data.loader.lanes import FIRST_EPOCH, Beginning, LaneOrder, SampleRef
 from far_scale.utils.errors import UserError
 
-_CACHED_SHUFFLES = 64  # enough for a rank's new lanes, which each read a part of an old one
+_CACHED_SHUFFLES = 64  # enough for the new lanes of a rank: each reads a part of an old lane
 
 
 @dataclass(frozen=True)
 class LanePositions:
-    """Where the lanes of one shard set are.
+    """The positions of the lanes of one shard set.
 
     Attributes:
-        numbers: of each lane's next sample.
-        waiting: by lane, the numbers (rising) of samples drawn but not yet in a pack; lanes without any are absent.
+        numbers: the number of each lane's next sample.
+        waiting: by lane, the rising numbers of samples drawn but not yet in a pack; lanes without any are absent.
     """
 
     numbers: Sequence[int]
@@ -43,17 +43,18 @@ class LanePositions:
 
 
 class EpochRemainder:
-    """The samples that lanes at these positions have not read, as described above; a `SampleSequence`.
+    """The `SampleSequence` that lanes at these positions have not read, see above.
 
     Attributes:
-        order: of these lanes.
-        positions: of these lanes.
-        epoch: the first that no lane had begun.
+        order, positions: those of the old lanes.
+        epoch: the first epoch that no lane had begun.
     """
 
     def __init__(self, order: LaneOrder, positions: LanePositions) -> None:
         self.order, self.positions = order, positions
-        begun = [order.run_position(number - 1)[0] for number in positions.numbers if number > order.beginning.number]
+        begun = [
+            order.segment_position(number - 1)[0] for number in positions.numbers if number > order.beginning.number
+        ]
         self.epoch = max(begun, default=order.beginning.epoch - 1) + 1
         end = order.first_number(self.epoch)
         counts = [end - number + len(self._waiting(lane)) for lane, number in enumerate(positions.numbers)]
@@ -67,30 +68,30 @@ class EpochRemainder:
         """The sample at an index of the remainder."""
         lane, offset, _ = self._locate(index)
         if lane == self.order.lanes:
-            return self.order.sample_at(self.order.row_end(self.epoch) + offset)
-        epoch, position = self.order.run_position(self._number(lane, offset))
+            return self.order.sample_at(self.order.segments_begin(self.epoch) + offset)
+        epoch, position = self.order.segment_position(self._number(lane, offset))
         first, length = self.order.window(epoch, position)
         shuffled = first + int(self._shuffle(epoch, lane, first, length)[position - first])
-        return self.order.sample_of_run(epoch, lane, shuffled)
+        return self.order.sample_in_segment(epoch, lane, shuffled)
 
     def shards_at(self, index: int) -> tuple[list[int], int]:
-        """The shards that hold the samples from an index on, and how many samples that covers."""
+        """The shards that hold the samples from an index on, and the number of samples covered."""
         lane, offset, to_end = self._locate(index)
         if lane == self.order.lanes:
-            shards, length = self.order.shards_at(self.order.row_end(self.epoch) + offset)
+            shards, length = self.order.shards_at(self.order.segments_begin(self.epoch) + offset)
             return shards, min(length, to_end)
         if offset < len(self._waiting(lane)):
             return [self.sample_at(index).shard], 1
-        epoch, position = self.order.run_position(self._number(lane, offset))
+        epoch, position = self.order.segment_position(self._number(lane, offset))
         first, length = self.order.window(epoch, position)
         covered, shards = first, []
         while covered < first + length:
-            more, samples = self.order.shards_of_run(epoch, lane, covered)
+            more, samples = self.order.shards_in_segment(epoch, lane, covered)
             shards += more
             covered += samples
-        # Only whole windows: the one in which a shard ends is shuffled with the next shard.
+        # Only whole windows: the window in which a shard ends also has samples of the next shard.
         covered = first + (covered - first) // length * length
-        return shards, min(covered, self.order.run_length(epoch)) - position
+        return shards, min(covered, self.order.segment_length(epoch)) - position
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for `load_beginning`."""
@@ -105,11 +106,11 @@ class EpochRemainder:
         return state if order.beginning == FIRST_EPOCH else {**state, "begin": beginning_state(order.beginning)}
 
     def _locate(self, index: int) -> tuple[int, int, int]:
-        """Where the sample at an index comes from.
+        """Find the old lane of the sample at an index.
 
         Returns:
-            The lane that had to read it (the number of lanes for a sample carried over), the index within what
-            that lane has not read, and how many samples of it there are from here on.
+            The lane (the number of lanes for a sample carried over), the index among the lane's unread samples, and
+            the number of them from there on.
         """
         lane = int(np.searchsorted(self._ends, index, side="right"))
         before = int(self._ends[lane - 1]) if lane else 0
@@ -131,7 +132,7 @@ def beginning_after(order: LaneOrder, positions: LanePositions) -> Beginning:
 
 
 def drop_finished_remainder(order: LaneOrder, positions: LanePositions) -> LaneOrder:
-    """The same order, without its remainder where no lane at these positions needs a sample of it any more."""
+    """The same order, without its remainder if no lane at these positions still needs a sample of it."""
     beginning = order.beginning
     carried_over = beginning.remaining % order.lanes
     if beginning.remainder is None or positions.lowest < order.first_number(beginning.epoch + (carried_over > 0)):
@@ -148,10 +149,10 @@ def beginning_state(beginning: Beginning) -> dict[str, Any]:
 
 
 def load_beginning(state: Mapping[str, Any], samples_per_shard: Sequence[int], stage: int) -> Beginning:
-    """The inverse of `beginning_state`, for a shard set of these shards in a stage.
+    """The inverse of `beginning_state`, for a shard set with these shards in a stage.
 
     Raises:
-        UserError: it is no such state.
+        UserError: the state is invalid.
     """
     try:
         if "lanes" not in state:
@@ -166,7 +167,7 @@ def load_beginning(state: Mapping[str, Any], samples_per_shard: Sequence[int], s
         )
         known_lanes = not set(positions.waiting) - set(range(lanes))
         if len(positions.numbers) != lanes or positions.lowest < beginning.number or not known_lanes:
-            raise ValueError(f"these are no numbers of {lanes} lanes")
+            raise ValueError(f"these are not positions of {lanes} lanes")
         return beginning_after(order, positions)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
@@ -177,5 +178,5 @@ def load_beginning(state: Mapping[str, Any], samples_per_shard: Sequence[int], s
 
 def _check_count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} where a count should be")
+        raise ValueError(f"{value!r} is not a count")
     return value

@@ -1,4 +1,4 @@
-"""How the lanes continue from the states in a checkpoint, also if their number changes."""
+"""Continues the lanes from the states in a checkpoint, also if the number of lanes changes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from far_scale.data.shards.shard_set import ShardSet
 
 
 class UnreadSamples(NamedTuple):
-    """Counts of what the lanes of a shard set have not read when their number changes.
+    """Counts of unread samples of a shard set when the number of lanes changes.
 
     Attributes:
-        epoch: the last one begun, from 0.
-        remaining: samples of it, and of earlier ones, that are read first.
-        samples: of the whole set.
+        epoch: the last epoch begun, from 0.
+        remaining: unread samples of this and earlier epochs, which are read first.
+        samples: samples of the whole set.
     """
 
     epoch: int
@@ -35,9 +35,9 @@ class Continuation(NamedTuple):
     """How the lanes of a run continue.
 
     Attributes:
-        packing: with the beginnings that the lanes have from now on.
-        states: of all lanes, by their index.
-        unread: of each shard set; empty without a change.
+        packing: the packing with the new beginnings of the lanes.
+        states: states of all lanes, by their index.
+        unread: one for each shard set; empty without a change.
     """
 
     packing: PackingConfig
@@ -53,14 +53,14 @@ def continue_lanes(
     Args:
         packing: with the beginnings of the checkpoint.
         source: what the lanes read.
-        states: the checkpoint's, of all lanes.
+        states: states of all lanes in the checkpoint.
 
     Raises:
         UserError: a state does not fit the source.
     """
     orders = packing.lane_orders(source)
     positions = _restore_positions(packing.make_lanes(source, range(packing.lanes)), states)
-    orders = [drop_finished_remainder(*each) for each in zip(orders, positions, strict=True)]
+    orders = [drop_finished_remainder(*pair) for pair in zip(orders, positions, strict=True)]
     beginnings = tuple(beginning_state(order.beginning) for order in orders)
     return Continuation(replace(packing, beginnings=beginnings), dict(states), [])
 
@@ -72,23 +72,23 @@ def change_lanes(
     states: Mapping[int, dict[str, Any]],
     weights: Sequence[float] | None = None,
 ) -> Continuation:
-    """Continue with another number of lanes, which first read what the old lanes have not read of the epochs begun.
+    """Continue with another number of lanes, which first read the rest of the epochs that the old lanes have begun.
 
-    The new lane 0 starts with the number of damaged clips that all old lanes have left out.
+    The new lane 0 starts with the number of damaged clips that all old lanes have skipped.
 
     Args:
         before: the packing up to the checkpoint, with its beginnings.
         packing: the packing from now on.
         source: what the lanes read.
-        states: the checkpoint's, of all lanes.
-        weights: of a mixture's sets up to the checkpoint.
+        states: states of all lanes in the checkpoint.
+        weights: weights of a mixture's sets up to the checkpoint.
 
     Raises:
         UserError: a state does not fit the source, or there are more lanes than samples.
     """
     orders, old_lanes = before.lane_orders(source), before.make_lanes(source, range(before.lanes), weights)
     positions = _restore_positions(old_lanes, states)
-    beginnings = [beginning_after(*each) for each in zip(orders, positions, strict=True)]
+    beginnings = [beginning_after(*pair) for pair in zip(orders, positions, strict=True)]
     packing = replace(packing, beginnings=tuple(map(beginning_state, beginnings)))
     new_lanes = packing.make_lanes(source, range(packing.lanes))
     new_lanes[0].damaged = sum(lane.damaged for lane in old_lanes.values())
@@ -110,4 +110,4 @@ def _restore_positions(lanes: Mapping[int, PackedLane], states: Mapping[int, dic
             set_numbers.append(set_lane.next_number)
         for set_index, number in lane.sample_lane.locate(pending):
             waiting[set_index].setdefault(index, []).append(number)
-    return [LanePositions(*each) for each in zip(numbers, waiting, strict=True)]
+    return [LanePositions(*pair) for pair in zip(numbers, waiting, strict=True)]

@@ -1,16 +1,17 @@
 """Lanes: the order in which samples are read, fixed by the recipe and not by the number of ranks.
 
-An epoch lays the shards end to end in the order of a permutation of (seed, epoch), after the few samples that the
-previous epoch has carried over, and cuts this row into equal runs of samples, one a lane. A remainder that does not
-divide is carried over to the next epoch. A lane reads its run window by window, shuffled within each window.
+An epoch is a sequence of samples: the few that the previous epoch has carried over, then the shards in the order of a
+permutation of (seed, epoch). It is cut into equal segments, one per lane; the remainder of this division is carried
+over to the next epoch. A lane reads its segment window by window, shuffled within each window.
 
-With N samples and L lanes, epoch e begins with (e N) mod L samples carried over. These are the last ones of the row of
-epoch e - 1, since a row has at least N >= L new samples. So every position of every epoch is found without any
-history, from two permutations of the *shards*; nothing here is as long as the number of samples.
+With N samples and L lanes, epoch e begins with (e N) mod L samples carried over. These are the last ones of epoch
+e - 1, which has N >= L new samples. So every position of every epoch is computed without any history, from two
+permutations of the *shards*; no array here is as long as the number of samples.
 
 A lane numbers its samples consecutively over all epochs; clips are drawn at these numbers.
 
-After a change of the number of lanes, the row begins with what the old lanes have not read: see epoch_remainder.py.
+After a change of the number of lanes, the first epoch begins with what the old lanes have not read: see
+epoch_remainder.py. All epochs together form the *endless sequence*, to which the indices here refer.
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ class SampleRef(NamedTuple):
 
 
 class SampleSequence(Protocol):
-    """Samples laid end to end."""
+    """An indexed sequence of samples, stored in shards."""
 
     def sample_at(self, index: int) -> SampleRef:
         """The sample at an index."""
         ...
 
     def shards_at(self, index: int) -> tuple[list[int], int]:
-        """The shards that hold the samples from an index on, and how many samples that covers."""
+        """The shards that hold the samples from an index on, and the number of samples covered."""
         ...
 
 
 class Beginning(NamedTuple):
-    """What comes before an order's first whole epoch; nothing, unless the number of lanes has changed.
+    """What an order reads before its first whole epoch; nothing, unless the number of lanes has changed.
 
     Attributes:
         epoch: the first whole one.
         remaining: samples that come before it.
         number: of each lane's first sample; higher than any number used before, so that no random draw is repeated.
-        remainder: the `remaining` samples; None where all lanes are past them.
+        remainder: the `remaining` samples; None if all lanes have read them.
     """
 
     epoch: int = 0
@@ -67,7 +68,7 @@ FIRST_EPOCH = Beginning()
 class LaneOrder:
     """The position of every sample, for all lanes and epochs; shared by the lanes of a rank.
 
-    What comes before the first whole epoch counts as the epoch before it.
+    Samples before the first whole epoch count as the epoch before it.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class LaneOrder:
         stage: int = 0,
         beginning: Beginning = FIRST_EPOCH,
     ) -> None:
-        """`shuffle_window` is in samples; 1 reads each run in its order. Each `stage` has another order.
+        """`shuffle_window` is in samples; 1 does not shuffle a segment. Each `stage` has another order.
 
         Raises:
             UserError: there are more lanes than samples.
@@ -96,7 +97,7 @@ class LaneOrder:
         self.beginning = beginning
         self._counts = np.asarray(samples_per_shard, dtype=np.int64)
         # Lanes are at most one epoch apart, and an epoch looks at the one before it.
-        self._shard_row = functools.lru_cache(maxsize=4)(self._make_shard_row)
+        self._shard_order = functools.lru_cache(maxsize=4)(self._order_shards)
 
     def with_beginning(self, beginning: Beginning) -> LaneOrder:
         """The same epochs after another beginning."""
@@ -110,40 +111,40 @@ class LaneOrder:
 
     def carried_over(self, epoch: int) -> int:
         """Samples of earlier epochs that are read in this one."""
-        return self._row_begin(epoch) % self.lanes
+        return self._epoch_begin(epoch) % self.lanes
 
-    def run_length(self, epoch: int) -> int:
+    def segment_length(self, epoch: int) -> int:
         """Samples that each lane reads in this epoch."""
-        return self._row_begin(epoch + 1) // self.lanes - self._row_begin(epoch) // self.lanes
+        return self._epoch_begin(epoch + 1) // self.lanes - self._epoch_begin(epoch) // self.lanes
 
     def first_number(self, epoch: int) -> int:
         """The number of each lane's first sample of this epoch."""
-        return self.beginning.number + self._row_begin(epoch) // self.lanes
+        return self.beginning.number + self._epoch_begin(epoch) // self.lanes
 
-    def run_position(self, number: int) -> tuple[int, int]:
-        """Epoch and position in a lane's run of the sample of this number, `beginning.number` or higher."""
-        row_end = (number - self.beginning.number + 1) * self.lanes - self.beginning.remaining
-        epoch = self.beginning.epoch + max(-1, (row_end - 1) // self.samples)
+    def segment_position(self, number: int) -> tuple[int, int]:
+        """Epoch and position in a lane's segment of a sample, by its number (`beginning.number` or higher)."""
+        end = (number - self.beginning.number + 1) * self.lanes - self.beginning.remaining
+        epoch = self.beginning.epoch + max(-1, (end - 1) // self.samples)
         return epoch, number - self.first_number(epoch)
 
-    def sample_of_run(self, epoch: int, lane: int, position: int) -> SampleRef:
-        """The sample at an (unshuffled) position of a lane's run."""
-        return self.sample_at(self._row_index(epoch, lane, position))
+    def sample_in_segment(self, epoch: int, lane: int, position: int) -> SampleRef:
+        """The sample at an (unshuffled) position of a lane's segment."""
+        return self.sample_at(self._sequence_index(epoch, lane, position))
 
     def sample_at(self, index: int) -> SampleRef:
-        """The sample at an index of the endless row: what comes before the first whole epoch, then all epochs."""
+        """The sample at an index of the endless sequence: the remainder of old lanes, if any, then all whole epochs."""
         if index < self.beginning.remaining:
-            assert self.beginning.remainder is not None, "all lanes are past it"
+            assert self.beginning.remainder is not None, "all lanes have read it"
             return self.beginning.remainder.sample_at(index)
         epoch, position = divmod(index - self.beginning.remaining, self.samples)
         return self._in_shards(self.beginning.epoch + epoch, position)
 
     def window(self, epoch: int, position: int) -> tuple[int, int]:
-        """First position and length of the shuffle window of a lane's run that holds this position."""
+        """First position and length of the shuffle window around this position of a lane's segment."""
         if epoch < self.beginning.epoch:  # the remainder is shuffled already
             return position, 1
         first = position // self.shuffle_window * self.shuffle_window
-        return first, min(self.shuffle_window, self.run_length(epoch) - first)
+        return first, min(self.shuffle_window, self.segment_length(epoch) - first)
 
     def shuffle(self, epoch: int, lane: int, first: int, length: int) -> NDArray[np.int64]:
         """The order of the window that begins at position `first`, as offsets from there: `[length]`."""
@@ -152,46 +153,46 @@ class LaneOrder:
         draw = generator(self.seed, in_stage(f"shuffle from {first}", self.stage), epoch, lane)
         return draw.permutation(length)
 
-    def shards_of_run(self, epoch: int, lane: int, position: int) -> tuple[list[int], int]:
-        """The shards that hold a run's samples from a position on, and how many samples that covers.
+    def shards_in_segment(self, epoch: int, lane: int, position: int) -> tuple[list[int], int]:
+        """The shards that hold a segment's samples from a position on, and the number of samples covered.
 
-        This lane's shuffling is ignored, but not how lanes before a change have shuffled the remainder.
+        Ignores the shuffling of this lane, but not the shuffling of a remainder by the old lanes.
         """
-        return self.shards_at(self._row_index(epoch, lane, position))
+        return self.shards_at(self._sequence_index(epoch, lane, position))
 
     def shards_at(self, index: int) -> tuple[list[int], int]:
-        """As `shards_of_run`, at an index of the endless row."""
+        """Like `shards_in_segment`, from an index of the endless sequence on."""
         if index < self.beginning.remaining and self.beginning.remainder is not None:
             return self.beginning.remainder.shards_at(index)
         sample = self.sample_at(index)
         return [sample.shard], int(self._counts[sample.shard]) - sample.sample
 
-    def row_end(self, epoch: int) -> int:
-        """The index in the endless row at which the lanes' runs of the epochs before this one end."""
-        return self._row_begin(epoch) // self.lanes * self.lanes
+    def segments_begin(self, epoch: int) -> int:
+        """The index in the endless sequence at which the lanes' segments of this epoch begin."""
+        return self._epoch_begin(epoch) // self.lanes * self.lanes
 
-    def _row_begin(self, epoch: int) -> int:
-        """The index in the endless row of an epoch's first new sample, after those carried over to it."""
+    def _epoch_begin(self, epoch: int) -> int:
+        """The index in the endless sequence of an epoch's first new sample, after those carried over to it."""
         epochs = epoch - self.beginning.epoch
         return self.beginning.remaining + epochs * self.samples if epochs >= 0 else 0
 
-    def _row_index(self, epoch: int, lane: int, position: int) -> int:
-        return self.row_end(epoch) + lane * self.run_length(epoch) + position
+    def _sequence_index(self, epoch: int, lane: int, position: int) -> int:
+        return self.segments_begin(epoch) + lane * self.segment_length(epoch) + position
 
     def _in_shards(self, epoch: int, position: int) -> SampleRef:
-        order, ends = self._shard_row(epoch)
+        order, ends = self._shard_order(epoch)
         slot = int(np.searchsorted(ends, position, side="right"))
         shard = int(order[slot])
         return SampleRef(shard, position - int(ends[slot] - self._counts[shard]))
 
-    def _make_shard_row(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The shards in this epoch's order, and the index in its row at which each one ends."""
+    def _order_shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The shards in this epoch's order, and the index in the epoch at which each one ends."""
         order = generator(self.seed, in_stage("shard order", self.stage), epoch).permutation(len(self._counts))
         return order, np.cumsum(self._counts[order])
 
 
 def in_stage(purpose: str, stage: int) -> str:
-    """The purpose of a random draw in a stage of a curriculum; the first stage's is that of a run without stages."""
+    """The purpose of a random draw in a stage of a curriculum; in the first stage the same as without a curriculum."""
     return f"{purpose} in stage {stage}" if stage else purpose
 
 
@@ -201,14 +202,14 @@ class Lane:
     Attributes:
         order: of the shard set's samples.
         index: which lane.
-        epoch, position: of the next sample, in this lane's run.
+        epoch, position: those of the next sample; the position is in this lane's segment.
     """
 
     def __init__(self, order: LaneOrder, index: int) -> None:
         if not 0 <= index < order.lanes:
             raise ValueError(f"lane {index} of {order.lanes}")
         self.order, self.index = order, index
-        self.epoch, self.position = order.run_position(order.beginning.number)
+        self.epoch, self.position = order.segment_position(order.beginning.number)
         self._window: tuple[int, int] = (-1, -1)  # epoch and first position of the window in `_shuffled`
         self._shuffled: NDArray[np.int64] = np.empty(0, np.int64)
 
@@ -231,9 +232,9 @@ class Lane:
         return self
 
     def __next__(self) -> SampleRef:
-        sample = self.order.sample_of_run(self.epoch, self.index, self._shuffled_position())
+        sample = self.order.sample_in_segment(self.epoch, self.index, self._shuffled_position())
         self.position += 1
-        if self.position == self.order.run_length(self.epoch):
+        if self.position == self.order.segment_length(self.epoch):
             self.epoch, self.position = self.epoch + 1, 0
         return sample
 
@@ -245,19 +246,19 @@ class Lane:
         return first + int(self._shuffled[self.position - first])
 
     def state_dict(self) -> dict[str, int]:
-        """The next sample's epoch and position in the lane's run."""
+        """The next sample's epoch and position in the lane's segment."""
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a state; no sample is read again.
 
         Raises:
-            UserError: there is no such position, as with the state of another shard set or number of lanes.
+            UserError: there is no such position, as in a state of another shard set or number of lanes.
         """
         epoch: Any = state.get("epoch")
         position: Any = state.get("position")
         well_formed = set(state) == {"epoch", "position"} and isinstance(epoch, int) and isinstance(position, int)
-        if not (well_formed and epoch >= 0 and 0 <= position < self.order.run_length(epoch)):
+        if not (well_formed and epoch >= 0 and 0 <= position < self.order.segment_length(epoch)):
             raise UserError(
                 f"lane {self.index}: there is no position {state} for {self.order.samples} samples in "
                 f"{self.order.lanes} lanes; resume with the shard set and the data.lanes of the checkpoint"
@@ -266,7 +267,7 @@ class Lane:
 
     def go_to(self, number: int) -> None:
         """Make the sample of this number the next one."""
-        self.epoch, self.position = self.order.run_position(number)
+        self.epoch, self.position = self.order.segment_position(number)
 
     def locate(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
         """For the samples of these numbers: the index in `set_lanes`, and the sample's number in that lane."""

@@ -21,12 +21,12 @@ from far_scale.utils.errors import UserError
 
 @dataclass(frozen=True)
 class MixtureManifest:
-    """What the sets of a mixture have in common, under the names that a manifest has for it.
+    """The common properties of the sets of a mixture, under the names of `Manifest`.
 
     Attributes:
         mean, std: per channel, of the mixture's latents: those of the sets, merged by weight.
-        fps: None where the sets differ.
-        classes: the names of the labels' classes, where one of the sets has them.
+        fps: frame rate; None if the sets differ.
+        classes: names of the labels' classes; None if no set has any.
         weighted_sets: fingerprint and weight of each set.
     """
 
@@ -51,7 +51,7 @@ class MixtureManifest:
         for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
             _check_alike(folders[0], first, folder, manifest)
         classes = check_classes(zip(folders, (manifest.classes for manifest in manifests), strict=True))
-        # The variance of a mixture: the mean of the squares less the square of the mean.
+        # The variance of a mixture: the mean of the squares minus the square of the mean.
         weighted = list(zip(weights, manifests, strict=True))
         channels = range(len(first.mean))
         mean = [math.fsum(w * m.mean[c] for w, m in weighted) for c in channels]
@@ -122,7 +122,7 @@ class Mixture:
 
 
 def check_classes(sets: Iterable[tuple[Path | str, tuple[str, ...] | None]]) -> tuple[str, ...] | None:
-    """Check that all sets that have class names have the same.
+    """Check that all sets with class names have the same ones.
 
     Args:
         sets: each set's folder and class names.

@@ -13,14 +13,14 @@ from far_scale.utils.rng import generator
 
 
 class MixtureLane:
-    """One endless stream of samples of several sets: an iterator with a state of one integer a set.
+    """One endless stream of samples of several sets: an iterator with a state of one integer per set.
 
-    The set of a sample is drawn at the counter (number of the sample in the lane, lane), so it depends on neither
-    ranks nor history. A `SampleRef` counts the shards of all sets, one set after the other.
+    The set of a sample is drawn with the counter (number of the sample in the lane, lane), so it depends on neither
+    ranks nor history. A `SampleRef` numbers the shards of all sets consecutively.
 
     Attributes:
-        index: which lane.
-        set_lanes: its lane of each set.
+        index: index of the lane.
+        set_lanes: the lane of each set that it reads.
     """
 
     def __init__(self, orders: Sequence[LaneOrder], weights: Sequence[float], index: int) -> None:
@@ -56,20 +56,20 @@ class MixtureLane:
         """Go to a state; no draw is repeated.
 
         Raises:
-            UserError: it is that of a single set, or of another number of sets.
+            UserError: the state is one of a single set, or of another number of sets.
         """
         read: Any = state.get("read")
         firsts = [lane.first_number for lane in self.set_lanes]
         well_formed = set(state) == {"read"} and isinstance(read, list) and len(read) == len(firsts)
         if not (well_formed and all(type(n) is int and n >= first for n, first in zip(read, firsts, strict=True))):
             raise UserError(
-                f"lane {self.index}: {state} is no position in a mixture of {len(self.set_lanes)} shard sets; resume "
-                "with the data.shards that the checkpoint was made with"
+                f"lane {self.index}: {state} is not a position in a mixture of {len(self.set_lanes)} shard sets; "
+                "resume with the data.shards that the checkpoint was made with"
             )
         self._set_numbers(read)
 
     def go_to(self, number: int) -> None:
-        """Make the sample of this number the next one; the draws between here and there are repeated.
+        """Make the sample of this number the next one; the draws in between are repeated.
 
         Raises:
             UserError: the samples read so far were drawn with other weights.

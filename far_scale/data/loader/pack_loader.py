@@ -23,7 +23,7 @@ from far_scale.utils.look_ahead import LookAhead
 
 @dataclass(frozen=True)
 class Pack:
-    """One lane's clips for one step, laid end to end.
+    """One lane's clips for one step, concatenated.
 
     Attributes:
         latents: [F, C, H, W] float32, at the model's scale; F counts the frames of all clips.
@@ -31,9 +31,9 @@ class Pack:
         labels: [clips] int64, or None.
         clip_frames: frames of each clip.
         keys: `key@start` of each clip.
-        lane, step: what it was drawn for; the counter of all its randomness.
-        lane_state: the lane's state after it, for a checkpoint.
-        skipped: damaged clips that were left out since the lane's last pack.
+        lane, step: the counters of all its random draws.
+        lane_state: the lane's state after this pack, for a checkpoint.
+        skipped: damaged clips that were skipped since the lane's last pack.
     """
 
     latents: torch.Tensor
@@ -51,8 +51,8 @@ class PackLoader:
     """Iterates over the training steps from `step` on; yields the packs of this rank's lanes, in the lanes' order.
 
     A pack depends only on its lane and step, so any division of the lanes among ranks reads the same packs. A thread
-    reads ahead (not a process: handing tensors over would cost more than reading them); its errors are raised by
-    `next`, the same one again if called again.
+    reads ahead (not a process: passing tensors between processes costs more than reading them); `next` raises its
+    errors, and the same one when called again.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class PackLoader:
 
         Args:
             source: what to read.
-            scaling: of the latents.
-            lanes: this rank's, by their index.
-            packing: of samples into packs.
-            step: the first to read.
-            lane_states: after the step before `step`; None: each lane's beginning.
-            prefetch: steps whose packs may wait.
-            ahead_bytes: of shards to fetch into the node's cache before they are needed.
+            scaling: scaling of the latents.
+            lanes: indices of this rank's lanes.
+            packing: how samples become packs.
+            step: the first step to read.
+            lane_states: the lanes' states before `step`; None to begin.
+            prefetch: maximum number of steps read ahead.
+            ahead_bytes: bytes of shards to fetch into the node's cache before they are needed.
 
         Raises:
             UserError: more lanes than samples, or a state that does not fit the shard set.
@@ -103,7 +103,7 @@ class PackLoader:
         """The packs of the next step.
 
         Raises:
-            UserError: a shard or sample that cannot be read, or one damaged sample too many.
+            UserError: a shard or sample that cannot be read, or too many damaged samples.
             ValueError: the loader is closed.
             Interrupted: it is closed by another thread while this one waits.
         """
@@ -146,7 +146,7 @@ class PackLoader:
         )
 
     def _read_clips(self, lane: PackedLane) -> list[tuple[Clip, Sample]]:
-        """The clips of the lane's next pack, without damaged ones; a pack without any other is passed over."""
+        """The clips of the lane's next pack, without damaged ones; a pack with only damaged clips is skipped."""
         read: list[tuple[Clip, Sample]] = []
         while not read:
             clips = next(lane)
@@ -156,7 +156,7 @@ class PackLoader:
                     read.append((clip, self._source.read(*clip.sample, clip.start, clip.frames, self._frame_stride)))
                 except DamagedError as error:
                     clips += lane.replace_damaged(clip, error)
-        damaged = sum(each.damaged for each in self._lanes.values())
-        if damaged > self._max_damaged:  # only this rank's; the ranks add up theirs at the end of a step
+        damaged = sum(other.damaged for other in self._lanes.values())
+        if damaged > self._max_damaged:  # of this rank; the sum over ranks is checked at the end of a step
             raise over_budget(damaged, self._max_damaged, list(lane.pop_skipped()))
         return read

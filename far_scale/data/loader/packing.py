@@ -1,7 +1,7 @@
-"""Which clips go into a pack: a fixed number, or those that best fill a token budget.
+"""Chooses the clips of a pack: a fixed number, or those that best fill a token budget.
 
-To fill a budget, a lane looks at a pool of its next clips, drawn but not yet read. A pack always takes the oldest of
-them, so that none waits for ever, and of the others those that together leave the least of the budget unused.
+To fill a budget, a lane chooses from a pool of its next clips, drawn but not yet read. A pack always takes the oldest
+clip, so that none waits forever, and those others that leave the least of the budget unused.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import generator
 
-POOL_SIZE = 12  # 2048 choices beside the oldest clip: of a budget of five long clips less than 1% stays unused
+POOL_SIZE = 12  # 2048 combinations with the oldest clip: they leave less than 1% of a budget of five long clips unused
 
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """How samples become clips, and clips packs.
+    """How clips are cut from samples and put into packs.
 
     Attributes:
         lanes: number of sample streams.
-        frames: of a clip.
+        frames: frame counts of a clip.
         frame_stride: take every n-th frame of the video.
         shuffle_window: samples among which a lane shuffles.
-        seed: of the order and of all draws.
+        seed: seed of the order and of all draws.
         clips_per_pack: a fixed number of clips; None with `tokens_per_pack`.
         tokens_per_pack: the token budget of a pack; None with `clips_per_pack`.
-        tokens_of: tokens of a clip of so many frames; by default one a frame.
-        stage: of a curriculum, from 0; each has another order and other draws.
-        max_damaged: clips of damaged samples that may be left out; with 0 the first is an error.
+        tokens_of: tokens of a clip by its number of frames; one per frame by default.
+        stage: index of the curriculum's stage; each has another order and other draws.
+        max_damaged: clips of damaged samples that may be skipped; with 0 the first is an error.
         beginnings: the `beginning_state` of each shard set's lanes; empty if their number has never changed.
     """
 
@@ -64,8 +64,8 @@ class PackingConfig:
 
         Args:
             source: what they read.
-            indices: from 0.
-            weights: of a mixture's sets, if not the mixture's.
+            indices: indices of lanes, from 0.
+            weights: weights of a mixture's sets, if not its own.
 
         Raises:
             UserError: there are more lanes than samples.
@@ -110,10 +110,10 @@ class Clip:
     """A clip that was drawn but not read.
 
     Attributes:
-        number: of its sample in the lane.
-        sample: which it is cut from.
+        number: number of its sample in the lane.
+        sample: the sample that it is cut from.
         start: its first frame in the sample.
-        frames: how many it has.
+        frames: its number of frames.
     """
 
     number: int
@@ -125,12 +125,12 @@ class Clip:
 class PackedLane:
     """One endless stream of packs, as lists of clips: an iterator with a state of plain numbers.
 
-    A clip's frame count and start are drawn at the counter (number of the sample in the lane, lane). Damaged samples
-    are left out and counted. Both depend only on the shard set, so they are the same on any number of ranks.
+    A clip's frame count and start are drawn with the counter (number of the sample in the lane, lane). Damaged samples
+    are skipped and counted. Both depend only on the shard set, so they are the same on any number of ranks.
 
     Attributes:
-        sample_lane: the stream of samples, after the last clip that was drawn.
-        damaged: clips that were left out so far.
+        sample_lane: the stream of samples, positioned after the last drawn clip.
+        damaged: number of clips skipped so far.
     """
 
     def __init__(self, sample_lane: Lane | MixtureLane, source: ShardSet | Mixture, packing: PackingConfig) -> None:
@@ -146,7 +146,7 @@ class PackedLane:
         """The clips of the next pack, older ones first.
 
         Raises:
-            UserError: a sample has fewer frames than the shortest clip; or more is damaged than may be left out.
+            UserError: a sample has fewer frames than the shortest clip; or more are damaged than may be skipped.
         """
         if self._packing.tokens_per_pack is None:
             return [self._draw_undamaged() for _ in range(self._packing.clips_per_pack or 0)]
@@ -157,8 +157,8 @@ class PackedLane:
             tokens = [self._packing.tokens_of(clip.frames) for clip in self._pending]
             if 2 * room <= sum(tokens) or tokens[0] > room:
                 break
-            # There is room for more than half of the pool: take the oldest clip and draw another one, since the
-            # choice is widest where about half of the pool fits.
+            # More than half of the pool fits: take the oldest clip and draw another one, since most combinations are
+            # possible if about half of the pool fits.
             pack.append(self._pending.pop(0))
             room -= tokens[0]
         chosen = best_subset(tuple(tokens), room, with_first=not pack)
@@ -170,22 +170,22 @@ class PackedLane:
         """Count a clip that cannot be read.
 
         Returns:
-            What goes into the pack instead: the lane's next clip, or nothing with a token budget, which the clips of
-            the pack were chosen to fill together.
+            Its replacement in the pack: the lane's next clip; none with a token budget, since the clips of the pack
+            were chosen together.
 
         Raises:
-            UserError: more is damaged than may be left out.
+            UserError: more clips are damaged than may be skipped.
         """
         self._skip(clip.sample, error)
         return [self._draw_undamaged()] if self._packing.tokens_per_pack is None else []
 
     def pop_skipped(self) -> tuple[SkippedClip, ...]:
-        """The clips that were left out since the last call."""
+        """The clips that were skipped since the last call."""
         skipped, self._skipped = tuple(self._skipped), []
         return skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the sample lane, the count of damaged clips and, with a token budget, which clips wait."""
+        """The state of the sample lane, the count of damaged clips and, with a token budget, the pending clips."""
         state: dict[str, Any] = self.sample_lane.state_dict()
         if self.damaged:
             state["damaged"] = self.damaged
@@ -194,38 +194,38 @@ class PackedLane:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a state; the clips that wait are drawn again, with the same results.
+        """Go to a state; its pending clips are drawn again, with the same results.
 
         Raises:
-            UserError: it is no state of such a lane.
+            UserError: the state is not one of such a lane.
         """
         pending, drawn = self.load_position(state), []
         position = self.sample_lane.state_dict()
         for number in pending:
             self.sample_lane.go_to(number)
-            if (clip := self._try_draw()) is not None:  # its index may have been damaged since
+            if (clip := self._try_draw()) is not None:  # its index may have become damaged
                 drawn.append(clip)
         self.sample_lane.load_state_dict(position)
         self._pending = drawn
 
     def load_position(self, state: dict[str, Any]) -> list[int]:
-        """Go to a state without drawing clips; returns the numbers of the clips that wait.
+        """Go to a state without drawing clips; returns the numbers of its pending clips.
 
         Raises:
-            UserError: it is no state of such a lane.
+            UserError: the state is not one of such a lane.
         """
         position = {key: value for key, value in state.items() if key not in ("pending", "damaged")}
         self.sample_lane.load_state_dict(position)
         pending, damaged = state.get("pending"), state.get("damaged", 0)
         if type(damaged) is not int or damaged < 0:
             raise UserError(
-                f"lane {self.sample_lane.index}: {damaged!r} is no count of damaged clips; take an older checkpoint"
+                f"lane {self.sample_lane.index}: {damaged!r} is not a count of damaged clips; take an older checkpoint"
             )
         self.damaged = damaged
         if (pending is None) != (self._packing.tokens_per_pack is None) or not self._is_valid_pending(pending or []):
             raise UserError(
-                f"lane {self.sample_lane.index}: {pending} are no clips that wait at {position}; resume with the shard "
-                "set and the data section that the checkpoint was made with"
+                f"lane {self.sample_lane.index}: {pending} cannot be the pending clips at {position}; resume with the "
+                "shard set and the data section that the checkpoint was made with"
             )
         return pending or []
 
@@ -241,7 +241,7 @@ class PackedLane:
         return clip
 
     def _try_draw(self) -> Clip | None:
-        """The lane's next clip; None, and counted, where its shard's index is damaged."""
+        """The lane's next clip; None if its shard's index is damaged, which is counted."""
         number, sample = self.sample_lane.next_number, next(self.sample_lane)
         try:
             return self._draw(number, sample)
@@ -268,7 +268,7 @@ class PackedLane:
                 f"{self._source.name_of(sample.shard)}: sample {sample.sample} is too short for data.frames={shortest} "
                 f"with data.frame_stride={packing.frame_stride}; lower them, or encode with --min-frames"
             )
-        # As in the official code, any start at which the clip fits is equally likely.
+        # As in the official code, all starts at which the clip fits are equally likely.
         start = int(draw.integers(sample_frames - (frames - 1) * packing.frame_stride))
         return Clip(number, sample, start, frames)
 
@@ -293,6 +293,6 @@ def best_subset(tokens: tuple[int, ...], room: int, with_first: bool) -> list[in
 
 @functools.lru_cache(maxsize=POOL_SIZE)
 def _subset_masks(count: int) -> NDArray[np.int64]:
-    """All subsets of `count` things `[2^count, count]` as 0 and 1, in the order in which `best_subset` prefers them."""
+    """All subsets of `count` items as 0 and 1, `[2^count, count]`, those that `best_subset` prefers first."""
     subsets = np.arange(2**count)[::-1, None]
     return subsets >> np.arange(count)[::-1] & 1

@@ -1,4 +1,4 @@
-"""Fetches shards before the lanes need them, up to a number of bytes; nothing of it is part of any state."""
+"""Fetches shards before the lanes need them, up to a number of bytes; independent of all checkpointed state."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.utils.errors import UserError
 
 _THREADS = 4  # parallel fetches of a rank
-_MAX_SHARDS = 256  # ahead, where they are small: each step asks for all of them
+_MAX_SHARDS = 256  # that are planned ahead if shards are small: each step plans all of them
 
 
 def shards_ahead(order: LaneOrder, lane: int, number: int) -> Iterator[tuple[int, int]]:
     """The shards that a lane will read, without end.
 
     Args:
-        order: of the lanes.
-        lane: which.
-        number: of the lane's next sample.
+        order: order of the lanes.
+        lane: index of the lane.
+        number: number of the lane's next sample.
 
     Yields:
-        How many samples the lane reads before, and the shard. Shuffling is ignored, except that the walk starts at the
-        beginning of the current shuffle window, up to `order.shuffle_window` samples earlier.
+        The number of samples that the lane reads before the shard, and the shard. Ignores shuffling, except that it
+        starts at the beginning of the current shuffle window, up to `order.shuffle_window` samples earlier.
     """
-    epoch, position = order.run_position(number)
+    epoch, position = order.segment_position(number)
     position, _ = order.window(epoch, position)
     start = order.first_number(epoch) + position
     while True:
-        shards, samples = order.shards_of_run(epoch, lane, position)
+        shards, samples = order.shards_in_segment(epoch, lane, position)
         for shard in shards:
             yield max(0, order.first_number(epoch) + position - start), shard
         position += samples
-        if position >= order.run_length(epoch):
+        if position >= order.segment_length(epoch):
             epoch, position = epoch + 1, 0
 
 
 class ShardPrefetch:
-    """Threads that fetch the next shards of a rank's lanes. Errors are left to whoever reads the shard."""
+    """Threads that fetch the next shards of a rank's lanes. Errors are ignored: reading the shard raises them again."""
 
     def __init__(self, shard_set: ShardSet, order: LaneOrder, lanes: Sequence[int], ahead_bytes: int) -> None:
         """Start the threads.
 
         Args:
-            shard_set: one that comes through the node's cache.
-            order: of the lanes.
-            lanes: this rank's.
+            shard_set: a shard set that is read through the node's cache.
+            order: order of the lanes.
+            lanes: indices of this rank's lanes.
             ahead_bytes: size of the shards to fetch before they are needed.
         """
         self._shard_set, self._order, self._lanes, self._ahead_bytes = shard_set, order, list(lanes), ahead_bytes
@@ -65,7 +65,7 @@ class ShardPrefetch:
                 self._threads.submit(self._fetch, shard)
 
     def plan(self, numbers: dict[int, int]) -> list[int]:
-        """The next shards, those needed first before others, up to `ahead_bytes`."""
+        """The next shards, in the order in which they are needed, up to `ahead_bytes`."""
         walks = {lane: shards_ahead(self._order, lane, numbers[lane]) for lane in self._lanes}
         heads = {lane: next(walk) for lane, walk in walks.items()}
         entries, planned, room = self._shard_set.manifest.shards, dict[int, None](), self._ahead_bytes

@@ -2,7 +2,7 @@
 
 A path of a file system (such as Lustre or NFS) is copied with the same checks.
 
-`gopen` itself does not suffice: its curl retries 30 times silently, a transfer that hangs blocks for ever, and `s3://`
+`gopen` itself does not suffice: its curl retries 30 times silently, a transfer that hangs blocks forever, and `s3://`
 is missing. So the programs are started here, with limits on time and bytes, and checks of what they send.
 """
 

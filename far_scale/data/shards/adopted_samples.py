@@ -74,7 +74,7 @@ class SampleReader:
         Args:
             path: of the shard or a copy of it.
             name: of the shard in messages.
-            file: name of the shard in the manifest, which tells format and number.
+            file: name of the shard in the manifest; gives format and number.
 
         Raises:
             UserError: it is not a shard, or cut off. Broken samples are returned as rejects.
@@ -155,7 +155,7 @@ class SampleReader:
         if part.kind == "json":
             values = read_json_value(read, row.actions_offset, row.actions_bytes, part)
             if not isinstance(values, list) or not all(type(v) is int and 0 <= v < self.actions for v in values):
-                raise Mismatch(f"its {part} is no list of whole numbers from 0 to {self.actions - 1}")
+                raise Mismatch(f"its {part} is not a list of whole numbers from 0 to {self.actions - 1}")
             actions = torch.tensor(values, dtype=torch.int64)
         else:
             tensor = self._find_tensor(part, read, row.actions_offset, row.actions_bytes)
@@ -245,7 +245,7 @@ def _read_name(read: Read, members: Members, part: Part) -> str:
 
 
 def reader_of(descriptor: int) -> Read:
-    """A function that reads from an open file; what lies beyond its end is refused before anything is allocated."""
+    """A function that reads from an open file; a range beyond its end is refused before anything is allocated."""
     end = os.fstat(descriptor).st_size
 
     def read(offset: int, size: int) -> bytearray:

@@ -54,8 +54,8 @@ def convert(source: ShardSet, out: Path, shard_format: ShardFormat) -> Manifest:
     if shard_format == "mds":
         write_streaming_index(out, converted)
     if (rejected := Path(source.folder) / REJECTED_NAME).exists():
-        with atomic_write(out / REJECTED_NAME) as beside:
-            beside.write_bytes(rejected.read_bytes())
+        with atomic_write(out / REJECTED_NAME) as temporary:
+            temporary.write_bytes(rejected.read_bytes())
     converted.write(out)
     return converted
 
@@ -103,18 +103,18 @@ def _convert_shard(source: ShardSet, shard: int, out: Path, name: str) -> ShardI
         members = _read_members(path)
     else:
         members = _encode_samples(source, shard, entry.samples)
-    with atomic_write(out / name) as beside:
+    with atomic_write(out / name) as temporary:
         if name.endswith(".mds"):
-            write_mds(beside, members, entry.samples)
+            write_mds(temporary, members, entry.samples)
         else:
-            write_tar(beside, members)
+            write_tar(temporary, members)
         index = ShardIndex(
             file=name,
-            bytes=os.path.getsize(beside),
-            sha256=sha256(beside),
+            bytes=os.path.getsize(temporary),
+            sha256=sha256(temporary),
             fps=source_index.fps,
             sums=source_index.sums,
-            samples=index_shard(beside),
+            samples=index_shard(temporary),
         )
     index.write(out)
     return index

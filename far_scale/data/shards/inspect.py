@@ -167,8 +167,8 @@ def _back_up(path: Path) -> Path:
     while backup.exists():
         number += 1
         backup = path.with_name(f"{path.name}.before-fix-{number}")
-    with atomic_write(backup) as beside:
-        beside.write_bytes(path.read_bytes())
+    with atomic_write(backup) as temporary:
+        temporary.write_bytes(path.read_bytes())
     return backup
 
 
@@ -210,5 +210,5 @@ def matching_autoencoder(manifest: Manifest) -> autoencoders.Autoencoder:
 def save_contact_sheet(shard_set: ShardSet, path: str | Path) -> None:
     """Write the contact sheet as a PNG, atomically."""
     sheet = contact_sheet(shard_set)
-    with atomic_write(path) as beside:
-        sheet.save(beside, format="PNG")
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, format="PNG")

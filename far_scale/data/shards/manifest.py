@@ -134,7 +134,7 @@ class Manifest(ModelWithClasses):
         return int(self.shards.min_frames.min())
 
     def fingerprint(self) -> str:
-        """SHA-256 of the manifest without the shards' locations: the same for the same shards, wherever they are."""
+        """SHA-256 of the manifest without the shards' locations: independent of where the shards are."""
         # The text of `model_dump_json` in pieces: as a whole it is as large as the file.
         digest = hashlib.sha256(self.model_dump_json(exclude={"shards"}).encode()[:-1] + b',"shards":[')
         for number in range(0, len(self.shards), 1000):

@@ -111,8 +111,8 @@ def write_small(path: Path, text: str, max_bytes: int, excess: str, fix: str) ->
     """
     if len(text) > max_bytes:
         raise UserError(f"{path}: {excess} ({len(text)} bytes, at most {max_bytes}); {fix}")
-    with atomic_write(path) as beside:
-        beside.write_text(text)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
 
 
 def first_problem(error: pydantic.ValidationError) -> str:

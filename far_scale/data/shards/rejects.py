@@ -36,8 +36,8 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
     if not text:
         path.unlink(missing_ok=True)
     elif not path.exists() or path.read_text() != text:
-        with atomic_write(path) as beside:
-            beside.write_text(text)
+        with atomic_write(path) as temporary:
+            temporary.write_text(text)
 
 
 def read_rejects(folder: Path) -> dict[str, Reject]:

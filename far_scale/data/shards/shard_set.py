@@ -87,9 +87,9 @@ class _ShardFile:
 
     Args:
         name: for messages.
-        descriptor: of the file; owned by this object.
-        size: the manifest's, in bytes.
-        rebuild_hint: for messages, how the shard is made again.
+        descriptor: file descriptor; owned by this object.
+        size: size in the manifest, in bytes.
+        rebuild_hint: how to make the shard again, for messages.
     """
 
     def __init__(self, name: str, descriptor: int, size: int, rebuild_hint: str) -> None:
@@ -144,8 +144,8 @@ class ShardSet:
         folder: folder or URL, for messages.
         manifest: of the set.
         store: gives the set's files.
-        needs_cache: whether the shards can be read through the node's cache only: they are remote or compressed.
-        uses_cache: whether its shards come through the node's cache, local or remote.
+        needs_cache: whether the shards are remote or compressed, so that they need the node's cache.
+        uses_cache: whether the shards are read through the node's cache.
         staged: the store of a local set that is copied through the node's cache, with its counters; else None.
     """
 
@@ -169,8 +169,8 @@ class ShardSet:
         largest = int(manifest.shards.bytes.max())
         if self.needs_cache and cache is not None and cache.max_bytes < largest:
             raise UserError(
-                f"data.cache_gb={cache.max_bytes / 1e9:g} holds not one shard of {self.folder}, which has shards of "
-                f"{largest / 1e9:g} GB; give it room for those that are read at once"
+                f"data.cache_gb={cache.max_bytes / 1e9:g} is too small for a shard of {self.folder}, which has up to "
+                f"{largest / 1e9:g} GB; raise it to hold all shards that are read at the same time"
             )
         self._files = _LRUCache(_MAX_OPEN_SHARDS, self._open_file)
         self._indexes = _LRUCache(_MAX_LOADED_INDEXES, self._load_index)
@@ -190,7 +190,7 @@ class ShardSet:
 
     @staticmethod
     def from_manifest(location: str | Path, text: bytes, cache: NodeCache | None = None) -> ShardSet:
-        """The shard set with a manifest that has been read already; no shard is checked.
+        """The shard set of a manifest that was read already; shards are not checked.
 
         Raises:
             UserError: the manifest is invalid.
@@ -198,7 +198,7 @@ class ShardSet:
         return ShardSet(location, Manifest.parse(text, display_name(location, MANIFEST_NAME)), cache)
 
     def missing_shards(self, part: int = 0, parts: int = 1) -> Iterator[tuple[int, DamagedError]]:
-        """Number and problem of each shard that is missing or has another size, among shards part, part + parts, ...
+        """Number and problem of each shard that is missing or has another size, of shards part, part + parts, ...
 
         Shards that need the cache are not checked: that happens when they are fetched.
         """
@@ -252,7 +252,7 @@ class ShardSet:
         return self.index(shard).samples[sample].frames
 
     def read(self, shard: int, sample: int, start: int = 0, frames: int | None = None, stride: int = 1) -> Sample:
-        """A sample, or `frames` of its frames: `start`, `start + stride`, ... Only their bytes are read.
+        """Read a sample, or only `frames` of its frames: `start`, `start + stride`, ...
 
         The latents are a view of the bytes read, without a copy.
 
@@ -297,7 +297,7 @@ class ShardSet:
         if latent.shape != (row.frames, *manifest.latent_shape) or latent.dtype != DTYPES[manifest.latent_dtype]:
             raise _WrongSetError(f"its latents are {list(latent.shape)} {latent.dtype}")
         if (action is not None) != (manifest.actions > 0):
-            raise _WrongSetError("it has actions and the set has none, or the other way round")
+            raise _WrongSetError("it has actions and the set has none, or vice versa")
         data_offset = row.tensors_offset + row.header_bytes
         metadata = parse_metadata(bytes(file.read(row.json_offset, row.json_bytes)), row.frames)
         label = metadata["label"]

@@ -34,7 +34,7 @@ class Store(Protocol):
         ...
 
     def path(self, file: str, size: int, digest: str) -> Path:
-        """Local path of a shard, valid for now: a cache may evict it."""
+        """Local path of a shard, valid temporarily: a cache may evict it."""
         ...
 
     def open(self, file: str, size: int, digest: str) -> int:
@@ -238,7 +238,7 @@ class _UrlStore(RemoteStore):
 
 
 class AdoptedStore:
-    """The files of an adopted set: each shard has a path or URL, the indexes lie beside the manifest.
+    """The files of an adopted set: each shard has a path or URL; the indexes are beside the manifest.
 
     Args:
         manifest_store: of the manifest's folder or URL.

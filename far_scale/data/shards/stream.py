@@ -82,7 +82,7 @@ def _user_errors(name: str | Path) -> Iterator[None]:
 
 
 def member_reader(name: str, file: BinaryIO) -> MemberReader:
-    """A reader of the open shard; its name tells the format."""
+    """A reader of the open shard, by the format in its name."""
     return MdsReader(file) if name.endswith(".mds") else TarReader(file)
 
 

@@ -131,7 +131,7 @@ def _load_torch(read: Read, offset: int, size: int) -> tuple[Any, int]:
     try:
         return load_torch(io.BytesIO(read(offset, size)))
     except BrokenFileError as error:
-        raise Mismatch(f"is no file of torch.save as a zip archive ({error})") from None
+        raise Mismatch(f"is not a file of torch.save as a zip archive ({error})") from None
 
 
 class BrokenFileError(Mismatch):

@@ -105,10 +105,10 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample], spec: Shar
             sums.add(sample.latents)
             rates.add(sample.fps)
 
-    with atomic_write(path) as beside:
-        write_tar(beside, members())
-        rows = index_shard(beside)
-        size, digest = beside.stat().st_size, sha256(beside)
+    with atomic_write(path) as temporary:
+        write_tar(temporary, members())
+        rows = index_shard(temporary)
+        size, digest = temporary.stat().st_size, sha256(temporary)
     ShardIndex(
         file=path.name,
         bytes=size,

@@ -239,7 +239,7 @@ class _StreamStats:
     def _gaps_at_end(self) -> int:
         """Ticks without a frame at the end, where a copy was cut between reordered frames.
 
-        0 where packets after the beginning are hidden: then the file goes on after them.
+        0 where packets after the beginning are hidden: then the file continues after them.
         """
         if self._hidden_packet_late or self._start is None or self._hidden_until > self._start:
             return 0
@@ -273,7 +273,7 @@ def _rotate_upright(path: Path, frame: Any, rgb: NDArray[np.uint8]) -> NDArray[n
     """Rotate and flip a frame [H, W, 3] by its display matrix: phones store frames as the sensor sees them.
 
     Raises:
-        BadVideo: the rotation is no multiple of 90 degrees.
+        BadVideo: the rotation is not a multiple of 90 degrees.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -285,5 +285,5 @@ def _rotate_upright(path: Path, frame: Any, rgb: NDArray[np.uint8]) -> NDArray[n
     elif max(abs(a), abs(d)) <= _ROTATION_TOLERANCE * max(abs(b), abs(c)):
         rgb, flip_x, flip_y = rgb.swapaxes(0, 1), c < 0, b < 0
     else:
-        raise BadVideo(f"{path}: turned by {frame.rotation} degrees, no multiple of 90; convert it, or leave it out")
+        raise BadVideo(f"{path}: turned by {frame.rotation} degrees, not a multiple of 90; convert it, or leave it out")
     return rgb[:: -1 if flip_y else 1, :: -1 if flip_x else 1]

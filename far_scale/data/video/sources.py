@@ -198,7 +198,7 @@ def check_folder_classes(
                 "take its videos out"
             )
         if number >= labels:
-            fix = "raise --labels, or give --classes, a file of the folders' names, one a line"
+            fix = "raise --labels, or give --classes, a file of the folders' names, one per line"
             raise UserError(f"{folder}: is class {number}, and --labels {labels} has 0 to {labels - 1}; {fix}")
     folders = len({source.path.parent for source in by_folder})
     all_have_files = source_set.classes is None and all(source.label_file for source in by_folder)
@@ -226,7 +226,7 @@ def _number_classes(
 ) -> tuple[dict[Path, int | None], tuple[str, ...] | None]:
     """Number the classes of folders below `root`, which are all in `common`; also returns the names of all classes."""
     names = {folder: _class_name(folder.relative_to(root)) for folder in folders}
-    if class_names is None and list(names.values()) == ["."]:  # all videos in one folder, whose name is no class
+    if class_names is None and list(names.values()) == ["."]:  # all videos in one folder, so its name is not a class
         return {folders[0]: 0}, None
     # without the common beginning, such as `train/` if that is the only folder
     base = common if len(folders) > 1 else common.parent
@@ -259,7 +259,7 @@ def _class_name(folder: Path) -> str:
 
 
 def _strip_zeros(name: str) -> str:
-    """`7` for `007`; a name that is no number is unchanged."""
+    """`7` for `007`; a name that is not a number is unchanged."""
     return str(int(name)) if is_class_number(name) else name
 
 
@@ -271,8 +271,8 @@ def _refuse_text(path: Path) -> None:
         start = file.read(4096)
     if start.startswith((b"\xff\xfe", b"\xfe\xff")) or (start.strip() and b"\0" not in start and _is_utf8(start)):
         raise UserError(
-            f"{path}: is a text file, no video; a list of videos is a .csv file with the header video,label,actions, "
-            "or a .jsonl file, and one of UCF-101's lists goes to --split beside --videos FOLDER"
+            f"{path}: is a text file, not a video; a list of videos is a .csv file with the header video,label,actions"
+            ", or a .jsonl file, and one of UCF-101's lists goes to --split beside --videos FOLDER"
         )
 
 

@@ -61,7 +61,7 @@ def read_list(path: Path) -> list[ListEntry]:
     else:
         entries = [_parse_row(path, number, row) for number, row in _read_rows(path)]
         if not entries:
-            raise UserError(f"{path}: lists no video; write one a line")
+            raise UserError(f"{path}: lists no video; write one per line")
     first: dict[Path, ListEntry] = {}
     for entry in entries:
         if (other := first.setdefault(entry.path, entry)) is not entry:
@@ -81,7 +81,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         if lines.setdefault(name, number) != number:
             raise UserError(f"{path}:{number}: class {name} is on line {lines[name]} already; take one out")
     if not lines:
-        raise UserError(f"{path}: names no class; write one a line")
+        raise UserError(f"{path}: names no class; write one per line")
     return tuple(lines)
 
 

@@ -223,7 +223,7 @@ def _check_actions(path: Path, actions: NDArray[Any], frames: int) -> NDArray[np
     if actions.dtype.kind not in "iu" or actions.ndim != 1:
         raise BadVideo(f"{path}: `actions` are {actions.dtype} {list(actions.shape)}; they must be integers [frames]")
     if len(actions) != frames:
-        raise BadVideo(f"{path}: {len(actions)} actions for {frames} frames; store one a frame (0 for the first)")
+        raise BadVideo(f"{path}: {len(actions)} actions for {frames} frames; store one per frame (0 for the first)")
     if actions.min() < 0:
         raise BadVideo(f"{path}: action {actions.min()} in `actions`; actions count from 0")
     return actions.astype(np.int64)

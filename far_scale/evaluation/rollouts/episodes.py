@@ -143,7 +143,7 @@ def load_video_episodes(
 
     Raises:
         UserError: no videos, too few frames, no actions or label where the model needs them, or frames of another size
-            for a model whose frames are not square.
+            for a model with frames that are not square.
     """
     files = find_videos(path)[: selection.episodes]
     videos = [read_video(file) for file in files]
@@ -222,7 +222,7 @@ def decode_frame(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
 
 
 def check_shard_set(shards: ShardSet, config: FARConfig, metadata: ModelMetadata, conditioned: bool) -> None:
-    """Raises UserError for a set whose latents or conditions do not fit the model."""
+    """Raises UserError if the latents or conditions of a set do not fit the model."""
     actions = config.actions > 0 and conditioned
     manifest = shards.manifest
     if manifest.autoencoder.weight_hash != metadata.autoencoder.weight_hash:
@@ -233,7 +233,7 @@ def check_shard_set(shards: ShardSet, config: FARConfig, metadata: ModelMetadata
         )
     if manifest.latent_shape != metadata.latent_shape:
         raise UserError(
-            f"{shards.folder}: frame latents of {list(manifest.latent_shape)}, the model knows "
+            f"{shards.folder}: frame latents of {list(manifest.latent_shape)}, the model has "
             f"{list(metadata.latent_shape)}; encode the videos at the model's size"
         )
     if actions and not manifest.actions:
@@ -250,7 +250,7 @@ def check_shard_set(shards: ShardSet, config: FARConfig, metadata: ModelMetadata
 
 
 def check_classes(shards: ShardSet, metadata: ModelMetadata) -> None:
-    """Raises UserError for a set whose labels are other classes than the model's."""
+    """Raises UserError if the label classes of a set differ from the model's."""
     if (difference := classes_differ(shards.manifest.classes, metadata.classes)) is not None:
         raise UserError(
             f"{shards.folder}: its classes are not the model's: {difference}; encode the videos with --classes-of the "

@@ -19,7 +19,7 @@ def draw_loss_curve(path: str | Path, log: str | Path) -> None:
     a step that was logged twice (a resumed run) the last line counts. Validation losses in the log are drawn, too.
 
     Raises:
-        UserError: the log is missing, has a line that is no object of JSON, or holds no loss.
+        UserError: the log is missing, has a line that is not a JSON object, or holds no loss.
     """
     from matplotlib.figure import Figure  # imported here: slow, and only needed for this picture
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
@@ -50,8 +50,8 @@ def draw_loss_curve(path: str | Path, log: str | Path) -> None:
     rate_axes.set_xlabel("step")
     for axes in (loss_axes, rate_axes):
         axes.grid(alpha=0.3)
-    with atomic_write(path) as beside:
-        figure.savefig(beside, dpi=120, format="png")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def validation_losses(log: str | Path) -> dict[int, dict[str, float]]:

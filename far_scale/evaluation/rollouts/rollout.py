@@ -160,8 +160,10 @@ class Rollout:
             deque(frames, maxlen=0)
             all_latents.extend([torch.stack(new_latents, dim=1)] if new_latents else [])
         if latents is not None:
-            with atomic_write(latents) as beside:
-                save_tensors({"latents": torch.cat(all_latents)}, beside, {"episodes": json.dumps(self.episodes.keys)})
+            with atomic_write(latents) as temporary:
+                save_tensors(
+                    {"latents": torch.cat(all_latents)}, temporary, {"episodes": json.dumps(self.episodes.keys)}
+                )
         report = {
             "episodes": self.episodes.keys,
             **self.settings(),

@@ -93,8 +93,8 @@ class ContactSheet:
 
     def write(self, path: str | Path) -> None:
         """Write the PNG, atomically."""
-        with atomic_write(path) as beside:
-            Image.fromarray(self._canvas).save(beside, format="PNG")
+        with atomic_write(path) as temporary:
+            Image.fromarray(self._canvas).save(temporary, format="PNG")
 
     def _left(self, frame: int) -> int:
         gap = GAP if self._past is not None and frame >= self._past else 0

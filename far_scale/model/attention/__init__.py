@@ -1,6 +1,6 @@
 """Frame-block causal attention, `frame_attention`, and the kernels it runs on.
 
-A *kernel* is a module with two functions, `forward` and `backward`, over token sequences that lie end to end
+A *kernel* is a module with two functions, `forward` and `backward`, over concatenated token sequences
 (`Spans`). `causal_pair` builds frame-block causality from any of them, `operators` defines torch operators for that,
 `selection` chooses the kernel, and `dense` is the reference that all are tested against.
 

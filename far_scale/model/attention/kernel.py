@@ -18,7 +18,7 @@ NOT_INSTALLED = "not installed"
 
 
 class Kernel(Protocol):
-    """A module with ordinary attention over token sequences that lie end to end: a forward that also returns the
+    """A module with ordinary attention over concatenated token sequences: a forward that also returns the
     log-sum-exp, and a backward that takes output and log-sum-exp as arguments.
 
     Query sequence i sees key sequence i. `causal`, only where both have the same lengths, lets query j see keys <= j.

@@ -125,7 +125,7 @@ def _read_weights(folder: Path, state: dict[str, Any], weights: Literal["ema", "
         f"{kind}/{name}": checkpoint.FlatPiece(math.prod(tensor.shape), 0, tensor.view(-1))
         for name, tensor in tensors.items()
     }
-    checkpoint.load(folder, pieces, alone=True)
+    checkpoint.load(folder, pieces, single_process=True)
     return tensors | _buffers(FARConfig.from_dict(state["model"]))
 
 

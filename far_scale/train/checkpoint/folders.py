@@ -74,11 +74,11 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     except UserError as error:
         return str(error)
     if not isinstance(sums, dict) or not {".metadata", "state.json"} <= sums.keys():
-        return f"{folder / CHECKSUMS}: this is no list of checksums"
+        return f"{folder / CHECKSUMS}: this is not a list of checksums"
     for name in sorted(sums)[part::parts]:
         path, expected = folder / name, sums[name]
         if not isinstance(expected, dict):
-            return f"{folder / CHECKSUMS}: this is no list of checksums"
+            return f"{folder / CHECKSUMS}: this is not a list of checksums"
         if not path.is_file():
             return f"{path}: this file is missing"
         if path.stat().st_size != expected.get("bytes"):
@@ -109,7 +109,7 @@ def is_ephemeral(folder: Path) -> bool:
     return isinstance(state, dict) and state.get(EPHEMERAL) is True
 
 
-def commit(beside: Path, folder: Path, keep: int, ephemeral: bool = False) -> None:
+def commit(temporary: Path, folder: Path, keep: int, ephemeral: bool = False) -> None:
     """Give a written checkpoint its name, point `latest` at it, then remove all but the newest `keep` up to it.
 
     Ephemeral ones are not counted, and all before this one are removed. Later ones, of a run that was sent back to an
@@ -117,7 +117,7 @@ def commit(beside: Path, folder: Path, keep: int, ephemeral: bool = False) -> No
     """
     if folder.exists():  # of a run that died between this rename and `latest`, or went back
         _remove(folder)
-    beside.rename(folder)
+    temporary.rename(folder)
     sync_folder(folder.parent)
     point_at(folder)
     run = folder.parent.parent
@@ -168,13 +168,13 @@ def _remove_tree(path: Path) -> None:
 
 
 def fork(run: Path, step: int | None, out: Path) -> int:
-    """Make `out` a new run, with an identity of its own, that goes on from a checkpoint of `run`.
+    """Make `out` a new run, with an identity of its own, that resumes from a checkpoint of `run`.
 
     It gets the checkpoint, the lines of log.jsonl up to it, and the recipe with its own run_dir. `run` is only read.
 
     Args:
         run: a run directory.
-        step: of the checkpoint; None for the one that the run would go on from.
+        step: of the checkpoint; None for the one that the run would resume from.
         out: the new run directory, which must not exist.
 
     Returns:
@@ -192,19 +192,19 @@ def fork(run: Path, step: int | None, out: Path) -> int:
     if out.exists():
         raise UserError(f"{out}: exists already; name a folder that does not")
     recipe = load_recipe(str(run / "recipe.yaml"), [f"run_dir={out}"])
-    beside = out.with_name(f".{out.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
+    temporary = out.with_name(f".{out.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        shutil.copytree(folder, step_folder(beside, step))
-        point_at(step_folder(beside, step))
-        recipe.save(beside / "recipe.yaml")
-        (beside / "log.jsonl").write_text(
+        shutil.copytree(folder, step_folder(temporary, step))
+        point_at(step_folder(temporary, step))
+        recipe.save(temporary / "recipe.yaml")
+        (temporary / "log.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in lines_up_to(run / "log.jsonl", step))
         )
-        EventLog(beside, is_main_process=True).emit(
-            "forked", step, f"{out} goes on from step {step} of {run}", source=str(run)
+        EventLog(temporary, is_main_process=True).emit(
+            "forked", step, f"{out} resumes from step {step} of {run}", source=str(run)
         )
-        beside.rename(out)
+        temporary.rename(out)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return step

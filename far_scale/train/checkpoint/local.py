@@ -58,8 +58,8 @@ def save(
         UserError: the disk is full.
     """
     path = _tensor_file(folder, step, rank, world_size)
-    with atomic_write(path) as beside:
-        written = save_tensors({name: piece.data for name, piece in pieces.items()}, beside)
+    with atomic_write(path) as temporary:
+        written = save_tensors({name: piece.data for name, piece in pieces.items()}, temporary)
     sidecar = {
         "places": _offsets(pieces),
         "file": {path.name: written},

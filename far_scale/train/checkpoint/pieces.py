@@ -127,13 +127,13 @@ def write(folder: Path, pieces: Mapping[str, FlatPiece], group: dist.ProcessGrou
     return files.sums
 
 
-def load(folder: Path, pieces: Mapping[str, FlatPiece], alone: bool = False) -> None:
+def load(folder: Path, pieces: Mapping[str, FlatPiece], single_process: bool = False) -> None:
     """Load `pieces` in place from a checkpoint that was written in any other pieces.
 
     Args:
         folder: the checkpoint.
         pieces: what to load, by the tensors' names.
-        alone: load in this process only, without a process group.
+        single_process: load in this process only, without a process group.
 
     Raises:
         UserError: a tensor is missing, has another size, or cannot be read.
@@ -150,7 +150,7 @@ def load(folder: Path, pieces: Mapping[str, FlatPiece], alone: bool = False) -> 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is intended
             state_dict_loader.load(
-                dict(pieces), storage_reader=Reader(folder, metadata), planner=_LoadPlanner(), no_dist=alone
+                dict(pieces), storage_reader=Reader(folder, metadata), planner=_LoadPlanner(), no_dist=single_process
             )
     except CheckpointException as error:
         raise to_user_error(error, folder) from error
@@ -159,6 +159,6 @@ def load(folder: Path, pieces: Mapping[str, FlatPiece], alone: bool = False) -> 
 def to_user_error(error: CheckpointException, folder: Path) -> UserError:
     """The first rank's failure in one line."""
     cause = next(iter(error.failures.values()))[0]
-    if isinstance(cause, pickle.UnpicklingError):  # PyTorch's own text tells users how to load it anyway
+    if isinstance(cause, pickle.UnpicklingError):  # PyTorch's text describes how to load it unsafely
         return UserError(f"{folder}: a .distcp file holds something else than tensors; use an earlier checkpoint")
     return UserError(f"{folder}: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}")

@@ -45,40 +45,42 @@ def save(
         UserError: on every rank, if one of them could not write, as on a full disk; earlier checkpoints are untouched.
     """
     folder = step_folder(run, step)
-    beside = folder.with_name(folder.name + ".part")
+    temporary = folder.with_name(folder.name + ".part")
     rank = dist.get_rank(group) if dist.is_initialized() else 0
     try:
         with _OnAllRanks(folder, group) as begin:
             if rank == 0:
-                beside.mkdir(parents=True, exist_ok=True)  # so that `clear_parts` finds a folder
-                clear_parts(beside.parent)
-                beside.mkdir()
+                temporary.mkdir(parents=True, exist_ok=True)  # so that `clear_parts` finds a folder
+                clear_parts(temporary.parent)
+                temporary.mkdir()
         begin.check()
         try:
-            written = write(beside, pieces, group)
+            written = write(temporary, pieces, group)
         except CheckpointException as error:
             # PyTorch's writer reports a full disk as an unexpected file position, so check the disk itself.
             needed = sum(piece.data.numel() * piece.data.element_size() for piece in pieces.values())
-            is_full = shutil.disk_usage(beside).free < needed
+            is_full = shutil.disk_usage(temporary).free < needed
             raise (
                 _no_space(folder) if any(all_gather_objects(is_full, group)) else to_user_error(error, folder)
             ) from error
         with _OnAllRanks(folder, group) as sums:
-            unhashed = [path for path in beside.glob(f"__{rank}_*") if path.name not in written]
+            unhashed = [path for path in temporary.glob(f"__{rank}_*") if path.name not in written]
             for path in unhashed:
                 print_warning(f"{folder / path.name}: was not written in order, so it is read again for its SHA-256")
             sums.value = {**written, **checksums(unhashed)}
         parts = sums.check()
         with _OnAllRanks(folder, group) as end:
             if rank == 0:
-                finalize(beside, {"step": step, **state}, {name: sum_ for part in parts for name, sum_ in part.items()})
-                commit(beside, folder, keep, ephemeral=EPHEMERAL in state)
+                finalize(
+                    temporary, {"step": step, **state}, {name: sum_ for part in parts for name, sum_ in part.items()}
+                )
+                commit(temporary, folder, keep, ephemeral=EPHEMERAL in state)
                 end.value = latest_stamp(run)
         stamp: str | None = end.check()[0]
         return stamp
     except UserError:
         if rank == 0:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
