@@ -16,7 +16,10 @@ from far_scale.utils.event_log import read_events
 from harness.processes import Ranks
 
 STEPS = 60
-DRILL = [f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=2", "train.zero_stage=3"]
+DRILL = [
+    f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=2", "train.zero_stage=3", "model.layers=1",
+    "model.heads=1",
+]  # fmt: skip
 RARE = ["checkpoint.every=1000"]  # none but the last and those that a stop asks for
 
 

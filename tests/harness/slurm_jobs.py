@@ -21,7 +21,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL"
 
 # FAR-XL's recipe with a model and a batch that two CPU processes train in seconds.
 TINY = [
-    "model.preset=null", "model.layers=2", "model.heads=2", "model.patch=2", "model.condition=action",
+    "model.preset=null", "model.layers=1", "model.heads=1", "model.patch=2", "model.condition=action",
     "model.classes=4", "data.autoencoder=compact-vizdoom-f8c32", "data.frames=8", "data.frame_stride=1",
     "data.lanes=4", "data.clips_per_pack=2", "data.shuffle_window=4", "data.scaling=channel", "sample.given=4",
     "sample.guidance=1", "train.precision=fp32", "train.compile=false", "log.every=1", "checkpoint.every=10",
