@@ -16,9 +16,7 @@ import yaml
 from safetensors.torch import save, save_file
 
 import far_scale.autoencoder
-from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, load_model_dir, save_model_dir
-from far_scale.data.loader.scaling import LatentScaling
-from far_scale.data.shards.manifest import Manifest
+from far_scale.convert.model_dir import load_model_dir, save_model_dir
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import Processes
 from far_scale.evaluation import batches, metrics, weights
@@ -33,6 +31,7 @@ from far_scale.sampling.sampler import roll_out
 from harness.foreign_sets import adopted, tar_of
 from harness.launch import ROOT
 from harness.processes import launch
+from harness.random_models import write_random_model
 from harness.random_networks import random_lpips
 from harness.refusal import refused
 
@@ -46,18 +45,7 @@ CONFIG = FARConfig(layers=1, heads=1, patch=2, channels=32, window=16, actions=4
 @pytest.fixture(scope="module")
 def model_dir(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of random weights that moves what it is given."""
-    manifest, draw = Manifest.read(recorded_shards), torch.Generator().manual_seed(0)
-    state = {name: torch.randn(x.shape, generator=draw) * 0.05 for name, x in FAR(CONFIG).state_dict().items()}
-    metadata = ModelMetadata(
-        autoencoder=manifest.autoencoder,
-        scaling=LatentScaling.of(manifest, "channel"),
-        latent_shape=manifest.latent_shape,
-        fps=manifest.fps,
-        training=TrainingMetadata(step=3, recipe_hash="r", weights="ema", far_scale="0"),
-    )
-    folder = tmp_path_factory.mktemp("evaluated") / "model"
-    save_model_dir(folder, CONFIG, state, metadata)
-    return folder
+    return write_random_model(tmp_path_factory.mktemp("evaluated") / "model", CONFIG, recorded_shards, std=0.05, step=3)
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, save_model_dir
-from far_scale.data.loader.scaling import LatentScaling
-from far_scale.data.shards.manifest import Manifest
-from far_scale.model import FAR, FARConfig
+from far_scale.model import FARConfig
 from harness.launch import ROOT
+from harness.random_models import write_random_model
 
 CONFIG = FARConfig(layers=1, heads=1, patch=2, context_patch=4, window=4, actions=4)
 
@@ -25,18 +22,7 @@ CONFIG = FARConfig(layers=1, heads=1, patch=2, context_patch=4, window=4, action
 @pytest.fixture(scope="module")
 def model_dir(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights; a fresh model's velocity would be zero."""
-    manifest, draw = Manifest.read(recorded_shards), torch.Generator().manual_seed(0)
-    state = {name: torch.randn(t.shape, generator=draw) * 0.1 for name, t in FAR(CONFIG).state_dict().items()}
-    metadata = ModelMetadata(
-        autoencoder=manifest.autoencoder,
-        scaling=LatentScaling.of(manifest, "channel"),
-        latent_shape=manifest.latent_shape,
-        fps=manifest.fps,
-        training=TrainingMetadata(step=0, recipe_hash="r", weights="ema", far_scale="0"),
-    )
-    folder = tmp_path_factory.mktemp("model") / "model"
-    save_model_dir(folder, CONFIG, state, metadata)
-    return folder
+    return write_random_model(tmp_path_factory.mktemp("model") / "model", CONFIG, recorded_shards, std=0.1, step=0)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
