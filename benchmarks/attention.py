@@ -41,8 +41,9 @@ from far_scale.model.attention import flex, selection
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 
-DENSE, FLEX, LOOP, PLAIN = "dense mask", "FlexAttention", "prefix loop", "plain causal"
-RIVALS = {"dense": DENSE, "flex": FLEX, "loop": LOOP, "plain": PLAIN}
+DENSE, FLEX, FLASH, LOOP, PLAIN = "dense mask", "FlexAttention", "FlexAttention, FLASH", "prefix loop", "plain causal"
+RIVALS = {"dense": DENSE, "flex": FLEX, "flex-flash": FLASH, "loop": LOOP, "plain": PLAIN}
+DEFAULT_RIVALS = tuple(name for name in RIVALS if name != "flex-flash")  # which needs flash-attn-4
 ALLOWED = {"fp32": 1e-4, "bf16": 3e-2}
 ENOUGH = 0.05  # seconds that a timing should last, so that launching and waiting for a GPU count little
 GPU_TOKENS = 32_768
@@ -156,6 +157,7 @@ def makers(case: Case, inputs: Inputs, kernels: Sequence[str], rivals: Sequence[
     of_rivals: dict[str, Callable[[Case, Inputs], Side]] = {
         "dense": dense_mask,
         "flex": FlexAttention,
+        "flex-flash": partial(FlexAttention, backend="FLASH"),
         "loop": prefix_loop,
     }
     for rival, make in of_rivals.items():
@@ -252,7 +254,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--clips", type=count, help="default: as many as have 32,768 tokens on a GPU, 1 on a CPU")
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), help="default: bf16; on a CPU both")
     parser.add_argument("--kernels", nargs="+", help="default: all that are usable here")
-    parser.add_argument("--rivals", nargs="*", choices=tuple(RIVALS), default=tuple(RIVALS), help="default: all")
+    parser.add_argument(
+        "--rivals", nargs="*", choices=tuple(RIVALS), default=DEFAULT_RIVALS, help="default: %(default)s"
+    )
     add_measuring(parser, repeats=10, minutes=5)
     return parser.parse_args()
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -218,7 +218,11 @@ class FlexAttention(Differentiable):
     On a CPU, where it has no backward, only `forward` works, without gradients.
     """
 
-    def __init__(self, case: Case, inputs: Inputs) -> None:
+    def __init__(self, case: Case, inputs: Inputs, backend: Literal["AUTO", "FLASH"] = "AUTO") -> None:
+        """
+        Args:
+            backend: "FLASH" has flash-attn-4 compute it by the same block mask.
+        """
         device = inputs.q.device
         frame = _frame_of_token(case, device)
         same = len(set(case.frame_tokens)) == 1
@@ -232,7 +236,8 @@ class FlexAttention(Differentiable):
         make = torch.compile(create_block_mask) if on_gpu else create_block_mask
         mask = make(visible, None, None, case.tokens, case.tokens, device=str(device))
         compiled = torch.compile(flex_attention, dynamic=False)
-        super().__init__(case, inputs, lambda q, k, v: compiled(q, k, v, block_mask=mask))
+        options = {} if backend == "AUTO" else {"kernel_options": {"BACKEND": backend}}
+        super().__init__(case, inputs, lambda q, k, v: compiled(q, k, v, block_mask=mask, **options))
         if not on_gpu:
             self.leaves = [x.requires_grad_(False) for x in self.leaves]
 

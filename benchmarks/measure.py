@@ -64,10 +64,14 @@ def environment(device: torch.device, more: Mapping[str, str]) -> dict[str, Any]
 
 
 def commit(repository: Path, folder: str = ".") -> str:
-    """The commit of `repository`, and whether tracked files under `folder` differ from it."""
+    """The commit of `repository`, and whether tracked files under `folder` differ from it.
+
+    "unknown" where it is not the top of a git repository: a copy inside another one has not that one's commit.
+    """
     git = ["git", "-C", str(repository)]
+    top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
+    if head.returncode or Path(top.stdout.strip()) != repository.resolve():
         return "unknown"
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", folder], capture_output=True).returncode
     return head.stdout.strip() + (" with changes" if changed else "")

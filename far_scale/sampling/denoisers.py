@@ -14,6 +14,7 @@ from typing import Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from far_scale.model import FAR
 from far_scale.model.far import patchify, unpatchify
@@ -22,6 +23,10 @@ from far_scale.model.layout import AttentionPlan, FrameGroup, Prefix, Spans
 from far_scale.sampling.cache import MultiLevelCache
 from far_scale.sampling.cuda_graphs import CUDAGraphRunner, GraphPool
 from far_scale.train.flow_matching import CLEAN, CLEAN_CONTEXT
+
+SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Without cuDNN, which PyTorch prefers on H100s: it builds a plan for each new number of keys, that is for each frame,
+in 0.3 s (benchmarks/results/2026-11-26-gpu-h100.md)."""
 
 
 class Denoiser(Protocol):
@@ -203,12 +208,13 @@ class CachedDenoiser:
         """`velocity` of x `[B, C, H, W]`, from a step's condition `[R, E]` and modulations `[layers, 2, R, 3 E]`."""
         model, config, slot = self._model, self._model.config, self._window_frames
         tokens = model.patch_embedding(patchify(x.to(self._dtype), config.patch).repeat(self._copies, 1, 1))
-        for layer, (block, (attention, mlp)) in enumerate(zip(self._blocks, modulations, strict=True)):
-            shift, scale, gate = attention.chunk(3, dim=-1)
-            q, k, v = block.attention.project(modulated_norm(tokens, scale, shift), self._rotation)
-            self._cache.write_window(layer, slot, k, v)
-            keys, values = self._cache.visible(layer, slot + 1, self._context_frames)
-            q, keys, values = (part.transpose(1, 2) for part in (q.unflatten(0, (self._rows, -1)), keys, values))
-            seen = F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2)
-            tokens = block.add_mlp(gated_residual(tokens, gate, block.attention.out(seen)), mlp)
+        with sdpa_kernel(SDPA_BACKENDS):
+            for layer, (block, (attention, mlp)) in enumerate(zip(self._blocks, modulations, strict=True)):
+                shift, scale, gate = attention.chunk(3, dim=-1)
+                q, k, v = block.attention.project(modulated_norm(tokens, scale, shift), self._rotation)
+                self._cache.write_window(layer, slot, k, v)
+                keys, values = self._cache.visible(layer, slot + 1, self._context_frames)
+                q, keys, values = (part.transpose(1, 2) for part in (q.unflatten(0, (self._rows, -1)), keys, values))
+                seen = F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2)
+                tokens = block.add_mlp(gated_residual(tokens, gate, block.attention.out(seen)), mlp)
         return unpatchify(model.output(tokens, condition), self._size, config.patch).float()

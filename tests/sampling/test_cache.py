@@ -144,6 +144,22 @@ def test_the_cache_size_is_known_beforehand() -> None:
     assert held == 2 * 3 * 4 * layout.tokens * 128 * 4
 
 
+def test_cudnn_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it would build a plan for each new frame."""
+    attention, enabled = torch.nn.functional.scaled_dot_product_attention, []
+
+    def recorded_attention(*args: torch.Tensor) -> torch.Tensor:
+        cuda = torch.backends.cuda
+        enabled.append((cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()))
+        return attention(*args)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded_attention)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    roll_out(trained_like(), given(2), SamplingConfig(frames=1, steps=STEPS))
+    assert set(enabled) == {(False, True, True)}
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_on_a_gpu_the_cache_changes_nothing_either(dtype: torch.dtype) -> None:
