@@ -53,7 +53,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         for known, peak in BF16_PEAKS.items():
             if known in name:
                 return peak
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 512
     a = torch.ones(size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(6):

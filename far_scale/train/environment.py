@@ -29,6 +29,7 @@ from far_scale.utils.io import JsonlWriter, read_json, write_json
 
 NAME, HISTORY = "environment.json", "environments.jsonl"
 _VARIABLES = re.compile(r"(NCCL|GLOO|SLURM|CUDA|TORCH|PYTORCH|UCX|FI)_\w+|OMP_NUM_THREADS")
+_HEADER = re.compile(r"^(Name|Version): *(\S+)", re.MULTILINE)
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|JWT|CREDENTIAL|AUTH")
 _LOGIN = re.compile(r"(?<=://)[^/\s@]*@")  # user and password in a URL
 _JOB_PREFIX = "SLURM_"  # variables that differ in each start
@@ -106,8 +107,14 @@ def environment(nodes: Sequence[Node], step: int) -> dict[str, Any]:
 
 def packages() -> dict[str, str]:
     """Versions of all installed distributions by name, as `pip freeze` has them."""
-    versions = ((package.name, package.version) for package in importlib.metadata.distributions())
-    return dict(sorted(((name, version) for name, version in versions if name), key=lambda item: item[0].lower()))
+    versions = {}
+    for package in importlib.metadata.distributions():
+        # Not `package.name`: Python's parser of e-mails would read the package's whole README.
+        text = package.read_text("METADATA") or package.read_text("PKG-INFO") or ""
+        header = dict(_HEADER.findall(text.partition("\n\n")[0]))
+        if "Name" in header and "Version" in header:
+            versions[header["Name"]] = header["Version"]
+    return dict(sorted(versions.items(), key=lambda item: item[0].lower()))
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:

@@ -238,7 +238,7 @@ def skip_events(run: Path) -> list[dict]:
 @pytest.mark.slow
 def test_training_continues_and_resumes_exactly(recorded_shards: Path, tmp_path: Path) -> None:
     shards = damaged_copy(recorded_shards, tmp_path / "set")
-    key, budget = row(shards, 1, 0)[0], ["data.max_damaged_samples=60", "optimizer.schedule=constant"]
+    key, budget = row(shards, 1, 0)[0], ["data.max_damaged_samples=60", "optimizer.schedule=constant", "train.steps=20"]
     whole, parts = tmp_path / "whole/run", tmp_path / "parts/run"
     for run in (whole, parts):
         run.parent.mkdir()

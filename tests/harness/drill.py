@@ -15,7 +15,7 @@ from far_scale.train.checkpoint import FlatPiece
 from far_scale.utils.event_log import read_events
 from harness.processes import Ranks
 
-STEPS = 60
+STEPS = 40
 DRILL = [
     f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=2", "train.zero_stage=3", "model.layers=1",
     "model.heads=1",

@@ -6,14 +6,16 @@ has started. Every connection to SOCKET is one program: a line of JSON with `arg
 and the three standard streams as file descriptors. The answers are {"pid": N} and {"status": S}, as in `subprocess`.
 A connection that is closed before kills its program.
 
-far_scale itself is not loaded here: a program finds it by its own PYTHONPATH, and may patch it before it runs.
+far_scale is loaded, too, from this checkout. A program that finds another one by its PYTHONPATH loads that instead.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
+import importlib.machinery
 import io
 import json
 import os
@@ -22,12 +24,16 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 from typing import Any
 
 PRELOAD = (
     "torch._dynamo", "torch._inductor.compile_fx", "torch.nn.attention.flex_attention", "torch.distributed.checkpoint",
-    "deepspeed", "torchmetrics.functional.image", "matplotlib.pyplot", "safetensors.torch", "pydantic", "yaml", "tqdm",
+    "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torchmetrics.functional.image", "matplotlib.pyplot",
+    "safetensors.torch", "far_scale.train.loop", "far_scale.train.lease", "far_scale.train.plan",
+    "far_scale.train.profiler", "far_scale.evaluation.validation_videos", "far_scale.autoencoder.training.loop",
 )  # fmt: skip
+CHECKOUT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SIGNALS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
 
 
@@ -155,28 +161,63 @@ def run(request: dict[str, Any]) -> None:
     if first == "-m":
         sys.path[:] = [os.getcwd(), *own, *request["paths"]]
         sys.argv[:] = rest
+        unload_other_far_scale()
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif first == "-c":
         sys.path[:] = ["", *own, *request["paths"]]
         sys.argv[:] = ["-c", *rest[1:]]
+        unload_other_far_scale()
         main = type(sys)("__main__")
         sys.modules["__main__"] = main
         exec(compile(rest[0], "<string>", "exec"), main.__dict__)
     else:
-        sys.path[:] = [os.path.dirname(os.path.abspath(first)), *own, *request["paths"]]
+        folder = first if os.path.isdir(first) else os.path.dirname(os.path.abspath(first))
+        sys.path[:] = [folder, *own, *request["paths"]]
         sys.argv[:] = [first, *rest]
+        unload_other_far_scale()
         runpy.run_path(first, run_name="__main__")
 
 
+def unload_other_far_scale() -> None:
+    """Forget far_scale where `sys.path` leads to another copy of it, or to none."""
+    found = importlib.machinery.PathFinder.find_spec("far_scale", sys.path)
+    if found is None or found.origin is None or not found.origin.startswith(CHECKOUT + os.sep):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "far_scale"]:
+            del sys.modules[name]
+
+
+def end(status: Any) -> None:
+    """What Python does at its end, but for taking apart all modules: that copies the memory that was shared so far."""
+    if not isinstance(status, int):
+        if status is not None:
+            print(status, file=sys.stderr)
+        status = 0 if status is None else 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.flush()
+    os._exit(status & 0xFF)
+
+
 def main() -> None:
+    sys.path.insert(0, CHECKOUT)
     for name in PRELOAD:
         importlib.import_module(name)
+    sys.path.remove(CHECKOUT)
+    _ = sys.modules["deepspeed.ops"].__compatible_ops__  # found out at the first access, by a compiler
     gc.freeze()  # the children do not touch, and so do not copy, what is loaded
     server = Server(sys.argv[1])
     print("ready", flush=True)
     if (request := server.serve()) is not None:
         del server
-        run(request)
+        status: Any = 0
+        try:
+            run(request)
+        except SystemExit as exit:
+            status = exit.code
+        end(status)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def main() -> None:
         run = out / f"{name}-{after}"
         if processes.is_main_process:
             shutil.copytree(out / name, run)
-            (run / "checkpoints" / "latest").write_text("step-00000010\n")
+            (run / "checkpoints" / "latest").write_text("step-00000005\n")
         dist.barrier()
         train_layout(shards, run, overrides, processes)
     stop_processes()

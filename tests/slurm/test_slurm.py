@@ -27,6 +27,7 @@ TWO_NODES = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1 -
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with started_cluster(tmp_path_factory.mktemp("jobs")) as cluster:
+        cluster.fork_python()
         yield cluster
 
 

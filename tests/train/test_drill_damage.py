@@ -23,7 +23,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
 ) -> None:
     run = tmp_path / "run"
     arguments = small_recipe(recorded_shards, run, *DRILL)
-    kill_after_checkpoint(start_training(2, arguments, tmp_path / "out"), run, 20)
+    kill_after_checkpoint(start_training(2, arguments, tmp_path / "out"), run, 10)
     newest = saved_step(run)
     file = checkpoint.step_folder(run, newest) / "__1_0.distcp"
     if harm == "truncated":
@@ -53,15 +53,15 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(
         pytest.skip("mounting is not allowed here")
     try:
         run, filler = disk / "run", disk / "filler"
-        arguments = small_recipe(recorded_shards, run, *DRILL, "checkpoint.every=20")
+        arguments = small_recipe(recorded_shards, run, *DRILL, "checkpoint.every=10")
         launch = start_training(2, arguments, tmp_path / "out")
-        assert wait_until(lambda: saved_step(run) == 20)
+        assert wait_until(lambda: saved_step(run) == 10)
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:  # to the last byte: logs do not fit either
                 file.write(bytes(1 << 16))
         assert wait_until(lambda: "no checkpoint: " in (tmp_path / "out").read_text())
         filler.unlink()  # at once: the next save is not far
-        assert saved_step(run) == 20 and checkpoint.damage(checkpoint.step_folder(run, 20)) is None
+        assert saved_step(run) == 10 and checkpoint.damage(checkpoint.step_folder(run, 10)) is None
         assert launch.wait() == [0, 0], (tmp_path / "out").read_text()[-2000:]
         assert all("no space left on this disk" in event["text"] for event in events(run, "save-failed"))
         assert 1 <= len(events(run, "save-failed")) <= 2

@@ -21,34 +21,34 @@ def test_a_nan_is_skipped_and_the_curve_goes_on(undisturbed: Path, recorded_shar
     for run in runs:
         arguments = small_recipe(recorded_shards, run, *DRILL)
         if run.name == "killed":
-            kill_after_checkpoint(start_training(2, arguments, tmp_path / f"{run.name}.out", [(32, 3)]), run, 30)
-        assert start_training(2, arguments, tmp_path / f"{run.name}.out", [(32, 3)]).wait() == [0, 0]
+            kill_after_checkpoint(start_training(2, arguments, tmp_path / f"{run.name}.out", [(17, 3)]), run, 15)
+        assert start_training(2, arguments, tmp_path / f"{run.name}.out", [(17, 3)]).wait() == [0, 0]
         skipped = events(run, "skipped")
-        assert {event["step"] for event in skipped} == {32} and skipped[0]["reason"] == "the loss is not finite"
+        assert {event["step"] for event in skipped} == {17} and skipped[0]["reason"] == "the loss is not finite"
         (lane,) = skipped[0]["lanes"]
-        assert lane["lane"] == 3 and lane["keys"] == trained_on(undisturbed.parent / "out")[31, 3]
+        assert lane["lane"] == 3 and lane["keys"] == trained_on(undisturbed.parent / "out")[16, 3]
     lines = [json.loads(line) for line in (runs[0] / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["loss"] is None] == [32]
+    assert [line["step"] for line in lines if line["loss"] is None] == [17]
     assert lines[-1]["skipped"] == 1 and len(lines) == STEPS
-    assert losses(runs[0])[:31] == losses(undisturbed)[:31]
+    assert losses(runs[0])[:16] == losses(undisturbed)[:16]
     assert abs(losses(runs[0])[-1] / losses(undisturbed)[-1] - 1) < 0.05
     assert_same_run(runs[1], runs[0])
 
 
 def test_too_many_in_a_row_go_back_to_the_last_checkpoint(recorded_shards: Path, tmp_path: Path) -> None:
-    """Four from step 33 on, known after step 37, which goes back to the weights of step 30; through a kill, too."""
-    bad = [(step, 1) for step in range(33, 37)]
+    """Four from step 18 on, known after step 22, which goes back to the weights of step 15; through a kill, too."""
+    bad = [(step, 1) for step in range(18, 22)]
     runs = [tmp_path / name for name in ("whole", "killed")]
     for run in runs:
         arguments = small_recipe(recorded_shards, run, *DRILL, "faults.skipped_in_row=4")
         if run.name == "killed":
-            kill_after_checkpoint(start_training(2, arguments, tmp_path / f"{run.name}.out", bad), run, 30)
+            kill_after_checkpoint(start_training(2, arguments, tmp_path / f"{run.name}.out", bad), run, 15)
         assert start_training(2, arguments, tmp_path / f"{run.name}.out", bad).wait() == [0, 0]
         back = events(run, "rolled-back")
-        assert {(event["step"], event["weights_of"]) for event in back} == {(37, 30)}
-        assert [event["step"] for event in events(run, "saved") if 30 <= event["step"] <= 40][-2:] == [37, 40]
+        assert {(event["step"], event["weights_of"]) for event in back} == {(22, 15)}
+        assert [event["step"] for event in events(run, "saved") if 15 <= event["step"] <= 25][-2:] == [22, 25]
     state = checkpoint.read_state(checkpoint.step_folder(runs[0], STEPS))
-    assert state["guard"]["updates"] == 30 + STEPS - 37 and state["guard"]["skipped"] == 4
+    assert state["guard"]["updates"] == 15 + STEPS - 22 and state["guard"]["skipped"] == 4
     assert_same_run(runs[1], runs[0])
 
 

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 def test_twenty_kills_change_nothing(undisturbed: Path, recorded_shards: Path, tmp_path: Path) -> None:
     """-9 for any rank at random moments: in start-up, in a step and, every other time, in the middle of a save."""
     run, chance = tmp_path / "run", random.Random(0)
-    arguments = small_recipe(recorded_shards, run, *DRILL)
+    arguments = small_recipe(recorded_shards, run, *DRILL, "checkpoint.every=2")
     while_saving = 0
     for kill in range(20):
         launch = start_training(2, arguments, tmp_path / "out")
@@ -65,7 +65,7 @@ def test_other_rank_counts_and_stages_train_on_the_same_batches(
 ) -> None:
     """2 ranks, 1, 2 again; ZeRO-3, 1, 2: with optimizer and EMA, through a checkpoint each."""
     run, out = tmp_path / "run", tmp_path / "out"
-    for ranks, stage, until in ((2, 3, 20), (1, 1, 40)):
+    for ranks, stage, until in ((2, 3, 10), (1, 1, 25)):
         arguments = small_recipe(recorded_shards, run, *DRILL, f"train.zero_stage={stage}")
         kill_after_checkpoint(start_training(ranks, arguments, out), run, until)
     arguments = small_recipe(recorded_shards, run, *DRILL, "train.zero_stage=2")
@@ -114,9 +114,9 @@ def test_a_node_local_checkpoint_is_gone_on_from_where_it_is_newer(
         launch.wait()
         return local_step()
 
-    first = killed_at_local(20)
+    first = killed_at_local(10)
     assert saved_step(run) == 0, "there is no other checkpoint"
-    second = killed_at_local(40)
+    second = killed_at_local(25)
     resumed = [(event["step"], event["text"]) for event in events(run, "resumed")]
     assert resumed[0][0] == first and str(node) in resumed[0][1]
     # A file that is damaged counts as not there: the one before is taken on all ranks.

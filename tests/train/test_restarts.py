@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,12 +14,12 @@ import pytest
 
 from far_scale.utils.event_log import read_events
 from harness.launch import ROOT, environment, free_port, small_recipe
-from harness.processes import server_path, start_training
+from harness.processes import Process, server_path, start, start_training
 
 pytestmark = pytest.mark.slow
 
-STEPS = 40
-MORE = [f"train.steps={STEPS}", "checkpoint.every=5", "model.layers=1", "model.heads=1", "optimizer.warmup_steps=1"]
+STEPS = 20
+MORE = [f"train.steps={STEPS}", "checkpoint.every=2", "model.layers=1", "model.heads=1", "optimizer.warmup_steps=1"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def agents(kind: str) -> Iterator[list[str]]:
             yield ["--nnodes=2", "--nproc_per_node=1", *meeting.split()]
 
 
-def worker_of(agent: subprocess.Popen[bytes]) -> int | None:
+def worker_of(agent: Process) -> int | None:
     """The youngest training process that an agent has started."""
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     alive = [pid for pid in children if b"far_scale.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -71,12 +70,11 @@ def test_restarted_by_torchrun_it_goes_on(
     worker = ["--no-python", sys.executable, str(ROOT / "tests/harness/forked.py"), "-m", "far_scale.train"]
     train = [*worker, *small_recipe(recorded_shards, run, *MORE)]
     own = {**environment(), "FORK_SERVER": server_path()}
-    started = []
+    started: list[Process] = []
     try:
         for number, options in enumerate(agents(kind)):
-            command = [sys.executable, "-m", "torch.distributed.run", "--max_restarts=3", *options, *train]
-            output = (tmp_path / f"out-{number}").open("wb")
-            started.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT))
+            torchrun = ["-m", "torch.distributed.run", "--max_restarts=3", *options, *train]
+            started.append(start(*torchrun, env=own, output=tmp_path / f"out-{number}"))
         end = time.monotonic() + 240
         for death, number in enumerate(signals):
             while len([event for event in read_events(run) if event["event"] == "saved"]) < 2 * (death + 1):

@@ -51,11 +51,11 @@ def write_twice(shards: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every layout for 20 steps, and again from another one's checkpoint of step 10."""
+    """Every layout for 10 steps, and again from another one's checkpoint of step 5."""
     out = tmp_path_factory.mktemp("sharding")
     more = f"data.lanes=16 train.steps=4 data.shards={write_twice(recorded_shards, out / 'shards')}"
     packs = {name: f"{overrides} {more}" for name, overrides in PACKS.items()}
-    validated = f"validation.every=20 validation.clips=4 validation.shards={recorded_shards}"
+    validated = f"validation.every=10 validation.clips=4 validation.shards={recorded_shards}"
     asked = {**{name: f"{overrides} {validated}" for name, overrides in LAYOUTS.items()}, **packs}
     layouts = ",".join(f"{name} {overrides}" for name, overrides in asked.items())
     worker = ROOT / "tests/harness/sharding_worker.py"
