@@ -27,23 +27,19 @@ check_style() {
 
 bash tools/setup_env.sh
 export PATH="$PWD/.venv/bin:$PATH"
-# Test files are spread over processes, each on one thread; three, since many tests wait for other processes or SLURM.
-in_parallel=(-n 3 --dist loadfile --no-loadscope-reorder)
+# Test files are spread over processes, each on one thread; four, since many tests wait for other processes or SLURM.
+in_parallel=(-n 4 --dist loadfile --no-loadscope-reorder)
+
+check_and_test() { # check_and_test PYTEST_ARGUMENTS...
+    check_style
+    mypy far_scale tools &
+    local types=$!
+    OMP_NUM_THREADS=1 python -m pytest -q "${in_parallel[@]}" "$@"
+    wait "$types"
+}
 
 case "${1-}" in
-    "")
-        check_style
-        mypy far_scale tools
-        OMP_NUM_THREADS=1 exec python -m pytest -q "${in_parallel[@]}"
-        ;;
-    --fast)
-        check_style
-        mypy far_scale tools &
-        types=$!
-        OMP_NUM_THREADS=1 python -m pytest -q "${in_parallel[@]}" -m "not slow" "${@:2}"
-        wait "$types"
-        ;;
-    *)
-        exec python -m pytest -q "$@"
-        ;;
+    "") check_and_test ;;
+    --fast) check_and_test -m "not slow" "${@:2}" ;;
+    *) exec python -m pytest -q "$@" ;;
 esac

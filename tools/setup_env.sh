@@ -77,7 +77,8 @@ if has_gpu && has_cuda_torch "$PYTHON"; then
 fi
 timed "virtual environment in $VENV from $("$PYTHON" --version)" "$PYTHON" -m venv "${VENV_OPTIONS[@]}" "$VENV"
 
-PIP=("$VENV/bin/python" -m pip install -qq --disable-pip-version-check)
+# Without bytecode, which takes a minute for all files; Python writes it for what is loaded.
+PIP=("$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-compile)
 LOCK=()
 if ! has_gpu; then
     LOCK=(--constraint requirements/cpu.txt) # the versions that the tests are known to pass with

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,8 +19,10 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.data.shards.table import ShardTable
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
+from harness.drill import wait_until
 from harness.latent_sets import make_sample, write_set
-from harness.launch import ROOT, environment
+from harness.launch import ROOT
+from harness.processes import start
 from harness.remote_sets import served, sizes_seen
 
 FRAMES = [20 + number % 5 for number in range(24)]
@@ -36,20 +36,28 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def reader(url: str, cache: Path, limit: int, samples: list[tuple[int, int]]) -> subprocess.Popen[str]:
-    order = " ".join(f"{shard}.{sample}" for shard, sample in samples)
-    command = [sys.executable, str(READER), url, str(cache), str(limit), order]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+class Reader:
+    """A process that reads `samples`, and prints a line for each."""
 
+    def __init__(self, url: str, cache: Path, limit: int, samples: list[tuple[int, int]]) -> None:
+        self.samples, folder = samples, Path(tempfile.mkdtemp(dir=cache.parent))
+        self.output, self.errors = folder / "output", folder / "errors"
+        order = " ".join(f"{shard}.{sample}" for shard, sample in samples)
+        self.process = start(READER, url, cache, limit, order, output=self.output, errors=self.errors)
 
-def right(output: str, samples: list[tuple[int, int]]) -> None:
-    """Check a reader's lines against the samples that were written."""
-    lines = [json.loads(line) for line in output.splitlines()]
-    assert len(lines) == len(samples)
-    for (shard, sample), line in zip(samples, lines, strict=True):
-        number = 2 * shard + sample
-        made = make_sample(number, FRAMES[number]).latents.float()
-        assert line == [shard, sample, made.sum().item(), number]
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def assert_right(self) -> None:
+        """It ends well, and what it read are the samples that were written."""
+        assert self.process.wait(60) == 0, self.errors.read_text()
+        lines = [json.loads(line) for line in self.output.read_text().splitlines()]
+        assert len(lines) == len(self.samples)
+        for (shard, sample), line in zip(self.samples, lines, strict=True):
+            number = 2 * shard + sample
+            made = make_sample(number, FRAMES[number]).latents.float()
+            assert line == [shard, sample, made.sum().item(), number]
 
 
 @pytest.mark.slow
@@ -69,12 +77,10 @@ def test_three_processes_share_a_cache_smaller_than_the_set(folder: Path, tmp_pa
         server.watch = lambda name: (
             name in digests and (cache / digests[name]).exists() and asked_though_there.append(name)
         )
-        processes = [reader(server.url, cache, limit, samples) for samples in orders]
-        seen = sizes_seen(cache, lambda: all(process.poll() is not None for process in processes))
-        for process, samples in zip(processes, orders, strict=True):
-            output, errors = process.communicate(timeout=60)
-            assert process.returncode == 0, errors
-            right(output, samples)
+        readers = [Reader(server.url, cache, limit, samples) for samples in orders]
+        seen = sizes_seen(cache, lambda: all(reader.process.poll() is not None for reader in readers))
+        for reader in readers:
+            reader.assert_right()
         assert max(seen) <= limit + 3 * max(sizes)
         assert max(server.asked.values()) > 3, "what was evicted was fetched again"
         assert not asked_though_there, "and nothing while it was there"
@@ -86,11 +92,8 @@ def test_three_processes_share_a_cache_smaller_than_the_set(folder: Path, tmp_pa
 def test_a_set_that_fits_is_fetched_once_by_all_processes(folder: Path, tmp_path: Path) -> None:
     samples = [divmod(number, 2) for number in range(24)]
     with served(folder) as server:
-        processes = [reader(server.url, tmp_path / "cache", GB, samples) for _ in range(3)]
-        for process in processes:
-            output, errors = process.communicate(timeout=60)
-            assert process.returncode == 0, errors
-            right(output, samples)
+        for reader in [Reader(server.url, tmp_path / "cache", GB, samples) for _ in range(3)]:
+            reader.assert_right()
         assert {count for name, count in server.asked.items() if name != "manifest.json"} == {1}
         assert len(server.asked) == 25
 
@@ -100,19 +103,16 @@ def test_a_process_killed_while_fetching_harms_no_other(folder: Path, tmp_path: 
     cache = tmp_path / "cache"
     with served(folder) as server:
         server.fails["shard-000003.tar"] = (1, "hang")
-        victim = reader(server.url, cache, GB, [(3, 0)])
+        victim = Reader(server.url, cache, GB, [(3, 0)])
         while not server.asked["shard-000003.tar"]:
             time.sleep(0.01)
-        waiting = reader(server.url, cache, GB, [(3, 1), (4, 0)])  # for the same file, until the lock is free
+        waiting = Reader(server.url, cache, GB, [(3, 1), (4, 0)])  # for the same file, until the lock is free
         while server.asked["manifest.json"] != 2:
             time.sleep(0.01)
         time.sleep(0.3)
-        assert server.asked["shard-000003.tar"] == 1 and waiting.poll() is None
-        victim.send_signal(signal.SIGKILL)
-        victim.communicate()
-        output, errors = waiting.communicate(timeout=60)
-        assert waiting.returncode == 0, errors
-        right(output, [(3, 1), (4, 0)])
+        assert server.asked["shard-000003.tar"] == 1 and waiting.process.poll() is None
+        victim.kill()
+        waiting.assert_right()
         assert server.asked["shard-000003.tar"] == 2 and not list(cache.glob("*.part"))
 
 
@@ -136,20 +136,15 @@ def test_killed_at_random_moments(folder: Path, tmp_path: Path) -> None:
     dice = random.Random(5)
     with served(folder) as server:
         for _ in range(2):
-            victims = [reader(server.url, cache, limit, dice.sample(samples, len(samples))) for _ in range(2)]
-            for victim in victims:
-                assert victim.stdout is not None and victim.stdout.readline()
+            victims = [Reader(server.url, cache, limit, dice.sample(samples, len(samples))) for _ in range(2)]
+            assert wait_until(lambda victims=victims: all(victim.output.stat().st_size for victim in victims))
             time.sleep(dice.uniform(0, 0.3))
             for victim in victims:
                 victim.kill()
-                victim.communicate()
         for path in cache.iterdir():
             if len(path.name) == 64:
                 assert sha256(path) == path.name
-        last = reader(server.url, cache, limit, samples[:24])
-        output, errors = last.communicate(timeout=60)
-        assert last.returncode == 0, errors
-        right(output, samples[:24])
+        Reader(server.url, cache, limit, samples[:24]).assert_right()
 
 
 def test_least_recently_used_file_is_evicted_and_stays_readable_while_open(folder: Path, tmp_path: Path) -> None:

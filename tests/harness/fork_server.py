@@ -28,10 +28,13 @@ import threading
 from typing import Any
 
 PRELOAD = (
-    "torch._dynamo", "torch._inductor.compile_fx", "torch.nn.attention.flex_attention", "torch.distributed.checkpoint",
-    "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torchmetrics.functional.image", "matplotlib.pyplot",
+    "torch._dynamo", "torch._inductor.compile_fx", "torch._subclasses.schema_check_mode",
+    "torch.nn.attention.flex_attention", "torch.distributed.checkpoint", "torch.utils.serialization.config",
+    "deepspeed", "deepspeed.module_inject.auto_ep_config", "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer", "torchmetrics.functional.image", "matplotlib.pyplot",
     "safetensors.torch", "far_scale.train.loop", "far_scale.train.lease", "far_scale.train.plan",
     "far_scale.train.profiler", "far_scale.evaluation.validation_videos", "far_scale.autoencoder.training.loop",
+    "far_scale.utils.command_line",
 )  # fmt: skip
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SIGNALS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)

@@ -105,7 +105,9 @@ def test_one_graph_for_all_layers_and_packs(checkpointing: str, monkeypatch: pyt
     compiled = torch.compile(layers._layer, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(layers, "_compiled_layer", lambda: compiled)
     model, graphs = trained_like(LONG), []
-    for clip_frames in PACKS:
+    # Each graph takes seconds to compile: only "none" has those of packs without any context.
+    packs = [pack for pack in PACKS if checkpointing == "none" or max(pack) > LONG.window]
+    for clip_frames in packs:
         model.configure_execution()
         plain = outputs(model, clip_frames)
         model.configure_execution(compiled=True, checkpointing=checkpointing)
@@ -120,7 +122,7 @@ def test_one_graph_for_all_layers_and_packs(checkpointing: str, monkeypatch: pyt
     outputs(model, PACKS[-1])
     assert len(calls) == (2 * LONG.layers - 1) * (2 if checkpointing == "full" else 1)
     # Without any context: the last layer is another one. With a context: the first layer's is a view, too.
-    assert graphs == [2, 3, 0, 0, 0, 0, 0]
+    assert graphs == ([2, 3, 0, 0, 0, 0, 0] if packs == PACKS else [2, 0, 0, 0])
     torch._dynamo.reset()
 
 
