@@ -35,7 +35,7 @@ setup(
     packages=find_packages(include=["far_scale", "far_scale.*"]),
     cmdclass={"build_py": BuildWithRecipes},
     entry_points={"console_scripts": ["far-scale = far_scale.cli.main:main"]},
-    package_data={"far_scale": ["py.typed"], "far_scale.autoencoder": ["weights/*"]},
+    package_data={"far_scale": ["py.typed"], "far_scale.autoencoder": ["weights/*"], "far_scale.play": ["static/*"]},
     install_requires=[
         "torch>=2.9,<2.16",
         "deepspeed>=0.19,<0.20",
@@ -60,6 +60,15 @@ setup(
         "wandb": ["wandb>=0.18"],
         "dcae": ["diffusers>=0.33"],
         "demo": ["vizdoom>=1.2.4"],
-        "dev": ["diffusers>=0.33", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=1.13", "types-PyYAML"],
+        "play": ["aiohttp>=3.10,<4"],
+        "dev": [
+            "aiohttp>=3.10,<4",
+            "diffusers>=0.33",
+            "pytest>=8.0",
+            "pytest-xdist>=3.5",
+            "ruff>=0.9",
+            "mypy>=1.13",
+            "types-PyYAML",
+        ],
     },
 )

@@ -15,6 +15,7 @@ PACKAGE = Path(far_scale.__file__).parent
 
 LAYERS = (
     "far_scale.cli",
+    "far_scale.play",
     "far_scale.slurm",
     "far_scale.evaluation",
     "far_scale.sampling",

@@ -41,6 +41,7 @@ COMMANDS: dict[str, Command] = dict(
         _tool("export-checkpoint", "export a checkpoint as a model directory or official file"),
         _tool("import-checkpoint", "import official weights, of a model or of DC-AE"),
         _tool("sample", "predict how videos continue"),
+        _tool("play", "walk through a learned world in the browser"),
         _tool("evaluate", "compute FVD, LPIPS, PSNR and SSIM by a protocol"),
         _tool("report-run", "sample from a run's model and plot its losses"),
         _tool("metric-weights", "get the networks of FVD and LPIPS"),

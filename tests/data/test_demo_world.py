@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from far_scale.data.demo import episodes as demo
 from far_scale.data.demo.episodes import record_episode, record_episodes
 from far_scale.data.demo.explorer import FORWARD, LEFT, NOOP, RIGHT, Explorer
 from far_scale.data.demo.maze import CELL, Maze, cell_centre, map_text, wad_bytes
+from far_scale.data.demo.world import DemoWorld
 from far_scale.data.video.videos import Video, read_video
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import generator
@@ -62,13 +62,14 @@ def test_an_action_leads_to_its_frame(episode: Video) -> None:
 
 def test_turns_and_noops_leave_the_player_in_place_and_steps_are_equally_long() -> None:
     maze = Maze(2, frozenset({frozenset({(0, 0), (1, 0)}), frozenset({(0, 0), (0, 1)})}))
-    with demo._game(map_text(maze, generator(0, "test"), (0, 0), angle=0)) as game:
-        poses, pictures = [np.array(game.get_state().game_variables)], [game.get_state().screen_buffer.copy()]
+    with DemoWorld(maze, map_text(maze, generator(0, "test"), (0, 0), angle=0)) as world:
+        poses, pictures = [world.variables], [world.frame()]
         script = [FORWARD, LEFT, RIGHT, FORWARD, NOOP, *[LEFT] * 16, RIGHT]
         for action in script:
-            demo._move(game, action)
-            poses.append(np.array(game.get_state().game_variables))
-            pictures.append(game.get_state().screen_buffer.copy())
+            pictures.append(world.step(action))
+            poses.append(world.variables)
+        world.restart()
+        assert np.array_equal(world.variables, poses[0]) and np.array_equal(world.frame(), pictures[0])
     expected = {NOOP: 0.0, LEFT: 22.5, RIGHT: -22.5, FORWARD: 0.0}
     for action, before, after in zip(script, poses, poses[1:], strict=False):
         moved = math.dist(before[:2], after[:2])

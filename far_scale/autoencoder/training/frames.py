@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from far_scale.autoencoder.training.recipe import EpisodeData, VideoData
-from far_scale.data.demo.episodes import SIZE, record_episodes
+from far_scale.data.demo.episodes import record_episodes
+from far_scale.data.demo.world import SIZE
 from far_scale.data.video.containers import BadVideo
 from far_scale.data.video.sources import Source, find_sources
 from far_scale.data.video.videos import read_video
