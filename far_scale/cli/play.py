@@ -14,7 +14,6 @@ from urllib.parse import quote
 from far_scale.play.headless import parse_actions, play_actions, replay
 from far_scale.play.recording import read_recording
 from far_scale.play.world import World, open_world
-from far_scale.sampling.config import SamplingConfig
 from far_scale.utils.command_line import at_least, command_line
 from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import check_writable
@@ -103,7 +102,7 @@ def _serve(args: argparse.Namespace) -> None:
 
     access = Access(args.host, args.token)
     world = open_world(args.model_dir, args.start, _threads())
-    SamplingConfig(1, args.steps, args.guidance, args.seed).check(world.model.config)
+    world.sampling(args.seed, args.steps, args.guidance)  # errors come before the page
 
     def announce(port: int) -> None:
         host = f"[{args.host}]" if ":" in args.host else args.host

@@ -10,7 +10,7 @@ from typing import Any
 
 from aiohttp import web
 
-MAX_TEXTS = 32  # a client that reads so few has stopped reading
+MAX_TEXTS = 32  # a client for which more wait has stopped reading
 SEND_SECONDS = 10.0  # for one message to a client
 CHECK_SECONDS = 5.0
 
@@ -23,17 +23,14 @@ class Outbox:
     """Bounded: putting never waits. A frame that has not been sent is replaced by the next."""
 
     def __init__(self) -> None:
-        self._texts: deque[str] = deque()
+        self._texts: deque[str] = deque(maxlen=MAX_TEXTS)
         self._frame: bytes | None = None
         self._filled = asyncio.Event()
-        self._overflowed = False
+        self._is_last = False
 
     def put_text(self, message: dict[str, Any]) -> None:
-        """Put a JSON message; with too many of them waiting, sending ends."""
-        if len(self._texts) == MAX_TEXTS:
-            self._overflowed = True
-        else:
-            self._texts.append(json.dumps(message))
+        """Put a JSON message; where too many wait, the oldest is dropped."""
+        self._texts.append(json.dumps(message))
         self._filled.set()
 
     def put_frame(self, message: bytes) -> None:
@@ -41,19 +38,22 @@ class Outbox:
         self._frame = message
         self._filled.set()
 
+    def finish(self) -> None:
+        """Let `send_to` return once everything is sent."""
+        self._is_last = True
+        self._filled.set()
+
     async def send_to(self, socket: web.WebSocketResponse) -> None:
-        """Send what is put, until the socket is closed.
+        """Send what is put, until `finish` or until the socket is closed.
 
         Raises:
-            SlowClient: a message was not taken in time, or too many texts wait.
+            SlowClient: a message was not taken in time.
         """
-        while not socket.closed:
+        while not (socket.closed or (self._is_last and not self._texts and self._frame is None)):
             with contextlib.suppress(asyncio.TimeoutError):  # to notice a socket that has been closed
                 await asyncio.wait_for(self._filled.wait(), CHECK_SECONDS)
             self._filled.clear()
             while self._texts or self._frame is not None:
-                if self._overflowed:
-                    raise SlowClient
                 try:
                     await asyncio.wait_for(self._send_next(socket), SEND_SECONDS)
                 except asyncio.TimeoutError:

@@ -15,7 +15,6 @@ from far_scale.play.messages import BadMessage, Command, Message, Press, Release
 from far_scale.play.outbox import Outbox
 from far_scale.play.walk import ShownFrame, Walk
 from far_scale.play.world import World
-from far_scale.sampling.config import SamplingConfig
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import MAX_SEED
 
@@ -125,7 +124,7 @@ class Player:
             action = self._next_input()
             if action is None:
                 continue
-            next_frame = max(loop.time(), next_frame + 1 / self._world.fps)
+            next_frame = max(loop.time(), next_frame) + 1 / self._world.fps
             await self._act(action)
 
     async def close(self) -> None:
@@ -158,7 +157,7 @@ class Player:
         if steps > MAX_STEPS:
             raise BadMessage(f"steps {steps}: at most {MAX_STEPS} are possible here")
         try:
-            SamplingConfig(frames=1, steps=steps, guidance=guidance).check(self._world.model.config)
+            self._world.sampling(self._seed, steps, guidance)
         except UserError as error:
             raise BadMessage(str(error)) from None
         self._steps, self._guidance = steps, guidance

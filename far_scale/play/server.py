@@ -93,7 +93,7 @@ class PlayServer:
     async def _static(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         if name not in STATIC_TYPES:
-            raise web.HTTPNotFound
+            return web.Response(status=404, text="there is no such file\n", headers=HEADERS)
         return web.Response(text=_static_text(name), content_type=STATIC_TYPES[name], headers=HEADERS)
 
     async def _walk(self, request: web.Request) -> web.StreamResponse:
@@ -146,8 +146,8 @@ class PlayServer:
             for result in results:
                 if isinstance(result, Exception) and not isinstance(result, (UserError, ConnectionError)):
                     traceback.print_exception(result)
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(asyncio.shield(sending), 0.2)  # the reason, to a client that still reads
+            outbox.finish()
+            await asyncio.wait([sending], timeout=CLOSE_SECONDS)  # the reason, to a client that still reads
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
             await _close(socket, WSCloseCode.OK if error is None else WSCloseCode.INTERNAL_ERROR, "")

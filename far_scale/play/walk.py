@@ -6,11 +6,12 @@ import hashlib
 import io
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from far_scale.data.demo.explorer import LEFT
 from far_scale.data.demo.world import TURNS_OF_A_CIRCLE, DemoWorld
@@ -22,6 +23,7 @@ from far_scale.utils.errors import UserError
 
 MAX_STEPS_BACK = 64
 HISTORY_BYTES = 256 * 2**20  # of the snapshots of one walk
+MAX_KEPT_FRAMES = 1_024  # latents, to which a walk goes back when guidance begins or ends
 MAX_RECORDED_FRAMES = 5_000  # of one walk; later frames are shown and not recorded
 
 
@@ -78,11 +80,13 @@ class Walk:
         if self._given is None:
             self._given = world.given(self._start, self.seed, self._engine)
         given = self._given
-        sampling = SamplingConfig(frames=1, steps=1, seed=self.seed)
-        self._session = Session(world.model, sampling, world.latent_size)
+        self._frames: deque[tuple[Tensor, int]] = deque(maxlen=MAX_KEPT_FRAMES)  # latents [C, H, W] and class
         if given is not None:
-            self._session.start(given.latents, given.classes)
-        self._history: deque[Snapshot] = deque()
+            classes = [0] * given.latents.shape[1] if given.classes is None else given.classes[0].tolist()
+            self._frames.extend(zip(given.latents[0], classes, strict=True))
+        self._index = (0 if given is None else given.latents.shape[1]) - 1
+        self._session = self._new_session(world.sampling(self.seed, steps=1, guidance=1.0))
+        self._history: deque[tuple[Session, Snapshot]] = deque()
         self._recorded: list[RecordedFrame] = []
         self._actions: list[int] = []
         self._shown: deque[tuple[bytes | None, bytes | None]] = deque(maxlen=MAX_STEPS_BACK + 1)
@@ -106,18 +110,18 @@ class Walk:
             UserError: settings that do not fit the model, or a frame that is not finite; the walk is as before.
         """
         world, session = self._world, self._session
+        sampling = world.sampling(self.seed, steps, guidance)
         before = session.snapshot()
-        # After the snapshot, so that a step back also undoes what the session does for new settings.
-        sampling = replace(session.sampling, steps=steps, guidance=guidance)
-        sampling.check(world.model.config)
         started = time.perf_counter()
         try:
-            if sampling != session.sampling:
+            if sampling.guidance == session.sampling.guidance or min(guidance, session.sampling.guidance) > 1:
                 session.sampling = sampling
+            else:  # the cache of the other guidance has other rows
+                session = self._new_session(sampling)
             classes = None if world.condition == "none" else torch.tensor([action])
             latents = session.step(classes).cpu()
         except UserError:
-            session.restore(before)
+            self._session.restore(before)
             raise
         decoding = time.perf_counter()
         pixels = world.decode(latents)[0]
@@ -126,7 +130,10 @@ class Walk:
         engine = self._move_engine()
         done = time.perf_counter()
         dream_png, engine_png = to_png(pixels), None if engine is None else to_png(engine)
-        self._history.append(before)
+        self._history.append((self._session, before))
+        self._session = session
+        self._frames.append((latents[0], action))
+        self._index += 1
         while len(self._history) > max(1, min(MAX_STEPS_BACK, HISTORY_BYTES // max(1, session.cache_bytes))):
             self._history.popleft()
         if len(self._recorded) == len(self._actions) - 1 < MAX_RECORDED_FRAMES:
@@ -138,7 +145,10 @@ class Walk:
     def back(self) -> ShownFrame:
         """Undo the last frame; without one that can be undone nothing changes."""
         if self._history:
-            self._session.restore(self._history.pop())
+            self._session, before = self._history.pop()
+            self._session.restore(before)
+            self._frames.pop()
+            self._index -= 1
             if len(self._recorded) == len(self._actions):
                 self._recorded.pop()
             self._actions.pop()
@@ -180,6 +190,16 @@ class Walk:
             [*self._given_frames, *recorded], len(self._given_frames), window, self._world.size, self._world.fps
         )
 
+    def _new_session(self, sampling: SamplingConfig) -> Session:
+        """A session that goes on after the present frames."""
+        world = self._world
+        session = Session(world.model, sampling, world.latent_size)
+        if self._frames:
+            latents, classes = zip(*self._frames, strict=True)
+            given_classes = None if world.condition == "none" else torch.tensor(classes)[None]
+            session.start(torch.stack(latents)[None], given_classes)
+        return session
+
     @property
     def _digest(self) -> str:
         return self._recorded[-1].chain if self._recorded else ""
@@ -206,7 +226,7 @@ class Walk:
     def _show(self, model: float = 0.0, decoder: float = 0.0, engine: float = 0.0) -> ShownFrame:
         dream, engine_png = self._shown[-1]
         return ShownFrame(
-            self._session.frame - 1,
+            self._index,
             dream,
             engine_png,
             1e3 * model,

@@ -21,6 +21,7 @@ from far_scale.evaluation.rollouts.episodes import EpisodeSelection, decode_fram
 from far_scale.evaluation.rollouts.runner import load_autoencoder, load_for_sampling
 from far_scale.evaluation.rollouts.video_grid import to_uint8
 from far_scale.model import FAR
+from far_scale.sampling.config import SamplingConfig
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
 
@@ -113,6 +114,16 @@ class World:
         """Height and width of a frame in pixels."""
         height, width = self.latent_size
         return height * self.autoencoder.downsample, width * self.autoencoder.downsample
+
+    def sampling(self, seed: int, steps: int, guidance: float) -> SamplingConfig:
+        """The settings of a session.
+
+        Raises:
+            UserError: they do not fit the model.
+        """
+        sampling = SamplingConfig(frames=1, steps=steps, guidance=guidance, seed=seed)
+        sampling.check(self.model.config)
+        return sampling
 
     def decode(self, latents: Tensor) -> Pixels:
         """Scaled latents `[n, C, H, W]` to pixels `[n, h, w, 3]`."""
