@@ -1,0 +1,116 @@
+"""The command line of `far-scale play`."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from far_scale.convert.model_dir import save_model_dir
+from far_scale.play.headless import parse_actions
+from far_scale.play.server import STATIC_TYPES
+from harness.launch import ROOT, environment
+from harness.play import metadata_of, random_state, small_config
+from harness.refusal import refused
+from harness.tools import tool
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("play") / "model"
+    config = small_config(actions=4)
+    save_model_dir(folder, config, random_state(config), metadata_of(side=4))
+    return folder
+
+
+def test_actions_have_names_numbers_and_counts() -> None:
+    inputs = ["wait", "left", "right", "forward"]
+    assert parse_actions("forward:3,left, 0,2:2", inputs) == [3, 3, 3, 1, 0, 2, 2]
+    for text, word in (("jump", "'jump'"), ("4", "'4'"), ("left:", "count"), ("1:0", "count"), ("", "''")):
+        refused(lambda text=text: parse_actions(text, inputs), "--headless", word)
+    refused(lambda: parse_actions("1:5000,1", inputs), "5000")
+
+
+@pytest.mark.slow
+def test_headless_walks_and_replays(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, again = tmp_path / "new" / "walk.mp4", tmp_path / "again.mp4"
+    arguments = ["--headless", "1:3,2", "--steps", 2, "--guidance", 1.5, "--seed", 9, "--out", out]
+    tool(monkeypatch, "play.py", model_dir, *arguments)
+    recording = json.loads(out.with_suffix(".json").read_text())
+    assert (recording["actions"], recording["seed"], recording["start"]) == ([1, 1, 1, 2], 9, "nothing")
+    assert recording["settings"] == [{"first": 0, "steps": 2, "guidance": 1.5}]
+    assert (
+        recording["weights"]
+        == json.loads((model_dir / "config.json").read_text())["files"]["model.safetensors"]["sha256"]
+    )
+    tool(monkeypatch, "play.py", model_dir, "--replay", out.with_suffix(".json"), "--out", again)
+    assert "4 frames, bit for bit as they were recorded" in capsys.readouterr().out
+    assert again.read_bytes() == out.read_bytes()
+    recording["frames_sha256"] = "0" * 64
+    (tmp_path / "other.json").write_text(json.dumps(recording))
+    tool(monkeypatch, "play.py", model_dir, "--replay", tmp_path / "other.json", "--out", again)
+    assert "not bit for bit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--host", "0.0.0.0"], ["--host 0.0.0.0", "--token"]),
+        (["--headless", "1"], ["--out"]),
+        (["--out", "x.mp4"], ["--out", "--headless"]),
+        (["--headless", "1", "--out", "x.avi"], ["x.avi", ".mp4"]),
+        (["--headless", "1", "--replay", "x.json", "--out", "x.mp4"], ["only one"]),
+        (["--guidance", "0.5"], ["guidance"]),
+        (["--seed", str(2**64)], ["--seed"]),
+    ],
+)
+def test_refusals(
+    arguments: list[str],
+    words: list[str],
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        tool(monkeypatch, "play.py", model_dir, *arguments, "--no-browser")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and line.startswith("error: ") and all(word in line for word in words), line
+
+
+@pytest.mark.slow
+def test_the_server_starts_serves_and_ends(model_dir: Path) -> None:
+    command = [sys.executable, ROOT / "tools/play.py", model_dir, "--no-browser", "--port", "0"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        first, second = process.stdout.readline(), process.stdout.readline()
+        assert "from nothing" in first
+        address = re.search(r"http://127\.0\.0\.1:\d+/", second)
+        assert address is not None, second
+        for name in ("", *(f"static/{name}" for name in STATIC_TYPES)):
+            with urllib.request.urlopen(address[0] + name, timeout=20) as reply:
+                assert reply.status == 200 and len(reply.read()) > 1000
+        taken = subprocess.run(
+            [*command[:-1], address[0].rpartition(":")[2].strip("/")], env=environment(), capture_output=True, text=True
+        )
+        assert taken.returncode == 2 and "name another --port" in taken.stderr and len(taken.stderr.splitlines()) == 1
+        process.send_signal(signal.SIGTERM)
+        rest, errors = process.communicate(timeout=20)
+        assert (process.returncode, rest, errors) == (0, "ended\n", "")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_page_is_in_the_wheel() -> None:
+    assert '"far_scale.play": ["static/*"]' in (ROOT / "setup.py").read_text()
+    names = {path.name for path in (ROOT / "far_scale" / "play" / "static").iterdir()}
+    assert names == {"index.html", *STATIC_TYPES}
