@@ -59,6 +59,12 @@ def small_world(side: int = 4, has_engine: bool = False, fps: float = 50.0, **va
     return World("small", model.eval(), metadata_of(side, fps), autoencoder, "0" * 64, (), has_engine, threads=1)
 
 
+def text_frame(text: str) -> bytes:
+    """A short text as a client's WebSocket frame, with a mask of zeros."""
+    assert len(text) < 126
+    return bytes([0x81, 0x80 | len(text), 0, 0, 0, 0]) + text.encode()
+
+
 class Page:
     """A client as the page is one; frames and texts are kept in the order in which they come."""
 
@@ -69,10 +75,19 @@ class Page:
     async def send(self, **message: Any) -> None:
         await self.socket.send_json(message)
 
-    async def tap(self, action: int) -> None:
-        """A key that is up again at once."""
-        await self.send(type="press", action=action)
-        await self.send(type="release", action=action)
+    def tap(self, action: int) -> None:
+        """A key that is up again at once: both messages come in one piece, so no frame begins between them."""
+        self.write(*(text_frame(json.dumps({"type": kind, "action": action})) for kind in ("press", "release")))
+
+    def write(self, *data: bytes) -> None:
+        """Bytes on the connection, as they are."""
+        self.transport.write(b"".join(data))
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        connection = self.socket._response.connection
+        assert connection is not None and isinstance(connection.transport, asyncio.Transport)
+        return connection.transport
 
     async def frame(self) -> tuple[dict[str, Any], bytes]:
         """The next frame: header, and the model's picture."""
@@ -100,7 +115,7 @@ class Page:
         """Tap one action after the other; returns the model's pictures."""
         pictures = []
         for action in actions:
-            await self.tap(action)
+            self.tap(action)
             pictures.append((await self.frame())[1])
         return pictures
 

@@ -19,7 +19,7 @@ from far_scale.play.headless import replay
 from far_scale.play.recording import read_recording
 from far_scale.play.walk import Walk
 from far_scale.play.world import World
-from harness.play import SETTINGS, Page, Serving, serving, small_world
+from harness.play import SETTINGS, Page, Serving, serving, small_world, text_frame
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +67,10 @@ def test_a_key_that_is_shorter_than_a_frame_counts_once(world: World) -> None:
     async def test() -> None:
         async with serving(slow) as play:
             page = await play.page()
-            await page.tap(1)
+            page.tap(1)
             await page.frame()
-            await page.tap(2)  # down and up within the time of one frame
-            await page.tap(3)
+            page.tap(2)  # down and up within the time of one frame
+            page.tap(3)
             headers = [(await page.frame())[0] for _ in range(2)]
             assert [header["frame"] for header in headers] == [1, 2]
             with pytest.raises(asyncio.TimeoutError):
@@ -180,9 +180,7 @@ def test_a_client_that_leaves_in_the_middle_frees_its_session(world: World) -> N
                 if leave == "close":
                     await page.socket.close()
                 else:
-                    response = page.socket._response
-                    assert response.connection is not None and response.connection.transport is not None
-                    response.connection.transport.abort()
+                    page.transport.abort()
                 await play.until_sessions(1)
             early = await play.client.ws_connect("/walk")  # gone before its walk has begun
             await early.close()
@@ -248,9 +246,7 @@ def test_raw_bytes_instead_of_websocket_frames(world: World) -> None:
     async def test() -> None:
         async with serving(world) as play:
             page = await play.page()
-            connection = page.socket._response.connection
-            assert connection is not None and connection.transport is not None
-            connection.transport.write(b"\xff" * 64)
+            page.write(b"\xff" * 64)
             await play.until_sessions(0)
 
     run(test())
@@ -292,8 +288,7 @@ def test_a_client_that_does_not_read_stops_nobody(world: World, monkeypatch: pyt
                 )
                 await loop.sock_sendall(raw, request.encode())
                 await play.until_sessions(1)
-                run_on = b'{"type": "run", "on": true}'
-                await loop.sock_sendall(raw, bytes([0x81, 0x80 | len(run_on), 0, 0, 0, 0]) + run_on)
+                await loop.sock_sendall(raw, text_frame('{"type": "run", "on": true}'))
                 (player,) = play.server._players.values()
                 big = b"x" * 2**20  # fills the buffers of both sides
                 for _ in range(20):
