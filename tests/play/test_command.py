@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from far_scale.convert.model_dir import save_model_dir
 from far_scale.play.headless import parse_actions
@@ -27,6 +29,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = small_config(actions=4)
     save_model_dir(folder, config, random_state(config), metadata_of(side=4))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """The command pins torch's threads in this process; other tests have their own number."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_actions_have_names_numbers_and_counts() -> None:
