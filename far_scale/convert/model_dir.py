@@ -86,6 +86,7 @@ class ModelMetadata(ModelWithClasses):
         fps: frames per second of the training videos, or None where they differ.
         frame_stride: the model was trained on every n-th frame.
         classes: class names of the labels, or None where unknown.
+        context_frames: the most coarse context frames of a clip in training; None where unknown, or without context.
         training: the origin of the weights, a run or an imported file.
     """
 
@@ -94,6 +95,7 @@ class ModelMetadata(ModelWithClasses):
     latent_shape: tuple[Positive, Positive, Positive]
     fps: Annotated[float, Field(gt=0)] | None
     frame_stride: Positive = 1
+    context_frames: Annotated[int, Field(ge=0)] | None = None
     training: TrainingMetadata | ImportMetadata
 
     @model_validator(mode="after")
@@ -158,7 +160,9 @@ def save_model_dir(
         staged.mkdir()
         _write_weights(staged, state, max_file_bytes)
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(staged.iterdir())}
-        values = {"format": FORMAT, "model": config.to_dict(), **metadata.model_dump(mode="json"), "files": files}
+        unknown = {"context_frames"} if getattr(metadata, "context_frames", None) is None else set()
+        described = metadata.model_dump(mode="json", exclude=unknown)
+        values = {"format": FORMAT, "model": config.to_dict(), **described, "files": files}
         (staged / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
         _sync_files(staged)
         _replace_folder(staged, folder, replaced)

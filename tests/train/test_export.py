@@ -7,11 +7,12 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from far_scale.convert.model_dir import load_model, load_model_dir, save_model_dir
+from far_scale.convert.model_dir import load_model, load_model_dir, read_config, save_model_dir
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint.export import export, export_official
 from harness.refusal import refused
@@ -147,3 +148,23 @@ def test_directories_without_checksums_still_load(runs: Path, tmp_path: Path) ->
     values["training"].pop("checkpoint")
     config.write_text(json.dumps(values))
     assert bias(tmp_path / "model") == before
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ({"data": {"frames": 4}}, 0),
+        ({"data": {"frames": [3, 20]}, "curriculum": None}, 16),
+        ({"data": {"frames": 9}, "curriculum": [{"frames": {"4": 0.5, "30": 0.5}}, {"steps": 5}]}, 26),
+        ({"data": {"frames": 99}, "curriculum": [{"frames": 6}]}, 2),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_the_metadata_has_the_longest_context(
+    recipe: Any, expected: int | None, tmp_path: Path
+) -> None:
+    write_run(tmp_path / "run", **({} if recipe is None else {"recipe": recipe}))
+    export(tmp_path / "run", None, "ema", tmp_path / "model")
+    assert read_config(tmp_path / "model")[1].context_frames == expected
+    assert ("context_frames" in (tmp_path / "model" / "config.json").read_text()) == (expected is not None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter
 
 from far_scale.convert.model_dir import (
     CONFIG_FILE,
@@ -19,6 +20,7 @@ from far_scale.convert.model_dir import (
     save_model_dir,
 )
 from far_scale.convert.official import from_far_scale, write_official
+from far_scale.data.frame_counts import FrameCounts, max_frames
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.model import FARConfig
@@ -59,6 +61,7 @@ def export_if_needed(
         fps=state["fps"],
         frame_stride=state["frame_stride"],
         classes=None if state.get("classes") is None else tuple(state["classes"]),
+        context_frames=_most_context_frames(state),
         training=TrainingMetadata(
             step=state["step"],
             recipe_hash=state["recipe_hash"],
@@ -72,6 +75,19 @@ def export_if_needed(
     if is_needed:
         save_model_dir(out, config, _read_weights(folder, state, weights), metadata)
     return state["step"], is_needed
+
+
+def _most_context_frames(state: dict[str, Any]) -> int | None:
+    """The most coarse context frames that a clip of the training can have; None in a model without context."""
+    recipe, model = state.get("recipe"), state["model"]
+    if recipe is None or not model.get("context_patch"):
+        return None
+    stages = recipe.get("curriculum") or [{}]
+    drawn = TypeAdapter(FrameCounts)  # in JSON its numbers may be text
+    counts = [drawn.validate_python(stage.get("frames") or recipe["data"]["frames"]) for stage in stages]
+    longest: int = max(map(max_frames, counts))
+    window: int = model["window"]
+    return max(0, longest - window)
 
 
 def export_official(source: str | Path, step: int | None, weights: Literal["ema", "model"], out: str | Path) -> str:
