@@ -161,9 +161,7 @@ def test_directories_without_checksums_still_load(runs: Path, tmp_path: Path) ->
     ],
     ids=str,
 )
-def test_the_metadata_has_the_longest_context(
-    recipe: Any, expected: int | None, tmp_path: Path
-) -> None:
+def test_the_metadata_has_the_longest_context(recipe: Any, expected: int | None, tmp_path: Path) -> None:
     write_run(tmp_path / "run", **({} if recipe is None else {"recipe": recipe}))
     export(tmp_path / "run", None, "ema", tmp_path / "model")
     assert read_config(tmp_path / "model")[1].context_frames == expected
