@@ -14,7 +14,7 @@ from far_scale.utils.command_line import command_line
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description="Export a checkpoint of any ZeRO stage as a model directory or file.")
-    source_help = "the run's folder, with checkpoints/ in it; with --format official also a model directory or org/name of the hub"
+    source_help = "the run's folder, with checkpoints/; with --format official also a model directory, or org/name"
     parser.add_argument("source", type=Path, help=source_help)
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the latest)")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which set (default: %(default)s)")

@@ -116,7 +116,7 @@ def _fetch(repository: str, name: str, revision: str | None) -> Path | None:
             problem = f"{name} is not in the hub's cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it"
         else:
             problem = (
-                f"there is no such folder here, and {constants.ENDPOINT} does not answer "
+                f"there is no such folder here, and {constants.ENDPOINT} gives no usable answer "
                 f"({_one_line(error.__cause__ or error)}); check the connection and HF_ENDPOINT"
             )
         problem += ", or give the path of a model directory"
