@@ -45,6 +45,7 @@ _HYPER_PARAMETERS: dict[str, tuple[str, ...] | None] = {
 }
 """The recipe's sections and keys in a card: all of a section, or some; none of them holds a path."""
 _STAGE_KEYS = ("steps", "frames", "clips_per_pack", "tokens_per_pack", "window", "learning_rate_scale")
+_PREDICTED = 8  # frames, by the card's command
 _CITATION = """@article{gu2025long,
   title   = {Long-Context Autoregressive Video Modeling with Next-Frame Prediction},
   author  = {Gu, Yuchao and Mao, Weijia and Shou, Mike Zheng},
@@ -158,7 +159,7 @@ def _training(folder: Path, metadata: ModelMetadata, facts: CardFacts) -> Iterat
     if sentences:
         yield " ".join(sentences)
     training = metadata.training
-    stride = "" if metadata.frame_stride == 1 else f", every {metadata.frame_stride}th frame of the videos"
+    stride = "" if metadata.frame_stride == 1 else f", frame stride {metadata.frame_stride}"
     if not isinstance(training, TrainingMetadata):
         yield f"Imported from `{training.imported_from}` (SHA-256 {training.sha256[:12]}){stride}."
     else:
@@ -216,8 +217,11 @@ def _sampling(name: str, config: FARConfig, metadata: ModelMetadata) -> Iterator
         videos = "a folder of episodes with actions (.npz), or a shard set"
     elif config.labels:
         videos = "a shard set with labels"
-    yield f"Install far_scale from its source (`pip install {extra}`). {needs} CONTEXT is {videos}."
-    yield f"```bash\nfar-scale sample {name} --context CONTEXT --frames 8 --out samples.mp4\n```"
+    yield (
+        f"Install far_scale from its source (`pip install {extra}`). {needs} CONTEXT is {videos}, with more than "
+        f"{_PREDICTED} frames each. It is computed in bfloat16 on a GPU, and in float32 without one."
+    )
+    yield f"```bash\nfar-scale sample {name} --context CONTEXT --frames {_PREDICTED} --out samples.mp4\n```"
     yield f'```python\nfrom far_scale.model import FAR\n\nmodel = FAR.from_pretrained("{name}")\n```'
 
 
