@@ -50,20 +50,11 @@ def model_dir(shards: Path, tmp_path: Path) -> Path:
     return write_random_model(tmp_path / "maze", CONFIG, shards, std=0.05, step=1234)
 
 
-def rewritten(folder: Path, config: FARConfig = CONFIG, **changes: object) -> Path:
-    """The model with other metadata."""
-    _, metadata = load_model_dir(folder)
-    state = {name: torch.zeros_like(tensor) for name, tensor in FAR(config).state_dict().items()}
-    save_model_dir(folder, config, state, metadata.model_copy(update=changes))
-    return folder
-
-
-@pytest.mark.slow
-def test_the_card_of_an_evaluated_model_and_its_commands(
-    model_dir: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    protocol = tmp_path / "tiny.yaml"
-    protocol.write_text(
+@pytest.fixture
+def protocol(tmp_path: Path) -> Path:
+    """A protocol of two clips of 3 + 2 frames."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
         yaml.safe_dump(
             {
                 "about": "two clips",
@@ -74,6 +65,21 @@ def test_the_card_of_an_evaluated_model_and_its_commands(
             }
         )
     )
+    return path
+
+
+def rewritten(folder: Path, config: FARConfig = CONFIG, **changes: object) -> Path:
+    """The model with other metadata."""
+    _, metadata = load_model_dir(folder)
+    state = {name: torch.zeros_like(tensor) for name, tensor in FAR(config).state_dict().items()}
+    save_model_dir(folder, config, state, metadata.model_copy(update=changes))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_card_of_an_evaluated_model_and_its_commands(
+    model_dir: Path, shards: Path, protocol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     with running_hub(monkeypatch, tmp_path / "cache") as hub:
@@ -193,3 +199,16 @@ def test_missing_scores_and_bad_licences_are_refused(model_dir: Path, tmp_path: 
     facts = CardFacts("mit", scores=(tmp_path / "nothing",))
     refused(lambda: write_model_card(model_dir, facts), "scores.json: there are no scores here")
     refused(lambda: write_model_card(tmp_path / "nowhere", LICENSED), "there is no model directory here")
+
+
+@pytest.mark.slow
+def test_scores_of_imported_weights(
+    model_dir: Path, shards: Path, protocol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = ImportMetadata(imported_from="FAR_B.pth", sha256="ab" * 32, far_scale="0")
+    folder, scores = rewritten(model_dir, training=origin), tmp_path / "scores"
+    arguments = ["--protocol", protocol, "--shards", shards, "--device", "cpu", "--out", scores]
+    tool(monkeypatch, "evaluate.py", folder, *arguments)
+    assert "- weights: imported, SHA-256" in (scores / "scores.md").read_text()
+    card = write_model_card(folder, CardFacts("other", scores=(scores,))).read_text()
+    assert "Imported from `FAR_B.pth`" in card and "**tiny** (hash " in card
