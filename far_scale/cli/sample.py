@@ -24,7 +24,8 @@ def mp4(text: str) -> Path:
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description="Predict the continuation of episodes, and show it beside the truth.")
-    parser.add_argument("model_dir", type=Path, help="model directory, as tools/export_checkpoint.py writes it")
+    model_help = "model directory, as tools/export_checkpoint.py writes it, or org/name of the hub"
+    parser.add_argument("model_dir", type=Path, help=model_help)
     parser.add_argument(
         "--context", type=Path, required=True, help="video or npz file, a folder of them, or a shard set's folder"
     )
