@@ -59,11 +59,13 @@ setup(
         "slurm": ["submitit>=1.5", "cloudpickle>=2.0"],
         "wandb": ["wandb>=0.18"],
         "dcae": ["diffusers>=0.33"],
+        "hub": ["huggingface_hub>=1.0,<3"],
         "demo": ["vizdoom>=1.2.4"],
         "play": ["aiohttp>=3.10,<4"],
         "dev": [
             "aiohttp>=3.10,<4",
             "diffusers>=0.33",
+            "huggingface_hub>=1.0,<3",
             "pytest>=8.0",
             "pytest-xdist>=3.5",
             "ruff>=0.9",

@@ -90,7 +90,7 @@ class Held:
             ]
             self._add(found, pixels, truth)
         size = (metadata.latent_shape[1], metadata.latent_shape[2])
-        cache = cache_bytes(model, 1, scoring.given + scoring.frames, size)
+        cache = cache_bytes(model, SamplingConfig(scoring.frames, 1), 1, scoring.given + scoring.frames, size)
         return found._replace(cache_mb=cache / 1e6)
 
     def repeated(self, scoring: Scoring) -> Score:

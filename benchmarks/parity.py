@@ -14,7 +14,8 @@ from tqdm import tqdm
 from far_scale.config.schema import ObjectiveSection
 from far_scale.model import FARConfig
 from far_scale.sampling.config import SamplingConfig
-from far_scale.sampling.sampler import frame_noise, roll_out
+from far_scale.sampling.noise import frame_noise
+from far_scale.sampling.sampler import roll_out
 from far_scale.train.flow_matching import CLEAN, add_noise, pack_loss
 
 FORWARD_TOLERANCE = 1e-5

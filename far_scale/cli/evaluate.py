@@ -20,7 +20,6 @@ import functools
 from pathlib import Path
 from typing import get_args
 
-from far_scale.convert.model_dir import CONFIG_FILE
 from far_scale.evaluation.aggregate import SCORES_FILE
 from far_scale.evaluation.clip_sets import ClipSource
 from far_scale.evaluation.compare import compare
@@ -28,6 +27,7 @@ from far_scale.evaluation.follow import follow
 from far_scale.evaluation.pipeline import WorkShard, evaluate, open_evaluation, start_processes
 from far_scale.evaluation.protocol import Metric, Protocol, load_protocol
 from far_scale.evaluation.report import REPORT_FILES, format_table
+from far_scale.model.model_files import CONFIG_FILE
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import check_writable
@@ -35,7 +35,9 @@ from far_scale.utils.io import check_writable
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, nargs="?", help="a model directory, or a run with checkpoints")
+    parser.add_argument(
+        "source", type=Path, nargs="?", help="a model directory, org/name of the hub, or a run with checkpoints"
+    )
     parser.add_argument("--step", type=int, help="which checkpoint of a run (default: the latest)")
     parser.add_argument("--protocol", help="a name in recipes/protocols, or a YAML file")
     parser.add_argument("--out", type=Path, help="folder for scores, tables and pictures")

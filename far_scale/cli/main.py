@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = dict(
         _tool("submit", "submit a training to SLURM"),
         _tool("fork-run", "start a new run from a checkpoint of another"),
         _tool("export-checkpoint", "export a checkpoint as a model directory or official file"),
+        _tool("model-card", "write a model directory's card, README.md"),
         _tool("import-checkpoint", "import official weights, of a model or of DC-AE"),
         _tool("sample", "predict how videos continue"),
         _tool("play", "walk through a learned world in the browser"),

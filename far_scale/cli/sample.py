@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
+from far_scale.config.schema import Grid
 from far_scale.evaluation.rollouts.runner import load_for_sampling, prepare_rollout, write_rollout
 from far_scale.sampling.config import SamplingConfig
 from far_scale.utils.command_line import command_line
@@ -22,7 +24,8 @@ def mp4(text: str) -> Path:
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description="Predict the continuation of episodes, and show it beside the truth.")
-    parser.add_argument("model_dir", type=Path, help="model directory, as tools/export_checkpoint.py writes it")
+    model_help = "model directory, as tools/export_checkpoint.py writes it, or org/name of the hub"
+    parser.add_argument("model_dir", type=Path, help=model_help)
     parser.add_argument(
         "--context", type=Path, required=True, help="video or npz file, a folder of them, or a shard set's folder"
     )
@@ -34,6 +37,20 @@ def main() -> None:
     )
     parser.add_argument("--frames", type=int, default=12, help="frames to predict (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="Euler steps per frame (default: %(default)s)")
+    parser.add_argument(
+        "--grid",
+        choices=get_args(Grid),
+        default="official",
+        help="noise levels of the steps: as in the official code, or from 1 to 0 in equal parts, which is better for "
+        "few steps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--window-stride",
+        type=int,
+        default=1,
+        metavar="K",
+        help="frames by which a full window slides; half the window is several times as fast (default: %(default)s)",
+    )
     parser.add_argument(
         "--guidance", type=float, default=1.0, help="1: conditioned; above 1: guided; -1: unconditional (default: 1)"
     )
@@ -54,7 +71,15 @@ def main() -> None:
     for suffix in (".mp4", ".png", ".json"):
         check_writable(args.out.with_suffix(suffix))
     model, metadata = load_for_sampling(args.model_dir)
-    sampling = SamplingConfig(args.frames, args.steps, args.guidance, args.seed, args.context_noise)
+    sampling = SamplingConfig(
+        args.frames,
+        args.steps,
+        args.guidance,
+        args.seed,
+        args.context_noise,
+        grid=args.grid,
+        window_stride=args.window_stride,
+    )
     rollout = prepare_rollout(model, metadata, args.context, sampling, args.given, args.episodes)
     print(f"{args.model_dir}: {rollout.summary()}", flush=True)
     report = write_rollout(rollout, args.out)

@@ -26,6 +26,7 @@ def valid_guidance(value: float) -> float:
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Grid = Literal["official", "even"]
 
 
 class Section(BaseModel):
@@ -458,6 +459,14 @@ class SampleSection(Section):
     context_noise: Fraction = 0.0
     """Fraction s of noise added to the finished window frames, which then have timestep 1000 s; context frames stay
     clean. For models trained with objective.context_noise, or without clean frames."""
+    grid: Grid = "official"
+    """Noise levels of the Euler steps: official, from 1 to 1/1000, then 0, as in the official code, so that the last
+    step has almost no effect; or even, from 1 to 0 in equal parts, better for few steps."""
+    window_stride: Count = 1
+    """Frames by which a full window slides. It is encoded again each time, so half the window is several times as fast
+    as 1; new frames see fewer fine frames."""
+    context_frames: Annotated[int, Field(ge=0)] | None = None
+    """Maximum coarse context frames while sampling, of which the oldest are dropped; null for no maximum."""
     shards: str | None = None
     """Folder of the held-out shard set, also used by validation; null for none."""
 

@@ -15,8 +15,8 @@ import torch
 import far_scale
 from far_scale.autoencoder import build_network
 from far_scale.autoencoder.deep_compression import CLASS_NAME, PRESETS, SCALING_FACTOR
-from far_scale.convert.model_dir import check_state_dict
 from far_scale.convert.official import read_official
+from far_scale.model.model_files import check_state_dict
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, sha256, write_json
 from far_scale.utils.tensor_files import save_tensors

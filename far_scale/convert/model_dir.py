@@ -1,8 +1,6 @@
 """Model directories: what is exported, loaded and sampled from.
 
-A folder with `config.json` (the model's shape, its metadata, and size and SHA-256 of the other files) and
-`model.safetensors`, or above 5 GB `model-00001-of-0000N.safetensors` files and `model.safetensors.index.json`, in the
-layout of Hugging Face libraries.
+far_scale/model/model_files.py describes and reads the files. Here are the metadata in config.json, and the writer.
 """
 
 from __future__ import annotations
@@ -14,31 +12,39 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
-from far_scale.data.shards.records import Digest, ModelWithClasses, Positive, StrictModel, first_problem
+from far_scale.data.shards.records import ModelWithClasses, Positive
 from far_scale.model import FAR, FARConfig
+from far_scale.model.model_files import (
+    CONFIG_FILE,
+    FORMAT,
+    INDEX_FILE,
+    MODEL_FILES,
+    WEIGHTS_FILE,
+    check_state_dict,
+    find_damage,
+    read_config_values,
+    recorded_files,
+    stored_dtypes,
+)
 from far_scale.utils.errors import UserError
-from far_scale.utils.io import parse_json, read_json, sha256, sync_folder
+from far_scale.utils.io import parse_json, sha256, sync_folder
+from far_scale.utils.strict_model import Digest, StrictModel, first_problem
 from far_scale.utils.tensor_files import save_tensors
 
-FORMAT = "far_scale.model/1"
 MAX_FILE_BYTES = 5 * 10**9
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-MODEL_FILES = re.compile(r"config\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors")
-MAX_NAMED = 3  # tensors that an error names of each kind; the others are counted
+CARD_FILE = "README.md"
+CARD_MARK = "<!-- far_scale made this card from config.json, and replaces it while this line is here. -->"
 
 
 class TrainingMetadata(StrictModel):
@@ -53,13 +59,6 @@ class TrainingMetadata(StrictModel):
     weights: Literal["ema", "model"]
     far_scale: str
     checkpoint: Digest | None = None
-
-
-class WeightsFile(StrictModel):
-    """Size and SHA-256 of a weights file when it was written."""
-
-    bytes: Annotated[int, Field(ge=0)]
-    sha256: Digest
 
 
 class ImportMetadata(StrictModel):
@@ -86,6 +85,7 @@ class ModelMetadata(ModelWithClasses):
         fps: frames per second of the training videos, or None where they differ.
         frame_stride: the model was trained on every n-th frame.
         classes: class names of the labels, or None where unknown.
+        context_frames: the most coarse context frames of a clip in training; None where unknown, or without context.
         training: the origin of the weights, a run or an imported file.
     """
 
@@ -94,6 +94,7 @@ class ModelMetadata(ModelWithClasses):
     latent_shape: tuple[Positive, Positive, Positive]
     fps: Annotated[float, Field(gt=0)] | None
     frame_stride: Positive = 1
+    context_frames: Annotated[int, Field(ge=0)] | None = None
     training: TrainingMetadata | ImportMetadata
 
     @model_validator(mode="after")
@@ -104,10 +105,14 @@ class ModelMetadata(ModelWithClasses):
 
 
 def is_model_dir(folder: str | Path) -> bool:
-    """Whether `folder` is a model directory and holds nothing else; its files may be damaged or missing."""
+    """Whether `folder` is a model directory with nothing else but its card; its files may be damaged or missing."""
+    folder = Path(folder)
     try:
-        text = (Path(folder) / CONFIG_FILE).read_text(errors="replace")
-        only_model_files = all(MODEL_FILES.fullmatch(name) for name in os.listdir(folder))
+        text = (folder / CONFIG_FILE).read_text(errors="replace")
+        only_model_files = all(
+            MODEL_FILES.fullmatch(name) or (name == CARD_FILE and is_generated_card(folder / name))
+            for name in os.listdir(folder)
+        )
     except OSError:
         return False
     try:
@@ -117,14 +122,27 @@ def is_model_dir(folder: str | Path) -> bool:
     return only_model_files and isinstance(config, dict) and config.get("format") == FORMAT
 
 
-def is_intact(folder: str | Path, config: FARConfig, metadata: ModelMetadata | WeightsMetadata) -> bool:
-    """Whether `folder` is a model directory of this shape and metadata, with all files as they were written."""
+def is_generated_card(path: Path) -> bool:
+    """Whether the file is a model card as tools/model_card.py writes it, and not edited by hand."""
+    return CARD_MARK in path.read_text(errors="replace").splitlines()
+
+
+def is_intact(
+    folder: str | Path, config: FARConfig, metadata: ModelMetadata | WeightsMetadata, dtype: torch.dtype
+) -> bool:
+    """Whether `folder` is a model directory of this shape and metadata, with all files as they were written.
+
+    Args:
+        dtype: of all its weights.
+    """
+    folder = Path(folder)
     if not is_model_dir(folder):
         return False
     try:
         return (
             read_any_config(folder) == (config, metadata)
-            and _find_damage(Path(folder), _recorded_files(folder)) is None
+            and find_damage(folder, recorded_files(folder)) is None
+            and stored_dtypes(folder) == {dtype}
         )
     except UserError:
         return False
@@ -158,7 +176,9 @@ def save_model_dir(
         staged.mkdir()
         _write_weights(staged, state, max_file_bytes)
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(staged.iterdir())}
-        values = {"format": FORMAT, "model": config.to_dict(), **metadata.model_dump(mode="json"), "files": files}
+        unknown = {"context_frames"} if getattr(metadata, "context_frames", None) is None else set()
+        described = metadata.model_dump(mode="json", exclude=unknown)
+        values = {"format": FORMAT, "model": config.to_dict(), **described, "files": files}
         (staged / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
         _sync_files(staged)
         _replace_folder(staged, folder, replaced)
@@ -201,12 +221,12 @@ def load_model_dir(
             unreadable, missing, unexpected, of another shape (named) or not those that config.json was written with.
     """
     config, metadata = read_config(folder)
-    return _load(Path(folder), config, device, dtype), metadata
+    return FAR.load(Path(folder), config, device, dtype), metadata
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> FAR:
     """As `load_model_dir`, without the metadata; also loads a directory of imported weights only."""
-    return _load(Path(folder), read_any_config(folder)[0], device, dtype)
+    return FAR.load(Path(folder), read_any_config(folder)[0], device, dtype)
 
 
 def read_config(folder: str | Path) -> tuple[FARConfig, ModelMetadata]:
@@ -223,77 +243,20 @@ def read_config(folder: str | Path) -> tuple[FARConfig, ModelMetadata]:
 
 def read_any_config(folder: str | Path) -> tuple[FARConfig, ModelMetadata | WeightsMetadata]:
     """As `read_config`, also for a directory of imported weights only."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no model directory here; tools/export_checkpoint.py makes one")
-    path = folder / CONFIG_FILE
-    values = read_json(path, "model directory's config.json")
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else None
-        raise UserError(f"{path}: format is {found!r}, needed is {FORMAT!r}; export the model with this far_scale")
+    path, values = Path(folder) / CONFIG_FILE, read_config_values(folder)
     rest = {key: value for key, value in values.items() if key not in ("format", "model", "files")}
     kind = WeightsMetadata if rest.keys() == WeightsMetadata.model_fields.keys() else ModelMetadata
+    config = FARConfig.read(folder)
     try:
-        config = FARConfig.from_dict(values.get("model", {}))
         metadata = kind.model_validate_json(json.dumps(rest))  # from JSON, where a list may be a tuple
     except ValidationError as error:
         raise UserError(f"{path}: {first_problem(error)}; export the model again") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: model: {error}; export the model again") from None
     if isinstance(metadata, ModelMetadata) and metadata.latent_shape[0] != config.channels:
         raise UserError(
             f"{path}: latent_shape has {metadata.latent_shape[0]} channels and model.channels is {config.channels}; "
             "export the model again"
         )
     return config, metadata
-
-
-def _load(folder: Path, config: FARConfig, device: str | torch.device, dtype: torch.dtype | None) -> FAR:
-    # Copies: tensors in the memory-mapped file are not aligned as kernels expect, and then round differently.
-    state = {
-        name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in _read_weights(folder, device).items()
-    }
-    model = empty_model(config)
-    _check_tensors(folder, model, state)
-    files = _recorded_files(folder)
-    if files is not None and (problem := _find_damage(folder, files)) is not None:
-        raise UserError(
-            f"{problem}; copy or export the model again, or, if its weights were changed on purpose, remove "
-            f"the key files from {CONFIG_FILE}"
-        )
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-def _recorded_files(folder: str | Path) -> dict[str, WeightsFile] | None:
-    """The weights files listed in config.json; None where it has no list (older or foreign directories)."""
-    path = Path(folder) / CONFIG_FILE
-    files = read_json(path, "model directory's config.json").get("files")
-    if files is None:
-        return None
-    try:
-        return TypeAdapter(dict[str, WeightsFile]).validate_python(files)
-    except ValidationError as error:
-        raise UserError(f"{path}: files: {first_problem(error)}; export the model again") from None
-
-
-def _find_damage(folder: Path, files: Mapping[str, WeightsFile] | None) -> str | None:
-    """The first file that differs from its record in config.json, as one line; None where all agree."""
-    if files is None:
-        return f"{folder / CONFIG_FILE}: does not list the weights files"
-    present = {path.name for path in folder.iterdir() if MODEL_FILES.fullmatch(path.name)} - {CONFIG_FILE}
-    for name in sorted(present | files.keys()):
-        path = folder / name
-        if name not in files:
-            return f"{path}: this file is not named in {CONFIG_FILE}"
-        if name not in present:
-            return f"{path}: this weights file is missing"
-        size, expected = path.stat().st_size, files[name].bytes
-        if size != expected:
-            return f"{path}: has {size} bytes, but was written with {expected}"
-        if sha256(path) != files[name].sha256:
-            return f"{path}: does not have the SHA-256 that it was written with"
-    return None
 
 
 def _check_tensors(folder: Path, model: FAR, state: Mapping[str, Tensor]) -> None:
@@ -336,60 +299,7 @@ def _sync_files(folder: Path) -> None:
     sync_folder(folder)
 
 
-def _read_weights(folder: Path, device: str | torch.device) -> dict[str, Tensor]:
-    if (folder / INDEX_FILE).is_file():
-        index: Any = read_json(folder / INDEX_FILE, "index of weights")
-        try:
-            names = sorted(set(index["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{folder / INDEX_FILE}: holds no weight_map; export the model again") from None
-    else:
-        names = [WEIGHTS_FILE]
-    state: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: this weights file is missing; copy or export the model again")
-        try:
-            state.update(load_file(path, device=str(device)))
-        except SafetensorError as error:
-            raise UserError(
-                f"{path}: is not a complete safetensors file ({error}); copy or export the model again"
-            ) from None
-    return state
-
-
 def empty_model(config: FARConfig) -> FAR:
     """The model on the meta device: names and shapes without memory, or for weights that are assigned later."""
     with torch.device("meta"):
         return FAR(config)
-
-
-def check_state_dict(source: str, expected: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], fix: str) -> None:
-    """Check that `state` holds exactly the tensors of `expected`, by name and shape.
-
-    Args:
-        source: what holds the tensors, for the error.
-        expected: names and shapes.
-        fix: what to do about it, for the error.
-
-    Raises:
-        UserError: tensors are missing, unexpected or of another shape.
-    """
-    kinds = {
-        "misses": [name for name in expected if name not in state],
-        "has unexpected": [name for name in state if name not in expected],
-        "has in another shape": [
-            f"{name} ({list(state[name].shape)} instead of {list(shape)})"
-            for name, shape in expected.items()
-            if name in state and list(state[name].shape) != list(shape)
-        ],
-    }
-    problems = [
-        f"{kind} tensors: {', '.join(names[:MAX_NAMED])}"
-        + (f" and {len(names) - MAX_NAMED} more" if names[MAX_NAMED:] else "")
-        for kind, names in kinds.items()
-        if names
-    ]
-    if problems:
-        raise UserError(f"{source} {'; '.join(problems)}; {fix}")

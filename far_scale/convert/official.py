@@ -24,7 +24,6 @@ from far_scale.convert.model_dir import (
     ImportMetadata,
     ModelMetadata,
     WeightsMetadata,
-    check_state_dict,
     empty_model,
     save_model_dir,
 )
@@ -32,6 +31,7 @@ from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.model import FARConfig
 from far_scale.model.layers import HEAD_DIM
+from far_scale.model.model_files import check_state_dict
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write, sha256
 

@@ -124,7 +124,15 @@ def sampling_config(protocol: Protocol, model: FARConfig, seed: int) -> Sampling
     """A protocol's settings for a model; one without conditions samples without guidance."""
     sampling = protocol.sampling
     guidance = sampling.guidance if model.actions or model.labels else 1.0
-    return SamplingConfig(sampling.predicted, sampling.steps, guidance, seed, sampling.context_noise)
+    return SamplingConfig(
+        sampling.predicted,
+        sampling.steps,
+        guidance,
+        seed,
+        sampling.context_noise,
+        grid=sampling.grid,
+        window_stride=sampling.window_stride,
+    )
 
 
 def _stack_conditions(conditions: Sequence[Tensor | None]) -> Tensor | None:

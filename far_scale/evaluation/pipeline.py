@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from far_scale.convert.model_dir import CONFIG_FILE, ModelMetadata, TrainingMetadata, read_config
+from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, read_config
 from far_scale.distributed.process_group import (
     Processes,
     all_ranks_or_raise,
@@ -32,6 +32,8 @@ from far_scale.evaluation.generate import sampling_config
 from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.report import REPORT_FILES, write_report
 from far_scale.evaluation.rollouts.runner import load_autoencoder
+from far_scale.model.hub import find_model
+from far_scale.model.model_files import CONFIG_FILE
 from far_scale.train.checkpoint.export import export_if_needed
 from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.io import read_json, sha256, write_json
@@ -121,7 +123,7 @@ def open_evaluation(
     """Open an evaluation, and claim its folder.
 
     Args:
-        source: a model directory, or a run; its checkpoint is exported into `out`/model.
+        source: a model directory, a repository of the hub, or a run; its checkpoint is exported into `out`/model.
         step: of a run's checkpoint; None for the one that `out` was begun with, or the latest.
         clip_source: where the clips are.
         first: whether this process exports the checkpoint and claims the folder; the others follow.
@@ -130,13 +132,14 @@ def open_evaluation(
         UserError: model, clips, protocol and folder do not fit together.
     """
     check_clip_count(protocol)
-    model_dir = source
     if not (source / CONFIG_FILE).is_file() and (source / "checkpoints").is_dir():
         model_dir = out / "model"
         if first:
             export_if_needed(source, step or _previous_step(out), protocol.sampling.weights, model_dir)
     elif step is not None:
         raise UserError(f"{source}: a model directory holds one set of weights; leave --step out, or name the run")
+    else:
+        model_dir = find_model(source)
     evaluation = open_model_evaluation(source, model_dir, protocol, out, clip_source, device)
     if first:
         evaluation.begin()

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from far_scale.config.reference import explain, reference
-from far_scale.config.schema import Count, Fraction, Section, valid_guidance
+from far_scale.config.schema import Count, Fraction, Grid, Section, valid_guidance
 from far_scale.config.yaml_loader import PROTOCOL, read_document
 from far_scale.evaluation.codec import H264_BLOCK
 from far_scale.evaluation.metric_networks import MIN_FRAMES
@@ -72,6 +72,10 @@ class SamplingSection(Section):
     """Seeds of the noise; scores are means over them."""
     steps: Annotated[int, Field(ge=1, le=1000)]
     """Euler steps per frame."""
+    grid: Grid = "official"
+    """Noise levels of the steps (see sample.grid)."""
+    window_stride: Count = 1
+    """Frames by which a full window slides (see sample.window_stride)."""
     guidance: Annotated[float, AfterValidator(valid_guidance)] = 1.0
     """Classifier-free guidance of a model with labels or actions (see sample.guidance); others sample at 1."""
     context_noise: Fraction = 0.0
@@ -213,6 +217,9 @@ class Protocol(Section):
         """All fields that change a score."""
         texts: dict[str, Any] = dict.fromkeys(("name", "about", "metrics", "published"), True)
         texts |= {"clips": {"source"}, "fvd": {"name"}, "lpips": {"name"}}
+        # Keys that came later leave the hashes of before as they are.
+        later = (("grid", "official"), ("window_stride", 1))
+        texts["sampling"] = {name for name, default in later if getattr(self.sampling, name) == default}
         return self.model_dump(mode="json", exclude=texts)
 
     def hash(self) -> str:

@@ -49,7 +49,8 @@ class Weights(_Section):
 
     source: str
     kind: str
-    step: int | None
+    step: int | None = None
+    """None for imported weights."""
     sha256: str
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far_scale.model.attention import choose_kernel
+from far_scale.model.hub import find_model
 from far_scale.model.layers import (
     HEAD_DIM,
     Block,
@@ -30,6 +32,8 @@ from far_scale.model.layers import (
     rotary_embedding,
 )
 from far_scale.model.layout import FrameGroup, FrameLayout
+from far_scale.model.model_files import CONFIG_FILE, read_config_values, read_weights
+from far_scale.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,15 @@ class FARConfig:
             raise ValueError(f"unknown model keys {sorted(unknown)}; known: {[field.name for field in fields(cls)]}")
         return cls(**values)
 
+    @classmethod
+    def read(cls, folder: str | Path) -> FARConfig:
+        """The configuration in a model directory's config.json; raises UserError if there is none or it is invalid."""
+        values = read_config_values(folder).get("model", {})
+        try:
+            return cls.from_dict(values)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{Path(folder) / CONFIG_FILE}: model: {error}; export the model again") from None
+
 
 class FAR(nn.Module):
     """The model. Weights are initialised as in the official code; before the first step the output is exactly zero."""
@@ -134,6 +147,47 @@ class FAR(nn.Module):
             self.context_output = UnusedWeights(
                 weight=torch.zeros(context_channels, config.width), bias=torch.zeros(context_channels)
             )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> FAR:
+        """Load a trained model in evaluation mode, from a model directory or a repository of the Hugging Face hub.
+
+        Args:
+            source: path of a model directory, or `org/name` where no file or folder `org` is in the working folder.
+            revision: branch, tag or commit of the repository; default: main.
+            device: where the weights are put.
+            dtype: of the weights, in which the model also computes; default: as stored.
+
+        Raises:
+            UserError: there is no model or it is damaged (`load`), or it cannot be downloaded (`hub.find_model`).
+        """
+        folder = find_model(source, revision)
+        return cls.load(folder, FARConfig.read(folder), device, dtype)
+
+    @classmethod
+    def load(
+        cls, folder: Path, config: FARConfig, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> FAR:
+        """The model of `config` in evaluation mode, with the weights in a model directory.
+
+        Args:
+            dtype: of the weights; default: as stored.
+
+        Raises:
+            UserError: weights that are unreadable, missing, unexpected, of another shape (named) or not those that
+                config.json was written with.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        model.load_state_dict(read_weights(folder, shapes, device, dtype), assign=True)
+        return model.eval()
 
     def configure_execution(
         self, compiled: bool = False, checkpointing: Checkpointing = "none", attention_kernel: str = "auto"

@@ -38,7 +38,7 @@ def test_without_given_frames_nothing_gets_a_border() -> None:
 
 
 def test_both_videos_come_back_lossy_in_place_and_reproducibly() -> None:
-    sample, truth = waves(20), waves(20, phase=0.3)
+    sample, truth = waves(20, 64), waves(20, 64, phase=0.3)  # at smaller sides libx264 itself is not reproducible
     decoded = through_h264(sample, truth)
     for before, after in zip((sample, truth), decoded, strict=True):
         assert after.shape == before.shape and after.dtype == np.uint8

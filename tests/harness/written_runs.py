@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +17,11 @@ SMALL = FARConfig(layers=2, heads=1, channels=4, window=4, actions=4, context_pa
 """Fits the shard sets of `latent_sets`."""
 
 
-def write_run(run: Path, step: int = 7, factor: float = 1.0) -> None:
-    """A checkpoint of SMALL's parameters alone, as training writes it: `factor` times `trained_state`; EMA twice."""
+def write_run(run: Path, step: int = 7, factor: float = 1.0, **more: Any) -> None:
+    """A checkpoint of SMALL's parameters alone, as training writes it: `factor` times `trained_state`; EMA twice.
+
+    `more` is added to its state.
+    """
     parameters = {name: p for name, p in trained_state().items() if name in dict(FAR(SMALL).named_parameters())}
     pieces = {
         f"{kind}/{name}": checkpoint.FlatPiece(tensor.numel(), 0, (times * factor * tensor).flatten())
@@ -34,6 +38,7 @@ def write_run(run: Path, step: int = 7, factor: float = 1.0) -> None:
         "fps": 8.0,
         "frame_stride": 1,
         "versions": {"far_scale": "0"},
+        **more,
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # this process alone is meant

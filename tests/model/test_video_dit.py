@@ -18,7 +18,8 @@ from far_scale.model import FAR, FARConfig
 from far_scale.model.attention import dense, flex, frame_attention
 from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout
 from far_scale.sampling.config import SamplingConfig
-from far_scale.sampling.sampler import cache_bytes, euler_sigmas, roll_out
+from far_scale.sampling.noise import euler_sigmas
+from far_scale.sampling.sampler import cache_bytes, roll_out
 from far_scale.train.costs import forward_flops
 from far_scale.train.flow_matching import add_noise, pack_loss
 from far_scale.train.resume_checks import check_fits
@@ -208,7 +209,7 @@ def test_joint_sampling_is_the_plain_loop(given: int, guidance: float) -> None:
 
 def test_what_joint_sampling_refuses() -> None:
     model, context = dit(), torch.zeros(1, 2, *SHAPE)
-    assert cache_bytes(model, 1, WINDOW, SHAPE[1:]) == 0
+    assert cache_bytes(model, SamplingConfig(1, 1), 1, WINDOW, SHAPE[1:]) == 0
     with pytest.raises(UserError, match=r"2 given and 4 new ones do not fit the window of 5"):
         roll_out(model, context, SamplingConfig(frames=4, steps=1))
     with pytest.raises(UserError, match=r"context_noise: 0\.1, but this model is not causal"):

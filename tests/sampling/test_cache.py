@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ from far_scale.model import FAR, FARConfig
 from far_scale.model.layout import FrameLayout
 from far_scale.sampling.cache import MultiLevelCache
 from far_scale.sampling.config import SamplingConfig
-from far_scale.sampling.denoisers import CachedDenoiser
+from far_scale.sampling.denoisers import CachedDenoiser, FinishedFrame, Schedule
 from far_scale.sampling.sampler import cache_bytes, roll_out
+from far_scale.sampling.session import Session
 
 SIZE = (4, 4)
 STEPS = 3
@@ -85,10 +88,14 @@ def test_one_step_is_the_training_layout_s_velocity(frames: int) -> None:
     timesteps[:, -1] = timestep
     with torch.no_grad():
         expected = model(clip, timesteps, actions)[:, -1]
-        denoiser = CachedDenoiser(model, torch.tensor([900.0, timestep]), copies=1, clips=2, frames=frames, size=SIZE)
+        cpu = torch.device("cpu")
+        schedule = Schedule(torch.tensor([0.9, timestep / 1000, 0.0]), SamplingConfig(1, 2), cpu)
+        cache = MultiLevelCache(model.config, 2, SIZE, 4, None, cpu, torch.float32)
+        denoiser, history = CachedDenoiser(model, schedule, 1, cache, SIZE), []
         for frame in range(frames):
-            denoiser.begin_frame(clip[:, :frame], clip[:, :frame], actions[:, : frame + 1], None)
-            denoiser.velocity(torch.full_like(clip[:, frame], 7.0), 0)  # must leave nothing behind
+            denoiser.begin_frame(history, frame, actions[:, frame])
+            denoiser.denoise(torch.full_like(clip[:, frame], 7.0), 0)  # must leave nothing behind
+            history.append(FinishedFrame(clip[:, frame], clip[:, frame], actions[:, frame]))
         torch.testing.assert_close(denoiser.velocity(clip[:, -1], 1), expected, rtol=0, atol=1e-5)
 
 
@@ -136,12 +143,14 @@ def test_a_window_in_the_cache_sees_what_the_mask_lets_it_see(monkeypatch: pytes
 
 
 def test_the_cache_size_is_known_beforehand() -> None:
-    model = trained_like(context_patch=2, actions=3)
-    cache = MultiLevelCache(model.config, 4, 1000, SIZE, torch.device("cpu"), torch.float32)
-    held = cache._keys.nbytes + cache._values.nbytes
-    assert cache_bytes(model, 2, 1000, SIZE, guidance=1.5) == held == 2 * 3 * 4 * (4 * 16 + 996 * 4) * 128 * 4
+    model, sampling = trained_like(context_patch=2, actions=3), SamplingConfig(999, 1, guidance=1.5)
+    held = Session(model, sampling, SIZE, clip_ids=(0, 1), max_frames=1000).cache_bytes
+    assert cache_bytes(model, sampling, 2, 1000, SIZE) == held == 2 * 3 * 4 * (4 * 16 + 996 * 4) * 128 * 4
     layout = FrameLayout.of((1000,), SIZE, window=4, coarsening=2)
     assert held == 2 * 3 * 4 * layout.tokens * 128 * 4
+    limited = replace(sampling, context_frames=10, window_stride=3)
+    held = Session(model, limited, SIZE, clip_ids=(0, 1), max_frames=1000).cache_bytes
+    assert cache_bytes(model, limited, 2, 1000, SIZE) == held == 2 * 3 * 4 * (4 * 16 + 10 * 4) * 128 * 4
 
 
 def test_cudnn_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from far_scale.model import FAR, FARConfig
 from far_scale.sampling.config import SamplingConfig
-from far_scale.sampling.sampler import euler_sigmas, roll_out
+from far_scale.sampling.noise import euler_sigmas
+from far_scale.sampling.sampler import roll_out
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import generator
 

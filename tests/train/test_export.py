@@ -7,13 +7,15 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from far_scale.convert.model_dir import load_model, load_model_dir, save_model_dir
+from far_scale.convert.model_dir import load_model, load_model_dir, read_config, save_model_dir
+from far_scale.evaluation.rollouts.runner import load_for_sampling
 from far_scale.train import checkpoint
-from far_scale.train.checkpoint.export import export, export_official
+from far_scale.train.checkpoint.export import export, export_if_needed, export_official
 from harness.refusal import refused
 from harness.tools import tool
 from harness.written_runs import write_run
@@ -147,3 +149,79 @@ def test_directories_without_checksums_still_load(runs: Path, tmp_path: Path) ->
     values["training"].pop("checkpoint")
     config.write_text(json.dumps(values))
     assert bias(tmp_path / "model") == before
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ({"data": {"frames": 4}}, 0),
+        ({"data": {"frames": [3, 20]}, "curriculum": None}, 16),
+        ({"data": {"frames": 9}, "curriculum": [{"frames": {"4": 0.5, "30": 0.5}}, {"steps": 5}]}, 26),
+        ({"data": {"frames": 99}, "curriculum": [{"frames": 6}]}, 2),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_the_metadata_has_the_longest_context(recipe: Any, expected: int | None, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", **({} if recipe is None else {"recipe": recipe}))
+    export(tmp_path / "run", None, "ema", tmp_path / "model")
+    assert read_config(tmp_path / "model")[1].context_frames == expected
+    assert ("context_frames" in (tmp_path / "model" / "config.json").read_text()) == (expected is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_types_round_to_the_nearest_number(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    name, out = str(dtype).removeprefix("torch."), tmp_path / "model"
+    export(runs / "a", 7, "ema", tmp_path / "float32")
+    tool(monkeypatch, "export_checkpoint.py", runs / "a", "--step", 7, "--dtype", name, "--out", out)
+    exact, rounded = load_model(tmp_path / "float32").state_dict(), load_model(out).state_dict()
+    limits = torch.finfo(dtype)
+    for key, tensor in rounded.items():
+        assert tensor.dtype == dtype
+        # Half of the distance between the numbers around a weight: eps is that at 1, and it is constant below tiny.
+        magnitude = exact[key].double().abs().clamp(min=limits.tiny)
+        unit = limits.eps * 2.0 ** magnitude.log2().floor()
+        assert ((tensor.double() - exact[key].double()).abs() <= unit / 2).all(), key
+    size = (out / "model.safetensors").stat().st_size
+    assert 0.5 <= size / (tmp_path / "float32" / "model.safetensors").stat().st_size < 0.52
+
+    # On a CPU it computes in float32, with the stored numbers.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loaded, metadata = load_for_sampling(out)
+    assert metadata == load_model_dir(tmp_path / "float32")[1]
+    assert all(torch.equal(tensor, rounded[key].float()) for key, tensor in loaded.state_dict().items())
+    assert loaded.patch_embedding.weight.dtype == torch.float32
+
+
+def test_a_folder_of_another_type_is_written_again(runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    for dtype, written in (
+        (torch.float16, True),
+        (torch.float16, False),
+        (torch.bfloat16, True),
+        (torch.float32, True),
+        (torch.float32, False),
+    ):
+        assert export_if_needed(runs / "a", 7, "ema", out, dtype) == (7, written)
+        assert {tensor.dtype for tensor in load_model(out).state_dict().values()} == {dtype}
+
+
+def test_weights_beyond_a_type_and_other_formats_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "run", 7, factor=1e6)
+    out = tmp_path / "model"
+    refused(
+        lambda: export_if_needed(tmp_path / "run", 7, "ema", out, torch.float16),
+        str(tmp_path / "run"), "the largest value of", "float16 ends at 6.55e+04", "--dtype float32",
+    )  # fmt: skip
+    assert not out.exists()
+    assert export_if_needed(tmp_path / "run", 7, "ema", out, torch.bfloat16) == (7, True)
+    with pytest.raises(SystemExit):
+        tool(
+            monkeypatch, "export_checkpoint.py", tmp_path / "run", "--dtype", "float16", "--format", "official",
+            "--out", tmp_path / "own.pth",
+        )  # fmt: skip
+    assert "--dtype is for model directories" in capsys.readouterr().err

@@ -14,7 +14,8 @@ from typing import Annotated, Literal, NamedTuple
 
 import pydantic
 
-from far_scale.data.shards.records import KEY_PATTERN, MAX_TENSORS_BYTES, Count, Key, Positive, StrictModel
+from far_scale.data.shards.records import KEY_PATTERN, MAX_TENSORS_BYTES, Count, Key, Positive
+from far_scale.utils.strict_model import StrictModel
 
 MAX_NAME = 400  # characters of a sample's name in its shard
 

@@ -18,15 +18,13 @@ from far_scale.data.shards.records import (
     MAX_JSON_BYTES,
     MAX_TENSORS_BYTES,
     Count,
-    Digest,
     Key,
     Positive,
     ShardName,
-    StrictModel,
-    first_problem,
     write_small,
 )
 from far_scale.utils.errors import UserError
+from far_scale.utils.strict_model import Digest, StrictModel, first_problem
 
 
 class IndexRow(NamedTuple):

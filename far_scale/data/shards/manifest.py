@@ -36,13 +36,12 @@ from far_scale.data.shards.records import (
     ModelWithClasses,
     Positive,
     ShardFormat,
-    StrictModel,
-    first_problem,
     read_small,
     write_small,
 )
 from far_scale.data.shards.table import ENTRIES, ShardEntry, ShardTable, read_shards
 from far_scale.utils.errors import UserError
+from far_scale.utils.strict_model import StrictModel, first_problem
 
 MANIFEST_NAME = "manifest.json"
 LatentDtype = Literal["bfloat16", "float16", "float32"]  # float32 in adopted sets only: encoding rounds

@@ -15,6 +15,7 @@ import pydantic
 from far_scale.data.remote.cache import MAX_UNSIZED_BYTES
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import atomic_write
+from far_scale.utils.strict_model import StrictModel
 
 # Checked before anything is read or allocated; each is far above what our own writer makes.
 MAX_MANIFEST_BYTES = 1 << 27  # 300,000 shards
@@ -26,7 +27,6 @@ MAX_TENSORS_BYTES = 1 << 32  # of a sample
 _MAX_COUNT = 1 << 40  # sums over any manifest fit into numpy's int64
 Count = Annotated[int, pydantic.Field(ge=0, le=_MAX_COUNT)]
 Positive = Annotated[int, pydantic.Field(ge=1, le=_MAX_COUNT)]
-Digest = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 # The name is joined to the folder, so only our own pattern may pass: no slashes, no "..".
 ShardName = Annotated[str, pydantic.Field(pattern=r"^(shard-[0-9]{6,12}\.tar|shard\.[0-9]{5,12}\.mds)$")]
 ShardFormat = Literal["tar", "mds"]
@@ -37,12 +37,6 @@ Location = Annotated[
 # WebDataset splits a member's name at its first dot, and a USTAR name holds 100 characters.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 Key = Annotated[str, pydantic.Field(pattern=f"^{KEY_PATTERN.pattern}$")]
-
-
-class StrictModel(pydantic.BaseModel):
-    """A frozen record that refuses unknown keys, implicit conversions, infinities and NaN."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelWithClasses(StrictModel):
@@ -113,11 +107,3 @@ def write_small(path: Path, text: str, max_bytes: int, excess: str, fix: str) ->
         raise UserError(f"{path}: {excess} ({len(text)} bytes, at most {max_bytes}); {fix}")
     with atomic_write(path) as temporary:
         temporary.write_text(text)
-
-
-def first_problem(error: pydantic.ValidationError) -> str:
-    """The first error of pydantic as one phrase: the key and what is wrong with it."""
-    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # The location may contain a key of the file: of any length, with line breaks.
-    key = ".".join(str(part) for part in problem["loc"])[:80].encode("unicode_escape").decode()
-    return f"{key}: {problem['msg']}" if key else str(problem["msg"])

@@ -12,7 +12,8 @@ import pydantic
 from numpy.typing import NDArray
 
 from far_scale.data.remote.compression import compression_of
-from far_scale.data.shards.records import Digest, Location, Positive, ShardName, StrictModel, first_problem
+from far_scale.data.shards.records import Location, Positive, ShardName
+from far_scale.utils.strict_model import Digest, StrictModel, first_problem
 
 _LIST_END, _COMMA = re.compile(r"\}\s*\]"), re.compile(r"\s*,")
 _PIECE_CHARACTERS = 1 << 20

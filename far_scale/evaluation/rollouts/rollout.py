@@ -100,7 +100,7 @@ class Rollout:
         config, sampling, clips = self.model.config, self.sampling, len(self.episodes.keys)
         batch = min(clips, EPISODES_PER_BATCH)
         _, height, width = self.metadata.latent_shape
-        cache = cache_bytes(self.model, batch, self.given + sampling.frames, (height, width), sampling.guidance)
+        cache = cache_bytes(self.model, sampling, batch, self.given + sampling.frames, (height, width))
         context = f"context patch {config.context_patch}" if config.context_patch else "no context"
         return (
             f"{config.layers} layers, {config.heads} heads, window {config.window}, {context}: "

@@ -14,14 +14,23 @@ from far_scale.data.shards.shard_set import ShardSet
 from far_scale.evaluation.rollouts.episodes import EpisodeSelection, load_episodes
 from far_scale.evaluation.rollouts.rollout import Rollout
 from far_scale.model import FAR
+from far_scale.model.hub import find_model
 from far_scale.sampling.config import SamplingConfig
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import write_json
 
 
-def load_for_sampling(folder: str | Path) -> tuple[FAR, ModelMetadata]:
-    """Load a model directory on the GPU in bfloat16 (its attention kernels take no float32), or without a GPU on the
-    CPU in float32."""
+def load_for_sampling(source: str | Path) -> tuple[FAR, ModelMetadata]:
+    """Load a model on the GPU in bfloat16 (its attention kernels take no float32), or without a GPU on the CPU in
+    float32, in whatever type its weights are stored.
+
+    Args:
+        source: a model directory, or a repository of the hub (`find_model`).
+
+    Raises:
+        UserError: as `find_model` and `load_model_dir`.
+    """
+    folder = find_model(source)
     if torch.cuda.is_available():
         return load_model_dir(folder, "cuda", dtype=torch.bfloat16)
     return load_model_dir(folder, "cpu", dtype=torch.float32)
