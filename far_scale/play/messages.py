@@ -35,8 +35,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from far_scale.data.shards.records import Count, Positive, StrictModel, first_problem
+from far_scale.data.shards.records import Count, Positive
 from far_scale.play.walk import ShownFrame
+from far_scale.utils.strict_model import StrictModel, first_problem
 
 MAX_MESSAGE_BYTES = 1024
 

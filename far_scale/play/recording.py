@@ -12,13 +12,14 @@ from PIL import Image
 from pydantic import Field, ValidationError
 
 import far_scale
-from far_scale.data.shards.records import Count, Digest, Positive, StrictModel, first_problem
+from far_scale.data.shards.records import Count, Positive
 from far_scale.data.video.videos import write_mp4
 from far_scale.evaluation.rollouts.video_grid import GridSpec, VideoGrid
 from far_scale.play.world import Pixels, StartKind
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import read_text
 from far_scale.utils.rng import MAX_SEED
+from far_scale.utils.strict_model import Digest, StrictModel, first_problem
 
 FORMAT: Final = "far_scale.play/1"
 

@@ -114,10 +114,11 @@ class Walk:
         before = session.snapshot()
         started = time.perf_counter()
         try:
-            if sampling.guidance == session.sampling.guidance or min(guidance, session.sampling.guidance) > 1:
-                session.sampling = sampling
-            else:  # the cache of the other guidance has other rows
-                session = self._new_session(sampling)
+            if sampling != session.sampling:
+                if guidance == session.sampling.guidance or min(guidance, session.sampling.guidance) > 1:
+                    session.sampling = sampling
+                else:  # the cache of the other guidance has other rows
+                    session = self._new_session(sampling)
             classes = None if world.condition == "none" else torch.tensor([action])
             latents = session.step(classes).cpu()
         except UserError:

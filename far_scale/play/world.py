@@ -31,6 +31,7 @@ Condition = Literal["actions", "labels", "none"]
 
 DEMO_AUTOENCODER = "compact-vizdoom-f8c32"  # trained on the demo's mazes and nothing else
 DEFAULT_FPS = 8.0
+MAX_CONTEXT_FRAMES = 256  # of a model that does not say how many it was trained on
 MAX_EPISODES = 8  # of --start, in turn
 
 
@@ -116,12 +117,23 @@ class World:
         return height * self.autoencoder.downsample, width * self.autoencoder.downsample
 
     def sampling(self, seed: int, steps: int, guidance: float) -> SamplingConfig:
-        """The settings of a session.
+        """The settings of a session: the grid that is best with few steps, and a window that slides by its half.
+
+        The context is as long as in training at most; memory does not grow with the walk.
 
         Raises:
             UserError: they do not fit the model.
         """
-        sampling = SamplingConfig(frames=1, steps=steps, guidance=guidance, seed=seed)
+        config, known = self.model.config, self.metadata.context_frames
+        sampling = SamplingConfig(
+            frames=1,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            grid="even",
+            window_stride=max(1, config.window // 2),
+            context_frames=(MAX_CONTEXT_FRAMES if known is None else known) if config.context_patch else None,
+        )
         sampling.check(self.model.config)
         return sampling
 

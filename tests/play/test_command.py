@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
-import subprocess
-import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from far_scale.convert.model_dir import save_model_dir
+from far_scale.play.access import Access
 from far_scale.play.headless import parse_actions
-from far_scale.play.server import STATIC_TYPES
-from harness.launch import ROOT, environment
-from harness.play import metadata_of, random_state, small_config
+from far_scale.play.server import STATIC_TYPES, PlayServer, serve
+from harness import processes
+from harness.launch import ROOT
+from harness.play import SETTINGS, metadata_of, random_state, small_config, small_world
 from harness.refusal import refused
 from harness.tools import tool
 
@@ -96,28 +98,29 @@ def test_refusals(
 
 
 @pytest.mark.slow
-def test_the_server_starts_serves_and_ends(model_dir: Path) -> None:
-    command = [sys.executable, ROOT / "tools/play.py", model_dir, "--no-browser", "--port", "0"]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_the_server_starts_serves_and_ends(model_dir: Path, tmp_path: Path) -> None:
+    log, errors = tmp_path / "log", tmp_path / "errors"
+    process = processes.start(
+        ROOT / "tools/play.py", model_dir, "--no-browser", "--port", "0", output=log, errors=errors
+    )
     try:
-        assert process.stdout is not None
-        first, second = process.stdout.readline(), process.stdout.readline()
-        assert "from nothing" in first
-        address = re.search(r"http://127\.0\.0\.1:\d+/", second)
-        assert address is not None, second
+        for _ in range(1200):
+            address = re.search(r"http://127\.0\.0\.1:(\d+)/", log.read_text() if log.exists() else "")
+            if address is not None:
+                break
+            assert process.poll() is None, errors.read_text()
+            time.sleep(0.05)
+        assert address is not None and "from nothing" in log.read_text()
         for name in ("", *(f"static/{name}" for name in STATIC_TYPES)):
             with urllib.request.urlopen(address[0] + name, timeout=20) as reply:
                 assert reply.status == 200 and len(reply.read()) > 1000
-        taken = subprocess.run(
-            [*command[:-1], address[0].rpartition(":")[2].strip("/")], env=environment(), capture_output=True, text=True
-        )
-        assert taken.returncode == 2 and "name another --port" in taken.stderr and len(taken.stderr.splitlines()) == 1
+        server = PlayServer(small_world(), SETTINGS, Access("127.0.0.1", None), 1)
+        taken = serve(server, "127.0.0.1", int(address[1]), announce=print)
+        refused(lambda: asyncio.run(taken), f"--port {address[1]}", "name another --port")
         process.send_signal(signal.SIGTERM)
-        rest, errors = process.communicate(timeout=20)
-        assert (process.returncode, rest, errors) == (0, "ended\n", "")
+        assert process.wait(20) == 0 and log.read_text().endswith("ended\n") and errors.read_text() == ""
     finally:
         process.kill()
-        process.wait()
 
 
 def test_the_page_is_in_the_wheel() -> None:
