@@ -7,11 +7,15 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The shell scripts' checker comes from Debian's packages where this user may install them.
-check_shell_scripts() {
-    if ! command -v shellcheck >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends shellcheck; } >/dev/null
+# Of Debian's packages, where this user may install them: the shell scripts' checker, and a browser for the tests of the page.
+install_command() { # install_command PACKAGE
+    if ! command -v "$1" >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1"; } >/dev/null
     fi
+}
+
+check_shell_scripts() {
+    install_command shellcheck || true
     if ! command -v shellcheck >/dev/null; then
         echo "shellcheck is not installed: shell scripts are not checked" >&2
         return
@@ -32,6 +36,7 @@ in_parallel=(-n 4 --dist loadfile --no-loadscope-reorder)
 
 check_and_test() { # check_and_test PYTEST_ARGUMENTS...
     check_style
+    install_command chromium || echo "chromium could not be installed: tests in a browser are skipped" >&2
     mypy far_scale tools &
     local types=$!
     OMP_NUM_THREADS=1 python -m pytest -q "${in_parallel[@]}" "$@"
