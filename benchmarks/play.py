@@ -2,8 +2,8 @@
 
     python benchmarks/play.py models/demo-maze
 
-There are no two sides. A walk of random actions begins as on the page; its first frame is left out, since it also encodes
-the given frames. The model's time has what comes when the window slides, which is the rarer and slower kind of frame.
+A walk of random actions begins as on the page; its first frame is left out, since it also encodes the given frames.
+The model's time includes what comes when the window slides, which is the rarer and slower kind of frame.
 """
 
 from __future__ import annotations
