@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from far_scale.autoencoder import Autoencoder
-from far_scale.convert.model_dir import CONFIG_FILE, MODEL_FILES, ModelMetadata
+from far_scale.convert.model_dir import ModelMetadata
+from  import CONFIG_FILE, MODEL_FILES
 from far_scale.data.demo.explorer import LEFT, NOOP
 from far_scale.data.demo.world import ACTION_NAMES, ACTIONS, SIZE, TURNS_OF_A_CIRCLE, DemoWorld
 from far_scale.evaluation.rollouts.episodes import EpisodeSelection, decode_frame, encode_frames, load_episodes
