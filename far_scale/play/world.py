@@ -15,7 +15,6 @@ from torch import Tensor
 
 from far_scale.autoencoder import Autoencoder
 from far_scale.convert.model_dir import ModelMetadata
-from  import CONFIG_FILE, MODEL_FILES
 from far_scale.data.demo.explorer import LEFT, NOOP
 from far_scale.data.demo.world import ACTION_NAMES, ACTIONS, SIZE, TURNS_OF_A_CIRCLE, DemoWorld
 from far_scale.evaluation.rollouts.episodes import EpisodeSelection, decode_frame, encode_frames, load_episodes
@@ -204,6 +203,5 @@ def is_demo_world(model: FAR, metadata: ModelMetadata) -> bool:
 
 def weights_digest(folder: Path) -> str:
     """The SHA-256 of a model directory's weights file, or of the digests of several."""
-    names = sorted(path.name for path in folder.iterdir() if MODEL_FILES.fullmatch(path.name))
-    digests = [sha256(folder / name) for name in names if name != CONFIG_FILE]
+    digests = [sha256(path) for path in sorted(folder.glob("model*.safetensors"))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
