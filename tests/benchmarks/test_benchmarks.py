@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from far_scale.convert.model_dir import save_model_dir
 from far_scale.model.attention import dense
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
 from harness import processes
+from harness.play import metadata_of, random_state, small_config
 
 pytestmark = pytest.mark.slow
 
@@ -289,3 +291,14 @@ def test_the_fault_drill_names_the_fix(tmp_path: Path) -> None:
     ):
         finished = processes.run(*command, *arguments)
         assert finished.returncode == 2 and said in finished.stderr, finished.stderr
+
+
+def test_a_frame_of_play_is_timed(tmp_path: Path) -> None:
+    config = small_config(actions=4)
+    save_model_dir(tmp_path / "model", config, random_state(config), metadata_of(side=4))
+    arguments = ("--threads", 1, "--steps", 1, 2, "--frames", 5, "--out", tmp_path / "results")
+    finished = processes.run(BENCHMARKS / "play.py", tmp_path / "model", *arguments)
+    (rows,) = tables_of(tmp_path / "results", finished).values()
+    assert [row["steps"] for row in rows] == [1, 2]
+    for row in rows:
+        assert positive(row, "model p50", "decoder p50", "both p95", "cache MB") and len(row["model ms"]) == 5
