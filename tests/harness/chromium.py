@@ -62,13 +62,19 @@ class Tab:
     async def key(self, code: str, down: bool, key: str | None = None) -> None:
         await self.call("Input.dispatchKeyEvent", type="keyDown" if down else "keyUp", code=code, key=key or code)
 
+    async def press(self, code: str) -> None:
+        """A key down and up, without waiting between the two."""
+        await asyncio.gather(self.key(code, down=True), self.key(code, down=False))
+
     async def tap(self, selector: str) -> None:
         """Touch the middle of an element."""
         box = await self.value(f"(() => {{ const b = document.querySelector({selector!r}).getBoundingClientRect(); "
                                "return [b.x + b.width / 2, b.y + b.height / 2]; })()")  # fmt: skip
         points = [{"x": box[0], "y": box[1]}]
-        await self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=points)
-        await self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        await asyncio.gather(
+            self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=points),
+            self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[]),
+        )
 
     async def size(self, width: int, height: int, is_phone: bool) -> None:
         await self.call(

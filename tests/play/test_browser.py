@@ -25,18 +25,16 @@ def test_keys_and_touches_move_the_picture(tmp_path: Path) -> None:
         return picture
 
     async def test() -> None:
-        # By an engine that is not there: the demo's keys, without VizDoom.
-        async with serving(small_world(side=8)) as play, browser_tab(tmp_path / "profile") as tab:
+        # The demo's keys without its engine; a few frames a second, so that a short press makes one frame.
+        async with serving(small_world(side=8, fps=10.0)) as play, browser_tab(tmp_path / "profile") as tab:
             await tab.open(str(play.client.make_url("/")))
             await tab.until("document.querySelector('#model').textContent.startsWith('small')")
             pictures = [await tab.value(PICTURE)]
             for frame, code in enumerate(("ArrowUp", "ArrowLeft", "KeyD", "Space")):
-                await tab.key(code, down=True)
-                await tab.key(code, down=False)
+                await tab.press(code)
                 pictures.append(await moves(tab, frame))
             assert len(set(pictures)) == 5
-            await tab.key("KeyZ", down=True)
-            await tab.key("KeyZ", down=False)
+            await tab.press("KeyZ")
             assert await moves(tab, 2) == pictures[-2]
             await tab.key("ArrowUp", down=True)
             await tab.until(f"{FRAME} >= 6")  # held
