@@ -31,7 +31,7 @@ def main() -> None:
         type=Path,
         nargs="?",
         default=Path("models/demo-maze"),
-        help="model directory, as tools/export_checkpoint.py writes it (default: %(default)s)",
+        help="model directory, as tools/export_checkpoint.py writes it, or org/name of the hub (default: %(default)s)",
     )
     parser.add_argument(
         "--start",

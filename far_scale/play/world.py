@@ -21,6 +21,7 @@ from far_scale.evaluation.rollouts.episodes import EpisodeSelection, decode_fram
 from far_scale.evaluation.rollouts.runner import load_autoencoder, load_for_sampling
 from far_scale.evaluation.rollouts.video_grid import to_uint8
 from far_scale.model import FAR
+from far_scale.model.hub import find_model
 from far_scale.sampling.config import SamplingConfig
 from far_scale.utils.errors import UserError
 from far_scale.utils.io import sha256
@@ -157,10 +158,11 @@ class World:
         return Given(latents[None], torch.tensor([[NOOP] + [LEFT] * TURNS_OF_A_CIRCLE]), frames)
 
 
-def open_world(folder: Path, start: Path | None, threads: int) -> World:
-    """Load a model directory.
+def open_world(source: Path, start: Path | None, threads: int) -> World:
+    """Load a model.
 
     Args:
+        source: a model directory, or a repository of the hub.
         start: a video, a folder of them or a shard set, whose first frames the walks start from.
         threads: torch threads of the computation.
 
@@ -168,10 +170,11 @@ def open_world(folder: Path, start: Path | None, threads: int) -> World:
         UserError: the model cannot be loaded or is not causal, or the start does not fit it.
     """
     torch.set_num_threads(threads)
+    folder = find_model(source)
     model, metadata = load_for_sampling(folder)
     if not model.config.causal:
         raise UserError(
-            f"{folder}: the model is not causal, it denoises whole clips and cannot answer to one action at a time; "
+            f"{source}: the model is not causal, it denoises whole clips and cannot answer to one action at a time; "
             "use tools/sample.py, or play a FAR model"
         )
     autoencoder = load_autoencoder(metadata, next(model.parameters()).device)
@@ -187,7 +190,7 @@ def open_world(folder: Path, start: Path | None, threads: int) -> World:
             Given(loaded.context[row][None], None if classes is None else classes[row][None], None) for row in rows
         )
     has_engine = is_demo_world(model, metadata) and start is None and importlib.util.find_spec("vizdoom") is not None
-    name = folder.resolve().name
+    name = source.name or folder.resolve().name
     return World(name, model, metadata, autoencoder, weights_digest(folder), episodes, has_engine, threads)
 
 
