@@ -58,6 +58,7 @@ setup(
         "mds": ["cramjam>=2.8"],
         "slurm": ["submitit>=1.5", "cloudpickle>=2.0"],
         "wandb": ["wandb>=0.18"],
+        "tensorboard": ["tensorboard>=2.15"],
         "dcae": ["diffusers>=0.33"],
         "demo": ["vizdoom>=1.2.4"],
         "dev": ["diffusers>=0.33", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=1.13", "types-PyYAML"],

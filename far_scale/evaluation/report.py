@@ -98,14 +98,14 @@ def _format_markdown(scores: Scores) -> str:
         f"- N: {scores.n} clips",
         f"- protocol: {scores.protocol}, hash {scores.protocol_hash[:12]}",
         f"- weights: {weights.kind}{step}, SHA-256 {weights.sha256[:12]}",
-        *(f"- {line}" for line in _describe_settings(scores)),
+        *(f"- {line}" for line in describe_settings(scores)),
         "",
         *(f"{line}\n" for line in comparison_notes([scores])),
     ]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _describe_settings(scores: Scores) -> Iterator[str]:
+def describe_settings(scores: Scores) -> Iterator[str]:
     """The main settings, a line each."""
     protocol, sampling = scores.settings, scores.settings.sampling
     yield f"frames: {sampling.given} given -> {sampling.predicted} predicted, {protocol.clips.size} px"
