@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Sequence
 
 from far_scale.evaluation.run_page.charts import Bar, Row, time_line
@@ -81,7 +82,7 @@ def _time_ticks(first: float, last: float) -> list[tuple[float, str]]:
     """Round times between two, in UTC: with the date where they are more than a day apart."""
     steps = (1, 5, 15, 30, 60, 300, 900, 1800, 3600, 10800, 21600, 43200, 86400)
     span = last - first
-    step = next((step for step in steps if span / step <= 4), 86400 * max(1, round(span / 86400 / 4)))
+    step = next((step for step in steps if span / step <= 4), 86400 * math.ceil(span / 86400 / 4))
     layout = "%b %d" if step >= 86400 else "%b %d, %H:%M" if span > 86400 else "%H:%M" if step >= 60 else "%H:%M:%S"
     times = range(int(-(-first // step)) * step, int(last) + 1, step)
     return [(float(t), f"{datetime.datetime.fromtimestamp(t, datetime.timezone.utc):{layout}}") for t in times]

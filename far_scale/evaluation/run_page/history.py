@@ -62,6 +62,12 @@ class TrainingLog:
         finite = self.columns[name][np.isfinite(self.columns[name])]
         return float(finite[-1]) if len(finite) else None
 
+    def seconds_per_step(self) -> float | None:
+        """The median over the last lines."""
+        recent = self.columns["seconds_per_step"][-20:]
+        recent = recent[np.isfinite(recent)]
+        return float(np.median(recent)) if len(recent) else None
+
     def validation_curve(self, *path: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Steps and values of a number in the validations, such as `("ema", "loss")`."""
         pairs = [(step, number(inside(values, *path))) for step, values in self.validations.items()]
@@ -190,11 +196,11 @@ def state_of(run: Path, events: Sequence[Event]) -> State:
     return State("died", "the last start has neither finished nor stopped, and no job holds the run directory")
 
 
-def sessions_of(events: Sequence[Event], state: State, last_sign: float, now: float) -> list[Session]:
-    """The times of training, oldest first.
+def sessions_of(events: Sequence[Event], state: State, log: TrainingLog, now: float) -> list[Session]:
+    """The times of training, oldest first; `now` is in seconds since 1970.
 
-    A start that died ends with its last event, or, if it is the last one, with `last_sign`: the time in seconds when
-    the run last wrote to its log.
+    A start that died ends with its last event, or, if it is the last one, after the steps that the log has beyond it.
+    The time of the file would be another one in a copy.
     """
     sessions: list[Session] = []
     start: Event | None = None
@@ -214,6 +220,7 @@ def sessions_of(events: Sequence[Event], state: State, last_sign: float, now: fl
     if start is not None and start.time is not None:
         begin = start.time.timestamp()
         is_running = state.kind == "running"
-        end = max(begin, now if is_running else max(latest, last_sign))
+        beyond = (int(log.steps[-1]) if len(log.steps) else 0) - (events[-1].step or 0)
+        end = max(begin, now if is_running else latest + max(0, beyond) * (log.seconds_per_step() or 0.0))
         sessions.append(Session(begin, end, "running" if is_running else "died", start.step or 0))
     return sessions

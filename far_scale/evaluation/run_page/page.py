@@ -112,11 +112,9 @@ def _read_course(run: Path) -> _Course:
         recipe = load_recipe(run / "recipe.yaml")
     except UserError as error:
         problem = str(error)
-    events, log_path = events_of(run), run / "log.jsonl"
+    events, log = events_of(run), read_log(run / "log.jsonl")
     state = state_of(run, events)
-    last_sign = log_path.stat().st_mtime if log_path.is_file() else 0.0
-    sessions = sessions_of(events, state, last_sign, time.time())
-    return _Course(recipe, problem, read_log(log_path), events, state, sessions)
+    return _Course(recipe, problem, log, events, state, sessions_of(events, state, log, time.time()))
 
 
 def _document(title: str, body: Markup) -> str:
@@ -160,10 +158,7 @@ def _summary(run: Path, title: str, course: _Course) -> Markup:
 def _figures(run: Path, course: _Course) -> list[tuple[str, str | None]]:
     """Names and values of the summary; None for what is not known."""
     log, done, steps, sessions = course.log, course.done, course.steps, course.sessions
-    recent = log.columns["seconds_per_step"][-20:]
-    recent = recent[np.isfinite(recent)]
-    pace = float(np.median(recent)) if len(recent) else None
-    rest = None
+    pace, rest = log.seconds_per_step(), None
     if course.state.kind == "running" and steps and pace is not None:
         rest = f"about {format_duration((steps - done) * pace)}"
     held_out = {name: log.validation_curve(key, "loss")[1] for key, name in (("weights", "weights"), ("ema", "EMA"))}

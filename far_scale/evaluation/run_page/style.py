@@ -4,11 +4,11 @@ from __future__ import annotations
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --card: #f6f7f9; --ink: #1b1f24; --grey: #5b6470; --line: #d9dde3;
-  --c0: #8a93a0; --c1: #1f6feb; --c2: #c2410c; --c3: #15803d; --c4: #8b3fd1; --c5: #a16207; --good: #15803d;
+  --c0: #8a93a0; --c1: #1f6feb; --c2: #c2410c; --c3: #15803d; --c4: #8b3fd1; --c5: #0e8a9c; --good: #15803d;
   --bad: #c81e1e; --warn: #b45309; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #14171c; --card: #1d2229; --ink: #e8eaed; --grey: #9aa4b2; --line: #353c47;
-    --c0: #8a93a0; --c1: #6ba6ff; --c2: #ff9a5c; --c3: #5dd28a; --c4: #c79bff; --c5: #e6c04d; --good: #4cc47c;
+    --c0: #8a93a0; --c1: #6ba6ff; --c2: #ff9a5c; --c3: #5dd28a; --c4: #c79bff; --c5: #4fd3e4; --good: #4cc47c;
     --bad: #ff7b7b; --warn: #f0a648; }
 }
 * { box-sizing: border-box; }
@@ -31,7 +31,7 @@ header { display: flex; flex-wrap: wrap; gap: .3rem .8rem; align-items: center; 
 .tile b { display: block; font-size: 1.15rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .tile span { color: var(--grey); font-size: .85rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: .8rem; }
-.chart { margin: 0; background: var(--card); border-radius: .5rem; padding: .6rem .8rem .3rem; min-width: 0; }
+.chart { margin: 0; background: var(--card); border-radius: .5rem; padding: .6rem 1.7rem .3rem .6rem; min-width: 0; }
 .chart.wide { grid-column: 1 / -1; }
 figcaption { display: flex; flex-wrap: wrap; gap: .1rem .8rem; align-items: baseline; font-size: .85rem; }
 figcaption b { font-size: .95rem; }
@@ -71,18 +71,19 @@ output { display: none; position: absolute; top: .3rem; padding: .2rem .5rem; bo
 .track .dot { width: .6rem !important; height: .6rem; margin: -.3rem 0 0 -.3rem; border-radius: 50%; }
 .track .good { background: var(--good); } .track .bad { background: var(--bad); }
 .track .warn { background: var(--warn); } .track .run { background: var(--c1); }
-.timeline .x { height: 1.5rem; }
+.timeline .x { height: 2.6rem; } .timeline .x span { white-space: normal; width: 3.6rem; text-align: center;
+  line-height: 1.2; }
 .scroll { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .4rem 0; }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--grey); font-weight: 600; white-space: nowrap; }
-td { overflow-wrap: break-word; max-width: 42rem; }
+td { overflow-wrap: anywhere; max-width: 42rem; min-width: 4.5rem; }
 td:first-child { white-space: nowrap; }
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--c1); }
-img, video { max-width: 100%; border-radius: .3rem; } .scroll img { max-width: none; height: auto; width: 100%;
-  min-width: 40rem; }
+img, video { max-width: min(100%, 75rem); border-radius: .3rem; } .scroll img { height: auto; max-width: none;
+  width: min(100%, 75rem); min-width: 40rem; }
 @media (max-width: 40rem) { body { padding: .7rem; } .wide .axes { grid-template-rows: 13rem 1.5rem; }
-  td:first-child { white-space: normal; overflow-wrap: anywhere; } .row { max-width: 6rem; } }
+  td:first-child { white-space: normal; min-width: 7rem; } .row { max-width: 6rem; } }
 @media print { .chart, .tile { break-inside: avoid; } }
 """
 
