@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +76,40 @@ def smooth(y: Values) -> Values:
         return np.asarray((sums[high] - sums[low]) / (counts[high] - counts[low]))
 
 
+@dataclass(frozen=True)
+class Axis:
+    """A linear or logarithmic axis from `low` to `high`."""
+
+    low: float
+    high: float
+    is_log: bool = False
+
+    @classmethod
+    def around(cls, values: Values, margin: float = 0.05, is_log: bool = False, from_zero: bool = False) -> Axis:
+        """An axis that holds `values`, with a margin on both sides as a part of their range."""
+        if is_log:
+            low, high = _widened(float(np.log10(values.min())), float(np.log10(values.max())), margin)
+            return cls(10**low, 10**high, is_log=True)
+        smallest, largest = float(values.min()), float(values.max())
+        low, high = _widened(min(0.0, smallest) if from_zero else smallest, largest, margin)
+        return cls(0.0 if from_zero and smallest >= 0 else low, high)
+
+    @overload
+    def at(self, value: float) -> float: ...
+    @overload
+    def at(self, value: Values) -> Values: ...
+    def at(self, value: float | Values) -> float | Values:
+        """Where values are, from 0 at `low` to 1 at `high`."""
+        position: float | Values = (value - self.low) / (self.high - self.low)
+        if self.is_log:
+            position = np.log(value / self.low) / np.log(self.high / self.low)
+        return position
+
+    def ticks(self) -> list[float]:
+        """Round values on it."""
+        return log_ticks(self.low, self.high) if self.is_log else linear_ticks(self.low, self.high)
+
+
 def line_chart(
     title: str,
     series: Sequence[Series],
@@ -97,49 +132,32 @@ def line_chart(
     drawn = [(one, index) for one, index in drawn if len(index)]
     if not drawn:
         return Markup()
-    all_x = np.concatenate([one.x[index] for one, index in drawn])
     all_y = np.concatenate([one.y[index] for one, index in drawn])
-    is_log = is_log and bool((all_y > 0).all())
-    left, right = _widened(float(all_x.min()), float(all_x.max()), 0.0)
-    scale: Callable[[Values], Values] = np.log10 if is_log else np.asarray
-    scaled = scale(all_y)
-    low, high = _widened(0.0 if from_zero and not is_log else float(scaled.min()), float(scaled.max()), 0.05)
-    if from_zero and not is_log and all_y.min() >= 0:
-        low = 0.0
+    x_axis = Axis.around(np.concatenate([one.x[index] for one, index in drawn]), margin=0.0)
+    y_axis = Axis.around(all_y, is_log=is_log and bool((all_y > 0).all()), from_zero=from_zero)
+    y_ticks, x_ticks = y_axis.ticks(), [x for x in x_axis.ticks() if x == int(x)]
 
-    def at_x(x: Values) -> Values:
-        return (x - left) / (right - left) * _SIZE
+    def points_of(x: Values, y: Values) -> list[str]:
+        across, down = _SIZE * x_axis.at(x), _SIZE * (1 - y_axis.at(y))
+        return [f"{left:.1f} {top:.1f}" for left, top in zip(across, down, strict=True)]
 
-    def at_y(y: Values) -> Values:
-        return (high - scale(y)) / (high - low) * _SIZE
-
-    y_ticks = log_ticks(10**low, 10**high) if is_log else linear_ticks(low, high)
-    x_ticks = [x for x in linear_ticks(left, right) if x == int(x)]
-    grid = "".join(f"M0 {y:.1f}H{_SIZE:g}" for y in at_y(np.array(y_ticks)))
+    grid = "".join(f"M{point}h{_SIZE:g}" for point in points_of(np.full(len(y_ticks), x_axis.low), np.array(y_ticks)))
     paths = [tag("path", d=grid, class_="grid")]
-    visible = [mark for mark in marks if left < mark.x < right]
-    paths += [
-        tag("path", tag("title", mark.text), d=f"M{at_x(np.array(mark.x)):.1f} 0V{_SIZE:g}", class_=f"mark {mark.kind}")
-        for mark in visible
-    ]
+    visible = [mark for mark in marks if x_axis.low < mark.x < x_axis.high]
+    for mark in visible:
+        line = f"M{_SIZE * x_axis.at(mark.x):.1f} 0v{_SIZE:g}"
+        paths.append(tag("path", tag("title", mark.text), d=line, class_=f"mark {mark.kind}"))
+    data: dict[str, Any] = {"x": [x_axis.low, x_axis.high], "percent": percent, "series": []}
     for one, index in drawn:
-        points = [f"{x:.1f} {y:.1f}" for x, y in zip(at_x(one.x[index]), at_y(one.y[index]), strict=True)]
+        points = points_of(one.x[index], one.y[index])
         paths.append(tag("path", d="M" + "L".join(points), class_=f"{one.style} c{one.colour}"))
         if one.style == "dots" or len(points) == 1:
-            dots = "".join(f"M{point}h0" for point in points)
-            paths.append(tag("path", d=dots, class_=f"dot c{one.colour}"))
-    data = {
-        "x": [left, right],
-        "percent": percent,
-        "series": [
-            [one.name, [[int(x), float(f"{y:.5g}")] for x, y in zip(one.x[index], one.y[index], strict=True)]]
-            for one, index in drawn
-            if one.style != "pale" or len(drawn) == 1 or not _has_smoothed(one, drawn)
-        ],
-    }
+            paths.append(tag("path", d="".join(f"M{point}h0" for point in points), class_=f"dot c{one.colour}"))
+        values = [[int(x), float(f"{y:.5g}")] for x, y in zip(one.x[index], one.y[index], strict=True)]
+        data["series"].append([one.name, values])
     svg = tag("svg", *paths, viewBox=f"0 0 {_SIZE:g} {_SIZE:g}", preserveAspectRatio="none", role="img")
-    y_labels = [tag("span", format_number(y, percent), style=f"top:{at_y(np.array(y)) / _SIZE:.2%}") for y in y_ticks]
-    x_labels = [tag("span", f"{int(x):,}", style=f"left:{at_x(np.array(x)) / _SIZE:.2%}") for x in x_ticks]
+    y_labels = [tag("span", format_number(y, percent), style=f"top:{1 - y_axis.at(y):.2%}") for y in y_ticks]
+    x_labels = [tag("span", f"{int(x):,}", style=f"left:{x_axis.at(x):.2%}") for x in x_ticks]
     plot = tag("div", svg, tag("i", class_="cursor"), tag("output"), class_="plot", data_chart=json.dumps(data))
     legend = [tag("span", tag("i", class_=f"key c{one.colour} {one.style}"), one.name) for one, _ in drawn]
     legend += [
@@ -151,10 +169,6 @@ def line_chart(
         tag("div", tag("div", *y_labels, class_="y"), plot, tag("div", *x_labels, class_="x"), class_="axes"),
         class_="chart wide" if is_wide else "chart",
     )
-
-
-def _has_smoothed(raw: Series, drawn: Sequence[tuple[Series, NDArray[np.intp]]]) -> bool:
-    return any(one.style == "line" and one.colour == raw.colour for one, _ in drawn)
 
 
 def raw_and_smoothed(name: str, x: Values, y: Values, colour: int = 1) -> list[Series]:
@@ -189,11 +203,7 @@ def time_line(rows: Sequence[Row], first: float, last: float, ticks: Sequence[tu
         first, last: ends of the axis, in seconds.
         ticks: times with their labels.
     """
-    first, last = _widened(first, last, 0.0)
-
-    def at(time: float) -> float:
-        return min(1.0, max(0.0, (time - first) / (last - first)))
-
+    axis = Axis(*_widened(first, last, 0.0))
     lines = []
     for row in rows:
         pieces = [
@@ -201,12 +211,12 @@ def time_line(rows: Sequence[Row], first: float, last: float, ticks: Sequence[tu
                 "i",
                 title=bar.text,
                 class_=f"{'dot' if bar.start == bar.end else 'bar'} {bar.kind}",
-                style=f"left:{at(bar.start):.2%};width:{at(bar.end) - at(bar.start):.2%}",
+                style=f"left:{axis.at(bar.start):.2%};width:{axis.at(bar.end) - axis.at(bar.start):.2%}",
             )
             for bar in row.bars
         ]
         lines.append(join(tag("span", row.name, class_="row"), tag("div", *pieces, class_="track")))
-    labels = [tag("span", text, style=f"left:{at(time):.2%}") for time, text in ticks]
+    labels = [tag("span", text, style=f"left:{axis.at(time):.2%}") for time, text in ticks]
     return tag("div", *lines, tag("span", class_="row"), tag("div", *labels, class_="x"), class_="timeline")
 
 

@@ -108,7 +108,7 @@ def _protocol(scores: Scores) -> Markup:
     settings = [
         f"N: {scores.n} clips",
         f"protocol: {scores.protocol}, hash {scores.protocol_hash[:12]}",
-        f"weights: {_weights(scores)}, SHA-256 {scores.weights.sha256[:12]}",
+        f"weights: {scores.weights.source}, {_weights(scores)}, SHA-256 {scores.weights.sha256[:12]}",
         *describe_settings(scores),
     ]
     notes = [LEGEND, *comparison_notes([scores])]
