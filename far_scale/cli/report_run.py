@@ -14,7 +14,7 @@ from far_scale.evaluation.rollouts.loss_curve import validation_losses
 from far_scale.evaluation.rollouts.run_report import report_run
 from far_scale.evaluation.run_page.page import write_page
 from far_scale.utils.command_line import command_line
-from far_scale.utils.errors import UserError
+from far_scale.utils.errors import UserError, print_warning
 
 
 @command_line
@@ -32,9 +32,16 @@ def main() -> None:
     missing = [name for name, value in options.items() if value is None]
     if 0 < len(missing) < len(options):
         raise UserError(f"{', '.join(missing)}: missing; give --model, --videos and --out together, or none of them")
-    if not missing:
+    if missing:
+        print(f"page of the run: {write_page(args.run)}")
+        return
+    try:
         _print_report(args.run, report_run(args.run, args.model, args.videos, args.out))
-    print(f"page of the run: {write_page(args.run, args.out)}")
+    finally:  # also for a run with a damaged log, which loss.png refuses
+        try:
+            print(f"page of the run: {write_page(args.run, args.out)}")
+        except UserError as error:  # a run of somebody else
+            print_warning(str(error))
 
 
 def _print_report(run: Path, report: dict[str, Any]) -> None:

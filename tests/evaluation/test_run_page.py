@@ -170,6 +170,8 @@ def test_the_state_of_a_run(tmp_path: Path) -> None:
     (run / LEASE).write_text(json.dumps({**held, "directory": {"path": "/elsewhere", "inode": 1}}))
     assert state(began) == "died", "the lease was copied with the directory"
     assert not list(run.glob(".lease*"))
+    (run / "checkpoints" / "step-00000040").mkdir(parents=True)
+    assert state(began) == "done", "killed between its last checkpoint and its last event"
 
 
 def test_the_times_of_training(tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_the_times_of_training(tmp_path: Path) -> None:
     ]  # fmt: skip
     run = write_run(tmp_path, [line(step, 1.0) for step in range(1, 14)], events)
     read, log = events_of(run), read_log(run / "log.jsonl")
-    found = sessions_of(read, state_of(run, read), log, START.timestamp() + 1e6)
+    found = sessions_of(read, state_of(run, read, 40), log, START.timestamp() + 1e6)
     times = [(one.start - START.timestamp(), one.stop - START.timestamp(), one.end, one.first_step) for one in found]
     assert times == [(0, 10, "stopped", 0), (100, 130, "died", 4), (200, 226, "died", 6)]
     assert page_of(run).value("restarts") == "2"
@@ -344,6 +346,13 @@ def test_the_tool_writes_the_page_and_refuses_half_of_its_options(
     run = write_run(tmp_path / "run", [line(1, 1.0)], [event(0, "began", 0)])
     tool(monkeypatch, "report_run.py", run)
     assert capsys.readouterr().out == f"page of the run: {run / PAGE}\n" and (run / PAGE).is_file()
+    (run / PAGE).unlink()
+    with (run / "log.jsonl").open("a") as file:
+        file.write('{"step": 2')
+    with pytest.raises(SystemExit):
+        tool(monkeypatch, "report_run.py", run, "--model", tmp_path, "--videos", run, "--out", tmp_path / "out")
+    assert (run / PAGE).is_file(), "also where nothing can be sampled"
+    capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         tool(monkeypatch, "report_run.py", run, "--model", tmp_path)
     assert ended.value.code == 2

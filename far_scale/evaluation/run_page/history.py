@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from far_scale.train.lease import active_holder
+from far_scale.train.run_dir import existing_steps
 from far_scale.utils.event_log import read_events
 
 COLUMNS = (
@@ -183,8 +184,8 @@ _STARTS = ("began", "resumed")
 _ENDS: dict[str, Literal["done", "stopped"]] = {"finished": "done", "stopped": "stopped"}
 
 
-def state_of(run: Path, events: Sequence[Event]) -> State:
-    """Whether a run still goes, by its lease and its events."""
+def state_of(run: Path, events: Sequence[Event], steps: int | None) -> State:
+    """Whether a run still goes, by its lease, its events, and whether there is a checkpoint of all its `steps`."""
     if (holder := active_holder(run)) is not None:
         return State("running", f"trained by {holder}")
     last = next((event for event in reversed(events) if event.kind in (*_STARTS, *_ENDS)), None)
@@ -193,6 +194,8 @@ def state_of(run: Path, events: Sequence[Event]) -> State:
         return State("not started", text)
     if last.kind in _ENDS:
         return State(_ENDS[last.kind], last.text)
+    if steps is not None and max(existing_steps(run), default=0) >= steps:
+        return State("done", f"all {steps} steps are done; the last start was killed after its last checkpoint")
     return State("died", "the last start has neither finished nor stopped, and no job holds the run directory")
 
 

@@ -113,7 +113,7 @@ def _read_course(run: Path) -> _Course:
     except UserError as error:
         problem = str(error)
     events, log = events_of(run), read_log(run / "log.jsonl")
-    state = state_of(run, events)
+    state = state_of(run, events, None if recipe is None else recipe.train.steps)
     return _Course(recipe, problem, log, events, state, sessions_of(events, state, log, time.time()))
 
 

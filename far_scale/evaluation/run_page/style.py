@@ -48,7 +48,7 @@ figcaption span { color: var(--grey); white-space: nowrap; }
 .axes .x { grid-column: 2; }
 .plot { position: relative; min-width: 0; touch-action: pan-y; border-left: 1px solid var(--line);
   border-bottom: 1px solid var(--line); }
-.plot svg { display: block; width: 100%; height: 100%; overflow: hidden; }
+.plot svg { display: block; width: 100%; height: 100%; overflow: visible; }
 .plot path { fill: none; vector-effect: non-scaling-stroke; stroke-width: 1.8; stroke-linejoin: round;
   stroke-linecap: round; }
 .plot .grid { stroke: var(--line); stroke-width: 1; }
@@ -83,7 +83,7 @@ details { margin: .5rem 0; } summary { cursor: pointer; color: var(--c1); }
 img, video { max-width: min(100%, 75rem); border-radius: .3rem; } .scroll img { height: auto; max-width: none;
   width: min(100%, 75rem); min-width: 40rem; }
 @media (max-width: 40rem) { body { padding: .7rem; } .wide .axes { grid-template-rows: 13rem 1.5rem; }
-  td:first-child { white-space: normal; min-width: 7rem; } .row { max-width: 6rem; } }
+  td:first-child { white-space: normal; min-width: 9.5rem; } .row { max-width: 6rem; } }
 @media print { .chart, .tile { break-inside: avoid; } }
 """
 
