@@ -90,7 +90,8 @@ def extends_chain(path_or_name: str | Path, kind: Kind = RECIPE) -> list[Path]:
     Raises:
         UserError: as `read_document`.
     """
-    files, parent = [], str(path_or_name)
+    files: list[Path] = []
+    parent: Any = str(path_or_name)
     while isinstance(parent, str):
         files.append(find_recipe(parent, files[-1].parent if files else None, kind))
         if files[-1].resolve() in [file.resolve() for file in files[:-1]]:

@@ -1,7 +1,8 @@
 """TensorBoard as a second log of a training, by torch's own writer: the numbers of log.jsonl under RUN/tensorboard.
 
 Every start writes a file of its own. It begins with the step that the start resumes from, after which TensorBoard
-drops the later steps of earlier files; so no step is shown twice.
+drops the later steps of earlier files; so no step is shown twice. The scores of an evaluation beside the training are
+in a folder of their own, which only the evaluation writes to.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,22 @@ class TensorBoardLog:
         except Exception as error:  # of any type: its writer's thread keeps an error for the next call
             print(f"tensorboard: {type(error).__name__}: {error}; logging continues without it", file=sys.stderr)
             self._failed = True
+
+
+def write_scores(run: Path, name: str, scores_by_step: Mapping[int, Mapping[str, float]]) -> None:
+    """Write the scores of a run's checkpoints into RUN/tensorboard/NAME, in place of what was there.
+
+    Args:
+        run: the run directory.
+        name: of the folder, which TensorBoard shows as a run of its own.
+        scores_by_step: values by their names in TensorBoard, by step.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    earlier = list((run / FOLDER / name).glob("events.out.tfevents.*"))
+    with SummaryWriter(str(run / FOLDER / name), purge_step=0) as writer:
+        for step, scores in scores_by_step.items():
+            for key, value in scores.items():
+                writer.add_scalar(key, value, step)
+    for path in earlier:
+        path.unlink(missing_ok=True)

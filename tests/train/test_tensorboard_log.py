@@ -20,16 +20,9 @@ from far_scale.utils.errors import UserError
 from harness.drill import line_count, saved_step, wait_until
 from harness.launch import small_recipe
 from harness.processes import start_training
+from harness.tensorboard_files import scalars
 
 STEPS = 40
-
-
-def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Step and value of every point by name, as TensorBoard shows them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / FOLDER), size_guidance={"scalars": 0}).Reload()
-    return {name: [(point.step, point.value) for point in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 def expected(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
@@ -66,8 +59,8 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     for line in lines[5:]:
         second.log(line)
     second.finish()
-    assert scalars(tmp_path) == expected(lines)
-    assert [step for step, _ in scalars(tmp_path)["train/grad_norm"]] == [1, 3, 4, 5, 6, 7, 8]
+    assert scalars(tmp_path / FOLDER) == expected(lines)
+    assert [step for step, _ in scalars(tmp_path / FOLDER)["train/grad_norm"]] == [1, 3, 4, 5, 6, 7, 8]
     first.finish()
 
 
@@ -76,7 +69,7 @@ def test_a_run_that_turns_it_on_later_has_all_its_steps(tmp_path: Path) -> None:
     log = TensorBoardLog(tmp_path, 2, lines)
     log.log(training_line(3))
     log.finish()
-    assert scalars(tmp_path) == expected([*lines, training_line(3)])
+    assert scalars(tmp_path / FOLDER) == expected([*lines, training_line(3)])
 
 
 def test_errors_are_reported_once_and_end_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +111,7 @@ def test_a_training_that_is_stopped_killed_and_resumed(recorded_shards: Path, tm
     assert saved_step(run) == stopped < STEPS, "the steps since the stop are trained again"
     assert start_training(1, arguments, out).wait() == [0]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    written, found = expected(lines), scalars(run)
+    written, found = expected(lines), scalars(run / FOLDER)
     assert [step for step, _ in found["train/loss"]] == list(range(1, STEPS + 1))
     assert [step for step, _ in found["validation/ema/loss"]] == list(range(5, STEPS + 1, 5))
     assert {name: found[name] for name in written} == written
