@@ -155,7 +155,9 @@ def line_chart(
             paths.append(tag("path", d="".join(f"M{point}h0" for point in points), class_=f"dot c{one.colour}"))
         values = [[int(x), float(f"{y:.5g}")] for x, y in zip(one.x[index], one.y[index], strict=True)]
         data["series"].append([one.name, values])
-    svg = tag("svg", *paths, viewBox=f"0 0 {_SIZE:g} {_SIZE:g}", preserveAspectRatio="none", role="img")
+    svg = tag(
+        "svg", *paths, viewBox=f"0 0 {_SIZE:g} {_SIZE:g}", preserveAspectRatio="none", role="img", aria_label=title
+    )
     y_labels = [tag("span", format_number(y, percent), style=f"top:{1 - y_axis.at(y):.2%}") for y in y_ticks]
     x_labels = [tag("span", f"{int(x):,}", style=f"left:{x_axis.at(x):.2%}") for x in x_ticks]
     plot = tag("div", svg, tag("i", class_="cursor"), tag("output"), class_="plot", data_chart=json.dumps(data))
