@@ -334,6 +334,9 @@ def test_the_recipe_is_compared_with_its_parents(tmp_path: Path, monkeypatch: py
     assert levels[0].changes == [Change("seed", "0", "7"), Change("run_dir", "runs/quickstart/train", "elsewhere")]
     assert [(change.key, change.now) for change in levels[1].changes] == [("optimizer.learning_rate", "0.002")]
     assert levels[-1].title.endswith(", from the defaults")
+    with_its_name = load_recipe("mine")
+    (tmp_path / "recipes" / "mine.yaml").write_text("extends: mine\n")
+    assert [level.title for level in recipe_levels(with_its_name)] == ["This run, from the defaults"]
     (level,) = recipe_levels(load_recipe("demo_cpu", ["name=unknown", "faults.spikes=skip"]))
     changes = {change.key: change for change in level.changes}
     assert level.title == "This run, from the defaults" and changes["faults.spikes"].before == "warn"

@@ -28,7 +28,7 @@ def event_section(events: Sequence[Event], sessions: Sequence[Session]) -> Marku
         for event in reversed(events[-_MAX_LISTED:])
     ]
     name = f"The last {len(listed)} of {len(events):,} events" if len(events) > len(listed) else "All events"
-    details = tag("details", tag("summary", name), table(["time (UTC)", "step", "event", "text"], listed))
+    details = tag("details", tag("summary", name), table(["time (UTC)", "step", "event", "text"], listed, "events"))
     return join(_time_line(events, sessions), details)
 
 

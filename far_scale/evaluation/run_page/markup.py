@@ -43,8 +43,8 @@ def tag(name: str, *children: str, **attributes: str | float | None) -> Markup:
     return Markup(f"<{name}{written}>" if name in _VOID else f"<{name}{written}>{join(*children)}</{name}>")
 
 
-def table(head: list[str], rows: list[list[str]]) -> Markup:
+def table(head: list[str], rows: list[list[str]], class_: str | None = None) -> Markup:
     """A table that scrolls sideways where the screen is narrower."""
     lines = [tag("tr", *(tag("td", cell) for cell in row)) for row in rows]
     first = [tag("thead", tag("tr", *(tag("th", cell) for cell in head)))] if any(head) else []
-    return tag("div", tag("table", *first, tag("tbody", *lines)), class_="scroll")
+    return tag("div", tag("table", *first, tag("tbody", *lines), class_=class_), class_="scroll")

@@ -13,11 +13,11 @@ from PIL import Image
 
 from far_scale.evaluation.run_page.markup import Markup, join, tag
 
-MEDIA_BYTES = 2_500_000
+MEDIA_BYTES = 3_000_000
 """Of all pictures and videos of a page; base64 makes a third more of them."""
 _MAX_PICTURES = 4
 _PICTURE_BYTES = 300_000  # a larger PNG becomes a JPEG
-_PICTURE_WIDTH = 1600
+_WIDTH, _OLDER_WIDTH = 1600, 900  # of a JPEG in pixels
 _STEP = re.compile(r"step-(\d{8})")
 
 
@@ -50,7 +50,10 @@ def samples_section(samples: Sequence[Samples]) -> Markup:
         for name in names:
             if not (sample.folder / name).is_file():
                 continue
-            data = _picture(sample.folder / name) if name.endswith("png") else _video(sample.folder / name, left)
+            if name.endswith("png"):
+                data = _picture(sample.folder / name, _OLDER_WIDTH if position else _WIDTH)
+            else:
+                data = _video(sample.folder / name, left)
             if data is None or len(data) > left:
                 pieces.append(tag("p", f"{name}: unreadable or too large for this page", class_="note"))
                 continue
@@ -63,8 +66,8 @@ def samples_section(samples: Sequence[Samples]) -> Markup:
     return join(*parts)
 
 
-def _picture(path: Path) -> bytes | None:
-    """A picture as PNG or JPEG; None where it cannot be read."""
+def _picture(path: Path, width: int) -> bytes | None:
+    """A picture as it is, or a large one as a JPEG of at most `width` pixels a line; None where it cannot be read."""
     try:
         if path.stat().st_size <= _PICTURE_BYTES:
             with Image.open(path) as picture:
@@ -72,7 +75,7 @@ def _picture(path: Path) -> bytes | None:
             return path.read_bytes()
         with Image.open(path) as picture:
             smaller = picture.convert("RGB")
-        smaller.thumbnail((_PICTURE_WIDTH, 8 * _PICTURE_WIDTH))
+        smaller.thumbnail((width, 8 * width))
         data = io.BytesIO()
         smaller.save(data, format="JPEG", quality=85)
         return data.getvalue()

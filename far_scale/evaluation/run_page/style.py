@@ -79,11 +79,13 @@ th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px so
 th { color: var(--grey); font-weight: 600; white-space: nowrap; }
 td { overflow-wrap: anywhere; max-width: 42rem; min-width: 4.5rem; }
 td:first-child { white-space: nowrap; }
+.events td:not(:last-child) { white-space: nowrap !important; } .events td:last-child { min-width: 14rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--c1); }
 img, video { max-width: min(100%, 75rem); border-radius: .3rem; } .scroll img { height: auto; max-width: none;
   width: min(100%, 75rem); min-width: 40rem; }
 @media (max-width: 40rem) { body { padding: .7rem; } .wide .axes { grid-template-rows: 13rem 1.5rem; }
-  td:first-child { white-space: normal; min-width: 9.5rem; } .row { max-width: 6rem; } }
+  td:first-child { white-space: normal; min-width: 9.5rem; }
+  .events td:first-child { white-space: normal !important; min-width: 5.4rem; } .row { max-width: 6rem; } }
 @media print { .chart, .tile { break-inside: avoid; } }
 """
 
