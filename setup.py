@@ -58,6 +58,7 @@ setup(
         "mds": ["cramjam>=2.8"],
         "slurm": ["submitit>=1.5", "cloudpickle>=2.0"],
         "wandb": ["wandb>=0.18"],
+        "tensorboard": ["tensorboard>=2.15"],
         "dcae": ["diffusers>=0.33"],
         "hub": ["huggingface_hub>=1.0,<3"],
         "demo": ["vizdoom>=1.2.4"],

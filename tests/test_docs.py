@@ -26,7 +26,20 @@ PAGES = sorted(
     ]
 )
 # Programs that are not ours, whose options are not looked at.
-OTHERS = {"cp", "git", "pip", "pre-commit", "pytest", "rm", "scancel", "source", "squeue", "tail", "wandb"}
+OTHERS = {
+    "cp",
+    "git",
+    "pip",
+    "pre-commit",
+    "pytest",
+    "rm",
+    "scancel",
+    "source",
+    "squeue",
+    "tail",
+    "tensorboard",
+    "wandb",
+}
 LAUNCHERS = {"bash", "deepspeed", "python", "sbatch", "srun", "torchrun"}
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_0-9]*(\.\w+)?|<.*|\.\.\.")
 RECIPE_COMMANDS = {"train", "submit", "train-autoencoder"}

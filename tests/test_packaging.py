@@ -112,7 +112,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(environment, with_pip=False)
     python = environment / "bin" / "python"
     (wheel,) = wheels.iterdir()
-    subprocess.run([*pip, "--python", str(python), "install", *options, str(wheel)], check=True, capture_output=True)
+    install = [*pip, "--python", str(python), "install", *options, str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, env=without_pythonpath())
     packages = {"base": str(environment), "platbase": str(environment)}
     # Of a folder that a .pth file names, Python takes the packages and not the .pth files: no editable far_scale.
     others = sysconfig.get_path("purelib")
@@ -120,9 +121,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment / "bin"
 
 
+def without_pythonpath() -> dict[str, str]:
+    """The environment, in which a checkout's far_scale does not count as installed."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+
 def run_installed(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=without_pythonpath(), capture_output=True, text=True, timeout=120)
 
 
 def test_the_wheel_has_all_recipes_and_protocols(installed: Path, tmp_path: Path) -> None:

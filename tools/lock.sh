@@ -9,7 +9,7 @@ TORCH="torch==2.13.0" # the version that the tests run with, see setup_env.sh
 
 lock() {
     uv pip compile --universal --python-version 3.10 --no-header --no-annotate --quiet \
-        --extra demo --extra dev --extra slurm --extra wandb setup.py - <<<"$TORCH"
+        --extra demo --extra dev --extra slurm --extra tensorboard --extra wandb setup.py - <<<"$TORCH"
 }
 
 mkdir -p requirements

@@ -81,6 +81,7 @@ step "6/6  draw predictions and the loss curve"
 step "done; look at"
 for file in samples.mp4 samples.png loss.png metrics.json; do echo "  $OUT/$file"; done
 echo "  $OUT/evaluation          (scores.md, pictures of the best and worst clips, curves by frame)"
+echo "  $OUT/train/report.html   (all of it on one page)"
 echo "  $OUT/train/log.jsonl"
 echo "  $OUT/train/recipe.yaml   (the resolved recipe)"
 echo "  $OUT/model               (the model directory: tools/sample.py $OUT/model --help)"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Sample from a run's model and plot its losses: the command `far-scale report-run`."""
+"""Write the page of a run, and sample from its model: the command `far-scale report-run`."""
 
 from far_scale.cli.report_run import main
 

@@ -86,7 +86,7 @@ if ! has_gpu; then
 elif ! has_cuda_torch "$VENV/bin/python"; then
     timed "installing torch>=2.9 for the GPU" "${PIP[@]}" "torch>=2.9" || fail "pip could not install torch>=2.9 (see above)"
 fi
-timed "installing far_scale and what it needs (one to two minutes)" "${PIP[@]}" ${LOCK[@]+"${LOCK[@]}"} --editable '.[demo,dev,slurm,wandb]' ||
+timed "installing far_scale and what it needs (one to two minutes)" "${PIP[@]}" ${LOCK[@]+"${LOCK[@]}"} --editable '.[demo,dev,slurm,tensorboard,wandb]' ||
     fail "pip could not install far_scale (see above); fix that and start again"
 
 # Only tests import it. With all that it requires it would replace numpy, and torchvision need not fit a torch for CPUs.

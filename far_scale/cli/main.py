@@ -44,7 +44,7 @@ COMMANDS: dict[str, Command] = dict(
         _tool("sample", "predict how videos continue"),
         _tool("play", "walk through a learned world in the browser"),
         _tool("evaluate", "compute FVD, LPIPS, PSNR and SSIM by a protocol"),
-        _tool("report-run", "sample from a run's model and plot its losses"),
+        _tool("report-run", "write the page of a run, report.html, and sample from its model"),
         _tool("metric-weights", "get the networks of FVD and LPIPS"),
     ]
 )

@@ -442,6 +442,8 @@ class LogSection(Section):
 
     every: Count
     """Steps between log lines."""
+    tensorboard: bool = False
+    """Also write the numbers as TensorBoard's event files into run_dir/tensorboard."""
     wandb: WandbSection = WandbSection()
 
 

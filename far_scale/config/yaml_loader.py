@@ -84,6 +84,22 @@ def read_document(path_or_name: str | Path, overrides: Sequence[str] = (), kind:
     return document
 
 
+def extends_chain(path_or_name: str | Path, kind: Kind = RECIPE) -> list[Path]:
+    """A recipe file and those it extends, the oldest parent last.
+
+    Raises:
+        UserError: as `read_document`.
+    """
+    files: list[Path] = []
+    parent: Any = str(path_or_name)
+    while isinstance(parent, str):
+        files.append(find_recipe(parent, files[-1].parent if files else None, kind))
+        if files[-1].resolve() in [file.resolve() for file in files[:-1]]:
+            raise UserError(f"{_display_path(files[0])}: extends: is circular; remove one extends:")
+        parent = _read_file(files[-1], _display_path(files[-1]))[0].get("extends")
+    return files
+
+
 def find_recipe(path_or_name: str, folder: Path | None = None, kind: Kind = RECIPE) -> Path:
     """The file of a recipe: a path, or a name in `folder`, ./recipes, the checkout's recipes/ or the package's.
 

@@ -33,6 +33,7 @@ from far_scale.train.checkpoint.folders import damage, is_ephemeral
 from far_scale.train.lease import NAME as LEASE
 from far_scale.train.lease import Lease
 from far_scale.train.run_dir import existing_steps, run_identity, step_folder
+from far_scale.train.tensorboard_log import write_scores
 from far_scale.train.wandb_run import STEP_KEY, ScoreRows, WandbRun
 from far_scale.utils.errors import UserError, print_warning
 
@@ -126,7 +127,7 @@ class _RunFollower:
         return evaluation
 
     def update_results(self, step: int | None = None) -> None:
-        """Update scores, plot and wandb rows from the step folders, and remove models and samples.
+        """Update scores, plot, wandb rows and TensorBoard from the step folders, and remove models and samples.
 
         Args:
             step: the one just evaluated; its scores are printed.
@@ -144,6 +145,12 @@ class _RunFollower:
                     ScoreRows(self.run).put(name, _wandb_row(number, scores))
             except OSError as error:  # trouble with wandb must not stop the evaluation
                 print_warning(f"{self.run}: cannot queue scores for wandb ({error})")
+        if scores_by_step and (recipe := self.recipe()) is not None and recipe.log.tensorboard:
+            try:
+                rows = {number: _score_values(scores) for number, scores in scores_by_step.items()}
+                write_scores(self.run, f"evaluation-{self.protocol.name}", rows)
+            except Exception as error:  # of whatever kind its writer gives
+                print_warning(f"tensorboard: {type(error).__name__}: {error}; {self.out / PLOT} has the scores")
         if step is not None:
             print(f"step {step}: {_format_scores(scores_by_step[step])}; see {self.out / PLOT}", flush=True)
 
@@ -251,8 +258,16 @@ def _modified_ns(folder: Path) -> int | None:
 
 
 def _wandb_row(step: int, scores: Scores) -> dict[str, Any]:
-    values = {f"evaluation/{scores.protocol}/{metric}": score.mean for metric, score in scores.scores.items()}
-    return {STEP_KEY: step, **{key: value for key, value in values.items() if value is not None}}
+    return {STEP_KEY: step, **_score_values(scores)}
+
+
+def _score_values(scores: Scores) -> dict[str, float]:
+    """The finite scores by their names in wandb and in TensorBoard."""
+    return {
+        f"evaluation/{scores.protocol}/{metric}": score.mean
+        for metric, score in scores.scores.items()
+        if score.mean is not None
+    }
 
 
 def _format_scores(scores: Scores) -> str:

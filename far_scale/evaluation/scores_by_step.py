@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
 from far_scale.evaluation.aggregate import SCORES_FILE
 from far_scale.evaluation.curves import COLOURS, RECONSTRUCTION_STYLE, REPEAT_STYLE
@@ -23,7 +24,7 @@ from far_scale.evaluation.report import REPORT_FILES
 from far_scale.evaluation.results import Score, Scores, System, read_scores
 from far_scale.evaluation.tables import LABELS, RECONSTRUCTION, REPEAT_LAST
 from far_scale.utils.errors import UserError
-from far_scale.utils.io import atomic_write, write_json
+from far_scale.utils.io import atomic_write, read_json, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,6 +102,37 @@ def write_scores_by_step(out: Path) -> dict[int, Scores]:
     )
     _draw_plot(out / PLOT, by_step, last)
     return by_step
+
+
+class StepScores(BaseModel):
+    """The scores of one checkpoint."""
+
+    step: int
+    scores: dict[Metric, Score]
+
+
+class ScoresByStep(BaseModel):
+    """The content of scores_by_step.json."""
+
+    protocol: str
+    protocol_hash: str
+    n: int
+    steps: list[StepScores]
+    repeat_last: dict[Metric, Score] | None
+    reconstruction: dict[Metric, Score] | None
+
+
+def read_scores_by_step(out: Path) -> ScoresByStep:
+    """Read OUT/scores_by_step.json.
+
+    Raises:
+        UserError: it is missing, or not written by `write_scores_by_step`.
+    """
+    path = out / SCORES_BY_STEP
+    try:
+        return ScoresByStep.model_validate(read_json(path, "file of scores"))
+    except ValidationError:
+        raise UserError(f"{path}: not the scores of a run; run tools/evaluate.py --follow again") from None
 
 
 def _dump_scores(scores: dict[Metric, Score] | None) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
-"""CUDA graphs for the denoising steps of a frame.
+"""CUDA graphs for the passes of a frame.
 
 A frame of one clip is so little work that the GPU waits for the host, which launches some 40 kernels per layer. All
-denoising steps of a frame launch the same kernels, so they are captured once per frame and replayed.
+denoising steps launch the same kernels on the same shapes, so they are captured once and replayed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CUDAGraphRunner:
 
 
 class GraphPool:
-    """Memory that successive captures share: a new one may be made once the last is no longer replayed."""
+    """Memory that graphs share. They must be replayed one at a time, and their results be copied before the next."""
 
     def __init__(self) -> None:
         self._last: torch.cuda.CUDAGraph | None = None  # while one graph lives, so does the memory

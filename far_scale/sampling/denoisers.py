@@ -63,9 +63,10 @@ class Schedule:
         self.seen_timestep = TRAIN_TIMESTEPS * sampling.context_noise if sampling.context_noise else CLEAN
         self._guidance = sampling.guidance
 
-    def euler_step(self, x: Tensor, velocity: Tensor, step: int | Tensor) -> Tensor:
-        """x `[B, C, H, W]` after a step with the velocity `[R, C, H, W]`; `step` may be a scalar on the device."""
-        return x + self.sigma_steps[step] * guided(velocity, self._guidance)
+    def euler_step(self, x: Tensor, velocity: Tensor, step: Tensor) -> Tensor:
+        """x `[B, C, H, W]` after the step of number `step` `[1]`, with the velocity `[R, C, H, W]`."""
+        # Indexing by a tensor would make the host wait for it.
+        return x + self.sigma_steps.index_select(0, step) * guided(velocity, self._guidance)
 
 
 def guided(velocity: Tensor, guidance: float) -> Tensor:
@@ -156,7 +157,8 @@ class UncachedDenoiser:
         self._window = frames - (first - start)
 
     def denoise(self, x: Tensor, step: int) -> Tensor:
-        return self._schedule.euler_step(x, self.velocity(x, step), step)
+        number = torch.tensor([step], device=x.device)
+        return self._schedule.euler_step(x, self.velocity(x, step), number)
 
     def velocity(self, x: Tensor, step: int) -> Tensor:
         """The velocity `[R, C, H, W]` float32 of x `[B, C, H, W]`."""
@@ -224,7 +226,7 @@ class CachedDenoiser:
     def set_schedule(self, schedule: Schedule) -> None:
         self._schedule, self._prepared = schedule, None
         self._static: _StaticTensors | None = None
-        self._step_numbers = torch.arange(schedule.steps + 1, device=self._device)
+        self._numbers = torch.arange(schedule.steps + 1, device=self._device).split(1)  # of the passes, `[1]` each
         self._runners: dict[tuple[str, int, bool], CUDAGraphRunner] = {}
 
     def state(self) -> Any:
@@ -261,11 +263,11 @@ class CachedDenoiser:
         self._prepare(classes, frame)
 
     def denoise(self, x: Tensor, step: int) -> Tensor:
-        return self._run(self._denoise, x, self._step_numbers[step])
+        return self._run(self._denoise, x, self._numbers[step])
 
     def velocity(self, x: Tensor, step: int) -> Tensor:
         """The velocity `[R, C, H, W]` float32 of x `[B, C, H, W]`."""
-        return self._velocity(x, self._step_numbers[step])
+        return self._velocity(x, self._numbers[step])
 
     def _rows_of(self, frames: Sequence[FinishedFrame], clean: bool) -> tuple[Tensor, Tensor | None]:
         """Frames of every row: latents `[R, n, C, H, W]`, classes `[R * n]`."""
@@ -363,7 +365,7 @@ class CachedDenoiser:
         return self._runners[key](*args)
 
     def _denoise(self, x: Tensor, step: Tensor) -> Tensor:
-        """x `[B, C, H, W]` after the denoising step of this number, a scalar on the device."""
+        """x `[B, C, H, W]` after the denoising step of this number `[1]`."""
         return self._schedule.euler_step(x, self._velocity(x, step), step)
 
     def _velocity(self, x: Tensor, step: Tensor) -> Tensor:
@@ -372,20 +374,20 @@ class CachedDenoiser:
 
     def _append(self, seen: Tensor) -> Tensor:
         """Write the keys and values of the finished frame `seen` `[B, C, H, W]`, in place of those of its last step."""
-        tokens, _ = self._through_blocks(seen, self._step_numbers[-1], append_only=True)
+        tokens, _ = self._through_blocks(seen, self._numbers[-1], append_only=True)
         return tokens
 
     def _through_blocks(self, x: Tensor, number: Tensor, append_only: bool) -> tuple[Tensor, Tensor]:
         """The tokens `[R, P, E]` of x `[B, C, H, W]` after all blocks, and their condition `[R, E]`.
 
         Args:
-            number: of the pass, a scalar on the device.
+            number: of the pass, `[1]`.
             append_only: leave out what only the output needs.
         """
         config, cache, static = self._model.config, self._cache, self._static
         assert static is not None
-        condition = static.condition.index_select(0, number.view(1)).squeeze(0)
-        modulations = static.modulations.index_select(0, number.view(1)).squeeze(0)
+        condition = static.condition.index_select(0, number).squeeze(0)
+        modulations = static.modulations.index_select(0, number).squeeze(0)
         tokens = self._model.patch_embedding(patchify(x.to(self._dtype), config.patch).repeat(self._copies, 1, 1))
         mask = None if self._mask is None else self._mask.expand(1, 1, tokens.shape[1], -1)
         with sdpa_kernel(SDPA_BACKENDS):

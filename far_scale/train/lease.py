@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import os
+import tempfile
 import threading
 import time
 import uuid
@@ -193,6 +194,19 @@ class Lease:
     def _lost(self, holder: dict[str, Any]) -> NoReturn:
         print_error(UserError(f"{self._run / NAME}: taken over by {_describe(holder)}, so this job ends"))
         os._exit(REFUSED)  # at once, since each further step would write into the other job's run
+
+
+def active_holder(run: Path) -> str | None:
+    """The job that trains in a run directory, as text; None if there is none, or if it is dead or lost its lease."""
+    holder, renewed = _read_with_time(run / NAME)
+    if renewed is None or is_copy(run, holder.get("directory")):
+        return None
+    with tempfile.NamedTemporaryFile(dir=run, prefix=".lease.", suffix=".part") as file:
+        age = os.fstat(file.fileno()).st_mtime - renewed  # both by the file server's clock
+    is_dead = holder.get("machine") == _machine() and not _is_alive(holder.get("pid"), holder.get("pid_start"))
+    if age > VALID_SECONDS or is_dead:
+        return None
+    return f"{_describe(holder)}, lease renewed {max(0.0, age):.0f} s ago"
 
 
 def _this_job(token: str) -> dict[str, Any]:

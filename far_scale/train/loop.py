@@ -39,6 +39,7 @@ from far_scale.train.run_state import run_metadata, stage_metadata
 from far_scale.train.setup import OpenVideos, load_start, open_data, open_monitor, prefetched_batches, shard_model
 from far_scale.train.shard_sets import DamagedSamples, log_staged_reads
 from far_scale.train.step_guard import StepGuard
+from far_scale.train.tensorboard_log import check_tensorboard
 from far_scale.train.validation import Validation
 from far_scale.utils.event_log import EventLog
 
@@ -82,10 +83,12 @@ def train(
         None if there was nothing left to do.
 
     Raises:
-        UserError: ranks, shard sets, checkpoint, start weights or disk do not fit the recipe, or its attention kernel
-            or compiler is missing; a node differs from the others; too many steps are skipped.
+        UserError: ranks, shard sets, checkpoint, start weights or disk do not fit the recipe, or its attention kernel,
+            compiler or TensorBoard is missing; a node differs from the others; too many steps are skipped.
     """
     check_ranks(recipe, processes.world_size)
+    if recipe.log.tensorboard:
+        check_tensorboard()
     kernel_line = check_computation(recipe.train, processes.device)
     plan, dtype = stages(recipe), compute_dtype(recipe.train)
     run, events = Path(recipe.run_dir), EventLog(Path(recipe.run_dir), processes.is_main_process)

@@ -1,4 +1,4 @@
-"""Logging of a run: console lines, log.jsonl, and wandb if the recipe enables it."""
+"""Logging of a run: console lines, log.jsonl, and wandb and TensorBoard if the recipe enables them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from far_scale.config.schema import LogSection, TrainSection
 from far_scale.distributed.process_group import Processes
 from far_scale.health.straggler import StragglerDetector
 from far_scale.train.curriculum import Stage
+from far_scale.train.tensorboard_log import TensorBoardLog
 from far_scale.train.wandb_run import WandbRun
 from far_scale.utils.event_log import lines_up_to
 from far_scale.utils.io import JsonlWriter, atomic_write
@@ -59,6 +60,7 @@ class Monitor:
         self._file = JsonlWriter(path)
         self._bar: tqdm[Any] | None = None
         self._wandb: WandbRun | None = None
+        self._tensorboard: TensorBoardLog | None = None
         self._stage: Stage | None = None
         self._graphs, self._excluded_graphs, self._start = 0, 0, start
         self.validated_steps: set[int] = set()
@@ -73,6 +75,8 @@ class Monitor:
                 self._wandb = open_wandb()
                 for line in lines:  # those missing in wandb after a kill
                     self._wandb.log(line)
+            if log.tensorboard:
+                self._tensorboard = TensorBoardLog(run, start, lines)
         self._begin_interval()
 
     def _begin_interval(self) -> None:
@@ -180,6 +184,8 @@ class Monitor:
         self._file.append(line)
         if self._wandb is not None:
             self._wandb.log(line, is_resumed=step == self._start)
+        if self._tensorboard is not None:
+            self._tensorboard.log(line)
         figures = [
             f"{name} {values[key]['loss']:.4f}" for key, name in (("weights", "loss"), ("ema", "EMA")) if key in values
         ]
@@ -197,16 +203,20 @@ class Monitor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Finish the bar and wandb."""
+        """Finish the bar, wandb and TensorBoard."""
         if self._bar is not None:
             self._bar.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.finish()
 
     def _report(self, line: dict[str, Any]) -> None:
         self._file.append(line)
         if self._wandb is not None:
             self._wandb.log(line)
+        if self._tensorboard is not None:
+            self._tensorboard.log(line)
         stage = "" if self._stage is None else f"{self._stage.name}  "
         loss, norm = ("not finite" if line[key] is None else f"{line[key]:.4f}" for key in ("loss_mean", "grad_norm"))
         skipped = f"  {line['skipped']} steps skipped" if line["skipped"] else ""

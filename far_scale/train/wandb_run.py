@@ -35,6 +35,13 @@ STEP_KEY = "evaluation/step"
 _LOGGED = re.compile(r"(.+)\.logged-(\d{8})")
 
 
+def row_of(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of log.jsonl as names and values without its step: `train/KEY`, or `validation/KEY/KEY` if known."""
+    if "validation" not in line:
+        return {f"train/{key}": value for key, value in line.items() if key != "step"}
+    return {key.replace(".", "/"): v for key, v in flatten(line).items() if v is not None and key != "step"}
+
+
 class WandbRun:
     """The wandb run of a training. Each step is logged once; a step and the validation after it are one row.
 
@@ -136,15 +143,12 @@ class WandbRun:
             self._cursor.advance(self._last_logged)
 
     def _to_row(self, line: dict[str, Any]) -> dict[str, Any]:
-        """The keys of a line in wandb: `train/KEY`, or `validation/KEY/KEY` and the video."""
-        if "validation" not in line:
-            return {f"train/{key}": value for key, value in line.items() if key != "step"}
-        values = {key.replace(".", "/"): value for key, value in flatten(line).items() if value is not None}
-        del values["step"]
-        video = values.pop("validation/samples/video", None)
+        """The keys of a line in wandb: those of `row_of`, and the video."""
+        row = row_of(line)
+        video = row.pop("validation/samples/video", None)
         if video is not None and (self._run_dir / video).exists():
-            values["validation/video"] = self._wandb.Video(str(self._run_dir / video), format="mp4")
-        return values
+            row["validation/video"] = self._wandb.Video(str(self._run_dir / video), format="mp4")
+        return row
 
     @contextlib.contextmanager
     def _report_errors(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ from far_scale.train.wandb_run import ScoreRows, WandbRun
 from harness.launch import ROOT, small_recipe
 from harness.processes import launch
 from harness.refusal import refused
+from harness.tensorboard_files import scalars
 from harness.wandb_files import last_step, offline_files, read_records
 
 pytestmark = pytest.mark.slow
@@ -42,7 +43,7 @@ ssim: {}
 # Checkpoints of steps 2, 4 and 6; weights move far in so few steps.
 SHORT = [
     "train.steps=6", "checkpoint.every=2", "checkpoint.keep=3", "optimizer.warmup_steps=1", "model.heads=1",
-    "optimizer.learning_rate=0.01", "log.wandb.mode=offline",
+    "optimizer.learning_rate=0.01", "log.wandb.mode=offline", "log.tensorboard=true",
 ]  # fmt: skip
 
 
@@ -128,6 +129,14 @@ def test_every_checkpoint_is_evaluated_once(
     assert len({round(mean, 6) for mean in means}) == 3, "each is of its own weights"
     width, height = Image.open(out / "scores_by_step.png").size
     assert width > 2 * height > 400, "two panels"
+
+    expected = {
+        f"evaluation/short/{metric}": [
+            (entry["step"], float(torch.tensor(entry["scores"][metric]["mean"]))) for entry in by_step["steps"]
+        ]
+        for metric in ("psnr", "ssim")
+    }
+    assert scalars(run / "tensorboard" / "evaluation-short") == expected, "each step once, though written three times"
 
     step_4 = functools.partial(
         open_evaluation, run, 4, protocol, tmp_path / "alone", ClipSource(recorded), torch.device("cpu")

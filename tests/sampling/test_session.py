@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from far_scale.model import FAR, FARConfig
 from far_scale.sampling import denoisers
@@ -77,6 +79,32 @@ def test_numbers_of_keys_are_rounded_up_under_a_mask(monkeypatch: pytest.MonkeyP
     plain = roll_out(model, latents(2), sampling, classes)
     monkeypatch.setattr(denoisers, "_KEY_BUCKET", {"cpu": 64})
     torch.testing.assert_close(roll_out(model, latents(2), sampling, classes), plain, rtol=0, atol=1e-5)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where the host reads a number from a tensor, which a graph's capture cannot do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [LONG, {"labels": 3}], ids=str)
+def test_the_captured_passes_read_nothing_on_the_host(shape: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+
+    def run(denoiser: CachedDenoiser, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        passes.append(function.__name__)
+        with NoHostReads():
+            return function(*args)
+
+    monkeypatch.setattr(CachedDenoiser, "_run", run)
+    monkeypatch.setattr(denoisers, "_KEY_BUCKET", {"cpu": 64})
+    session = Session(random_model(**shape), SamplingConfig(1, 2, guidance=1.5, window_stride=2), SIZE)
+    for _ in range(8):
+        session.step(torch.tensor([1]))
+    denoised, appended = ["_denoise", "_denoise"], ["_append", "_denoise", "_denoise"]
+    assert passes == denoised + 3 * appended + 2 * (denoised + appended)
 
 
 def steps(session: Session, classes: Tensor | None, count: int) -> Tensor:
