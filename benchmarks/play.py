@@ -31,13 +31,14 @@ def main() -> None:
     parser.add_argument("--steps", type=count, nargs="+", default=[4], help="Euler steps per frame (default: 4)")
     parser.add_argument("--guidance", type=float, default=1.0, help="default: %(default)s")
     parser.add_argument("--frames", type=count, default=300, help="of a walk (default: %(default)s)")
-    parser.add_argument("--threads", type=count, default=2, help="torch threads (default: %(default)s)")
+    parser.add_argument("--threads", type=count, nargs="+", default=[1, 2], help="torch threads (default: 1 2)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="default: %(default)s")
     args = parser.parse_args()
     rows: list[Row] = []
     for folder in args.model_dir:
-        world = open_world(folder, None, args.threads)
-        rows += [walk_row(world, steps, args.guidance, args.frames) for steps in args.steps]
+        for threads in args.threads:
+            world = open_world(folder, None, threads)
+            rows += [walk_row(world, steps, args.guidance, args.frames) for steps in args.steps]
     device = next(world.model.parameters()).device
     facts = environment(device, {"guidance": f"{args.guidance:g}", "frames of a walk": str(args.frames)})
     title = "Milliseconds of a frame"
@@ -56,6 +57,7 @@ def walk_row(world: World, steps: int, guidance: float, frames: int) -> Row:
     both = model + decoder
     return {
         "model": world.name,
+        "threads": world.threads,
         "steps": steps,
         "model p50": percentile(model, 50),
         "model p95": percentile(model, 95),

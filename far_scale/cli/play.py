@@ -134,5 +134,9 @@ def _describe(world: World) -> str:
 
 
 def _threads() -> int:
-    """Torch threads: pinned, since the frames' last bits depend on them."""
-    return min(len(os.sched_getaffinity(0)), MAX_THREADS)
+    """Torch threads: pinned, since the frames' last bits depend on them.
+
+    One core is left to the browser and the engine: threads wait for one another, so that a frame takes ten times as
+    long where another program holds one of their cores.
+    """
+    return max(1, min(len(os.sched_getaffinity(0)) - 1, MAX_THREADS))
