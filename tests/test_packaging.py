@@ -137,7 +137,7 @@ def test_the_wheel_has_all_recipes_and_protocols(installed: Path, tmp_path: Path
     recipes = PACKAGE.parent / "recipes"
     names = sorted(path.relative_to(recipes) for path in recipes.rglob("*.yaml"))
     assert len(names) > 40
-    assert (package / "py.typed").is_file()
+    assert (package / "py.typed").is_file() and (package / "play" / "static" / "index.html").is_file()
     assert sorted(path.relative_to(package / "recipes") for path in package.glob("recipes/**/*.yaml")) == names
 
 

@@ -209,7 +209,7 @@ class Player:
     async def _close_walk(self) -> None:
         if (walk := self._walk) is not None:
             self._walk = None
-            await self._in_worker(walk.close)
+            await asyncio.shield(self._in_worker(walk.close))  # cancelled before its turn, it would not be closed
 
     async def _command(self, name: str) -> None:
         self._pressed.clear()
@@ -249,5 +249,5 @@ class Player:
             self._outbox.put_text({"type": "error", "message": problem})
         self._reported = problem
 
-    async def _in_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
+    def _in_worker(self, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)

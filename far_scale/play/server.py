@@ -153,7 +153,7 @@ class PlayServer:
             await _close(socket, WSCloseCode.OK if error is None else WSCloseCode.INTERNAL_ERROR, "")
 
     def _hello(self, session: str) -> dict[str, Any]:
-        """What the page must know of the model; `keys` is a key's action where actions have names of directions."""
+        """What the page must know of the model and of what walks start from."""
         world = self._world
         config = world.model.config
         return {
@@ -181,7 +181,8 @@ class PlayServer:
             with tempfile.TemporaryDirectory(prefix="far_scale-play-") as folder:
                 path = Path(folder) / f"walk.{kind}"
                 if kind == "json":
-                    write_json(path, (await player.with_walk(Walk.recording)).model_dump())
+                    recording = await player.with_walk(Walk.recording)
+                    await asyncio.to_thread(write_json, path, recording.model_dump())
                 else:
                     pictures = await player.with_walk(Walk.pictures)
                     async with self._video_lock:

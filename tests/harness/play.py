@@ -9,11 +9,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
+import numpy as np
 import torch
 from aiohttp.test_utils import TestClient, TestServer
 
 import far_scale.autoencoder
 from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata
+from far_scale.data.demo.explorer import FORWARD, LEFT, RIGHT
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.model import FAR, FARConfig
@@ -57,6 +59,33 @@ def small_world(side: int = 4, has_engine: bool = False, fps: float = 50.0, **va
     model.load_state_dict(random_state(config))
     autoencoder = far_scale.autoencoder.load("compact-vizdoom-f8c32")
     return World("small", model.eval(), metadata_of(side, fps), autoencoder, "0" * 64, (), has_engine, threads=1)
+
+
+class FakeEngine:
+    """In the place of the game: a frame shows how far the player has come, and what he has turned."""
+
+    def __init__(self) -> None:
+        self.fails = self.is_closed = False
+        self.restart()
+
+    def restart(self) -> None:
+        self.steps, self.angle = 0, 0
+
+    def move(self, action: int) -> None:
+        if self.fails:
+            raise RuntimeError("the game has ended")
+        self.steps += action == FORWARD
+        self.angle = (self.angle + {LEFT: 1, RIGHT: -1}.get(action, 0)) % 16
+
+    def frame(self) -> np.ndarray:
+        return np.full((64, 64, 3), (self.steps, self.angle, 0), np.uint8)
+
+    def step(self, action: int) -> np.ndarray:
+        self.move(action)
+        return self.frame()
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
 def text_frame(text: str) -> bytes:

@@ -14,12 +14,13 @@ from typing import Any
 import aiohttp
 import pytest
 
-from far_scale.play import outbox, server
+from far_scale.play import outbox, player, server
 from far_scale.play.headless import replay
 from far_scale.play.recording import read_recording
 from far_scale.play.walk import Walk
 from far_scale.play.world import World
-from harness.play import SETTINGS, Page, Serving, serving, small_world, text_frame
+from far_scale.utils.errors import UserError
+from harness.play import SETTINGS, FakeEngine, Page, Serving, serving, small_world, text_frame
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,55 @@ def test_a_client_that_leaves_in_the_middle_frees_its_session(world: World) -> N
     run(test())
 
 
+def test_engines_end_with_their_walks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of clients that leave while one is started, or while a new maze is."""
+    engines: list[FakeEngine] = []
+
+    def start(world: World, seed: int, kind: str) -> FakeEngine:
+        time.sleep(0.1)
+        engines.append(FakeEngine())
+        return engines[-1]
+
+    monkeypatch.setattr(player, "start_engine", start)
+
+    async def test() -> None:
+        async with serving(small_world(side=8, has_engine=True)) as play:
+            early = Page(await play.client.ws_connect("/walk"))
+            await early.text("hello")
+            early.transport.abort()
+            await play.until_sessions(0)
+            page = await play.page()
+            await page.walk(1, 2)
+            await page.send(type="new")
+            assert (await page.frame())[0]["pictures"][1] > 0
+            assert [engine.is_closed for engine in engines] == [True, True, False]
+            for seconds in (0.0, 0.08, 0.1, 0.12):
+                await page.send(type="new")
+                await asyncio.sleep(seconds)
+                page.transport.abort()
+                await play.until_sessions(0)
+                page = await play.page()
+        assert all(engine.is_closed for engine in engines)  # the last one with the server
+
+    run(test())
+
+
+def test_a_walk_that_cannot_begin_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("the engine could not be started")
+
+    monkeypatch.setattr(player, "start_engine", fail)
+
+    async def test() -> None:
+        async with serving(small_world(side=8, has_engine=True)) as play:
+            page = Page(await play.client.ws_connect("/walk"))
+            assert (await page.text("error"))["message"] == "the engine could not be started"
+            assert await closing_code(page) == aiohttp.WSCloseCode.INTERNAL_ERROR
+            await play.until_sessions(0)
+
+    run(test())
+
+
 def test_garbage_is_answered_by_one_error(world: World) -> None:
     garbage = [
         "",
@@ -289,10 +339,10 @@ def test_a_client_that_does_not_read_stops_nobody(world: World, monkeypatch: pyt
                 await loop.sock_sendall(raw, request.encode())
                 await play.until_sessions(1)
                 await loop.sock_sendall(raw, text_frame('{"type": "run", "on": true}'))
-                (player,) = play.server._players.values()
+                (slow,) = play.server._players.values()
                 big = b"x" * 2**20  # fills the buffers of both sides
                 for _ in range(20):
-                    player._outbox.put_frame(big)
+                    slow._outbox.put_frame(big)
                     await asyncio.sleep(0.02)
                 page = await play.page()
                 assert len(await page.walk(1, 2, 3)) == 3  # meanwhile others walk

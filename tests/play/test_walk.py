@@ -21,7 +21,7 @@ from far_scale.play.recording import read_recording, write_video
 from far_scale.play.walk import Walk
 from far_scale.play.world import Given, World, open_world
 from far_scale.sampling.sampler import predict_frames
-from harness.play import small_world
+from harness.play import FakeEngine, small_world
 from harness.refusal import refused
 
 SEED = 5
@@ -30,33 +30,6 @@ SEED = 5
 def pixels(picture: bytes | None) -> np.ndarray:
     assert picture is not None
     return np.asarray(Image.open(io.BytesIO(picture)))
-
-
-class FakeEngine:
-    """In the place of the game: a frame shows how far the player has come, and what he has turned."""
-
-    def __init__(self) -> None:
-        self.fails = self.is_closed = False
-        self.restart()
-
-    def restart(self) -> None:
-        self.steps, self.angle = 0, 0
-
-    def move(self, action: int) -> None:
-        if self.fails:
-            raise RuntimeError("the game has ended")
-        self.steps += action == FORWARD
-        self.angle = (self.angle + {LEFT: 1, RIGHT: -1}.get(action, 0)) % 16
-
-    def frame(self) -> np.ndarray:
-        return np.full((64, 64, 3), (self.steps, self.angle, 0), np.uint8)
-
-    def step(self, action: int) -> np.ndarray:
-        self.move(action)
-        return self.frame()
-
-    def close(self) -> None:
-        self.is_closed = True
 
 
 def maze_walk() -> tuple[Walk, FakeEngine]:
