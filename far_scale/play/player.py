@@ -95,6 +95,7 @@ class Player:
                 "run": self._running,
                 "steps": self._steps,
                 "guidance": self._guidance,
+                "idle": self._idle_input,
             }
         )
 
@@ -191,6 +192,8 @@ class Player:
             raise
         await self._close_walk()
         self._walk, self._seed, self._opening = walk, seed, None
+        if self._world.condition == "labels":
+            self._idle_input = walk.last_class  # of the given frames
         self.send_state()
         await self._run_walk(Walk.now)
 

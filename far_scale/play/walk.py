@@ -94,6 +94,11 @@ class Walk:
         self._shown.append((dream, None if given is None or given.engine is None else to_png(given.engine[-1])))
         return self._show()
 
+    @property
+    def last_class(self) -> int:
+        """The action or label of the newest frame; 0 without frames."""
+        return self._frames[-1][1] if self._frames else 0
+
     def now(self) -> ShownFrame:
         """The newest frame, again."""
         return self._show()

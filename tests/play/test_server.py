@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import socket
@@ -13,12 +14,13 @@ from typing import Any
 
 import aiohttp
 import pytest
+import torch
 
 from far_scale.play import outbox, player, server
 from far_scale.play.headless import replay
 from far_scale.play.recording import read_recording
 from far_scale.play.walk import Walk
-from far_scale.play.world import World
+from far_scale.play.world import Given, World
 from far_scale.utils.errors import UserError
 from harness.play import SETTINGS, FakeEngine, Page, Serving, serving, small_world, text_frame
 
@@ -55,7 +57,7 @@ def test_hello_says_what_the_page_must_know(world: World) -> None:
             assert hello["inputs"] == ["0", "1", "2", "3"] and hello["condition"] == "actions"
             assert (hello["size"], hello["engine"], hello["is_demo"]) == ([32, 32], False, False)
             assert "not part of far_scale" in hello["note"]
-            assert state == {"type": "state", "seed": 3, "run": False, "steps": 1, "guidance": 1.0}
+            assert state == {"type": "state", "seed": 3, "run": False, "steps": 1, "guidance": 1.0, "idle": 0}
             header, picture = await page.frame()
             assert header["frame"] == -1 and picture == b""  # a walk from nothing has no frame yet
 
@@ -432,6 +434,24 @@ def test_models_by_label_and_without_conditions(values: dict[str, Any]) -> None:
             if "labels" not in values:
                 await page.send(type="set", guidance=2.0)
                 assert "needs a model with actions or labels" in (await page.text("error"))["message"]
+
+    run(test())
+
+
+def test_labels_of_given_frames_go_on() -> None:
+    world = small_world(labels=3)
+    latents = torch.zeros(1, 2, 32, *world.latent_size)
+    world = dataclasses.replace(world, episodes=(Given(latents, torch.tensor([[2, 2]]), None),))
+
+    async def test() -> None:
+        async with serving(world) as play:
+            page = await play.page()
+            assert (await page.text("state"))["idle"] == 2
+            await page.send(type="run", on=True)
+            await page.frame()
+            session = (await page.text("hello"))["session"]
+            recording = await (await play.client.get(f"/recordings/{session}.json")).json()
+            assert set(recording["actions"]) == {2} and recording["given"] == 2
 
     run(test())
 

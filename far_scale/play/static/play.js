@@ -17,6 +17,7 @@ const NEXT_KEYS = ["Space", "Enter", "ArrowRight", "ArrowUp"];
 let socket = null;
 let hello = null;
 let running = false;
+let seed = null; // of the walk
 let keys = {}; // code of a key -> function that returns its action
 const held = new Map(); // what holds an action: code of a key, or "pointer" and its number -> action
 let drawing = Promise.resolve(); // pictures are drawn in the order in which they came
@@ -127,6 +128,7 @@ function buildInputs() {
 
 function showHello(message) {
   hello = message;
+  seed = null;
   byId("model").textContent = hello.model + (hello.note ? ` · ${hello.note}` : "");
   for (const id of ["dream", "engine"]) [byId(id).height, byId(id).width] = hello.size;
   byId("engine-figure").hidden = !hello.engine;
@@ -139,6 +141,9 @@ function showHello(message) {
 
 function showState(state) {
   running = state.run;
+  const chooser = byId("label");
+  if (chooser !== null && state.seed !== seed) chooser.value = state.idle; // the label of the given frames
+  seed = state.seed;
   byId("run").textContent = running ? "Pause" : "Run";
   byId("seed").textContent = state.seed;
   for (const name of ["steps", "guidance"]) {
