@@ -15,7 +15,7 @@ An action is a number from 0; of a model with labels it is the label, of one wit
 Down, JSON texts:
 
     {"type": "hello", ...}               once, first: what the model is and what its inputs are (`PlayServer`)
-    {"type": "state", ...}               seed, run, steps, guidance, and `idle`, the action of a frame without a key; after
+    {"type": "state", ...}               seed, run, steps, guidance, `idle` (action of a frame without a key); after
                                          each change
     {"type": "error", "message": "..."}  what was wrong with a message, or with a frame that could not be made
     {"type": "full", "message": "..."}   no session is free; the connection is then closed
