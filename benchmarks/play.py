@@ -1,6 +1,6 @@
 """Time of a frame of `far-scale play`: model, decoder and engine apart, over a walk.
 
-    python benchmarks/play.py models/demo-maze
+    python benchmarks/play.py MODEL
 
 A walk of random actions begins as on the page; its first frame is left out, since it also encodes the given frames.
 The model's time includes what comes when the window slides, which is the rarer and slower kind of frame.

@@ -29,9 +29,7 @@ def main() -> None:
     parser.add_argument(
         "model_dir",
         type=Path,
-        nargs="?",
-        default=Path("models/demo-maze"),
-        help="model directory, as tools/export_checkpoint.py writes it, or org/name of the hub (default: %(default)s)",
+        help="model directory, as tools/export_checkpoint.py writes it, or org/name of the hub",
     )
     parser.add_argument(
         "--start",
