@@ -85,3 +85,5 @@ echo "  $OUT/train/report.html   (all of it on one page)"
 echo "  $OUT/train/log.jsonl"
 echo "  $OUT/train/recipe.yaml   (the resolved recipe)"
 echo "  $OUT/model               (the model directory: tools/sample.py $OUT/model --help)"
+echo
+echo "  $PYTHON tools/play.py $OUT/model   (walk through it in the browser)"
