@@ -55,7 +55,7 @@ class PlayServer:
         """
         Args:
             settings: what each walk begins with.
-            max_sessions: walks at the same time; another client is told that all are in use.
+            max_sessions: maximum number of simultaneous walks; further clients are refused with a message.
         """
         self._world, self._settings, self._access, self._max_sessions = world, settings, access, max_sessions
         self._worker = ThreadPoolExecutor(1, "play-model", torch.set_num_threads, (world.threads,))

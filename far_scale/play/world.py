@@ -76,7 +76,7 @@ class World:
 
     @property
     def condition(self) -> Condition:
-        """What the model is told of a frame."""
+        """The condition of a frame."""
         return "actions" if self.model.config.actions else "labels" if self.model.config.labels else "none"
 
     @property

@@ -30,7 +30,7 @@ SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 """Without cuDNN, which PyTorch prefers on H100s: it builds a plan for each new number of keys, that is for each frame,
 in 0.3 s (benchmarks/results/2026-11-26-gpu-h100.md)."""
 
-_KEY_BUCKET = {"cpu": 1, "cuda": 512}  # tokens: a CUDA graph is captured for each multiple of it
+_KEY_BUCKET = {"cpu": 1, "cuda": 512}  # numbers of keys are rounded up to multiples: one CUDA graph for each
 
 
 class FinishedFrame(NamedTuple):
@@ -200,7 +200,6 @@ class CachedDenoiser:
         cache: MultiLevelCache,
         size: tuple[int, int],
         stride: int = 1,
-        key_bucket: int | None = None,
     ) -> None:
         """
         Args:
@@ -208,14 +207,13 @@ class CachedDenoiser:
             cache: an empty one, for all rows.
             size: H, W.
             stride: see `first_window_frame`.
-            key_bucket: numbers of keys are rounded up to multiples of this; default by the device.
         """
         weight = model.patch_embedding.weight
         self._model, self._cache, self._copies, self._size, self._stride = model, cache, copies, size, stride
         self._dtype, self._device = weight.dtype, weight.device
         self._blocks = [cast(Block, block) for block in model.blocks]
         self._kernel = model.kernel(compiled=False)
-        self._bucket = key_bucket or _KEY_BUCKET.get(weight.device.type, 1)
+        self._bucket = _KEY_BUCKET.get(weight.device.type, 1)
         self._pool = GraphPool() if weight.device.type == "cuda" else None
         self._first = 0  # index in the clip of the window's first frame
         self._window_frames = 0  # clean frames in level 1
@@ -373,7 +371,7 @@ class CachedDenoiser:
         return unpatchify(self._model.output(tokens, condition), self._size, self._model.config.patch).float()
 
     def _append(self, seen: Tensor) -> Tensor:
-        """Write the keys and values of the finished frame `seen` `[B, C, H, W]`, in place of those of its last step."""
+        """Write the keys and values of the finished frame `seen` `[B, C, H, W]` over those of its last step."""
         tokens, _ = self._through_blocks(seen, self._numbers[-1], append_only=True)
         return tokens
 

@@ -86,6 +86,7 @@ def predict_frames(
         raise UserError(f"clip_ids: {clips} is not one number from 0 up for each of the {batch} clips")
 
     device = model.patch_embedding.weight.device
+    # Checked for the whole clip, before the first frame.
     action_rows = class_rows("actions", actions, config.actions, (batch, given + frames), guidance, device)
     label_rows = class_rows("labels", labels, config.labels, (batch,), guidance, device)
 

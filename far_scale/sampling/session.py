@@ -67,7 +67,7 @@ class Session:
     @property
     def cache_bytes(self) -> int:
         """Memory of the KV cache."""
-        return self._denoiser.cache_bytes
+        return self._opened_denoiser().cache_bytes
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -94,7 +94,7 @@ class Session:
                 "values it does not have; start another"
             )
         self._sampling = sampling
-        self._denoiser.set_schedule(self._schedule())
+        self._opened_denoiser().set_schedule(self._schedule())
 
     @torch.no_grad()
     def start(self, frames: Tensor | None = None, classes: Tensor | None = None) -> None:
@@ -118,7 +118,7 @@ class Session:
             )
         given = frames.shape[1]
         rows = self._rows(classes, (len(self._clips), given)) if given else None
-        self._denoiser = self._new_denoiser()
+        self._denoiser: Denoiser | None = None  # made when it is needed: its cache is large
         self._history: list[FinishedFrame] = []
         self._frame = 0
         for number in range(given):
@@ -136,27 +136,30 @@ class Session:
             `[B, C, H, W]` float32 scaled latents on the model's device.
 
         Raises:
-            UserError: classes do not fit the model, or the latents are not finite.
+            UserError: classes do not fit the model, the clips have `max_frames` already, or the latents are not finite.
         """
+        if self._max_frames is not None and self._frame >= self._max_frames:
+            raise UserError(f"frame {self._frame}: the session was made for clips of {self._max_frames} frames")
         rows = self._rows(classes, (len(self._clips),))
-        self._denoiser.begin_frame(self._history, self._frame, rows)
-        if (needed := self._denoiser.history_frames) is not None:
-            del self._history[:-needed]
+        denoiser = self._opened_denoiser()
+        denoiser.begin_frame(self._history, self._frame, rows)
+        if denoiser.history_frames is not None:
+            del self._history[: -denoiser.history_frames]
         x = self._noise("sample")
         for step in range(self._sampling.steps):
-            x = self._denoiser.denoise(x, step)
+            x = denoiser.denoise(x, step)
         check_finite(x, self._frame, self._sampling.guidance)
         self._finish(x, rows)
         return x
 
     def snapshot(self) -> Snapshot:
         """The present state."""
-        return Snapshot(self._frame, tuple(self._history), self._denoiser.state())
+        return Snapshot(self._frame, tuple(self._history), self._opened_denoiser().state())
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a state of this session: the same actions then give the same frames."""
         self._frame, self._history = snapshot.frame, list(snapshot.history)
-        self._denoiser.restore(snapshot.denoiser)
+        self._opened_denoiser().restore(snapshot.denoiser)
 
     def _finish(self, clean: Tensor, rows: Tensor | None) -> None:
         noise = self._sampling.context_noise
@@ -172,6 +175,11 @@ class Session:
 
     def _schedule(self) -> Schedule:
         return Schedule(euler_sigmas(self._sampling.steps, self._sampling.grid), self._sampling, self._device)
+
+    def _opened_denoiser(self) -> Denoiser:
+        if self._denoiser is None:
+            self._denoiser = self._new_denoiser()
+        return self._denoiser
 
     def _new_denoiser(self) -> Denoiser:
         model, sampling, config = self._model, self._sampling, self._model.config

@@ -81,7 +81,7 @@ class TensorBoardLog:
 
 
 def write_scores(run: Path, name: str, scores_by_step: Mapping[int, Mapping[str, float]]) -> None:
-    """Write the scores of a run's checkpoints into RUN/tensorboard/NAME, in place of what was there.
+    """Write the scores of a run's checkpoints into RUN/tensorboard/NAME, and remove earlier ones.
 
     Args:
         run: the run directory.

@@ -227,6 +227,9 @@ def test_settings_that_do_not_fit_are_refused() -> None:
     session = Session(model, SamplingConfig(1, 1), SIZE)
     refused(lambda: session.step(), "actions: the model needs actions of shape [1]")
     refused(lambda: session.start(latents(2)), "[2, 2, 4, 4, 6]", "those of 1 clips")
+    short = Session(random_model(), SamplingConfig(1, 1), SIZE, max_frames=2)
+    steps(short, None, 2)
+    refused(lambda: short.step(), "frame 2", "made for clips of 2 frames")
     video_dit = FAR(FARConfig(layers=1, heads=1, channels=4, window=4, causal=False))
     refused(lambda: Session(video_dit, SamplingConfig(1, 1), SIZE), "needs a causal model")
 
