@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -33,10 +31,10 @@ from far_scale.evaluation.protocol import Protocol
 from far_scale.evaluation.report import REPORT_FILES, write_report
 from far_scale.evaluation.rollouts.runner import load_autoencoder
 from far_scale.model.hub import find_model
-from far_scale.model.model_files import CONFIG_FILE
+from far_scale.model.model_files import CONFIG_FILE, weights_digest
 from far_scale.train.checkpoint.export import export_if_needed
 from far_scale.utils.errors import UserError, print_warning
-from far_scale.utils.io import read_json, sha256, write_json
+from far_scale.utils.io import read_json, write_json
 
 _PROCESS_TIMEOUT = datetime.timedelta(days=7)  # processes wait this long for the slowest one
 
@@ -223,8 +221,7 @@ def read_finished(evaluation: Evaluation, keep_samples: bool) -> dict[str, Any] 
 
 def describe_weights(source: Path, model_dir: Path, metadata: ModelMetadata) -> dict[str, Any]:
     """The evaluated weights for scores.json: their source, and the SHA-256 of their files."""
-    files = {path.name: sha256(path) for path in sorted(model_dir.glob("*.safetensors"))}
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    digest = weights_digest(model_dir)
     training = metadata.training
     if isinstance(training, TrainingMetadata):
         return {"source": str(source), "kind": training.weights, "step": training.step, "sha256": digest}

@@ -7,6 +7,8 @@ files. The weights are in `model.safetensors`, or above 5 GB in `model-00001-of-
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -193,3 +195,9 @@ def _stored_tensors(folder: Path, device: str | torch.device) -> dict[str, Tenso
 
 def _unreadable(path: Path, error: SafetensorError) -> UserError:
     return UserError(f"{path}: is not a complete safetensors file ({error}); copy or export the model again")
+
+
+def weights_digest(folder: Path) -> str:
+    """The SHA-256 of the names and contents of a model directory's weights files."""
+    files = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

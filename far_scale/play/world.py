@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,9 @@ from far_scale.evaluation.rollouts.runner import load_autoencoder, load_for_samp
 from far_scale.evaluation.rollouts.video_grid import to_uint8
 from far_scale.model import FAR
 from far_scale.model.hub import find_model
+from far_scale.model.model_files import weights_digest
 from far_scale.sampling.config import SamplingConfig
 from far_scale.utils.errors import UserError
-from far_scale.utils.io import sha256
 
 Pixels = NDArray[np.uint8]
 StartKind = Literal["maze", "recorded", "nothing"]
@@ -59,7 +58,7 @@ class World:
         model: on the device and in the dtype of the computation.
         metadata: of the model.
         autoencoder: the model's.
-        weights: SHA-256 of the weights.
+        weights: SHA-256 of the weights (`weights_digest`).
         episodes: given frames from recorded videos or shards, if a walk starts from these.
         has_engine: whether the real engine of the demo world can run beside the model.
         threads: torch threads; the frames' last bits depend on them.
@@ -202,9 +201,3 @@ def is_demo_world(model: FAR, metadata: ModelMetadata) -> bool:
         and metadata.frame_stride == 1
         and metadata.latent_shape[1:] == (SIZE // 8, SIZE // 8)
     )
-
-
-def weights_digest(folder: Path) -> str:
-    """The SHA-256 of a model directory's weights file, or of the digests of several."""
-    digests = [sha256(path) for path in sorted(folder.glob("model*.safetensors"))]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
