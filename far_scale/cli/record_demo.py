@@ -20,15 +20,23 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=64, help="number of episodes")
     parser.add_argument("--frames", type=int, default=256, help="frames of an episode")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first episode; the next ones count up")
+    parser.add_argument(
+        "--wander",
+        type=float,
+        default=0.0,
+        help="probability, at each decision, of up to 10 frames without a goal, which also walk into walls",
+    )
     parser.add_argument("--workers", type=int, default=cores, help="processes; the result is the same")
     arguments = parser.parse_args()
     for name, least in (("episodes", 1), ("frames", 1), ("seed", 0), ("workers", 1)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name} {getattr(arguments, name)}: it must be at least {least}")
+    if not 0 <= arguments.wander <= 1:
+        raise UserError(f"--wander {arguments.wander:g}: is a probability, from 0 to 1")
     if arguments.seed + arguments.episodes - 1 > MAX_SEED:
         raise UserError(
             f"--seed {arguments.seed}: the seeds of {arguments.episodes} episodes go past 2^64 - 1; lower it"
         )
     seeds = range(arguments.seed, arguments.seed + arguments.episodes)
-    paths = record_episodes(arguments.out, seeds, arguments.frames, arguments.workers)
+    paths = record_episodes(arguments.out, seeds, arguments.frames, arguments.workers, arguments.wander)
     print(f"{arguments.out}: {len(paths)} episodes of {arguments.frames} frames")

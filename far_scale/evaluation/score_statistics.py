@@ -190,14 +190,45 @@ def bootstrap_interval(per_clip: Sequence[float] | np.ndarray, seed: int = 0) ->
     Raises:
         UserError: fewer than 2 clips, or values that are not finite.
     """
+    values = _checked(per_clip)
+    return _interval(_resampled_means(values[:, None], seed)[:, 0])
+
+
+def bootstrap_ratio(
+    per_clip: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray, seed: int = 0
+) -> Interval:
+    """As `bootstrap_interval`, of the ratio of two sums over the same clips: a draw takes the same clips of both.
+
+    Args:
+        per_clip: `[N]`, such as each clip's summed LPIPS by one model.
+        other: `[N]`, by the model that it is compared with; above 0.
+        seed: of the draws.
+
+    Raises:
+        UserError: as `bootstrap_interval`.
+    """
+    means = _resampled_means(np.stack([_checked(per_clip), _checked(other)], axis=1), seed)
+    return _interval(means[:, 0] / means[:, 1])
+
+
+def _checked(per_clip: Sequence[float] | np.ndarray) -> np.ndarray:
     values = np.asarray(per_clip, dtype=np.float64)
     if values.ndim != 1 or len(values) < 2:
         raise UserError(f"bootstrap: values of shape {list(values.shape)}; give one number for each of 2 clips or more")
     if not np.isfinite(values).all():
         raise UserError("bootstrap: values that are not finite; look at these clips")
+    return values
+
+
+def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
+    """Means `[draws, K]` of the rows of `[N, K]`, drawn with replacement."""
     blocks = [
         values[generator(seed, "bootstrap", step=block).integers(len(values), size=(_BLOCK, len(values)))].mean(1)
         for block in range(_DRAWS // _BLOCK)
     ]
-    low, high = np.percentile(np.concatenate(blocks), _PERCENTILES)
+    return np.concatenate(blocks)
+
+
+def _interval(draws: np.ndarray) -> Interval:
+    low, high = np.percentile(draws, _PERCENTILES)
     return Interval(float(low), float(high))

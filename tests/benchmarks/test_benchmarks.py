@@ -302,3 +302,52 @@ def test_a_frame_of_play_is_timed(tmp_path: Path) -> None:
     assert [row["steps"] for row in rows] == [1, 2]
     for row in rows:
         assert positive(row, "model p50", "decoder p50", "both p95", "cache MB") and len(row["model ms"]) == 5
+
+
+def test_a_revisit_is_a_place_of_the_given_frames_that_left_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from revisits import revisits
+
+    # Out along a corridor for six frames, back by the same places with the back turned, round, and out again.
+    out = [(25.0 * step, 0.0, 359.0) for step in range(6)]
+    back = [(25.0 * step, 0.0, 180.0) for step in reversed(range(6))]
+    again = [(25.0 * step + 3.0, 2.0, 1.0) for step in range(6)]
+    gaps, new = revisits(np.array(out + back + again), given=8, window=4)
+    assert new.tolist() == [True] * 4 + [False] * 6  # the way back looks the other way, and its first frame is given
+    assert gaps.tolist() == [0] * 4 + [12] * 6
+    waiting = [(0.0, 0.0, 0.0)] * 8
+    gaps, new = revisits(np.array(waiting), given=4, window=4)
+    assert not gaps.any() and not new.any()  # every frame before the last four is in the window, too
+
+
+def test_the_ratio_of_a_comparison_is_that_of_the_chosen_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from revisits import Side, comparison
+
+    pixels = np.zeros((3, 2, 1, 1, 3), np.uint8)
+    remembering = Side(np.array([[0.1, 9], [0.2, 0.4], [9, 9]]), np.full((3, 2), 0.5), pixels, pixels)
+    forgetting = Side(np.array([[0.2, 9], [0.4, 0.8], [9, 9]]), np.full((3, 2), 0.5), pixels, pixels)
+    chosen = np.array([[True, False], [True, True], [False, False]])
+    row = comparison("revisited", chosen, remembering, forgetting)
+    assert (row["frames"], row["clips"]) == (3, 2)
+    assert [row[key] for key in ("with context", "without", "ratio", "ratio from", "to")] == pytest.approx(
+        [0.7 / 3, 1.4 / 3, 0.5, 0.5, 0.5]
+    )
+
+
+def test_the_engine_walks_a_recorded_episode_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vizdoom")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from revisits import poses_of
+
+    from far_scale.data.demo.episodes import record_episode
+    from far_scale.data.demo.world import DemoWorld
+
+    actions = record_episode(10000, 12).actions
+    assert actions is not None
+    poses = poses_of(10000, actions.tolist())
+    with DemoWorld.of_seed(10000) as world:
+        assert poses[0].tolist() == world.variables[:3].tolist()
+        for action in actions[1:].tolist():
+            world.step(action)
+        assert poses[-1].tolist() == world.variables[:3].tolist() != poses[0].tolist()

@@ -111,6 +111,19 @@ def test_mazes_are_connected_and_the_explorer_walks_open_doors_only() -> None:
     assert len(set(cells)) > 12 and len(cells) > 1.5 * len(set(cells))  # gets about, and back
 
 
+def test_a_wandering_player_walks_into_walls_and_finds_the_way_again(episode: Video) -> None:
+    def blocked(video: Video) -> list[bool]:
+        assert video.actions is not None
+        steps = np.flatnonzero(video.actions[1:] == FORWARD) + 1
+        return [np.array_equal(video.frames[frame], video.frames[frame - 1]) for frame in steps]
+
+    wandering = record_episode(SEED, FRAMES, wander=0.3)
+    assert wandering.actions is not None and set(wandering.actions.tolist()) == {NOOP, LEFT, RIGHT, FORWARD}
+    assert sum(blocked(wandering)) > 3 and not any(blocked(episode))
+    moves = blocked(wandering)
+    assert not all(moves[-20:]) and sum(moves) < len(moves) / 2  # it is never stuck
+
+
 def test_the_wad_holds_the_map() -> None:
     wad = wad_bytes("abc")
     assert wad[:4] == b"PWAD" and wad[12:15] == b"abc" and len(wad) == 12 + 3 + 3 * 16
@@ -136,6 +149,13 @@ def test_records_many_keeps_complete_ones_and_replaces_broken_ones(tmp_path: Pat
     assert record_episodes(out, range(10500, 10503), frames=12, workers=1) == paths
     assert [path.stat().st_mtime_ns == stamp for path, stamp in zip(paths, stamps, strict=True)] == [True, True, False]
     assert len(read_video(paths[2]).frames) == 12
+
+    record_episodes(out, [10500], frames=12, workers=1, wander=0.5)  # other frames, so it is recorded again
+    with np.load(paths[0], allow_pickle=False) as archive:
+        assert archive["wander"] == 0.5
+    stamp = paths[0].stat().st_mtime_ns
+    record_episodes(out, [10500], frames=12, workers=1, wander=0.5)
+    assert paths[0].stat().st_mtime_ns == stamp
 
 
 def test_the_error_without_vizdoom_names_the_install_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from far_scale.evaluation.score_statistics import (
     Interval,
     Spread,
     bootstrap_interval,
+    bootstrap_ratio,
     frechet_distance,
     frechet_infinity,
     over_seeds,
@@ -144,3 +145,20 @@ def test_bootstrap_intervals_hold_the_true_mean_in_19_of_20_cases() -> None:
     assert bootstrap_interval([2.0, 2.0]) == Interval(2.0, 2.0)
     refused(lambda: bootstrap_interval([1.0]), "2 clips or more")
     refused(lambda: bootstrap_interval([1.0, math.inf]), "not finite")
+
+
+def test_the_interval_of_a_ratio_draws_the_same_clips_of_both_sides() -> None:
+    random = np.random.default_rng(0)
+    other = random.uniform(0.1, 5, 30)
+    assert bootstrap_ratio(0.7 * other, other) == pytest.approx(
+        Interval(0.7, 0.7)
+    )  # clips differ, their ratio does not
+    assert bootstrap_ratio(other, np.ones(30)) == pytest.approx(bootstrap_interval(other))
+    truth = 0.8  # of sums over many clips
+    held = []
+    for _ in range(200):
+        clips = random.uniform(0.1, 5, 40)
+        low, high = bootstrap_ratio(truth * clips * random.uniform(0.5, 1.5, 40), clips, seed=1)
+        held.append(low <= truth <= high)
+    assert 0.88 <= np.mean(held) <= 0.99
+    refused(lambda: bootstrap_ratio([1.0, math.nan], [1.0, 1.0]), "not finite")

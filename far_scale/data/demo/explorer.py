@@ -1,4 +1,7 @@
-"""The policy that walks the demo's mazes: shortest paths from goal to goal, half of them to cells seen before."""
+"""The policy that walks the demo's mazes: shortest paths from goal to goal, half of them to cells seen before.
+
+It never walks into a wall, as people do who hold a key. `wander` mixes such actions in.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,21 @@ _REACHED = 24.0  # map units from a cell's centre at which it counts as reached;
 _REST = 0.05  # probability of a rest at any frame
 _MAX_REST_FRAMES = 4
 _LOOK = 0.25  # probability of turning around at a goal
+_WANDERING = (0.5, 0.25, 0.25)  # of wandering: straight on, turns to one side, a mixture of actions
+_MAX_WANDER_FRAMES = 10
 
 
 class Explorer:
-    """Chooses the actions of one episode from the player's pose; all randomness comes from `random`."""
+    """Chooses the actions of one episode from the player's pose; all randomness comes from `random`.
 
-    def __init__(self, maze: Maze, random: np.random.Generator) -> None:
-        self._maze, self._random = maze, random
+    Args:
+        maze: that the player is in.
+        random: its draws.
+        wander: probability, at each decision, of up to 10 frames without a goal, which also walk into walls.
+    """
+
+    def __init__(self, maze: Maze, random: np.random.Generator, wander: float = 0.0) -> None:
+        self._maze, self._random, self._wander_ratio = maze, random, wander
         self._seen: list[Cell] = []
         self._path: list[Cell] = []
         self._queued: list[int] = []  # actions already decided
@@ -38,12 +49,17 @@ class Explorer:
         return min(max(int(coordinate // CELL), 0), self._maze.side - 1)
 
     def _decide(self, cell: Cell, x: float, y: float, angle: float) -> list[int]:
+        if self._wander_ratio and self._random.random() < self._wander_ratio:
+            self._path = []
+            return self._wander()
         if self._random.random() < _REST:
             return [NOOP] * int(self._random.integers(1, _MAX_REST_FRAMES + 1))
         if self._path and math.dist((x, y), cell_centre(self._path[0])) < _REACHED:
             self._path.pop(0)
         if not self._path:
             self._path = self._maze.path(cell, self._choose_goal(cell))
+            if math.dist((x, y), cell_centre(cell)) >= _REACHED:  # after wandering, a wall may be in the way
+                self._path.insert(0, cell)
             if self._random.random() < _LOOK:
                 # half or full, so that the same walls are seen again
                 return [int(self._random.choice((LEFT, RIGHT)))] * int(self._random.choice((8, 16)))
@@ -55,6 +71,16 @@ class Explorer:
         if abs(turn) <= 0.55 * TURN or (abs(turn) < 45.0 and miss < _REACHED / 2):
             return [FORWARD]
         return [LEFT if turn > 0 else RIGHT]
+
+    def _wander(self) -> list[int]:
+        frames = int(self._random.integers(2, _MAX_WANDER_FRAMES + 1))
+        kind = self._random.choice(3, p=_WANDERING)
+        if kind == 0:
+            return [FORWARD] * frames
+        if kind == 1:
+            return [int(self._random.choice((LEFT, RIGHT)))] * frames
+        mixture = self._random.choice((NOOP, LEFT, RIGHT, FORWARD), size=frames, p=(0.1, 0.2, 0.2, 0.5))
+        return [int(action) for action in mixture]
 
     def _choose_goal(self, cell: Cell) -> Cell:
         """Choose another cell: with probability 1/2 each, one seen before or any."""
