@@ -312,11 +312,11 @@ def test_a_revisit_is_a_place_of_the_given_frames_that_left_the_window(monkeypat
     out = [(25.0 * step, 0.0, 359.0) for step in range(6)]
     back = [(25.0 * step, 0.0, 180.0) for step in reversed(range(6))]
     again = [(25.0 * step + 3.0, 2.0, 1.0) for step in range(6)]
-    gaps, new = revisits(np.array(out + back + again), given=8, window=4)
+    gaps, new = revisits(np.array(out + back + again), given=8, frames=10, window=4)
     assert new.tolist() == [True] * 4 + [False] * 6  # the way back looks the other way, and its first frame is given
     assert gaps.tolist() == [0] * 4 + [12] * 6
     waiting = [(0.0, 0.0, 0.0)] * 8
-    gaps, new = revisits(np.array(waiting), given=4, window=4)
+    gaps, new = revisits(np.array(waiting), given=4, frames=4, window=4)
     assert not gaps.any() and not new.any()  # every frame before the last four is in the window, too
 
 
