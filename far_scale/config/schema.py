@@ -389,7 +389,8 @@ class TrainSection(Section):
     attention: str = "auto"
     """Attention kernel: auto, or a name that `python -m far_scale.model.attention` lists."""
     start_from: str | None = None
-    """Model directory with a new run's initial weights, such as an imported official model; null for random ones."""
+    """Model directory with a new run's initial weights, such as an imported official model; null for random ones. A
+    model with context can start from one without; its context weights then start as copies of the window's."""
     deepspeed: DeepSpeedSection | None = None
     """Keys of DeepSpeed, to tune communication; null for their defaults."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
+from torch import Tensor
 
 from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata, load_model, read_any_config
 from far_scale.data.loader.mixture import MixtureManifest
@@ -48,12 +49,14 @@ def start_from(
             f"train.start_from={folder}: that model was trained on other latents: {'; '.join(differences)}; or start "
             "with --accept-changes to train it on these nevertheless"
         )
-    load_start_weights(model, folder)
+    context_from_window = load_start_weights(model, folder)
     training = metadata.training
     if isinstance(training, TrainingMetadata):
         weights = f"the {training.weights} weights of step {training.step} in {folder}"
     else:
         weights = f"the weights in {folder}, imported from {training.imported_from}"
+    if context_from_window:
+        weights += "; it has no context, whose weights start as those of the window"
     if not isinstance(metadata, ModelMetadata):
         return f"starting from {weights}; the latents that they were trained on are unknown"
     accepted = f"; accepted: trained on other latents: {'; '.join(differences)}" if differences else ""
@@ -98,15 +101,24 @@ def latent_differences(
     return lines
 
 
-def load_start_weights(model: FAR, folder: str) -> None:
+def load_start_weights(model: FAR, folder: str) -> bool:
     """Load the weights of a model directory into `model`, before the engine shards it.
+
+    A FAR-Long can start from a window-only model. Its context weights then start as those of the window, see
+    `context_weights`: from random ones, a model that already knows its window learns for a long time to ignore them.
+
+    Returns:
+        Whether the context weights come from the window's.
 
     Raises:
         UserError: it is not a model directory, or one of another shape.
     """
     start_model = load_model(folder, dtype=torch.float32)
     ours, theirs = asdict(model.config), asdict(start_model.config)
-    no_shape = ("window", "condition_dropout", "causal")  # these do not change stored tensors
+    context_from_window = bool(ours["context_patch"]) and not theirs["context_patch"]
+    no_shape = {"window", "condition_dropout", "causal"}  # these do not change stored tensors
+    if context_from_window:
+        no_shape.add("context_patch")
     differing = [key for key in ours if key not in no_shape and ours[key] != theirs[key]]
     if differing:
         key = differing[0]
@@ -114,4 +126,33 @@ def load_start_weights(model: FAR, folder: str) -> None:
             f"train.start_from={folder}: that model's {key} is {theirs[key]}, the recipe's model has {ours[key]}; "
             "make the recipe's model section fit it, or start from another"
         )
-    model.load_state_dict(start_model.state_dict())
+    weights = start_model.state_dict()
+    if context_from_window:
+        weights |= context_weights(model, weights)
+    model.load_state_dict(weights)
+    return context_from_window
+
+
+def context_weights(model: FAR, window: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Context weights for a FAR-Long from the weights of a window-only model: each is a copy of the window's.
+
+    The embedding of a coarse patch becomes the mean of the embeddings of the fine patches in it, so that a context
+    frame looks to the model like a window frame of a lower resolution. With equal patches it is the same as a clean
+    window frame.
+
+    Args:
+        model: the FAR-Long.
+        window: the state dict of the window-only model.
+    """
+    config = model.config
+    weights = {}
+    for name, own in model.state_dict().items():
+        if name == "context_patch_embedding.weight":
+            times = config.context_patch // config.patch
+            fine = window["patch_embedding.weight"].view(-1, config.channels, config.patch, config.patch)
+            weights[name] = fine.repeat(1, 1, times, times).flatten(1) / times**2
+        elif name.startswith("context_output."):
+            weights[name] = own  # unused
+        elif "context_" in name:
+            weights[name] = window[name.replace("context_", "")].clone()
+    return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from far_scale.convert.model_dir import ImportMetadata, ModelMetadata, TrainingM
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.distributed.process_group import Processes
-from far_scale.model import FAR
+from far_scale.model import FAR, FARConfig
+from far_scale.model.far import patchify
 from far_scale.train import checkpoint
 from far_scale.train.checkpoint import FlatPiece
 from far_scale.train.curriculum import stages
 from far_scale.train.engine import build_model
 from far_scale.train.resume import Resume
 from far_scale.train.resume_checks import find_changes
-from far_scale.train.start_weights import latent_differences, start_from
+from far_scale.train.start_weights import context_weights, latent_differences, start_from
 from far_scale.utils.event_log import EventLog, read_events
 from harness.latent_sets import FACTS, write_set
 from harness.refusal import refused
@@ -123,6 +125,48 @@ def test_weights_of_other_latents_are_refused_unless_accepted(tmp_path: Path, ma
     model, said = started(tmp_path, manifest, *overrides, accept=True)
     assert same_weights(model, theirs) and len(said.splitlines()) == 1
     assert "accepted: trained on other latents" in said and all(word in said for word in words)
+
+
+def test_context_weights_start_as_those_of_the_window(tmp_path: Path, manifest: Manifest) -> None:
+    theirs = save_model(tmp_path, manifest)
+    model, said = started(tmp_path, manifest, "model.context_patch=2")
+    assert said.endswith(f"in {tmp_path / 'model'}; it has no context, whose weights start as those of the window")
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in theirs.state_dict().items())
+    name = "blocks.0.attention.{}qkv.weight"
+    assert torch.equal(state[name.format("context_")], state[name.format("")])
+    refused(lambda: started(tmp_path, manifest, "model.context_patch=2", "model.layers=2"), "layers is 1")
+
+
+def random_model(config: FARConfig, seed: int) -> FAR:
+    """In float64, without zeros, so that every weight counts."""
+    model, random = FAR(config).double().eval(), torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=random) * 0.2
+    return model
+
+
+def test_a_model_with_context_of_fine_patches_starts_as_the_same_function() -> None:
+    config = FARConfig(layers=3, heads=2, patch=2, channels=3, window=6, actions=2)
+    window_only = random_model(config, 0)
+    long = random_model(replace(config, window=2, context_patch=2), 1)
+    long.load_state_dict(window_only.state_dict() | context_weights(long, window_only.state_dict()))
+    random = torch.Generator().manual_seed(2)
+    latents = torch.randn(2, 6, 3, 4, 6, dtype=torch.float64, generator=random)
+    timesteps = torch.tensor([-2.0, -2, -2, -2, -1, 600]).expand(2, -1)
+    actions = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 2, 1]])
+    expected = window_only(latents, timesteps, actions)[:, -2:]
+    torch.testing.assert_close(long(latents, timesteps, actions), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_coarse_patch_starts_as_the_mean_of_its_fine_ones() -> None:
+    config = FARConfig(layers=1, heads=1, patch=2, channels=3, window=4, context_patch=4)
+    window_only, long = random_model(replace(config, context_patch=0), 0), random_model(config, 1)
+    long.load_state_dict(window_only.state_dict() | context_weights(long, window_only.state_dict()))
+    frames = torch.randn(5, 3, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    fine = window_only.patch_embedding(patchify(frames, 2)).unflatten(1, (2, 2, 3, 2))  # rows and columns of 2
+    coarse = long.context_patch_embedding(patchify(frames, 4))
+    torch.testing.assert_close(coarse, fine.mean((2, 4)).flatten(1, 2), rtol=1e-12, atol=1e-12)
 
 
 def test_weights_of_other_classes(tmp_path: Path, manifest: Manifest) -> None:
