@@ -172,7 +172,7 @@ def pack_loss(velocity: Tensor, noisy: NoisyPack) -> Tensor:
     """
     layout, ranks = noisy.layout, 1
     if isinstance(layout, ShardedLayout):
-        layout, ranks = layout.own, layout.shard.size
+        ranks, layout = layout.shard.size, layout.own
     weight, member = noisy.has_loss.float(), _membership(layout, velocity.device)
     loss_frames = weight @ member if noisy.loss_frames is None else noisy.loss_frames
     loss = ((frame_errors(velocity, noisy) * weight) @ member / (loss_frames + 1e-9)).mean()

@@ -30,7 +30,8 @@ def to_heads(tensors: Sequence[Tensor], tokens: Sequence[Sequence[int]], shard: 
     heads = even_split(tensors[0].shape[1], shard.size)
     own = heads[shard.rank]
     sent = [[x[:, part] for x in tensors] for part in _slices(heads)]
-    received = [[(counts[rank], own, x.shape[2]) for x, counts in _pairs(tensors, tokens)] for rank in range(shard.size)]
+    pairs = list(zip(tensors, tokens, strict=True))
+    received = [[(counts[rank], own, x.shape[2]) for x, counts in pairs] for rank in range(shard.size)]
     by_rank = _all_to_all(sent, received, shard)
     return [torch.cat(pieces) for pieces in zip(*by_rank, strict=True)]
 
@@ -47,16 +48,12 @@ def to_tokens(
         [x[part] for x, part in zip(tensors, parts, strict=True)]
         for parts in zip(*(_slices(counts) for counts in tokens), strict=True)
     ]
+    pairs = list(zip(tensors, tokens, strict=True))
     received = [
-        [(counts[shard.rank], count, x.shape[2]) for x, counts in _pairs(tensors, tokens)]
-        for count in even_split(heads, shard.size)
+        [(counts[shard.rank], count, x.shape[2]) for x, counts in pairs] for count in even_split(heads, shard.size)
     ]
     by_rank = _all_to_all(sent, received, shard)
     return [torch.cat(pieces, dim=1) for pieces in zip(*by_rank, strict=True)]
-
-
-def _pairs(tensors: Sequence[Tensor], tokens: Sequence[Sequence[int]]) -> list[tuple[Tensor, Sequence[int]]]:
-    return list(zip(tensors, tokens, strict=True))
 
 
 def _slices(counts: Sequence[int]) -> list[slice]:

@@ -3,9 +3,9 @@
     far_scale::sharded_attention            q, k, v of window and context, handle, kernel -> out, lse of both
     far_scale::sharded_attention_backward   the same, the outputs' gradients, out, lse of both -> all gradients
 
-All tensors are of the rank's own tokens with all heads, so that shapes depend on nothing else, and a rank keeps its part
-of the activations for the backward, which exchanges them again. Window and context go through one operator: each block
-has one, which depends on the block before, so the ranks exchange in the same order however the compiler arranges the
+All tensors are of the rank's own tokens with all heads, so that shapes depend on nothing else. A rank keeps no more
+than these for the backward, which exchanges them again. Window and context go through one operator: each block has one,
+which depends on that of the block before, so the ranks exchange in the same order however the compiler arranges the
 rest.
 """
 
@@ -76,14 +76,14 @@ def _attend_by_flex(
     plan, heads = _find(handle), q.shape[1]
     tensors = [x for x in (q, k, v, context_q, context_k, context_v) if x is not None]
     tokens = _tokens(plan, 3, len(tensors) - 3)
-    q, k, v, *context = ToHeads.apply(plan.shard, tokens, *tensors)
+    q, k, v, *context = ToHeads.apply(plan.shard, tokens, *tensors)  # type: ignore[no-untyped-call]
     prefix_k, prefix_v = context[-2:] if context else (None, None)
     outs = [flex.attend(q, k, v, prefix_k, prefix_v, plan.handle)]
     if context_q is not None:
         outs.append(flex.attend(*context, None, None, plan.context.handle))
     tokens = _tokens(plan, 1, len(outs) - 1)
-    outs = ToTokens.apply(plan.shard, tokens, heads, *outs)
-    return outs[0], outs[1] if len(outs) > 1 else None
+    out, *context_outs = ToTokens.apply(plan.shard, tokens, heads, *outs)  # type: ignore[no-untyped-call]
+    return out, context_outs[0] if context_outs else None
 
 
 @torch.library.custom_op(
@@ -106,7 +106,8 @@ def _forward(
     out, lse = operators.forward(whole_q, whole_k, whole_v, prefix_k, prefix_v, plan, kernel)
     outs = [out, _as_channels(lse, q.dtype)]
     if context_q is not None:
-        context_out, context_lse = operators.forward(*context, None, None, plan.context, kernel)
+        whole_q, whole_k, whole_v = context
+        context_out, context_lse = operators.forward(whole_q, whole_k, whole_v, None, None, plan.context, kernel)
         outs += [context_out, _as_channels(context_lse, q.dtype)]
     out, lse, *context_outs = to_tokens(outs, _tokens(plan, 2, len(outs) - 2), heads, plan.shard)
     if context_q is None:
@@ -139,9 +140,9 @@ def _backward(
     )
     gradients = [dq, dk, dv]
     if context_q is not None:
-        context_dout, context_out, context_lse, *context = context
+        dout, out, lse, q, k, v = context
         context_dq, context_dk, context_dv, _, _ = operators.backward(
-            context_dout, context_out, _from_channels(context_lse), *context, None, None, plan.context, kernel
+            dout, out, _from_channels(lse), q, k, v, None, None, plan.context, kernel
         )
         gradients += [context_dq, context_dk + prefix_dk, context_dv + prefix_dv]
     elif context:
@@ -166,11 +167,8 @@ def _forward_shapes(
     outs = [torch.empty_like(q, memory_format=torch.contiguous_format), operators.empty_lse(q)]
     if context_q is None:
         return outs[0], outs[1], q.new_empty(0), q.new_empty(0)
-    return (
-        *outs,
-        torch.empty_like(context_q, memory_format=torch.contiguous_format),
-        operators.empty_lse(context_q),
-    )
+    context_out = torch.empty_like(context_q, memory_format=torch.contiguous_format)
+    return outs[0], outs[1], context_out, operators.empty_lse(context_q)
 
 
 @_backward.register_fake
@@ -216,7 +214,7 @@ def _products(q: Tensor, context_q: Tensor | None, handle: Tensor) -> int:
     plan = _find(handle)
     part = plan.shard.part(q.shape[1])
     pairs = plan.pairs + (0 if context_q is None else plan.context.pairs)
-    return pairs * (part.stop - part.start) * q.shape[2]
+    return int(pairs * (part.stop - part.start) * q.shape[2])
 
 
 def _find(handle: Tensor) -> ShardedPlan:
