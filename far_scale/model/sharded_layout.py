@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,14 +51,14 @@ class ShardedPlan(AttentionPlan):
 
     Attributes:
         shard: this rank.
-        context: plan of the context's tokens.
+        window, context: plans of the window's and of the context's tokens, which are those of the pack's layout.
         window_tokens, context_tokens: tokens of each rank.
         compilable: whether no rank has so few frames that the compiler would specialize on their number.
     """
 
     def __init__(self, layout: FrameLayout, shard: SequenceRank, device: torch.device) -> None:
         super().__init__(layout.window, layout.prefix(device))
-        self.shard, self.context = shard, layout.context_plan
+        self.shard, self.window, self.context = shard, layout.window_plan(device), layout.context_plan
         self.window_tokens, self.context_tokens = (_tokens(group, shard) for group in (layout.window, layout.context))
         frames = [even_split(group.frames, shard.size) for group in (layout.window, layout.context) if group.frames]
         self.compilable = min(map(min, frames)) > 1
@@ -80,11 +80,6 @@ class ShardedLayout:
     def __init__(self, whole: FrameLayout, shard: SequenceRank) -> None:
         self.whole, self.shard = whole, shard
         self._plans: dict[torch.device, ShardedPlan] = {}
-
-    @staticmethod
-    def of(whole: FrameLayout, shard: SequenceRank) -> ShardedLayout:
-        """The layout of a rank's frames. Calls with equal arguments return the same cached object."""
-        return _sharded_layout(whole, shard)
 
     @property
     def clip_frames(self) -> tuple[int, ...]:
@@ -124,11 +119,6 @@ class ShardedLayout:
         tensors = [own.clip_of_frame(device), own.window_rows(device), own.context_rows(device)]
         tensors += [group.positions_on(device) for group in (own.window, own.context)]
         return [*tensors, own.window.clip_of_frame(device), *self.whole.tensors(device)]
-
-
-@lru_cache(maxsize=32)
-def _sharded_layout(whole: FrameLayout, shard: SequenceRank) -> ShardedLayout:
-    return ShardedLayout(whole, shard)
 
 
 def _slice(group: FrameGroup, shard: SequenceRank) -> FrameGroup:

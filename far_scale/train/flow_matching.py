@@ -63,7 +63,7 @@ class NoisyPack:
     def shard(self, rank: SequenceRank) -> NoisyPack:
         """The frames of the pack that `rank` holds."""
         assert isinstance(self.layout, FrameLayout)
-        layout = ShardedLayout.of(self.layout, rank)
+        layout = ShardedLayout(self.layout, rank)
         rows, window = layout.rows, layout.window_part
         return NoisyPack(
             latents=self.latents[rows],

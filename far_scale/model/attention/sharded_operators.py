@@ -78,7 +78,8 @@ def _attend_by_flex(
     tokens = _tokens(plan, 3, len(tensors) - 3)
     q, k, v, *context = ToHeads.apply(plan.shard, tokens, *tensors)  # type: ignore[no-untyped-call]
     prefix_k, prefix_v = context[-2:] if context else (None, None)
-    outs = [flex.attend(q, k, v, prefix_k, prefix_v, plan.handle)]
+    # Its block masks are kept with the plans of the pack's layout, which outlive this one.
+    outs = [flex.attend(q, k, v, prefix_k, prefix_v, plan.window.handle)]
     if context_q is not None:
         outs.append(flex.attend(*context, None, None, plan.context.handle))
     tokens = _tokens(plan, 1, len(outs) - 1)
