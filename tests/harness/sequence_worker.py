@@ -146,20 +146,20 @@ def saved_fraction(config: FARConfig, clip_frames: tuple[int, ...], checkpointin
     return saved_bytes(model, **own_inputs(inputs, sharded), layout=sharded) / alone
 
 
-def count_exchanges(checkpointing: str, shard: SequenceRank) -> int:
+def count_exchanges(config: FARConfig, checkpointing: str, shard: SequenceRank) -> int:
     """All-to-alls of a pack's forward and backward."""
-    model, inputs = random_model(LONG, torch.float32), random_inputs(LONG, (7, 2, 5), torch.float32)
+    model, inputs = random_model(config, torch.float32), random_inputs(config, (7, 2, 5), torch.float32)
     model.configure_execution(checkpointing=checkpointing)
-    sharded = ShardedLayout(LONG.layout((7, 2, 5), (SIDE, SIDE)), shard)
+    sharded = ShardedLayout(config.layout((7, 2, 5), (SIDE, SIDE)), shard)
     with mock.patch.object(exchange.dist, "all_to_all_single", wraps=dist.all_to_all_single) as calls:
         model(**own_inputs(inputs, sharded), layout=sharded).sum().backward()
         return calls.call_count
 
 
-def count_flops(shard: SequenceRank) -> list[int]:
+def count_flops(config: FARConfig, shard: SequenceRank) -> list[int]:
     """FLOPs of a pack on one rank, and those of all ranks that share it."""
-    model, inputs = random_model(LONG, torch.float32), random_inputs(LONG, (7, 2, 5), torch.float32)
-    layout = LONG.layout((7, 2, 5), (SIDE, SIDE))
+    model, inputs = random_model(config, torch.float32), random_inputs(config, (7, 2, 5), torch.float32)
+    layout = config.layout((7, 2, 5), (SIDE, SIDE))
     sharded = ShardedLayout(layout, shard)
     with FlopCounterMode(display=False) as alone:
         model(**inputs, layout=layout).sum().backward()
@@ -193,12 +193,12 @@ def check_model(cases: str, processes: Processes, out: Path) -> None:
         errors = torch.tensor(relative_errors(*case, shard))
         dist.all_reduce(errors, dist.ReduceOp.MAX)
         values[name] = errors.tolist()
-    modes = ("none", "attention-kept", "full")
-    saved = torch.tensor([saved_fraction(LONG, (11, 8, 5), mode, shard) for mode in modes])
+    modes, config = ("none", "attention-kept", "full"), dataclasses.replace(LONG, heads=max(LONG.heads, shard.size))
+    saved = torch.tensor([saved_fraction(config, (11, 8, 5), mode, shard) for mode in modes])
     dist.all_reduce(saved, dist.ReduceOp.MAX)
     values["saved"] = dict(zip(modes, saved.tolist(), strict=True))
-    values["exchanges"] = {mode: count_exchanges(mode, shard) for mode in modes}
-    values["flops"] = count_flops(shard)
+    values["exchanges"] = {mode: count_exchanges(config, mode, shard) for mode in modes}
+    values["flops"] = count_flops(config, shard)
     values["refuses"] = refuses_other_packs(group, processes.rank)
     if processes.is_main_process:
         (out / "checks.json").write_text(json.dumps(values))

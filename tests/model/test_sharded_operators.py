@@ -8,6 +8,7 @@ import torch._dynamo
 
 from far_scale.model import FAR, FARConfig, layers
 from far_scale.model.attention import attend_sharded
+from far_scale.model.attention.exchange import to_heads
 from far_scale.model.layout import AttentionPlan, FrameLayout
 from far_scale.model.sharded_layout import SequenceRank, ShardedLayout
 
@@ -50,6 +51,11 @@ def test_a_context_without_queries_gets_gradients() -> None:
     assert context_out is None
     out.sum().backward()
     assert all(x.grad is not None and x.grad.any() for x in (q, v, context_v))
+
+
+def test_fewer_heads_than_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 heads cannot be shared by 3 ranks"):
+        to_heads([torch.zeros(4, 2, 16)], [(4, 0, 0)], SequenceRank(0, 3))
 
 
 def test_the_handle_of_another_plan_is_refused() -> None:

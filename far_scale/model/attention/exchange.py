@@ -26,8 +26,13 @@ def to_heads(tensors: Sequence[Tensor], tokens: Sequence[Sequence[int]], shard: 
         tensors: of one dtype; C may differ.
         tokens: of each tensor, the number on each rank.
         shard: this rank.
+
+    Raises:
+        ValueError: there are fewer heads than ranks.
     """
     heads = even_split(tensors[0].shape[1], shard.size)
+    if not all(heads):
+        raise ValueError(f"{sum(heads)} heads cannot be shared by {shard.size} ranks, at least one each")
     own = heads[shard.rank]
     sent = [[x[:, part] for x in tensors] for part in _slices(heads)]
     pairs = list(zip(tensors, tokens, strict=True))
