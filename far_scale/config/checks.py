@@ -103,6 +103,12 @@ def _check_model(model: ModelSection, optimizer: OptimizerSection, train: TrainS
             f"{model.context_patch}, but with model.causal false all frames are denoised together and none is context; "
             "set it to 0",
         )
+    if train.sequence_parallel > model.heads:
+        yield (
+            "train.sequence_parallel",
+            f"{train.sequence_parallel} ranks share the model's {model.heads} heads in attention, at least one each; "
+            f"set it to {model.heads} at most",
+        )
     if optimizer.warmup_steps > train.steps:
         yield (
             "optimizer.warmup_steps",

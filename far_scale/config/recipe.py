@@ -148,8 +148,8 @@ class Recipe(Section):
     def result_values(self) -> dict[str, Any]:
         """All keys that change the trained weights beyond rounding.
 
-        Excludes names, folders, logging, sampling, validation, ZeRO, activation checkpointing, compiler and attention
-        kernel.
+        Excludes names, folders, logging, sampling, validation, ZeRO, sequence parallelism, activation checkpointing,
+        compiler and attention kernel.
         """
         values = self.model_dump(
             mode="json",
@@ -180,6 +180,7 @@ class Recipe(Section):
                     "activation_checkpointing",
                     "compile",
                     "attention",
+                    "sequence_parallel",
                 },
             },
         )
@@ -231,20 +232,41 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:
-    """Refuse a number of ranks that does not divide the lanes.
+    """Refuse a number of ranks whose groups (of train.sequence_parallel ranks) do not divide the lanes.
 
     Raises:
-        UserError: lists numbers of ranks for these lanes, and numbers of lanes for these ranks.
+        UserError: lists numbers of ranks for these lanes, numbers of lanes for these ranks, and sizes of groups.
     """
-    lanes = recipe.data.lanes
-    if lanes % ranks:
-        divisors = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
-        near = " or ".join(str(n) for n in (lanes // ranks * ranks, (lanes // ranks + 1) * ranks) if n)
+    lanes, size, heads = recipe.data.lanes, recipe.train.sequence_parallel, recipe.model.heads
+    if not ranks % size and not lanes % (ranks // size):
+        return
+    fitting = [n for n in range(1, min(ranks, heads) + 1) if not ranks % n and not lanes % (ranks // n) and n != size]
+    sizes = f"or set train.sequence_parallel to {' or '.join(map(str, fitting))}" if fitting else ""
+    usable = ", ".join(str(size * n) for n in range(1, lanes + 1) if lanes % n == 0)
+    if ranks % size:
         raise UserError(
-            f"{recipe.name}: data.lanes: {lanes} lanes cannot be shared evenly by {ranks} ranks; "
-            f"start one of {divisors} ranks, or set data.lanes to a multiple of {ranks}, such as {near} (a run "
-            "that has checkpoints takes another number of lanes with --accept-changes)"
+            f"{recipe.name}: train.sequence_parallel: {ranks} ranks cannot form groups of {size}; start one of "
+            f"{usable} ranks{', ' + sizes if sizes else ''}"
         )
+    groups = ranks // size
+    near = " or ".join(str(n) for n in (lanes // groups * groups, (lanes // groups + 1) * groups) if n)
+    shared_by = f"{ranks} ranks" if size == 1 else f"the {groups} groups of {ranks} ranks"
+    raise UserError(
+        f"{recipe.name}: data.lanes: {lanes} lanes cannot be shared evenly by {shared_by}; "
+        f"start one of {usable} ranks, or set data.lanes to a multiple of {groups}, such as {near} (a run "
+        f"that has checkpoints takes another number of lanes with --accept-changes){', ' + sizes if sizes else ''}"
+    )
+
+
+def groups_cross_nodes(recipe: Recipe, ranks_per_node: int) -> str | None:
+    """A warning if groups of train.sequence_parallel would not stay within nodes of so many ranks each."""
+    size = recipe.train.sequence_parallel
+    if ranks_per_node % size == 0:
+        return None
+    return (
+        f"{recipe.name}: train.sequence_parallel: groups of {size} ranks cross nodes of {ranks_per_node}, so every "
+        f"layer exchanges tokens through the network; use a multiple of {size} ranks on each node, or another size"
+    )
 
 
 def _drop_later_keys(values: dict[str, Any]) -> None:

@@ -381,6 +381,10 @@ class TrainSection(Section):
     """ZeRO-2 and -3 with several packs per rank and step: sum the gradients of the packs and reduce them once, which
     keeps unsharded gradients on every rank. False reduces those of each pack while the next one is computed. Auto: true
     if there are several nodes and enough memory."""
+    sequence_parallel: Count = 1
+    """Consecutive ranks that share each pack: each holds some of its frames, and in attention some of the heads. For
+    more ranks than data.lanes, or for packs too long for one GPU. It must divide the ranks, and the ranks divided by it
+    must divide data.lanes. At most model.heads; it should divide the GPUs of a node."""
     activation_checkpointing: Literal["none", "attention-kept", "full"] = "none"
     """What backward recomputes: nothing; all of a layer except the output of attention, the slowest part; or all of a
     layer. FlexAttention's output is always recomputed."""

@@ -13,7 +13,8 @@ has recorded the order of the modules. P is the number of parameters, n the rank
 Stages 2 and 3 reduce once per step if the packs' gradients are summed first. Collectives are split into buckets. The
 norm of the gradient (stages 1 to 3), the step guard, the consensus on stopping, and the number of clips (if it differs
 between packs) take a few bytes each. EMA, activation checkpointing (it recomputes a block while its weights are
-gathered) and compilation send nothing.
+gathered) and compilation send nothing. With sequence parallelism every block exchanges tokens by all-to-alls, see
+`exchanges` in sequence_parallel.py.
 
 Not covered: quantised collectives (ZeRO++), and checkpoints, validation and log lines, which are not in every step.
 """
@@ -93,6 +94,8 @@ class ParallelSetup:
         sub_group: elements of a rank's shard that the optimizer updates at a time, each with its own norm (stage 3).
         prefetch_bucket, reuse_distance, live: see `GatherRules`.
         counts_clips: whether packs differ in their number of clips, which the ranks then add up.
+        sequence_parallel: ranks that share a pack.
+        exchanges: all-to-alls of a pack among these: the phase, and the elements of the largest tensor.
     """
 
     ranks: int
@@ -110,6 +113,8 @@ class ParallelSetup:
     reuse_distance: int = 1_000_000_000
     live: int = 1_000_000_000
     counts_clips: bool = False
+    sequence_parallel: int = 1
+    exchanges: tuple[tuple[str, int], ...] = ()
 
 
 def step_collectives(shapes: ModelShapes, setup: ParallelSetup) -> list[Entry]:
@@ -131,6 +136,8 @@ def step_collectives(shapes: ModelShapes, setup: ParallelSetup) -> list[Entry]:
         for gather in _step_gathers(shapes, setup, persistent):
             size = setup.number_bytes * sum(padded[number] for number in gather.parameters)
             add(gather.phase, "all-gather", [size], setup.hpz if gather.secondary else ranks)
+    for phase, elements in setup.exchanges * setup.packs:
+        add(phase, "all-to-all", [setup.number_bytes * elements], setup.sequence_parallel)
     operation, gradients = ("reduce-scatter", padded) if setup.stage == 3 else ("all-reduce", shapes.sizes)
     if setup.stage == 1 and setup.number_bytes == 2:
         buckets = [_pad(total, 2 * ranks)]  # DeepSpeed's bf16 optimizer reduces all gradients in one message

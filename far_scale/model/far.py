@@ -33,6 +33,7 @@ from far_scale.model.layers import (
 )
 from far_scale.model.layout import FrameGroup, FrameLayout
 from far_scale.model.model_files import CONFIG_FILE, read_config_values, read_weights
+from far_scale.model.sharded_layout import ShardedLayout
 from far_scale.utils.errors import UserError
 
 
@@ -210,7 +211,7 @@ class FAR(nn.Module):
         timesteps: Tensor,
         actions: Tensor | None = None,
         labels: Tensor | None = None,
-        layout: FrameLayout | None = None,
+        layout: FrameLayout | ShardedLayout | None = None,
     ) -> Tensor:
         """The velocity of every window frame, d x_t / d (t/1000) = noise - latent at the optimum.
 
@@ -221,7 +222,8 @@ class FAR(nn.Module):
                 frame, which is always clean.
             actions: `[B, F]` (or `[F]`) int64, only for an action-conditioned model.
             labels: `[B]` int64, only for a label-conditioned model.
-            layout: layout of the pack (`config.layout`), for clips of different lengths.
+            layout: layout of the pack (`config.layout`), for clips of different lengths. With a `ShardedLayout`, the
+                frames, timesteps and actions are those of this rank, and the labels those of all clips.
 
         Returns:
             The velocity of the window frames, `[B, Fw, C, H, W]` or `[Fw, C, H, W]`, in the weights' precision.
@@ -235,6 +237,9 @@ class FAR(nn.Module):
         if list(timesteps.shape) != batch:
             raise ValueError(f"timesteps must be {batch}, one per frame, got {list(timesteps.shape)}")
         clips = batch[:1] if layout is None else []
+        sharded_plan = None
+        if isinstance(layout, ShardedLayout):
+            sharded_plan, layout = layout.plan(latents.device), layout.own
         if layout is None:
             layout = self.config.layout((batch[1],) * batch[0], (height, width))
         elif batch != [layout.frames]:
@@ -242,7 +247,7 @@ class FAR(nn.Module):
 
         frames = latents.reshape(-1, channels, height, width)
         condition = self.condition(timesteps.flatten(), self._classes(actions, labels, layout))
-        device, plan, context = latents.device, layout.window_plan(latents.device), None
+        device, context = latents.device, None
         if self.config.context_patch:
             rows = layout.context_rows(device)
             patches = patchify(frames[rows], self.config.context_patch)
@@ -255,10 +260,11 @@ class FAR(nn.Module):
             rows = layout.window_rows(device)
             frames, condition = frames[rows], condition[rows]
         x = self.patch_embedding(patchify(frames, self.config.patch).to(condition.dtype))
+        plan = sharded_plan or layout.window_plan(device)
         window = Tokens(x, condition, self.rotary_embedding(layout.window), plan.handle)
         kernel = self.kernel()
         for block in self.blocks:
-            x, new_context = block(kernel, *window, *(context or ()))
+            x, new_context = block(kernel, *window, *(context or ()), sharded=sharded_plan is not None)
             window = window._replace(x=x)
             context = None if context is None or new_context is None else context._replace(x=new_context)
         velocity = unpatchify(self.output(window.x, condition), (height, width), self.config.patch)
@@ -314,5 +320,6 @@ def patchify(frames: Tensor, patch: int) -> Tensor:
 def unpatchify(tokens: Tensor, size: tuple[int, int], patch: int) -> Tensor:
     """The inverse of `patchify`, for frames of `size` (height, width)."""
     rows, columns = size[0] // patch, size[1] // patch
-    x = tokens.view(len(tokens), rows, columns, -1, patch, patch)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, rows * patch, columns * patch)
+    channels = tokens.shape[2] // patch**2  # not -1: there may be no frames
+    x = tokens.view(len(tokens), rows, columns, channels, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), channels, rows * patch, columns * patch)

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from far_scale.model.attention import attend
+from far_scale.model.attention import attend, attend_sharded
+from far_scale.model.layout import AttentionPlan
+from far_scale.model.sharded_layout import ShardedPlan
 
 HEAD_DIM = 64
 ROTARY_AXES = (16, 24, 24)  # of a head's 64 dimensions: frame, y, x
@@ -217,11 +219,12 @@ class Block(nn.Module):
         self.compiled = False
         self.checkpointing: Checkpointing = "none"
 
-    def forward(self, kernel: str, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, kernel: str, *tensors: Tensor, sharded: bool = False) -> tuple[Tensor, Tensor | None]:
         """Run the block over a pack.
 
         Args:
             kernel: name of the attention kernel.
+            sharded: whether the tensors are of this rank's frames only, and the window's handle is of a `ShardedPlan`.
             tensors: the window's `Tokens`, with Fw frames, and in a model with context the context's, with Fc frames.
                 They are passed flat since module hooks, such as ZeRO-3's, see only arguments that are tensors. Fc may
                 be 0: a pack of short clips still uses every weight, since gathers and reductions are collective.
@@ -230,22 +233,45 @@ class Block(nn.Module):
             The window `[Fw, P, E]` and the context `[Fc, Q, E]` (None after the last block and without a context).
         """
         window, context = Tokens(*tensors[:4]), Tokens(*tensors[4:]) if len(tensors) > 4 else None
-        # The compiler specializes on size 1; single frames are too rare to be worth a graph.
-        if not self.compiled or len(window.x) == 1 or (context is not None and len(context.x) == 1):
-            return _layer(self, window, context, kernel)
+        if not self.compiled or not _is_compilable(window, context, sharded):
+            return _layer(self, window, context, kernel, sharded)
         for tokens in (window,) if context is None else (window, context):
             for tensor in tokens[:3]:
                 # The number of frames differs between packs; without the mark, the graph would be specialized to the
                 # first pack's. (Marked here, since ZeRO's hooks replace the model's tensors.)
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return _compiled_layer()(self, window, context, kernel)
+        return _compiled_layer()(self, window, context, kernel, sharded)
 
-    def compute(self, window: Tokens, context: Tokens | None, kernel: str) -> tuple[Tensor, Tensor | None]:
+    def compute(
+        self, window: Tokens, context: Tokens | None, kernel: str, sharded: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """`forward` without compilation and checkpointing."""
+        if sharded:
+            return self._compute_sharded(window, context, kernel)
         new_context, k, v = None, None, None
         if context is not None:
             new_context, k, v = self.context(context, None, None, kernel)
         return self.window(window, k, v, kernel)[0], new_context
+
+    def _compute_sharded(self, window: Tokens, context: Tokens | None, kernel: str) -> tuple[Tensor, Tensor | None]:
+        """`compute` with the frames of this rank; the ranks exchange once before and once after attention."""
+        shift, scale, gate = self.attention_modulation(window.condition).chunk(3, dim=-1)
+        q, k, v = self.attention.project(modulated_norm(window.x, scale, shift), window.rotation)
+        context_q, context_k, context_v, context_gate = None, None, None, None
+        if context is not None:
+            shift, scale, context_gate = self.attention_modulation(context.condition).chunk(3, dim=-1)
+            context_q, context_k, context_v = self.attention.project_context(
+                modulated_norm(context.x, scale, shift), context.rotation
+            )
+        out, context_out = attend_sharded(q, k, v, context_q, context_k, context_v, window.handle, kernel)
+        new_context = None
+        if context is not None and context_out is not None:
+            assert context_gate is not None
+            update = self.attention.context_out(context_out.reshape(context.x.shape))
+            new_context = gated_residual(context.x, context_gate, update)
+            new_context = self.add_mlp(new_context, self.mlp_modulation(context.condition))
+        x = gated_residual(window.x, gate, self.attention.out(out.reshape(window.x.shape)))
+        return self.add_mlp(x, self.mlp_modulation(window.condition)), new_context
 
     def window(
         self, tokens: Tokens, prefix_k: Tensor | None, prefix_v: Tensor | None, kernel: str
@@ -285,18 +311,34 @@ class Block(nn.Module):
         return gated_residual(x, gate, self.mlp(modulated_norm(x, scale, shift)))
 
 
-def _layer(block: Block, window: Tokens, context: Tokens | None, kernel: str) -> tuple[Tensor, Tensor | None]:
+def _is_compilable(window: Tokens, context: Tokens | None, sharded: bool) -> bool:
+    """Whether the compiler does not specialize on the numbers of frames, as it does on 1 (single frames are too rare to
+    be worth a graph); the same on all ranks that share a pack, since a compiled backward reduces gradients in another
+    order."""
+    if sharded:
+        plan = AttentionPlan.find(window.handle)
+        assert isinstance(plan, ShardedPlan)
+        return plan.compilable
+    return len(window.x) != 1 and (context is None or len(context.x) != 1)
+
+
+def _layer(
+    block: Block, window: Tokens, context: Tokens | None, kernel: str, sharded: bool
+) -> tuple[Tensor, Tensor | None]:
     if block.checkpointing == "none" or not block.training:
-        return block.compute(window, context, kernel)
+        return block.compute(window, context, kernel, sharded)
     options: dict[str, Any] = {"context_fn": _save_attention_outputs} if block.checkpointing == "attention-kept" else {}
     computed: tuple[Tensor, Tensor | None] = checkpoint(
-        block.compute, window, context, kernel, use_reentrant=False, preserve_rng_state=False, **options
+        block.compute, window, context, kernel, sharded, use_reentrant=False, preserve_rng_state=False, **options
     )
     return computed
 
 
 def _save_attention_outputs() -> Any:
-    return create_selective_checkpoint_contexts([torch.ops.far_scale.frame_attention.default])
+    operators = torch.ops.far_scale
+    return create_selective_checkpoint_contexts(
+        [operators.frame_attention.default, operators.sharded_attention.default]
+    )
 
 
 @functools.cache

@@ -29,12 +29,14 @@ class Job:
         restarts: how often it was requeued and started again.
         nodes: as SLURM writes them, such as `n[1-4]`.
         ranks: training processes that it will start.
+        ranks_per_node: of these, on each node; 0 if the nodes do not have equally many.
     """
 
     number: str
     restarts: int
     nodes: str
     ranks: int
+    ranks_per_node: int = 0
 
     @staticmethod
     def this() -> Job:
@@ -53,7 +55,8 @@ class Job:
         # SLURM_NTASKS is not set where the job leaves the tasks of a node to the default, one.
         ranks = int(variable("SLURM_NTASKS", str(nodes)))
         restarts = int(variable("SLURM_RESTART_COUNT", "0"))
-        return Job(variable("SLURM_JOB_ID", ""), restarts, variable("SLURM_JOB_NODELIST", ""), ranks)
+        ranks_per_node = 0 if ranks % nodes else ranks // nodes
+        return Job(variable("SLURM_JOB_ID", ""), restarts, variable("SLURM_JOB_NODELIST", ""), ranks, ranks_per_node)
 
 
 @dataclass(frozen=True)

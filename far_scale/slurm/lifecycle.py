@@ -16,7 +16,7 @@ from far_scale.distributed.exit_codes import DONE, REFUSED, REQUEUE
 from far_scale.slurm.job import Job, JobState, early_warning, query_state, requeue
 from far_scale.slurm.snapshot import ACCEPT, REFUSED_MARKER, make_snapshot, read_submission
 from far_scale.train.run_dir import latest_step
-from far_scale.utils.errors import UserError
+from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.event_log import EventLog, read_events
 
 NOTHING_LEFT = 3
@@ -34,11 +34,14 @@ def prepare(link: Path, recipe_name: str, overrides: Sequence[str]) -> int:
             f"{sys.executable}: this Python has no DeepSpeed, so it cannot train; set PYTHON, or the environment or "
             "container, in slurm/site.sh"
         )
-    from far_scale.config.recipe import check_ranks, load_recipe  # late: the node may have no third-party packages
+    # Late: the node may have no third-party packages.
+    from far_scale.config.recipe import check_ranks, groups_cross_nodes, load_recipe
 
     job = Job.this()
     recipe = load_recipe(recipe_name, [override for override in overrides if override != ACCEPT])
     check_ranks(recipe, job.ranks)
+    if job.ranks_per_node and (warning := groups_cross_nodes(recipe, job.ranks_per_node)) is not None:
+        print_warning(warning)
     snapshot = make_snapshot(recipe, [recipe_name, *overrides], job.number)
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)

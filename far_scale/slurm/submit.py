@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from far_scale.config.recipe import Recipe, check_ranks
+from far_scale.config.recipe import Recipe, check_ranks, groups_cross_nodes
 from far_scale.slurm.job import refuse_early_warning
 from far_scale.slurm.job_request import WARNING_SECONDS, JobSize, check_options
 from far_scale.slurm.snapshot import make_snapshot
-from far_scale.utils.errors import UserError
+from far_scale.utils.errors import UserError, print_warning
 
 
 def check_size(recipe: Recipe, size: JobSize) -> None:
@@ -22,6 +22,8 @@ def check_size(recipe: Recipe, size: JobSize) -> None:
             the job runs.
     """
     check_ranks(recipe, size.nodes * size.tasks_per_node)
+    if (warning := groups_cross_nodes(recipe, size.tasks_per_node)) is not None:
+        print_warning(warning)
     if size.minutes:
         refuse_early_warning(60 * size.minutes, WARNING_SECONDS, "--time")
 

@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from far_scale.config.recipe import Recipe
+from far_scale.data.frame_counts import max_frames
 from far_scale.distributed.collective_costs import ModelShapes, ParallelSetup, step_collectives
 from far_scale.distributed.ledger import Ledger, table
 from far_scale.distributed.process_group import Processes
+from far_scale.distributed.sequence_parallel import exchanges
 from far_scale.model import FAR
+from far_scale.model.layout import FrameLayout
+from far_scale.train.curriculum import Stage, stages
 from far_scale.train.deepspeed_adapter import communication_backend
 from far_scale.train.sharding import Sharding
 from far_scale.utils.event_log import EventLog
@@ -41,7 +45,10 @@ def expected_collectives(recipe: Recipe, sharding: Sharding, ranks: int, nodes: 
             return [f"collectives: unknown for train.deepspeed.{name}={given[name]}"]
     with torch.device("meta"):
         shapes = ModelShapes.from_model(FAR(recipe.far_config()))
-    return table(step_collectives(shapes, collective_setup(recipe, sharding, ranks, nodes)))
+    lines = table(step_collectives(shapes, collective_setup(recipe, sharding, ranks, nodes)))
+    if recipe.train.sequence_parallel > 1:
+        lines.append("(all-to-alls as of packs of the longest clips of the last stage)")
+    return lines
 
 
 def collective_setup(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> ParallelSetup:
@@ -56,19 +63,41 @@ def collective_setup(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int)
         "live": "stage3_max_live_parameters",
     }
     values = {name: given[key] for name, key in fields.items() if key in given}
+    train, shared_by = recipe.train, recipe.train.sequence_parallel
+    sent: tuple[tuple[str, int], ...] = ()
+    if shared_by > 1:
+        sent = tuple(
+            exchanges(
+                _longest_pack(stages(recipe)[-1]),
+                recipe.model.layers,
+                recipe.model.heads,
+                shared_by,
+                lse_numbers=4 // dtype_bytes[train.precision],
+                recomputed=train.activation_checkpointing == "full",
+            )
+        )
     return ParallelSetup(
         ranks=ranks,
         nodes=nodes,
         stage=sharding.stage,
         number_bytes=dtype_bytes[recipe.train.precision],
         gradient_bytes=dtype_bytes[given.get("communication_data_type", recipe.train.precision)],
-        packs=recipe.data.lanes // ranks,
+        packs=recipe.data.lanes * shared_by // ranks,
         reduces_once=sharding.reduce_once,
         hpz=sharding.hpz,
         whole_below=recipe.train.whole_below,
         counts_clips=any(stage.data.tokens_per_pack is not None for stage in recipe.stages()),
+        sequence_parallel=shared_by,
+        exchanges=sent,
         **values,
     )
+
+
+def _longest_pack(stage: Stage) -> FrameLayout:
+    """The layout of a full pack of the stage's longest clips."""
+    longest = max_frames(stage.data.frames)
+    clips = stage.data.clips_per_pack or (stage.data.tokens_per_pack or 0) // stage.clip_tokens(longest)
+    return stage.layout((longest,) * clips)
 
 
 class StepLedger:

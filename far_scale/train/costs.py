@@ -105,14 +105,16 @@ class StageCosts:
 def activation_bytes(config: FARConfig, train: TrainSection, layout: FrameLayout) -> float:
     """Rough bytes that a forward pass keeps for backward: about 34 numbers per token, layer and channel of width.
 
-    With activation checkpointing one number per layer (two if attention is kept) and one whole layer.
+    With activation checkpointing one number per layer (two if attention is kept) and one whole layer. With sequence
+    parallelism a rank has its share of the tokens.
     """
     number_bytes = 2 if train.precision == "bf16" else 4
-    layer_bytes = 34 * layout.tokens * config.width * number_bytes
+    tokens = layout.tokens / train.sequence_parallel
+    layer_bytes = 34 * tokens * config.width * number_bytes
     kept_tensors = {"none": 0, "attention-kept": 2, "full": 1}[train.activation_checkpointing]
     if not kept_tensors:
         return config.layers * layer_bytes
-    return layer_bytes + kept_tensors * config.layers * layout.tokens * config.width * number_bytes
+    return layer_bytes + kept_tensors * config.layers * tokens * config.width * number_bytes
 
 
 def max_activation_bytes(

@@ -10,6 +10,7 @@ import torch
 from far_scale.config.schema import ObjectiveSection
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.model import FARConfig
+from far_scale.model.sharded_layout import SequenceRank
 from far_scale.train.flow_matching import NoisyPack, add_noise
 from far_scale.utils.look_ahead import LookAhead
 
@@ -20,11 +21,13 @@ class Batch:
 
     Attributes:
         packs: as they were read, in host memory.
-        noisy: the same packs with noise, on the device.
+        noisy: the same packs with noise, on the device; the frames that this rank holds.
+        ranks_per_pack: ranks that share each pack.
     """
 
     packs: list[Pack]
     noisy: list[NoisyPack]
+    ranks_per_pack: int = 1
 
 
 class DevicePrefetch:
@@ -32,6 +35,9 @@ class DevicePrefetch:
 
     A thread makes the next one while the caller computes; on a GPU it copies from pinned memory on a separate stream,
     and the caller's stream waits for the copy, not the host. Errors of the thread are raised by `next`.
+
+    Args:
+        shard: this rank among those that share the packs; None if it has them alone.
     """
 
     def __init__(
@@ -41,7 +47,9 @@ class DevicePrefetch:
         config: FARConfig,
         seed: int,
         device: torch.device,
+        shard: SequenceRank | None = None,
     ) -> None:
+        self._shard = shard
         self._objective, self._config, self._seed, self._device = objective, config, seed, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._batches = LookAhead(map(self._make_batch, packs), name="device-prefetch")
@@ -69,11 +77,13 @@ class DevicePrefetch:
         self.close()
 
     def _make_batch(self, packs: list[Pack]) -> tuple[Batch, torch.cuda.Event | None]:
-        noisy = [add_noise(pack, self._objective, self._config, self._seed) for pack in packs]
+        noisy, ranks = [add_noise(pack, self._objective, self._config, self._seed) for pack in packs], 1
+        if self._shard is not None:
+            noisy, ranks = [pack.shard(self._shard) for pack in noisy], self._shard.size
         if self._stream is None:
-            return Batch(packs, [pack.to(self._device) for pack in noisy]), None
+            return Batch(packs, [pack.to(self._device) for pack in noisy], ranks), None
         with torch.cuda.stream(self._stream):
-            batch = Batch(packs, [pack.pin().to(self._device) for pack in noisy])
+            batch = Batch(packs, [pack.pin().to(self._device) for pack in noisy], ranks)
             copied = torch.cuda.Event()
             copied.record(self._stream)
         return batch, copied

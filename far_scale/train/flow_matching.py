@@ -27,6 +27,7 @@ from far_scale.config.schema import ObjectiveSection
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.model import FARConfig
 from far_scale.model.layout import FrameLayout
+from far_scale.model.sharded_layout import SequenceRank, ShardedLayout
 from far_scale.utils.rng import generator
 
 CLEAN = -1.0
@@ -36,7 +37,7 @@ TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class NoisyPack:
-    """A pack with noise, and the target of the model.
+    """A pack with noise, and the target of the model; with sequence parallelism, those frames that this rank holds.
 
     Attributes:
         latents: `[F, C, H, W]` float32, noisy or clean frames of all clips.
@@ -45,8 +46,9 @@ class NoisyPack:
         target: `[Fw, C, H, W]` float32, noise - latent, of the window frames.
         has_loss: `[Fw]` bool, false for clean frames.
         actions: `[F]` int64 or None, with the null class where dropped.
-        labels: `[B]` int64 or None, likewise.
+        labels: `[B]` int64 or None, likewise; of all clips of the pack.
         layout: layout of the pack.
+        loss_frames: `[B]` float32, frames of each clip that have a loss, on all ranks; None if all are in this object.
     """
 
     latents: Tensor
@@ -55,7 +57,24 @@ class NoisyPack:
     has_loss: Tensor
     actions: Tensor | None
     labels: Tensor | None
-    layout: FrameLayout
+    layout: FrameLayout | ShardedLayout
+    loss_frames: Tensor | None = None
+
+    def shard(self, rank: SequenceRank) -> NoisyPack:
+        """The frames of the pack that `rank` holds."""
+        assert isinstance(self.layout, FrameLayout)
+        layout = ShardedLayout(self.layout, rank)
+        rows, window = layout.rows, layout.window_part
+        return NoisyPack(
+            latents=self.latents[rows],
+            timesteps=self.timesteps[rows],
+            target=self.target[window],
+            has_loss=self.has_loss[window],
+            actions=None if self.actions is None else self.actions[rows],
+            labels=self.labels,
+            layout=layout,
+            loss_frames=self.has_loss.float() @ _membership(self.layout, self.has_loss.device),
+        )
 
     def to(self, device: torch.device) -> NoisyPack:
         """A copy on `device`, with the layout's tensors there; pinned memory is copied without a host sync."""
@@ -68,7 +87,9 @@ class NoisyPack:
 
     def tensors(self) -> list[Tensor]:
         """All tensors, with those of the layout."""
-        fields = (self.latents, self.timesteps, self.target, self.has_loss, self.actions, self.labels)
+        fields = (
+            self.latents, self.timesteps, self.target, self.has_loss, self.actions, self.labels, self.loss_frames,
+        )  # fmt: skip
         return [tensor for tensor in fields if tensor is not None] + self.layout.tensors(self.latents.device)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> NoisyPack:
@@ -80,6 +101,7 @@ class NoisyPack:
             actions=None if self.actions is None else function(self.actions),
             labels=None if self.labels is None else function(self.labels),
             layout=self.layout,
+            loss_frames=None if self.loss_frames is None else function(self.loss_frames),
         )
 
 
@@ -141,16 +163,24 @@ def frame_errors(velocity: Tensor, noisy: NoisyPack) -> Tensor:
 def pack_loss(velocity: Tensor, noisy: NoisyPack) -> Tensor:
     """The mean squared error of a frame, averaged over a clip's noisy frames, then over the clips: float32 scalar.
 
-    A clip whose frames are all clean counts with loss 0, as in the official code.
+    A clip whose frames are all clean counts with loss 0, as in the official code. With sequence parallelism it is this
+    rank's part of the sum, times the number of ranks that share the pack: the mean over these ranks is the pack's loss,
+    and since gradients are averaged over all ranks, so is their gradient.
 
     Args:
         velocity: `[Fw, C, H, W]`, the model's output.
     """
-    frame_error = frame_errors(velocity, noisy)
-    weight = noisy.has_loss.float()
-    clips = len(noisy.layout.clip_frames)
-    # Sums per clip are products with the membership matrix: index_add_ is not deterministic on a GPU, and one_hot
-    # makes the host wait.
-    clip_of_frame = noisy.layout.window.clip_of_frame(velocity.device)
-    member = (clip_of_frame[:, None] == torch.arange(clips, device=velocity.device)).float()  # [Fw, B]
-    return ((frame_error * weight) @ member / (weight @ member + 1e-9)).mean()
+    layout, ranks = noisy.layout, 1
+    if isinstance(layout, ShardedLayout):
+        ranks, layout = layout.shard.size, layout.own
+    weight, member = noisy.has_loss.float(), _membership(layout, velocity.device)
+    loss_frames = weight @ member if noisy.loss_frames is None else noisy.loss_frames
+    loss = ((frame_errors(velocity, noisy) * weight) @ member / (loss_frames + 1e-9)).mean()
+    return loss if ranks == 1 else ranks * loss
+
+
+def _membership(layout: FrameLayout, device: torch.device) -> Tensor:
+    """`[Fw, B]` float32, 1 where a window frame belongs to a clip: sums per clip are products with it, since
+    index_add_ is not deterministic on a GPU and one_hot makes the host wait."""
+    clips = torch.arange(len(layout.clip_frames), device=device)
+    return (layout.window.clip_of_frame(device)[:, None] == clips).float()

@@ -15,10 +15,12 @@ from far_scale.data.loader.pack_loader import Pack
 from far_scale.distributed.consensus import Consensus
 from far_scale.distributed.ledger import phase
 from far_scale.distributed.process_group import Processes
+from far_scale.distributed.sequence_parallel import describe_groups, start_sequence_group
 from far_scale.distributed.signals import StopSignals
 from far_scale.health.preflight import check_nodes
 from far_scale.health.straggler import StragglerDetector
 from far_scale.health.watchdog import Watchdog
+from far_scale.model.sharded_layout import ShardedLayout
 from far_scale.train.checkpoint import local
 from far_scale.train.checkpoint.saver import CheckpointSaver
 from far_scale.train.checkpoint_policy import CheckpointPolicy
@@ -114,6 +116,7 @@ def train(
         metadata_of_stages = {
             index: stage_metadata(plan[index], shards.manifest) for index, shards in data.shard_sets.items()
         }
+        sequence = start_sequence_group(recipe.train.sequence_parallel, processes)
         engine, sharding = shard_model(model, recipe, [stage for stage in plan if stage.end > start], data, processes)
         ema = ShardedEMA(fragments(engine), recipe.optimizer.ema_decay)
         identity = find_identity(run, processes, events)
@@ -152,7 +155,8 @@ def train(
                 processes,
             )
             ledger = StepLedger(hosts, processes, events, monitor.print)
-            for line in (kernel_line, *sharding.why):
+            groups = describe_groups(sequence.size, recipe.model.heads, hosts)
+            for line in (kernel_line, *sharding.why, *groups):
                 monitor.print(line)
             validation = Validation(plan, data.held_out, engine, ema, monitor, watchdog, processes)
             validation.after_step(done)  # the last start may have ended before this validation
@@ -171,11 +175,12 @@ def train(
                 metadata_of_stage = metadata_of_stages[stage.index] | ({"beginnings": beginnings} if beginnings else {})
                 damaged = DamagedSamples(stage.data.max_damaged_samples, lanes, processes, events)
                 with prefetched_batches(
-                    stage, shard_set, data.scaling, packing, first, lanes, recipe.objective, processes
+                    stage, shard_set, data.scaling, packing, first, lanes, recipe.objective, processes, sequence
                 ) as batches:
                     for step in range(first, stage.end):
                         with monitor.waiting_for_data():
                             batch = next(batches)
+                        sequence.check_same_packs(batch.packs, step + 1)
                         rate = learning_rate(recipe.optimizer, recipe.train.steps, step) * stage.learning_rate_scale
                         set_learning_rate(engine, rate)
 
@@ -191,7 +196,7 @@ def train(
 
                         flags = consensus.flags()
                         if flags.damaged:
-                            damaged.report(done, batch.packs)
+                            damaged.report(done, batch.packs if sequence.reports else [])
                         with monitor.waiting_for_save():
                             policy.after_step(done, batch.packs, metadata_of_stage, flags)
                         stopping = flags.stop
@@ -228,7 +233,7 @@ def train_step(
         The mean of the packs' losses, weighted by their clips: a scalar tensor. Its mean over the ranks is the loss,
         which is the mean over the clips of the global batch.
     """
-    weights = pack_weights(batch.packs, stage, processes)
+    weights = pack_weights(batch.packs, stage, processes, batch.ranks_per_pack)
     losses = []
     with optimizer_step(engine, len(batch.noisy), reduce_once) as backward:
         for noisy, weight in zip(batch.noisy, weights, strict=True):
@@ -240,15 +245,19 @@ def train_step(
             backward(loss)
             losses.append(loss.detach())
             if monitor is not None:
-                layout = noisy.layout
-                monitor.count(len(layout.clip_frames), layout.tokens, train_flops(stage.config, layout))
+                layout = noisy.layout.whole if isinstance(noisy.layout, ShardedLayout) else noisy.layout
+                counts = len(layout.clip_frames), layout.tokens, train_flops(stage.config, layout)
+                monitor.count(*(count / batch.ranks_per_pack for count in counts))
     return torch.stack(losses).mean()
 
 
-def pack_weights(packs: list[Pack], stage: Stage, processes: Processes) -> torch.Tensor:
+def pack_weights(packs: list[Pack], stage: Stage, processes: Processes, ranks_per_pack: int = 1) -> torch.Tensor:
     """`[packs]` weight of each pack's loss in the global batch: its number of clips over the mean number of a pack.
 
     Packs have different numbers of clips only with a token budget; otherwise no communication is needed.
+
+    Args:
+        ranks_per_pack: ranks that share each pack.
     """
     if stage.data.tokens_per_pack is None:
         return torch.ones(len(packs), device=processes.device)
@@ -256,4 +265,4 @@ def pack_weights(packs: list[Pack], stage: Stage, processes: Processes) -> torch
     total = clips.sum()
     with phase("clips"):
         dist.all_reduce(total)
-    return clips * (stage.data.lanes / total)
+    return clips * (stage.data.lanes * ranks_per_pack / total)

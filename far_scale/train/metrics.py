@@ -81,7 +81,7 @@ class Monitor:
 
     def _begin_interval(self) -> None:
         self._interval_start, self._data_wait, self._save_wait = time.perf_counter(), 0.0, 0.0
-        self._steps, self._clips, self._tokens, self._flops = 0, 0, 0, 0
+        self._steps, self._clips, self._tokens, self._flops = 0, 0.0, 0.0, 0.0
         self._losses: list[torch.Tensor] = []
 
     def begin_stage(self, stage: Stage) -> None:
@@ -113,8 +113,8 @@ class Monitor:
         self._interval_start += time.perf_counter() - start
         self._excluded_graphs += compiled_graphs() - graphs
 
-    def count(self, clips: int, tokens: int, flops: int) -> None:
-        """Count a pack that this process trained on."""
+    def count(self, clips: float, tokens: float, flops: float) -> None:
+        """Count a pack that this process trained on, or its share of a pack that several processes trained on."""
         self._clips += clips
         self._tokens += tokens
         self._flops += flops

@@ -11,6 +11,7 @@ from far_scale.config.recipe import Recipe, check_ranks
 from far_scale.data.loader.mixture import summary
 from far_scale.data.loader.pack_loader import PackLoader
 from far_scale.distributed.process_group import Processes, all_gather_objects
+from far_scale.distributed.sequence_parallel import describe_groups, start_sequence_group
 from far_scale.model import FAR
 from far_scale.train.collectives import expected_collectives
 from far_scale.train.costs import StageCosts, activation_bytes, peak_flops
@@ -39,13 +40,14 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
     config, train, plan = recipe.far_config(), recipe.train, stages(recipe)
     dtype, events = compute_dtype(train), EventLog(Path(recipe.run_dir), False)
     data = open_data(recipe, plan, 0, processes, events, open_videos)
-    packs_per_step = recipe.data.lanes // processes.world_size
+    packs_per_step = recipe.data.lanes * train.sequence_parallel // processes.world_size
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in FAR(config).parameters())
     costs = [StageCosts.sample(stage, data.shard_sets[stage.index], recipe.seed) for stage in plan]
     activations = [activation_bytes(config, train, cost.largest) for cost in costs]
     sharding = choose_sharding(train, recipe.data.lanes, parameters, processes, lambda: max(activations))
-    nodes = len(set(all_gather_objects(host_name(), processes.host_group)))
+    hosts = all_gather_objects(host_name(), processes.host_group)
+    nodes = len(set(hosts))
     state = state_bytes(train.precision, sharding, parameters, processes.world_size)
     needs = [state + activation for activation in activations]
     need, have = max(needs), free_memory(processes)
@@ -61,6 +63,7 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
         for line in (
             attention,
             *sharding.why,
+            *describe_groups(train.sequence_parallel, config.heads, hosts),
             *stage_table(costs, needs, peak),
             *expected_collectives(recipe, sharding, processes.world_size, nodes),
         ):
@@ -79,7 +82,8 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
         if processes.is_main_process:
             print(text)
     engine = start_engine(model, recipe.optimizer, train, packs_per_step, processes, sharding)
-    own_lanes = list(range(processes.rank, recipe.data.lanes, processes.world_size))
+    sequence = start_sequence_group(train.sequence_parallel, processes)
+    own_lanes = sequence.lanes(recipe.data.lanes)
     for stage in plan:
         shard_set, packing = data.shard_sets[stage.index], stage.packing(recipe.seed)
         with PackLoader(shard_set, data.scaling, own_lanes, packing, stage.first, prefetch=1) as loader:
@@ -87,8 +91,10 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
             for skipped in (skipped for pack in packs for skipped in pack.skipped):
                 print_warning(f"one batch: {skipped}")
             noisy = [add_noise(pack, recipe.objective, stage.config, recipe.seed) for pack in packs]
+            sequence.check_same_packs(packs, stage.first + 1)
+            noisy = noisy if sequence.shard is None else [pack.shard(sequence.shard) for pack in noisy]
             start = time.perf_counter()
-            batch = Batch(packs, [pack.to(processes.device) for pack in noisy])
+            batch = Batch(packs, [pack.to(processes.device) for pack in noisy], sequence.size)
             loss = processes.mean(train_step(engine, batch, stage, processes, reduce_once=sharding.reduce_once)).item()
             seconds = time.perf_counter() - start
         if processes.is_main_process:

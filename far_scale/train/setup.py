@@ -18,6 +18,7 @@ from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import Processes, set_timeouts
+from far_scale.distributed.sequence_parallel import SequenceGroup
 from far_scale.health.straggler import StragglerDetector
 from far_scale.model import FAR
 from far_scale.train.costs import max_activation_bytes, peak_flops
@@ -101,7 +102,7 @@ def shard_model(
         processes,
         lambda: max_activation_bytes(model.config, recipe.train, recipe.seed, plan, data.shard_sets),
     )
-    packs_per_step = recipe.data.lanes // processes.world_size
+    packs_per_step = recipe.data.lanes * recipe.train.sequence_parallel // processes.world_size
     engine = start_engine(model, recipe.optimizer, recipe.train, packs_per_step, processes, sharding)
     set_timeouts(processes)  # of DeepSpeed's groups
     return engine, sharding
@@ -134,17 +135,18 @@ def prefetched_batches(
     lanes: LaneStates | None,
     objective: ObjectiveSection,
     processes: Processes,
+    sequence: SequenceGroup,
 ) -> Iterator[DevicePrefetch]:
     """This rank's batches of a stage from step `first` (from 0) on, on the device.
 
     Args:
         lanes: the lanes' states, or None where they begin.
     """
-    rank_lanes = list(range(processes.rank, stage.data.lanes, processes.world_size))
+    rank_lanes = sequence.lanes(stage.data.lanes)
     ahead = (stage.data.prefetch, stage.data.prefetch_bytes)
     with (
         PackLoader(shard_set, scaling, rank_lanes, packing, first, lanes, *ahead) as packs,
-        DevicePrefetch(packs, objective, stage.config, packing.seed, processes.device) as batches,
+        DevicePrefetch(packs, objective, stage.config, packing.seed, processes.device, sequence.shard) as batches,
         contextlib.closing(packs),  # before DevicePrefetch, which may be waiting for it
     ):
         yield batches

@@ -227,7 +227,7 @@ def _choose_hpz(section: DeepSpeedSection, stage: int, parameters: int, hosts: S
 
 def _choose_reduction(inputs: _Inputs, stage: int, hpz: int) -> tuple[bool, tuple[str, ...]]:
     """Whether gradients are reduced once per step, and the reason; without one where there is no choice."""
-    packs = inputs.lanes // len(inputs.hosts)
+    packs = inputs.lanes * inputs.train.sequence_parallel // len(inputs.hosts)
     requested, nodes = inputs.train.reduce_once, len(ranks_by_host(inputs.hosts))
     if stage < 2 or packs == 1:
         return False, ()  # reduced once anyway

@@ -202,9 +202,10 @@ class StepGuard:
     def _emit(self, bad_step: BadStep, packs: list[tuple[int, tuple[str, ...], float]]) -> None:
         """Emit the event, with lanes and keys of the packs with non-finite loss; if none, of the whole batch."""
         all_packs = [pack for part in all_gather_objects(packs, self._processes.host_group) for pack in part]
+        all_packs = _merge_shared(all_packs)
         culprits = [pack for pack in all_packs if not math.isfinite(pack[2])] or all_packs
         lanes = [{"lane": lane, "keys": list(keys), "loss": _for_json(loss)} for lane, keys, loss in sorted(culprits)]
-        where = "; ".join(f"lane {lane['lane']}: {', '.join(lane['keys'])}" for lane in lanes)
+        where = "; ".join(f"lane {lane}: {', '.join(keys)}" for lane, keys, _ in sorted(culprits))
         if len(lanes) > _MAX_LANES_PRINTED:
             where = f"{len(lanes)} lanes, named in events.jsonl"
         row = f"{bad_step.in_row} in a row, {bad_step.total} in all"
@@ -221,6 +222,14 @@ class StepGuard:
             total=bad_step.total,
             lanes=lanes,
         )
+
+
+def _merge_shared(packs: list[tuple[int, tuple[str, ...], float]]) -> list[tuple[int, tuple[str, ...], float]]:
+    """Each pack once: the loss of one that several ranks share is the mean over them (see `pack_loss`)."""
+    losses: dict[tuple[int, tuple[str, ...]], list[float]] = {}
+    for lane, keys, loss in packs:
+        losses.setdefault((lane, keys), []).append(loss)
+    return [(lane, keys, sum(values) / len(values)) for (lane, keys), values in losses.items()]
 
 
 class RunningLevels:

@@ -25,6 +25,7 @@ from far_scale.data.loader.pack_loader import Pack
 from far_scale.distributed.process_group import Processes, all_gather_objects, broadcast_from_main
 from far_scale.health.watchdog import Watchdog
 from far_scale.model.layers import Block
+from far_scale.model.layout import FrameLayout
 from far_scale.train.curriculum import Stage, stage_of
 from far_scale.train.deepspeed_adapter import use_loaded_weights
 from far_scale.train.ema import ShardedEMA
@@ -111,6 +112,7 @@ class Validation:
             velocity = self._engine(noisy.latents, noisy.timesteps, noisy.actions, noisy.labels, noisy.layout)
             errors = frame_errors(velocity, noisy).cpu()
             if held_out.counts(position, self._processes):
+                assert isinstance(on_host.layout, FrameLayout)  # validation shares no packs
                 timesteps = on_host.timesteps[on_host.layout.window_rows(errors.device)]
                 rows.append(_error_rows(pack, stage.config.window, timesteps, errors)[on_host.has_loss.numpy()])
             beat()

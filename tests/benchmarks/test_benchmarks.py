@@ -159,6 +159,21 @@ def test_collectives_are_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row["GB out of a node"] == pytest.approx(2 * row["to other nodes"] / 1e3)
 
 
+def test_sequence_parallelism_is_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exchange: 12 numbers of the width a token and layer at 2 GPUs, half of them sent."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sequence_parallel
+
+    rows = sequence_parallel.worked_out(gigabytes=100.0, mfu=0.5)
+    assert [(row["frames"], row["GPUs a pack"]) for row in rows[:4]] == [(16, 2), (16, 4), (16, 8), (64, 2)]
+    first = rows[0]
+    log_sum_exps = 4 * 18 * 2 / (2 * 1152)  # of forward and backward, 4 bytes a head, in numbers of the width
+    assert first["MB sent by a GPU"] * 1e6 == pytest.approx(28 * 512 * 1152 * 2 * (12 + log_sum_exps) / 2)
+    assert first["ms exchange"] == pytest.approx(first["MB sent by a GPU"] / 100)
+    assert first["ms arithmetic"] == pytest.approx(first["even"])  # 16 frames and 18 heads divide by 2
+    assert all(row["ms arithmetic"] > row["even"] for row in rows if row["GPUs a pack"] == 4)  # not by 4
+
+
 def test_convergence_counts_flops_and_averages_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Made-up scores: LPIPS of the three clips is seed / 10 more than 0.1, 0.2 and 0.3."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

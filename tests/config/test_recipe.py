@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from far_scale.config.recipe import Recipe, check_ranks, load_recipe
+from far_scale.config.recipe import Recipe, check_ranks, groups_cross_nodes, load_recipe
 from far_scale.config.reference import fields
 from far_scale.config.schema import ModelSection
 from far_scale.config.yaml_loader import CHECKOUT
@@ -323,6 +323,7 @@ def test_wrong_value(override: str, folder: Path) -> None:
 
 
 IMPOSSIBLE = {
+    ("model.heads=3", "train.sequence_parallel=4"): "train.sequence_parallel: 4 ranks share the model's 3 heads",
     ("model.patch=2", "model.context_patch=3"): "model.context_patch: 3 is not a multiple of model.patch, 2",
     ("model.context_patch=4", "model.causal=false", "objective.clean_frame_ratio=0"): (
         "model.context_patch: 4, but with model.causal false all frames are denoised together"
@@ -510,7 +511,7 @@ SAME_RESULT = ["name=n", "run_dir=r", "log.every=9", "log.wandb.mode=offline", "
 SAME_RESULT += ["data.shards=elsewhere", "sample.steps=9", "train.zero_stage=0", "train.activation_checkpointing=full"]
 SAME_RESULT += ["train.compile=true", "train.attention=dense", "data.max_damaged_samples=9", "data.cache_gb=9"]
 SAME_RESULT += ["data.cache_dir=cache", "data.prefetch_gb=9", "sample.context_noise=0.1", "model.causal=true"]
-SAME_RESULT += ["objective.context_noise=0"]
+SAME_RESULT += ["objective.context_noise=0", "train.sequence_parallel=2"]
 SAME_RESULT += ["train.zero_stage=auto", "train.reduce_once=true", "train.deepspeed={reduce_bucket_size: 9}"]
 SAME_RESULT += ["validation={every: 5, shards: held-out}"]
 OTHER_RESULT = ["seed=1", "model.layers=3", "data.lanes=4", "data.autoencoder=other", "objective.logit_std=2"]
@@ -560,6 +561,28 @@ def test_ranks_must_divide_the_lanes(folder: Path) -> None:
         check_ranks(recipe, 5)
     with pytest.raises(UserError, match=r"multiple of 64, such as 64 \("):
         check_ranks(recipe, 64)
+
+
+def test_groups_of_ranks_must_divide_the_lanes(folder: Path) -> None:
+    recipe = load_recipe("whole", ["data.lanes=4", "model.heads=6", "train.sequence_parallel=2"])
+    for ranks in (2, 4, 8):
+        check_ranks(recipe, ranks)
+    with pytest.raises(UserError, match=r"parallel: 5 ranks cannot form groups of 2; start one of 2, 4, 8 ranks, or"):
+        check_ranks(recipe, 5)
+    message = r"lanes: 4 lanes cannot be shared evenly by the 6 groups of 12 ranks; start one of 2, 4, 8 ranks, or set "
+    message += r"data.lanes to a multiple of 6, such as 6 \(.*, or set train.sequence_parallel to 3 or 6"
+    with pytest.raises(UserError, match=message):
+        check_ranks(recipe, 12)
+    # More ranks than lanes: the message for a recipe without groups says that groups would do.
+    with pytest.raises(UserError, match=r"or set train\.sequence_parallel to 2 or 4"):
+        check_ranks(load_recipe("whole", ["data.lanes=4", "model.heads=6"]), 8)
+
+
+def test_groups_of_ranks_within_nodes(folder: Path) -> None:
+    recipe = load_recipe("whole", ["train.sequence_parallel=2"])
+    assert groups_cross_nodes(recipe, 8) is None
+    warning = groups_cross_nodes(recipe, 3)
+    assert warning is not None and "groups of 2 ranks cross nodes of 3" in warning
 
 
 def test_a_recipe_does_not_change_after_its_check(folder: Path) -> None:

@@ -44,6 +44,8 @@ RUNS = {
     "hpz": f"train.zero_stage=3 {AGAIN}",
     "hpz-bf16": f"train.zero_stage=3 {ONCE} train.precision=bf16 train.whole_below=1000",
     "offload": f"{WITHOUT_HPZ} train.deepspeed.offload_optimizer.device=cpu",
+    "shared": f"{WITHOUT_HPZ} train.sequence_parallel=2 train.reduce_once=false train.precision=bf16 model.window=2 "
+    "model.context_patch=2 train.activation_checkpointing=full",
     "long": f"train.zero_stage=3 {AGAIN} model.window=2 model.context_patch=2 train.deepspeed.sub_group_size=100_000",
 }  # fmt: skip
 if not can_reduce_once():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,16 +18,24 @@ from far_scale.train.lr_schedule import learning_rate
 from harness.launch import small_recipe
 
 
-def train_plainly(shards: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """`small_recipe` on `shards`, in float32: the loss of each step, and the EMA after the last one by name."""
-    spec, *overrides = small_recipe(shards, Path("unused"))
+class Plain(NamedTuple):
+    """The loss and the gradient's norm before clipping of each step, and the EMA after the last one by name."""
+
+    losses: list[float]
+    norms: list[float]
+    ema: dict[str, torch.Tensor]
+
+
+def train_plainly(shards: Path, *more: str) -> Plain:
+    """`small_recipe` with the overrides `more` on `shards`, in float32."""
+    spec, *overrides = small_recipe(shards, Path("unused"), *more)
     recipe = load_recipe(spec, overrides)
     shard_set = ShardSet.open(shards)
     scaling = LatentScaling.of(shard_set.manifest, recipe.data.scaling)
     model = build_model(recipe.far_config(), recipe.seed).train()
     adam = torch.optim.AdamW(model.parameters(), lr=1.0, betas=recipe.optimizer.betas, weight_decay=0.0)
     ema = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    losses, decay = [], recipe.optimizer.ema_decay
+    losses, norms, decay = [], [], recipe.optimizer.ema_decay
     (stage,) = stages(recipe)
     with PackLoader(shard_set, scaling, range(recipe.data.lanes), stage.packing(recipe.seed)) as loader:
         for step, packs in zip(range(recipe.train.steps), loader, strict=False):
@@ -39,9 +48,9 @@ def train_plainly(shards: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
                 loss = pack_loss(velocity, noisy) / recipe.data.lanes
                 loss.backward()
                 total += loss.item()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm).item())
             adam.step()
             for name, parameter in model.named_parameters():
                 ema[name] = decay * ema[name] + (1 - decay) * parameter.detach()
             losses.append(total)
-    return losses, ema
+    return Plain(losses, norms, ema)

@@ -180,6 +180,20 @@ def test_a_time_limit_shorter_than_the_warning_is_refused(time: str, refused: st
     assert list(tmp_path.iterdir()) == []
 
 
+def test_groups_of_ranks_that_cross_nodes_are_warned_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("demo_cpu", ["data.lanes=4", "train.sequence_parallel=2"])
+    size = JobSize(nodes=1, gpus_per_node=4, cpus_per_task=1, minutes=60, partition=None)
+    check_size(recipe, size)
+    assert capsys.readouterr().err == ""
+    check_size(recipe, replace(size, nodes=4, gpus_per_node=1))
+    assert "warning: demo_cpu: train.sequence_parallel: groups of 2 ranks cross nodes of 1, " in capsys.readouterr().err
+    for name, value in {"JOB_ID": "7", "JOB_NUM_NODES": "2", "NTASKS": "6"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert (Job.this().ranks, Job.this().ranks_per_node) == (6, 3)
+
+
 def test_without_slurm_a_time_limit_is_needed(tmp_path: Path) -> None:
     size = JobSize(nodes=1, gpus_per_node=0, cpus_per_task=1, minutes=0, partition=None)
     with pytest.raises(UserError, match="--time 0: means no limit only to SLURM"):

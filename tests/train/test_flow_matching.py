@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from far_scale.config.schema import ObjectiveSection
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.model import FARConfig
+from far_scale.model.sharded_layout import SequenceRank
 from far_scale.train.flow_matching import add_noise, pack_loss
 from far_scale.utils.rng import generator
 
@@ -100,6 +102,24 @@ def test_loss_is_a_mean_over_noisy_frames_then_clips() -> None:
         frame += count
     assert (noisy.timesteps == -1).any()
     assert abs(pack_loss(velocity, noisy).item() - sum(clip_losses) / 3) < 1e-6
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_loss_is_the_mean_over_the_ranks_that_share_a_pack(size: int) -> None:
+    """Some of which have no window frame of a clip, or none at all; so is its gradient."""
+    config = FARConfig(layers=1, heads=1, channels=2, window=4, context_patch=2, labels=3)
+    for clip_frames in ((2, 9, 6), (1,)):
+        noisy = add_noise(pack(clip_frames, labels=True), ObjectiveSection(clean_frame_ratio=0.3), config, seed=4)
+        velocity = torch.randn(noisy.target.shape, requires_grad=True)
+        (expected,) = torch.autograd.grad(pack_loss(velocity, noisy), velocity)
+        shards = [noisy.shard(SequenceRank(rank, size)) for rank in range(size)]
+        for shard in shards:
+            assert torch.equal(shard.labels, noisy.labels)
+            assert len(shard.latents) == len(shard.timesteps) == len(shard.layout.rows)
+        assert torch.equal(torch.cat([shard.target for shard in shards]), noisy.target)
+        loss = sum(pack_loss(velocity[shard.layout.window_part], shard) for shard in shards) / size
+        torch.testing.assert_close(loss, pack_loss(velocity, noisy))
+        torch.testing.assert_close(torch.autograd.grad(loss, velocity)[0], expected)
 
 
 def test_clean_frames_get_no_gradient() -> None:

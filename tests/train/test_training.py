@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from far_scale.train.checkpoint.export import export
 from harness.launch import ROOT, small_recipe
-from harness.plain_training import train_plainly
+from harness.plain_training import Plain, train_plainly
 from harness.processes import launch, run, start_ranks
 
 pytestmark = pytest.mark.slow
@@ -74,7 +74,7 @@ def runs(recorded_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def plain(recorded_shards: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain(recorded_shards: Path) -> Plain:
     """The same 10 steps in plain PyTorch on one process: losses, and the EMA."""
     return train_plainly(recorded_shards)
 
@@ -92,7 +92,7 @@ def exported(run: Path, out: Path, weights: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("bf16")])
 def test_every_stage_trains_as_plain_pytorch(runs: Path, plain, name: str, tmp_path: Path) -> None:
-    losses, ema = plain
+    losses, ema = plain.losses, plain.ema
     ours = logged(runs / name)
     assert len(ours) == 10 and losses[-1] < losses[0]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=1e-5, atol=0)

@@ -47,7 +47,8 @@ def backward(
     if plan.prefix is None:
         return dq, d_keys, d_values, None, None
     prefix = len(keys) - len(k)
-    return dq, d_keys[prefix:], d_values[prefix:], d_keys[:prefix], d_values[:prefix]
+    # Copies of the one part: an operator's outputs must not share memory, as these would with a single head.
+    return dq, d_keys[prefix:], d_values[prefix:], d_keys[:prefix].clone(), d_values[:prefix].clone()
 
 
 def _all_keys(

@@ -43,40 +43,35 @@ def attend(
     return out
 
 
-@torch.library.custom_op("far_scale::frame_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, plan: AttentionPlan, kernel: str
 ) -> tuple[Tensor, Tensor]:
+    """Attention by a kernel other than FlexAttention: out `[T, N, D]` and lse `[T, N]`, contiguous."""
     if not len(q):
-        return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
+        return torch.empty_like(q, memory_format=torch.contiguous_format), empty_lse(q)
     if kernel == dense.NAME:
-        out, lse = dense.forward(q, k, v, prefix_k, prefix_v, AttentionPlan.find(handle))
+        out, lse = dense.forward(q, k, v, prefix_k, prefix_v, plan)
     else:
-        out, lse = causal_pair.forward(
-            selection.get_kernel(kernel), q, k, v, prefix_k, prefix_v, AttentionPlan.find(handle)
-        )
+        out, lse = causal_pair.forward(selection.get_kernel(kernel), q, k, v, prefix_k, prefix_v, plan)
     return out.contiguous(), lse.contiguous()
 
 
-@torch.library.custom_op(
-    "far_scale::frame_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor out, Tensor lse, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward(
+def backward(
     dout: Tensor, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+    plan: AttentionPlan, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k, v and of prefix keys and values, contiguous; empty ones without prefix tensors."""
     if not len(q):
         empty_gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _backward_shapes(
-            dout, out, lse, q, k, v, prefix_k, prefix_v, handle, kernel
+            dout, out, lse, q, k, v, prefix_k, prefix_v, plan.handle, kernel
         )
         return empty_gradients
     if kernel == dense.NAME:
-        gradients = dense.backward(dout, q, k, v, prefix_k, prefix_v, out, lse, AttentionPlan.find(handle))
+        gradients = dense.backward(dout, q, k, v, prefix_k, prefix_v, out, lse, plan)
     else:
         gradients = causal_pair.backward(
-            selection.get_kernel(kernel), dout, q, k, v, prefix_k, prefix_v, out, lse, AttentionPlan.find(handle)
+            selection.get_kernel(kernel), dout, q, k, v, prefix_k, prefix_v, out, lse, plan
         )
     dq, dk, dv, prefix_dk, prefix_dv = (None if x is None else x.contiguous() for x in gradients)
     assert dq is not None and dk is not None and dv is not None
@@ -89,11 +84,30 @@ def _backward(
     return dq, dk, dv, prefix_dk, prefix_dv
 
 
+@torch.library.custom_op("far_scale::frame_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str
+) -> tuple[Tensor, Tensor]:
+    return forward(q, k, v, prefix_k, prefix_v, AttentionPlan.find(handle), kernel)
+
+
+@torch.library.custom_op(
+    "far_scale::frame_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor out, Tensor lse, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(
+    dout: Tensor, out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return backward(dout, out, lse, q, k, v, prefix_k, prefix_v, AttentionPlan.find(handle), kernel)
+
+
 @_forward.register_fake
 def _forward_shapes(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor, kernel: str
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), empty_lse(q)
 
 
 @_backward.register_fake
@@ -109,7 +123,8 @@ def _backward_shapes(
     return dq, dk, dv, prefix_dk, prefix_dv
 
 
-def _empty_lse(q: Tensor) -> Tensor:
+def empty_lse(q: Tensor) -> Tensor:
+    """An uninitialized log-sum-exp `[T, N]` for q."""
     return q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
 

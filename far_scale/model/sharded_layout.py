@@ -1,0 +1,135 @@
+"""Sequence parallelism: the ranks of a group hold different frames of the same packs.
+
+Whole frames are shared out, of the window and of the context separately, so that a rank's numbers of frames differ from
+another's by one at most. All but attention is computed frame by frame. For attention the ranks exchange frames for
+heads (Ulysses, arXiv 2309.14509): each attends over the whole pack with some of the heads, whose numbers also differ by
+one at most.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout
+
+
+def even_split(count: int, parts: int) -> tuple[int, ...]:
+    """`count` as the sizes of `parts` parts, which differ by one at most; the larger ones come first."""
+    return tuple(count // parts + (part < count % parts) for part in range(parts))
+
+
+@dataclass(frozen=True)
+class SequenceRank:
+    """This process among those that share its packs.
+
+    Attributes:
+        rank: in the group.
+        size: ranks of the group.
+        group: over which they exchange; None for one rank.
+    """
+
+    rank: int
+    size: int
+    group: Any = None
+
+    def part(self, count: int) -> slice:
+        """This rank's part of `count` things that are shared out by `even_split`."""
+        ends = (0, *itertools.accumulate(even_split(count, self.size)))
+        return slice(ends[self.rank], ends[self.rank + 1])
+
+
+class ShardedPlan(AttentionPlan):
+    """The attention of a whole pack, to which each rank of a group brings the tokens of its frames.
+
+    As an `AttentionPlan` it is that of the window.
+
+    Attributes:
+        shard: this rank.
+        window, context: plans of the window's and of the context's tokens, which are those of the pack's layout.
+        window_tokens, context_tokens: tokens of each rank.
+        compilable: whether no rank has so few frames that the compiler would specialize on their number.
+    """
+
+    def __init__(self, layout: FrameLayout, shard: SequenceRank, device: torch.device) -> None:
+        super().__init__(layout.window, layout.prefix(device))
+        self.shard, self.window, self.context = shard, layout.window_plan(device), layout.context_plan
+        self.window_tokens, self.context_tokens = (_tokens(group, shard) for group in (layout.window, layout.context))
+        frames = [even_split(group.frames, shard.size) for group in (layout.window, layout.context) if group.frames]
+        self.compilable = min(map(min, frames)) > 1
+
+
+def _tokens(group: FrameGroup, shard: SequenceRank) -> tuple[int, ...]:
+    parts = (SequenceRank(rank, shard.size).part(group.frames) for rank in range(shard.size))
+    return tuple(sum(group.frame_tokens[part]) for part in parts)
+
+
+class ShardedLayout:
+    """The frames of a pack that one rank of a group holds.
+
+    Attributes:
+        whole: layout of the pack.
+        shard: the rank.
+    """
+
+    def __init__(self, whole: FrameLayout, shard: SequenceRank) -> None:
+        self.whole, self.shard = whole, shard
+        self._plans: dict[torch.device, ShardedPlan] = {}
+
+    @property
+    def clip_frames(self) -> tuple[int, ...]:
+        """`[B]` frames of each clip of the pack, on all ranks."""
+        return self.whole.clip_frames
+
+    @cached_property
+    def own(self) -> FrameLayout:
+        """The rank's frames. A clip may have none."""
+        window, context = (_slice(group, self.shard) for group in (self.whole.window, self.whole.context))
+        clip_frames = tuple(map(sum, zip(window.clip_frames, context.clip_frames, strict=True)))
+        return FrameLayout(clip_frames, window, context)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """`[F]` int64 on the CPU: indices of the rank's frames in the pack."""
+        device = torch.device("cpu")
+        window = self.whole.window_rows(device)[self.window_part]
+        context = self.whole.context_rows(device)[self.shard.part(self.whole.context.frames)]
+        return torch.cat([window, context]).sort().values
+
+    @property
+    def window_part(self) -> slice:
+        """The rank's frames among those of the pack's window group."""
+        return self.shard.part(self.whole.window.frames)
+
+    def plan(self, device: torch.device) -> ShardedPlan:
+        """The attention of the pack."""
+        if device not in self._plans:
+            self._plans[device] = ShardedPlan(self.whole, self.shard, device)
+        return self._plans[device]
+
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        """See `FrameLayout.tensors`."""
+        self.plan(device)
+        own = self.own
+        tensors = [own.clip_of_frame(device), own.window_rows(device), own.context_rows(device)]
+        tensors += [group.positions_on(device) for group in (own.window, own.context)]
+        return [*tensors, own.window.clip_of_frame(device), *self.whole.tensors(device)]
+
+
+def _slice(group: FrameGroup, shard: SequenceRank) -> FrameGroup:
+    """The group's frames on a rank."""
+    part = shard.part(group.frames)
+    ends = list(itertools.accumulate(group.clip_frames))
+    clip_frames = tuple(
+        max(0, min(part.stop, end) - max(part.start, end - count))
+        for count, end in zip(group.clip_frames, ends, strict=True)
+    )
+    first = sum(group.frame_tokens[: part.start])
+    frame_tokens = group.frame_tokens[part]
+    positions = group.positions[first : first + sum(frame_tokens)]
+    return FrameGroup(clip_frames, frame_tokens, positions, group.causal)
