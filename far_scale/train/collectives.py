@@ -9,7 +9,7 @@ import torch
 
 from far_scale.config.recipe import Recipe
 from far_scale.distributed.collective_costs import ModelShapes, ParallelSetup, step_collectives
-from far_scale.distributed.ledger import Ledger, table
+from far_scale.distributed.ledger import Entry, Ledger, table
 from far_scale.distributed.process_group import Processes
 from far_scale.model import FAR
 from far_scale.train.deepspeed_adapter import communication_backend
@@ -35,13 +35,25 @@ def expected_collectives(recipe: Recipe, sharding: Sharding, ranks: int, nodes: 
     """The collectives of a step of `recipe`, as lines of text; none on one rank."""
     if ranks == 1:
         return []
+    if (key := unknown_key(recipe)) is not None:
+        return [f"collectives: unknown for {key}"]
+    return table(step_entries(recipe, sharding, ranks, nodes))
+
+
+def step_entries(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> list[Entry]:
+    """The collectives of a step of `recipe`, which sets no `unknown_key`."""
+    with torch.device("meta"):
+        shapes = ModelShapes.from_model(FAR(recipe.far_config()))
+    return step_collectives(shapes, collective_setup(recipe, sharding, ranks, nodes))
+
+
+def unknown_key(recipe: Recipe) -> str | None:
+    """A key and value for which the collectives of a step are not known; None without any."""
     given = {} if recipe.train.deepspeed is None else recipe.train.deepspeed.explicit_values()
     for name, value in _ASSUMED.items():
         if given.get(name, value) != value:
-            return [f"collectives: unknown for train.deepspeed.{name}={given[name]}"]
-    with torch.device("meta"):
-        shapes = ModelShapes.from_model(FAR(recipe.far_config()))
-    return table(step_collectives(shapes, collective_setup(recipe, sharding, ranks, nodes)))
+            return f"train.deepspeed.{name}={given[name]}"
+    return None
 
 
 def collective_setup(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> ParallelSetup:

@@ -36,7 +36,15 @@ from far_scale.train.metrics import Monitor
 from far_scale.train.profiler import Profiler
 from far_scale.train.resume import Resume, find_identity
 from far_scale.train.run_state import run_metadata, stage_metadata
-from far_scale.train.setup import OpenVideos, load_start, open_data, open_monitor, prefetched_batches, shard_model
+from far_scale.train.setup import (
+    OpenVideos,
+    load_start,
+    open_data,
+    open_forecast,
+    open_monitor,
+    prefetched_batches,
+    shard_model,
+)
 from far_scale.train.shard_sets import DamagedSamples, log_staged_reads
 from far_scale.train.step_guard import StepGuard
 from far_scale.train.tensorboard_log import check_tensorboard
@@ -152,6 +160,7 @@ def train(
                 processes,
             )
             ledger = StepLedger(hosts, processes, events, monitor.print)
+            forecast = open_forecast(recipe, model, sharding, hosts, processes, events)
             for line in (kernel_line, *sharding.why):
                 monitor.print(line)
             validation = Validation(plan, data.held_out, engine, ema, monitor, watchdog, processes)
@@ -188,6 +197,7 @@ def train(
                         guard.end_step(done, batch.packs)
                         monitor.end_step(done, loss, rate, grad_norm(engine), guard.skipped, damaged.count)
                         watchdog.beat(done)
+                        forecast.end_step(done, [noisy.layout for noisy in batch.noisy])
 
                         flags = consensus.flags()
                         if flags.damaged:

@@ -1,0 +1,103 @@
+"""The cheapest change of a recipe that makes it fit into the memory, among those that usually help."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from far_scale.config.schema import DataSection, StageSection, TrainSection
+from far_scale.train.planner.estimate import RunPlan
+from far_scale.utils.errors import UserError
+
+_MOST_HALVINGS = 2
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change and what it costs.
+
+    Attributes:
+        overrides: recipe keys, as they are typed.
+        nodes: of the run.
+        plan: with the change.
+    """
+
+    overrides: tuple[str, ...]
+    nodes: int
+    plan: RunPlan
+
+    @property
+    def cost(self) -> tuple[float, ...]:
+        """What to keep low, the most important first: GPU time of all steps, by its arithmetic where no profile is;
+        bytes sent in a step; number of keys; nodes."""
+        plan, ranks = self.plan, self.plan.cluster.ranks
+        seconds = plan.seconds
+        if seconds is None:
+            steps = [(stage.work, stage.shapes.stage.steps) for stage in plan.stages]
+            seconds = sum((work.products + work.attention) * count for work, count in steps)
+        sent = sum(entry.sent for entry in plan.traffic)
+        return (round(seconds * ranks, 6), sent, len(self.overrides), self.nodes)
+
+
+def cheapest_change(
+    plan: RunPlan,
+    train: TrainSection,
+    data: DataSection,
+    curriculum: Sequence[StageSection],
+    replan: Callable[[tuple[str, ...], int], RunPlan],
+) -> Change | None:
+    """The change that fits at the lowest cost; None where none of those that are tried fits.
+
+    Args:
+        plan: of the recipe as it is.
+        train, data, curriculum: the recipe's.
+        replan: makes the plan with further overrides and a number of nodes; raises UserError for impossible ones.
+    """
+    found = []
+    for overrides, nodes in candidates(plan, train, data, curriculum):
+        try:
+            changed = replan(overrides, nodes)
+        except UserError:  # such as a budget of tokens that the longest clip exceeds
+            continue
+        if changed.fits:
+            found.append(Change(overrides, nodes, changed))
+    return min(found, key=lambda change: change.cost, default=None)
+
+
+def candidates(
+    plan: RunPlan, train: TrainSection, data: DataSection, curriculum: Sequence[StageSection]
+) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Overrides and numbers of nodes: what is sharded, what is recomputed, the precision, and the packs, in every
+    combination; and the same on two and four times as many nodes."""
+    stages = [] if train.zero_stage == "auto" else [f"train.zero_stage={n}" for n in range(plan.sharding.stage + 1, 4)]
+    modes = {"none": ["attention-kept", "full"], "attention-kept": ["full"], "full": []}
+    kept = [mode for mode in modes[train.activation_checkpointing] if mode == "full" or not plan.flex]
+    halvings = [_halved(data, curriculum, 2**times) for times in range(1, _MOST_HALVINGS + 1)]
+    choices: list[list[tuple[str, ...]]] = [
+        [(), *((key,) for key in stages)],
+        [(), *((f"train.activation_checkpointing={mode}",) for mode in kept)],
+        [(), *((("train.precision=bf16",),) if train.precision == "fp32" else ())],
+        [(), *(overrides for overrides in halvings if overrides)],
+    ]
+    for nodes in (plan.cluster.nodes * times for times in (1, 2, 4)):
+        for parts in itertools.product(*choices):
+            overrides = tuple(itertools.chain.from_iterable(parts))
+            if overrides or nodes > plan.cluster.nodes:
+                yield overrides, nodes
+
+
+def _halved(data: DataSection, curriculum: Sequence[StageSection], divisor: int) -> tuple[str, ...]:
+    """Packs of a fraction of the clips or tokens, from as many times the lanes: the same global batch. Empty where a
+    number cannot be divided."""
+    sections: list[tuple[str, DataSection | StageSection]] = [("data", data)]
+    sections += [(f"curriculum.{number}", stage) for number, stage in enumerate(curriculum, start=1)]
+    overrides = [f"data.lanes={data.lanes * divisor}"]
+    for name, section in sections:
+        for key in ("clips_per_pack", "tokens_per_pack"):
+            value = getattr(section, key)
+            if value is not None and (key == "tokens_per_pack" or value % divisor == 0):
+                overrides.append(f"{name}.{key}={value // divisor}")
+            elif value is not None:
+                return ()
+    return tuple(overrides)
