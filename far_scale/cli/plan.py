@@ -50,7 +50,7 @@ def main() -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     from far_scale.train.curriculum import stages
-    from far_scale.train.planner.shapes import draw_stages, local_sources
+    from far_scale.train.planner.shapes import StageShapes, draw_stages, local_sources
 
     overrides, ranks = list(args.overrides), args.nodes * args.gpus_per_node
     recipe = load_recipe(args.recipe, overrides)
@@ -67,7 +67,7 @@ def _plan(args: argparse.Namespace) -> None:
     sources = local_sources(stages(recipe))
 
     @functools.cache
-    def drawn(keys: tuple[str, ...]) -> object:
+    def drawn(keys: tuple[str, ...]) -> list[StageShapes]:
         changed = load_recipe(args.recipe, [*overrides, *keys])
         return draw_stages(stages(changed), sources, changed.seed)
 
@@ -80,15 +80,16 @@ def _plan(args: argparse.Namespace) -> None:
         return plan_run(changed, cluster, sources, args.profiles, shapes=shapes)
 
     plan = replan((), args.nodes)
+    when_to_save = [] if args.mtbf is None else _interval_lines(args, plan)
     print("\n".join(plan_lines(plan)))
     if not plan.fits:
         change = cheapest_change(plan, recipe.train, recipe.data, recipe.curriculum, replan)
         print("\n".join(change_lines(plan, change)))
-    if args.mtbf is not None:
-        _print_interval(args, plan)
+    for line in when_to_save:
+        print(line)
 
 
-def _print_interval(args: argparse.Namespace, plan: RunPlan) -> None:
+def _interval_lines(args: argparse.Namespace, plan: RunPlan) -> list[str]:
     if args.run is not None:
         save = measured_save(args.run)
     elif plan.profile is not None:
@@ -102,7 +103,7 @@ def _print_interval(args: argparse.Namespace, plan: RunPlan) -> None:
         )
     seconds = [stage.step_seconds for stage in plan.stages if stage.step_seconds is not None]
     mtbf = 3600 * args.mtbf
-    print("\n".join(interval_lines(save, best_interval(save, mtbf), mtbf, max(seconds, default=None))))
+    return interval_lines(save, best_interval(save, mtbf), mtbf, max(seconds, default=None))
 
 
 def _measure(args: argparse.Namespace) -> None:

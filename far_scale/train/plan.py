@@ -49,9 +49,7 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
     kernel = choose_kernel(train.attention, processes.device, compute_dtype(train), HEAD_DIM).name
     is_flex = uses_flex(train, processes.device)
     shapes = draw_stages(plan, data.shard_sets, recipe.seed)
-    activations = [
-        activation_bytes(config, train, Counts.of(each.largest), is_flex, packs_per_step) for each in shapes
-    ]
+    activations = [activation_bytes(config, train, Counts.of(each.largest), is_flex, packs_per_step) for each in shapes]
     sharding = choose_sharding(
         train, recipe.data.lanes, sizes, processes, lambda: max(activation.total for activation in activations)
     )

@@ -28,6 +28,9 @@ _WHOLE_GRADIENTS = {"bf16": 6, "fp32": 4}
 _DEFAULT_MAX_GATHERED = 10**9
 """DeepSpeed's default of stage3_max_live_parameters and stage3_max_reuse_distance."""
 
+_DEFAULT_SUB_GROUP = 10**9
+"""DeepSpeed's default of sub_group_size."""
+
 _DEFAULT_REDUCE_BUCKET = 5 * 10**8
 """DeepSpeed's default of reduce_bucket_size."""
 
@@ -65,11 +68,12 @@ class StateBytes:
 
     Attributes:
         weights: in the model's precision, with hpZ's copy.
-        gradients: when Adam steps, and the sums over a step's packs.
+        gradients: that are allocated in a forward pass, as in every step or from an earlier pack of the step.
         optimizer: float32 master weights and Adam's moments.
         ema: the average.
         gathered: maximum of the weights that ZeRO-3 holds gathered.
         buckets: ZeRO's gradient buffers.
+        update: further gradients when Adam steps, when activations are freed.
     """
 
     weights: int
@@ -78,15 +82,16 @@ class StateBytes:
     ema: int
     gathered: int
     buckets: int
+    update: int
 
     @property
     def resident(self) -> int:
-        """Bytes that are always allocated, whatever the packs."""
+        """Bytes that are allocated from step to step, whatever the packs."""
         return self.weights + self.optimizer + self.ema
 
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.ema + self.gathered + self.buckets
+    def peak(self, activations: float) -> float:
+        """Bytes at most, with those of `activations`."""
+        return self.resident + self.gradients + self.gathered + self.buckets + max(activations, self.update)
 
 
 @dataclass(frozen=True)
@@ -135,8 +140,10 @@ class _Inputs:
 
     def needed_bytes(self, sharding: Sharding) -> float:
         """Bytes that a rank needs on its device."""
-        state = state_bytes(self.train.precision, sharding, self.sizes, len(self.hosts), self.train.whole_below)
-        return state.total + self.activations()
+        train, ranks = self.train, len(self.hosts)
+        packs = self.lanes // ranks
+        state = state_bytes(train.precision, sharding, self.sizes, ranks, train.whole_below, packs)
+        return state.peak(self.activations())
 
     def fits(self, sharding: Sharding) -> bool:
         return self.needed_bytes(sharding) <= USABLE_FRACTION * self.free
@@ -197,7 +204,7 @@ def sharding_on(
 
 
 def state_bytes(
-    precision: str, sharding: Sharding, sizes: Sequence[int], ranks: int, whole_below: int = 0
+    precision: str, sharding: Sharding, sizes: Sequence[int], ranks: int, whole_below: int = 0, packs: int = 1
 ) -> StateBytes:
     """What a rank's state takes, as DeepSpeed allocates and pads it.
 
@@ -209,6 +216,7 @@ def state_bytes(
         sizes: elements of each of the model's parameters.
         ranks: number of ranks.
         whole_below: as in train.whole_below.
+        packs: of a rank in a step.
     """
     weight_bytes, stage = _WEIGHT_BYTES[precision], sharding.stage
     total = sum(sizes)
@@ -224,14 +232,34 @@ def state_bytes(
         weights -= weight_bytes * part
     if sharding.hpz > 1:
         weights += weight_bytes * total // sharding.hpz
-    gradients = _FLOAT_BYTES * (whole if stage == 1 else part)
+    gradients, update = _gradient_bytes(precision, stage, total, whole, part, packs)
     if sharding.reduce_once:
         gradients += _WHOLE_GRADIENTS[precision] * total
     masters = 0 if stage == 0 and precision == "fp32" else _FLOAT_BYTES
     optimizer, ema = (masters + _MOMENT_BYTES) * part, _FLOAT_BYTES * part
     if "optimizer" in sharding.offloaded:
         optimizer, ema = 0, 0
-    return StateBytes(weights, gradients, optimizer, ema, gathered, sharding.bucket_bytes)
+    return StateBytes(weights, gradients, optimizer, ema, gathered, sharding.bucket_bytes, update)
+
+
+def _gradient_bytes(precision: str, stage: int, total: int, whole: int, part: int, packs: int) -> tuple[int, int]:
+    """Bytes of gradients in a forward pass, and further ones when Adam steps, of DeepSpeed's optimizer wrappers.
+
+    Args:
+        total: parameters.
+        whole, part: the same, padded, and of a rank.
+    """
+    if stage == 3:  # summed in one buffer, and copied for Adam in groups
+        return _FLOAT_BYTES * part, _FLOAT_BYTES * min(part, _DEFAULT_SUB_GROUP)
+    if stage == 1 and precision == "bf16":  # BF16_Optimizer has a float32 buffer, and the model's own remain
+        return _FLOAT_BYTES * whole, _WEIGHT_BYTES[precision] * total
+    if stage == 0:
+        own = _WEIGHT_BYTES[precision] * total
+        stepped = own + (_FLOAT_BYTES * total if precision == "bf16" else 0)
+    else:
+        own = stepped = _FLOAT_BYTES * (whole if stage == 1 else part)
+    kept = own if packs > 1 else 0  # from an earlier pack
+    return kept, stepped - kept
 
 
 def _padded(size: int, multiple: int) -> int:

@@ -1,7 +1,7 @@
 """Run by test_planner_memory.py on each rank: trains steps of some shapes, and measures what they allocate.
 
-usage: memory_worker.py OUT CASES, CASES a JSON list of lists of recipe overrides. OUT gets a JSON list with, for each case
-in bytes: `state` between steps, `stepping` when Adam steps, and `saved`, allocated by a forward pass and its loss.
+usage: memory_worker.py OUT CASES, CASES a JSON list of lists of recipe overrides. OUT gets a JSON list with, for each
+case in bytes: `state` between steps, `stepping` when Adam steps, and `saved`, allocated by a forward pass and its loss.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def measure(overrides: list[str], processes: Any) -> dict[str, Any]:
     state = new_bytes(before)
     pack = noisy[0]
 
-    def forward() -> torch.Tensor:
+    def forward() -> tuple[torch.Tensor, torch.Tensor]:
         velocity = model(pack.latents, pack.timesteps, pack.actions, pack.labels, pack.layout)
         return velocity, pack_loss(velocity, pack)
 

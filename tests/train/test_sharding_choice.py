@@ -31,7 +31,7 @@ def choose(
     monkeypatch.setattr(sharding, "free_memory", lambda _: each[0])
     recipe = load_recipe("demo_cpu", overrides)
     processes = Processes(0, len(nodes), torch.device(device))
-    return choose_sharding(recipe.train, recipe.data.lanes, int(parameters), processes, lambda: activations)
+    return choose_sharding(recipe.train, recipe.data.lanes, [int(parameters)], processes, lambda: activations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ def test_memory_is_not_estimated_where_nothing_depends_on_it(monkeypatch: pytest
     recipe = load_recipe("demo_cpu", ["train.zero_stage=3"])
     monkeypatch.setattr(sharding, "all_gather_objects", lambda *_: [("a", 1e9)] * 4)
     ranks = Processes(0, 4, torch.device("cpu"))
-    choose_sharding(recipe.train, recipe.data.lanes, 1000, ranks, lambda: pytest.fail("it is not needed"))
+    choose_sharding(recipe.train, recipe.data.lanes, [1000], ranks, lambda: pytest.fail("it is not needed"))
 
 
 def test_an_old_deepspeed_reduces_each_pack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,12 +169,33 @@ def test_an_old_deepspeed_reduces_each_pack(monkeypatch: pytest.MonkeyPatch) -> 
         choose(monkeypatch, "aabb", "train.zero_stage=3", "train.reduce_once=true")
 
 
+def state_of(precision: str, sharding: Sharding, ranks: int = 4, packs: int = 1, **given: int) -> list[float]:
+    """Bytes per parameter: resident, gradients in a forward pass, further ones when Adam steps."""
+    state = state_bytes(precision, sharding, [8000], ranks, packs=packs, **given)
+    return [value / 8000 for value in (state.resident, state.gradients, state.update)]
+
+
 def test_state_takes_what_each_stage_leaves_whole() -> None:
-    found = [state_bytes("bf16", Sharding(stage), 100, 4) / 100 for stage in (0, 1, 2, 3)]
-    assert found == [22, 10, 7, 5.5]
-    assert state_bytes("bf16", Sharding(3, hpz=2, reduce_once=True), 100, 4) / 100 == 5.5 + 1 + 6
-    assert state_bytes("bf16", Sharding(3, gathered=30), 100, 4) == 550 + 60
-    assert state_bytes("bf16", Sharding(3, offloaded=frozenset({"optimizer", "param"})), 100, 4) / 100 == 1
+    assert [state_of("bf16", Sharding(stage)) for stage in (0, 1, 2, 3)] == [
+        [2 + 4 + 8 + 4, 0, 2 + 4],
+        [2 + 4, 4, 2],
+        [2 + 4, 0, 1],
+        [0.5 + 4, 1, 1],
+    ]
+    # In float32 the masters of stage 0 are the weights; those of the other stages are copies.
+    assert [state_of("fp32", Sharding(stage), ranks=1)[0] for stage in (0, 1, 2, 3)] == [16, 20, 20, 20]
+    assert [state_of("bf16", Sharding(stage), packs=2)[1:] for stage in (0, 2)] == [[2, 4], [1, 0]]
+    assert state_of("bf16", Sharding(3, hpz=2, reduce_once=True))[:2] == [4.5 + 1, 1 + 6]
+    assert state_of("bf16", Sharding(3, offloaded=frozenset({"optimizer", "param"})))[0] == 0
+
+
+def test_state_counts_padding_and_unsharded_parameters() -> None:
+    sizes = [10, 7, 100]
+    assert state_bytes("bf16", Sharding(1), sizes, 4).ema == 4 * 120 // 4  # padded to a multiple of 8
+    state = state_bytes("bf16", Sharding(3, gathered=1000), sizes, 4, whole_below=10)
+    part, kept = 3 + 2 + 25, 12 + 8
+    assert (state.weights, state.ema, state.gathered) == (2 * (part + kept), 4 * part, 2 * 100)
+    assert state_bytes("bf16", Sharding(3, gathered=1000), sizes, 1).gathered == 0
 
 
 @pytest.mark.parametrize(
@@ -198,7 +219,8 @@ def test_the_buffers_of_gradients_take_a_gpus_memory(
     found = choose(monkeypatch, "aa", *keys, parameters=1e6, device="cuda")
     assert found.bucket_bytes == gigabytes * 1e9
     assert choose(monkeypatch, "aa", *keys, parameters=1e6).bucket_bytes == 0
-    assert state_bytes("bf16", found, 0, 2) == gigabytes * 1e9 + 2 * found.gathered
+    state = state_bytes("bf16", found, [1000], 2)
+    assert state.buckets == gigabytes * 1e9 and state.gathered == (2000 if found.gathered else 0)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -16,13 +16,7 @@ from far_scale.model import FAR, FARConfig
 from far_scale.model.attention import flex as flex_attention
 from far_scale.train.collectives import step_entries, unknown_key
 from far_scale.train.curriculum import stages
-from far_scale.train.planner.memory import (
-    Counts,
-    RankMemory,
-    activation_bytes,
-    keeps_gradients,
-    rank_memory,
-)
+from far_scale.train.planner.memory import Counts, RankMemory, activation_bytes
 from far_scale.train.planner.profile import Profile, Settings, newest_profile
 from far_scale.train.planner.shapes import StageShapes, draw_stages
 from far_scale.train.planner.time_model import Work, pack_work, predict_seconds, scaled_work, sum_work, update_work
@@ -132,12 +126,6 @@ class RunPlan:
         return max(stage.memory.peak for stage in self.stages)
 
     @property
-    def state(self) -> int:
-        """Bytes of a rank's weights, gradients, optimizer, EMA and buffers, which are exact."""
-        memory = self.stages[0].memory
-        return memory.weights + memory.optimizer + memory.ema + memory.buckets
-
-    @property
     def usable(self) -> float:
         """Bytes of a rank's device that a plan may fill; the rest is the margin."""
         return USABLE_FRACTION * self.cluster.memory
@@ -213,8 +201,7 @@ def plan_run(
     traffic = [] if unknown or ranks == 1 else step_entries(recipe, sharding, ranks, cluster.nodes)
     settings = Settings(train.precision, train.compile, kernel, sharding.stage)
     profile, profile_line = newest_profile(profiles, cluster.device, settings)
-    state = state_bytes(train.precision, sharding, sizes, ranks, train.whole_below)
-    resident = keeps_gradients(sharding.stage, train.precision, packs)
+    state = state_bytes(train.precision, sharding, sizes, ranks, train.whole_below, packs)
     update = update_work(sizes, sharding.stage, traffic, ranks)
     planned = []
     for each, activation in zip(shapes, activations, strict=True):
@@ -223,7 +210,7 @@ def plan_run(
         work = sum_work([scaled_work(drawn, packs / len(each.layouts)), update])
         bytes_read = _bytes_read(each, sources.get(each.stage.index))
         seconds = {} if profile is None else _seconds(profile, work, bytes_read / cluster.nodes)
-        planned.append(StagePlan(each, rank_memory(state, activation, resident), work, bytes_read, seconds))
+        planned.append(StagePlan(each, RankMemory.of(state, activation), work, bytes_read, seconds))
     return RunPlan(
         title=f"{recipe.name} ({recipe.hash()[:12]}), {train.steps} steps",
         cluster=cluster,

@@ -12,7 +12,7 @@ from far_scale.distributed.process_group import Processes
 from far_scale.model import FARConfig
 from far_scale.model.layout import FrameLayout
 from far_scale.train.metrics import peak_memory
-from far_scale.train.planner.memory import Counts, activation_bytes, keeps_gradients, rank_memory
+from far_scale.train.planner.memory import Counts, RankMemory, activation_bytes
 from far_scale.train.planner.profile import Profile
 from far_scale.train.planner.time_model import pack_work, predict_seconds, sum_work, update_work
 from far_scale.train.sharding import Sharding, state_bytes
@@ -74,9 +74,9 @@ class Forecast:
         train, sharding, ranks = self._train, self._sharding, self._processes.world_size
         packs = len(self._steps[0])
         largest = max((layout for layouts in self._steps for layout in layouts), key=lambda layout: layout.tokens)
-        state = state_bytes(train.precision, sharding, self._sizes, ranks, train.whole_below)
+        state = state_bytes(train.precision, sharding, self._sizes, ranks, train.whole_below, packs)
         activations = activation_bytes(self._config, train, Counts.of(largest), self._flex, packs)
-        memory = rank_memory(state, activations, keeps_gradients(sharding.stage, train.precision, packs))
+        memory = RankMemory.of(state, activations)
         measured = peak_memory(self._processes.device)
         on_gpu = self._processes.device.type == "cuda"
         text = (

@@ -14,7 +14,7 @@ layer without checkpointing keeps, in bytes:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from far_scale.config.schema import TrainSection
 from far_scale.model import FARConfig
@@ -159,10 +159,8 @@ class RankMemory:
     """Bytes of a rank at most, in parts.
 
     Attributes:
-        weights, gradients, optimizer, ema, gathered, buckets: see `StateBytes`.
+        weights, gradients, optimizer, ema, gathered, buckets, update: see `StateBytes`.
         saved, recomputed, workspace: see `ActivationBytes`.
-        peak: the largest sum at one time, less than that of all parts: the last gradients come when activations are
-            freed.
     """
 
     weights: int
@@ -171,31 +169,23 @@ class RankMemory:
     ema: int
     gathered: int
     buckets: int
+    update: int
     saved: int
     recomputed: int
     workspace: int
-    peak: int
+
+    @staticmethod
+    def of(state: StateBytes, activations: ActivationBytes) -> RankMemory:
+        """Of both."""
+        return RankMemory(**vars(state), **vars(activations))
+
+    @property
+    def peak(self) -> int:
+        """The largest sum at one time: activations are freed when Adam steps."""
+        activations = self.saved + self.recomputed + self.workspace
+        state = self.weights + self.gradients + self.optimizer + self.ema + self.gathered + self.buckets
+        return state + max(activations, self.update)
 
     def parts(self) -> dict[str, int]:
         """The parts by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "peak"}
-
-
-def rank_memory(state: StateBytes, activations: ActivationBytes, keeps_gradients: bool) -> RankMemory:
-    """A rank's parts and their peak.
-
-    Args:
-        keeps_gradients: whether gradients are allocated in a forward, see `keeps_gradients`.
-    """
-    always = state.total - state.gradients
-    in_forward = state.gradients if keeps_gradients else 0
-    peak = always + max(
-        in_forward + activations.saved + activations.workspace,
-        state.gradients + activations.recomputed + activations.workspace,
-    )
-    return RankMemory(**vars(state), **vars(activations), peak=peak)
-
-
-def keeps_gradients(stage: int, precision: str, packs: int) -> bool:
-    """Whether gradients stay allocated from step to step, or from one pack of a step to the next."""
-    return packs > 1 or stage == 3 or (stage == 1 and precision == "bf16")
+        return vars(self)

@@ -136,8 +136,8 @@ def newest_profile(folder: Path, gpu: str, settings: Settings) -> tuple[Profile 
     others = "; ".join(sorted({profile.settings.text() for profile in of_gpu.values()}))
     found = f"only with {others}" if others else "none"
     return None, (
-        f"no times are predicted: {folder}/ has no profile of {gpu} with {settings.text()} ({found}). On a machine with "
-        "such a GPU, write one with: far-scale plan RECIPE --measure, with these keys"
+        f"not predicted: {folder}/ has no profile of {gpu} with {settings.text()} ({found}); far-scale plan RECIPE "
+        "--measure with these keys, on a machine with such a GPU, writes one"
     )
 
 

@@ -139,8 +139,8 @@ def disk_lines(plan: RunPlan) -> list[str]:
 def change_lines(plan: RunPlan, change: Change | None) -> list[str]:
     """The change that makes the plan fit."""
     if change is None:
-        return ["change      none of those that were tried fits: more sharding, recomputation, smaller packs and 4 times the "
-                "nodes"]  # fmt: skip
+        tried = "more sharding, recomputation, bf16, smaller packs and up to 4 times the nodes"
+        return [f"change      none of those that were tried fits ({tried})"]
     typed = [*change.overrides, *([f"--nodes {change.nodes}"] if change.nodes != plan.cluster.nodes else [])]
     result = "" if _keeps_result(change.overrides) else "; it changes the result, so it needs a new run"
     return [
