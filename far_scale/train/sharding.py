@@ -73,7 +73,7 @@ class StateBytes:
         ema: the average.
         gathered: maximum of the weights that ZeRO-3 holds gathered.
         buckets: ZeRO's gradient buffers.
-        update: further gradients when Adam steps, when activations are freed.
+        update: further gradients when Adam steps.
     """
 
     weights: int
@@ -90,8 +90,8 @@ class StateBytes:
         return self.weights + self.optimizer + self.ema
 
     def peak(self, activations: float) -> float:
-        """Bytes at most, with those of `activations`."""
-        return self.resident + self.gradients + self.gathered + self.buckets + max(activations, self.update)
+        """Bytes at most, with those of `activations`, which are freed when Adam steps, as are gathered weights."""
+        return self.resident + self.gradients + self.buckets + max(self.gathered + activations, self.update)
 
 
 @dataclass(frozen=True)

@@ -181,9 +181,9 @@ class RankMemory:
 
     @property
     def peak(self) -> int:
-        """The largest sum at one time: activations are freed when Adam steps."""
-        activations = self.saved + self.recomputed + self.workspace
-        state = self.weights + self.gradients + self.optimizer + self.ema + self.gathered + self.buckets
+        """The largest sum at one time, see `StateBytes.peak`."""
+        activations = self.gathered + self.saved + self.recomputed + self.workspace
+        state = self.weights + self.gradients + self.optimizer + self.ema + self.buckets
         return state + max(activations, self.update)
 
     def parts(self) -> dict[str, int]:
