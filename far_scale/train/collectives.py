@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from far_scale.config.recipe import Recipe
 from far_scale.distributed.collective_costs import ModelShapes, ParallelSetup, step_collectives
 from far_scale.distributed.ledger import Entry, Ledger, table
 from far_scale.distributed.process_group import Processes
-from far_scale.model import FAR
+from far_scale.model import FAR, FARConfig
 from far_scale.train.deepspeed_adapter import communication_backend
 from far_scale.train.sharding import Sharding
 from far_scale.utils.event_log import EventLog
@@ -42,9 +43,15 @@ def expected_collectives(recipe: Recipe, sharding: Sharding, ranks: int, nodes: 
 
 def step_entries(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> list[Entry]:
     """The collectives of a step of `recipe`, which sets no `unknown_key`."""
-    with torch.device("meta"):
-        shapes = ModelShapes.from_model(FAR(recipe.far_config()))
+    shapes = model_shapes(recipe.far_config())
     return step_collectives(shapes, collective_setup(recipe, sharding, ranks, nodes))
+
+
+@functools.lru_cache(maxsize=8)
+def model_shapes(config: FARConfig) -> ModelShapes:
+    """The sizes and the module tree of a model that need not exist."""
+    with torch.device("meta"):
+        return ModelShapes.from_model(FAR(config))
 
 
 def unknown_key(recipe: Recipe) -> str | None:

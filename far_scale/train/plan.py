@@ -11,10 +11,9 @@ from far_scale.config.recipe import Recipe, check_ranks
 from far_scale.data.loader.mixture import summary
 from far_scale.data.loader.pack_loader import PackLoader
 from far_scale.distributed.process_group import Processes, all_gather_objects
-from far_scale.model import FAR
 from far_scale.model.attention import choose_kernel
 from far_scale.model.layers import HEAD_DIM
-from far_scale.train.collectives import expected_collectives
+from far_scale.train.collectives import expected_collectives, model_shapes
 from far_scale.train.curriculum import stages
 from far_scale.train.device_prefetch import Batch
 from far_scale.train.engine import build_model, check_computation, compute_dtype, start_engine
@@ -44,8 +43,7 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
     events = EventLog(Path(recipe.run_dir), False)
     data = open_data(recipe, plan, 0, processes, events, open_videos)
     packs_per_step = recipe.data.lanes // processes.world_size
-    with torch.device("meta"):
-        sizes = [parameter.numel() for parameter in FAR(config).parameters()]
+    sizes = model_shapes(config).sizes
     kernel = choose_kernel(train.attention, processes.device, compute_dtype(train), HEAD_DIM).name
     is_flex = uses_flex(train, processes.device)
     shapes = draw_stages(plan, data.shard_sets, recipe.seed)
@@ -79,8 +77,8 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
     check_state_fits(recipe.train, sizes, sharding, processes)
     if not planned.fits and processes.is_main_process:
         print_warning(
-            f"{recipe.name}: a rank needs about {planned.peak / 1e9:.1f} GB and has {cluster.memory / 1e9:.1f} GB free; "
-            "use more ranks, a higher train.zero_stage, train.activation_checkpointing=full, or a lower "
+            f"{recipe.name}: a rank needs about {planned.peak / 1e9:.1f} GB and has {cluster.memory / 1e9:.1f} GB "
+            "free; use more ranks, a higher train.zero_stage, train.activation_checkpointing=full, or a lower "
             "data.clips_per_pack or data.tokens_per_pack; far-scale plan finds the cheapest"
         )
 

@@ -123,7 +123,7 @@ CASES = {
     "held out: context, attention kept": "train.zero_stage=1 train.precision=bf16 model.context_patch=4 "
     "model.window=5 data.frames=12 data.latent_shape=[32,16,8] train.activation_checkpointing=attention-kept",
 }
-COMMON = "data.clips_per_pack=2 data.lanes=1 sample.given=1 sample.frames=1".split()
+COMMON = ["data.clips_per_pack=2", "data.lanes=1", "sample.given=1", "sample.frames=1"]
 BUCKET = 50_000
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,27 +50,28 @@ def cheapest_change(
 ) -> Change | None:
     """The change that fits at the lowest cost; None where none of those that are tried fits.
 
+    More nodes are tried only where nothing else fits.
+
     Args:
         plan: of the recipe as it is.
         train, data, curriculum: the recipe's.
         replan: makes the plan with further overrides and a number of nodes; raises UserError for impossible ones.
     """
-    found = []
-    for overrides, nodes in candidates(plan, train, data, curriculum):
-        try:
-            changed = replan(overrides, nodes)
-        except UserError:  # such as a budget of tokens that the longest clip exceeds
-            continue
-        if changed.fits:
-            found.append(Change(overrides, nodes, changed))
-    return min(found, key=lambda change: change.cost, default=None)
+    for nodes in (plan.cluster.nodes * times for times in (1, 2, 4)):
+        found = []
+        for overrides in candidates(plan, train, data, curriculum):
+            with contextlib.suppress(UserError):  # such as a budget of tokens that the longest clip exceeds
+                found.append(Change(overrides, nodes, replan(overrides, nodes)))
+        fitting = [change for change in found if change.plan.fits]
+        if fitting:
+            return min(fitting, key=lambda change: change.cost)
+    return None
 
 
 def candidates(
     plan: RunPlan, train: TrainSection, data: DataSection, curriculum: Sequence[StageSection]
-) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Overrides and numbers of nodes: what is sharded, what is recomputed, the precision, and the packs, in every
-    combination; and the same on two and four times as many nodes."""
+) -> Iterator[tuple[str, ...]]:
+    """Overrides: what is sharded, what is recomputed, the precision, and the packs, in every combination."""
     stages = [] if train.zero_stage == "auto" else [f"train.zero_stage={n}" for n in range(plan.sharding.stage + 1, 4)]
     modes = {"none": ["attention-kept", "full"], "attention-kept": ["full"], "full": []}
     kept = [mode for mode in modes[train.activation_checkpointing] if mode == "full" or not plan.flex]
@@ -80,11 +82,8 @@ def candidates(
         [(), *((("train.precision=bf16",),) if train.precision == "fp32" else ())],
         [(), *(overrides for overrides in halvings if overrides)],
     ]
-    for nodes in (plan.cluster.nodes * times for times in (1, 2, 4)):
-        for parts in itertools.product(*choices):
-            overrides = tuple(itertools.chain.from_iterable(parts))
-            if overrides or nodes > plan.cluster.nodes:
-                yield overrides, nodes
+    for parts in itertools.product(*choices):
+        yield tuple(itertools.chain.from_iterable(parts))
 
 
 def _halved(data: DataSection, curriculum: Sequence[StageSection], divisor: int) -> tuple[str, ...]:

@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from far_scale.config.recipe import Recipe
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.ledger import Entry
-from far_scale.model import FAR, FARConfig
+from far_scale.model import FARConfig
 from far_scale.model.attention import flex as flex_attention
-from far_scale.train.collectives import step_entries, unknown_key
+from far_scale.train.collectives import model_shapes, step_entries, unknown_key
 from far_scale.train.curriculum import stages
 from far_scale.train.planner.memory import Counts, RankMemory, activation_bytes
 from far_scale.train.planner.profile import Profile, Settings, newest_profile
@@ -184,8 +182,7 @@ def plan_run(
     kernel = kernel or (flex_attention.NAME if train.attention == "auto" else train.attention)
     is_flex, packs = kernel == flex_attention.NAME, recipe.data.lanes // ranks
     shapes = shapes or draw_stages(stages(recipe), sources, recipe.seed)
-    with torch.device("meta"):
-        sizes = [parameter.numel() for parameter in FAR(config).parameters()]
+    sizes = model_shapes(config).sizes
     activations = [activation_bytes(config, train, Counts.of(each.largest), is_flex, packs) for each in shapes]
     if sharding is None:
         sharding = sharding_on(

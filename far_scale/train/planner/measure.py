@@ -119,6 +119,10 @@ def measure_step(
     """
     with _step(stage, clips, optimizer, objective, train, zero_stage, processes) as (step, shapes):
         seconds = [step() for _ in range(WARMUP + TIMED)][WARMUP:]
+        del step
+    gc.collect()  # the engine is full of reference cycles
+    if processes.device.type == "cuda":
+        torch.cuda.empty_cache()
     pack = pack_work(stage.config, stage.layout(clips), train.activation_checkpointing, kernel == flex.NAME)
     ranks, number_bytes = processes.world_size, 2 if train.precision == "bf16" else 4
     nodes = len(set(all_gather_objects(host_name(), processes.host_group)))
@@ -171,10 +175,6 @@ def _step(
 
     yield step, shapes
     engine.destroy()
-    del engine, ema, model
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _synchronize(device: torch.device) -> None:
