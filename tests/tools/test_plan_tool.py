@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from far_scale.cli import plan as command
+from far_scale.train.planner.profile import read_profile
 from far_scale.utils.event_log import EventLog
+from harness.processes import run
 
 
 def far_scale_plan(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -47,12 +49,11 @@ def test_a_curriculum_on_eight_nodes(
 def test_what_does_not_fit_is_named_with_a_change(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    keys = ["train.zero_stage=1", "data.lanes=2", "data.clips_per_pack=32"]
-    where = ["--gpus-per-node", 2, "--gpu", "a100", "--profiles", tmp_path]
-    assert far_scale_plan(monkeypatch, "far_1b3_ucf101_256", *keys, *where) == 0
+    where = ["--gpus-per-node", 4, "--gpu", "a100", "--profiles", tmp_path]
+    assert far_scale_plan(monkeypatch, "far_7b_ucf101_256", "train.zero_stage=1", *where) == 0
     printed = capsys.readouterr().out
-    assert "does not fit" in printed and "memory" in printed
-    assert "change      the cheapest that fits: " in printed and "GB a rank at most" in printed
+    assert "fragmentation: does not fit" in printed and "  memory\n" in printed
+    assert "change      the cheapest that fits: train.zero_stage=" in printed and "GB a rank at most" in printed
 
 
 def test_the_interval_comes_from_the_saves_of_a_run(
@@ -64,7 +65,7 @@ def test_the_interval_comes_from_the_saves_of_a_run(
     printed = capsys.readouterr().out
     assert "training waits 8.4 s for one, which takes 21 s (median of 1 saves in" in printed
     # sqrt(2 x 8.4 s x 24 h) = 20.1 minutes
-    assert "Young 1974: 20.1" in printed and "checkpoint.every_minutes=19.9" in printed and "goodput 98" in printed
+    assert "Young 1974: 20.1" in printed and "checkpoint.every_minutes=20" in printed and "goodput 98" in printed
 
 
 @pytest.mark.parametrize(
@@ -95,3 +96,24 @@ def test_a_damaged_profile_is_named(
     (tmp_path / "bad.json").write_text("[]")
     assert far_scale_plan(monkeypatch, "far_b_ucf101_64", "--gpu", "h100", "--profiles", tmp_path) == 2
     assert f"{tmp_path / 'bad.json'}: not a profile of this version" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_machine_is_measured(tmp_path: Path) -> None:
+    keys = ["model.layers=1", "model.heads=2", "data.frames=2", "data.clips_per_pack=2", "sample.given=1"]
+    keys += ["train.deepspeed.reduce_bucket_size=1000000"]
+    done = run("tools/plan.py", "demo_cpu", *keys, "--measure", "--profiles", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = tmp_path.glob("*-cpu-fp32-zero3.json")
+    assert (
+        f"profile: {path}" in done.stdout and "the fitted times differ from the measured ones by at most" in done.stdout
+    )
+    profile = read_profile(path)
+    assert [(m.shape, m.work.layers) for m in profile.measurements] == [
+        ("1 layers of 2 heads, clips of [2, 2] frames", 1),
+        ("1 layers of 2 heads, clips of [2] frames", 1),
+        ("1 layers of 1 heads, clips of [2, 2] frames", 1),
+        ("1 layers of 1 heads, clips of [2] frames", 1),
+    ]
+    assert all(m.seconds > 0 and m.work.products > 0 for m in profile.measurements)
+    assert profile.gpu == "cpu" and min(profile.disk_write, profile.disk_read) > 0 and profile.versions["torch"]

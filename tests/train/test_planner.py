@@ -15,7 +15,7 @@ from far_scale.distributed.process_group import Processes
 from far_scale.model import FARConfig
 from far_scale.train.costs import attention_flops, forward_flops
 from far_scale.train.curriculum import stages
-from far_scale.train.planner.changes import cheapest_change
+from far_scale.train.planner.changes import Change, cheapest_change
 from far_scale.train.planner.checkpoints import SaveTime, best_interval, measured_save, save_by_disk
 from far_scale.train.planner.estimate import Cluster, RunPlan, plan_run
 from far_scale.train.planner.forecast import Forecast
@@ -161,7 +161,7 @@ def test_times_come_from_the_profile(tmp_path: Path) -> None:
     assert by_links.knows_links and stage_limit(by_links, by_links.stages[0]) == "links"
 
 
-def change_for(name: str, overrides: list[str], memory: float, folder: Path) -> tuple[RunPlan, object]:
+def change_for(name: str, overrides: list[str], memory: float, folder: Path) -> tuple[RunPlan, Change | None]:
     recipe = load_recipe(name, overrides)
 
     def replan(more: tuple[str, ...], nodes: int) -> RunPlan:
@@ -171,17 +171,17 @@ def change_for(name: str, overrides: list[str], memory: float, folder: Path) -> 
 
 
 def test_the_cheapest_change_that_fits(tmp_path: Path) -> None:
-    """Without a profile the cost is the arithmetic: smaller packs take none, recomputation a third more."""
+    """Without a profile the cost is the arithmetic: smaller packs take no more, recomputation a third."""
     keys = ["train.zero_stage=1", "data.lanes=2", "data.clips_per_pack=16"]
-    planned, change = change_for("far_xl_ucf101_256_uncond", keys, 35e9, tmp_path)
+    planned, change = change_for("far_xl_ucf101_256_uncond", keys, 30e9, tmp_path)
     assert not planned.fits and stage_limit(planned, planned.stages[0]) == "memory"
     assert change is not None and change.plan.fits
-    assert all("checkpointing" not in key for key in change.overrides)
+    assert change.overrides == ("data.lanes=4", "data.clips_per_pack=8")
     odd = ["train.zero_stage=3", "data.lanes=2", "data.clips_per_pack=25"]
     _, change = change_for("far_xl_ucf101_256_uncond", odd, 30e9, tmp_path)
     assert change is not None and change.plan.fits
     assert change.overrides == ("train.activation_checkpointing=full",) and change.nodes == 1
-    _, change = change_for("far_7b_ucf101_256", ["data.lanes=8"], 10e9, tmp_path)
+    _, change = change_for("far_b_ucf101_64", ["train.activation_checkpointing=full"], 1e9, tmp_path)
     assert change is None
 
 

@@ -38,7 +38,7 @@ class Change:
             steps = [(stage.work, stage.shapes.stage.steps) for stage in plan.stages]
             seconds = sum((work.products + work.attention) * count for work, count in steps)
         sent = sum(entry.sent for entry in plan.traffic)
-        return (round(seconds * ranks, 6), sent, len(self.overrides), self.nodes)
+        return (float(f"{seconds * ranks:.6g}"), sent, len(self.overrides), self.nodes)
 
 
 def cheapest_change(
