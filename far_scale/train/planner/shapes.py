@@ -58,11 +58,8 @@ class StageShapes:
             seed: of the recipe.
         """
         data = stage.data
-        if source is None:
-            assumed = _AssumedSet((max_frames(data.frames) - 1) * data.frame_stride + 1)
-            samples = cast("ShardSet", assumed)  # has all that drawing uses
-        else:
-            samples = source
+        assumed = _AssumedSet((max_frames(data.frames) - 1) * data.frame_stride + 1)
+        samples = cast("ShardSet", assumed) if source is None else source  # it has all that drawing uses
         lanes = stage.packing(seed).make_lanes(samples, range(min(data.lanes, _SAMPLED_PACKS)))
         rounds = -(-_SAMPLED_PACKS // len(lanes))
         packs = [next(lane) for _ in range(rounds) for lane in lanes.values()]

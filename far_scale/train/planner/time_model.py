@@ -128,4 +128,4 @@ def fit_seconds(works: Sequence[Work], seconds: Sequence[float]) -> dict[str, fl
 
 def predict_seconds(coefficients: Mapping[str, float], work: Work) -> float:
     """Seconds of a step; work of kinds that were not measured takes none."""
-    return sum(coefficients.get(name, 0.0) * value for name, value in asdict(work).items())
+    return float(sum(coefficients.get(name, 0.0) * value for name, value in asdict(work).items()))
