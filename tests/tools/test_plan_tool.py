@@ -37,7 +37,7 @@ def test_a_curriculum_on_eight_nodes(
         "sharding: ZeRO-3, hpZ 8",
         "300 frames",
         "saved activations",
-        "of 80 GB with a margin of 8 GB",
+        "of 80 GB free, with a margin of 8 GB",
         ": fits",
         "has no profile of h100",
         "forward: all-gather",

@@ -180,6 +180,7 @@ def change_for(name: str, overrides: list[str], memory: float, folder: Path) -> 
     return replan((), 1), cheapest_change(replan((), 1), recipe.train, recipe.data, recipe.curriculum, replan)
 
 
+@pytest.mark.slow
 def test_the_cheapest_change_that_fits(tmp_path: Path) -> None:
     """Without a profile the cost is the arithmetic: smaller packs take no more, recomputation a third."""
     keys = ["train.zero_stage=1", "data.lanes=2", "data.clips_per_pack=16"]

@@ -87,7 +87,7 @@ def memory_lines(plan: RunPlan) -> list[str]:
     verdict = "fits" if plan.fits else "does not fit"
     return [
         *_table(rows),
-        f"memory      {plan.peak / 1e9:.2f} GB a rank at most, of {plan.cluster.memory / 1e9:.3g} GB with a margin of "
+        f"memory      {plan.peak / 1e9:.2f} GB a rank at most, of {plan.cluster.memory / 1e9:.3g} GB free, with a margin of "
         f"{margin / 1e9:.3g} GB for buffers of libraries and fragmentation: {verdict}",
     ]
 
