@@ -83,11 +83,11 @@ def memory_lines(plan: RunPlan) -> list[str]:
         parts = stage.memory.parts()
         cells = (f"{parts[name] / 1e9:.2f}" for name in shown)
         rows.append((stage.shapes.stage.name, *cells, f"{stage.memory.peak / 1e9:.2f}"))
-    margin = plan.cluster.memory - plan.usable
+    free, margin = plan.cluster.memory, plan.cluster.memory - plan.usable
     verdict = "fits" if plan.fits else "does not fit"
     return [
         *_table(rows),
-        f"memory      {plan.peak / 1e9:.2f} GB a rank at most, of {plan.cluster.memory / 1e9:.3g} GB free, with a margin of "
+        f"memory      {plan.peak / 1e9:.2f} GB a rank at most, of {free / 1e9:.3g} GB free, with a margin of "
         f"{margin / 1e9:.3g} GB for buffers of libraries and fragmentation: {verdict}",
     ]
 
