@@ -108,6 +108,7 @@ def measure_step(
     zero_stage: int,
     kernel: str,
     processes: Processes,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Work, float]:
     """The work of a step on one pack a rank, and its median seconds.
 
@@ -116,8 +117,9 @@ def measure_step(
         clips: frames of the pack's clips.
         zero_stage: of ZeRO.
         kernel: of attention.
+        clock: in seconds.
     """
-    with _step(stage, clips, optimizer, objective, train, zero_stage, processes) as (step, shapes):
+    with _step(stage, clips, optimizer, objective, train, zero_stage, processes, clock) as (step, shapes):
         seconds = [step() for _ in range(WARMUP + TIMED)][WARMUP:]
         del step
     gc.collect()  # the engine is full of reference cycles
@@ -143,6 +145,7 @@ def _step(
     train: TrainSection,
     zero_stage: int,
     processes: Processes,
+    clock: Callable[[], float],
 ) -> Iterator[tuple[Callable[[], float], ModelShapes]]:
     """A function that trains a step on random latents and returns its seconds, and the model's sizes."""
     config, device = stage.config, processes.device
@@ -167,11 +170,11 @@ def _step(
 
     def step() -> float:
         _synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         train_step(engine, batch, stage, processes)
         ema.update(always)
         _synchronize(device)
-        return time.perf_counter() - start
+        return clock() - start
 
     yield step, shapes
     engine.destroy()
