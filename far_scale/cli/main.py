@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command] = dict(
         _tool("convert-shards", "convert a shard set between tar and MDS"),
         _tool("inspect-shards", "show, verify or fix a shard set"),
         _tool("train-autoencoder", "train an autoencoder by a recipe"),
+        _tool("plan", "plan memory, time and traffic of a training, or measure this machine"),
         _tool("submit", "submit a training to SLURM"),
         _tool("fork-run", "start a new run from a checkpoint of another"),
         _tool("export-checkpoint", "export a checkpoint as a model directory or official file"),

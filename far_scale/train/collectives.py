@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -10,10 +11,10 @@ import torch
 from far_scale.config.recipe import Recipe
 from far_scale.data.frame_counts import max_frames
 from far_scale.distributed.collective_costs import ModelShapes, ParallelSetup, step_collectives
-from far_scale.distributed.ledger import Ledger, table
+from far_scale.distributed.ledger import Entry, Ledger, table
 from far_scale.distributed.process_group import Processes
 from far_scale.distributed.sequence_parallel import exchanges
-from far_scale.model import FAR
+from far_scale.model import FAR, FARConfig
 from far_scale.model.layout import FrameLayout
 from far_scale.train.curriculum import Stage, stages
 from far_scale.train.deepspeed_adapter import communication_backend
@@ -39,16 +40,34 @@ def expected_collectives(recipe: Recipe, sharding: Sharding, ranks: int, nodes: 
     """The collectives of a step of `recipe`, as lines of text; none on one rank."""
     if ranks == 1:
         return []
-    given = {} if recipe.train.deepspeed is None else recipe.train.deepspeed.explicit_values()
-    for name, value in _ASSUMED.items():
-        if given.get(name, value) != value:
-            return [f"collectives: unknown for train.deepspeed.{name}={given[name]}"]
-    with torch.device("meta"):
-        shapes = ModelShapes.from_model(FAR(recipe.far_config()))
-    lines = table(step_collectives(shapes, collective_setup(recipe, sharding, ranks, nodes)))
+    if (key := unknown_key(recipe)) is not None:
+        return [f"collectives: unknown for {key}"]
+    lines = table(step_entries(recipe, sharding, ranks, nodes))
     if recipe.train.sequence_parallel > 1:
         lines.append("(all-to-alls as of packs of the longest clips of the last stage)")
     return lines
+
+
+def step_entries(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> list[Entry]:
+    """The collectives of a step of `recipe`, which sets no `unknown_key`."""
+    shapes = model_shapes(recipe.far_config())
+    return step_collectives(shapes, collective_setup(recipe, sharding, ranks, nodes))
+
+
+@functools.lru_cache(maxsize=8)
+def model_shapes(config: FARConfig) -> ModelShapes:
+    """The sizes and the module tree of a model that need not exist."""
+    with torch.device("meta"):
+        return ModelShapes.from_model(FAR(config))
+
+
+def unknown_key(recipe: Recipe) -> str | None:
+    """A key and value for which the collectives of a step are not known; None without any."""
+    given = {} if recipe.train.deepspeed is None else recipe.train.deepspeed.explicit_values()
+    for name, value in _ASSUMED.items():
+        if given.get(name, value) != value:
+            return f"train.deepspeed.{name}={given[name]}"
+    return None
 
 
 def collective_setup(recipe: Recipe, sharding: Sharding, ranks: int, nodes: int) -> ParallelSetup:

@@ -60,6 +60,11 @@ class NoisyPack:
     layout: FrameLayout | ShardedLayout
     loss_frames: Tensor | None = None
 
+    @property
+    def whole_layout(self) -> FrameLayout:
+        """The layout of the pack on all ranks that share it."""
+        return self.layout.whole if isinstance(self.layout, ShardedLayout) else self.layout
+
     def shard(self, rank: SequenceRank) -> NoisyPack:
         """The frames of the pack that `rank` holds."""
         assert isinstance(self.layout, FrameLayout)

@@ -20,7 +20,6 @@ from far_scale.distributed.signals import StopSignals
 from far_scale.health.preflight import check_nodes
 from far_scale.health.straggler import StragglerDetector
 from far_scale.health.watchdog import Watchdog
-from far_scale.model.sharded_layout import ShardedLayout
 from far_scale.train.checkpoint import local
 from far_scale.train.checkpoint.saver import CheckpointSaver
 from far_scale.train.checkpoint_policy import CheckpointPolicy
@@ -38,7 +37,15 @@ from far_scale.train.metrics import Monitor
 from far_scale.train.profiler import Profiler
 from far_scale.train.resume import Resume, find_identity
 from far_scale.train.run_state import run_metadata, stage_metadata
-from far_scale.train.setup import OpenVideos, load_start, open_data, open_monitor, prefetched_batches, shard_model
+from far_scale.train.setup import (
+    OpenVideos,
+    load_start,
+    open_data,
+    open_forecast,
+    open_monitor,
+    prefetched_batches,
+    shard_model,
+)
 from far_scale.train.shard_sets import DamagedSamples, log_staged_reads
 from far_scale.train.step_guard import StepGuard
 from far_scale.train.tensorboard_log import check_tensorboard
@@ -156,6 +163,7 @@ def train(
             )
             ledger = StepLedger(hosts, processes, events, monitor.print)
             groups = describe_groups(sequence.size, recipe.model.heads, hosts)
+            forecast = open_forecast(recipe, model, sharding, hosts, processes, events)
             for line in (kernel_line, *sharding.why, *groups):
                 monitor.print(line)
             validation = Validation(plan, data.held_out, engine, ema, monitor, watchdog, processes)
@@ -193,6 +201,7 @@ def train(
                         guard.end_step(done, batch.packs)
                         monitor.end_step(done, loss, rate, grad_norm(engine), guard.skipped, damaged.count)
                         watchdog.beat(done)
+                        forecast.end_step(done, [noisy.whole_layout for noisy in batch.noisy])
 
                         flags = consensus.flags()
                         if flags.damaged:
@@ -245,7 +254,7 @@ def train_step(
             backward(loss)
             losses.append(loss.detach())
             if monitor is not None:
-                layout = noisy.layout.whole if isinstance(noisy.layout, ShardedLayout) else noisy.layout
+                layout = noisy.whole_layout
                 counts = len(layout.clip_frames), layout.tokens, train_flops(stage.config, layout)
                 monitor.count(*(count / batch.ranks_per_pack for count in counts))
     return torch.stack(losses).mean()

@@ -160,7 +160,7 @@ class Monitor:
             "mfu": self._flops / seconds / self._peak_flops,
             "data_wait": self._data_wait / seconds,
             "save_wait": self._save_wait / seconds,
-            "memory_gb": _peak_memory(self._processes.device) / 1e9,
+            "memory_gb": peak_memory(self._processes.device) / 1e9,
             "seconds_per_step": seconds / self._steps,
             **({"compiled_graphs": self._graphs} if self._train.compile else {}),
         }
@@ -234,7 +234,7 @@ def _none_unless_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _peak_memory(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> float:
     """Peak memory of this process in bytes: on its GPU, or main memory without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -12,21 +12,24 @@ from far_scale.data.loader.mixture import summary
 from far_scale.data.loader.pack_loader import PackLoader
 from far_scale.distributed.process_group import Processes, all_gather_objects
 from far_scale.distributed.sequence_parallel import describe_groups, start_sequence_group
-from far_scale.model import FAR
-from far_scale.train.collectives import expected_collectives
-from far_scale.train.costs import StageCosts, activation_bytes, peak_flops
+from far_scale.model.attention import choose_kernel
+from far_scale.model.layers import HEAD_DIM
+from far_scale.train.collectives import expected_collectives, model_shapes
 from far_scale.train.curriculum import stages
 from far_scale.train.device_prefetch import Batch
 from far_scale.train.engine import build_model, check_computation, compute_dtype, start_engine
 from far_scale.train.flow_matching import add_noise
 from far_scale.train.loop import train_step
-from far_scale.train.setup import OpenVideos, load_start, open_data
-from far_scale.train.sharding import choose_sharding, free_memory, state_bytes
-from far_scale.utils.errors import UserError, print_warning
+from far_scale.train.planner.estimate import Cluster, plan_run
+from far_scale.train.planner.memory import Counts, activation_bytes
+from far_scale.train.planner.profile import FOLDER, short_name
+from far_scale.train.planner.report import disk_lines, memory_lines, stage_lines, time_lines
+from far_scale.train.planner.shapes import draw_stages
+from far_scale.train.setup import OpenVideos, check_state_fits, load_start, open_data, uses_flex
+from far_scale.train.sharding import choose_sharding, free_memory
+from far_scale.utils.errors import print_warning
 from far_scale.utils.event_log import EventLog
 from far_scale.utils.hosts import host_name
-
-_MFU = 0.4  # fraction of the device's peak, for the estimate of a step's time
 
 
 def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accept_changes: bool = False) -> None:
@@ -38,19 +41,24 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
     check_ranks(recipe, processes.world_size)
     attention = check_computation(recipe.train, processes.device)
     config, train, plan = recipe.far_config(), recipe.train, stages(recipe)
-    dtype, events = compute_dtype(train), EventLog(Path(recipe.run_dir), False)
+    events = EventLog(Path(recipe.run_dir), False)
     data = open_data(recipe, plan, 0, processes, events, open_videos)
     packs_per_step = recipe.data.lanes * train.sequence_parallel // processes.world_size
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in FAR(config).parameters())
-    costs = [StageCosts.sample(stage, data.shard_sets[stage.index], recipe.seed) for stage in plan]
-    activations = [activation_bytes(config, train, cost.largest) for cost in costs]
-    sharding = choose_sharding(train, recipe.data.lanes, parameters, processes, lambda: max(activations))
-    hosts = all_gather_objects(host_name(), processes.host_group)
+    sizes = model_shapes(config).sizes
+    kernel = choose_kernel(train.attention, processes.device, compute_dtype(train), HEAD_DIM).name
+    is_flex = uses_flex(train, processes.device)
+    shapes = draw_stages(plan, data.shard_sets, recipe.seed)
+    counts = [Counts.of(each.largest, train.sequence_parallel) for each in shapes]
+    activations = [activation_bytes(config, train, each, is_flex, packs_per_step) for each in counts]
+    sharding = choose_sharding(
+        train, recipe.data.lanes, sizes, processes, lambda: max(activation.total for activation in activations)
+    )
+    reports = all_gather_objects((host_name(), free_memory(processes)), processes.host_group)
+    hosts = [host for host, _ in reports]
     nodes = len(set(hosts))
-    state = state_bytes(train.precision, sharding, parameters, processes.world_size)
-    needs = [state + activation for activation in activations]
-    need, have = max(needs), free_memory(processes)
+    device = "cpu" if processes.device.type == "cpu" else short_name(torch.cuda.get_device_name(processes.device))
+    cluster = Cluster(nodes, processes.world_size // nodes, device, min(free for _, free in reports))
+    planned = plan_run(recipe, cluster, data.shard_sets, FOLDER, kernel, sharding, shapes)
     if processes.is_main_process:
         print(f"recipe      {recipe.name} ({recipe.hash()[:12]}), {train.steps} steps")
         print(f"ranks       {processes.world_size} x {packs_per_step} packs a step")
@@ -58,22 +66,24 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
             print(f"shard set   {line}")
         if data.held_out is not None:
             print(f"held-out    {data.held_out.clips} clips of {data.held_out.shards.folder}")
-        print(f"model       {parameters / 1e6:.1f} M parameters, ZeRO-{sharding.stage}, {train.precision}")
-        peak = processes.world_size * peak_flops(processes.device, dtype)
+        print(f"model       {sum(sizes) / 1e6:.1f} M parameters, ZeRO-{sharding.stage}, {train.precision}")
         for line in (
             attention,
             *sharding.why,
             *describe_groups(train.sequence_parallel, config.heads, hosts),
-            *stage_table(costs, needs, peak),
+            *stage_lines(planned),
+            *memory_lines(planned),
+            *time_lines(planned),
+            *disk_lines(planned),
             *expected_collectives(recipe, sharding, processes.world_size, nodes),
         ):
             print(line)
-        print(f"memory      about {need / 1e9:.2f} GB a rank at most, {have / 1e9:.2f} GB free")
-    if need > have:
-        raise UserError(
-            f"{recipe.name}: a rank needs about {need / 1e9:.1f} GB and has {have / 1e9:.1f} GB free; use more ranks, "
-            "a higher train.zero_stage, train.activation_checkpointing=full, or a lower data.clips_per_pack or "
-            "data.tokens_per_pack"
+    check_state_fits(recipe.train, sizes, sharding, processes)
+    if not planned.fits and processes.is_main_process:
+        print_warning(
+            f"{recipe.name}: a rank needs about {planned.peak / 1e9:.1f} GB and has {cluster.memory / 1e9:.1f} GB "
+            "free; use more ranks, a higher train.zero_stage, train.activation_checkpointing=full, or a lower "
+            "data.clips_per_pack or data.tokens_per_pack; far-scale plan finds the cheapest"
         )
 
     model = build_model(config, recipe.seed)
@@ -102,34 +112,3 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
             print(f"one batch   {of_stage}loss {loss:.4f}, {seconds:.2f} s (the first is the slowest)")
     if processes.is_main_process:
         print(f"dry run of {recipe.name} passed")
-
-
-def stage_table(costs: list[StageCosts], needs: list[float], peak: float) -> list[str]:
-    """The stages as a table.
-
-    Args:
-        needs: bytes that a rank needs in each stage.
-        peak: FLOP/s of all ranks together.
-    """
-    rows = [
-        ("stage", "steps", "frames", "clips a pack", "tokens a pack", "attended pairs", "TFLOP/step", "GB", "s/step")
-    ]
-    for cost, need in zip(costs, needs, strict=True):
-        frames = cost.stage.data.frames
-        rows.append(
-            (
-                cost.stage.name,
-                str(cost.stage.steps),
-                str(list(frames) if isinstance(frames, tuple) else frames),
-                cost.mean_and_max(lambda layout: len(layout.clip_frames)),
-                cost.mean_and_max(lambda layout: layout.tokens),
-                cost.mean_and_max(lambda layout: layout.attended_pairs),
-                f"{cost.step_flops / 1e12:.3g}",
-                f"{need / 1e9:.2f}",
-                f"{cost.step_flops / (peak * _MFU):.3g}",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    note = f"(mean / largest of {len(costs[0].layouts)} drawn packs; TFLOP over all ranks; GB a rank;"
-    return [*lines, f"{note} s/step at {_MFU:.0%} of {peak / 1e12:.3g} TFLOP/s, the peak of all ranks)"]

@@ -10,28 +10,37 @@ from typing import Any, NamedTuple
 import torch
 
 from far_scale.config.recipe import Recipe
-from far_scale.config.schema import ObjectiveSection
+from far_scale.config.schema import ObjectiveSection, TrainSection
 from far_scale.data.loader.mixture import Mixture, MixtureManifest
 from far_scale.data.loader.pack_loader import PackLoader
 from far_scale.data.loader.packing import PackingConfig
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import Manifest
 from far_scale.data.shards.shard_set import ShardSet
-from far_scale.distributed.process_group import Processes, set_timeouts
+from far_scale.distributed.process_group import Processes, all_gather_objects, set_timeouts
 from far_scale.distributed.sequence_parallel import SequenceGroup
 from far_scale.health.straggler import StragglerDetector
 from far_scale.model import FAR
-from far_scale.train.costs import max_activation_bytes, peak_flops
+from far_scale.model.attention import choose_kernel, flex
+from far_scale.model.layers import HEAD_DIM
+from far_scale.train.collectives import step_entries, unknown_key
+from far_scale.train.costs import peak_flops
 from far_scale.train.curriculum import Stage
+from far_scale.train.deepspeed_adapter import whole_shape
 from far_scale.train.device_prefetch import DevicePrefetch
 from far_scale.train.engine import compute_dtype, start_engine
 from far_scale.train.held_out import HeldOut, ValidationVideos, open_held_out
 from far_scale.train.metrics import Monitor
+from far_scale.train.planner.forecast import Forecast
+from far_scale.train.planner.memory import Counts, activation_bytes
+from far_scale.train.planner.profile import FOLDER, Settings, newest_profile, short_name
+from far_scale.train.planner.shapes import draw_stages
 from far_scale.train.resume_lanes import LaneStates
 from far_scale.train.shard_sets import open_sets
-from far_scale.train.sharding import Sharding, choose_sharding
+from far_scale.train.sharding import Sharding, choose_sharding, free_memory, state_bytes
 from far_scale.train.start_weights import start_from
 from far_scale.train.wandb_run import WandbRun
+from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.event_log import EventLog
 
 OpenVideos = Callable[[Recipe, ShardSet, Stage, LatentScaling, torch.dtype, Processes, EventLog], ValidationVideos]
@@ -94,18 +103,78 @@ def load_start(model: FAR, recipe: Recipe, data: RunData, accept_changes: bool) 
 def shard_model(
     model: FAR, recipe: Recipe, plan: Sequence[Stage], data: RunData, processes: Processes
 ) -> tuple[Any, Sharding]:
-    """The engine around `model`, and how it is sharded; `plan` has the remaining stages."""
-    sharding = choose_sharding(
-        recipe.train,
-        recipe.data.lanes,
-        sum(parameter.numel() for parameter in model.parameters()),
-        processes,
-        lambda: max_activation_bytes(model.config, recipe.train, recipe.seed, plan, data.shard_sets),
-    )
-    packs_per_step = recipe.data.lanes * recipe.train.sequence_parallel // processes.world_size
-    engine = start_engine(model, recipe.optimizer, recipe.train, packs_per_step, processes, sharding)
+    """The engine around `model`, and how it is sharded; `plan` has the remaining stages.
+
+    Raises:
+        UserError: a rank's state does not fit into its memory.
+    """
+    train = recipe.train
+    packs_per_step = recipe.data.lanes * train.sequence_parallel // processes.world_size
+    sizes = [parameter.numel() for parameter in model.parameters()]
+
+    def activations() -> float:
+        is_flex = uses_flex(train, processes.device)
+        shapes = draw_stages(plan, data.shard_sets, recipe.seed)
+        counts = (Counts.of(stage.largest, train.sequence_parallel) for stage in shapes)
+        return max(activation_bytes(model.config, train, each, is_flex, packs_per_step).total for each in counts)
+
+    sharding = choose_sharding(train, recipe.data.lanes, sizes, processes, activations)
+    check_state_fits(train, sizes, sharding, processes)
+    engine = start_engine(model, recipe.optimizer, train, packs_per_step, processes, sharding)
     set_timeouts(processes)  # of DeepSpeed's groups
     return engine, sharding
+
+
+def check_state_fits(train: TrainSection, sizes: Sequence[int], sharding: Sharding, processes: Processes) -> None:
+    """Check that weights, optimizer and EMA, whose bytes are exact, fit into every rank's free memory.
+
+    Args:
+        train: the recipe's section.
+        sizes: elements of each of the model's parameters.
+        sharding: of the run.
+        processes: the run's; every rank calls it.
+
+    Raises:
+        UserError: on all ranks alike: they do not.
+    """
+    state = state_bytes(train.precision, sharding, sizes, processes.world_size, train.whole_below)
+    need, have = state.resident, min(all_gather_objects(free_memory(processes), processes.host_group))
+    if need > have:
+        raise UserError(
+            f"weights, optimizer and EMA: a rank needs {need / 1e9:.1f} GB and has {have / 1e9:.1f} GB free; use more "
+            "ranks, a higher train.zero_stage, or a smaller model (far-scale plan finds what fits)"
+        )
+
+
+def uses_flex(train: TrainSection, device: torch.device) -> bool:
+    """Whether attention is FlexAttention on this device."""
+    return choose_kernel(train.attention, device, compute_dtype(train), HEAD_DIM).name == flex.NAME
+
+
+def open_forecast(
+    recipe: Recipe, model: FAR, sharding: Sharding, hosts: Sequence[str], processes: Processes, events: EventLog
+) -> Forecast:
+    """What compares the first steps of this start with what is predicted for them.
+
+    Args:
+        model: the engine's, sharded or not.
+        hosts: of all ranks, by rank.
+    """
+    train, ranks = recipe.train, processes.world_size
+    kernel = choose_kernel(train.attention, processes.device, compute_dtype(train), HEAD_DIM).name
+    device = "cpu" if processes.device.type == "cpu" else short_name(torch.cuda.get_device_name(processes.device))
+    profile = None
+    if processes.is_main_process:
+        try:
+            settings = Settings(train.precision, train.compile, kernel, sharding.stage)
+            profile, _ = newest_profile(FOLDER, device, settings)
+        except UserError as problem:  # training does not need it
+            print_warning(str(problem))
+    known = ranks > 1 and profile is not None and unknown_key(recipe) is None
+    traffic = step_entries(recipe, sharding, ranks, len(set(hosts))) if known else []
+    sizes = [whole_shape(parameter).numel() for parameter in model.parameters()]
+    is_flex = kernel == flex.NAME
+    return Forecast(model.config, train, sharding, sizes, is_flex, traffic, profile, processes, events)
 
 
 def open_monitor(

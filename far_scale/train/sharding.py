@@ -18,18 +18,23 @@ from far_scale.utils.hosts import host_name, ranks_by_host
 # Up to here a copy of the weights on every node is small beside the rest of a rank's state: the 1.3B preset has 1.37e9.
 _MAX_PARAMETERS_FOR_HPZ = 1.4e9
 
-# Bytes per parameter in training: (weights, gradients, optimizer with master weights and EMA).
-_BYTES = {"bf16": (2, 4, 16), "fp32": (4, 4, 12)}
+_WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
+_MOMENT_BYTES = 8
+"""Of Adam's two float32 moments, for each parameter."""
+_FLOAT_BYTES = 4
 # Bytes per parameter of unsharded gradients during a step: in bf16 the model's, and their float32 sum over the packs.
 _WHOLE_GRADIENTS = {"bf16": 6, "fp32": 4}
 
 _DEFAULT_MAX_GATHERED = 10**9
 """DeepSpeed's default of stage3_max_live_parameters and stage3_max_reuse_distance."""
 
+_DEFAULT_SUB_GROUP = 10**9
+"""DeepSpeed's default of sub_group_size."""
+
 _DEFAULT_REDUCE_BUCKET = 5 * 10**8
 """DeepSpeed's default of reduce_bucket_size."""
 
-_USABLE_FRACTION = 0.9
+USABLE_FRACTION = 0.9
 """Fraction of the free memory that an estimate may fill: the rest is for buffers and fragmentation."""
 
 
@@ -58,13 +63,45 @@ class Sharding:
 
 
 @dataclass(frozen=True)
+class StateBytes:
+    """Bytes of a rank's state on its device, without what is offloaded.
+
+    Attributes:
+        weights: in the model's precision, with hpZ's copy.
+        gradients: that are allocated in a forward pass, as in every step or from an earlier pack of the step.
+        optimizer: float32 master weights and Adam's moments.
+        ema: the average.
+        gathered: maximum of the weights that ZeRO-3 holds gathered.
+        buckets: ZeRO's gradient buffers.
+        update: further gradients when Adam steps.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    gathered: int
+    buckets: int
+    update: int
+
+    @property
+    def resident(self) -> int:
+        """Bytes that are allocated from step to step, whatever the packs."""
+        return self.weights + self.optimizer + self.ema
+
+    def peak(self, activations: float) -> float:
+        """Bytes at most, with those of `activations`, which are freed when Adam steps, as are gathered weights."""
+        return self.resident + self.gradients + self.buckets + max(self.gathered + activations, self.update)
+
+
+@dataclass(frozen=True)
 class _Inputs:
     """What the decisions depend on; the same on all ranks.
 
     Attributes:
         train: the recipe's section.
         lanes: of the recipe.
-        parameters: number of the model's parameters.
+        sizes: elements of each of the model's parameters.
         hosts: of all ranks, by rank.
         on_gpus: whether the ranks have GPUs.
         free: the minimum over the ranks of the free bytes on the device.
@@ -73,7 +110,7 @@ class _Inputs:
 
     train: TrainSection
     lanes: int
-    parameters: int
+    sizes: Sequence[int]
     hosts: Sequence[str]
     on_gpus: bool
     free: float
@@ -86,7 +123,7 @@ class _Inputs:
         offloaded = frozenset(name for name, value in offload.items() if value is not None and stage == 3)
         # DeepSpeed keeps weights gathered that backward reuses within this distance, so small models stay whole.
         limits = (section.stage3_max_live_parameters, section.stage3_max_reuse_distance)
-        gathered = min(self.parameters, *(_DEFAULT_MAX_GATHERED if limit is None else limit for limit in limits))
+        gathered = min(sum(self.sizes), *(_DEFAULT_MAX_GATHERED if limit is None else limit for limit in limits))
         # In main memory only the pages that are written to count: for a small model a fraction of the buffer.
         bucket_bytes = self.bucket_bytes(stage) if self.on_gpus else 0
         return Sharding(stage, hpz, offloaded, reduce_once, gathered if stage == 3 else 0, bucket_bytes)
@@ -99,68 +136,134 @@ class _Inputs:
         reduce_dtype = precision if stage < 3 else section.communication_data_type or precision
         buffers = 2 if stage < 3 and section.overlap_comm is not False else 1
         elements = _DEFAULT_REDUCE_BUCKET if section.reduce_bucket_size is None else section.reduce_bucket_size
-        return buffers * elements * _BYTES[reduce_dtype][0]
+        return buffers * elements * _WEIGHT_BYTES[reduce_dtype]
 
     def needed_bytes(self, sharding: Sharding) -> float:
         """Bytes that a rank needs on its device."""
-        state = state_bytes(self.train.precision, sharding, self.parameters, len(self.hosts))
-        return state + self.activations()
+        train, ranks = self.train, len(self.hosts)
+        packs = self.lanes // ranks
+        state = state_bytes(train.precision, sharding, self.sizes, ranks, train.whole_below, packs)
+        return state.peak(self.activations())
 
     def fits(self, sharding: Sharding) -> bool:
-        return self.needed_bytes(sharding) <= _USABLE_FRACTION * self.free
+        return self.needed_bytes(sharding) <= USABLE_FRACTION * self.free
 
 
 def choose_sharding(
-    train: TrainSection, lanes: int, parameters: int, processes: Processes, activations: Callable[[], float]
+    train: TrainSection, lanes: int, sizes: Sequence[int], processes: Processes, activations: Callable[[], float]
 ) -> Sharding:
     """Decide how a run is sharded; all ranks call it and decide the same.
 
     Args:
         train: the recipe's section.
         lanes: of the recipe.
-        parameters: number of the model's parameters.
+        sizes: elements of each of the model's parameters.
+        processes: the run's.
         activations: returns the bytes that a rank needs beside weights, gradients and optimizer, the same on all ranks;
             only called where a decision depends on memory.
 
     Raises:
         UserError: a key of the train section does not fit the ranks, the device or the installed DeepSpeed.
     """
-    section = train.deepspeed or DeepSpeedSection()
-    _check_installation(train, section, processes)
+    on_gpus = processes.device.type == "cuda"
+    _check_installation(train, on_gpus)
     reports = all_gather_objects((host_name(), free_memory(processes)), processes.host_group)
     hosts, free = [host for host, _ in reports], min(bytes_free for _, bytes_free in reports)
-    inputs = _Inputs(train, lanes, parameters, hosts, processes.device.type == "cuda", free, activations)
+    return sharding_on(train, lanes, sizes, hosts, free, on_gpus, activations)
+
+
+def sharding_on(
+    train: TrainSection,
+    lanes: int,
+    sizes: Sequence[int],
+    hosts: Sequence[str],
+    free: float,
+    on_gpus: bool,
+    activations: Callable[[], float],
+) -> Sharding:
+    """`choose_sharding` for ranks that need not exist.
+
+    Args:
+        hosts: of all ranks, by rank.
+        free: the minimum over the ranks of the free bytes on the device.
+        on_gpus: whether the ranks have GPUs.
+    """
+    section = train.deepspeed or DeepSpeedSection()
+    inputs = _Inputs(train, lanes, sizes, hosts, on_gpus, free, activations)
     stage, why_stage = _choose_stage(inputs)
     if section.reduce_bucket_size is not None and (needed := inputs.bucket_bytes(stage)) > free:
         raise UserError(
             f"train.deepspeed.reduce_bucket_size: {section.reduce_bucket_size:.3g} numbers take {needed / 1e9:.3g} GB "
             f"on each rank, and {free / 1e9:.3g} GB are free; lower it"
         )
-    hpz, why_hpz = _choose_hpz(section, stage, parameters, hosts)
+    hpz, why_hpz = _choose_hpz(section, stage, sum(sizes), hosts)
     reduce_once, why_reduction = _choose_reduction(inputs, stage, hpz)
     chosen = inputs.sharding(stage, hpz, reduce_once)
     offloaded = "".join(f", {name} in main memory" for name in sorted(chosen.offloaded))
     return dataclasses.replace(chosen, why=(f"sharding: ZeRO-{stage}{why_stage}{why_hpz}{offloaded}", *why_reduction))
 
 
-def state_bytes(precision: str, sharding: Sharding, parameters: int, ranks: int) -> float:
-    """Bytes of one rank's weights, gradients, master weights, Adam's moments, EMA and buffers, without offloaded ones.
+def state_bytes(
+    precision: str, sharding: Sharding, sizes: Sequence[int], ranks: int, whole_below: int = 0, packs: int = 1
+) -> StateBytes:
+    """What a rank's state takes, as DeepSpeed allocates and pads it.
+
+    Stages 1 and 2 cut the concatenated parameters, padded to a multiple of 2 x `ranks`, into equal parts; stage 3 cuts
+    each parameter. From stage 1 on the masters are a copy, also in float32.
 
     Args:
         precision: as in train.precision.
+        sizes: elements of each of the model's parameters.
+        ranks: number of ranks.
+        whole_below: as in train.whole_below.
+        packs: of a rank in a step.
     """
-    weights, gradients, optimizer = _BYTES[precision]
-    stage = sharding.stage
-    parts = [
-        0 if "param" in sharding.offloaded else weights / (ranks if stage == 3 else 1),
-        gradients / (ranks if stage >= 2 else 1),
-        0 if "optimizer" in sharding.offloaded else optimizer / (ranks if stage >= 1 else 1),
-    ]
+    weight_bytes, stage = _WEIGHT_BYTES[precision], sharding.stage
+    total = sum(sizes)
+    whole = total if stage == 0 else _padded(total, 2 * ranks)  # as stages 1 and 2 hold the weights
+    part = {0: total, 3: sum(_padded(size, ranks) // ranks for size in sizes)}.get(stage, whole // ranks)
+    weights = weight_bytes * (part if stage == 3 else whole)
+    gathered = 0
+    if stage == 3 and ranks > 1:  # a single rank's gathered weights are its own
+        kept = sum(_padded(size, ranks) for size in sizes if size <= whole_below)
+        weights += weight_bytes * kept
+        gathered = weight_bytes * min(sharding.gathered, sum(_padded(size, ranks) for size in sizes) - kept)
+    if "param" in sharding.offloaded:
+        weights -= weight_bytes * part
     if sharding.hpz > 1:
-        parts.append(weights / sharding.hpz)
+        weights += weight_bytes * total // sharding.hpz
+    gradients, update = _gradient_bytes(precision, stage, total, whole, part, packs)
     if sharding.reduce_once:
-        parts.append(_WHOLE_GRADIENTS[precision])
-    return parameters * sum(parts) + weights * sharding.gathered + sharding.bucket_bytes
+        gradients += _WHOLE_GRADIENTS[precision] * total
+    masters = 0 if stage == 0 and precision == "fp32" else _FLOAT_BYTES
+    optimizer, ema = (masters + _MOMENT_BYTES) * part, _FLOAT_BYTES * part
+    if "optimizer" in sharding.offloaded:
+        optimizer, ema = 0, 0
+    return StateBytes(weights, gradients, optimizer, ema, gathered, sharding.bucket_bytes, update)
+
+
+def _gradient_bytes(precision: str, stage: int, total: int, whole: int, part: int, packs: int) -> tuple[int, int]:
+    """Bytes of gradients in a forward pass, and further ones when Adam steps, of DeepSpeed's optimizer wrappers.
+
+    Args:
+        total: parameters.
+        whole, part: the same, padded, and of a rank.
+    """
+    if stage == 3:  # summed in one buffer, and copied for Adam in groups
+        return _FLOAT_BYTES * part, _FLOAT_BYTES * min(part, _DEFAULT_SUB_GROUP)
+    if stage == 1 and precision == "bf16":  # BF16_Optimizer has a float32 buffer, and the model's own remain
+        return _FLOAT_BYTES * whole, _WEIGHT_BYTES[precision] * total
+    if stage == 0:
+        own = _WEIGHT_BYTES[precision] * total
+        stepped = own + (_FLOAT_BYTES * total if precision == "bf16" else 0)
+    else:
+        own = stepped = _FLOAT_BYTES * (whole if stage == 1 else part)
+    kept = own if packs > 1 else 0  # from an earlier pack
+    return kept, stepped - kept
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def free_memory(processes: Processes) -> float:
@@ -171,9 +274,10 @@ def free_memory(processes: Processes) -> float:
     return int(meminfo["MemAvailable"].split()[0]) * 1024 / processes.world_size
 
 
-def _check_installation(train: TrainSection, section: DeepSpeedSection, processes: Processes) -> None:
+def _check_installation(train: TrainSection, on_gpus: bool) -> None:
+    section = train.deepspeed or DeepSpeedSection()
     quantised = [name for name in ("zero_quantized_weights", "zero_quantized_gradients") if getattr(section, name)]
-    if quantised and processes.device.type != "cuda":
+    if quantised and not on_gpus:
         raise UserError(f"train.deepspeed.{quantised[0]}: DeepSpeed quantises on GPUs only; leave it out here")
     if train.reduce_once is True and not can_reduce_once():
         raise UserError("train.reduce_once: DeepSpeed 0.19.0 cannot; install a newer one, or set it to auto or false")

@@ -81,7 +81,7 @@ def test_dry_run_checks_and_writes_nothing(recorded_shards: Path, tmp_path: Path
 def test_dry_run_refuses_what_does_not_fit_into_memory(recorded_shards: Path, tmp_path: Path) -> None:
     huge = ["model.layers=2000", "model.heads=64"]
     finished = train_alone(*small_recipe(recorded_shards, tmp_path / "run", *huge), "--dry-run")
-    assert re.search(r"needs about [\d.]+ GB and has [\d.]+ GB free; use more ranks", the_error(finished))
+    assert re.search(r"a rank needs [\d.]+ GB and has [\d.]+ GB free; use more ranks", the_error(finished))
 
 
 def test_ranks_that_do_not_divide_the_lanes(recorded_shards: Path, tmp_path: Path) -> None:

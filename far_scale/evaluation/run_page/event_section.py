@@ -10,7 +10,7 @@ from far_scale.evaluation.run_page.charts import Bar, Row, time_line
 from far_scale.evaluation.run_page.history import Event, Session
 from far_scale.evaluation.run_page.markup import Markup, join, table, tag
 
-_GOOD = ("began", "resumed", "saved", "finished", "nodes", "started-from", "staged", "collectives")
+_GOOD = ("began", "resumed", "saved", "finished", "nodes", "started-from", "staged", "collectives", "forecast")
 _BAD = ("damaged", "damaged-shard", "rolled-back", "save-failed", "watchdog", "no-progress", "validation-failed")
 _SESSION_KINDS = {"running": "run", "done": "good", "stopped": "warn", "died": "bad"}
 _MAX_KINDS = 24
