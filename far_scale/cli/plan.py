@@ -10,7 +10,7 @@ import argparse
 import functools
 from pathlib import Path
 
-from far_scale.config.recipe import Recipe, check_ranks, load_recipe
+from far_scale.config.recipe import check_ranks, load_recipe
 from far_scale.train.planner.changes import cheapest_change
 from far_scale.train.planner.checkpoints import best_interval, measured_save, save_by_disk
 from far_scale.train.planner.estimate import GPU_BYTES, Cluster, RunPlan, plan_run
@@ -54,7 +54,8 @@ def _plan(args: argparse.Namespace) -> None:
 
     overrides, ranks = list(args.overrides), args.nodes * args.gpus_per_node
     recipe = load_recipe(args.recipe, overrides)
-    if (changes := _changes_to_start(recipe, ranks)) is not None:
+    shared_by, heads = recipe.train.sequence_parallel, recipe.model.heads
+    if (changes := _changes_to_start(recipe.data.lanes, shared_by, heads, ranks)) is not None:
         key, text = changes
         print(f"it does not start like this: {text}")
         overrides.append(key)
@@ -84,12 +85,11 @@ def _plan(args: argparse.Namespace) -> None:
         print(line)
 
 
-def _changes_to_start(recipe: Recipe, ranks: int) -> tuple[str, str] | None:
-    """Where so many ranks cannot share the recipe's lanes: the override that the plan is made with, and why."""
-    lanes, size = recipe.data.lanes, recipe.train.sequence_parallel
+def _changes_to_start(lanes: int, size: int, heads: int, ranks: int) -> tuple[str, str] | None:
+    """Where so many ranks in groups of `size` cannot share the lanes: the override to plan with, and why."""
     if not ranks % size and not lanes % (ranks // size):
         return None
-    sizes = [n for n in range(size, min(ranks, recipe.model.heads) + 1) if not ranks % n and not lanes % (ranks // n)]
+    sizes = [n for n in range(size, min(ranks, heads) + 1) if not ranks % n and not lanes % (ranks // n)]
     if sizes:
         key = f"train.sequence_parallel={sizes[0]}"
         shared = f"data.lanes is {lanes}, which {ranks} ranks cannot share one by one"

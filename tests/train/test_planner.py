@@ -182,7 +182,7 @@ def change_for(name: str, overrides: list[str], memory: float, folder: Path) -> 
 
 @pytest.mark.slow
 def test_the_cheapest_change_that_fits(tmp_path: Path) -> None:
-    """Without a profile the cost is the arithmetic: smaller packs take no more, recomputation a third."""
+    """Without a profile the cost is the arithmetic: smaller or shared packs take no more, recomputation a third."""
     keys = ["train.zero_stage=1", "data.lanes=2", "data.clips_per_pack=16"]
     planned, change = change_for("far_xl_ucf101_256_uncond", keys, 30e9, tmp_path)
     assert not planned.fits and stage_limit(planned, planned.stages[0]) == "memory"
@@ -190,6 +190,10 @@ def test_the_cheapest_change_that_fits(tmp_path: Path) -> None:
     assert change.overrides == ("data.lanes=4", "data.clips_per_pack=8")
     odd = ["train.zero_stage=3", "data.lanes=2", "data.clips_per_pack=25"]
     _, change = change_for("far_xl_ucf101_256_uncond", odd, 30e9, tmp_path)
+    assert change is not None and change.plan.fits
+    assert change.overrides == ("train.sequence_parallel=2",) and change.nodes == 1
+    shared = [*odd[:2], "data.clips_per_pack=51", "train.sequence_parallel=2"]  # four ranks would cross nodes of two
+    _, change = change_for("far_xl_ucf101_256_uncond", shared, 30e9, tmp_path)
     assert change is not None and change.plan.fits
     assert change.overrides == ("train.activation_checkpointing=full",) and change.nodes == 1
     _, change = change_for("far_b_ucf101_64", ["train.activation_checkpointing=full"], 1e9, tmp_path)
