@@ -25,7 +25,7 @@ from far_scale.train.planner.memory import Counts, activation_bytes
 from far_scale.train.planner.profile import FOLDER, short_name
 from far_scale.train.planner.report import disk_lines, memory_lines, stage_lines, time_lines
 from far_scale.train.planner.shapes import draw_stages
-from far_scale.train.setup import OpenVideos, check_state_fits, load_start, open_data, uses_flex
+from far_scale.train.setup import OpenVideos, check_memory, load_start, open_data, uses_flex
 from far_scale.train.sharding import choose_sharding, free_memory
 from far_scale.utils.errors import print_warning
 from far_scale.utils.event_log import EventLog
@@ -50,9 +50,8 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
     shapes = draw_stages(plan, data.shard_sets, recipe.seed)
     counts = [Counts.of(each.largest, train.sequence_parallel) for each in shapes]
     activations = [activation_bytes(config, train, each, is_flex, packs_per_step) for each in counts]
-    sharding = choose_sharding(
-        train, recipe.data.lanes, sizes, processes, lambda: max(activation.total for activation in activations)
-    )
+    most = max(activation.total for activation in activations)
+    sharding = choose_sharding(train, recipe.data.lanes, sizes, processes, lambda: most)
     reports = all_gather_objects((host_name(), free_memory(processes)), processes.host_group)
     hosts = [host for host, _ in reports]
     nodes = len(set(hosts))
@@ -78,13 +77,7 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
             *expected_collectives(recipe, sharding, processes.world_size, nodes),
         ):
             print(line)
-    check_state_fits(recipe.train, sizes, sharding, processes)
-    if not planned.fits and processes.is_main_process:
-        print_warning(
-            f"{recipe.name}: a rank needs about {planned.peak / 1e9:.1f} GB and has {cluster.memory / 1e9:.1f} GB "
-            "free; use more ranks, a higher train.zero_stage, train.activation_checkpointing=full, or a lower "
-            "data.clips_per_pack or data.tokens_per_pack; far-scale plan finds the cheapest"
-        )
+    check_memory(train, sizes, sharding, processes, most, packs_per_step)
 
     model = build_model(config, recipe.seed)
     if train.start_from is not None:

@@ -37,7 +37,7 @@ from far_scale.train.planner.profile import FOLDER, Settings, newest_profile, sh
 from far_scale.train.planner.shapes import draw_stages
 from far_scale.train.resume_lanes import LaneStates
 from far_scale.train.shard_sets import open_sets
-from far_scale.train.sharding import Sharding, choose_sharding, free_memory, state_bytes
+from far_scale.train.sharding import USABLE_FRACTION, Sharding, choose_sharding, free_memory, state_bytes
 from far_scale.train.start_weights import start_from
 from far_scale.train.wandb_run import WandbRun
 from far_scale.utils.errors import UserError, print_warning
@@ -108,41 +108,54 @@ def shard_model(
     Raises:
         UserError: a rank's state does not fit into its memory.
     """
-    train = recipe.train
+    train, device = recipe.train, processes.device
     packs_per_step = recipe.data.lanes * train.sequence_parallel // processes.world_size
     sizes = [parameter.numel() for parameter in model.parameters()]
 
-    def activations() -> float:
-        is_flex = uses_flex(train, processes.device)
-        shapes = draw_stages(plan, data.shard_sets, recipe.seed)
-        counts = (Counts.of(stage.largest, train.sequence_parallel) for stage in shapes)
-        return max(activation_bytes(model.config, train, each, is_flex, packs_per_step).total for each in counts)
-
-    sharding = choose_sharding(train, recipe.data.lanes, sizes, processes, activations)
-    check_state_fits(train, sizes, sharding, processes)
+    shapes = draw_stages(plan, data.shard_sets, recipe.seed)
+    counts, is_flex = [Counts.of(stage.largest, train.sequence_parallel) for stage in shapes], uses_flex(train, device)
+    most = max(activation_bytes(model.config, train, each, is_flex, packs_per_step).total for each in counts)
+    sharding = choose_sharding(train, recipe.data.lanes, sizes, processes, lambda: most)
+    check_memory(train, sizes, sharding, processes, most, packs_per_step)
     engine = start_engine(model, recipe.optimizer, train, packs_per_step, processes, sharding)
     set_timeouts(processes)  # of DeepSpeed's groups
     return engine, sharding
 
 
-def check_state_fits(train: TrainSection, sizes: Sequence[int], sharding: Sharding, processes: Processes) -> None:
-    """Check that weights, optimizer and EMA, whose bytes are exact, fit into every rank's free memory.
+def check_memory(
+    train: TrainSection,
+    sizes: Sequence[int],
+    sharding: Sharding,
+    processes: Processes,
+    activations: float,
+    packs_per_step: int,
+) -> None:
+    """Check that every rank has the memory, and warn where it has it for the state, but probably not for all else.
 
     Args:
         train: the recipe's section.
         sizes: elements of each of the model's parameters.
         sharding: of the run.
         processes: the run's; every rank calls it.
+        activations: bytes of the largest pack, as an estimate.
+        packs_per_step: packs of each rank.
 
     Raises:
-        UserError: on all ranks alike: they do not.
+        UserError: on all ranks alike: weights, optimizer and EMA, whose bytes are exact, do not fit.
     """
-    state = state_bytes(train.precision, sharding, sizes, processes.world_size, train.whole_below)
+    state = state_bytes(train.precision, sharding, sizes, processes.world_size, train.whole_below, packs_per_step)
     need, have = state.resident, min(all_gather_objects(free_memory(processes), processes.host_group))
     if need > have:
         raise UserError(
             f"weights, optimizer and EMA: a rank needs {need / 1e9:.1f} GB and has {have / 1e9:.1f} GB free; use more "
             "ranks, a higher train.zero_stage, or a smaller model (far-scale plan finds what fits)"
+        )
+    estimate = state.peak(activations)
+    if estimate > USABLE_FRACTION * have and processes.is_main_process:
+        print_warning(
+            f"a rank needs about {estimate / 1e9:.1f} GB and has {have / 1e9:.1f} GB free; it may run out of memory: "
+            "use more ranks, a higher train.zero_stage, train.activation_checkpointing=full, or a lower "
+            "data.clips_per_pack or data.tokens_per_pack (far-scale plan finds the cheapest)"
         )
 
 

@@ -7,6 +7,8 @@ import functools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch
 from far_scale.config.recipe import check_ranks, load_recipe
 from far_scale.distributed.process_group import Processes
 from far_scale.model import FARConfig
+from far_scale.train import setup
 from far_scale.train.costs import attention_flops, forward_flops
 from far_scale.train.curriculum import stages
 from far_scale.train.planner.changes import Change, cheapest_change
@@ -28,6 +31,7 @@ from far_scale.train.planner.time_model import Work, fit_seconds, pack_work, pre
 from far_scale.train.sharding import Sharding
 from far_scale.utils.errors import UserError
 from far_scale.utils.event_log import EventLog, read_events
+from harness.refusal import refused
 
 SETTINGS = Settings("bf16", True, "flex", 3)
 SECONDS = {"products": 2e-15, "attention": 4e-15, "layers": 1e-4, "state": 1e-11, "step": 0.01}
@@ -254,3 +258,26 @@ def test_a_start_compares_its_first_steps_with_the_prediction(tmp_path: Path) ->
     assert event["memory"]["ema"] == 4000 and event["memory"]["peak"] > event["memory"]["saved"] > 0
     other = Forecast(config, recipe.train, Sharding(3), [1000], False, [], None, Processes(1, 2, alone.device), None)
     other.end_step(1, [layout])  # not the main process
+
+
+def test_memory_is_refused_by_exact_bytes_and_warned_of_by_the_estimate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, sizes, free = load_recipe("demo_cpu", ["train.zero_stage=0"]).train, [1_000_000], [0.0]
+    monkeypatch.setattr(setup, "all_gather_objects", lambda value, group: [value, 1e12])
+    monkeypatch.setattr(setup, "free_memory", lambda processes: free[0])
+    processes = cast("Processes", SimpleNamespace(world_size=2, host_group=None, is_main_process=True))
+
+    def check(activations: float) -> None:
+        setup.check_memory(train, sizes, Sharding(0), processes, activations, packs_per_step=1)
+
+    free[0] = 19e6  # weights, two moments and EMA are 16 MB, the gradients at Adam's step 4 MB
+    check(0)
+    assert "warning: a rank needs about 0.0 GB" in capsys.readouterr().err
+    free[0] = 40e6
+    check(10e6)
+    assert capsys.readouterr().err == ""
+    check(21e6)
+    assert "it may run out of memory" in capsys.readouterr().err
+    free[0] = 15e6
+    refused(lambda: check(0), "weights, optimizer and EMA: a rank needs 0.0 GB", "far-scale plan")
