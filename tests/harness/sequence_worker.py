@@ -33,6 +33,7 @@ from far_scale.model.sharded_layout import SequenceRank, ShardedLayout
 from far_scale.train import loop
 from far_scale.train.deepspeed_adapter import start_deepspeed_processes
 from far_scale.train.plan import dry_run
+from far_scale.train.planner.memory import Counts, activation_bytes
 from far_scale.utils.errors import UserError
 from harness.launch import small_recipe
 
@@ -146,6 +147,16 @@ def saved_fraction(config: FARConfig, clip_frames: tuple[int, ...], checkpointin
     return saved_bytes(model, **own_inputs(inputs, sharded), layout=sharded) / alone
 
 
+def predicted_fraction(config: FARConfig, clip_frames: tuple[int, ...], checkpointing: str, ranks: int) -> float:
+    """`saved_fraction` as the planner works it out."""
+    train = load_recipe("demo_cpu", [f"train.activation_checkpointing={checkpointing}"]).train
+    layout = config.layout(clip_frames, (SIDE, SIDE))
+    shared, alone = (
+        activation_bytes(config, train, Counts.of(layout, number), flex=False, packs=1).saved for number in (ranks, 1)
+    )
+    return shared / alone
+
+
 def count_exchanges(config: FARConfig, checkpointing: str, shard: SequenceRank) -> int:
     """All-to-alls of a pack's forward and backward."""
     model, inputs = random_model(config, torch.float32), random_inputs(config, (7, 2, 5), torch.float32)
@@ -197,6 +208,7 @@ def check_model(cases: str, processes: Processes, out: Path) -> None:
     saved = torch.tensor([saved_fraction(config, (11, 8, 5), mode, shard) for mode in modes])
     dist.all_reduce(saved, dist.ReduceOp.MAX)
     values["saved"] = dict(zip(modes, saved.tolist(), strict=True))
+    values["predicted"] = {mode: predicted_fraction(config, (11, 8, 5), mode, shard.size) for mode in modes}
     values["exchanges"] = {mode: count_exchanges(config, mode, shard) for mode in modes}
     values["flops"] = count_flops(config, shard)
     values["refuses"] = refuses_other_packs(group, processes.rank)

@@ -32,6 +32,7 @@ def test_a_curriculum_on_eight_nodes(
     for said in (
         "it does not start like this: data.lanes is 8, which 64 ranks cannot share one by one",
         "The plan is for train.sequence_parallel=8: groups of 8 ranks share each pack, with the same result",
+        "sequence parallelism: 8 groups of 8 ranks",
         "forward: all-to-all",
         "FAR-XL-Long",
         "the shard set is not here",

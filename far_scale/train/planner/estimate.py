@@ -10,6 +10,7 @@ from far_scale.config.recipe import Recipe
 from far_scale.data.loader.mixture import Mixture
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.ledger import Entry
+from far_scale.distributed.sequence_parallel import describe_groups
 from far_scale.model import FARConfig
 from far_scale.model.attention import flex as flex_attention
 from far_scale.train.collectives import model_shapes, step_entries, unknown_key
@@ -95,6 +96,7 @@ class RunPlan:
         precision: as in train.precision.
         flex: whether attention is FlexAttention.
         sharding: how weights, gradients and optimizer are sharded.
+        groups: lines on the ranks that share packs; none where each has its own.
         stages: in order.
         traffic: the collectives of a step, of a rank.
         unknown_traffic: the key for which they are not known; None otherwise.
@@ -111,6 +113,7 @@ class RunPlan:
     precision: str
     flex: bool
     sharding: Sharding
+    groups: Sequence[str]
     stages: Sequence[StagePlan]
     traffic: Sequence[Entry]
     unknown_traffic: str | None
@@ -219,6 +222,7 @@ def plan_run(
         precision=train.precision,
         flex=is_flex,
         sharding=sharding,
+        groups=describe_groups(shared_by, config.heads, cluster.hosts),
         stages=planned,
         traffic=traffic,
         unknown_traffic=unknown,

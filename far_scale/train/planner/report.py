@@ -23,6 +23,7 @@ def plan_lines(plan: RunPlan) -> list[str]:
         f"ranks       {cluster.ranks} ({where}, {cluster.memory / 1e9:.3g} GB each) x {plan.packs} packs a step",
         f"model       {describe(plan.config)}: {plan.parameters / 1e6:.1f} M parameters, {plan.precision}",
         *plan.sharding.why,
+        *plan.groups,
         *assumption_lines(plan),
         *stage_lines(plan),
         *memory_lines(plan),
@@ -139,7 +140,7 @@ def disk_lines(plan: RunPlan) -> list[str]:
 def change_lines(plan: RunPlan, change: Change | None) -> list[str]:
     """The change that makes the plan fit."""
     if change is None:
-        tried = "more sharding, recomputation, bf16, smaller packs and up to 4 times the nodes"
+        tried = "more sharding, recomputation, bf16, shared packs, smaller packs and up to 4 times the nodes"
         return [f"change      none of those that were tried fits ({tried})"]
     typed = [*change.overrides, *([f"--nodes {change.nodes}"] if change.nodes != plan.cluster.nodes else [])]
     result = "" if _keeps_result(change.overrides) else "; it changes the result, so it needs a new run"
@@ -175,7 +176,7 @@ def stage_limit(plan: RunPlan, stage: StagePlan) -> str:
 
 
 def _keeps_result(overrides: Sequence[str]) -> bool:
-    same = ("train.zero_stage", "train.activation_checkpointing")
+    same = ("train.zero_stage", "train.activation_checkpointing", "train.sequence_parallel")
     return all(override.startswith(same) for override in overrides)
 
 
