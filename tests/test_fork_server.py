@@ -26,7 +26,10 @@ def forked(*arguments: object, output: Path | None = None) -> Process:
 
 def is_running(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
-    return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # it has ended, perhaps between opening and reading
+        return False
 
 
 def test_it_survives_clients_that_go_at_any_moment() -> None:

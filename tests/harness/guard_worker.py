@@ -92,8 +92,8 @@ class Run:
         self.recipe, self.processes, self.steps = load_recipe(spec, others), processes, 0
         (self.stage,) = stages(self.recipe)
         model = engine.build_model(self.recipe.far_config(), self.recipe.seed)
-        recipe, parameters = self.recipe, sum(p.numel() for p in model.parameters())
-        self.sharding = choose_sharding(recipe.train, recipe.data.lanes, parameters, processes, lambda: 0)
+        recipe, sizes = self.recipe, [parameter.numel() for parameter in model.parameters()]
+        self.sharding = choose_sharding(recipe.train, recipe.data.lanes, sizes, processes, lambda: 0)
         packs = recipe.data.lanes // processes.world_size
         self.engine = engine.start_engine(model, recipe.optimizer, recipe.train, packs, processes, self.sharding)
         self.ema = ShardedEMA(engine.fragments(self.engine), self.recipe.optimizer.ema_decay)
