@@ -96,7 +96,7 @@ def refusal(path_or_name: str, *overrides: str) -> str:
 
 
 def test_every_shipped_recipe_is_covered() -> None:
-    demos = {"demo_cpu", "demo_base", "demo_gpu", "demo_long", "demo_long_gpu"}
+    demos = {"demo_cpu", "demo_base", "demo_base_short", "demo_gpu", "demo_long", "demo_long_gpu"}
     assert set(SHIPPED) == {*OFFICIAL, *OFFICIAL_LONG, *demos, *LARGE, *COMPARED, "far_xl_long", EIGHT_NODES}
 
 
