@@ -127,7 +127,7 @@ def check_memory(
     sizes: Sequence[int],
     sharding: Sharding,
     processes: Processes,
-    activations: float,
+    activations: int,
     packs_per_step: int,
 ) -> None:
     """Check that every rank has the memory, and warn where it has it for the state, but probably not for all else.

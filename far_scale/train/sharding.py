@@ -89,7 +89,7 @@ class StateBytes:
         """Bytes that are allocated from step to step, whatever the packs."""
         return self.weights + self.optimizer + self.ema
 
-    def peak(self, activations: float) -> float:
+    def peak(self, activations: int) -> int:
         """Bytes at most, with those of `activations`, which are freed when Adam steps, as are gathered weights."""
         return self.resident + self.gradients + self.buckets + max(self.gathered + activations, self.update)
 
@@ -114,7 +114,7 @@ class _Inputs:
     hosts: Sequence[str]
     on_gpus: bool
     free: float
-    activations: Callable[[], float]
+    activations: Callable[[], int]
 
     def sharding(self, stage: int, hpz: int = 1, reduce_once: bool = False) -> Sharding:
         """A candidate, with the memory it takes."""
@@ -138,11 +138,15 @@ class _Inputs:
         elements = _DEFAULT_REDUCE_BUCKET if section.reduce_bucket_size is None else section.reduce_bucket_size
         return buffers * elements * _WEIGHT_BYTES[reduce_dtype]
 
+    @property
+    def packs(self) -> int:
+        """Packs of a rank in a step."""
+        return self.lanes * self.train.sequence_parallel // len(self.hosts)
+
     def needed_bytes(self, sharding: Sharding) -> float:
         """Bytes that a rank needs on its device."""
         train, ranks = self.train, len(self.hosts)
-        packs = self.lanes // ranks
-        state = state_bytes(train.precision, sharding, self.sizes, ranks, train.whole_below, packs)
+        state = state_bytes(train.precision, sharding, self.sizes, ranks, train.whole_below, self.packs)
         return state.peak(self.activations())
 
     def fits(self, sharding: Sharding) -> bool:
@@ -150,7 +154,7 @@ class _Inputs:
 
 
 def choose_sharding(
-    train: TrainSection, lanes: int, sizes: Sequence[int], processes: Processes, activations: Callable[[], float]
+    train: TrainSection, lanes: int, sizes: Sequence[int], processes: Processes, activations: Callable[[], int]
 ) -> Sharding:
     """Decide how a run is sharded; all ranks call it and decide the same.
 
@@ -179,7 +183,7 @@ def sharding_on(
     hosts: Sequence[str],
     free: float,
     on_gpus: bool,
-    activations: Callable[[], float],
+    activations: Callable[[], int],
 ) -> Sharding:
     """`choose_sharding` for ranks that need not exist.
 
@@ -331,7 +335,7 @@ def _choose_hpz(section: DeepSpeedSection, stage: int, parameters: int, hosts: S
 
 def _choose_reduction(inputs: _Inputs, stage: int, hpz: int) -> tuple[bool, tuple[str, ...]]:
     """Whether gradients are reduced once per step, and the reason; without one where there is no choice."""
-    packs = inputs.lanes * inputs.train.sequence_parallel // len(inputs.hosts)
+    packs = inputs.packs
     requested, nodes = inputs.train.reduce_once, len(ranks_by_host(inputs.hosts))
     if stage < 2 or packs == 1:
         return False, ()  # reduced once anyway

@@ -188,5 +188,5 @@ def test_the_peak_of_an_h100(stage: int, gigabytes: float) -> None:
     bucket = {0: 0, 1: 0, 2: 2 * 5e8 * 2, 3: 5e8 * 2}[stage]
     state = state_bytes("bf16", Sharding(stage, bucket_bytes=int(bucket)), sizes, 1)
     counts = Counts.of(config.layout((16,) * 16, (8, 8)))
-    memory = RankMemory.of(state, activation_bytes(config, recipe.train, counts, flex=True))
+    memory = RankMemory(state, activation_bytes(config, recipe.train, counts, flex=True))
     assert memory.peak / 1e9 == pytest.approx(gigabytes, rel=0.02)

@@ -31,7 +31,7 @@ def choose(
     monkeypatch.setattr(sharding, "free_memory", lambda _: each[0])
     recipe = load_recipe("demo_cpu", overrides)
     processes = Processes(0, len(nodes), torch.device(device))
-    return choose_sharding(recipe.train, recipe.data.lanes, [int(parameters)], processes, lambda: activations)
+    return choose_sharding(recipe.train, recipe.data.lanes, [int(parameters)], processes, lambda: int(activations))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,3 +245,12 @@ def test_offloaded_state_is_reported_and_not_counted(monkeypatch: pytest.MonkeyP
     found = choose(monkeypatch, "aa", *keys)
     assert found.offloaded == {"optimizer", "param"}
     assert found.why[0] == "sharding: ZeRO-3, no hpZ: one node, optimizer in main memory, param in main memory"
+
+
+def test_shared_packs_keep_gradients_between_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks in groups of two have two of four lanes each: the second pack needs the first one's gradients, too."""
+    # ZeRO-1 with 1e9 parameters on 4 ranks: 8 GB of state and 10 GB of activations; whole gradients are 4 GB more.
+    keys = ["data.lanes=4", "train.zero_stage=auto"]
+    assert choose(monkeypatch, "aabb", *keys, free=22e9, activations=10e9).stage == 1
+    shared = choose(monkeypatch, "aabb", *keys, "train.sequence_parallel=2", free=22e9, activations=10e9)
+    assert shared.stage == 2

@@ -212,7 +212,7 @@ def plan_run(
         work = sum_work([scaled_work(drawn, packs / len(each.layouts)), update])
         bytes_read = shared_by * _bytes_read(each, sources.get(each.stage.index))  # each rank reads its packs
         seconds = {} if profile is None else _seconds(profile, work, bytes_read / cluster.nodes)
-        planned.append(StagePlan(each, RankMemory.of(state, activation), work, bytes_read, seconds))
+        planned.append(StagePlan(each, RankMemory(state, activation), work, bytes_read, seconds))
     return RunPlan(
         title=f"{recipe.name} ({recipe.hash()[:12]}), {train.steps} steps",
         cluster=cluster,

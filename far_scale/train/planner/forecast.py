@@ -78,7 +78,7 @@ class Forecast:
         activations = activation_bytes(
             self._config, train, Counts.of(largest, train.sequence_parallel), self._flex, packs
         )
-        memory = RankMemory.of(state, activations)
+        memory = RankMemory(state, activations)
         measured = peak_memory(self._processes.device)
         on_gpu = self._processes.device.type == "cuda"
         text = (

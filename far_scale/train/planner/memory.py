@@ -159,36 +159,16 @@ def keeps_attention(mode: Checkpointing, flex: bool) -> bool:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of a rank at most, in parts.
+    """Bytes of a rank at most."""
 
-    Attributes:
-        weights, gradients, optimizer, ema, gathered, buckets, update: see `StateBytes`.
-        saved, recomputed, workspace: see `ActivationBytes`.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    ema: int
-    gathered: int
-    buckets: int
-    update: int
-    saved: int
-    recomputed: int
-    workspace: int
-
-    @staticmethod
-    def of(state: StateBytes, activations: ActivationBytes) -> RankMemory:
-        """Of both."""
-        return RankMemory(**vars(state), **vars(activations))
+    state: StateBytes
+    activations: ActivationBytes
 
     @property
     def peak(self) -> int:
         """The largest sum at one time, see `StateBytes.peak`."""
-        activations = self.gathered + self.saved + self.recomputed + self.workspace
-        state = self.weights + self.gradients + self.optimizer + self.ema + self.buckets
-        return state + max(activations, self.update)
+        return self.state.peak(self.activations.total)
 
     def parts(self) -> dict[str, int]:
-        """The parts by name."""
-        return vars(self)
+        """The parts by name, see `StateBytes` and `ActivationBytes`."""
+        return vars(self.state) | vars(self.activations)
