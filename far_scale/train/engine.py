@@ -7,7 +7,7 @@ stages one form, so that the EMA and the checkpoints need not know the stage:
     stage 1, 2  all parameters are concatenated and cut into equal parts: a rank holds whole and partial parameters
     stage 3     every parameter is cut into equal parts: a rank holds a part of each
 
-What depends on DeepSpeed's internals is in deepspeed_adapter.py.
+What depends on DeepSpeed's internals is in deepspeed_adapter.py and deepspeed_update.py.
 """
 
 from __future__ import annotations

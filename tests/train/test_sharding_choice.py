@@ -85,14 +85,15 @@ AUTO = "train.zero_stage=auto"
 @pytest.mark.parametrize(
     ("parameters", "stage", "words"),
     [
-        # bf16 on 4 ranks, bytes a parameter: ZeRO-1 2 + 2 + 16/4 = 8, and 2 in the update; -2 2 + 16/4 = 6, and 4/4;
+        # bf16 on 4 ranks, 2 packs each, bytes a parameter: ZeRO-1 2 + 4 + 2 + 16/4 = 12, and 2 in the update;
+        # -2 2 + 16/4 + 4/4 = 7;
         # -3 22/4 = 5.5, and then 2 GB of gathered weights and 1 GB of activations.
-        (1e9, 1, "ZeRO-1 (auto: the lowest that fits, a rank needs about 10 of 20 GB free)"),
-        (2e9, 2, "ZeRO-2 (auto: the lowest that fits, a rank needs about 14 of 20 GB free, ZeRO-1 20)"),
+        (1e9, 1, "ZeRO-1 (auto: the lowest that fits, a rank needs about 14 of 20 GB free)"),
+        (2e9, 2, "ZeRO-2 (auto: the lowest that fits, a rank needs about 14 of 20 GB free, ZeRO-1 28)"),
         (
             2.6e9,
             3,
-            "ZeRO-3 (auto: the lowest that fits, a rank needs about 17.3 of 20 GB free, ZeRO-1 26, ZeRO-2 18.2)",
+            "ZeRO-3 (auto: the lowest that fits, a rank needs about 17.3 of 20 GB free, ZeRO-1 36.4, ZeRO-2 18.2)",
         ),
         (4e9, 3, "ZeRO-3 (auto: none fits, a rank needs about 25 of 20 GB free)"),
     ],
