@@ -42,19 +42,18 @@ class State:
         self.ema_weight = torch.tensor(1 - DECAY, device=device)
         self.gradient = self.norm = torch.ones((), device=device)
 
-    def common(self, scale: Callable[[], Tensor] | None = None) -> Passes:
-        """What all do alike; `scale` is what Adam divides by."""
+    def common(self) -> Passes:
+        """What all do alike."""
         return {
-            "AdamW": (28 if scale is None else 32, lambda: self.adam(None if scale is None else scale())),
+            "AdamW": (28, self.adam),
             "cast to bf16": (6, lambda: self.weights.copy_(self.master)),
             "EMA": (12, lambda: self.ema.lerp_(self.master, self.ema_weight)),
         }
 
-    def adam(self, scale: Tensor | None) -> None:
+    def adam(self) -> None:
         torch._fused_adamw_(
             [self.master], [self.gradient], [self.exp_avg], [self.exp_avg_sq], [], [self.steps],
             lr=LEARNING_RATE, beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False,
-            grad_scale=scale,
         )  # fmt: skip
 
     def measure(self, gradient: Tensor) -> None:
@@ -92,24 +91,14 @@ class State:
         }
 
     def zero_3_of_deepspeed(self) -> Passes:
-        def join() -> None:
-            self.gradient = torch.cat(self.in_sums)
-
-        return {
-            "norm": (4, lambda: self.measure(self.sums)),
-            "gradients": (8, join),
-            "clip": (8, lambda: self.gradient.mul_(1 / ((self.norm + 1e-6) / CLIP_NORM).clamp(min=1))),
-            **self.common(),
-        }
+        return {**self.zero_3(), "gradients": (8, lambda: setattr(self, "gradient", torch.cat(self.in_sums)))}
 
     def zero_3(self) -> Passes:
-        def join() -> None:
-            self.gradient = self.sums
-
         return {
             "norm": (4, lambda: self.measure(self.sums)),
-            "gradients": (0, join),
-            **self.common(lambda: ((self.norm + 1e-6) / CLIP_NORM).clamp(min=1)),
+            "gradients": (0, lambda: setattr(self, "gradient", self.sums)),
+            "clip": (8, lambda: self.gradient.mul_(1 / ((self.norm + 1e-6) / CLIP_NORM).clamp(min=1))),
+            **self.common(),
         }
 
 

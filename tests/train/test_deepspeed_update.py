@@ -1,4 +1,4 @@
-"""Between backward and Adam's step: the same update as torch's clipping and AdamW, without a pass for clipping."""
+"""Between backward and Adam's step: the same update as of torch's or DeepSpeed's clipping, in fewer passes."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ def adam_of(weights: list[nn.Parameter]) -> torch.optim.AdamW:
     return torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.1, fused=True)
 
 
-def engine_of(adam: torch.optim.AdamW, stage: int, wrapper: Any, module: nn.Module | None = None) -> Any:
+def engine_of(
+    adam: torch.optim.AdamW, stage: int, wrapper: Any, module: nn.Module | None = None, bf16: bool = True
+) -> Any:
     return types.SimpleNamespace(
         basic_optimizer=adam,
         optimizer=wrapper,
         module=module,
         device=torch.device("cpu"),
         zero_optimization_stage=lambda: stage,
-        bfloat16_enabled=lambda: True,
+        bfloat16_enabled=lambda: bf16,
     )
 
 
@@ -63,29 +65,43 @@ def assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 
 def test_adam_clips_as_it_reads_the_gradient() -> None:
-    """Within rounding: dividing by norm / limit, where torch multiplies by limit / norm. Bitwise if not clipped."""
+    """In float32, within rounding: dividing by norm / limit, where torch multiplies by limit / norm."""
     wanted, norms = expected(torch.float32)
     weights = masters()
     adam, wrapper = adam_of(weights), types.SimpleNamespace(_global_grad_norm=None)
-    module = nn.ParameterList(weights)
-    engine = engine_of(adam, 0, wrapper, module)
+    engine = engine_of(adam, 0, wrapper, bf16=False)
     adam.register_step_pre_hook(lambda adam, *_: deepspeed_update._clip(engine, adam, CLIP_NORM))
     for step, norm in enumerate(norms):
-        for weight, gradient in zip(weights, gradients(step, torch.float32), strict=True):
+        given = gradients(step, torch.float32)
+        for weight, gradient in zip(weights, given, strict=True):
             weight.grad = gradient.clone()
         adam.step()
         assert float(wrapper._global_grad_norm) == norm, "before clipping"
-        clipped = adam.grad_scale.item() != 1  # type: ignore[attr-defined]
-        assert clipped == (step > 0)
-        if not clipped:
-            assert all(map(torch.equal, [weight.grad for weight in weights], gradients(step, torch.float32)))  # type: ignore[arg-type]
+        assert (adam.grad_scale.item() > 1) == (step > 0)  # type: ignore[attr-defined]
+        untouched = [torch.equal(gradient, weight.grad) for gradient, weight in zip(given, weights, strict=True)]  # type: ignore[arg-type]
+        assert all(untouched) == (step == 0), "a gradient that is not clipped keeps every bit"
     assert_close(list(weights), wanted)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+@pytest.mark.parametrize("norm", [0.5, 7.3])
+def test_bf16_clips_as_deepspeed_does(norm: float) -> None:
+    """To the last bit: ZeRO-2 and -3, whose norm DeepSpeed has found."""
+    weights, given = masters(), gradients(1, torch.float32)
+    wrapper = types.SimpleNamespace(_global_grad_norm=torch.tensor(norm))
+    adam = adam_of(weights)
+    for weight, gradient in zip(weights, given, strict=True):
+        weight.grad = gradient.clone()
+    deepspeed_update._clip(engine_of(adam, 3, wrapper), adam, CLIP_NORM)
+    factor = 1 / ((torch.tensor(norm) + 1e-6) / CLIP_NORM).clamp(min=1.0)
+    for weight, gradient in zip(weights, given, strict=True):
+        assert weight.grad is not None and torch.equal(weight.grad, gradient * factor)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_gradient_that_is_not_finite_changes_nothing(bf16: bool) -> None:
     weights = masters()
     adam, wrapper = adam_of(weights), types.SimpleNamespace(_global_grad_norm=None)
-    engine = engine_of(adam, 0, wrapper, nn.ParameterList(weights))
+    engine = engine_of(adam, 0, wrapper, bf16=bf16)
     adam.register_step_pre_hook(lambda adam, *_: deepspeed_update._clip(engine, adam, CLIP_NORM))
     adam.found_inf = torch.ones(())  # type: ignore[attr-defined]  # as the guard sets it
     for weight in weights:
