@@ -32,7 +32,7 @@ from far_scale.train.pack_gradients import PackGradients
 
 
 def replace_update(engine: Any, clip_norm: float) -> None:
-    """Replace it on a new engine.
+    """Replace the checks and the passes of a new engine.
 
     Afterwards `grad_norm` is the real norm, even if not finite. DeepSpeed's setting for the checks
     (bf16.check_grad_overflow) leaves most of them, and its versions check in different places. So these methods are
@@ -69,8 +69,8 @@ def replace_update(engine: Any, clip_norm: float) -> None:
 def _clip(engine: Any, adam: torch.optim.AdamW, clip_norm: float) -> None:
     """Before Adam's step: clip the gradient, with ZeRO-0 after its norm is found.
 
-    In float32 Adam's fused kernel divides, which takes no pass of its own. Its last bit is not that of DeepSpeed's
-    multiplication: bf16 weights, which round the other way now and then, would make 1e-4 of that within 10 steps.
+    In float32 Adam's fused kernel divides, which takes no pass of its own. A quotient differs from DeepSpeed's product
+    in the last bit. Some bf16 weights would then be rounded the other way, and differ by 1e-4 after 10 steps.
     """
     stepped = [tensor for group in adam.param_groups for tensor in group["params"] if tensor.grad is not None]
     if engine.zero_optimization_stage() == 0:
