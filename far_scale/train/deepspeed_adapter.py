@@ -1,8 +1,6 @@
 """All that depends on DeepSpeed's internals, so that a new version is checked and adapted to in one place.
 
-DeepSpeed's own checks of a step (is the gradient finite? larger than the clip norm?) make the host wait for the device
-in every step, differ between stages, and hide a norm that is not finite. `disable_step_checks` removes them: the
-gradient is only clipped, on the device, and far_scale/train/step_guard.py decides about the step.
+What replaces a part of DeepSpeed between backward and Adam's step is in deepspeed_update.py.
 
 DeepSpeed's optimizer class depends on stage and precision. The float32 weights that Adam updates (masters) are:
 
@@ -11,7 +9,7 @@ DeepSpeed's optimizer class depends on stage and precision. The float32 weights 
     stage 1, 2  DeepSpeedZeroOptimizer, likewise
     stage 3     DeepSpeedZeroOptimizer_Stage3, groups of this rank's pieces of each parameter
 
-Every symbol used here is in `SYMBOLS` or `_ATTRIBUTES`, with the versions that have it, and is checked at start.
+Every symbol used in either is in `SYMBOLS` or `_ATTRIBUTES`, with the versions that have it, and is checked at start.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -75,8 +73,8 @@ class Symbol:
         return None
 
 
-_STAGE_3 = "deepspeed.runtime.zero.stage3"
-_STAGE_1_2 = "deepspeed.runtime.zero.stage_1_and_2"
+STAGE_3 = "deepspeed.runtime.zero.stage3"
+STAGE_1_2 = "deepspeed.runtime.zero.stage_1_and_2"
 _BF16 = "deepspeed.runtime.bf16_optimizer:BF16_Optimizer"
 _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 _REDUCES_ONCE = (0, 19, 1)
@@ -94,31 +92,53 @@ SYMBOLS = (
     Symbol(f"{_ENGINE}.coalesce_grad_reduction", ("self",), since=_REDUCES_ONCE),
     Symbol(f"{_ENGINE}._flush_coalesced_reduction_zero12", ("self", "optimizer"), since=_REDUCES_ONCE, replaced=True),
     Symbol(f"{_ENGINE}._flush_coalesced_reduction_zero3", ("self", "optimizer"), since=_REDUCES_ONCE, replaced=True),
-    Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct", _NORM, replaced=True),
+    Symbol(f"{STAGE_3}:DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct", _NORM, replaced=True),
     Symbol(
-        f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.complete_grad_norm_calculation_for_cpu_offload",
+        f"{STAGE_3}:DeepSpeedZeroOptimizer_Stage3.complete_grad_norm_calculation_for_cpu_offload",
         ("self", "params"),
         replaced=True,
     ),
-    Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.get_param_id", ("self", "param")),
-    Symbol(f"{_STAGE_3}:DeepSpeedZeroOptimizer_Stage3.invalidate_secondary_tensor", ("self",)),
-    Symbol(f"{_STAGE_3}:is_invalid_grad_norm", ("norm",), since=(0, 19, 8), replaced=True),
-    Symbol(f"{_STAGE_1_2}:DeepSpeedZeroOptimizer.get_grad_norm_direct", _NORM, replaced=True),
-    Symbol(f"{_STAGE_1_2}:DeepSpeedZeroOptimizer.update_lp_params", ("self",)),
-    Symbol(f"{_STAGE_1_2}:is_invalid_grad_norm", ("norm",), since=(0, 19, 8), replaced=True),
+    Symbol(
+        f"{STAGE_3}:DeepSpeedZeroOptimizer_Stage3.unscale_and_clip_grads",
+        ("self", "sub_group_id", "total_norm"),
+        replaced=True,
+    ),
+    Symbol(f"{STAGE_3}:DeepSpeedZeroOptimizer_Stage3.get_param_id", ("self", "param")),
+    Symbol(f"{STAGE_3}:DeepSpeedZeroOptimizer_Stage3.invalidate_secondary_tensor", ("self",)),
+    Symbol(f"{STAGE_3}:is_invalid_grad_norm", ("norm",), since=(0, 19, 8), replaced=True),
+    Symbol(f"{STAGE_1_2}:DeepSpeedZeroOptimizer.get_grad_norm_direct", _NORM, replaced=True),
+    Symbol(
+        f"{STAGE_1_2}:DeepSpeedZeroOptimizer.unscale_and_clip_grads",
+        ("self", "grad_groups_flat", "total_norm"),
+        replaced=True,
+    ),
+    Symbol(f"{STAGE_1_2}:DeepSpeedZeroOptimizer.update_lp_params", ("self",)),
+    Symbol(f"{STAGE_1_2}:is_invalid_grad_norm", ("norm",), since=(0, 19, 8), replaced=True),
     Symbol(f"{_BF16}.step", ("self", "closure"), replaced=True),
     Symbol(f"{_BF16}.update_lp_params", ("self",)),
-    Symbol(f"{_BF16}.clear_hp_grads", ("self",)),
+    Symbol(f"{_BF16}.update_hp_grads", ("self", "clear_lp_grads"), replaced=True),
+    Symbol(f"{_BF16}.get_grads_for_reduction", ("self",), replaced=True),
+    Symbol(f"{_BF16}.clear_hp_grads", ("self",), replaced=True),
 )
+
+BF16_GRADIENTS = (
+    "fp32_groups_gradients",
+    "fp32_groups_gradient_dict",
+    "fp32_groups_gradients_flat",
+    "fp32_groups_actual_gradients_flat",
+    "fp32_groups_gradient_flat_partition",
+    "non_expert_gradients",
+)
+"""BF16_Optimizer's lists of its buffers of gradients, of the whole model in float32."""
 
 # By the class that DeepSpeed wraps the optimizer in: attributes that it and the model's parameters must have.
 _ATTRIBUTES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "AdamW": ((), ()),
     "FP16_UnfusedOptimizer": (("step",), ()),
-    "BF16_Optimizer": (("fp32_groups_gradient_flat_partition",), ("_hp_mapping",)),
+    "BF16_Optimizer": (("bf16_groups", "bf16_groups_flat", *BF16_GRADIENTS), ("_hp_mapping",)),
     "DeepSpeedZeroOptimizer": (("_global_grad_norm", "check_grad_overflow"), ("_hp_mapping",)),
     "DeepSpeedZeroOptimizer_Stage3": (
-        ("_global_grad_norm", "fp32_partitioned_groups_flat", "grad_position"),
+        ("_global_grad_norm", "fp32_partitioned_groups_flat", "grad_position", "flatten"),
         ("ds_tensor", "ds_numel", "ds_shape"),
     ),
 }
@@ -340,94 +360,10 @@ def _add_to_sums(engine: Any, sums: dict[str, Tensor]) -> None:
             parameter.grad.zero_()  # not None: a parameter sharded by ZeRO-3 takes no new gradient
 
 
-def clips_gradient_before_adam(stage: int, bf16: bool) -> bool:
-    """Whether `_clip` clips the gradient; otherwise ZeRO does, part by part."""
-    return stage == 0 or (stage == 1 and bf16)
-
-
-def disable_step_checks(engine: Any, clip_norm: float) -> None:
-    """Remove DeepSpeed's checks of gradients; afterwards `grad_norm` is the real norm, even if not finite.
-
-    DeepSpeed's setting for this (bf16.check_grad_overflow) leaves most checks, and its versions check in different
-    places. So these methods are replaced on the instance, and one function in its modules.
-    """
-    wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
-    if clips_gradient_before_adam(stage, engine.bfloat16_enabled()):
-        wrapper._global_grad_norm = torch.zeros((), device=engine.device)
-        adam_optimizer(engine).register_step_pre_hook(lambda *_: _clip(engine, clip_norm))
-        if engine.bfloat16_enabled():
-            wrapper.step = (lambda: _step_bf16_stage_0(engine)) if stage == 0 else (lambda: _step_bf16_stage_1(engine))
-        return
-    # ZeRO replaces a norm that is not finite by -1, with a copy that the host waits for; newer versions then check it.
-    wrapper.get_grad_norm_direct = _zero_norm
-    if stage < 3:
-        wrapper.check_grad_overflow = False
-    else:
-        wrapper.complete_grad_norm_calculation_for_cpu_offload = lambda params: _offloaded_norm(engine, params)
-    module = importlib.import_module(_STAGE_3 if stage == 3 else _STAGE_1_2)
-    if installed_version() >= (0, 19, 8):
-        module.is_invalid_grad_norm = lambda norm: False  # type: ignore[attr-defined]
-
-
 def grad_norm(engine: Any) -> Tensor:
     """The global norm of this step's gradient before clipping, on the device: a scalar, the same on all ranks."""
     norm: Tensor = engine.optimizer._global_grad_norm
     return norm.detach().to(engine.device).reshape(())
-
-
-def _clip(engine: Any, clip_norm: float) -> None:
-    """Before Adam's step: clip the masters' gradients and keep their norm."""
-    masters = master_weights(engine)
-    gradients = [master.grad for master in masters if master.grad is not None]
-    if engine.zero_optimization_stage() == 0:
-        norm = torch.nn.utils.get_total_norm(gradients)  # every rank has the whole gradient
-    else:
-        norm = _zero_norm(gradients, masters)
-    torch.nn.utils.clip_grads_with_norm_(masters, clip_norm, norm)
-    engine.optimizer._global_grad_norm = norm
-
-
-def _zero_norm(gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type: float = 2) -> Tensor:
-    """The norm over all ranks' gradients; `gradients` are this rank's. Replaces ZeRO's `get_grad_norm_direct`."""
-    real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-    if real:
-        squares = torch.stack(torch._foreach_norm(real, norm_type, torch.float32)).square().sum()
-    else:
-        squares = torch.zeros((), device=params[0].device)
-    with phase("norm"):
-        dist.all_reduce(squares)
-    return squares.sqrt()
-
-
-def _offloaded_norm(engine: Any, params: Sequence[nn.Parameter]) -> Tensor:
-    """The norm over all ranks of the gradients of a parameter group in main memory, as a CPU tensor."""
-    group, *_ = engine.optimizer.grad_position[engine.optimizer.get_param_id(params[0])]
-    squares: Tensor = torch.linalg.vector_norm(master_weights(engine)[group].grad).square().to(engine.device)
-    with phase("norm"):
-        dist.all_reduce(squares)
-    return squares.sqrt().cpu()
-
-
-def _step_bf16_stage_0(engine: Any) -> None:
-    """Stage 0 in bf16; replaces DeepSpeed's step, which makes the host wait for a check of every gradient."""
-    masters = master_weights(engine)
-    with torch.no_grad():
-        for parameter, master in zip(engine.module.parameters(), masters, strict=True):
-            master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
-        adam_optimizer(engine).step()
-        for parameter, master in zip(engine.module.parameters(), masters, strict=True):
-            parameter.copy_(master)
-            master.grad = None
-
-
-def _step_bf16_stage_1(engine: Any) -> None:
-    """Stage 1 in bf16; replaces DeepSpeed's step, which makes the host wait for checks of the norm."""
-    wrapper = engine.optimizer
-    for master, gradient in zip(master_weights(engine), wrapper.fp32_groups_gradient_flat_partition, strict=True):
-        master.grad = gradient
-    adam_optimizer(engine).step()
-    wrapper.update_lp_params()
-    wrapper.clear_hp_grads()
 
 
 def _check_attributes(engine: Any) -> None:
@@ -439,7 +375,7 @@ def _check_attributes(engine: Any) -> None:
     parameter = next(engine.module.parameters())
     missing = [f"{kind}.{name}" for name in wrapper_names if not hasattr(engine.optimizer, name)]
     missing += [f"{name} of a parameter" for name in parameter_names if not hasattr(parameter, name)]
-    engine_names = ("basic_optimizer", "module", "device")
+    engine_names = ("basic_optimizer", "module", "device", "communication_data_type", "gradient_average")
     missing += [f"DeepSpeedEngine.{name}" for name in engine_names if not hasattr(engine, name)]
     if missing:
         raise _incompatible(f"{missing[0]} is missing")

@@ -7,7 +7,7 @@ stages one form, so that the EMA and the checkpoints need not know the stage:
     stage 1, 2  all parameters are concatenated and cut into equal parts: a rank holds whole and partial parameters
     stage 3     every parameter is cut into equal parts: a rank holds a part of each
 
-What depends on DeepSpeed's internals is in deepspeed_adapter.py.
+What depends on DeepSpeed's internals is in deepspeed_adapter.py and deepspeed_update.py.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from far_scale.model.attention import choose_kernel
 from far_scale.model.layers import HEAD_DIM, Block
 from far_scale.train.deepspeed_adapter import (
     adam_optimizer,
-    clips_gradient_before_adam,
-    disable_step_checks,
     make_engine,
     master_weights,
     parameter_parts,
 )
+from far_scale.train.deepspeed_update import replace_update
 from far_scale.train.sharding import Sharding
 from far_scale.utils.errors import UserError
 
@@ -119,8 +118,8 @@ def start_engine(
         fused=True,
     )
     on_gpu = processes.device.type == "cuda"
-    engine = make_engine(model, adam, deepspeed_config(optimizer, train, packs_per_step, on_gpu, sharding), Block)
-    disable_step_checks(engine, optimizer.clip_norm)
+    engine = make_engine(model, adam, deepspeed_config(train, packs_per_step, on_gpu, sharding), Block)
+    replace_update(engine, optimizer.clip_norm)
     for master in master_weights(engine):
         state = adam.state[master]
         state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -128,16 +127,13 @@ def start_engine(
     return engine
 
 
-def deepspeed_config(
-    optimizer: OptimizerSection, train: TrainSection, packs_per_step: int, on_gpu: bool, sharding: Sharding
-) -> dict[str, Any]:
-    """DeepSpeed's configuration."""
+def deepspeed_config(train: TrainSection, packs_per_step: int, on_gpu: bool, sharding: Sharding) -> dict[str, Any]:
+    """DeepSpeed's configuration, without gradient clipping, which `replace_update` adds."""
     bf16, stage = train.precision == "bf16", sharding.stage
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         # If the packs' gradients are summed before DeepSpeed sees them, they count as one pass.
         "gradient_accumulation_steps": 1 if sharding.reduce_once else packs_per_step,
-        "gradient_clipping": 0.0 if clips_gradient_before_adam(stage, bf16) else optimizer.clip_norm,
         "zero_optimization": {"stage": stage, "overlap_comm": on_gpu},
         "zero_allow_untested_optimizer": True,  # torch's own AdamW; DeepSpeed's would be compiled at start
         "bf16": {"enabled": bf16},

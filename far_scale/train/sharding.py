@@ -28,9 +28,6 @@ _WHOLE_GRADIENTS = {"bf16": 6, "fp32": 4}
 _DEFAULT_MAX_GATHERED = 10**9
 """DeepSpeed's default of stage3_max_live_parameters and stage3_max_reuse_distance."""
 
-_DEFAULT_SUB_GROUP = 10**9
-"""DeepSpeed's default of sub_group_size."""
-
 _DEFAULT_REDUCE_BUCKET = 5 * 10**8
 """DeepSpeed's default of reduce_bucket_size."""
 
@@ -253,10 +250,13 @@ def _gradient_bytes(precision: str, stage: int, total: int, whole: int, part: in
         total: parameters.
         whole, part: the same, padded, and of a rank.
     """
-    if stage == 3:  # summed in one buffer, and copied for Adam in groups
-        return _FLOAT_BYTES * part, _FLOAT_BYTES * min(part, _DEFAULT_SUB_GROUP)
-    if stage == 1 and precision == "bf16":  # BF16_Optimizer has a float32 buffer, and the model's own remain
-        return _FLOAT_BYTES * whole, _WEIGHT_BYTES[precision] * total
+    if stage == 3:  # summed in one buffer, where Adam reads them
+        return _FLOAT_BYTES * part, 0
+    if stage == 1 and precision == "bf16":  # as PackGradients, reduced in bf16; the model's own end with backward
+        own, reduced = _WEIGHT_BYTES[precision] * total, _WEIGHT_BYTES[precision] * whole
+        if packs == 1:
+            return reduced, max(own, _FLOAT_BYTES * part)
+        return _FLOAT_BYTES * whole + reduced, own
     if stage == 0:
         own = _WEIGHT_BYTES[precision] * total
         stepped = own + (_FLOAT_BYTES * total if precision == "bf16" else 0)

@@ -82,6 +82,14 @@ def test_saves_are_timed_with_each_kind_of_checksum(tmp_path: Path) -> None:
     assert all(positive(row, "seconds", "quickest", "CPU seconds", "MB/s") for row in rows)
 
 
+def test_each_pass_of_the_update_is_timed(tmp_path: Path) -> None:
+    finished = run("optimizer_pass", "--model", "B", "--layers", 1, "--repeats", 1, "--out", tmp_path)
+    (rows,) = tables_of(tmp_path, finished).values()
+    totals = {row["side"]: row["bytes a parameter"] for row in rows if row["pass"] == "all"}
+    assert totals == {"ZeRO-1, DeepSpeed's": 96, "ZeRO-1, ours": 58, "ZeRO-3, DeepSpeed's": 66, "ZeRO-3, ours": 58}
+    assert all(positive(row, "ms") for row in rows)
+
+
 def test_a_kernel_that_is_not_usable_is_refused(tmp_path: Path) -> None:
     finished = run("attention", "--kernels", "flash-attn-2", "--out", tmp_path)
     assert finished.returncode == 2 and "--kernels flash-attn-2: runs only on NVIDIA GPUs" in finished.stderr

@@ -82,7 +82,7 @@ def test_an_attribute_that_vanished_is_refused(missing: str) -> None:
     model = torch.nn.Linear(1, 1)
     for name in {"ds_tensor", "ds_numel", "ds_shape"} - {missing}:
         setattr(model.weight, name, 1)
-    names = {"_global_grad_norm", "fp32_partitioned_groups_flat", "grad_position"} - {missing}
+    names = {"_global_grad_norm", "fp32_partitioned_groups_flat", "grad_position", "flatten"} - {missing}
     wrapper = type("DeepSpeedZeroOptimizer_Stage3", (), dict.fromkeys(names, 1))()
     own = {"basic_optimizer": None, "module": model, "device": None, "optimizer": wrapper}
     engine = types.SimpleNamespace(**{name: value for name, value in own.items() if name != missing})

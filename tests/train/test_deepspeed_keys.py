@@ -65,7 +65,7 @@ def test_deepspeed_reads_what_it_is_handed(stage: int) -> None:
     keys = {name: value for name, value in VALUES.items() if stage in KEY_STAGES[name]}
     overrides = [f"{SECTION}.{name}={value}" for name, value in keys.items()]
     recipe = load_recipe("demo_cpu", [f"train.zero_stage={stage}", *overrides])
-    config = deepspeed_config(recipe.optimizer, recipe.train, 2, False, Sharding(stage, 2))
+    config = deepspeed_config(recipe.train, 2, False, Sharding(stage, 2))
     assert config["communication_data_type"] == "fp32"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     read = DeepSpeedZeroConfig(**config["zero_optimization"]).model_dump(by_alias=True)

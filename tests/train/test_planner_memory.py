@@ -180,7 +180,10 @@ def test_two_ranks_share_the_state(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("stage", "gigabytes"), [(0, 33.2), (1, 35.5), (2, 34.8), (3, 36.5)])
 def test_the_peak_of_an_h100(stage: int, gigabytes: float) -> None:
-    """FAR-XL, 16 clips of 16 frames on one GPU: max_memory_allocated in benchmarks/results/2026-11-26-gpu-h100.md."""
+    """FAR-XL, 16 clips of 16 frames on one GPU: max_memory_allocated in benchmarks/results/2026-11-26-gpu-h100.md.
+
+    There ZeRO-1 had its gradients in float32, which are bf16 since.
+    """
     recipe = load_recipe("far_xl_ucf101_256_uncond", [f"train.zero_stage={stage}"])
     config = recipe.far_config()
     with torch.device("meta"):
@@ -189,4 +192,5 @@ def test_the_peak_of_an_h100(stage: int, gigabytes: float) -> None:
     state = state_bytes("bf16", Sharding(stage, bucket_bytes=int(bucket)), sizes, 1)
     counts = Counts.of(config.layout((16,) * 16, (8, 8)))
     memory = RankMemory(state, activation_bytes(config, recipe.train, counts, flex=True))
-    assert memory.peak / 1e9 == pytest.approx(gigabytes, rel=0.02)
+    less = 2 * sum(sizes) / 1e9 if stage == 1 else 0
+    assert memory.peak / 1e9 == pytest.approx(gigabytes - less, rel=0.02)

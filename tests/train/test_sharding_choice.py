@@ -85,16 +85,17 @@ AUTO = "train.zero_stage=auto"
 @pytest.mark.parametrize(
     ("parameters", "stage", "words"),
     [
-        # bf16 on 4 ranks, bytes a parameter: ZeRO-1 2 + 4 + 16/4 = 10, and 2 in the update; -2 2 + 16/4 = 6, and 4/4;
-        # -3 22/4 = 5.5, and then 2 GB of gathered weights and 1 GB of activations, or 4/4.
-        (1e9, 1, "ZeRO-1 (auto: the lowest that fits, a rank needs about 12 of 20 GB free)"),
-        (2e9, 2, "ZeRO-2 (auto: the lowest that fits, a rank needs about 14 of 20 GB free, ZeRO-1 24)"),
+        # bf16 on 4 ranks, 2 packs each, bytes a parameter: ZeRO-1 2 + 4 + 2 + 16/4 = 12, and 2 in the update;
+        # -2 2 + 16/4 + 4/4 = 7;
+        # -3 22/4 = 5.5, and then 2 GB of gathered weights and 1 GB of activations.
+        (1e9, 1, "ZeRO-1 (auto: the lowest that fits, a rank needs about 14 of 20 GB free)"),
+        (2e9, 2, "ZeRO-2 (auto: the lowest that fits, a rank needs about 14 of 20 GB free, ZeRO-1 28)"),
         (
             2.6e9,
             3,
-            "ZeRO-3 (auto: the lowest that fits, a rank needs about 17.3 of 20 GB free, ZeRO-1 31.2, ZeRO-2 18.2)",
+            "ZeRO-3 (auto: the lowest that fits, a rank needs about 17.3 of 20 GB free, ZeRO-1 36.4, ZeRO-2 18.2)",
         ),
-        (4e9, 3, "ZeRO-3 (auto: none fits, a rank needs about 26 of 20 GB free)"),
+        (4e9, 3, "ZeRO-3 (auto: none fits, a rank needs about 25 of 20 GB free)"),
     ],
 )
 def test_the_lowest_stage_that_fits_is_taken(
@@ -178,13 +179,14 @@ def state_of(precision: str, sharding: Sharding, ranks: int = 4, packs: int = 1,
 def test_state_takes_what_each_stage_leaves_whole() -> None:
     assert [state_of("bf16", Sharding(stage)) for stage in (0, 1, 2, 3)] == [
         [2 + 4 + 8 + 4, 0, 2 + 4],
-        [2 + 4, 4, 2],
+        [2 + 4, 2, 2],
         [2 + 4, 0, 1],
-        [0.5 + 4, 1, 1],
+        [0.5 + 4, 1, 0],
     ]
     # In float32 the masters of stage 0 are the weights; those of the other stages are copies.
     assert [state_of("fp32", Sharding(stage), ranks=1)[0] for stage in (0, 1, 2, 3)] == [16, 20, 20, 20]
-    assert [state_of("bf16", Sharding(stage), packs=2)[1:] for stage in (0, 2)] == [[2, 4], [1, 0]]
+    assert [state_of("bf16", Sharding(stage), packs=2)[1:] for stage in (0, 1, 2)] == [[2, 4], [4 + 2, 2], [1, 0]]
+    assert state_of("bf16", Sharding(1), ranks=1)[1:] == [2, 4]
     assert state_of("bf16", Sharding(3, hpz=2, reduce_once=True))[:2] == [4.5 + 1, 1 + 6]
     assert state_of("bf16", Sharding(3, offloaded=frozenset({"optimizer", "param"})))[0] == 0
 
