@@ -182,9 +182,8 @@ def train(
                 packing = replace(stage.packing(recipe.seed), beginnings=beginnings)
                 metadata_of_stage = metadata_of_stages[stage.index] | ({"beginnings": beginnings} if beginnings else {})
                 damaged = DamagedSamples(stage.data.max_damaged_samples, lanes, processes, events)
-                with prefetched_batches(
-                    stage, shard_set, data.scaling, packing, first, lanes, recipe.objective, processes, sequence
-                ) as batches:
+                of_data = shard_set, data.scaling, packing, first, lanes, recipe.objective
+                with prefetched_batches(stage, *of_data, processes, sequence, model.kernel()) as batches:
                     for step in range(first, stage.end):
                         with monitor.waiting_for_data():
                             batch = next(batches)

@@ -38,7 +38,7 @@ def long_order(
     clip_frames: tuple[int, ...], side: int, window: int, coarsening: int
 ) -> Callable[[torch.device], AttentionPlan]:
     """FAR-Long: what the window tokens see, of frames of `side` x `side` tokens."""
-    return lambda device: FrameLayout.of(clip_frames, (side, side), window, coarsening).window_plan(device)
+    return lambda device: FrameLayout.of(clip_frames, (side, side), window, coarsening).window_plan
 
 
 def uniform_order(
@@ -124,7 +124,7 @@ def test_the_plain_kernel_aligns_bottom_right() -> None:
 def clear_caches() -> None:
     for cached in (
         flash_attn_2._library, flash_attn_3._operators, flash_attn_4._library, xformers_blocks._library,
-        xformers_blocks._mask, kernel.import_failure, choice._choose_cached,
+        kernel.import_failure, choice._choose_cached,
     ):  # fmt: skip
         cached.cache_clear()
 

@@ -10,6 +10,6 @@ reference that all are tested against.
 
 from far_scale.model.attention.operators import PrefixKV, attend, frame_attention
 from far_scale.model.attention.selection import choose_kernel
-from far_scale.model.attention.sharded_operators import attend_sharded
+from far_scale.model.attention.sharded_operators import attend_sharded, prepare
 
-__all__ = ["PrefixKV", "attend", "attend_sharded", "choose_kernel", "frame_attention"]
+__all__ = ["PrefixKV", "attend", "attend_sharded", "choose_kernel", "frame_attention", "prepare"]
