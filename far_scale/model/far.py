@@ -255,7 +255,7 @@ class FAR(nn.Module):
                 self.context_patch_embedding(patches.to(condition.dtype)),
                 condition[rows],
                 self.rotary_embedding(layout.context),
-                layout.context_plan.handle,
+                (layout.context_plan if sharded_plan is None else sharded_plan.context).handle,
             )
             rows = layout.window_rows(device)
             frames, condition = frames[rows], condition[rows]

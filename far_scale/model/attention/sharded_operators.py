@@ -40,9 +40,12 @@ def prepare(layout: FrameLayout | ShardedLayout, device: torch.device, kernel: s
     Returns:
         All its tensors, also those that were there before.
     """
-    whole = layout.whole if isinstance(layout, ShardedLayout) else layout
+    if isinstance(layout, ShardedLayout):
+        plans = layout.plan.window, layout.plan.context
+    else:
+        plans = layout.window_plan, layout.context_plan
     tensors = layout.tensors(device)
-    for plan in (whole.window_plan, whole.context_plan):
+    for plan in plans:
         tensors += operators.prepare(plan, device, kernel)
     return tensors
 
