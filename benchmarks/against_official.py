@@ -17,7 +17,8 @@ from measure import Row, commit, environment, print_table, write_result
 from official import OfficialCode
 from options import DTYPES, add_measuring, count, start
 from parity import holds, parity
-from steps import Case, Mode, measure_case
+from step_sides import Case, Mode
+from steps import measure_case
 
 from far_scale.model import FARConfig
 from far_scale.train.costs import peak_flops

@@ -113,7 +113,7 @@ class Ours:
 
     def __init__(self, case: Case, inputs: Inputs, kernel: str) -> None:
         self.case, self.kernel, self.pairs = case, kernel, case.layout.attended_pairs
-        self.plans = [case.layout.window_plan(inputs.q.device)]
+        self.plans = [case.layout.window_plan]
         self.tokens = [case.tokens]
         if case.layout.context.frames:
             self.plans.insert(0, case.layout.context_plan)

@@ -79,11 +79,15 @@ def commit(repository: Path, folder: str = ".") -> str:
 
 def timed(function: Callable[[], Any], device: torch.device) -> float:
     """Seconds that `function` takes, a GPU's queue drained before and after."""
-    _synchronize(device)
-    start = time.perf_counter()
+    start = finished_time(device)
     function()
+    return finished_time(device) - start
+
+
+def finished_time(device: torch.device) -> float:
+    """The time in seconds, after the device has finished its work."""
     _synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter()
 
 
 def interleaved(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,14 +52,19 @@ class Clips:
         labels = None if self.labels is None else torch.full_like(self.labels, config.labels)
         return replace(self, actions=actions, labels=labels)
 
-    def pack(self) -> Pack:
-        """The clips as a pack of the loader, on the CPU."""
+    def pack(self, clip_frames: Sequence[int] | None = None) -> Pack:
+        """The clips, or the first `clip_frames` frames of each, as a pack of the loader on the CPU."""
         batch, frames = self.latents.shape[:2]
+        lengths = (frames,) * batch if clip_frames is None else tuple(clip_frames)
+
+        def in_order(x: Tensor) -> Tensor:
+            return torch.cat([clip[:n] for clip, n in zip(x.cpu(), lengths, strict=True)])
+
         return Pack(
-            latents=self.latents.flatten(0, 1).cpu(),
-            actions=None if self.actions is None else self.actions.flatten().cpu(),
+            latents=in_order(self.latents),
+            actions=None if self.actions is None else in_order(self.actions),
             labels=None if self.labels is None else self.labels.cpu(),
-            clip_frames=(frames,) * batch,
+            clip_frames=lengths,
             keys=("",) * batch,
             lane=0,
             step=0,

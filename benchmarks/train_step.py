@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,13 +19,16 @@ from kernels import ALL, usable
 from measure import OUT_OF_MEMORY, Row, commit, environment, print_table, write_result
 from official import OfficialCode
 from options import DTYPES, add_measuring, count, start
-from steps import Case, Mode, measure_case
+from step_sides import Case, Mode
+from steps import measure_case
 
+from far_scale.distributed.process_group import stop_processes
 from far_scale.model import FARConfig
 from far_scale.model.attention import selection
 from far_scale.model.layers import HEAD_DIM
 from far_scale.model.presets import PRESETS
 from far_scale.train.costs import peak_flops
+from far_scale.train.deepspeed_adapter import start_deepspeed_processes
 from far_scale.train.engine import check_compiler
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
@@ -45,13 +49,18 @@ TITLE = "A training step: seconds, medians"
 @command_line
 def main() -> None:
     args = arguments()
-    device = start(args)
+    device, processes = start(args), None
+    if args.whole:
+        processes = start_deepspeed_processes()
+        if processes.device.type != device.type:
+            raise UserError("--whole --device cpu: DeepSpeed takes the GPU; hide it, with CUDA_VISIBLE_DEVICES=")
+        device = processes.device
     on_gpu = device.type == "cuda"
     dtype_name = args.dtype or ("bf16" if on_gpu else "fp32")
     dtype = DTYPES[dtype_name]
     layers = args.layers or (None if on_gpu else 4)
     cases = [
-        case(shape, layers, args.clips or (16 if on_gpu else 1))
+        replace(case(shape, layers, args.clips or (16 if on_gpu else 1)), layouts=args.layouts)
         for shape in args.shapes or (("XL:16", "B-Long:300") if on_gpu else ("B:16", "B-Long:300"))
     ]
     modes = [mode for name in args.modes for mode in with_kernels(MODES[name], args.kernels, device, dtype)]
@@ -59,7 +68,7 @@ def main() -> None:
         check_compiler(device)
     code = None if args.official is None else OfficialCode(args.official)
     peak = peak_flops(device, dtype)
-    more = {"device": device.type, "dtype": dtype_name, "peak TFLOP/s": f"{peak / 1e12:.4g}"}
+    more = {"device": device.type, "dtype": dtype_name, "peak TFLOP/s": f"{peak / 1e12:.4g}", "layouts": args.layouts}
     more["auto"] = selection.choose_kernel("auto", device, dtype, HEAD_DIM).why
     if code is not None:
         more["official commit"] = commit(args.official, "far")
@@ -69,11 +78,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # an empty one, or the time of compiling would be of earlier runs
         for shape in cases:
-            rows += measure_case(shape, modes, code, device, dtype, peak, args.repeats, args.minutes)
+            rows += measure_case(shape, modes, code, device, dtype, peak, args.repeats, args.minutes, processes)
             # Each time anew: a case may take long.
             path = write_result(args.out, f"train-step-{device.type}-{dtype_name}", facts, {TITLE: rows})
     print_table(TITLE, rows)
     print(f"\nwritten: {path} and .json", flush=True)
+    if processes is not None:
+        stop_processes()
     if failed := [row["side"] for row in rows if row["note"] not in ("", OUT_OF_MEMORY)]:
         sys.exit(f"failed: {'; '.join(failed)} (see the column note)")
 
@@ -128,6 +139,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--clips", type=count, help="of a step, on both sides (default: 16 on a GPU, 1 on a CPU)")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=DEFAULT_MODES, help="default: %(default)s")
     parser.add_argument("--kernels", nargs="+", help=f"of attention, by name, or {ALL} (default: auto)")
+    parser.add_argument(
+        "--layouts",
+        choices=("same", "varying"),
+        default="same",
+        help="varying: in each step clips have new numbers of frames, from half of the shape's on (default: same)",
+    )
+    parser.add_argument(
+        "--whole", action="store_true", help="each mode also with DeepSpeed, float32 masters, clipping, guard and EMA"
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
     add_measuring(parser, repeats=10, minutes=10)
     return parser.parse_args()

@@ -138,7 +138,7 @@ def _measure(args: argparse.Namespace) -> None:
         if processes.is_main_process:
             print(text)
 
-    print_line(check_computation(recipe.train, processes.device))
+    print_line(check_computation(recipe.train, processes.device).why)
     profile = measure(
         shapes.stage, shapes.largest, recipe.optimizer, recipe.objective, recipe.train, args.profiles, processes,
         print_line,

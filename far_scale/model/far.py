@@ -239,7 +239,7 @@ class FAR(nn.Module):
         clips = batch[:1] if layout is None else []
         sharded_plan = None
         if isinstance(layout, ShardedLayout):
-            sharded_plan, layout = layout.plan(latents.device), layout.own
+            sharded_plan, layout = layout.plan, layout.own
         if layout is None:
             layout = self.config.layout((batch[1],) * batch[0], (height, width))
         elif batch != [layout.frames]:
@@ -255,12 +255,12 @@ class FAR(nn.Module):
                 self.context_patch_embedding(patches.to(condition.dtype)),
                 condition[rows],
                 self.rotary_embedding(layout.context),
-                layout.context_plan.handle,
+                (layout.context_plan if sharded_plan is None else sharded_plan.context).handle,
             )
             rows = layout.window_rows(device)
             frames, condition = frames[rows], condition[rows]
         x = self.patch_embedding(patchify(frames, self.config.patch).to(condition.dtype))
-        plan = sharded_plan or layout.window_plan(device)
+        plan = sharded_plan or layout.window_plan
         window = Tokens(x, condition, self.rotary_embedding(layout.window), plan.handle)
         kernel = self.kernel()
         for block in self.blocks:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
@@ -26,15 +27,37 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy of a host tensor on `device`, or `x` itself there; the host does not wait for a GPU."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+class DeviceCache:
+    """What was made from an object for a device, by name: the first call makes it, and all later ones find it."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Hashable, torch.device], Any] = {}
+
+    def get(self, name: Hashable, device: torch.device, make: Callable[[], T]) -> T:
+        """What is there under this name for this device, else the result of `make`."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # as tensors name it
+        if (name, device) not in self._made:
+            self._made.setdefault((name, device), make())
+        return self._made[name, device]  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class Spans:
     """Concatenated token sequences, each attended separately: the input of a varlen attention kernel.
 
     Attributes:
         lengths: tokens of each sequence, none zero.
+        cache: what kernels keep for these sequences.
     """
 
     lengths: tuple[int, ...]
+    cache: DeviceCache = field(default_factory=DeviceCache, init=False, compare=False, repr=False)
 
     @cached_property
     def longest(self) -> int:
@@ -50,15 +73,15 @@ class Spans:
         """Cumulative lengths `[sequences + 1]`, from 0 to all tokens."""
         return (0, *itertools.accumulate(self.lengths))
 
-    @cached_property
-    def _cumulative(self) -> dict[torch.device, Tensor]:
-        return {}
-
     def cumulative(self, device: torch.device) -> Tensor:
         """`starts` as int32 `[sequences + 1]` on `device`, cached."""
-        if device not in self._cumulative:
-            self._cumulative[device] = torch.tensor(self.starts, dtype=torch.int32).to(device)
-        return self._cumulative[device]
+        return self.cache.get(
+            "cumulative", device, lambda: to_device(torch.tensor(self.starts, dtype=torch.int32), device)
+        )
+
+    def sequence_of_token(self, device: torch.device) -> Tensor:
+        """`[T]` int64: the index of each token's sequence, cached."""
+        return self.cache.get("sequence_of_token", device, lambda: to_device(_repeated_indices(self.lengths), device))
 
 
 @dataclass(frozen=True)
@@ -84,7 +107,8 @@ class Prefix:
     """The contexts that window tokens see, as ordinary attention without a mask.
 
     Attributes:
-        rows: row numbers `[T']` of the window tokens of clips with a context; None if every clip has one.
+        rows: row numbers `[T']` of the window tokens of clips with a context, in host memory; None if every clip has
+            one.
         queries: those window tokens, one sequence for each clip with a context.
         keys: all tokens of the context group, one sequence for each such clip.
     """
@@ -92,6 +116,12 @@ class Prefix:
     rows: Tensor | None
     queries: Spans
     keys: Spans
+    cache: DeviceCache = field(default_factory=DeviceCache, init=False, compare=False, repr=False)
+
+    def rows_on(self, device: torch.device) -> Tensor | None:
+        """`rows` on `device`, cached."""
+        rows = self.rows
+        return None if rows is None else self.cache.get("rows", device, lambda: to_device(rows, device))
 
 
 @dataclass(frozen=True)
@@ -109,6 +139,7 @@ class FrameGroup:
     frame_tokens: tuple[int, ...]
     positions: Tensor = field(compare=False, repr=False)
     causal: bool = True
+    cache: DeviceCache = field(default_factory=DeviceCache, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.frame_tokens) != sum(self.clip_frames) or min(self.frame_tokens, default=1) < 1:
@@ -164,6 +195,11 @@ class FrameGroup:
         return Spans(tuple(tokens for tokens in self.tokens_of_clips if tokens))
 
     @cached_property
+    def frame_spans(self) -> Spans:
+        """One sequence for each frame."""
+        return Spans(self.frame_tokens)
+
+    @cached_property
     def pairs(self) -> int:
         """Number of attended (query, key) pairs within the group."""
         if not self.causal:
@@ -177,24 +213,20 @@ class FrameGroup:
             frame += count
         return pairs
 
-    @cached_property
-    def _cache(self) -> dict[tuple[str, torch.device], Any]:
-        return {}
-
     def clip_of_frame(self, device: torch.device) -> Tensor:
         """`[F]` int64: the clip each frame belongs to."""
-        return _get_or_make(self._cache, "clip_of_frame", device, lambda: _clip_of_frame(self.clip_frames).to(device))
+        return self.cache.get("clip_of_frame", device, lambda: to_device(_repeated_indices(self.clip_frames), device))
 
     def positions_on(self, device: torch.device) -> Tensor:
         """`positions` on `device`."""
-        return _get_or_make(self._cache, "positions", device, lambda: self.positions.to(device))
+        return self.cache.get("positions", device, lambda: to_device(self.positions, device))
 
     def upper_triangle(self, device: torch.device) -> UpperTriangle | None:
         """The part of each frame that token-causal attention leaves out.
 
         None if there is none: all frames have one token, or the group is not causal.
         """
-        return _get_or_make(self._cache, "upper_triangle", device, lambda: self._upper_triangle(device))
+        return self.cache.get("upper_triangle", device, lambda: self._upper_triangle(device))
 
     def _upper_triangle(self, device: torch.device) -> UpperTriangle | None:
         lengths = torch.tensor(self.frame_tokens) - 1
@@ -202,16 +234,14 @@ class FrameGroup:
         if not rows or not self.causal:
             return None
         # Row j of a frame that starts at token s and has n + 1 tokens is s + n - 1 - j.
-        first_row, first_token = lengths.cumsum(0) - lengths, torch.tensor(Spans(self.frame_tokens).starts[:-1])
+        first_row, first_token = lengths.cumsum(0) - lengths, torch.tensor(self.frame_spans.starts[:-1])
         last_plus_first = (first_token + lengths - 1 + first_row).repeat_interleave(lengths)
-        queries = (last_plus_first - torch.arange(rows)).to(device)
+        queries = to_device(last_plus_first - torch.arange(rows), device)
         return UpperTriangle(queries, queries + 1, Spans(tuple(n - 1 for n in self.frame_tokens if n > 1)))
 
     def mask(self, device: torch.device) -> Tensor:
         """`[T, T]` bool, True where the query (row) may see the key (column); only for the dense reference."""
-        frame_tokens = torch.tensor(self.frame_tokens, device=device)
-        frame = torch.arange(self.frames, device=device).repeat_interleave(frame_tokens)
-        clip = self.clip_of_frame(device).repeat_interleave(frame_tokens)
+        frame, clip = self.frame_spans.sequence_of_token(device), self.clips.sequence_of_token(device)
         same_clip = clip[:, None] == clip[None, :]
         return same_clip & (frame[:, None] >= frame[None, :]) if self.causal else same_clip
 
@@ -226,13 +256,14 @@ class AttentionPlan:
         group: of the tokens.
         prefix: prefix keys and the queries that see them; None without any.
         handle: int64 scalar tensor in host memory.
+        cache: what kernels keep for the plan.
     """
 
     _live_plans: ClassVar[weakref.WeakValueDictionary[int, AttentionPlan]] = weakref.WeakValueDictionary()
     _numbers: ClassVar[itertools.count[int]] = itertools.count()
 
     def __init__(self, group: FrameGroup, prefix: Prefix | None = None) -> None:
-        self.group, self.prefix = group, prefix
+        self.group, self.prefix, self.cache = group, prefix, DeviceCache()
         number = next(AttentionPlan._numbers)
         self.handle = torch.tensor(number)
         AttentionPlan._live_plans[number] = self
@@ -270,12 +301,16 @@ class FrameLayout:
     clip_frames: tuple[int, ...]
     window: FrameGroup
     context: FrameGroup
+    cache: DeviceCache = field(default_factory=DeviceCache, init=False, compare=False, repr=False)
 
     @staticmethod
     def of(
         clip_frames: Sequence[int], grid: tuple[int, int], window: int, coarsening: int = 0, causal: bool = True
     ) -> FrameLayout:
-        """The layout of clips of uniform frames. Calls with equal arguments return the same cached object.
+        """The layout of clips of uniform frames.
+
+        Calls with equal arguments in one thread return the same object, as long as it is among the last 32. Threads
+        share none: what one copies to a GPU, another stream might read too early.
 
         Args:
             clip_frames: `[B]` frames of each clip.
@@ -289,7 +324,7 @@ class FrameLayout:
             ValueError: a clip without frames or too long, a grid that `coarsening` does not divide, or a context in a
                 layout that is not causal.
         """
-        return _layout(tuple(clip_frames), grid, window, coarsening, causal)
+        return _layouts.of(tuple(clip_frames), grid, window, coarsening, causal)
 
     @property
     def frames(self) -> int:
@@ -302,20 +337,10 @@ class FrameLayout:
         return self.window.tokens + self.context.tokens
 
     def tensors(self, device: torch.device) -> list[Tensor]:
-        """All cached tensors for computing on `device`; called early, so that none is copied during the computation."""
-        tensors = [self.clip_of_frame(device), self.window_rows(device), self.context_rows(device)]
-        tensors.append(self.window.clip_of_frame(device))
-        for plan in (self.window_plan(device), self.context_plan):
-            spans = [plan.group.clips]
-            tensors.append(plan.group.positions_on(device))
-            if (upper := plan.group.upper_triangle(device)) is not None:
-                tensors += [upper.queries, upper.keys]
-                spans.append(upper.spans)
-            if (prefix := plan.prefix) is not None:
-                tensors += [] if prefix.rows is None else [prefix.rows]
-                spans += [prefix.queries, prefix.keys]
-            tensors += [span.cumulative(device) for span in spans]
-        return tensors
+        """All that is computed with on `device` outside of attention (see `attention.prepare`)."""
+        groups = self.window, self.context
+        rows = self.clip_of_frame(device), self.window_rows(device), self.context_rows(device)
+        return [*rows, self.window.clip_of_frame(device), *(group.positions_on(device) for group in groups)]
 
     @cached_property
     def window_pairs(self) -> int:
@@ -328,21 +353,17 @@ class FrameLayout:
         """Number of all attended (query, key) pairs."""
         return self.window_pairs + self.context.pairs
 
-    @cached_property
-    def _cache(self) -> dict[tuple[str, torch.device], Any]:
-        return {}
-
     def clip_of_frame(self, device: torch.device) -> Tensor:
         """`[F]` int64: the clip each frame of the pack belongs to."""
-        return _get_or_make(self._cache, "clip_of_frame", device, lambda: _clip_of_frame(self.clip_frames).to(device))
+        return self.cache.get("clip_of_frame", device, lambda: to_device(_repeated_indices(self.clip_frames), device))
 
     def window_rows(self, device: torch.device) -> Tensor:
         """`[Fw]` int64: indices of the window group's frames in the pack."""
-        return _get_or_make(self._cache, "window_rows", device, lambda: self._frame_rows(in_window=True).to(device))
+        return self.cache.get("window_rows", device, lambda: to_device(self._frame_rows(in_window=True), device))
 
     def context_rows(self, device: torch.device) -> Tensor:
         """`[Fc]` int64: indices of the context group's frames in the pack."""
-        return _get_or_make(self._cache, "context_rows", device, lambda: self._frame_rows(in_window=False).to(device))
+        return self.cache.get("context_rows", device, lambda: to_device(self._frame_rows(in_window=False), device))
 
     def _frame_rows(self, in_window: bool) -> Tensor:
         is_window_frame = [
@@ -354,20 +375,19 @@ class FrameLayout:
             [row for row, is_window in enumerate(is_window_frame) if is_window == in_window], dtype=torch.int64
         )
 
-    def window_plan(self, device: torch.device) -> AttentionPlan:
+    @cached_property
+    def window_plan(self) -> AttentionPlan:
         """The attention of window tokens: to their clip's whole context, and to the window by `window.causal`."""
-        return _get_or_make(self._cache, "window_plan", device, lambda: AttentionPlan(self.window, self.prefix(device)))
+        return AttentionPlan(self.window, self.prefix)
 
     @cached_property
     def context_plan(self) -> AttentionPlan:
         """The attention of context tokens: to each other, frame-block causally."""
         return AttentionPlan(self.context)
 
-    def prefix(self, device: torch.device) -> Prefix | None:
+    @cached_property
+    def prefix(self) -> Prefix | None:
         """The contexts that window tokens see; None if no clip has one."""
-        return _get_or_make(self._cache, "prefix", device, lambda: self._prefix(device))
-
-    def _prefix(self, device: torch.device) -> Prefix | None:
         if not self.context.frames:
             return None
         has_context = [tokens > 0 for tokens in self.context.tokens_of_clips]
@@ -375,12 +395,11 @@ class FrameLayout:
         rows = None
         if not all(has_context):
             sees_context = torch.tensor(has_context).repeat_interleave(torch.tensor(fine))
-            rows = sees_context.nonzero().squeeze(1).to(device)
+            rows = sees_context.nonzero().squeeze(1)
         queries = Spans(tuple(itertools.compress(fine, has_context)))
         return Prefix(rows, queries, self.context.clips)
 
 
-@functools.lru_cache(maxsize=32)  # packs of random lengths rarely repeat
 def _layout(
     clip_frames: tuple[int, ...], grid: tuple[int, int], window: int, coarsening: int, causal: bool
 ) -> FrameLayout:
@@ -402,14 +421,16 @@ def _layout(
     )
 
 
-def _clip_of_frame(clip_frames: tuple[int, ...]) -> Tensor:
-    return torch.arange(len(clip_frames)).repeat_interleave(torch.tensor(clip_frames))
+class _Layouts(threading.local):
+    """The last layouts of a thread."""
+
+    def __init__(self) -> None:
+        self.of = functools.lru_cache(maxsize=32)(_layout)  # packs of random lengths rarely repeat
 
 
-def _get_or_make(
-    cache: dict[tuple[str, torch.device], Any], name: str, device: torch.device, make: Callable[[], T]
-) -> T:
-    """The cached value of this name and device, made at the first call."""
-    if (name, device) not in cache:
-        cache[name, device] = make()
-    return cache[name, device]  # type: ignore[no-any-return]
+_layouts = _Layouts()
+
+
+def _repeated_indices(counts: tuple[int, ...]) -> Tensor:
+    """0, 1, ... int64, each as often as its count says: `[sum of counts]`."""
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))

@@ -56,9 +56,9 @@ class ShardedPlan(AttentionPlan):
         compilable: whether no rank has so few frames that the compiler would specialize on their number.
     """
 
-    def __init__(self, layout: FrameLayout, shard: SequenceRank, device: torch.device) -> None:
-        super().__init__(layout.window, layout.prefix(device))
-        self.shard, self.window, self.context = shard, layout.window_plan(device), layout.context_plan
+    def __init__(self, layout: FrameLayout, shard: SequenceRank) -> None:
+        super().__init__(layout.window, layout.prefix)
+        self.shard, self.window, self.context = shard, layout.window_plan, layout.context_plan
         self.window_tokens, self.context_tokens = (_tokens(group, shard) for group in (layout.window, layout.context))
         frames = [even_split(group.frames, shard.size) for group in (layout.window, layout.context) if group.frames]
         self.compilable = min(map(min, frames)) > 1
@@ -79,7 +79,6 @@ class ShardedLayout:
 
     def __init__(self, whole: FrameLayout, shard: SequenceRank) -> None:
         self.whole, self.shard = whole, shard
-        self._plans: dict[torch.device, ShardedPlan] = {}
 
     @property
     def clip_frames(self) -> tuple[int, ...]:
@@ -106,19 +105,14 @@ class ShardedLayout:
         """The rank's frames among those of the pack's window group."""
         return self.shard.part(self.whole.window.frames)
 
-    def plan(self, device: torch.device) -> ShardedPlan:
+    @cached_property
+    def plan(self) -> ShardedPlan:
         """The attention of the pack."""
-        if device not in self._plans:
-            self._plans[device] = ShardedPlan(self.whole, self.shard, device)
-        return self._plans[device]
+        return ShardedPlan(self.whole, self.shard)
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         """See `FrameLayout.tensors`."""
-        self.plan(device)
-        own = self.own
-        tensors = [own.clip_of_frame(device), own.window_rows(device), own.context_rows(device)]
-        tensors += [group.positions_on(device) for group in (own.window, own.context)]
-        return [*tensors, own.window.clip_of_frame(device), *self.whole.tensors(device)]
+        return self.own.tensors(device)
 
 
 def _slice(group: FrameGroup, shard: SequenceRank) -> FrameGroup:

@@ -1,4 +1,6 @@
-"""Packs on their way to the device: noise is drawn and tensors are copied one step ahead, during the current step."""
+"""Packs on their way to the device: noise is drawn, tensors are copied and layouts prepared one step ahead, during the
+current step.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from far_scale.config.schema import ObjectiveSection
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.model import FARConfig
+from far_scale.model.attention import prepare
 from far_scale.model.sharded_layout import SequenceRank
 from far_scale.train.flow_matching import NoisyPack, add_noise
 from far_scale.utils.look_ahead import LookAhead
@@ -33,10 +37,12 @@ class Batch:
 class DevicePrefetch:
     """Iterates over `packs`, each item the packs of a step; yields the `Batch` of each step.
 
-    A thread makes the next one while the caller computes; on a GPU it copies from pinned memory on a separate stream,
-    and the caller's stream waits for the copy, not the host. Errors of the thread are raised by `next`.
+    A thread makes the next one while the caller computes, and with it all that attention and model need of the packs'
+    layouts on the device. On a GPU it copies from pinned memory on a separate stream, and the caller's stream waits for
+    the copy, not the host. Errors of the thread are raised by `next`.
 
     Args:
+        kernel: name of the attention kernel that the layouts are prepared for.
         shard: this rank among those that share the packs; None if it has them alone.
     """
 
@@ -47,9 +53,10 @@ class DevicePrefetch:
         config: FARConfig,
         seed: int,
         device: torch.device,
+        kernel: str,
         shard: SequenceRank | None = None,
     ) -> None:
-        self._shard = shard
+        self._shard, self._kernel = shard, kernel
         self._objective, self._config, self._seed, self._device = objective, config, seed, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._batches = LookAhead(map(self._make_batch, packs), name="device-prefetch")
@@ -58,11 +65,11 @@ class DevicePrefetch:
         return self
 
     def __next__(self) -> Batch:
-        batch, copied = next(self._batches)
+        batch, tensors, copied = next(self._batches)
         if copied is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(copied)
-            for tensor in (tensor for noisy in batch.noisy for tensor in noisy.tensors()):
+            for tensor in tensors:
                 tensor.record_stream(stream)  # or their memory could be reused while the step still reads it
         return batch
 
@@ -76,14 +83,22 @@ class DevicePrefetch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _make_batch(self, packs: list[Pack]) -> tuple[Batch, torch.cuda.Event | None]:
+    def _make_batch(self, packs: list[Pack]) -> tuple[Batch, list[Tensor], torch.cuda.Event | None]:
+        """The batch, all its tensors on the device, and on a GPU the end of their copies."""
         noisy, ranks = [add_noise(pack, self._objective, self._config, self._seed) for pack in packs], 1
         if self._shard is not None:
             noisy, ranks = [pack.shard(self._shard) for pack in noisy], self._shard.size
         if self._stream is None:
-            return Batch(packs, [pack.to(self._device) for pack in noisy], ranks), None
+            batch = Batch(packs, [pack.to(self._device) for pack in noisy], ranks)
+            return batch, self._tensors(batch), None
         with torch.cuda.stream(self._stream):
             batch = Batch(packs, [pack.pin().to(self._device) for pack in noisy], ranks)
+            tensors = self._tensors(batch)
             copied = torch.cuda.Event()
             copied.record(self._stream)
-        return batch, copied
+        return batch, tensors, copied
+
+    def _tensors(self, batch: Batch) -> list[Tensor]:
+        """The packs' tensors, and those of their layouts, which are prepared here unless an earlier batch had them."""
+        of_layouts = [tensor for pack in batch.noisy for tensor in prepare(pack.layout, self._device, self._kernel)]
+        return [tensor for pack in batch.noisy for tensor in pack.tensors()] + of_layouts

@@ -27,6 +27,7 @@ from far_scale.config.schema import OptimizerSection, TrainSection
 from far_scale.distributed.process_group import Processes
 from far_scale.model import FAR, FARConfig
 from far_scale.model.attention import choose_kernel
+from far_scale.model.attention.selection import KernelChoice
 from far_scale.model.layers import HEAD_DIM, Block
 from far_scale.train.deepspeed_adapter import (
     adam_optimizer,
@@ -58,15 +59,15 @@ class Fragment:
     exp_avg_sq: Tensor
 
 
-def check_computation(train: TrainSection, device: torch.device) -> str:
-    """Check the attention kernel and the compiler; returns a line for the log with the kernel and the reason for it.
+def check_computation(train: TrainSection, device: torch.device) -> KernelChoice:
+    """Check the attention kernel and the compiler; returns the kernel.
 
     Raises:
         UserError: the kernel is unknown or not usable here, or there is no compiler for train.compile.
     """
     if train.compile:
         check_compiler(device)
-    return choose_kernel(train.attention, device, compute_dtype(train), HEAD_DIM).why
+    return choose_kernel(train.attention, device, compute_dtype(train), HEAD_DIM)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -82,8 +82,7 @@ class NoisyPack:
         )
 
     def to(self, device: torch.device) -> NoisyPack:
-        """A copy on `device`, with the layout's tensors there; pinned memory is copied without a host sync."""
-        self.layout.tensors(device)
+        """A copy on `device`, without the layout's tensors; pinned memory is copied without a host sync."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> NoisyPack:
@@ -91,11 +90,11 @@ class NoisyPack:
         return self._map(Tensor.pin_memory)
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, with those of the layout."""
+        """All tensors but those of the layout."""
         fields = (
             self.latents, self.timesteps, self.target, self.has_loss, self.actions, self.labels, self.loss_frames,
         )  # fmt: skip
-        return [tensor for tensor in fields if tensor is not None] + self.layout.tensors(self.latents.device)
+        return [tensor for tensor in fields if tensor is not None]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> NoisyPack:
         return NoisyPack(

@@ -98,7 +98,7 @@ def train(
     check_ranks(recipe, processes.world_size)
     if recipe.log.tensorboard:
         check_tensorboard()
-    kernel_line = check_computation(recipe.train, processes.device)
+    kernel = check_computation(recipe.train, processes.device)
     plan, dtype = stages(recipe), compute_dtype(recipe.train)
     run, events = Path(recipe.run_dir), EventLog(Path(recipe.run_dir), processes.is_main_process)
     resume = Resume(recipe, plan, processes, events)
@@ -164,7 +164,7 @@ def train(
             ledger = StepLedger(hosts, processes, events, monitor.print)
             groups = describe_groups(sequence.size, recipe.model.heads, hosts)
             forecast = open_forecast(recipe, model, sharding, hosts, processes, events)
-            for line in (kernel_line, *sharding.why, *groups):
+            for line in (kernel.why, *sharding.why, *groups):
                 monitor.print(line)
             validation = Validation(plan, data.held_out, engine, ema, monitor, watchdog, processes)
             validation.after_step(done)  # the last start may have ended before this validation
@@ -182,9 +182,8 @@ def train(
                 packing = replace(stage.packing(recipe.seed), beginnings=beginnings)
                 metadata_of_stage = metadata_of_stages[stage.index] | ({"beginnings": beginnings} if beginnings else {})
                 damaged = DamagedSamples(stage.data.max_damaged_samples, lanes, processes, events)
-                with prefetched_batches(
-                    stage, shard_set, data.scaling, packing, first, lanes, recipe.objective, processes, sequence
-                ) as batches:
+                of_data = shard_set, data.scaling, packing, first, lanes, recipe.objective
+                with prefetched_batches(stage, *of_data, processes, sequence, kernel.name) as batches:
                     for step in range(first, stage.end):
                         with monitor.waiting_for_data():
                             batch = next(batches)

@@ -12,12 +12,10 @@ from far_scale.data.loader.mixture import summary
 from far_scale.data.loader.pack_loader import PackLoader
 from far_scale.distributed.process_group import Processes, all_gather_objects
 from far_scale.distributed.sequence_parallel import describe_groups, start_sequence_group
-from far_scale.model.attention import choose_kernel
-from far_scale.model.layers import HEAD_DIM
 from far_scale.train.collectives import expected_collectives, model_shapes
 from far_scale.train.curriculum import stages
 from far_scale.train.device_prefetch import Batch
-from far_scale.train.engine import build_model, check_computation, compute_dtype, start_engine
+from far_scale.train.engine import build_model, check_computation, start_engine
 from far_scale.train.flow_matching import add_noise
 from far_scale.train.loop import train_step
 from far_scale.train.planner.estimate import Cluster, plan_run
@@ -39,13 +37,12 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
         UserError: something does not fit; memory is checked before anything is allocated.
     """
     check_ranks(recipe, processes.world_size)
-    attention = check_computation(recipe.train, processes.device)
+    kernel = check_computation(recipe.train, processes.device)
     config, train, plan = recipe.far_config(), recipe.train, stages(recipe)
     events = EventLog(Path(recipe.run_dir), False)
     data = open_data(recipe, plan, 0, processes, events, open_videos)
     packs_per_step = recipe.data.lanes * train.sequence_parallel // processes.world_size
     sizes = model_shapes(config).sizes
-    kernel = choose_kernel(train.attention, processes.device, compute_dtype(train), HEAD_DIM).name
     is_flex = uses_flex(train, processes.device)
     shapes = draw_stages(plan, data.shard_sets, recipe.seed)
     counts = [Counts.of(each.largest, train.sequence_parallel) for each in shapes]
@@ -57,7 +54,7 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
     nodes = len(set(hosts))
     device = "cpu" if processes.device.type == "cpu" else short_name(torch.cuda.get_device_name(processes.device))
     cluster = Cluster(nodes, processes.world_size // nodes, device, min(free for _, free in reports))
-    planned = plan_run(recipe, cluster, data.shard_sets, FOLDER, kernel, sharding, shapes)
+    planned = plan_run(recipe, cluster, data.shard_sets, FOLDER, kernel.name, sharding, shapes)
     if processes.is_main_process:
         print(f"recipe      {recipe.name} ({recipe.hash()[:12]}), {train.steps} steps")
         print(f"ranks       {processes.world_size} x {packs_per_step} packs a step")
@@ -67,7 +64,7 @@ def dry_run(recipe: Recipe, processes: Processes, open_videos: OpenVideos, accep
             print(f"held-out    {data.held_out.clips} clips of {data.held_out.shards.folder}")
         print(f"model       {sum(sizes) / 1e6:.1f} M parameters, ZeRO-{sharding.stage}, {train.precision}")
         for line in (
-            attention,
+            kernel.why,
             *sharding.why,
             *describe_groups(train.sequence_parallel, config.heads, hosts),
             *stage_lines(planned),

@@ -218,17 +218,19 @@ def prefetched_batches(
     objective: ObjectiveSection,
     processes: Processes,
     sequence: SequenceGroup,
+    kernel: str,
 ) -> Iterator[DevicePrefetch]:
     """This rank's batches of a stage from step `first` (from 0) on, on the device.
 
     Args:
+        kernel: name of the attention kernel.
         lanes: the lanes' states, or None where they begin.
     """
     rank_lanes = sequence.lanes(stage.data.lanes)
-    ahead = (stage.data.prefetch, stage.data.prefetch_bytes)
+    ahead, device = (stage.data.prefetch, stage.data.prefetch_bytes), processes.device
     with (
         PackLoader(shard_set, scaling, rank_lanes, packing, first, lanes, *ahead) as packs,
-        DevicePrefetch(packs, objective, stage.config, packing.seed, processes.device, sequence.shard) as batches,
+        DevicePrefetch(packs, objective, stage.config, packing.seed, device, kernel, sequence.shard) as batches,
         contextlib.closing(packs),  # before DevicePrefetch, which may be waiting for it
     ):
         yield batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -119,8 +120,23 @@ def test_train_steps_are_timed_in_each_mode(tmp_path: Path) -> None:
     assert [row["model"] for row in rows[::2]] == ["FAR-B, 1 layers", "FAR-B-Long, 1 layers"]
     for first, row in ((rows[at - at % 2], rows[at]) for at in range(4)):
         assert positive(row, "step", "gradients", "update", "tokens/s", "TFLOP/s", "MFU")
-        assert row["eager / this"] == first["step"] / row["step"] and row["clips"] == 2
+        assert row["eager / this"] == pytest.approx(first["step"] / row["step"]) and row["clips"] == 2
         assert row["tokens/s"] == pytest.approx((2 * 2 * 64 if row["frames"] == 2 else 2 * (4 + 16 * 64)) / row["step"])
+
+
+def test_whole_train_steps_on_varying_layouts(tmp_path: Path) -> None:
+    shape = ("--shapes", "B:6", "--layers", 1, "--clips", 2, "--modes", "eager", "--repeats", 1)
+    finished = run("train_step", *shape, "--whole", "--layouts", "varying", "--out", tmp_path)
+    (rows,) = tables_of(tmp_path, finished).values()
+    bare, whole = rows
+    assert [row["side"] for row in rows] == ["eager", "eager, whole"]
+    assert (bare["this / bare"], whole["this / bare"]) == (1, whole["step"] / bare["step"])
+    draw = random.Random(0)
+    for row in rows:
+        assert row["step"] == pytest.approx(row["gradients"] + row["update"]) and row["note"] == ""
+    # The timed step comes after four others; where no peak is known, after three. Both sides have the same layouts.
+    lengths = [[draw.randint(3, 6) for _ in range(2)] for _ in range(4 if bare["peak MB"] is None else 5)][-1]
+    assert all(row["tokens/s"] * row["step"] == pytest.approx(64 * sum(lengths)) for row in rows)
 
 
 def test_train_step_names_the_fix() -> None:
@@ -257,7 +273,7 @@ def test_the_reference_of_the_attention_benchmark_is_the_dense_mask(monkeypatch:
     case = causal_frames(clips=2, frames=3, tokens=5, heads=2)
     inputs = case.draw(torch.device("cpu"), torch.float64)
     q, k, v, dout = (x.flatten(0, 1) for x in inputs)
-    order = case.layout.window_plan(q.device)
+    order = case.layout.window_plan
     out, lse = dense.forward(q, k, v, None, None, order)
     dq, dk, dv, *_ = dense.backward(dout, q, k, v, None, None, out, lse, order)
     for ours, reference in zip(exact(case, inputs), (out, dq, dk, dv), strict=True):

@@ -258,13 +258,15 @@ def xformers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     class BlockDiagonalMask:
         causal = False
 
-        def __init__(self, queries: Spans, keys: Spans) -> None:
-            self.queries, self.keys = queries, keys
+        def __init__(self, q_seqlen: list[int], kv_seqlen: list[int]) -> None:
+            self.queries, self.keys = Spans(tuple(q_seqlen)), Spans(tuple(kv_seqlen))
+            self.q_seqinfo = SimpleNamespace(seqstart=None)
+            self.k_seqinfo = self.q_seqinfo if q_seqlen == kv_seqlen else SimpleNamespace(seqstart=None)
 
         @classmethod
         def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None) -> BlockDiagonalMask:
             assert device is not None, "the library would take the current GPU"
-            return cls(Spans(tuple(q_seqlen)), Spans(tuple(kv_seqlen or q_seqlen)))
+            return cls(q_seqlen, kv_seqlen or q_seqlen)
 
     class BlockDiagonalCausalMask(BlockDiagonalMask):
         causal = True  # top left
@@ -278,6 +280,8 @@ def xformers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def check(tensors: list[Tensor], mask: BlockDiagonalMask, op: type) -> None:
         noted.append(op.NAME)
         assert all(x.dim() == 4 and len(x) == 1 for x in tensors)
+        for info, spans in ((mask.q_seqinfo, mask.queries), (mask.k_seqinfo, mask.keys)):
+            assert info.seqstart.tolist() == list(spans.starts) and info.seqstart.dtype == torch.int32
         assert not mask.causal or mask.queries == mask.keys
 
     def memory_efficient_attention_forward_requires_grad(

@@ -24,6 +24,8 @@ from far_scale.data.loader.pack_loader import PackLoader
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.shard_set import ShardSet
 from far_scale.distributed.process_group import stop_processes
+from far_scale.model.attention import choose_kernel, prepare
+from far_scale.model.layers import HEAD_DIM
 from far_scale.train import engine, loop
 from far_scale.train.curriculum import stages
 from far_scale.train.deepspeed_adapter import start_deepspeed_processes
@@ -236,8 +238,11 @@ def spikes(run: Run, batches: list[Batch]) -> dict:
 def main() -> None:
     shards, out, *rest = sys.argv[1:]
     processes = start_deepspeed_processes()
-    spec, *others = small_recipe(Path(shards), Path(out) / "unused")
+    on_gpu = processes.device.type == "cuda"
+    lengths = ["data.frames=[4,8]"] if on_gpu else []  # so that each step has another layout
+    spec, *others = small_recipe(Path(shards), Path(out) / "unused", *lengths)
     recipe = load_recipe(spec, others)
+    kernel = choose_kernel("auto", processes.device, torch.float32, HEAD_DIM).name
     shard_set = ShardSet.open(shards)
     scaling = LatentScaling.of(shard_set.manifest, recipe.data.scaling)
     (stage,) = stages(recipe)
@@ -246,6 +251,8 @@ def main() -> None:
     with PackLoader(shard_set, scaling, lanes, stage.packing(recipe.seed)) as loader:
         for packs in (next(loader) for _ in range(7)):
             noisy = [add_noise(pack, recipe.objective, stage.config, recipe.seed) for pack in packs]
+            for pack in noisy:
+                prepare(pack.layout, processes.device, kernel)
             batches.append(Batch(packs, [pack.to(processes.device) for pack in noisy]))
     results = {"batches": [{pack.lane: list(pack.keys) for pack in batch.packs} for batch in batches]}
     for text in " ".join(rest).split(","):

@@ -18,6 +18,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from far_scale.config.recipe import load_recipe
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.distributed.process_group import stop_processes
+from far_scale.model.attention import choose_kernel, prepare
+from far_scale.model.layers import HEAD_DIM
 from far_scale.train.curriculum import stages
 from far_scale.train.deepspeed_adapter import start_deepspeed_processes
 from far_scale.train.device_prefetch import Batch
@@ -82,7 +84,7 @@ def measure(overrides: list[str], processes: Any) -> dict[str, Any]:
     clean = [make_pack(stage, lane) for lane in range(packs)]
     noisy = [add_noise(pack, recipe.objective, stage.config, recipe.seed) for pack in clean]
     for pack in noisy:
-        pack.layout.tensors(processes.device)
+        prepare(pack.layout, processes.device, choose_kernel("auto", processes.device, torch.float32, HEAD_DIM).name)
     before = storages()
     model = build_model(stage.config, recipe.seed)
     engine = start_engine(model, recipe.optimizer, train, packs, processes, Sharding(train.zero_stage))

@@ -94,7 +94,7 @@ def run_long(attention, layout: FrameLayout, *tensors: torch.Tensor) -> list[tor
     """The window's output and the gradients of its q, k, v and of the context's k and v."""
     *inputs, dout = tensors
     q, k, v, context_k, context_v = inputs = [x.detach().requires_grad_() for x in inputs]
-    out = attention(q, k, v, layout.window, PrefixKV(context_k, context_v, layout.prefix(q.device)))
+    out = attention(q, k, v, layout.window, PrefixKV(context_k, context_v, layout.prefix))
     # The reference does not touch an empty context, so its gradient must be asked for as zeros.
     return [out, *torch.autograd.grad(out, inputs, dout, materialize_grads=True)]
 

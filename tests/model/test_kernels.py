@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from far_scale.model.attention import (
     causal_pair,
@@ -29,6 +30,7 @@ from far_scale.model.attention.kernel import Kernel
 from far_scale.model.attention.table import HEAD_DIM, Inputs, attention_with_gradients, table_rows
 from far_scale.model.layout import AttentionPlan, FrameGroup, FrameLayout, Prefix, Spans
 from harness import fake_libraries, plain_kernel
+from harness.prepared import forget_layouts, nothing_is_made
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 HEADS = 2
@@ -38,7 +40,7 @@ def long_order(
     clip_frames: tuple[int, ...], side: int, window: int, coarsening: int
 ) -> Callable[[torch.device], AttentionPlan]:
     """FAR-Long: what the window tokens see, of frames of `side` x `side` tokens."""
-    return lambda device: FrameLayout.of(clip_frames, (side, side), window, coarsening).window_plan(device)
+    return lambda device: FrameLayout.of(clip_frames, (side, side), window, coarsening).window_plan
 
 
 def uniform_order(
@@ -124,7 +126,7 @@ def test_the_plain_kernel_aligns_bottom_right() -> None:
 def clear_caches() -> None:
     for cached in (
         flash_attn_2._library, flash_attn_3._operators, flash_attn_4._library, xformers_blocks._library,
-        xformers_blocks._mask, kernel.import_failure, choice._choose_cached,
+        kernel.import_failure, choice._choose_cached,
     ):  # fmt: skip
         cached.cache_clear()
 
@@ -169,6 +171,15 @@ def faked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh
     else:
         fake_torch(monkeypatch)
     return FAKES[name]
+
+
+@pytest.mark.parametrize("order", ["mixed frames", "long", "cached", "not causal, mixed clips"])
+def test_an_adapter_makes_nothing_after_prepare(faked: Kernel, order: str) -> None:
+    forget_layouts()
+    plan = ORDERS[order](CPU)
+    causal_pair.prepare(faked, plan, CPU)
+    with nothing_is_made():
+        through_the_pair(faked, Inputs.draw(plan, HEADS, CPU, torch.float32))
 
 
 def fake_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,6 +367,10 @@ def test_blocks_that_flex_skips(clip_frames: tuple[int, ...]) -> None:
     assert not (full & ~tiles.all(3).all(1)).any()
     assert full.sum() >= tiles.all(3).all(1).sum() - len(full)
     assert flex.block_mask(plan, CPU) is blocks
+    listed = (getattr(blocks, f"{kind}_{part}") for kind in ("kv", "full_kv") for part in ("num_blocks", "indices"))
+    derived = BlockMask.from_kv_blocks(*listed)
+    for name in ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+        assert torch.equal(getattr(blocks, name), getattr(derived, name))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -158,7 +158,7 @@ def test_a_block_is_the_official_formula_written_out_per_token() -> None:
     hidden = F.gelu(block.mlp.up(norm(tokens) * (1 + scale) + shift), approximate="tanh")
     tokens = tokens + gate * block.mlp.down(hidden)
 
-    out, _ = block("cpu", x, condition, rotation, layout.window_plan(x.device).handle)
+    out, _ = block("cpu", x, condition, rotation, layout.window_plan.handle)
     torch.testing.assert_close(out.reshape(12, -1), tokens, rtol=0, atol=1e-11)
 
 

@@ -48,7 +48,7 @@ def arguments(requires_grad: bool = False) -> tuple:
     generator = torch.Generator().manual_seed(0)
     sizes = [layout.window.tokens] * 3 + [layout.context.tokens] * 2
     tensors = [torch.randn(n, 2, 16, generator=generator, dtype=torch.float64) for n in sizes]
-    return (*(x.requires_grad_(requires_grad) for x in tensors), layout.window_plan(torch.device("cpu")).handle, "cpu")
+    return (*(x.requires_grad_(requires_grad) for x in tensors), layout.window_plan.handle, "cpu")
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "dense"])

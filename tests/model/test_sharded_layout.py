@@ -36,7 +36,7 @@ def test_the_ranks_hold_every_frame_once(clip_frames: tuple[int, ...], size: int
         own_rows = shard.rows[shard.own.window_rows(CPU)]
         assert torch.equal(own_rows, whole.window_rows(CPU)[shard.window_part])
         assert torch.equal(shard.own.clip_of_frame(CPU), whole.clip_of_frame(CPU)[shard.rows])
-        plan = shard.plan(CPU)
+        plan = shard.plan
         assert plan.window_tokens == tuple(other.own.window.tokens for other in shards)
         assert plan.context_tokens == tuple(other.own.context.tokens for other in shards)
         assert plan.pairs + plan.context.pairs == whole.attended_pairs
@@ -47,7 +47,7 @@ def test_layers_are_compiled_where_no_rank_has_a_single_frame() -> None:
 
     def compilable(*clip_frames: int) -> bool:
         layout = config.layout(clip_frames, (4, 4))
-        found = {ShardedLayout(layout, SequenceRank(rank, 2)).plan(CPU).compilable for rank in range(2)}
+        found = {ShardedLayout(layout, SequenceRank(rank, 2)).plan.compilable for rank in range(2)}
         assert len(found) == 1, "the ranks must agree"
         return found.pop()
 

@@ -24,7 +24,7 @@ def arguments(dtype: torch.dtype = torch.float64, requires_grad: bool = False) -
     generator = torch.Generator().manual_seed(0)
     sizes = [layout.window.tokens] * 3 + [layout.context.tokens] * 3
     tensors = [torch.randn(n, 2, 16, generator=generator, dtype=torch.float64).to(dtype) for n in sizes]
-    plan = ShardedLayout(layout, ALONE).plan(CPU)
+    plan = ShardedLayout(layout, ALONE).plan
     plans.append(plan)
     return [*(x.requires_grad_(requires_grad) for x in tensors), plan.handle, "cpu"]
 
@@ -62,7 +62,7 @@ def test_the_handle_of_another_plan_is_refused() -> None:
     layout = FrameLayout.of((2,), (1, 2), window=2)
     q = torch.zeros(4, 1, 16)
     with pytest.raises(AssertionError, match="handle of a sharded plan"):
-        attend_sharded(q, q, q, None, None, None, layout.window_plan(CPU).handle, "cpu")
+        attend_sharded(q, q, q, None, None, None, layout.window_plan.handle, "cpu")
 
 
 @pytest.mark.slow

@@ -146,7 +146,8 @@ def test_the_state_comes_back_and_rows_are_counted(ranks: list[dict[str, Any]], 
 
 @pytest.mark.gpu
 def test_no_step_waits_for_the_gpu(recorded_shards: Path, tmp_path: Path) -> None:
-    """From the third step on the worker lets any synchronisation in optimizer step, guard and EMA raise."""
+    """From the third step on the worker lets any synchronisation in optimizer step, guard and EMA raise. Each step has
+    another layout; test_device_prefetch.py has forward and backward."""
     (found,) = run_worker(1, recorded_shards, tmp_path, RUNS)
     for name in RUNS:
         assert_bad_steps_left_no_trace(found[name])

@@ -25,8 +25,24 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from far_scale.model.attention.kernel import Kernel
+from far_scale.model.attention.kernel import Kernel, PreparedKernel
 from far_scale.model.layout import AttentionPlan
+
+
+def prepare(kernel: Kernel, plan: AttentionPlan, device: torch.device) -> list[Tensor]:
+    """Make all that `forward` and `backward` read of the plan on `device`; returns the tensors."""
+    tensors, clips, prefix = [], plan.group.clips, plan.prefix
+    calls = [(clips, clips, plan.group.causal)]
+    if (upper := plan.group.upper_triangle(device)) is not None:
+        tensors += [upper.queries, upper.keys]
+        calls.append((upper.spans, upper.spans, True))
+    if prefix is not None:
+        tensors += [] if (rows := prefix.rows_on(device)) is None else [rows]
+        calls.append((prefix.queries, prefix.keys, False))
+    if isinstance(kernel, PreparedKernel):
+        for queries, keys, causal in calls:
+            tensors += kernel.prepare(queries, keys, causal, device)
+    return tensors
 
 
 def forward(
@@ -48,9 +64,10 @@ def forward(
         _merge(out, lse, rows, *part)
     if prefix is not None:
         assert prefix_k is not None and prefix_v is not None
-        (seen_q,) = _rows(prefix.rows, q)
+        rows_with_prefix = prefix.rows_on(q.device)
+        (seen_q,) = _rows(rows_with_prefix, q)
         part = kernel.forward(seen_q, prefix_k, prefix_v, prefix.queries, prefix.keys, causal=False)
-        _merge(out, lse, prefix.rows, *part)
+        _merge(out, lse, rows_with_prefix, *part)
     return out, lse
 
 
@@ -83,11 +100,12 @@ def backward(
     if prefix is None:
         return dq, dk, dv, None, None
     assert prefix_k is not None and prefix_v is not None
-    seen_dout, seen_q, seen_out, seen_lse = _rows(prefix.rows, dout, q, out, lse)
+    rows_with_prefix = prefix.rows_on(q.device)
+    seen_dout, seen_q, seen_out, seen_lse = _rows(rows_with_prefix, dout, q, out, lse)
     prefix_dq, prefix_dk, prefix_dv = kernel.backward(
         seen_dout, seen_q, prefix_k, prefix_v, seen_out, seen_lse, prefix.queries, prefix.keys, causal=False
     )
-    _add(dq, prefix.rows, prefix_dq)
+    _add(dq, rows_with_prefix, prefix_dq)
     return dq, dk, dv, prefix_dk, prefix_dv
 
 

@@ -10,6 +10,15 @@ from far_scale.model.layout import AttentionPlan, Prefix
 NAME = "dense"
 
 
+def prepare(plan: AttentionPlan, device: torch.device) -> list[Tensor]:
+    """Make all that the mask is computed from on `device`; returns the tensors."""
+    spans, tensors = [plan.group.frame_spans, plan.group.clips], []
+    if plan.prefix is not None:
+        spans += [plan.prefix.queries, plan.prefix.keys]
+        tensors += [] if (rows := plan.prefix.rows_on(device)) is None else [rows]
+    return [*tensors, *(each.sequence_of_token(device) for each in spans)]
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, plan: AttentionPlan
 ) -> tuple[Tensor, Tensor]:
@@ -74,10 +83,7 @@ def mask(plan: AttentionPlan, device: torch.device) -> Tensor:
 
 
 def _prefix_mask(prefix: Prefix, tokens: int, device: torch.device) -> Tensor:
-    query_clip, key_clip = (
-        torch.arange(len(spans.lengths), device=device).repeat_interleave(torch.tensor(spans.lengths, device=device))
-        for spans in (prefix.queries, prefix.keys)
-    )
-    clip = torch.full((tokens,), -1, device=device)
-    clip[slice(None) if prefix.rows is None else prefix.rows] = query_clip
+    query_clip, key_clip = (spans.sequence_of_token(device) for spans in (prefix.queries, prefix.keys))
+    clip, rows = torch.full((tokens,), -1, device=device), prefix.rows_on(device)
+    clip[slice(None) if rows is None else rows] = query_clip
     return clip[:, None] == key_clip[None, :]

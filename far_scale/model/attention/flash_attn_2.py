@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from far_scale.model.attention.install import FLASH_ATTN_2_COMMAND
-from far_scale.model.attention.kernel import GPURequirements, import_failure, pad_lse, unpad_lse
+from far_scale.model.attention.kernel import GPURequirements, import_failure, pad_lse, padded_rows, unpad_lse
 from far_scale.model.layout import Spans
 
 NAME, PACKAGE, INSTALL = "flash-attn-2", "flash-attn", FLASH_ATTN_2_COMMAND
@@ -59,6 +59,12 @@ def _library() -> _Library:
 def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """See `Kernel.unusable_reason`."""
     return _NEEDS.unusable_reason(device, dtype, head_dim) or import_failure(PACKAGE, "2.5.7", _MODULE)
+
+
+def prepare(queries: Spans, keys: Spans, causal: bool, device: torch.device) -> list[Tensor]:
+    """See `PreparedKernel.prepare`."""
+    tensors = [queries.cumulative(device), keys.cumulative(device)]
+    return [*tensors, padded_rows(queries, queries.longest, device)] if _library().padded else tensors
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:

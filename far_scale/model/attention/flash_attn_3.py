@@ -39,6 +39,11 @@ def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     return _NEEDS.unusable_reason(device, dtype, head_dim) or import_failure(PACKAGE, "3.0.0b1", _MODULE)
 
 
+def prepare(queries: Spans, keys: Spans, causal: bool, device: torch.device) -> list[Tensor]:
+    """See `PreparedKernel.prepare`."""
+    return [queries.cumulative(device), keys.cumulative(device)]
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:
     """See `Kernel.forward`."""
     # One split; several, which a heuristic may choose, would give the log-sum-exp in parts.

@@ -40,6 +40,11 @@ def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     return needs.unusable_reason(device, dtype, head_dim) or import_failure(PACKAGE, "4.0.0b10", _MODULE)
 
 
+def prepare(queries: Spans, keys: Spans, causal: bool, device: torch.device) -> list[Tensor]:
+    """See `PreparedKernel.prepare`."""
+    return [queries.cumulative(device), keys.cumulative(device)]
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:
     """See `Kernel.forward`."""
     out, lse, *_ = _library()._flash_attn_fwd(q, k, v, **_sequences(q, queries, keys, causal), return_lse=True)

@@ -9,7 +9,6 @@ The block mask is computed from these, never from a dense mask, and cached as lo
 from __future__ import annotations
 
 import functools
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from far_scale.model.attention.kernel import GPURequirements
-from far_scale.model.layout import AttentionPlan, FrameGroup, Prefix
+from far_scale.model.layout import AttentionPlan, FrameGroup, Prefix, to_device
 
 NAME = "flex"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,15 +58,23 @@ def _attention(device_type: str) -> Any:
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
 
 
-_masks: weakref.WeakKeyDictionary[AttentionPlan, dict[torch.device, BlockMask]] = weakref.WeakKeyDictionary()
+def prepare(plan: AttentionPlan, device: torch.device) -> list[Tensor]:
+    """Make the plan's block mask on `device`; returns its tensors."""
+    seen, mask = _mask(plan, device)
+    return [*seen, *(x for x in mask.as_tuple() if isinstance(x, Tensor))]
 
 
 def block_mask(plan: AttentionPlan, device: torch.device) -> BlockMask:
     """The plan's block mask, made once for each device."""
-    masks = _masks.setdefault(plan, {})
-    if device not in masks:
-        masks[device] = _block_mask(_visible_ranges(plan.group, plan.prefix, device), plan)
-    return masks[device]
+    return _mask(plan, device)[1]
+
+
+def _mask(plan: AttentionPlan, device: torch.device) -> tuple[_VisibleRanges, BlockMask]:
+    def make() -> tuple[_VisibleRanges, BlockMask]:
+        seen = _visible_ranges(plan.group, plan.prefix, device)
+        return seen, _block_mask(seen, plan)
+
+    return plan.cache.get(NAME, device, make)
 
 
 class _VisibleRanges(NamedTuple):
@@ -89,12 +96,12 @@ def _visible_ranges(group: FrameGroup, prefix: Prefix | None, device: torch.devi
         group_last = prefix_keys + torch.tensor(group.clips.starts[1:]).repeat_interleave(clip_tokens)
     first, last = torch.zeros_like(group_first), torch.zeros_like(group_first)
     if prefix is not None:
-        rows = slice(None) if prefix.rows is None else prefix.rows.cpu()
+        rows = slice(None) if prefix.rows is None else prefix.rows
         query_tokens, ends = torch.tensor(prefix.queries.lengths), torch.tensor(prefix.keys.starts)
         first[rows] = ends[:-1].repeat_interleave(query_tokens)
         last[rows] = ends[1:].repeat_interleave(query_tokens)
     # int32, since the kernels read these in their innermost loop.
-    return _VisibleRanges(*(x.to(device, torch.int32) for x in (first, last, group_first, group_last)))
+    return _VisibleRanges(*(to_device(x.int(), device) for x in (first, last, group_first, group_last)))
 
 
 def _block_mask(seen: _VisibleRanges, plan: AttentionPlan) -> BlockMask:
@@ -116,18 +123,23 @@ def _block_mask(seen: _VisibleRanges, plan: AttentionPlan) -> BlockMask:
     def prefix_and_group_mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return ((key >= first[query]) & (key < last[query])) | group_mask(batch, head, query, key)
 
-    visible = group_mask if plan.prefix is None else prefix_and_group_mask
-    return BlockMask.from_kv_blocks(
-        *_block_lists(some & ~every),
+    visible, partial = group_mask if plan.prefix is None else prefix_and_group_mask, some & ~every
+    # The query lists are those that `from_kv_blocks` would derive; its way sets a global of torch.fx, which must not
+    # happen in the prefetch thread while another one compiles.
+    return BlockMask(
+        (tokens, keys),
+        *_block_lists(partial),
         *_block_lists(every),
-        BLOCK_SIZE=_BLOCK,
+        *_block_lists(partial.T),
+        *_block_lists(every.T),
+        BLOCK_SIZE=(_BLOCK, _BLOCK),
         mask_mod=visible,
-        seq_lengths=(tokens, keys),
     )
 
 
 def _block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """`[R, C]` bool -> True blocks in each row, `[1, 1, R]`, and all blocks, True ones first, `[1, 1, R, C]`."""
+    blocks = blocks.contiguous()
     count = blocks.sum(1, dtype=torch.int32)
     listed = blocks.int().argsort(dim=1, descending=True, stable=True).int()
     return count[None, None], listed[None, None]

@@ -6,13 +6,13 @@ import functools
 import importlib
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from far_scale.model.layout import Spans
+from far_scale.model.layout import Spans, to_device
 
 NOT_INSTALLED = "not installed"
 
@@ -24,6 +24,8 @@ class Kernel(Protocol):
     Query sequence i sees key sequence i. `causal`, only where both have the same lengths, lets query j see keys <= j.
     The scale is 1/sqrt(D). The backward takes `out` and `lse` from its caller and must not recompute them: a caller
     that merged several calls passes the merged ones, and gets this call's part of the gradients.
+
+    A kernel that keeps tensors on the device for given sequences also has `prepare` (see `PreparedKernel`).
 
     Attributes:
         NAME: of the kernel in recipes and messages.
@@ -58,6 +60,18 @@ class Kernel(Protocol):
         causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients dq `[T, N, D]`, dk, dv `[S, N, D]`, all new."""
+        ...
+
+
+@runtime_checkable
+class PreparedKernel(Protocol):
+    """A kernel that keeps tensors on the device for given sequences, in the cache of a `Spans`.
+
+    Without `prepare`, the first call with new sequences would copy them there, and make the host wait.
+    """
+
+    def prepare(self, queries: Spans, keys: Spans, causal: bool, device: torch.device) -> list[Tensor]:
+        """Make all that `forward` and `backward` read of it; returns the tensors."""
         ...
 
 
@@ -143,22 +157,25 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-@functools.lru_cache(maxsize=64)  # the same for all layers
-def _padded_rows(spans: Spans, width: int, device: torch.device) -> Tensor:
-    """`[T]` int64: the row of each token among `sequences * width` padded ones."""
-    lengths = torch.tensor(spans.lengths)
-    padding_before = torch.arange(len(lengths)) * width - torch.tensor(spans.starts[:-1])
-    return (torch.arange(spans.starts[-1]) + padding_before.repeat_interleave(lengths)).to(device)
+def padded_rows(spans: Spans, width: int, device: torch.device) -> Tensor:
+    """`[T]` int64: the row of each token among `sequences * width` padded ones, cached."""
+
+    def make() -> Tensor:
+        lengths = torch.tensor(spans.lengths)
+        padding_before = torch.arange(len(lengths)) * width - torch.tensor(spans.starts[:-1])
+        return to_device(torch.arange(spans.starts[-1]) + padding_before.repeat_interleave(lengths), device)
+
+    return spans.cache.get(("padded_rows", width), device, make)
 
 
 def unpad_lse(lse: Tensor, spans: Spans) -> Tensor:
     """Log-sum-exps `[sequences, N, width]`, width at least the longest sequence -> `[T, N]`."""
-    return lse.transpose(1, 2).flatten(0, 1).index_select(0, _padded_rows(spans, lse.shape[2], lse.device))
+    return lse.transpose(1, 2).flatten(0, 1).index_select(0, padded_rows(spans, lse.shape[2], lse.device))
 
 
 def pad_lse(lse: Tensor, spans: Spans, width: int) -> Tensor:
     """Log-sum-exps `[T, N]` -> `[sequences, N, width]`, padded with infinity, which gives weights exp(s - inf) = 0."""
     padded = lse.new_full((len(spans.lengths) * width, lse.shape[1]), torch.inf)
-    padded.index_copy_(0, _padded_rows(spans, width, lse.device), lse)
+    padded.index_copy_(0, padded_rows(spans, width, lse.device), lse)
     by_sequence: Tensor = padded.unflatten(0, (-1, width))
     return by_sequence.transpose(1, 2).contiguous()

@@ -43,6 +43,17 @@ def attend(
     return out
 
 
+def prepare(plan: AttentionPlan, device: torch.device, kernel: str) -> list[Tensor]:
+    """Make all that attention over the plan by this kernel reads of it on `device`; returns the tensors."""
+    if not plan.group.tokens:
+        return []
+    if kernel == flex.NAME:
+        return flex.prepare(plan, device)
+    if kernel == dense.NAME:
+        return dense.prepare(plan, device)
+    return causal_pair.prepare(selection.get_kernel(kernel), plan, device)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, plan: AttentionPlan, kernel: str
 ) -> tuple[Tensor, Tensor]:

@@ -20,12 +20,34 @@ from torch.utils.flop_counter import register_flop_formula
 
 from far_scale.model.attention import flex, operators
 from far_scale.model.attention.exchange import ToHeads, ToTokens, to_heads, to_tokens
-from far_scale.model.layout import AttentionPlan
-from far_scale.model.sharded_layout import ShardedPlan
+from far_scale.model.layout import AttentionPlan, FrameLayout
+from far_scale.model.sharded_layout import ShardedLayout, ShardedPlan
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? context_q, Tensor? context_k, Tensor? context_v, Tensor handle, str kernel"
 )
+
+
+def prepare(layout: FrameLayout | ShardedLayout, device: torch.device, kernel: str) -> list[Tensor]:
+    """Make all that a model's forward and backward over a pack read of its layout on `device`.
+
+    On a GPU it is copied from pinned memory on the current stream, and nothing waits. Another stream that reads it must
+    wait for this one, and be named to the tensors by `record_stream`.
+
+    Args:
+        kernel: name of the attention kernel.
+
+    Returns:
+        All its tensors, also those that were there before.
+    """
+    if isinstance(layout, ShardedLayout):
+        plans = layout.plan.window, layout.plan.context
+    else:
+        plans = layout.window_plan, layout.context_plan
+    tensors = layout.tensors(device)
+    for plan in plans:
+        tensors += operators.prepare(plan, device, kernel)
+    return tensors
 
 
 def attend_sharded(

@@ -52,7 +52,7 @@ def max_errors(name: str, device: torch.device, dtype: torch.dtype) -> tuple[flo
     """The largest errors of output and gradients against the dense reference in float64, on clips of different lengths,
     some with a context of coarser frames."""
     layout = FrameLayout.of((5, 1, 3), (4, 4), window=3, coarsening=2)
-    plan = layout.window_plan(device)
+    plan = layout.window_plan
     results = attention_with_gradients(name, Inputs.draw(plan, _ERROR_HEADS, device, dtype))
     references = attention_with_gradients(dense.NAME, Inputs.draw(plan, _ERROR_HEADS, device, torch.float64))
     out, *gradients = (

@@ -28,6 +28,11 @@ def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     return _NEEDS.unusable_reason(device, dtype, head_dim)
 
 
+def prepare(queries: Spans, keys: Spans, causal: bool, device: torch.device) -> list[Tensor]:
+    """See `PreparedKernel.prepare`."""
+    return [queries.cumulative(device), keys.cumulative(device)]
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:
     """See `Kernel.forward`."""
     starts, key_starts = queries.cumulative(q.device), keys.cumulative(q.device)

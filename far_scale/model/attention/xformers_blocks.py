@@ -24,6 +24,7 @@ from far_scale.model.attention.kernel import (
     format_capability,
     import_failure,
     pad_lse,
+    padded_rows,
     unpad_lse,
 )
 from far_scale.model.layout import Spans
@@ -65,11 +66,29 @@ def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     return _CUTLASS.unusable_reason(device, dtype, head_dim)
 
 
-@functools.lru_cache(maxsize=64)  # the same for all layers
 def _mask(queries: Spans, keys: Spans, causal: bool, device: torch.device) -> Any:
-    masks = _library().attn_bias
-    kind = masks.BlockDiagonalCausalMask if causal else masks.BlockDiagonalMask
-    return kind.from_seqlens(list(queries.lengths), list(keys.lengths), device=device)
+    """The library's mask, cached."""
+
+    def make() -> Any:
+        masks = _library().attn_bias
+        kind = masks.BlockDiagonalCausalMask if causal else masks.BlockDiagonalMask
+        mask = kind.from_seqlens(list(queries.lengths), list(keys.lengths), device=torch.device("cpu"))
+        # The library would copy its cumulative lengths from pageable memory, and wait.
+        mask.q_seqinfo.seqstart, mask.k_seqinfo.seqstart = queries.cumulative(device), keys.cumulative(device)
+        return mask
+
+    return queries.cache.get(("xformers", keys.lengths, causal), device, make)
+
+
+def _padded_width(spans: Spans) -> int:
+    return -(-spans.longest // _PADDING) * _PADDING
+
+
+def prepare(queries: Spans, keys: Spans, causal: bool, device: torch.device) -> list[Tensor]:
+    """See `PreparedKernel.prepare`."""
+    _mask(queries, keys, causal, device)
+    padded = padded_rows(queries, _padded_width(queries), device)  # for CUTLASS's operators
+    return [queries.cumulative(device), keys.cumulative(device), padded]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:
@@ -90,7 +109,7 @@ def backward(
     if operator.VARLEN_LSE_PACKED:
         lse = lse.transpose(0, 1).contiguous()[None]
     else:
-        lse = pad_lse(lse, queries, -(-queries.longest // _PADDING) * _PADDING)
+        lse = pad_lse(lse, queries, _padded_width(queries))
     dq, dk, dv = library.memory_efficient_attention_backward(
         dout.contiguous()[None], out.contiguous()[None], lse, q[None], k[None], v[None], mask, op=operator
     )

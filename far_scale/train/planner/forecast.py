@@ -69,6 +69,7 @@ class Forecast:
         if len(self._steps) == _STEPS:
             self._done = True
             self._emit(step)
+            self._steps = []  # their layouts hold tensors on the device
 
     def _emit(self, step: int) -> None:
         train, sharding, ranks = self._train, self._sharding, self._processes.world_size
