@@ -1,10 +1,10 @@
 """Starts Python programs by forking a process that has loaded the large libraries: milliseconds instead of seconds.
 
-Run by `processes.py` as a program: fork_server.py SOCKET. It ends when its standard input is closed, and kills what it
-has started. Every connection to SOCKET is one program: a line of JSON with `arguments` (those of `python`: -m MODULE,
--c CODE, a script or a folder, and what follows), `environment`, `cwd` and `preload` (modules to load before the fork),
-and the three standard streams as file descriptors. The answers are {"pid": N} and {"status": S}, as in `subprocess`.
-A connection that is closed before kills its program.
+Run by `processes.py` as a program: fork_server.py FD, the descriptor of a listening socket. It ends when its standard
+input is closed, and kills what it has started. Every connection is one program: a line of JSON with `arguments` (those
+of `python`: -m MODULE, -c CODE, a script or a folder, and what follows), `environment`, `cwd` and `preload` (modules to
+load before the fork), and the three standard streams as file descriptors. The answers are {"pid": N} and {"status": S},
+as in `subprocess`. A connection that is closed before kills its program.
 
 far_scale is loaded, too, from this checkout. A program that finds another one by its PYTHONPATH loads that instead.
 """
@@ -41,11 +41,9 @@ SIGNALS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal
 
 
 class Server:
-    def __init__(self, path: str) -> None:
+    def __init__(self, listener: socket.socket) -> None:
         self.selector = selectors.DefaultSelector()
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(path)
-        self.listener.listen()
+        self.listener = listener
         self.programs: dict[int, socket.socket] = {}  # by process id
         self.paths = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
         self.wakeup, ended = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -161,6 +159,8 @@ def run(request: dict[str, Any]) -> None:
         sys.modules["torch"].set_num_threads(int(threads))
     own = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     first, *rest = request["arguments"]
+    if first == "-u":  # from execnet, which starts pytest's processes
+        first, *rest = rest
     if first == "-m":
         sys.path[:] = [os.getcwd(), *own, *request["paths"]]
         sys.argv[:] = rest
@@ -211,8 +211,7 @@ def main() -> None:
     sys.path.remove(CHECKOUT)
     _ = sys.modules["deepspeed.ops"].__compatible_ops__  # found out at the first access, by a compiler
     gc.freeze()  # the children do not touch, and so do not copy, what is loaded
-    server = Server(sys.argv[1])
-    print("ready", flush=True)
+    server = Server(socket.socket(fileno=int(sys.argv[1])))
     if (request := server.serve()) is not None:
         del server
         status: Any = 0

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from harness.launch import ROOT
-from harness.processes import server_path
+from harness.processes import FORKED, server_path
 
 SCRIPT = ROOT / "tests" / "harness" / "slurm_cluster.sh"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED")
@@ -63,8 +63,7 @@ class Cluster:
         """Have the jobs' Python programs forked by the fork server, which saves each rank seconds of imports."""
         if not torch.cuda.is_available():
             python = self.root / "python"
-            stand_in = Path(__file__).with_name("forked.py")
-            python.write_text(f'#!/bin/sh\nexec {sys.executable} -S {stand_in} "$@"\n')
+            python.write_text(f'#!/bin/sh\nexec {sys.executable} -S {FORKED} "$@"\n')
             python.chmod(0o755)
             self.environment |= {"PYTHON": str(python), "FORK_SERVER": server_path()}
 

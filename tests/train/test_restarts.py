@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from far_scale.utils.event_log import read_events
-from harness.launch import ROOT, environment, free_port, small_recipe
-from harness.processes import Process, server_path, start, start_training
+from harness.launch import environment, free_port, small_recipe
+from harness.processes import FORKED, Process, server_path, start, start_training
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def test_restarted_by_torchrun_it_goes_on(
 ) -> None:
     run = tmp_path / "run"
     # The workers are forked: their start is not what is tested.
-    worker = ["--no-python", sys.executable, str(ROOT / "tests/harness/forked.py"), "-m", "far_scale.train"]
+    worker = ["--no-python", sys.executable, str(FORKED), "-m", "far_scale.train"]
     train = [*worker, *small_recipe(recorded_shards, run, *MORE)]
     own = {**environment(), "FORK_SERVER": server_path()}
     started: list[Process] = []
