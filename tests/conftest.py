@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from far_scale.data.demo.episodes import record_episodes
 from far_scale.data.encode.plan import encode_videos
 from far_scale.data.video.find import find_videos
 from harness.once import make_once
-from harness.processes import FORKED, start_fork_server
+from harness.processes import forked_python, start_fork_server
 
 EPISODE_SEED = 10_900  # held-out seeds, which the autoencoder was not trained on
 
@@ -35,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """With several processes, start the fork server, which they share, and fork them from it, too."""
     if config.getoption("numprocesses", None) and not torch.cuda.is_available():
         start_fork_server()
-        config.option.tx = [f"popen//python={sys.executable} -S {FORKED}"] * len(config.option.tx)
+        config.option.tx = [f"popen//python={forked_python()}"] * len(config.option.tx)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,8 +3,9 @@
 Run by `processes.py` as a program: fork_server.py FD, the descriptor of a listening socket. It ends when its standard
 input is closed, and kills what it has started. Every connection is one program: a line of JSON with `arguments` (those
 of `python`: -m MODULE, -c CODE, a script or a folder, and what follows), `environment`, `cwd` and `preload` (modules to
-load before the fork), and the three standard streams as file descriptors. The answers are {"pid": N} and {"status": S},
-as in `subprocess`. A connection that is closed before kills its program.
+load before the fork), and the three standard streams as file descriptors; with others, `descriptors` has their numbers
+in the program. The answers are {"pid": N} and {"status": S}, as in `subprocess`. A connection that is closed before
+kills its program.
 
 far_scale is loaded, too, from this checkout. A program that finds another one by its PYTHONPATH loads that instead.
 """
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
 import importlib.machinery
 import io
 import json
+import multiprocessing
 import os
 import runpy
 import selectors
@@ -74,7 +77,7 @@ class Server:
     def _start(self, connection: socket.socket) -> dict[str, Any] | None:
         data, descriptors = b"", []
         with contextlib.suppress(ConnectionError):
-            data, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+            data, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 64)
             while not data.endswith(b"\n") and (part := connection.recv(1 << 20)):
                 data += part
         if not data.endswith(b"\n"):  # its client was killed
@@ -93,7 +96,12 @@ class Server:
             os.close(signal.set_wakeup_fd(-1))
             os.close(self.wakeup)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for target, descriptor in enumerate(descriptors):
+            targets = request.get("descriptors", (0, 1, 2))
+            # First out of the way, since one's number may be the target of another.
+            moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 1 + max(targets)) for descriptor in descriptors]
+            for descriptor in descriptors:
+                os.close(descriptor)
+            for target, descriptor in zip(targets, moved, strict=True):
                 os.dup2(descriptor, target)
                 os.close(descriptor)
             return {**request, "paths": self.paths}
@@ -159,8 +167,8 @@ def run(request: dict[str, Any]) -> None:
         sys.modules["torch"].set_num_threads(int(threads))
     own = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     first, *rest = request["arguments"]
-    if first == "-u":  # from execnet, which starts pytest's processes
-        first, *rest = rest
+    while first[0] == "-" and first not in ("-m", "-c"):  # options of the interpreter, from execnet or multiprocessing
+        first, *rest = rest[1:] if first == "-X" else rest
     if first == "-m":
         sys.path[:] = [os.getcwd(), *own, *request["paths"]]
         sys.argv[:] = rest
@@ -197,7 +205,7 @@ def end(status: Any) -> None:
         status = 0 if status is None else 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError, ValueError):  # multiprocessing's resource tracker has closed it
         sys.stdout.flush()
     with contextlib.suppress(BrokenPipeError):
         sys.stderr.flush()
@@ -211,7 +219,9 @@ def main() -> None:
     sys.path.remove(CHECKOUT)
     _ = sys.modules["deepspeed.ops"].__compatible_ops__  # found out at the first access, by a compiler
     gc.freeze()  # the children do not touch, and so do not copy, what is loaded
-    server = Server(socket.socket(fileno=int(sys.argv[1])))
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    multiprocessing.set_executable(os.path.join(os.path.dirname(listener.getsockname()), "python"))
+    server = Server(listener)
     if (request := server.serve()) is not None:
         del server
         status: Any = 0

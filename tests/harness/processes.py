@@ -80,9 +80,13 @@ class Process:
 def start_fork_server() -> None:
     """Start the process to fork from, for this process and all that it starts: $FORK_SERVER is its socket.
 
-    Whoever connects before it has loaded the libraries waits until then.
+    Whoever connects before it has loaded the libraries waits until then. Beside the socket is `forked_python`; forked
+    processes have multiprocessing start that.
     """
     folder = tempfile.mkdtemp(prefix="fork", dir="/tmp")  # short: the path of a socket is
+    python = Path(folder, "python")
+    python.write_text(f'#!/bin/sh\nFORK_SERVER={folder}/socket exec {sys.executable} -S {FORKED} "$@"\n')
+    python.chmod(0o755)
     plain = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{folder}/socket")
@@ -111,10 +115,15 @@ def _stop(server: subprocess.Popen[bytes], folder: str) -> None:
 
 
 def server_path() -> str:
-    """The socket of the fork server, for `forked.py`; at the first use without xdist the server is started."""
+    """The socket of the fork server; without xdist the server is started at the first use."""
     if "FORK_SERVER" not in os.environ:
         start_fork_server()
     return os.environ["FORK_SERVER"]
+
+
+def forked_python() -> Path:
+    """A program that stands for a Python of its own, forked from the fork server."""
+    return Path(server_path()).with_name("python")
 
 
 def _answer(connection: socket.socket) -> dict[str, Any]:

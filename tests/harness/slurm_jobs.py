@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 from harness.launch import ROOT
-from harness.processes import FORKED, server_path
+from harness.processes import forked_python
 
 SCRIPT = ROOT / "tests" / "harness" / "slurm_cluster.sh"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED")
@@ -62,10 +61,7 @@ class Cluster:
     def fork_python(self) -> None:
         """Have the jobs' Python programs forked by the fork server, which saves each rank seconds of imports."""
         if not torch.cuda.is_available():
-            python = self.root / "python"
-            python.write_text(f'#!/bin/sh\nexec {sys.executable} -S {FORKED} "$@"\n')
-            python.chmod(0o755)
-            self.environment |= {"PYTHON": str(python), "FORK_SERVER": server_path()}
+            self.environment |= {"PYTHON": str(forked_python())}
 
     def run(self, *command: object, **environment: object) -> str:
         """The output of a command, which must succeed."""
