@@ -19,13 +19,19 @@ EPISODE_SEED = 10_900  # held-out seeds, which the autoencoder was not trained o
 LONGEST_FIRST = (
     "test_slurm.py",
     "test_drill_kills.py",
-    "test_drill_guard.py",
-    "test_drill_stops.py",
-    "test_training.py",
-    "test_restarts.py",
     "test_site.py",
+    "test_operators.py",
+    "test_drill_stops.py",
+    "test_drill_guard.py",
+    "test_training.py",
     "test_benchmarks.py",
+    "test_restarts.py",
     "test_sharding.py",
+    "test_train_autoencoder.py",
+    "test_step_guard.py",
+    "test_sequence_parallel.py",
+    "test_ledger.py",
+    "test_validation.py",
 )
 """Files that take longest. With several workers they begin first, or else one of them would end last and alone."""
 
