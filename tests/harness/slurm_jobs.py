@@ -80,17 +80,20 @@ class Cluster:
         words = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def until(self, job: str | None, what: str, holds: Callable[[], bool], timeout: float = 120) -> None:
-        """Wait until `holds`; a test fails, with the output of `job`, where that takes too long."""
+    def until(
+        self, job: str | None, what: str, holds: Callable[[], bool], timeout: float = 120, every: float = 0.2
+    ) -> None:
+        """Ask `every` so many seconds until it `holds`; fail, with the output of `job`, after `timeout`."""
         end = time.monotonic() + timeout
         while not holds():
             output = f"\njob {job}:\n{self.output(job)}" if job else ""
             assert time.monotonic() < end, f"{what}: not within {timeout} s{output}"
-            time.sleep(0.2)
+            time.sleep(every)
 
     def wait(self, job: str, states: tuple[str, ...] = ENDED) -> dict[str, str]:
         """The job as the controller has it, once it is in one of these states."""
-        self.until(job, " or ".join(states), lambda: self.show(job)["JobState"] in states)
+        # Each question is a process of its own.
+        self.until(job, " or ".join(states), lambda: self.show(job)["JobState"] in states, every=0.5)
         return self.show(job)
 
     def output(self, job: str) -> str:
