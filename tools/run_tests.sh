@@ -7,7 +7,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Of Debian's packages, where this user may install them: the shell scripts' checker, and a browser for the tests of the page.
+# Of Debian's packages, where this user may install them: the shell scripts' checker, a browser for the tests of the page,
+# and SLURM. What cannot be installed is missed later on, with a message.
 install_packages() {
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
     local package missing=()
@@ -21,10 +22,7 @@ install_packages() {
                 apt-get install -y -qq --no-install-recommends "$package" >/dev/null || true
         done
     fi
-}
-
-install_slurm() {
-    [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || flock /var/lib/apt bash tests/harness/slurm_cluster.sh install
+    flock /var/lib/apt bash tests/harness/slurm_cluster.sh install || true
 }
 
 check_shell_scripts() {
@@ -43,13 +41,12 @@ set_up() {
 }
 
 check_and_test() { # check_and_test PYTEST_ARGUMENTS...
-    # Beside Python's packages, which take as long.
-    { install_packages && { [ $# -gt 0 ] || install_slurm; }; } &
+    install_packages & # beside Python's, which take as long
     local packages=$!
     set_up
     ruff check .
     ruff format --check .
-    wait "$packages" || true
+    wait "$packages"
     check_shell_scripts
     command -v chromium >/dev/null || echo "chromium is not installed: tests in a browser are skipped" >&2
     mypy far_scale tools &
