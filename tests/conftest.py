@@ -1,4 +1,4 @@
-"""Marks, the order of the files, and what several of them share: recorded episodes and a shard set of them."""
+"""Marks, the order of the files, the start of xdist's processes, and recorded episodes with a shard set of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from far_scale.data.demo.episodes import record_episodes
 from far_scale.data.encode.plan import encode_videos
 from far_scale.data.video.find import find_videos
+from harness.once import make_once
+from harness.processes import forked_python, start_fork_server
 
 EPISODE_SEED = 10_900  # held-out seeds, which the autoencoder was not trained on
 
@@ -17,15 +19,28 @@ EPISODE_SEED = 10_900  # held-out seeds, which the autoencoder was not trained o
 LONGEST_FIRST = (
     "test_slurm.py",
     "test_drill_kills.py",
-    "test_drill_guard.py",
-    "test_drill_stops.py",
-    "test_training.py",
-    "test_restarts.py",
     "test_site.py",
+    "test_operators.py",
+    "test_drill_stops.py",
+    "test_drill_guard.py",
+    "test_training.py",
     "test_benchmarks.py",
+    "test_restarts.py",
     "test_sharding.py",
+    "test_train_autoencoder.py",
+    "test_step_guard.py",
+    "test_sequence_parallel.py",
+    "test_ledger.py",
+    "test_validation.py",
 )
 """Files that take longest. With several workers they begin first, or else one of them would end last and alone."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With several processes, start the fork server, which they share, and fork them from it, too."""
+    if config.getoption("numprocesses", None) and not torch.cuda.is_available():
+        start_fork_server()
+        config.option.tx = [f"popen//python={forked_python()}"] * len(config.option.tx)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,24 +57,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight recorded VizDoom episodes of 24 frames, as .npz files."""
-    folder = tmp_path_factory.mktemp("recorded")
-    record_episodes(folder, range(EPISODE_SEED, EPISODE_SEED + 8), 24, workers=2)
-    return folder
+
+    def record(folder: Path) -> None:
+        record_episodes(folder, range(EPISODE_SEED, EPISODE_SEED + 8), 24, workers=2)
+
+    return make_once(tmp_path_factory, "recorded", record)
 
 
 @pytest.fixture(scope="session")
 def recorded_shards(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Those episodes as a shard set of four shards."""
-    out = tmp_path_factory.mktemp("recorded_shards") / "set"
-    encode_videos(
-        find_videos(recorded),
-        out,
-        "compact-vizdoom-f8c32",
-        dtype="bfloat16",
-        samples_per_shard=2,
-        actions=4,
-        labels=0,
-        min_frames=16,
-        workers=2,
-    )
-    return out
+
+    def encode(folder: Path) -> None:
+        encode_videos(
+            find_videos(recorded),
+            folder / "set",
+            "compact-vizdoom-f8c32",
+            dtype="bfloat16",
+            samples_per_shard=2,
+            actions=4,
+            labels=0,
+            min_frames=16,
+            workers=2,
+        )
+
+    return make_once(tmp_path_factory, "recorded_shards", encode) / "set"

@@ -7,15 +7,25 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Of Debian's packages, where this user may install them: the shell scripts' checker, and a browser for the tests of the page.
-install_command() { # install_command PACKAGE
-    if ! command -v "$1" >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1"; } >/dev/null
+# Of Debian's packages, where this user may install them: the shell scripts' checker, a browser for the tests of the page,
+# and SLURM. What cannot be installed is missed later on, with a message.
+install_packages() {
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+    local package missing=()
+    for package in shellcheck chromium; do
+        command -v "$package" >/dev/null || missing+=("$package")
+    done
+    if [ ${#missing[@]} -gt 0 ]; then
+        flock /var/lib/apt apt-get update -qq >/dev/null || true
+        for package in "${missing[@]}"; do
+            DEBIAN_FRONTEND=noninteractive flock /var/lib/apt \
+                apt-get install -y -qq --no-install-recommends "$package" >/dev/null || true
+        done
     fi
+    flock /var/lib/apt bash tests/harness/slurm_cluster.sh install || true
 }
 
 check_shell_scripts() {
-    install_command shellcheck || true
     if ! command -v shellcheck >/dev/null; then
         echo "shellcheck is not installed: shell scripts are not checked" >&2
         return
@@ -23,28 +33,34 @@ check_shell_scripts() {
     shellcheck slurm/*.sh tools/*.sh tests/harness/*.sh
 }
 
-check_style() {
-    ruff check .
-    ruff format --check .
-    check_shell_scripts
+set_up() {
+    bash tools/setup_env.sh
+    export PATH="$PWD/.venv/bin:$PATH"
+    # Packages are installed without bytecode: it is written for what is loaded, or else every process compiles its own.
+    unset PYTHONDONTWRITEBYTECODE
 }
 
-bash tools/setup_env.sh
-export PATH="$PWD/.venv/bin:$PATH"
-# Test files are spread over processes, each on one thread; four, since many tests wait for other processes or SLURM.
-in_parallel=(-n 4 --dist loadfile --no-loadscope-reorder)
-
 check_and_test() { # check_and_test PYTEST_ARGUMENTS...
-    check_style
-    install_command chromium || echo "chromium could not be installed: tests in a browser are skipped" >&2
+    install_packages & # beside Python's, which take as long
+    local packages=$!
+    set_up
+    ruff check .
+    ruff format --check .
+    wait "$packages"
+    check_shell_scripts
+    command -v chromium >/dev/null || echo "chromium is not installed: tests in a browser are skipped" >&2
     mypy far_scale tools &
     local types=$!
-    OMP_NUM_THREADS=1 python -m pytest -q "${in_parallel[@]}" "$@"
+    # Test files are spread over processes, each on one thread; four, since many tests wait for other processes or SLURM.
+    OMP_NUM_THREADS=1 python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder "$@"
     wait "$types"
 }
 
 case "${1-}" in
     "") check_and_test ;;
     --fast) check_and_test -m "not slow" "${@:2}" ;;
-    *) exec python -m pytest -q "$@" ;;
+    *)
+        set_up
+        exec python -m pytest -q "$@"
+        ;;
 esac

@@ -21,7 +21,8 @@ checksum() { { pwd -P && cat setup.py pyproject.toml tools/setup_env.sh requirem
 apt_install() {
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
     say "installing $* with apt-get"
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; } >/dev/null
+    # One at a time: run_tests.sh installs others meanwhile.
+    { flock /var/lib/apt apt-get update -qq && DEBIAN_FRONTEND=noninteractive flock /var/lib/apt apt-get install -y -qq --no-install-recommends "$@"; } >/dev/null
 }
 
 # Prints the first Python >= 3.10 (one that sees a GPU through its own torch is preferred), or nothing.

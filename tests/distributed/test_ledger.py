@@ -52,8 +52,8 @@ if not can_reduce_once():
     RUNS = {name: overrides for name, overrides in RUNS.items() if ONCE not in overrides}
 COMMON = (
     "train.steps=3 optimizer.warmup_steps=0 checkpoint.every=3 log.every=3 data.frames=4 data.clips_per_pack=1 "
-    "sample.given=2 data.autoencoder=some-autoencoder data.latent_shape=[4,2,2] data.scaling=factor model.patch=1 "
-    "model.channels=4"
+    "sample.given=2 data.autoencoder=some-autoencoder data.latent_shape=[4,2,2] data.scaling=factor model.heads=2 "
+    "model.patch=1 model.channels=4"
 )
 
 

@@ -1,10 +1,11 @@
 """Starts Python programs by forking a process that has loaded the large libraries: milliseconds instead of seconds.
 
-Run by `processes.py` as a program: fork_server.py SOCKET. It ends when its standard input is closed, and kills what it
-has started. Every connection to SOCKET is one program: a line of JSON with `arguments` (those of `python`: -m MODULE,
--c CODE, a script or a folder, and what follows), `environment`, `cwd` and `preload` (modules to load before the fork),
-and the three standard streams as file descriptors. The answers are {"pid": N} and {"status": S}, as in `subprocess`.
-A connection that is closed before kills its program.
+Run by `processes.py` as a program: fork_server.py FD, the descriptor of a listening socket. It ends when its standard
+input is closed, and kills what it has started. Every connection is one program: a line of JSON with `arguments` (those
+of `python`: -m MODULE, -c CODE, a script or a folder, and what follows), `environment`, `cwd` and `preload` (modules to
+load before the fork), and the three standard streams as file descriptors; with others, `descriptors` has their numbers
+in the program. The answers are {"pid": N} and {"status": S}, as in `subprocess`. A connection that is closed before
+kills its program.
 
 far_scale is loaded, too, from this checkout. A program that finds another one by its PYTHONPATH loads that instead.
 """
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
 import importlib.machinery
 import io
 import json
+import multiprocessing
 import os
 import runpy
 import selectors
@@ -41,11 +44,9 @@ SIGNALS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal
 
 
 class Server:
-    def __init__(self, path: str) -> None:
+    def __init__(self, listener: socket.socket) -> None:
         self.selector = selectors.DefaultSelector()
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(path)
-        self.listener.listen()
+        self.listener = listener
         self.programs: dict[int, socket.socket] = {}  # by process id
         self.paths = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
         self.wakeup, ended = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -76,7 +77,7 @@ class Server:
     def _start(self, connection: socket.socket) -> dict[str, Any] | None:
         data, descriptors = b"", []
         with contextlib.suppress(ConnectionError):
-            data, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+            data, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 64)
             while not data.endswith(b"\n") and (part := connection.recv(1 << 20)):
                 data += part
         if not data.endswith(b"\n"):  # its client was killed
@@ -95,7 +96,12 @@ class Server:
             os.close(signal.set_wakeup_fd(-1))
             os.close(self.wakeup)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for target, descriptor in enumerate(descriptors):
+            targets = request.get("descriptors", (0, 1, 2))
+            # First out of the way, since one's number may be the target of another.
+            moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 1 + max(targets)) for descriptor in descriptors]
+            for descriptor in descriptors:
+                os.close(descriptor)
+            for target, descriptor in zip(targets, moved, strict=True):
                 os.dup2(descriptor, target)
                 os.close(descriptor)
             return {**request, "paths": self.paths}
@@ -161,6 +167,8 @@ def run(request: dict[str, Any]) -> None:
         sys.modules["torch"].set_num_threads(int(threads))
     own = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     first, *rest = request["arguments"]
+    while first[0] == "-" and first not in ("-m", "-c"):  # options of the interpreter, from execnet or multiprocessing
+        first, *rest = rest[1:] if first == "-X" else rest
     if first == "-m":
         sys.path[:] = [os.getcwd(), *own, *request["paths"]]
         sys.argv[:] = rest
@@ -197,7 +205,7 @@ def end(status: Any) -> None:
         status = 0 if status is None else 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError, ValueError):  # multiprocessing's resource tracker has closed it
         sys.stdout.flush()
     with contextlib.suppress(BrokenPipeError):
         sys.stderr.flush()
@@ -211,8 +219,9 @@ def main() -> None:
     sys.path.remove(CHECKOUT)
     _ = sys.modules["deepspeed.ops"].__compatible_ops__  # found out at the first access, by a compiler
     gc.freeze()  # the children do not touch, and so do not copy, what is loaded
-    server = Server(sys.argv[1])
-    print("ready", flush=True)
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    multiprocessing.set_executable(os.path.join(os.path.dirname(listener.getsockname()), "python"))
+    server = Server(listener)
     if (request := server.serve()) is not None:
         del server
         status: Any = 0

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A model and a batch that two processes train in seconds.
 SMALL = [
-    "model.layers=2", "model.heads=2", "data.frames=8", "data.lanes=4", "data.clips_per_pack=2",
+    "model.layers=2", "model.heads=1", "data.frames=8", "data.lanes=4", "data.clips_per_pack=2",
     "data.shuffle_window=4", "sample.given=4", "optimizer.warmup_steps=4", "log.every=1", "checkpoint.every=5",
     "train.steps=10",
 ]  # fmt: skip

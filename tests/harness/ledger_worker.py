@@ -16,6 +16,7 @@ from far_scale.evaluation.validation_videos import open_validation_videos
 from far_scale.train.deepspeed_adapter import communication_backend, start_deepspeed_processes
 from far_scale.train.loop import train
 from harness.launch import small_recipe
+from harness.node_check import nodes_checked_once
 
 
 def main() -> None:
@@ -36,4 +37,5 @@ def main() -> None:
     stop_processes()
 
 
-main()
+with nodes_checked_once():
+    main()

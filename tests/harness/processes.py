@@ -1,7 +1,7 @@
 """The one way in which tests start Python programs and ranks of them.
 
 On a machine without a GPU they are forked from a process that has loaded the large libraries (`fork_server.py`), one
-for each process of pytest. With a GPU, whose driver does not survive a fork, they are started anew.
+for all processes of pytest. With a GPU, whose driver does not survive a fork, they are started anew.
 
     run("-m", "far_scale.train", ...)         to the end, as by `subprocess.run([sys.executable, ...])`
     start("tools/x.py", ..., output=FILE)     a `Process` to watch, signal and wait for
@@ -33,6 +33,7 @@ import torch
 from harness.launch import ROOT, environment, free_port
 
 SERVER = Path(__file__).with_name("fork_server.py")
+FORKED = Path(__file__).with_name("forked.py")
 ENDS_WELL = (0, 75)
 """Exit statuses of a rank after which the others are not killed: done, and to be started again."""
 
@@ -76,47 +77,53 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-class _Server:
-    """The process to fork from, started at the first use."""
+def start_fork_server() -> None:
+    """Start the process to fork from, for this process and all that it starts: $FORK_SERVER is its socket.
 
-    def __init__(self) -> None:
-        self._folder: str | None = None
-
-    def path(self) -> str:
-        """Where its socket is."""
-        if self._folder is None:
-            self._folder = tempfile.mkdtemp(prefix="fork", dir="/tmp")  # short: the path of a socket is
-            plain = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
-            self._process = subprocess.Popen(
-                [sys.executable, SERVER, f"{self._folder}/socket"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**plain, "DS_ACCELERATOR": "cpu"},
-                cwd=ROOT,
-                start_new_session=True,
-            )
-            atexit.register(self.stop)
-            assert self._process.stdout is not None
-            while (line := self._process.stdout.readline()) != b"ready\n":
-                assert line, "the fork server did not start"
-        return f"{self._folder}/socket"
-
-    def stop(self) -> None:
-        assert self._process.stdin is not None and self._folder is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+    Whoever connects before it has loaded the libraries waits until then. Beside the socket is `forked_python`; forked
+    processes have multiprocessing start that.
+    """
+    folder = tempfile.mkdtemp(prefix="fork", dir="/tmp")  # short: the path of a socket is
+    python = Path(folder, "python")
+    python.write_text(f'#!/bin/sh\nFORK_SERVER={folder}/socket exec {sys.executable} -S {FORKED} "$@"\n')
+    python.chmod(0o755)
+    plain = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/socket")
+        listener.listen()
+        server = subprocess.Popen(
+            [sys.executable, SERVER, str(listener.fileno())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={**plain, "DS_ACCELERATOR": "cpu"},
+            cwd=ROOT,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+        )
+    os.environ["FORK_SERVER"] = f"{folder}/socket"
+    atexit.register(_stop, server, folder)
 
 
-_server = _Server()
+def _stop(server: subprocess.Popen[bytes], folder: str) -> None:
+    assert server.stdin is not None
+    server.stdin.close()
+    try:
+        server.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        server.kill()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def server_path() -> str:
-    """The socket of the fork server, for `forked.py`."""
-    return _server.path()
+    """The socket of the fork server; without xdist the server is started at the first use."""
+    if "FORK_SERVER" not in os.environ:
+        start_fork_server()
+    return os.environ["FORK_SERVER"]
+
+
+def forked_python() -> Path:
+    """A program that stands for a Python of its own, forked from the fork server."""
+    return Path(server_path()).with_name("python")
 
 
 def _answer(connection: socket.socket) -> dict[str, Any]:
@@ -164,7 +171,7 @@ def start(
                 start_new_session=True,
             )  # fmt: skip
         connection = socket.socket(socket.AF_UNIX)
-        connection.connect(_server.path())
+        connection.connect(server_path())
         request = {"arguments": texts, "environment": own, "cwd": str(cwd), "preload": list(preload)}
         data = json.dumps(request).encode() + b"\n"
         sent = socket.send_fds(connection, [data], streams)

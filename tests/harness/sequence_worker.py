@@ -36,6 +36,7 @@ from far_scale.train.plan import dry_run
 from far_scale.train.planner.memory import Counts, activation_bytes
 from far_scale.utils.errors import UserError
 from harness.launch import small_recipe
+from harness.node_check import nodes_checked_once
 
 SIDE = 4
 PLAIN = FARConfig(layers=2, heads=3, channels=4, window=8, actions=4)
@@ -258,4 +259,5 @@ def main() -> None:
     stop_processes()
 
 
-main()
+with nodes_checked_once():
+    main()

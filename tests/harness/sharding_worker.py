@@ -23,6 +23,7 @@ from far_scale.train import loop
 from far_scale.train.deepspeed_adapter import start_deepspeed_processes
 from far_scale.train.loop import train
 from harness.launch import small_recipe
+from harness.node_check import nodes_checked_once
 
 
 def train_layout(shards: Path, run: Path, overrides: list[str], processes: Processes) -> None:
@@ -89,4 +90,5 @@ def main() -> None:
     stop_processes()
 
 
-main()
+with nodes_checked_once():
+    main()

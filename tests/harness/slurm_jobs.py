@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 from harness.launch import ROOT
-from harness.processes import server_path
+from harness.processes import forked_python
 
 SCRIPT = ROOT / "tests" / "harness" / "slurm_cluster.sh"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED")
@@ -62,11 +61,7 @@ class Cluster:
     def fork_python(self) -> None:
         """Have the jobs' Python programs forked by the fork server, which saves each rank seconds of imports."""
         if not torch.cuda.is_available():
-            python = self.root / "python"
-            stand_in = Path(__file__).with_name("forked.py")
-            python.write_text(f'#!/bin/sh\nexec {sys.executable} -S {stand_in} "$@"\n')
-            python.chmod(0o755)
-            self.environment |= {"PYTHON": str(python), "FORK_SERVER": server_path()}
+            self.environment |= {"PYTHON": str(forked_python())}
 
     def run(self, *command: object, **environment: object) -> str:
         """The output of a command, which must succeed."""
@@ -85,17 +80,20 @@ class Cluster:
         words = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def until(self, job: str | None, what: str, holds: Callable[[], bool], timeout: float = 120) -> None:
-        """Wait until `holds`; a test fails, with the output of `job`, where that takes too long."""
+    def until(
+        self, job: str | None, what: str, holds: Callable[[], bool], timeout: float = 120, every: float = 0.2
+    ) -> None:
+        """Ask `every` so many seconds until it `holds`; fail, with the output of `job`, after `timeout`."""
         end = time.monotonic() + timeout
         while not holds():
             output = f"\njob {job}:\n{self.output(job)}" if job else ""
             assert time.monotonic() < end, f"{what}: not within {timeout} s{output}"
-            time.sleep(0.2)
+            time.sleep(every)
 
     def wait(self, job: str, states: tuple[str, ...] = ENDED) -> dict[str, str]:
         """The job as the controller has it, once it is in one of these states."""
-        self.until(job, " or ".join(states), lambda: self.show(job)["JobState"] in states)
+        # Each question is a process of its own.
+        self.until(job, " or ".join(states), lambda: self.show(job)["JobState"] in states, every=0.5)
         return self.show(job)
 
     def output(self, job: str) -> str:

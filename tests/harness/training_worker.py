@@ -26,6 +26,7 @@ from far_scale.train.deepspeed_adapter import start_deepspeed_processes
 from far_scale.train.engine import fragments
 from far_scale.train.loop import train
 from harness.launch import small_recipe
+from harness.node_check import nodes_checked_once
 
 
 def gathered_ema(engine, ema) -> dict[str, torch.Tensor]:
@@ -74,4 +75,5 @@ def main() -> None:
     stop_processes()
 
 
-main()
+with nodes_checked_once():
+    main()

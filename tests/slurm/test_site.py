@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from far_scale.utils.event_log import read_events
 from far_scale.utils.hosts import first_host
 from harness.launch import ROOT
+from harness.processes import forked_python
 from harness.slurm_jobs import Cluster, started_cluster, steps_logged, tiny
 
 ONE_RANK = "--nodes=1 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --time=10"
@@ -182,6 +184,9 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The programs of a stand-in for a container: the Python of this test, and none of SLURM's."""
     folder = tmp_path_factory.mktemp("image")
     program(folder / "python", f'exec {shlex.quote(sys.executable)} "$@"')
+    if not torch.cuda.is_available():  # ranks on two nodes are forked; that on one node is started anew
+        ranks = f'if [ "$2" = train ] && [ "$SLURM_NNODES" = 2 ]; then exec {forked_python()} "$@"; fi'
+        program(folder / "python", f'{ranks}\nexec {shlex.quote(sys.executable)} "$@"')
     for name in ("bash", "env", "sh", "uname"):
         (folder / name).symlink_to(str(shutil.which(name)))
     return folder

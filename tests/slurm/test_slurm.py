@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +42,25 @@ def copied_checkout(folder: Path) -> Path:
 
 def events(run: Path, kind: str) -> list[dict]:
     return [event for event in read_events(run) if event["event"] == kind]
+
+
+@contextlib.contextmanager
+def stopped_until_signalled(cluster: Cluster, job: str, run: Path) -> Iterator[None]:
+    """SIGSTOP for the main rank, for which the others wait, until the job is signalled after what is done within."""
+    main = json.loads((run / "lease.json").read_text())["pid"]
+
+    def is_signalled() -> bool:
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{main}/status").read_text().splitlines())
+        pending = int(status["ShdPnd"], 16)
+        warnings = (signal.SIGUSR1, signal.SIGTERM)
+        return not status["State"].startswith("T") or any(pending >> (number - 1) & 1 for number in warnings)
+
+    os.kill(main, signal.SIGSTOP)
+    try:
+        yield
+        cluster.until(job, "signalled", is_signalled)
+    finally:
+        os.kill(main, signal.SIGCONT)
 
 
 def test_a_cluster_goes_with_its_owner(cluster: Cluster) -> None:
@@ -83,7 +104,8 @@ def test_stopped_then_requeued_it_resumes_with_its_own_code(
 def test_warning_then_time_limit_then_scancel(cluster: Cluster, recorded_shards: Path, tmp_path: Path) -> None:
     """The warning and the time limit itself start the job again, scancel ends it for good; each saves first.
 
-    No GPUs, two ranks on a node. SLURM looks at its time limits twice a minute, so this run has steps without end.
+    No GPUs, two ranks on a node. SLURM looks at its time limits twice a minute, so this run has steps without end, and
+    stands still meanwhile, so as not to use the processors.
     """
     run = tmp_path / "run"
     options = "--nodes=1 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 --time=30"
@@ -91,7 +113,8 @@ def test_warning_then_time_limit_then_scancel(cluster: Cluster, recorded_shards:
 
     def save_and_go_on(restarts: int, update: str) -> int:
         """The step that was saved when the time limit changed so, after which the job runs again."""
-        cluster.run("scontrol", "update", f"jobid={job}", update)
+        with stopped_until_signalled(cluster, job, run):
+            cluster.run("scontrol", "update", f"jobid={job}", update)
         cluster.until(job, "requeued", lambda: cluster.show(job)["Restarts"] == str(restarts))
         cluster.run("scontrol", "update", f"jobid={job}", "timelimit=30")
         # The log may lack its last lines when SLURM shows the requeue.

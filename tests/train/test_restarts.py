@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from far_scale.utils.event_log import read_events
-from harness.launch import ROOT, environment, free_port, small_recipe
-from harness.processes import Process, server_path, start, start_training
+from harness.launch import free_port, small_recipe
+from harness.processes import Process, forked_python, start, start_training
 
 pytestmark = pytest.mark.slow
 
@@ -67,14 +66,13 @@ def test_restarted_by_torchrun_it_goes_on(
 ) -> None:
     run = tmp_path / "run"
     # The workers are forked: their start is not what is tested.
-    worker = ["--no-python", sys.executable, str(ROOT / "tests/harness/forked.py"), "-m", "far_scale.train"]
+    worker = ["--no-python", str(forked_python()), "-m", "far_scale.train"]
     train = [*worker, *small_recipe(recorded_shards, run, *MORE)]
-    own = {**environment(), "FORK_SERVER": server_path()}
     started: list[Process] = []
     try:
         for number, options in enumerate(agents(kind)):
             torchrun = ["-m", "torch.distributed.run", "--max_restarts=3", *options, *train]
-            started.append(start(*torchrun, env=own, output=tmp_path / f"out-{number}"))
+            started.append(start(*torchrun, output=tmp_path / f"out-{number}"))
         end = time.monotonic() + 240
         for death, number in enumerate(signals):
             while len([event for event in read_events(run) if event["event"] == "saved"]) < 2 * (death + 1):

@@ -25,7 +25,7 @@ RUNS = {
     **{f"fp32_zero{stage}": f"train.zero_stage={stage}" for stage in (0, 1, 2, 3)},
     **{f"bf16_zero{stage}": f"train.zero_stage={stage} train.precision=bf16" for stage in (0, 1, 2, 3)},
     # Each group has its own step of Adam, as billions of parameters have.
-    "many_groups": "train.zero_stage=3 train.deepspeed.sub_group_size=50_000",
+    "many_groups": "train.zero_stage=3 train.deepspeed.sub_group_size=20_000",
 }
 if can_reduce_once():
     RUNS["once_fp32_zero3"] = "train.zero_stage=3 train.reduce_once=true"

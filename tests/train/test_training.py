@@ -50,7 +50,7 @@ RUNS = {
         "reduce_scatter=false",
         "enable_sanity_checks=true",
     ),
-    "offloaded": keys(3, "offload_optimizer.device=cpu", "offload_param.device=cpu", "sub_group_size=50_000"),
+    "offloaded": keys(3, "offload_optimizer.device=cpu", "offload_param.device=cpu", "sub_group_size=20_000"),
     "bf16_offloaded": f"{keys(3, 'offload_optimizer.device=cpu')} train.precision=bf16",
     "checkpointing": "train.zero_stage=3 train.activation_checkpointing=full",
     "bf16_zero3": "train.zero_stage=3 train.precision=bf16",
