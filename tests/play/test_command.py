@@ -79,7 +79,7 @@ def test_the_demo_model_is_the_default(
     pytest.importorskip("vizdoom")
     tool(monkeypatch, "play.py", "--headless", "forward:2,left", "--out", tmp_path / "walk.mp4")
     recording = json.loads((tmp_path / "walk.json").read_text())
-    assert (recording["start"], recording["given"], recording["actions"]) == ("maze", 17, [3, 3, 1])
+    assert (recording["start"], recording["given"], recording["actions"]) == ("maze", 33, [3, 3, 1])
     monkeypatch.setattr("far_scale.cli.play.DEMO_MODEL", tmp_path / "missing")
     with pytest.raises(SystemExit):
         tool(monkeypatch, "play.py", "--headless", "forward", "--out", tmp_path / "walk.mp4")
