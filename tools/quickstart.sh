@@ -1,36 +1,50 @@
 #!/usr/bin/env bash
 # From nothing to predicted video: records VizDoom episodes, encodes them, trains FAR with ZeRO-3, exports, evaluates.
 #
-#     bash tools/quickstart.sh            the demo, about ten minutes on two CPU cores
-#     bash tools/quickstart.sh --quick    the same way in small, under two minutes; its pictures are not pretty
-#     bash tools/quickstart.sh --long     episodes of 300 frames with long short-term context, an hour on two CPU cores
+#     bash tools/quickstart.sh            fine-tunes the demo's base model, within ten minutes on two CPU cores
+#     bash tools/quickstart.sh --quick    the same way in small, in two to three minutes
+#     bash tools/quickstart.sh --long     episodes of 300 frames, most of which are context; half an hour
 #
-# Everything lands in runs/quickstart (runs/quickstart_quick, runs/quickstart_long). A step whose output is whole is
+# With --scratch as well, the training starts from random weights instead of models/demo-maze. The same minutes then give
+# blurred frames, and --long takes an hour.
+#
+# Everything lands in runs/quickstart (or runs/quickstart_long_scratch, and so on). A step whose output is whole is
 # skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-OUT=runs/quickstart DEMO=demo
+SIZE="" START=base
+for option in "$@"; do
+    case "$option" in
+        --quick | --long) SIZE=${option#--} ;;
+        --scratch) START=scratch ;;
+        *)
+            echo "error: $option: the options are --quick, --long and --scratch" >&2
+            exit 2
+            ;;
+    esac
+done
+
+OUT=runs/quickstart
 EPISODES=96 FRAMES=128 HELD_OUT=32 HELD_OUT_FRAMES=32 PROTOCOL=vizdoom-8to8
 OVERRIDES=()
-case "${1:-}" in
-    --quick)
-        OUT=runs/quickstart_quick
+case "$SIZE" in
+    quick)
+        OUT+=_quick
         EPISODES=12 FRAMES=48 HELD_OUT=8
-        OVERRIDES=(train.steps=100 optimizer.warmup_steps=20 data.shuffle_window=8 checkpoint.every=50)
+        OVERRIDES=(optimizer.warmup_steps=20 data.shuffle_window=8 checkpoint.every=50)
+        if [ $START = scratch ]; then OVERRIDES+=(train.steps=100); else OVERRIDES+=(train.steps=50 "data.frames=[16, 48]"); fi
         ;;
-    --long)
-        OUT=runs/quickstart_long DEMO=demo_long
+    long)
+        OUT+=_long
         EPISODES=192 FRAMES=300 HELD_OUT=8 HELD_OUT_FRAMES=300 PROTOCOL=vizdoom-144to156
+        if [ $START = base ]; then OVERRIDES+=("data.frames={16: 0.3, 300: 0.7}" data.tokens_per_pack=3072); fi
         ;;
     "")
-        OVERRIDES=(validation.every=250 validation.clips=16) # the loss on held-out clips, for about 1 % of the time
-        ;;
-    *)
-        echo "error: $1: the options are --quick and --long" >&2
-        exit 2
+        OVERRIDES=(validation.every=100 validation.clips=16) # the loss on held-out clips
         ;;
 esac
+if [ $START = scratch ]; then OUT+=_scratch; fi
 
 bash tools/setup_env.sh
 PYTHON=.venv/bin/python
@@ -38,13 +52,20 @@ PYTHON=.venv/bin/python
 
 # One GPU: one process in bf16. None: two processes on the CPU, each with half of the cores.
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    RECIPE=${DEMO}_gpu RANKS=1
+    RANKS=1
 else
-    RECIPE=$DEMO RANKS=2
-    [ "$DEMO" = demo ] && RECIPE=demo_cpu
+    RANKS=2
     CORES=$(nproc)
     export OMP_NUM_THREADS=$((CORES > RANKS ? CORES / RANKS : 1))
 fi
+case "$START $SIZE $RANKS" in
+    "base "*) RECIPE=demo_finetune ;;
+    "scratch long 1") RECIPE=demo_long_gpu ;;
+    "scratch long 2") RECIPE=demo_long ;;
+    *" 1") RECIPE=demo_gpu ;;
+    *) RECIPE=demo_cpu ;;
+esac
+if [ "$START $RANKS" = "base 1" ]; then OVERRIDES+=(train.precision=bf16); fi
 OVERRIDES+=("run_dir=$OUT/train" "data.shards=$OUT/shards/train" "sample.shards=$OUT/shards/heldout")
 
 step() { printf '\n== %s\n' "$*"; }
@@ -86,4 +107,5 @@ echo "  $OUT/train/log.jsonl"
 echo "  $OUT/train/recipe.yaml   (the resolved recipe)"
 echo "  $OUT/model               (the model directory: tools/sample.py $OUT/model --help)"
 echo
-echo "  $PYTHON tools/play.py $OUT/model   (walk through it in the browser)"
+echo "  $PYTHON tools/play.py $OUT/model"
+echo "  (opens http://127.0.0.1:8760/: walk through the learned maze with the arrow keys)"

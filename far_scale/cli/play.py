@@ -1,4 +1,4 @@
-"""Walk through a learned world in the browser, beside the real engine: tools/play.py MODEL."""
+"""Walk through a learned world in the browser, beside the real engine: tools/play.py [MODEL]."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import webbrowser
 from pathlib import Path
 from urllib.parse import quote
 
+from far_scale.config.yaml_loader import CHECKOUT
 from far_scale.play.headless import parse_actions, play_actions, replay
 from far_scale.play.recording import read_recording
 from far_scale.play.world import World, open_world
@@ -20,6 +21,7 @@ from far_scale.utils.io import check_writable
 from far_scale.utils.rng import MAX_SEED
 
 DEFAULT_SEED = 50_015  # from 50,000 on no recipe trains; this walk begins in a corridor
+DEMO_MODEL = CHECKOUT / "models" / "demo-maze"
 MAX_THREADS = 4  # of small models, more only wait for each other
 
 
@@ -29,7 +31,9 @@ def main() -> None:
     parser.add_argument(
         "model_dir",
         type=Path,
-        help="model directory, as tools/export_checkpoint.py writes it, or org/name of the hub",
+        nargs="?",
+        help="model directory, as tools/export_checkpoint.py writes it, or org/name of the hub (default: the demo's "
+        "base model, models/demo-maze of the source tree)",
     )
     parser.add_argument(
         "--start",
@@ -57,6 +61,10 @@ def main() -> None:
     parser.add_argument("--no-browser", action="store_true", help="only print the page's address")
     args = parser.parse_args()
 
+    if args.model_dir is None:
+        if not DEMO_MODEL.is_dir():
+            raise UserError("MODEL: name a model directory; the demo's base model is only in the source tree")
+        args.model_dir = DEMO_MODEL
     without_page = args.headless is not None or args.replay is not None
     if args.headless is not None and args.replay is not None:
         raise UserError("--headless and --replay: give only one of them")

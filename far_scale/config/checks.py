@@ -72,7 +72,7 @@ def conflicts(
     curriculum: Sequence[StageSection],
 ) -> Iterator[tuple[str, str]]:
     """All combinations of keys that cannot work: the key to fix, and what is wrong."""
-    yield from _check_model(model, optimizer, train)
+    yield from _check_model(model, data, optimizer, train)
     yield from _check_deepspeed(train)
     yield from _check_objective(objective, model)
     yield from _check_curriculum(curriculum, train)
@@ -84,7 +84,9 @@ def conflicts(
         yield from _check_validation(validation.shards or sample.shards, data)
 
 
-def _check_model(model: ModelSection, optimizer: OptimizerSection, train: TrainSection) -> Iterator[tuple[str, str]]:
+def _check_model(
+    model: ModelSection, data: DataSection, optimizer: OptimizerSection, train: TrainSection
+) -> Iterator[tuple[str, str]]:
     if model.condition == "none" and model.classes:
         yield "model.classes", f"{model.classes} classes, but model.condition is none; set it to label or action"
     if model.condition != "none" and not model.classes:
@@ -109,6 +111,8 @@ def _check_model(model: ModelSection, optimizer: OptimizerSection, train: TrainS
             f"{train.sequence_parallel} ranks share the model's {model.heads} heads in attention, at least one each; "
             f"set it to {model.heads} at most",
         )
+    if data.scaling == "start" and train.start_from is None:
+        yield "data.scaling", "start, but train.start_from names no model; set data.scaling to factor or channel"
     if optimizer.warmup_steps > train.steps:
         yield (
             "optimizer.warmup_steps",

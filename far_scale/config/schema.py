@@ -168,8 +168,9 @@ class DataSection(Section):
     """Token budget of a pack, which is filled with as many clips as fit; replaces clips_per_pack."""
     shuffle_window: Count = 256
     """Size of a lane's shuffle window, in samples; 1 keeps the order of the shards."""
-    scaling: Literal["factor", "channel"] = "factor"
-    """Scale latents by the autoencoder's one factor (as the official FAR), or each channel to mean 0 and std 1."""
+    scaling: Literal["factor", "channel", "start"] = "factor"
+    """Scale latents by the autoencoder's one factor (as the official FAR), each channel to mean 0 and std 1, or as the
+    model in train.start_from (start), which a fine-tuned model should keep."""
     prefetch: Count = 2
     """Steps of packs to read ahead."""
     cache_dir: str | None = None

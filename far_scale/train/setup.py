@@ -23,6 +23,7 @@ from far_scale.health.straggler import StragglerDetector
 from far_scale.model import FAR
 from far_scale.model.attention import choose_kernel, flex
 from far_scale.model.layers import HEAD_DIM
+from far_scale.train.checkpoint import read_state, step_folder
 from far_scale.train.collectives import step_entries, unknown_key
 from far_scale.train.costs import peak_flops
 from far_scale.train.curriculum import Stage
@@ -38,7 +39,7 @@ from far_scale.train.planner.shapes import draw_stages
 from far_scale.train.resume_lanes import LaneStates
 from far_scale.train.shard_sets import open_sets
 from far_scale.train.sharding import USABLE_FRACTION, Sharding, choose_sharding, free_memory, state_bytes
-from far_scale.train.start_weights import start_from
+from far_scale.train.start_weights import start_from, start_scaling
 from far_scale.train.wandb_run import WandbRun
 from far_scale.utils.errors import UserError, print_warning
 from far_scale.utils.event_log import EventLog
@@ -75,7 +76,7 @@ def open_data(
     """Open and check the data of the stages that remain after `start` steps; every rank calls it."""
     remaining = [stage for stage in plan if stage.end > start]
     shard_sets, manifest = open_sets(recipe.data, remaining, processes, events, start)
-    scaling, dtype = LatentScaling.of(manifest, recipe.data.scaling), compute_dtype(recipe.train)
+    scaling, dtype = find_scaling(recipe, manifest, start), compute_dtype(recipe.train)
     held_out = open_held_out(
         recipe.validation,
         recipe.held_out_shards(),
@@ -91,6 +92,23 @@ def open_data(
         lambda shards: open_videos(recipe, shards, plan[-1], scaling, dtype, processes, events),
     )
     return RunData(shard_sets, manifest, scaling, held_out)
+
+
+def find_scaling(recipe: Recipe, manifest: Manifest | MixtureManifest, step: int) -> LatentScaling:
+    """The scaling of the run's latents (`data.scaling`).
+
+    Args:
+        manifest: of data.shards.
+        step: of the checkpoint that the run resumes from, which has the scaling of a model that may be gone; or 0.
+
+    Raises:
+        UserError: `data.scaling` is "start", and train.start_from is not a model directory or has no scaling.
+    """
+    if recipe.data.scaling != "start":
+        return LatentScaling.of(manifest, recipe.data.scaling)
+    if step > 0:
+        return LatentScaling.from_dict(read_state(step_folder(Path(recipe.run_dir), step))["scaling"])
+    return start_scaling(str(recipe.train.start_from))
 
 
 def load_start(model: FAR, recipe: Recipe, data: RunData, accept_changes: bool) -> str:

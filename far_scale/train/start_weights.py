@@ -63,6 +63,21 @@ def start_from(
     return f"starting from {weights}{accepted}"
 
 
+def start_scaling(folder: str) -> LatentScaling:
+    """The scaling of the latents that a model directory was trained on.
+
+    Raises:
+        UserError: it is not a model directory, or its scaling is unknown.
+    """
+    metadata = read_any_config(folder)[1]
+    if not isinstance(metadata, ModelMetadata):
+        raise UserError(
+            f"train.start_from={folder}: the scaling of that model's latents is unknown; set data.scaling to factor or "
+            "channel, or import the model again with --shards, the set of its latents"
+        )
+    return metadata.scaling
+
+
 def latent_differences(
     metadata: ModelMetadata,
     model: FAR,
@@ -96,7 +111,7 @@ def latent_differences(
     if (scalings := metadata.scaling.differences(scaling)) is not None:
         kinds = ("factor", "channel")
         matching = [k for k in kinds if metadata.scaling.differences(LatentScaling.of(manifest, k)) is None]  # type: ignore[arg-type]
-        fix = f"data.scaling={matching[0]}" if matching else "data.shards to the set that it was trained on"
+        fix = f"data.scaling={matching[0]}" if matching else "data.scaling=start to keep the model's"
         lines.append(f"its scaling of latents is {scalings[0]}, the run's {scalings[1]}: set {fix}")
     return lines
 

@@ -15,6 +15,7 @@ from far_scale.config.recipe import Recipe, check_ranks, groups_cross_nodes, loa
 from far_scale.config.reference import fields
 from far_scale.config.schema import ModelSection
 from far_scale.config.yaml_loader import CHECKOUT
+from far_scale.convert.model_dir import read_config
 from far_scale.model import FAR, FARConfig
 from far_scale.model.presets import PRESETS
 from far_scale.recipe import config_page
@@ -96,8 +97,17 @@ def refusal(path_or_name: str, *overrides: str) -> str:
 
 
 def test_every_shipped_recipe_is_covered() -> None:
-    demos = {"demo_cpu", "demo_base", "demo_base_short", "demo_gpu", "demo_long", "demo_long_gpu"}
+    demos = {"demo_cpu", "demo_base", "demo_base_short", "demo_finetune", "demo_gpu", "demo_long", "demo_long_gpu"}
     assert set(SHIPPED) == {*OFFICIAL, *OFFICIAL_LONG, *demos, *LARGE, *COMPARED, "far_xl_long", EIGHT_NODES}
+
+
+def test_the_quickstart_starts_from_the_model_that_ships() -> None:
+    recipe = load_recipe("demo_finetune")
+    assert recipe.train.start_from == "models/demo-maze"
+    config, metadata = read_config(CHECKOUT / recipe.train.start_from)
+    assert config == recipe.far_config() == load_recipe("demo_base").far_config()
+    assert metadata.autoencoder.name == recipe.data.autoencoder and metadata.latent_shape == recipe.data.latent_shape
+    assert metadata.context_frames == 300 - config.window
 
 
 @pytest.mark.parametrize("name", COMPARED)

@@ -16,6 +16,7 @@ from aiohttp.test_utils import TestClient, TestServer
 import far_scale.autoencoder
 from far_scale.convert.model_dir import ModelMetadata, TrainingMetadata
 from far_scale.data.demo.explorer import FORWARD, LEFT, RIGHT
+from far_scale.data.demo.world import TURNS_OF_A_CIRCLE
 from far_scale.data.loader.scaling import LatentScaling
 from far_scale.data.shards.manifest import AutoencoderInfo
 from far_scale.model import FAR, FARConfig
@@ -75,7 +76,7 @@ class FakeEngine:
         if self.fails:
             raise RuntimeError("the game has ended")
         self.steps += action == FORWARD
-        self.angle = (self.angle + {LEFT: 1, RIGHT: -1}.get(action, 0)) % 16
+        self.angle = (self.angle + {LEFT: 1, RIGHT: -1}.get(action, 0)) % TURNS_OF_A_CIRCLE
 
     def frame(self) -> np.ndarray:
         return np.full((64, 64, 3), (self.steps, self.angle, 0), np.uint8)

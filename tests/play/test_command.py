@@ -72,6 +72,20 @@ def test_headless_walks_and_replays(
     assert "not bit for bit" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_the_demo_model_is_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("vizdoom")
+    tool(monkeypatch, "play.py", "--headless", "forward:2,left", "--out", tmp_path / "walk.mp4")
+    recording = json.loads((tmp_path / "walk.json").read_text())
+    assert (recording["start"], recording["given"], recording["actions"]) == ("maze", 33, [3, 3, 1])
+    monkeypatch.setattr("far_scale.cli.play.DEMO_MODEL", tmp_path / "missing")
+    with pytest.raises(SystemExit):
+        tool(monkeypatch, "play.py", "--headless", "forward", "--out", tmp_path / "walk.mp4")
+    assert "error: MODEL: name a model directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

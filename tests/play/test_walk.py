@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from far_scale.data.demo.explorer import FORWARD, LEFT, NOOP, RIGHT
-from far_scale.data.demo.world import DemoWorld
+from far_scale.data.demo.world import TURNS_OF_A_CIRCLE, DemoWorld
 from far_scale.play import walk as walk_module
 from far_scale.play.headless import open_walk, play_actions, replay
 from far_scale.play.recording import read_recording, write_video
@@ -25,6 +25,7 @@ from harness.play import FakeEngine, small_world
 from harness.refusal import refused
 
 SEED = 5
+GIVEN = TURNS_OF_A_CIRCLE + 1  # one look around
 
 
 def pixels(picture: bytes | None) -> np.ndarray:
@@ -100,15 +101,15 @@ def test_history_is_bounded_and_an_old_walk_goes_on(monkeypatch: pytest.MonkeyPa
 def test_the_engine_moves_beside_and_back() -> None:
     walk, engine = maze_walk()
     start = walk.now()
-    assert start.index == 16 and pixels(start.engine)[0, 0].tolist() == [0, 0, 0]  # after one look around
+    assert start.index == TURNS_OF_A_CIRCLE and pixels(start.engine)[0, 0].tolist() == [0, 0, 0]
     walk.act(FORWARD, 1, 1.0)
     walk.act(LEFT, 1, 1.0)
     shown = walk.act(FORWARD, 1, 1.0)
     assert pixels(shown.engine)[0, 0].tolist() == [2, 1, 0]
     assert pixels(walk.back().engine)[0, 0].tolist() == [1, 1, 0]
     assert pixels(walk.back().engine)[0, 0].tolist() == [1, 0, 0]
-    assert pixels(walk.act(RIGHT, 1, 1.0).engine)[0, 0].tolist() == [1, 15, 0]
-    assert pixels(walk.act(NOOP, 1, 1.0).engine)[0, 0].tolist() == [1, 15, 0]
+    assert pixels(walk.act(RIGHT, 1, 1.0).engine)[0, 0].tolist() == [1, TURNS_OF_A_CIRCLE - 1, 0]
+    assert pixels(walk.act(NOOP, 1, 1.0).engine)[0, 0].tolist() == [1, TURNS_OF_A_CIRCLE - 1, 0]
     assert pixels(walk.reset().engine)[0, 0].tolist() == [0, 0, 0]
     assert pixels(walk.act(FORWARD, 1, 1.0).engine)[0, 0].tolist() == [1, 0, 0]
     engine.fails = True
@@ -123,11 +124,11 @@ def test_the_video_has_given_and_new_frames_of_both(tmp_path: Path) -> None:
     walk, _ = maze_walk()
     walk.act(FORWARD, 1, 1.0)
     pictures = walk.pictures()
-    assert (len(pictures.frames), pictures.given, pictures.size) == (18, 17, (64, 64))
+    assert (len(pictures.frames), pictures.given, pictures.size) == (GIVEN + 1, GIVEN, (64, 64))
     write_video(tmp_path / "walk.mp4", pictures)
     with av.open(str(tmp_path / "walk.mp4")) as file:
         frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-    assert len(frames) == 18 and frames[0].shape[0] > 2 * 192
+    assert len(frames) == GIVEN + 1 and frames[0].shape[0] > 2 * 192
 
 
 def test_a_frame_that_is_not_finite_changes_nothing() -> None:
@@ -185,18 +186,18 @@ def test_the_real_engine_walks_as_the_recorder(tmp_path: Path) -> None:
     world = small_world(side=8, has_engine=True)
     script = [FORWARD, FORWARD, LEFT, FORWARD]
     with DemoWorld.of_seed(SEED) as engine:
-        expected = [engine.frame(), *(engine.step(action) for action in [LEFT] * 16 + script)]
+        expected = [engine.frame(), *(engine.step(action) for action in [LEFT] * TURNS_OF_A_CIRCLE + script)]
     walk = open_walk(world, SEED)
     shown = [walk.act(action, 1, 1.0) for action in [RIGHT, FORWARD]]
     walk.back()
     walk.back()
     shown = [walk.act(action, 1, 1.0) for action in script]
-    assert all(np.array_equal(pixels(s.engine), e) for s, e in zip(shown, expected[17:], strict=True))
-    given = walk.pictures().frames[:17]
+    assert all(np.array_equal(pixels(s.engine), e) for s, e in zip(shown, expected[GIVEN:], strict=True))
+    given = walk.pictures().frames[:GIVEN]
     assert all(np.array_equal(cast(np.ndarray, g[1]), e) for g, e in zip(given, expected, strict=False))
     assert np.array_equal(pixels(walk.reset().engine), expected[0])
-    assert np.array_equal(pixels(walk.act(FORWARD, 1, 1.0).engine), expected[17])
+    assert np.array_equal(pixels(walk.act(FORWARD, 1, 1.0).engine), expected[GIVEN])
     recording = walk.recording()
     walk.close()
     again = replay(world, recording, tmp_path / "again.mp4")
-    assert again == recording and recording.start == "maze" and recording.given == 17
+    assert again == recording and recording.start == "maze" and recording.given == GIVEN

@@ -22,7 +22,8 @@ from far_scale.train.curriculum import stages
 from far_scale.train.engine import build_model
 from far_scale.train.resume import Resume
 from far_scale.train.resume_checks import find_changes
-from far_scale.train.start_weights import context_weights, latent_differences, start_from
+from far_scale.train.setup import find_scaling
+from far_scale.train.start_weights import context_weights, latent_differences, start_from, start_scaling
 from far_scale.utils.event_log import EventLog, read_events
 from harness.latent_sets import FACTS, write_set
 from harness.refusal import refused
@@ -63,7 +64,7 @@ def save_model(tmp_path: Path, manifest: Manifest, **changes: Any) -> FAR:
 def started(tmp_path: Path, manifest: Manifest, *overrides: str, accept: bool = False) -> tuple[FAR, str]:
     """A fresh model, started; and what was said."""
     recipe = recipe_of(tmp_path, *overrides)
-    model, scaling = build_model(recipe.far_config(), recipe.seed), LatentScaling.of(manifest, recipe.data.scaling)
+    model, scaling = build_model(recipe.far_config(), recipe.seed), find_scaling(recipe, manifest, 0)
     folder = str(recipe.train.start_from)
     return model, start_from(model, folder, manifest, scaling, recipe.data.frame_stride, accept)
 
@@ -97,7 +98,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "another set's channels": (
         {"scaling": LatentScaling((0.0, 1.0, 2.0, 3.0), (1.0, 2.0, 3.0, 4.0))},
         ["data.scaling=channel"],
-        ["per channel (channel 0: shift 0, scale 1)", "data.shards to the set that it was trained on"],
+        ["per channel (channel 0: shift 0, scale 1)", "data.scaling=start to keep the model's"],
     ),
     "one channel's scale": (
         {"scaling": LatentScaling((0.0,) * 4, (0.5, 0.5, 0.5, 0.25))},
@@ -199,12 +200,35 @@ def test_weights_of_unknown_latents_are_taken_and_reported(tmp_path: Path, manif
     assert "imported from far.pth" in said and "the latents that they were trained on are unknown" in said
 
 
-def with_checkpoint(tmp_path: Path, start: str | None) -> None:
-    """A checkpoint of step 5 of a run that started from `start`."""
+def with_checkpoint(tmp_path: Path, start: str | None, **values: Any) -> None:
+    """A checkpoint of step 5 of a run that started from `start`, with `values` in its state."""
     recipe = recipe_of(tmp_path, f"train.start_from={'null' if start is None else start}")
     pieces = {"weight/x": FlatPiece(4, 0, torch.zeros(4))}
-    state = {"recipe": recipe.model_dump(mode="json"), "lanes": {}}
+    state = {"recipe": recipe.model_dump(mode="json"), "lanes": {}} | values
     checkpoint.save(tmp_path / "run", 5, pieces, state, keep=1)
+
+
+def test_a_run_keeps_the_scaling_of_its_start_model(tmp_path: Path, manifest: Manifest) -> None:
+    theirs = LatentScaling((0.0, 1.0, 2.0, 3.0), (1.0, 2.0, 3.0, 4.0))
+    saved = save_model(tmp_path, manifest, scaling=theirs)
+    recipe = recipe_of(tmp_path, "data.scaling=start")
+    assert find_scaling(recipe, manifest, 0) == theirs
+    model, said = started(tmp_path, manifest, "data.scaling=start")
+    assert same_weights(model, saved) and "accepted" not in said
+    with_checkpoint(tmp_path, str(tmp_path / "model"), scaling=theirs.to_dict())
+    (tmp_path / "model").rename(tmp_path / "gone")  # a run resumes without the model that it started from
+    assert find_scaling(recipe, manifest, 5) == theirs
+
+
+def test_the_scaling_of_no_model_or_of_weights_alone_is_refused(tmp_path: Path) -> None:
+    refused(
+        lambda: recipe_of(tmp_path, "data.scaling=start", "train.start_from=null"), "data.scaling", "train.start_from"
+    )
+    recipe = recipe_of(tmp_path, "data.scaling=start")
+    model = build_model(recipe.far_config(), 0)
+    origin = ImportMetadata(imported_from="far.pth", sha256="a" * 64, far_scale="0")
+    save_model_dir(tmp_path / "model", model.config, model.state_dict(), WeightsMetadata(training=origin))
+    refused(lambda: start_scaling(str(tmp_path / "model")), "train.start_from=", "--shards")
 
 
 @pytest.mark.parametrize("before", [None, "models/other"])

@@ -12,7 +12,7 @@ import numpy as np
 from far_scale.data.demo.maze import CELL, Cell, Maze, cell_centre
 
 NOOP, LEFT, RIGHT, FORWARD = range(4)
-TURN = 22.5  # degrees of one turn
+TURN = 11.25  # degrees of one turn
 _REACHED = 24.0  # map units from a cell's centre at which it counts as reached; more than half a step
 _REST = 0.05  # probability of a rest at any frame
 _MAX_REST_FRAMES = 4
@@ -62,7 +62,7 @@ class Explorer:
                 self._path.insert(0, cell)
             if self._random.random() < _LOOK:
                 # half or full, so that the same walls are seen again
-                return [int(self._random.choice((LEFT, RIGHT)))] * int(self._random.choice((8, 16)))
+                return [int(self._random.choice((LEFT, RIGHT)))] * round(int(self._random.choice((180, 360))) / TURN)
         centre = cell_centre(self._path[0])
         turn = (math.degrees(math.atan2(centre[1] - y, centre[0] - x)) - angle + 180.0) % 360.0 - 180.0
         miss = math.dist((x, y), centre) * math.sin(math.radians(min(abs(turn), 90.0)))

@@ -1,6 +1,6 @@
 """The demo world itself: a maze in ViZDoom, moved by one action at a time.
 
-Frames are 64x64 RGB. The four actions are 0 noop, 1 turn left, 2 turn right (22.5 degrees), 3 forward (a fifth
+Frames are 64x64 RGB. The four actions are 0 noop, 1 turn left, 2 turn right (11.25 degrees), 3 forward (a fifth
 of a cell). The player stands still at every frame, so there is no hidden velocity.
 """
 

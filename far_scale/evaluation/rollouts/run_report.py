@@ -118,7 +118,8 @@ def _differences_from_run(run: Path, model: FAR, metadata: ModelMetadata, recipe
     if metadata.latent_shape not in shapes:
         pairs.append(("data.latent_shape", list(metadata.latent_shape), list(shapes[0])))
     pairs.append(("data.frame_stride", metadata.frame_stride, recipe.data.frame_stride))
-    pairs.append(("data.scaling", metadata.scaling.kind, recipe.data.scaling))
+    if recipe.data.scaling != "start":
+        pairs.append(("data.scaling", metadata.scaling.kind, recipe.data.scaling))
     lines = [f"{key} {found}, the recipe has {expected}" for key, found, expected in pairs if found != expected]
     if isinstance(metadata.training, TrainingMetadata):
         if not lines and metadata.training.recipe_hash != recipe.hash():
