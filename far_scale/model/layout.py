@@ -84,7 +84,8 @@ class Prefix:
     """The contexts that window tokens see, as ordinary attention without a mask.
 
     Attributes:
-        rows: row numbers `[T']` of the window tokens of clips with a context; None if every clip has one.
+        rows: row numbers `[T']` of the window tokens of clips with a context; None if they are the last rows, as where
+            every clip has one.
         queries: those window tokens, one sequence for each clip with a context.
         keys: all tokens of the context group, one sequence for each such clip.
     """
@@ -141,6 +142,15 @@ class FrameGroup:
         positions[..., 1] = spacing * torch.arange(rows)[:, None]
         positions[..., 2] = spacing * torch.arange(columns)
         return FrameGroup(tuple(clip_frames), (rows * columns,) * len(frames), positions.flatten(0, 2), causal)
+
+    def followed_by(self, other: FrameGroup) -> FrameGroup:
+        """The frames of both, of which neither sees the other's: those of this group first, as clips of their own."""
+        return FrameGroup(
+            self.clip_frames + other.clip_frames,
+            self.frame_tokens + other.frame_tokens,
+            torch.cat([self.positions, other.positions]),
+            self.causal,
+        )
 
     @property
     def frames(self) -> int:
@@ -219,20 +229,25 @@ class FrameGroup:
 class AttentionPlan:
     """The keys that the tokens of a group attend to: those of the group, by its causality, and those of the prefix.
 
+    All keys are in one tensor, the prefix's first. They come before the group's, or they are the first keys of the
+    group itself: in a whole pack the context's tokens are both queries of their own and the window's prefix.
+
     Torch operators take only tensors, and a compiled graph with a plan's lengths as constants would be recompiled for
     every pack. So an operator gets `handle`, a number in a tensor, and looks up the plan by it.
 
     Attributes:
         group: of the tokens.
         prefix: prefix keys and the queries that see them; None without any.
+        first_key: number of keys before those of the group.
         handle: int64 scalar tensor in host memory.
     """
 
     _live_plans: ClassVar[weakref.WeakValueDictionary[int, AttentionPlan]] = weakref.WeakValueDictionary()
     _numbers: ClassVar[itertools.count[int]] = itertools.count()
 
-    def __init__(self, group: FrameGroup, prefix: Prefix | None = None) -> None:
+    def __init__(self, group: FrameGroup, prefix: Prefix | None = None, prefix_in_group: bool = False) -> None:
         self.group, self.prefix = group, prefix
+        self.first_key = 0 if prefix is None or prefix_in_group else prefix.keys.starts[-1]
         number = next(AttentionPlan._numbers)
         self.handle = torch.tensor(number)
         AttentionPlan._live_plans[number] = self
@@ -248,6 +263,11 @@ class AttentionPlan:
         if plan is None:
             raise RuntimeError("the layout of this attention call was freed before its backward; keep it until then")
         return plan
+
+    @property
+    def keys(self) -> int:
+        """Number of keys."""
+        return self.first_key + self.group.tokens
 
     @cached_property
     def pairs(self) -> int:
@@ -291,6 +311,11 @@ class FrameLayout:
         """
         return _layout(tuple(clip_frames), grid, window, coarsening, causal)
 
+    @cached_property
+    def groups(self) -> FrameGroup:
+        """Both groups as one, the context first: the order of a pack's tokens in the layers."""
+        return self.context.followed_by(self.window) if self.context.frames else self.window
+
     @property
     def frames(self) -> int:
         """F, frames of all clips."""
@@ -305,7 +330,7 @@ class FrameLayout:
         """All cached tensors for computing on `device`; called early, so that none is copied during the computation."""
         tensors = [self.clip_of_frame(device), self.window_rows(device), self.context_rows(device)]
         tensors.append(self.window.clip_of_frame(device))
-        for plan in (self.window_plan(device), self.context_plan):
+        for plan in dict.fromkeys((self.plan(device), self.window_plan(device))):
             spans = [plan.group.clips]
             tensors.append(plan.group.positions_on(device))
             if (upper := plan.group.upper_triangle(device)) is not None:
@@ -354,14 +379,22 @@ class FrameLayout:
             [row for row, is_window in enumerate(is_window_frame) if is_window == in_window], dtype=torch.int64
         )
 
+    def plan(self, device: torch.device) -> AttentionPlan:
+        """The attention of all tokens, in the order of `groups`: of context tokens to each other, frame-block causally,
+        and of window tokens as in `window_plan`."""
+        if not self.context.frames:
+            return self.window_plan(device)
+        return _get_or_make(self._cache, "plan", device, lambda: self._plan(device))
+
+    def _plan(self, device: torch.device) -> AttentionPlan:
+        prefix = self.prefix(device)
+        assert prefix is not None
+        rows = None if prefix.rows is None else prefix.rows + self.context.tokens
+        return AttentionPlan(self.groups, Prefix(rows, prefix.queries, prefix.keys), prefix_in_group=True)
+
     def window_plan(self, device: torch.device) -> AttentionPlan:
         """The attention of window tokens: to their clip's whole context, and to the window by `window.causal`."""
         return _get_or_make(self._cache, "window_plan", device, lambda: AttentionPlan(self.window, self.prefix(device)))
-
-    @cached_property
-    def context_plan(self) -> AttentionPlan:
-        """The attention of context tokens: to each other, frame-block causally."""
-        return AttentionPlan(self.context)
 
     def prefix(self, device: torch.device) -> Prefix | None:
         """The contexts that window tokens see; None if no clip has one."""

@@ -47,19 +47,18 @@ class SequenceRank:
 class ShardedPlan(AttentionPlan):
     """The attention of a whole pack, to which each rank of a group brings the tokens of its frames.
 
-    As an `AttentionPlan` it is that of the window.
-
     Attributes:
+        whole: the same attention on one rank, of the pack's layout.
         shard: this rank.
-        window, context: plans of the window's and of the context's tokens, which are those of the pack's layout.
-        window_tokens, context_tokens: tokens of each rank.
+        query_tokens, key_tokens: those that each rank brings, of the context (where it has queries) and of the window.
         compilable: whether no rank has so few frames that the compiler would specialize on their number.
     """
 
-    def __init__(self, layout: FrameLayout, shard: SequenceRank, device: torch.device) -> None:
-        super().__init__(layout.window, layout.prefix(device))
-        self.shard, self.window, self.context = shard, layout.window_plan(device), layout.context_plan
-        self.window_tokens, self.context_tokens = (_tokens(group, shard) for group in (layout.window, layout.context))
+    def __init__(self, whole: AttentionPlan, layout: FrameLayout, shard: SequenceRank) -> None:
+        super().__init__(whole.group, whole.prefix, prefix_in_group=whole.first_key == 0)
+        self.whole, self.shard = whole, shard
+        self.key_tokens = tuple(_tokens(group, shard) for group in (layout.context, layout.window))
+        self.query_tokens = self.key_tokens[1:] if whole.group is layout.window else self.key_tokens
         frames = [even_split(group.frames, shard.size) for group in (layout.window, layout.context) if group.frames]
         self.compilable = min(map(min, frames)) > 1
 
@@ -79,7 +78,7 @@ class ShardedLayout:
 
     def __init__(self, whole: FrameLayout, shard: SequenceRank) -> None:
         self.whole, self.shard = whole, shard
-        self._plans: dict[torch.device, ShardedPlan] = {}
+        self._plans: dict[tuple[torch.device, bool], ShardedPlan] = {}
 
     @property
     def clip_frames(self) -> tuple[int, ...]:
@@ -107,18 +106,25 @@ class ShardedLayout:
         return self.shard.part(self.whole.window.frames)
 
     def plan(self, device: torch.device) -> ShardedPlan:
-        """The attention of the pack."""
-        if device not in self._plans:
-            self._plans[device] = ShardedPlan(self.whole, self.shard, device)
-        return self._plans[device]
+        """See `FrameLayout.plan`."""
+        if (device, False) not in self._plans:
+            self._plans[device, False] = ShardedPlan(self.whole.plan(device), self.whole, self.shard)
+        return self._plans[device, False]
+
+    def window_plan(self, device: torch.device) -> ShardedPlan:
+        """See `FrameLayout.window_plan`."""
+        if (device, True) not in self._plans:
+            self._plans[device, True] = ShardedPlan(self.whole.window_plan(device), self.whole, self.shard)
+        return self._plans[device, True]
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         """See `FrameLayout.tensors`."""
         self.plan(device)
+        self.window_plan(device)
         own = self.own
         tensors = [own.clip_of_frame(device), own.window_rows(device), own.context_rows(device)]
-        tensors += [group.positions_on(device) for group in (own.window, own.context)]
-        return [*tensors, own.window.clip_of_frame(device), *self.whole.tensors(device)]
+        tensors += [own.window.clip_of_frame(device), own.groups.positions_on(device)]
+        return [*tensors, *self.whole.tensors(device)]
 
 
 def _slice(group: FrameGroup, shard: SequenceRank) -> FrameGroup:
