@@ -117,9 +117,7 @@ class Ours:
         self.plan = layout.plan(inputs.q.device)
         self.tokens = [group.tokens for group in (layout.context, layout.window)]
         of_clip = [tokens // case.clips for tokens in self.tokens]
-        q, k, v, self.dout = (
-            torch.cat([part.flatten(0, 1) for part in x.split(of_clip, dim=1)]) for x in inputs
-        )
+        q, k, v, self.dout = (torch.cat([part.flatten(0, 1) for part in x.split(of_clip, dim=1)]) for x in inputs)
         self.leaves = [x.requires_grad_() for x in (q, k, v)]
 
     def forward(self) -> Tensor:

@@ -1,8 +1,8 @@
 """The exchange of sequence parallelism: from a rank's tokens with all heads to all tokens with the rank's heads.
 
-One uneven all-to-all carries several tensors, which may differ in their numbers of tokens and channels. A tensor has the
-tokens of several groups of frames, one after another (the context's, then the window's), of which each rank holds a
-part. Ranks without any tokens take part.
+One uneven all-to-all carries several tensors, which may differ in their numbers of tokens and channels. A tensor has
+the tokens of one or more groups of frames, the context's before the window's. Each rank holds a part of each group.
+Ranks without any tokens take part.
 
     shape letters   t tokens of this rank, T of all ranks   n heads of this rank, N all heads   C channels of a head
 """
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from far_scale.model.sharded_layout import SequenceRank, even_split
 
-
-Tokens = Sequence[Sequence[int]]
+GroupTokens = Sequence[Sequence[int]]
 """Of each group of frames, the number of tokens on each rank."""
 
 
-def to_heads(tensors: Sequence[Tensor], tokens: Sequence[Tokens], shard: SequenceRank) -> list[Tensor]:
+def to_heads(tensors: Sequence[Tensor], tokens: Sequence[GroupTokens], shard: SequenceRank) -> list[Tensor]:
     """`[t, N, C]` of each rank's tokens -> `[T, n, C]`, contiguous.
 
     Args:
@@ -49,7 +48,9 @@ def to_heads(tensors: Sequence[Tensor], tokens: Sequence[Tokens], shard: Sequenc
     return [torch.cat([part for _ in groups for part in next(parts)]) for groups in tokens]
 
 
-def to_tokens(tensors: Sequence[Tensor], tokens: Sequence[Tokens], heads: int, shard: SequenceRank) -> list[Tensor]:
+def to_tokens(
+    tensors: Sequence[Tensor], tokens: Sequence[GroupTokens], heads: int, shard: SequenceRank
+) -> list[Tensor]:
     """`[T, n, C]` of each rank's heads -> `[t, N, C]`, contiguous: the inverse of `to_heads`.
 
     Args:
@@ -96,7 +97,7 @@ class ToHeads(torch.autograd.Function):
     """`to_heads`, differentiable: `apply(shard, tokens, *tensors)`."""
 
     @staticmethod
-    def forward(ctx: Any, shard: SequenceRank, tokens: Sequence[Tokens], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, shard: SequenceRank, tokens: Sequence[GroupTokens], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.shard, ctx.tokens, ctx.heads = shard, tokens, tensors[0].shape[1]
         return tuple(to_heads(tensors, tokens, shard))
 
@@ -110,7 +111,7 @@ class ToTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, shard: SequenceRank, tokens: Sequence[Tokens], heads: int, *tensors: Tensor
+        ctx: Any, shard: SequenceRank, tokens: Sequence[GroupTokens], heads: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.shard, ctx.tokens = shard, tokens
         return tuple(to_tokens(tensors, tokens, heads, shard))

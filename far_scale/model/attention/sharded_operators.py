@@ -58,9 +58,7 @@ def _attend_by_flex(q: Tensor, k: Tensor, v: Tensor, handle: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op(
-    "far_scale::sharded_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
-)
+@torch.library.custom_op("far_scale::sharded_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def _forward(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
     plan, heads, dtype = _find(handle), q.shape[1], q.dtype
     q, k, v = to_heads([q, k, v], [plan.query_tokens, plan.key_tokens, plan.key_tokens], plan.shard)
