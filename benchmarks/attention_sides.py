@@ -109,37 +109,33 @@ class Side(Protocol):
 
 
 class Ours:
-    """The causal pair on one kernel, as the model calls it: for a context and for the window."""
+    """One kernel as the model calls it: for the context, if any, and the window at once."""
 
     def __init__(self, case: Case, inputs: Inputs, kernel: str) -> None:
-        self.case, self.kernel, self.pairs = case, kernel, case.layout.attended_pairs
-        self.plans = [case.layout.window_plan]
-        self.tokens = [case.tokens]
-        if case.layout.context.frames:
-            self.plans.insert(0, case.layout.context_plan)
-            self.tokens = [group.tokens // case.clips for group in (case.layout.context, case.layout.window)]
-        by_group = zip(*(x.split(self.tokens, dim=1) for x in inputs), strict=True)
-        flat = [[x.flatten(0, 1).contiguous() for x in group] for group in by_group]
-        self.leaves = [x.requires_grad_() for *qkv, _ in flat for x in qkv]
-        self.douts = [dout for *_, dout in flat]
+        layout = case.layout
+        self.case, self.kernel, self.pairs = case, kernel, layout.attended_pairs
+        self.plan = layout.plan
+        self.tokens = [group.tokens for group in (layout.context, layout.window)]
+        of_clip = [tokens // case.clips for tokens in self.tokens]
+        q, k, v, self.dout = (torch.cat([part.flatten(0, 1) for part in x.split(of_clip, dim=1)]) for x in inputs)
+        self.leaves = [x.requires_grad_() for x in (q, k, v)]
 
-    def forward(self) -> list[Tensor]:
-        """`[T, N, D]` of the context, if any, and of the window."""
-        earlier_k = earlier_v = None
-        outs = []
-        for plan, q, k, v in zip(self.plans, *(self.leaves[i::3] for i in range(3)), strict=True):
-            outs.append(attend(q, k, v, earlier_k, earlier_v, plan.handle, self.kernel))
-            earlier_k, earlier_v = k, v
-        return outs
+    def forward(self) -> Tensor:
+        """`[T, N, D]`, all of the context first."""
+        return attend(*self.leaves, self.plan.handle, self.kernel)
 
-    def both(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        outs = self.forward()
-        return outs, torch.autograd.grad(outs, self.leaves, self.douts)
+    def both(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out = self.forward()
+        return out, torch.autograd.grad(out, self.leaves, self.dout)
 
     def found(self) -> Found:
-        outs, gradients = self.both()
-        parts = (outs, gradients[0::3], gradients[1::3], gradients[2::3])
-        return Found(*(torch.cat([x.detach().unflatten(0, (self.case.clips, -1)) for x in p], dim=1) for p in parts))
+        out, gradients = self.both()
+        return Found(*map(self._by_clip, (out, *gradients)))
+
+    def _by_clip(self, x: Tensor) -> Tensor:
+        """`[clips, T of a clip, N, D]`."""
+        parts = (part.unflatten(0, (self.case.clips, -1)) for part in x.detach().split(self.tokens) if len(part))
+        return torch.cat(list(parts), dim=1)
 
 
 class Differentiable:

@@ -26,7 +26,6 @@ from far_scale.model.layers import (
     Checkpointing,
     OutputHead,
     TimestepEmbedding,
-    Tokens,
     UnusedWeights,
     linear,
     rotary_embedding,
@@ -237,37 +236,29 @@ class FAR(nn.Module):
         if list(timesteps.shape) != batch:
             raise ValueError(f"timesteps must be {batch}, one per frame, got {list(timesteps.shape)}")
         clips = batch[:1] if layout is None else []
-        sharded_plan = None
+        layout = layout or self.config.layout((batch[1],) * batch[0], (height, width))
+        device, sharded = latents.device, isinstance(layout, ShardedLayout)
+        plan, last_plan = layout.plan, layout.window_plan
         if isinstance(layout, ShardedLayout):
-            sharded_plan, layout = layout.plan, layout.own
-        if layout is None:
-            layout = self.config.layout((batch[1],) * batch[0], (height, width))
-        elif batch != [layout.frames]:
+            layout = layout.own
+        if clips == [] and batch != [layout.frames]:
             raise ValueError(f"latents hold {batch} frames, the layout {layout.frames}")
 
         frames = latents.reshape(-1, channels, height, width)
         condition = self.condition(timesteps.flatten(), self._classes(actions, labels, layout))
-        device, context = latents.device, None
+        context: tuple[Tensor, ...] = ()
         if self.config.context_patch:
-            rows = layout.context_rows(device)
-            patches = patchify(frames[rows], self.config.context_patch)
-            context = Tokens(
-                self.context_patch_embedding(patches.to(condition.dtype)),
-                condition[rows],
-                self.rotary_embedding(layout.context),
-                (layout.context_plan if sharded_plan is None else sharded_plan.context).handle,
-            )
-            rows = layout.window_rows(device)
-            frames, condition = frames[rows], condition[rows]
+            context_rows, window_rows = layout.context_rows(device), layout.window_rows(device)
+            patches = patchify(frames[context_rows], self.config.context_patch)
+            context = (self.context_patch_embedding(patches.to(condition.dtype)),)
+            frames, condition = frames[window_rows], condition[torch.cat([context_rows, window_rows])]
         x = self.patch_embedding(patchify(frames, self.config.patch).to(condition.dtype))
-        plan = sharded_plan or layout.window_plan
-        window = Tokens(x, condition, self.rotary_embedding(layout.window), plan.handle)
-        kernel = self.kernel()
-        for block in self.blocks:
-            x, new_context = block(kernel, *window, *(context or ()), sharded=sharded_plan is not None)
-            window = window._replace(x=x)
-            context = None if context is None or new_context is None else context._replace(x=new_context)
-        velocity = unpatchify(self.output(window.x, condition), (height, width), self.config.patch)
+        rotation, kernel = self.rotary_embedding(layout.groups), self.kernel()
+        for layer, block in enumerate(self.blocks, 1):
+            handle = (last_plan if layer == len(self.blocks) else plan).handle
+            x, new_context = block(kernel, x, condition, rotation, handle, *context, sharded=sharded)
+            context = () if new_context is None else (new_context,)
+        velocity = unpatchify(self.output(x, condition[len(condition) - len(x) :]), (height, width), self.config.patch)
         return velocity.view(*clips, -1, channels, height, width)
 
     def condition(self, timesteps: Tensor, classes: Tensor | None) -> Tensor:

@@ -184,19 +184,21 @@ class MLP(nn.Module):
 
 
 class Tokens(NamedTuple):
-    """The window's or the context's tokens between the layers.
+    """A pack's tokens between the layers.
 
     Attributes:
-        x: `[F, P, E]`.
-        condition: `[F, E]` of each frame, after its SiLU.
-        rotation: `[F * P, D/2, 2]` rotary cosine and sine.
-        handle: of the tokens' `AttentionPlan`.
+        x: `[Fw, P, E]` of the window.
+        condition: `[F, E]` of each frame, after its SiLU, the context's frames first.
+        rotation: `[T, D/2, 2]` rotary cosine and sine, the context's tokens first.
+        handle: of the `AttentionPlan`.
+        context: `[Fc, Q, E]`; None in a model without context.
     """
 
     x: Tensor
     condition: Tensor
     rotation: Tensor
     handle: Tensor
+    context: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -224,63 +226,76 @@ class Block(nn.Module):
 
         Args:
             kernel: name of the attention kernel.
-            sharded: whether the tensors are of this rank's frames only, and the window's handle is of a `ShardedPlan`.
-            tensors: the window's `Tokens`, with Fw frames, and in a model with context the context's, with Fc frames.
+            sharded: whether the tensors are of this rank's frames only, and the handle is of a `ShardedPlan`.
+            tensors: `Tokens`, with the handle of the plan of all tokens, in the last block of that of the window's.
                 They are passed flat since module hooks, such as ZeRO-3's, see only arguments that are tensors. Fc may
                 be 0: a pack of short clips still uses every weight, since gathers and reductions are collective.
 
         Returns:
             The window `[Fw, P, E]` and the context `[Fc, Q, E]` (None after the last block and without a context).
         """
-        window, context = Tokens(*tensors[:4]), Tokens(*tensors[4:]) if len(tensors) > 4 else None
-        if not self.compiled or not _is_compilable(window, context, sharded):
-            return _layer(self, window, context, kernel, sharded)
-        for tokens in (window,) if context is None else (window, context):
-            for tensor in tokens[:3]:
-                # The number of frames differs between packs; without the mark, the graph would be specialized to the
-                # first pack's. (Marked here, since ZeRO's hooks replace the model's tensors.)
+        tokens = Tokens(*tensors)
+        if not self.compiled or not _is_compilable(tokens, sharded):
+            return _layer(self, tokens, kernel, sharded)
+        for tensor in (tokens.x, tokens.condition, tokens.rotation, tokens.context):
+            # The number of frames differs between packs; without the mark, the graph would be specialized to the
+            # first pack's. (Marked here, since ZeRO's hooks replace the model's tensors.)
+            if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return _compiled_layer()(self, window, context, kernel, sharded)
+        return _compiled_layer()(self, tokens, kernel, sharded)
 
-    def compute(
-        self, window: Tokens, context: Tokens | None, kernel: str, sharded: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """`forward` without compilation and checkpointing."""
-        if sharded:
-            return self._compute_sharded(window, context, kernel)
-        new_context, k, v = None, None, None
-        if context is not None:
-            new_context, k, v = self.context(context, None, None, kernel)
-        return self.window(window, k, v, kernel)[0], new_context
+    def compute(self, tokens: Tokens, kernel: str, sharded: bool) -> tuple[Tensor, Tensor | None]:
+        """`forward` without compilation and checkpointing.
 
-    def _compute_sharded(self, window: Tokens, context: Tokens | None, kernel: str) -> tuple[Tensor, Tensor | None]:
-        """`compute` with the frames of this rank; the ranks exchange once before and once after attention."""
-        shift, scale, gate = self.attention_modulation(window.condition).chunk(3, dim=-1)
-        q, k, v = self.attention.project(modulated_norm(window.x, scale, shift), window.rotation)
-        context_q, context_k, context_v, context_gate = None, None, None, None
-        if context is not None:
-            shift, scale, context_gate = self.attention_modulation(context.condition).chunk(3, dim=-1)
-            context_q, context_k, context_v = self.attention.project_context(
-                modulated_norm(context.x, scale, shift), context.rotation
-            )
-        out, context_out = attend_sharded(q, k, v, context_q, context_k, context_v, window.handle, kernel)
-        new_context = None
-        if context is not None and context_out is not None:
-            assert context_gate is not None
-            update = self.attention.context_out(context_out.reshape(context.x.shape))
-            new_context = gated_residual(context.x, context_gate, update)
-            new_context = self.add_mlp(new_context, self.mlp_modulation(context.condition))
-        x = gated_residual(window.x, gate, self.attention.out(out.reshape(window.x.shape)))
-        return self.add_mlp(x, self.mlp_modulation(window.condition)), new_context
+        Weights that window and context share are multiplied with the tokens of both at once, and one attention call
+        serves both. Tensors of both have the context's rows first.
+        """
+        x, condition, rotation, handle, context = tokens
+        run = attend_sharded if sharded else attend
+        if context is None:
+            shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
+            q, k, v = self.attention.project(modulated_norm(x, scale, shift), rotation)
+            attended = run(q, k, v, handle, kernel).reshape(x.shape)
+            x = gated_residual(x, gate, self.attention.out(attended))
+            return self.add_mlp(x, self.mlp_modulation(condition)), None
 
-    def window(
-        self, tokens: Tokens, prefix_k: Tensor | None, prefix_v: Tensor | None, kernel: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        frames, rows = [len(context), len(x)], [context.shape[0] * context.shape[1], x.shape[0] * x.shape[1]]
+        context_rotation, rotation = rotation.split(rows)
+        context_modulation, modulation = self.attention_modulation(condition).split(frames)
+        shift, scale, context_gate = context_modulation.chunk(3, dim=-1)
+        context_q, context_k, context_v = self.attention.project_context(
+            modulated_norm(context, scale, shift), context_rotation
+        )
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        q, k, v = self.attention.project(modulated_norm(x, scale, shift), rotation)
+        k, v = torch.cat([context_k, k]), torch.cat([context_v, v])
+        if context_q is None:
+            attended = run(q, k, v, handle, kernel).reshape(x.shape)
+            x = gated_residual(x, gate, self.attention.out(attended))
+            return self.add_mlp(x, self.mlp_modulation(condition[frames[0] :])), None
+
+        context_attended, attended = run(torch.cat([context_q, q]), k, v, handle, kernel).split(rows)
+        context_update = self.attention.context_out(context_attended.reshape(context.shape))
+        context = gated_residual(context, context_gate, context_update)
+        x = gated_residual(x, gate, self.attention.out(attended.reshape(x.shape)))
+
+        context_modulation, modulation = self.mlp_modulation(condition).split(frames)
+        shift, scale, context_gate = context_modulation.chunk(3, dim=-1)
+        context_normed = modulated_norm(context, scale, shift)
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        normed = torch.cat([context_normed.flatten(0, 1), modulated_norm(x, scale, shift).flatten(0, 1)])
+        context_update, update = self.mlp(normed).split(rows)
+        return (
+            gated_residual(x, gate, update.view(x.shape)),
+            gated_residual(context, context_gate, context_update.view(context.shape)),
+        )
+
+    def window(self, tokens: Tokens, prefix_k: Tensor, prefix_v: Tensor, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
         """The block over window tokens, which also see prefix keys and values `[S, N, D]`: x, k and v `[T, N, D]`."""
-        x, condition, rotation, handle = tokens
+        x, condition, rotation, handle, _ = tokens
         shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
         q, k, v = self.attention.project(modulated_norm(x, scale, shift), rotation)
-        attended = attend(q, k, v, prefix_k, prefix_v, handle, kernel).reshape(x.shape)
+        attended = attend(q, torch.cat([prefix_k, k]), torch.cat([prefix_v, v]), handle, kernel).reshape(x.shape)
         return self.add_mlp(gated_residual(x, gate, self.attention.out(attended)), self.mlp_modulation(condition)), k, v
 
     def window_kv(self, x: Tensor, condition: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,20 +305,17 @@ class Block(nn.Module):
         return k, v
 
     def context(
-        self, tokens: Tokens, prefix_k: Tensor | None, prefix_v: Tensor | None, kernel: str
+        self, tokens: Tokens, prefix_k: Tensor, prefix_v: Tensor, kernel: str
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The block over context tokens, like `window`; in the last block the new x is None."""
-        x, condition, rotation, handle = tokens
+        """The block over context tokens, given as `Tokens.x`, like `window`; in the last block the new x is None."""
+        x, condition, rotation, handle, _ = tokens
         shift, scale, gate = self.attention_modulation(condition).chunk(3, dim=-1)
         q, k, v = self.attention.project_context(modulated_norm(x, scale, shift), rotation)
         if q is None:
             return None, k, v
-        attended = attend(q, k, v, prefix_k, prefix_v, handle, kernel).reshape(x.shape)
-        return (
-            self.add_mlp(gated_residual(x, gate, self.attention.context_out(attended)), self.mlp_modulation(condition)),
-            k,
-            v,
-        )
+        attended = attend(q, torch.cat([prefix_k, k]), torch.cat([prefix_v, v]), handle, kernel).reshape(x.shape)
+        update = self.attention.context_out(attended)
+        return self.add_mlp(gated_residual(x, gate, update), self.mlp_modulation(condition)), k, v
 
     def add_mlp(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Add the MLP to x `[F, P, E]`, with modulation `[F, 3 E]`."""
@@ -311,25 +323,23 @@ class Block(nn.Module):
         return gated_residual(x, gate, self.mlp(modulated_norm(x, scale, shift)))
 
 
-def _is_compilable(window: Tokens, context: Tokens | None, sharded: bool) -> bool:
+def _is_compilable(tokens: Tokens, sharded: bool) -> bool:
     """Whether the compiler does not specialize on the numbers of frames, as it does on 1 (single frames are too rare to
     be worth a graph); the same on all ranks that share a pack, since a compiled backward reduces gradients in another
     order."""
     if sharded:
-        plan = AttentionPlan.find(window.handle)
+        plan = AttentionPlan.find(tokens.handle)
         assert isinstance(plan, ShardedPlan)
         return plan.compilable
-    return len(window.x) != 1 and (context is None or len(context.x) != 1)
+    return len(tokens.x) != 1 and (tokens.context is None or len(tokens.context) != 1)
 
 
-def _layer(
-    block: Block, window: Tokens, context: Tokens | None, kernel: str, sharded: bool
-) -> tuple[Tensor, Tensor | None]:
+def _layer(block: Block, tokens: Tokens, kernel: str, sharded: bool) -> tuple[Tensor, Tensor | None]:
     if block.checkpointing == "none" or not block.training:
-        return block.compute(window, context, kernel, sharded)
+        return block.compute(tokens, kernel, sharded)
     options: dict[str, Any] = {"context_fn": _save_attention_outputs} if block.checkpointing == "attention-kept" else {}
     computed: tuple[Tensor, Tensor | None] = checkpoint(
-        block.compute, window, context, kernel, sharded, use_reentrant=False, preserve_rng_state=False, **options
+        block.compute, tokens, kernel, sharded, use_reentrant=False, preserve_rng_state=False, **options
     )
     return computed
 

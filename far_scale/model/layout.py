@@ -107,8 +107,8 @@ class Prefix:
     """The contexts that window tokens see, as ordinary attention without a mask.
 
     Attributes:
-        rows: row numbers `[T']` of the window tokens of clips with a context, in host memory; None if every clip has
-            one.
+        rows: row numbers `[T']` of the window tokens of clips with a context, in host memory; None if they are the last
+            rows, as where every clip has one.
         queries: those window tokens, one sequence for each clip with a context.
         keys: all tokens of the context group, one sequence for each such clip.
     """
@@ -172,6 +172,15 @@ class FrameGroup:
         positions[..., 1] = spacing * torch.arange(rows)[:, None]
         positions[..., 2] = spacing * torch.arange(columns)
         return FrameGroup(tuple(clip_frames), (rows * columns,) * len(frames), positions.flatten(0, 2), causal)
+
+    def followed_by(self, other: FrameGroup) -> FrameGroup:
+        """The frames of both, of which neither sees the other's: those of this group first, as clips of their own."""
+        return FrameGroup(
+            self.clip_frames + other.clip_frames,
+            self.frame_tokens + other.frame_tokens,
+            torch.cat([self.positions, other.positions]),
+            self.causal,
+        )
 
     @property
     def frames(self) -> int:
@@ -249,12 +258,16 @@ class FrameGroup:
 class AttentionPlan:
     """The keys that the tokens of a group attend to: those of the group, by its causality, and those of the prefix.
 
+    All keys are in one tensor, the prefix's first. They come before the group's, or they are the first keys of the
+    group itself: in a whole pack the context's tokens are both queries of their own and the window's prefix.
+
     Torch operators take only tensors, and a compiled graph with a plan's lengths as constants would be recompiled for
     every pack. So an operator gets `handle`, a number in a tensor, and looks up the plan by it.
 
     Attributes:
         group: of the tokens.
         prefix: prefix keys and the queries that see them; None without any.
+        first_key: number of keys before those of the group.
         handle: int64 scalar tensor in host memory.
         cache: what kernels keep for the plan.
     """
@@ -262,8 +275,9 @@ class AttentionPlan:
     _live_plans: ClassVar[weakref.WeakValueDictionary[int, AttentionPlan]] = weakref.WeakValueDictionary()
     _numbers: ClassVar[itertools.count[int]] = itertools.count()
 
-    def __init__(self, group: FrameGroup, prefix: Prefix | None = None) -> None:
+    def __init__(self, group: FrameGroup, prefix: Prefix | None = None, prefix_in_group: bool = False) -> None:
         self.group, self.prefix, self.cache = group, prefix, DeviceCache()
+        self.first_key = 0 if prefix is None or prefix_in_group else prefix.keys.starts[-1]
         number = next(AttentionPlan._numbers)
         self.handle = torch.tensor(number)
         AttentionPlan._live_plans[number] = self
@@ -279,6 +293,11 @@ class AttentionPlan:
         if plan is None:
             raise RuntimeError("the layout of this attention call was freed before its backward; keep it until then")
         return plan
+
+    @property
+    def keys(self) -> int:
+        """Number of keys."""
+        return self.first_key + self.group.tokens
 
     @cached_property
     def pairs(self) -> int:
@@ -326,6 +345,11 @@ class FrameLayout:
         """
         return _layouts.of(tuple(clip_frames), grid, window, coarsening, causal)
 
+    @cached_property
+    def groups(self) -> FrameGroup:
+        """Both groups as one, the context first: the order of a pack's tokens in the layers."""
+        return self.context.followed_by(self.window) if self.context.frames else self.window
+
     @property
     def frames(self) -> int:
         """F, frames of all clips."""
@@ -338,9 +362,8 @@ class FrameLayout:
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         """All that is computed with on `device` outside of attention (see `attention.prepare`)."""
-        groups = self.window, self.context
         rows = self.clip_of_frame(device), self.window_rows(device), self.context_rows(device)
-        return [*rows, self.window.clip_of_frame(device), *(group.positions_on(device) for group in groups)]
+        return [*rows, self.window.clip_of_frame(device), self.groups.positions_on(device)]
 
     @cached_property
     def window_pairs(self) -> int:
@@ -376,14 +399,19 @@ class FrameLayout:
         )
 
     @cached_property
+    def plan(self) -> AttentionPlan:
+        """The attention of all tokens, in the order of `groups`: of context tokens to each other, frame-block causally,
+        and of window tokens as in `window_plan`."""
+        prefix = self.prefix
+        if prefix is None:
+            return self.window_plan
+        rows = None if prefix.rows is None else prefix.rows + self.context.tokens
+        return AttentionPlan(self.groups, Prefix(rows, prefix.queries, prefix.keys), prefix_in_group=True)
+
+    @cached_property
     def window_plan(self) -> AttentionPlan:
         """The attention of window tokens: to their clip's whole context, and to the window by `window.causal`."""
         return AttentionPlan(self.window, self.prefix)
-
-    @cached_property
-    def context_plan(self) -> AttentionPlan:
-        """The attention of context tokens: to each other, frame-block causally."""
-        return AttentionPlan(self.context)
 
     @cached_property
     def prefix(self) -> Prefix | None:

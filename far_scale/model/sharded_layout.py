@@ -47,19 +47,18 @@ class SequenceRank:
 class ShardedPlan(AttentionPlan):
     """The attention of a whole pack, to which each rank of a group brings the tokens of its frames.
 
-    As an `AttentionPlan` it is that of the window.
-
     Attributes:
+        whole: the same attention on one rank, of the pack's layout.
         shard: this rank.
-        window, context: plans of the window's and of the context's tokens, which are those of the pack's layout.
-        window_tokens, context_tokens: tokens of each rank.
+        query_tokens, key_tokens: those that each rank brings, of the context (where it has queries) and of the window.
         compilable: whether no rank has so few frames that the compiler would specialize on their number.
     """
 
-    def __init__(self, layout: FrameLayout, shard: SequenceRank) -> None:
-        super().__init__(layout.window, layout.prefix)
-        self.shard, self.window, self.context = shard, layout.window_plan, layout.context_plan
-        self.window_tokens, self.context_tokens = (_tokens(group, shard) for group in (layout.window, layout.context))
+    def __init__(self, whole: AttentionPlan, layout: FrameLayout, shard: SequenceRank) -> None:
+        super().__init__(whole.group, whole.prefix, prefix_in_group=whole.first_key == 0)
+        self.whole, self.shard = whole, shard
+        self.key_tokens = tuple(_tokens(group, shard) for group in (layout.context, layout.window))
+        self.query_tokens = self.key_tokens[1:] if whole.group is layout.window else self.key_tokens
         frames = [even_split(group.frames, shard.size) for group in (layout.window, layout.context) if group.frames]
         self.compilable = min(map(min, frames)) > 1
 
@@ -107,8 +106,13 @@ class ShardedLayout:
 
     @cached_property
     def plan(self) -> ShardedPlan:
-        """The attention of the pack."""
-        return ShardedPlan(self.whole, self.shard)
+        """See `FrameLayout.plan`."""
+        return ShardedPlan(self.whole.plan, self.whole, self.shard)
+
+    @cached_property
+    def window_plan(self) -> ShardedPlan:
+        """See `FrameLayout.window_plan`."""
+        return ShardedPlan(self.whole.window_plan, self.whole, self.shard)
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         """See `FrameLayout.tensors`."""

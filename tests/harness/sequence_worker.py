@@ -119,8 +119,8 @@ def relative_errors(
     return [errors[0], max(errors[1:])]
 
 
-def dense_attention(q, k, v, prefix_k, prefix_v, handle):
-    return torch.ops.far_scale.frame_attention(q, k, v, prefix_k, prefix_v, handle, "dense")[0]
+def dense_attention(q, k, v, handle):
+    return torch.ops.far_scale.frame_attention(q, k, v, handle, "dense")[0]
 
 
 def saved_bytes(model: FAR, **inputs) -> int:

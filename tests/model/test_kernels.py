@@ -43,6 +43,13 @@ def long_order(
     return lambda device: FrameLayout.of(clip_frames, (side, side), window, coarsening).window_plan
 
 
+def pack_order(
+    clip_frames: tuple[int, ...], side: int, window: int, coarsening: int
+) -> Callable[[torch.device], AttentionPlan]:
+    """FAR-Long: what the tokens of context and window see."""
+    return lambda device: FrameLayout.of(clip_frames, (side, side), window, coarsening).plan
+
+
 def uniform_order(
     clip_frames: tuple[int, ...], grid: tuple[int, int], causal: bool = True
 ) -> Callable[[torch.device], AttentionPlan]:
@@ -70,6 +77,9 @@ ORDERS: dict[str, Callable[[torch.device], AttentionPlan]] = {
     "mixed frames": mixed_order,
     "long": long_order((7, 2), 4, window=3, coarsening=2),
     "long, all clips": long_order((5, 9, 6), 4, window=2, coarsening=4),
+    "pack": pack_order((7, 2, 5, 3), 4, window=3, coarsening=2),
+    "pack, all clips": pack_order((5, 9, 6), 4, window=2, coarsening=4),
+    "pack without context": pack_order((2, 3), 4, window=3, coarsening=2),
     "cached": cached_order((30, 12), 3),
     "not causal": uniform_order((4, 4), (3, 3), causal=False),
     "not causal, mixed clips": uniform_order((5, 1, 3), (4, 4), causal=False),
@@ -85,18 +95,14 @@ def through_the_pair(of: Kernel, inputs: Inputs) -> list[Tensor]:
     """Output, log-sum-exp and all gradients by `causal_pair`."""
     plan, *tensors, dout = inputs
     out, lse = causal_pair.forward(of, *tensors, plan)
-    return _without_none(out, lse, *causal_pair.backward(of, dout, *tensors, out, lse, plan))
+    return [out, lse, *causal_pair.backward(of, dout, *tensors, out, lse, plan)]
 
 
 def by_the_mask(inputs: Inputs) -> list[Tensor]:
     """The same by the dense mask."""
     plan, *tensors, dout = inputs
     out, lse = dense.forward(*tensors, plan)
-    return _without_none(out, lse, *dense.backward(dout, *tensors, out, lse, plan))
-
-
-def _without_none(*tensors: Tensor | None) -> list[Tensor]:
-    return [x for x in tensors if x is not None]
+    return [out, lse, *dense.backward(dout, *tensors, out, lse, plan)]
 
 
 def assert_equal(found: list[Tensor], exact: list[Tensor], within: float) -> None:
@@ -344,7 +350,7 @@ def test_a_library_that_does_not_import(monkeypatch: pytest.MonkeyPatch, fresh: 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_equals_the_reference(plan: AttentionPlan) -> None:
     inputs = Inputs.draw(plan, HEADS, CPU, torch.float32)
-    out = flex.attend(*inputs[1:6], plan.handle)
+    out = flex.attend(*inputs[1:4], plan.handle)
     torch.testing.assert_close(out, by_the_mask(inputs)[0], rtol=0, atol=1e-5)
 
 
@@ -378,11 +384,11 @@ def test_flex_breaks_a_compiled_callers_graph() -> None:
     plan = ORDERS["long"](CPU)
     inputs = Inputs.draw(plan, HEADS, CPU, torch.float32)
 
-    def caller(q, k, v, earlier_k, earlier_v, key):
-        return flex.attend(q * 2, k, v, earlier_k, earlier_v, key) + 1
+    def caller(q, k, v, key):
+        return flex.attend(q * 2, k, v, key) + 1
 
     compiled = torch.compile(caller, backend="eager")
-    torch.testing.assert_close(compiled(*inputs[1:6], plan.handle), caller(*inputs[1:6], plan.handle))
+    torch.testing.assert_close(compiled(*inputs[1:4], plan.handle), caller(*inputs[1:4], plan.handle))
 
 
 def test_the_table() -> None:
@@ -435,7 +441,7 @@ GPU_ORDERS = ORDERS | {
     "frames of 64, long clips": uniform_order((40, 1, 7), (8, 8)),
     "frames of 256": uniform_order((4, 1, 6), (16, 16)),
     "long, frames of 64": long_order((30, 3, 9, 4), 8, window=4, coarsening=4),
-    "long, contexts": lambda device: FrameLayout.of((30, 3, 9, 4), (8, 8), 4, 4).context_plan,
+    "pack, frames of 64": pack_order((30, 3, 9, 4), 8, window=4, coarsening=4),
     "long, frames of 256": long_order((12, 9), 16, window=2, coarsening=4),
     "cached, frames of 64": cached_order((640, 1), 8),
 }

@@ -42,47 +42,51 @@ def outputs(model: FAR, clip_frames: tuple[int, ...]) -> list[torch.Tensor]:
     return [velocity.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
-def arguments(requires_grad: bool = False) -> tuple:
+LAYOUT = FrameLayout.of((6, 2), (2, 2), window=3, coarsening=2)
+PLANS = {"pack": LAYOUT.plan, "window": LAYOUT.window_plan}
+
+
+def arguments(plan: AttentionPlan, requires_grad: bool = False) -> tuple:
     """A pack with a context, for the operators."""
-    layout = FrameLayout.of((6, 2), (2, 2), window=3, coarsening=2)
     generator = torch.Generator().manual_seed(0)
-    sizes = [layout.window.tokens] * 3 + [layout.context.tokens] * 2
+    sizes = plan.group.tokens, plan.keys, plan.keys
     tensors = [torch.randn(n, 2, 16, generator=generator, dtype=torch.float64) for n in sizes]
-    return (*(x.requires_grad_(requires_grad) for x in tensors), layout.window_plan.handle, "cpu")
+    return (*(x.requires_grad_(requires_grad) for x in tensors), plan.handle, "cpu")
 
 
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("kernel", ["cpu", "dense"])
-def test_the_operators_pass_torchs_checks(kernel: str) -> None:
+def test_the_operators_pass_torchs_checks(kernel: str, plan: AttentionPlan) -> None:
     """Schema, fake implementation (shapes, strides, dtypes), autograd registration, and tracing with dynamic sizes."""
-    inputs = (*arguments(requires_grad=True)[:-1], kernel)
+    inputs = (*arguments(plan, requires_grad=True)[:-1], kernel)
     torch.library.opcheck(FORWARD, inputs)
-    q, k, v, earlier_k, earlier_v, plan, _ = (x.detach() if isinstance(x, torch.Tensor) else x for x in inputs)
-    out, lse = FORWARD(q, k, v, earlier_k, earlier_v, plan, kernel)
-    torch.library.opcheck(BACKWARD, (torch.ones_like(out), out, lse, q, k, v, earlier_k, earlier_v, plan, kernel))
+    q, k, v, handle, _ = (x.detach() if isinstance(x, torch.Tensor) else x for x in inputs)
+    out, lse = FORWARD(q, k, v, handle, kernel)
+    torch.library.opcheck(BACKWARD, (torch.ones_like(out), out, lse, q, k, v, handle, kernel))
     without = AttentionPlan(FrameGroup.of((3,), (2, 2)))
     x = q[:12]
-    torch.library.opcheck(FORWARD, (x, x, x, None, None, without.handle, kernel))
+    torch.library.opcheck(FORWARD, (x, x, x, without.handle, kernel))
 
 
 def test_a_freed_plan_is_an_error() -> None:
     plan = AttentionPlan(FrameGroup.of((2,), (1, 2)))
     key = plan.handle
     q = torch.zeros(4, 1, 16)
-    assert torch.ops.far_scale.frame_attention(q, q, q, None, None, key, "cpu")[0].shape == q.shape
+    assert torch.ops.far_scale.frame_attention(q, q, q, key, "cpu")[0].shape == q.shape
     del plan  # without waiting for the garbage collector: packs come by the thousand
     with pytest.raises(RuntimeError, match="layout of this attention call was freed"):
-        torch.ops.far_scale.frame_attention(q, q, q, None, None, key, "cpu")
+        torch.ops.far_scale.frame_attention(q, q, q, key, "cpu")
 
 
 def test_flops_count_attended_pairs() -> None:
-    layout = FrameLayout.of((6, 2), (2, 2), window=3, coarsening=2)
-    *tensors, plan, kernel = arguments(requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
-        out, _ = FORWARD(*tensors, plan, kernel)
-        forward = counter.get_total_flops()
-        out.sum().backward()
-    assert forward == 4 * layout.window_pairs * 2 * 16
-    assert counter.get_total_flops() - forward == 10 * layout.window_pairs * 2 * 16
+    for name, pairs in (("pack", LAYOUT.attended_pairs), ("window", LAYOUT.window_pairs)):
+        inputs = arguments(PLANS[name], requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            out, _ = FORWARD(*inputs)
+            forward = counter.get_total_flops()
+            out.sum().backward()
+        assert forward == 4 * pairs * 2 * 16
+        assert counter.get_total_flops() - forward == 10 * pairs * 2 * 16
 
 
 @pytest.mark.parametrize("clip_frames", [(8, 8), (12, 9, 3)])
@@ -120,7 +124,7 @@ def test_one_graph_for_all_layers_and_packs(checkpointing: str, monkeypatch: pyt
     forward = causal_pair.forward
     monkeypatch.setattr(causal_pair, "forward", lambda *given: calls.append(1) or forward(*given))
     outputs(model, PACKS[-1])
-    assert len(calls) == (2 * LONG.layers - 1) * (2 if checkpointing == "full" else 1)
+    assert len(calls) == LONG.layers * (2 if checkpointing == "full" else 1)
     # Without any context: the last layer is another one. With a context: the first layer's is a view, too.
     assert graphs == ([2, 3, 0, 0, 0, 0, 0] if packs == PACKS else [2, 0, 0, 0])
     torch._dynamo.reset()
@@ -159,9 +163,8 @@ def test_checkpointing_recomputes_what_it_should() -> None:
         with Calls() as counted:
             outputs(model, (12, 9, 3))
         calls[checkpointing] = (counted.forward, counted.linear)
-    attention = 2 * LONG.layers - 1  # the last layer asks nothing of its context
-    assert calls["none"][0] == calls["attention-kept"][0] == attention
-    assert calls["full"][0] == 2 * attention
+    assert calls["none"][0] == calls["attention-kept"][0] == LONG.layers
+    assert calls["full"][0] == 2 * LONG.layers
     assert calls["none"][1] < calls["attention-kept"][1] == calls["full"][1]
 
 

@@ -36,10 +36,11 @@ def test_the_ranks_hold_every_frame_once(clip_frames: tuple[int, ...], size: int
         own_rows = shard.rows[shard.own.window_rows(CPU)]
         assert torch.equal(own_rows, whole.window_rows(CPU)[shard.window_part])
         assert torch.equal(shard.own.clip_of_frame(CPU), whole.clip_of_frame(CPU)[shard.rows])
-        plan = shard.plan
-        assert plan.window_tokens == tuple(other.own.window.tokens for other in shards)
-        assert plan.context_tokens == tuple(other.own.context.tokens for other in shards)
-        assert plan.pairs + plan.context.pairs == whole.attended_pairs
+        of_ranks = tuple(tuple(getattr(other.own, name).tokens for other in shards) for name in ("context", "window"))
+        assert shard.plan.key_tokens == shard.window_plan.key_tokens == of_ranks
+        assert shard.plan.query_tokens == (of_ranks if whole.context.frames else of_ranks[1:])
+        assert shard.window_plan.query_tokens == of_ranks[1:]
+        assert (shard.plan.pairs, shard.window_plan.pairs) == (whole.attended_pairs, whole.window_pairs)
 
 
 def test_layers_are_compiled_where_no_rank_has_a_single_frame() -> None:

@@ -7,10 +7,10 @@ import torch
 import torch._dynamo
 
 from far_scale.model import FAR, FARConfig, layers
-from far_scale.model.attention import attend_sharded
+from far_scale.model.attention import attend, attend_sharded
 from far_scale.model.attention.exchange import to_heads
 from far_scale.model.layout import AttentionPlan, FrameLayout
-from far_scale.model.sharded_layout import SequenceRank, ShardedLayout
+from far_scale.model.sharded_layout import SequenceRank, ShardedLayout, ShardedPlan
 
 ALONE = SequenceRank(0, 1)
 CPU = torch.device("cpu")
@@ -19,12 +19,14 @@ plans: list[AttentionPlan] = []  # alive until the backward, which looks them up
 FORWARD = torch.ops.far_scale.sharded_attention.default
 
 
-def arguments(dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> list:
+def arguments(dtype: torch.dtype = torch.float64, requires_grad: bool = False, last: bool = False) -> list:
+    """A pack's; with `last` of a layer where the context gives only keys and values."""
     layout = FrameLayout.of((6, 2), (2, 2), window=3, coarsening=2)
     generator = torch.Generator().manual_seed(0)
-    sizes = [layout.window.tokens] * 3 + [layout.context.tokens] * 3
+    sharded = ShardedLayout(layout, ALONE)
+    plan = sharded.window_plan if last else sharded.plan
+    sizes = plan.group.tokens, plan.keys, plan.keys
     tensors = [torch.randn(n, 2, 16, generator=generator, dtype=torch.float64).to(dtype) for n in sizes]
-    plan = ShardedLayout(layout, ALONE).plan
     plans.append(plan)
     return [*(x.requires_grad_(requires_grad) for x in tensors), plan.handle, "cpu"]
 
@@ -32,37 +34,39 @@ def arguments(dtype: torch.dtype = torch.float64, requires_grad: bool = False) -
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_operator_is_as_registered(dtype: torch.dtype) -> None:
     """Shapes, strides and dtypes without data, no aliases; also where the context gives only keys and values."""
-    q, k, v, context_q, context_k, context_v, handle, kernel = arguments(dtype)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(FORWARD, (q, k, v, context_q, context_k, context_v, handle, kernel), test_utils=checks)
-    torch.library.opcheck(FORWARD, (q, k, v, None, context_k, context_v, handle, kernel), test_utils=checks)
-    outs = FORWARD(q, k, v, context_q, context_k, context_v, handle, kernel)
-    assert outs[1].dtype == torch.promote_types(dtype, torch.float32)
-    gradients = (torch.ones_like(outs[0]), torch.ones_like(outs[2]))
-    backward = torch.ops.far_scale.sharded_attention_backward.default
-    torch.library.opcheck(
-        backward, (*gradients, *outs, q, k, v, context_q, context_k, context_v, handle, kernel), test_utils=checks
-    )
+    for last in (False, True):
+        inputs = arguments(dtype, last=last)
+        torch.library.opcheck(FORWARD, inputs, test_utils=checks)
+        out, lse = FORWARD(*inputs)
+        assert lse.dtype == torch.promote_types(dtype, torch.float32)
+        backward = torch.ops.far_scale.sharded_attention_backward.default
+        torch.library.opcheck(backward, (torch.ones_like(out), out, lse, *inputs), test_utils=checks)
 
 
-def test_a_context_without_queries_gets_gradients() -> None:
-    q, k, v, _, context_k, context_v, handle, kernel = arguments(requires_grad=True)
-    out, context_out = attend_sharded(q, k, v, None, context_k, context_v, handle, kernel)
-    assert context_out is None
-    out.sum().backward()
-    assert all(x.grad is not None and x.grad.any() for x in (q, v, context_v))
+@pytest.mark.parametrize("last", [False, True])
+def test_one_rank_alone_gets_what_it_gets_without_an_exchange(last: bool) -> None:
+    results = []
+    for attention in (attend_sharded, attend):
+        *leaves, handle, kernel = arguments(requires_grad=True, last=last)
+        plan = AttentionPlan.find(handle)
+        assert isinstance(plan, ShardedPlan)
+        out = attention(*leaves, plan.whole.handle if attention is attend else handle, kernel)
+        out.square().sum().backward()
+        results.append([out, *(x.grad for x in leaves)])
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*results, strict=True))
 
 
 def test_fewer_heads_than_ranks_are_refused() -> None:
     with pytest.raises(ValueError, match="2 heads cannot be shared by 3 ranks"):
-        to_heads([torch.zeros(4, 2, 16)], [(4, 0, 0)], SequenceRank(0, 3))
+        to_heads([torch.zeros(4, 2, 16)], [[(4, 0, 0)]], SequenceRank(0, 3))
 
 
 def test_the_handle_of_another_plan_is_refused() -> None:
     layout = FrameLayout.of((2,), (1, 2), window=2)
     q = torch.zeros(4, 1, 16)
     with pytest.raises(AssertionError, match="handle of a sharded plan"):
-        attend_sharded(q, q, q, None, None, None, layout.window_plan.handle, "cpu")
+        attend_sharded(q, q, q, layout.window_plan.handle, "cpu")
 
 
 @pytest.mark.slow

@@ -86,8 +86,8 @@ def test_flex_sees_the_same() -> None:
     plan = AttentionPlan(FrameGroup.of((20, 3), (4, 4), causal=False))
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(plan.group.tokens, 2, 64, generator=draw) for _ in range(3))
-    exact, _ = dense.forward(q.double(), k.double(), v.double(), None, None, plan)
-    torch.testing.assert_close(flex.attend(q, k, v, None, None, plan.handle).double(), exact, rtol=0, atol=2e-6)
+    exact, _ = dense.forward(q.double(), k.double(), v.double(), plan)
+    torch.testing.assert_close(flex.attend(q, k, v, plan.handle).double(), exact, rtol=0, atol=2e-6)
 
 
 def test_layouts_count_attended_pairs() -> None:

@@ -6,6 +6,8 @@ Let a group's tokens be in frame order. The keys that query t of frame f may see
     + {keys of the same frame that are > t}   one causal call over reversed frames; the sequences are the frames
     + {the clip's prefix keys}               if there are any, one call without a mask; the sequences are the clips
 
+With a pack's context and window in one group, each of the first two calls has the sequences of both.
+
 (A group that is not causal needs one call without a mask instead of the first two.)
 
 The sets are disjoint, so their softmaxes merge by the log-sum-exps l1, l2 (the rule of split attention, as in
@@ -13,7 +15,7 @@ FlashDecoding): l = logaddexp(l1, l2), o = o1 exp(l1 - l) + o2 exp(l2 - l). Back
 P = exp(s - l) and rowsum(dO * O) from the given l and O. With the merged ones, each call yields exactly the
 gradients of its own pairs, which add up.
 
-    shape letters   T tokens of the group   S prefix keys   N heads   D head dim
+    shape letters   T tokens of the group   K keys, those of the prefix first   N heads   D head dim
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from far_scale.model.attention.kernel import Kernel, PreparedKernel
-from far_scale.model.layout import AttentionPlan
+from far_scale.model.layout import AttentionPlan, Prefix
 
 
 def prepare(kernel: Kernel, plan: AttentionPlan, device: torch.device) -> list[Tensor]:
@@ -45,17 +47,10 @@ def prepare(kernel: Kernel, plan: AttentionPlan, device: torch.device) -> list[T
     return tensors
 
 
-def forward(
-    kernel: Kernel,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    plan: AttentionPlan,
-) -> tuple[Tensor, Tensor]:
-    """q, k, v `[T, N, D]`, prefix keys and values `[S, N, D]` -> out `[T, N, D]`, lse `[T, N]` (natural log)."""
+def forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+    """q `[T, N, D]`, k, v `[K, N, D]` -> out `[T, N, D]`, lse `[T, N]` (natural log)."""
     clips, upper, prefix = plan.group.clips, plan.group.upper_triangle(q.device), plan.prefix
+    all_k, all_v, k, v = k, v, k[plan.first_key :], v[plan.first_key :]
     out, lse = kernel.forward(q, k, v, clips, clips, causal=plan.group.causal)
     if upper is not None:
         rows, spans = upper.queries, upper.spans
@@ -63,11 +58,11 @@ def forward(
         part = kernel.forward(upper_q, upper_k, upper_v, spans, spans, causal=True)
         _merge(out, lse, rows, *part)
     if prefix is not None:
-        assert prefix_k is not None and prefix_v is not None
+        first, keys = _first_row(prefix, len(q)), slice(prefix.keys.starts[-1])
         rows_with_prefix = prefix.rows_on(q.device)
-        (seen_q,) = _rows(rows_with_prefix, q)
-        part = kernel.forward(seen_q, prefix_k, prefix_v, prefix.queries, prefix.keys, causal=False)
-        _merge(out, lse, rows_with_prefix, *part)
+        (seen_q,) = _rows(rows_with_prefix, q[first:])
+        part = kernel.forward(seen_q, all_k[keys], all_v[keys], prefix.queries, prefix.keys, causal=False)
+        _merge(out[first:], lse[first:], rows_with_prefix, *part)
     return out, lse
 
 
@@ -77,14 +72,13 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
     out: Tensor,
     lse: Tensor,
     plan: AttentionPlan,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of q, k, v `[T, N, D]` and, with a prefix, of prefix keys and values `[S, N, D]`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q `[T, N, D]`, k, v `[K, N, D]`."""
     clips, upper, prefix = plan.group.clips, plan.group.upper_triangle(q.device), plan.prefix
+    all_k, all_v, k, v = k, v, k[plan.first_key :], v[plan.first_key :]
     dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, clips, clips, causal=plan.group.causal)
     if upper is not None:
         rows, keys, spans = upper.queries, upper.keys, upper.spans
@@ -98,15 +92,24 @@ def backward(
         _add(dk, keys, upper_dk)
         _add(dv, keys, upper_dv)
     if prefix is None:
-        return dq, dk, dv, None, None
-    assert prefix_k is not None and prefix_v is not None
+        return dq, dk, dv
+    first, keys = _first_row(prefix, len(q)), slice(prefix.keys.starts[-1])
     rows_with_prefix = prefix.rows_on(q.device)
-    seen_dout, seen_q, seen_out, seen_lse = _rows(rows_with_prefix, dout, q, out, lse)
+    seen_dout, seen_q, seen_out, seen_lse = _rows(rows_with_prefix, *(x[first:] for x in (dout, q, out, lse)))
     prefix_dq, prefix_dk, prefix_dv = kernel.backward(
-        seen_dout, seen_q, prefix_k, prefix_v, seen_out, seen_lse, prefix.queries, prefix.keys, causal=False
+        seen_dout, seen_q, all_k[keys], all_v[keys], seen_out, seen_lse, prefix.queries, prefix.keys, causal=False
     )
-    _add(dq, rows_with_prefix, prefix_dq)
-    return dq, dk, dv, prefix_dk, prefix_dv
+    _add(dq[first:], rows_with_prefix, prefix_dq)
+    if plan.first_key:
+        return dq, torch.cat([prefix_dk, dk]), torch.cat([prefix_dv, dv])
+    _add(dk[keys], None, prefix_dk)
+    _add(dv[keys], None, prefix_dv)
+    return dq, dk, dv
+
+
+def _first_row(prefix: Prefix, tokens: int) -> int:
+    """The first of the last rows that see the prefix, where no row numbers say which do."""
+    return 0 if prefix.rows is not None else tokens - prefix.queries.starts[-1]
 
 
 _Function = TypeVar("_Function", bound=Callable[..., object])

@@ -2,7 +2,8 @@
 
 The operator takes dense batches `[sequences, N, length, D]` in float32, float64, bfloat16 or float16 and gives the
 log-sum-exp `[sequences, N, length]` (natural; float64 for float64, else float32). Sequences of one length already
-form a dense batch (no copy); mixed lengths are gathered, a batch for each pair of query and key length.
+form a dense batch (no copy). Of mixed lengths there is a batch for each pair of query and key length, which is gathered
+where its sequences are not neighbours.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _uniform_parts(queries: Spans, keys: Spans) -> Iterator[tuple[Tensor, Spans, Tensor, Spans]]:
+def _uniform_parts(queries: Spans, keys: Spans) -> Iterator[tuple[Tensor | slice, Spans, Tensor | slice, Spans]]:
     """Sequences grouped by query and key length: query rows and spans, key rows and spans."""
     by_lengths: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for lengths, starts in zip(
@@ -48,13 +49,21 @@ def _uniform_parts(queries: Spans, keys: Spans) -> Iterator[tuple[Tensor, Spans,
     ):
         by_lengths.setdefault(lengths, []).append(starts)
     for (query_length, key_length), starts_of_pairs in sorted(by_lengths.items()):
-        query_starts, key_starts = torch.tensor(starts_of_pairs).T
+        query_starts, key_starts = zip(*starts_of_pairs, strict=True)
         yield (
-            (query_starts[:, None] + torch.arange(query_length)).flatten(),
-            Spans((query_length,) * len(starts_of_pairs)),
-            (key_starts[:, None] + torch.arange(key_length)).flatten(),
-            Spans((key_length,) * len(starts_of_pairs)),
+            _rows(query_starts, query_length),
+            Spans((query_length,) * len(query_starts)),
+            _rows(key_starts, key_length),
+            Spans((key_length,) * len(key_starts)),
         )
+
+
+def _rows(starts: tuple[int, ...], length: int) -> Tensor | slice:
+    """The rows of sequences of a length; as a slice, which is not copied, where they are neighbours."""
+    end = starts[0] + len(starts) * length
+    if starts == tuple(range(starts[0], end, length)):
+        return slice(starts[0], end)
+    return (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 A token sees at most two ranges of keys, one of the prefix and one of the group, so the mask is four numbers a token.
 The block mask is computed from these, never from a dense mask, and cached as long as its plan lives.
 
-    shape letters   T tokens of the group   S prefix keys   N heads   D head dim   R, C blocks of queries, of keys
+    shape letters   T tokens of the group   K keys, those of the prefix first   N heads   D head dim
+                    R, C blocks of queries, of keys
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from far_scale.model.attention.kernel import GPURequirements
-from far_scale.model.layout import AttentionPlan, FrameGroup, Prefix, to_device
+from far_scale.model.layout import AttentionPlan, to_device
 
 NAME = "flex"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,17 +37,14 @@ def unusable_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def attend(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, handle: Tensor) -> Tensor:
-    """See `operators.attend`: q, k, v `[T, N, D]`, prefix keys and values `[S, N, D]` -> `[T, N, D]`.
+def attend(q: Tensor, k: Tensor, v: Tensor, handle: Tensor) -> Tensor:
+    """See `operators.attend`: q `[T, N, D]`, k, v `[K, N, D]` -> `[T, N, D]`.
 
     A compiled caller's graph breaks here: the mask's tensors belong to the pack, not to the graph.
     """
     if not len(q):
         return q + k + v  # empty, and every input gets an (empty) gradient
     plan = AttentionPlan.find(handle)
-    if plan.prefix is not None:
-        assert prefix_k is not None and prefix_v is not None
-        k, v = torch.cat([prefix_k, k]), torch.cat([prefix_v, v])
     heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out: Tensor = _attention(q.device.type)(*heads_first, block_mask=block_mask(plan, q.device))
     return out.squeeze(0).transpose(0, 1)
@@ -54,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: T
 
 @functools.cache
 def _attention(device_type: str) -> Any:
-    # Compiled, it never materializes the scores `[N, T, S + T]`; on a CPU, used only by tests, compiling is too slow.
+    # Compiled, it never materializes the scores `[N, T, K]`; on a CPU, used only by tests, compiling is too slow.
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
 
 
@@ -71,14 +69,14 @@ def block_mask(plan: AttentionPlan, device: torch.device) -> BlockMask:
 
 def _mask(plan: AttentionPlan, device: torch.device) -> tuple[_VisibleRanges, BlockMask]:
     def make() -> tuple[_VisibleRanges, BlockMask]:
-        seen = _visible_ranges(plan.group, plan.prefix, device)
+        seen = _visible_ranges(plan, device)
         return seen, _block_mask(seen, plan)
 
     return plan.cache.get(NAME, device, make)
 
 
 class _VisibleRanges(NamedTuple):
-    """`[T]` each: of the S + T keys a token sees those in `[first, last)` and in `[group_first, group_last)`."""
+    """`[T]` each: of the K keys a token sees those in `[first, last)` and in `[group_first, group_last)`."""
 
     first: Tensor
     last: Tensor
@@ -86,17 +84,17 @@ class _VisibleRanges(NamedTuple):
     group_last: Tensor
 
 
-def _visible_ranges(group: FrameGroup, prefix: Prefix | None, device: torch.device) -> _VisibleRanges:
-    prefix_keys = 0 if prefix is None else prefix.keys.starts[-1]
+def _visible_ranges(plan: AttentionPlan, device: torch.device) -> _VisibleRanges:
+    group, prefix, first_key = plan.group, plan.prefix, plan.first_key
     frame_tokens, clip_tokens = torch.tensor(group.frame_tokens), torch.tensor(group.clips.lengths)
-    group_first = prefix_keys + torch.tensor(group.clips.starts[:-1]).repeat_interleave(clip_tokens)
+    group_first = first_key + torch.tensor(group.clips.starts[:-1]).repeat_interleave(clip_tokens)
     if group.causal:
-        group_last = prefix_keys + frame_tokens.cumsum(0).repeat_interleave(frame_tokens)
+        group_last = first_key + frame_tokens.cumsum(0).repeat_interleave(frame_tokens)
     else:
-        group_last = prefix_keys + torch.tensor(group.clips.starts[1:]).repeat_interleave(clip_tokens)
+        group_last = first_key + torch.tensor(group.clips.starts[1:]).repeat_interleave(clip_tokens)
     first, last = torch.zeros_like(group_first), torch.zeros_like(group_first)
     if prefix is not None:
-        rows = slice(None) if prefix.rows is None else prefix.rows
+        rows = slice(-prefix.queries.starts[-1], None) if prefix.rows is None else prefix.rows
         query_tokens, ends = torch.tensor(prefix.queries.lengths), torch.tensor(prefix.keys.starts)
         first[rows] = ends[:-1].repeat_interleave(query_tokens)
         last[rows] = ends[1:].repeat_interleave(query_tokens)
@@ -106,8 +104,7 @@ def _visible_ranges(group: FrameGroup, prefix: Prefix | None, device: torch.devi
 
 def _block_mask(seen: _VisibleRanges, plan: AttentionPlan) -> BlockMask:
     tokens = len(seen.first)
-    keys = tokens + (0 if plan.prefix is None else plan.prefix.keys.starts[-1])
-    block_starts = torch.arange(0, keys, _BLOCK, device=seen.first.device)  # [C]
+    block_starts = torch.arange(0, plan.keys, _BLOCK, device=seen.first.device)  # [C]
     some = torch.zeros(-(-tokens // _BLOCK) * _BLOCK, len(block_starts), dtype=torch.bool, device=seen.first.device)
     every = some.clone()
     for first, last in ((seen.first, seen.last), (seen.group_first, seen.group_last)):
@@ -127,7 +124,7 @@ def _block_mask(seen: _VisibleRanges, plan: AttentionPlan) -> BlockMask:
     # The query lists are those that `from_kv_blocks` would derive; its way sets a global of torch.fx, which must not
     # happen in the prefetch thread while another one compiles.
     return BlockMask(
-        (tokens, keys),
+        (tokens, plan.keys),
         *_block_lists(partial),
         *_block_lists(every),
         *_block_lists(partial.T),

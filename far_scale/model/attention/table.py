@@ -21,30 +21,27 @@ _WARM_UP, _REPEATS = 3, 10
 
 
 class Inputs(NamedTuple):
-    """q, k, v, dout `[T, N, D]` and prefix keys and values `[S, N, D]`; S is 0 if the plan has no prefix."""
+    """q, dout `[T, N, D]` and k, v `[K, N, D]`."""
 
     plan: AttentionPlan
     q: Tensor
     k: Tensor
     v: Tensor
-    prefix_k: Tensor
-    prefix_v: Tensor
     dout: Tensor
 
     @staticmethod
     def draw(plan: AttentionPlan, heads: int, device: torch.device, dtype: torch.dtype) -> Inputs:
         """Normal random numbers, rounded to bfloat16 so that they are the same in every dtype."""
-        prefix_keys = 0 if plan.prefix is None else plan.prefix.keys.starts[-1]
         generator = torch.Generator().manual_seed(plan.group.tokens)
-        sizes = [plan.group.tokens] * 3 + [prefix_keys] * 2 + [plan.group.tokens]
+        sizes = [plan.group.tokens, plan.keys, plan.keys, plan.group.tokens]
         drawn = (torch.randn(size, heads, HEAD_DIM, generator=generator).bfloat16() for size in sizes)
         return Inputs(plan, *(x.to(device, dtype) for x in drawn))
 
 
 def attention_with_gradients(name: str, inputs: Inputs) -> list[Tensor]:
-    """Output and gradients of q, k, v, prefix keys and values, by the kernel of this name."""
-    q, k, v, prefix_k, prefix_v = leaves = [x.detach().requires_grad_() for x in inputs[1:6]]
-    out = attend(q, k, v, prefix_k, prefix_v, inputs.plan.handle, name)
+    """Output and gradients of q, k, v, by the kernel of this name."""
+    q, k, v = leaves = [x.detach().requires_grad_() for x in inputs[1:4]]
+    out = attend(q, k, v, inputs.plan.handle, name)
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs.dout, materialize_grads=True)]
 
 
@@ -52,7 +49,7 @@ def max_errors(name: str, device: torch.device, dtype: torch.dtype) -> tuple[flo
     """The largest errors of output and gradients against the dense reference in float64, on clips of different lengths,
     some with a context of coarser frames."""
     layout = FrameLayout.of((5, 1, 3), (4, 4), window=3, coarsening=2)
-    plan = layout.window_plan
+    plan = layout.plan
     results = attention_with_gradients(name, Inputs.draw(plan, _ERROR_HEADS, device, dtype))
     references = attention_with_gradients(dense.NAME, Inputs.draw(plan, _ERROR_HEADS, device, torch.float64))
     out, *gradients = (
@@ -63,11 +60,11 @@ def max_errors(name: str, device: torch.device, dtype: torch.dtype) -> tuple[flo
 
 def median_milliseconds(name: str, inputs: Inputs) -> tuple[float, float]:
     """Median milliseconds of forward and backward."""
-    q, k, v, prefix_k, prefix_v = leaves = [x.detach().requires_grad_() for x in inputs[1:6]]
+    q, k, v = leaves = [x.detach().requires_grad_() for x in inputs[1:4]]
     forward, backward = [], []
     for _ in range(_WARM_UP + _REPEATS):
         started = _synchronized_time(inputs.q.device)
-        out = attend(q, k, v, prefix_k, prefix_v, inputs.plan.handle, name)
+        out = attend(q, k, v, inputs.plan.handle, name)
         computed = _synchronized_time(inputs.q.device)
         torch.autograd.grad(out, leaves, inputs.dout, materialize_grads=True)
         forward.append(computed - started)

@@ -4,7 +4,8 @@ What is kept was counted with torch.autograd.graph.saved_tensors_hooks on the mo
 the compiler's partitioner, and is linear in tokens and frames (tests/train/test_planner_memory.py counts again). A
 layer without checkpointing keeps, in bytes:
 
-    for each token and channel    eager 60 in bf16, 96 in fp32; compiled 40 and 84 (38 and 84 around FlexAttention)
+    for each token and channel    eager 60 in bf16, 96 in fp32; compiled 40 and 84 (38 and 84 around FlexAttention);
+                                  in a model with context, where values are copied into one buffer, see `_BUFFER`
     for each frame and channel    8 numbers of the model's precision; compiled 6 (7 around FlexAttention)
     for each token and head       12: the log-sum-exp and the scales of the two RMSNorms, in float32
     for each token                16: mean and scale of the two LayerNorms, in float32
@@ -31,10 +32,18 @@ _ROTATION = 64 * _FLOAT
 # By (compiled, around FlexAttention) and precision: bytes for each token and channel, of a layer, and of the context in
 # the last layer, which gives keys and values only; then numbers for each frame and channel of a layer.
 _LAYER = {
-    (False, False): {"bf16": (60, 20, 8), "fp32": (96, 28, 8)},
-    (False, True): {"bf16": (60, 14, 8), "fp32": (96, 24, 8)},
+    (False, False): {"bf16": (60, 18, 8), "fp32": (96, 32, 8)},
+    (False, True): {"bf16": (60, 18, 8), "fp32": (96, 32, 8)},
     (True, False): {"bf16": (40, 10, 6), "fp32": (84, 24, 6)},
-    (True, True): {"bf16": (38, 8, 7), "fp32": (84, 12, 7)},
+    (True, True): {"bf16": (38, 10, 7), "fp32": (84, 16, 7)},
+}
+# Bytes more for each token and channel in a model with context. Eager bf16 keeps its projection no longer, of which
+# values were a part: the norms of queries and keys keep theirs in float32.
+_BUFFER = {
+    (False, False): {"bf16": -4, "fp32": 4},
+    (False, True): {"bf16": -4, "fp32": 4},
+    (True, False): {"bf16": 0, "fp32": 0},
+    (True, True): {"bf16": 2, "fp32": 4},
 }
 
 
@@ -136,6 +145,8 @@ def layer_bytes(config: FARConfig, train: TrainSection, counts: Counts, flex: bo
     """
     width, heads, number = config.width, config.heads, _NUMBER_BYTES[train.precision]
     channel, last_channel, frame = _LAYER[train.compile, flex][train.precision]
+    if config.context_patch:
+        channel += _BUFFER[train.compile, flex][train.precision]
 
     def group(tokens: int, frames: int) -> int:
         return tokens * (width * channel + heads * 3 * _FLOAT + 4 * _FLOAT) + frames * width * frame * number
@@ -143,12 +154,9 @@ def layer_bytes(config: FARConfig, train: TrainSection, counts: Counts, flex: bo
     kept = group(counts.window, counts.window_frames)
     if last and counts.context:
         tokens = counts.context * (width * last_channel + heads * _FLOAT + 2 * _FLOAT)
-        kept += tokens + counts.context_frames * width * number
+        kept += tokens + counts.context_frames * 4 * width * number
     else:
         kept += group(counts.context, counts.context_frames)
-    if flex and counts.context:
-        # Keys and values of context and window are concatenated, which takes the place of the window's rotated keys.
-        kept += (counts.window + 2 * counts.context) * width * number
     return kept
 
 
