@@ -58,10 +58,10 @@ def forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
         part = kernel.forward(upper_q, upper_k, upper_v, spans, spans, causal=True)
         _merge(out, lse, rows, *part)
     if prefix is not None:
-        first, keys = _first_row(prefix, len(q)), slice(prefix.keys.starts[-1])
+        first, end = _first_row(prefix, len(q)), prefix.keys.starts[-1]
         rows_with_prefix = prefix.rows_on(q.device)
         (seen_q,) = _rows(rows_with_prefix, q[first:])
-        part = kernel.forward(seen_q, all_k[keys], all_v[keys], prefix.queries, prefix.keys, causal=False)
+        part = kernel.forward(seen_q, all_k[:end], all_v[:end], prefix.queries, prefix.keys, causal=False)
         _merge(out[first:], lse[first:], rows_with_prefix, *part)
     return out, lse
 
@@ -93,17 +93,17 @@ def backward(
         _add(dv, keys, upper_dv)
     if prefix is None:
         return dq, dk, dv
-    first, keys = _first_row(prefix, len(q)), slice(prefix.keys.starts[-1])
+    first, end = _first_row(prefix, len(q)), prefix.keys.starts[-1]
     rows_with_prefix = prefix.rows_on(q.device)
     seen_dout, seen_q, seen_out, seen_lse = _rows(rows_with_prefix, *(x[first:] for x in (dout, q, out, lse)))
     prefix_dq, prefix_dk, prefix_dv = kernel.backward(
-        seen_dout, seen_q, all_k[keys], all_v[keys], seen_out, seen_lse, prefix.queries, prefix.keys, causal=False
+        seen_dout, seen_q, all_k[:end], all_v[:end], seen_out, seen_lse, prefix.queries, prefix.keys, causal=False
     )
     _add(dq[first:], rows_with_prefix, prefix_dq)
     if plan.first_key:
         return dq, torch.cat([prefix_dk, dk]), torch.cat([prefix_dv, dv])
-    _add(dk[keys], None, prefix_dk)
-    _add(dv[keys], None, prefix_dv)
+    _add(dk[:end], None, prefix_dk)
+    _add(dv[:end], None, prefix_dv)
     return dq, dk, dv
 
 

@@ -72,7 +72,7 @@ def _attend_by_flex(q: Tensor, k: Tensor, v: Tensor, handle: Tensor) -> Tensor:
     tokens = [plan.query_tokens, plan.key_tokens, plan.key_tokens]
     q, k, v = ToHeads.apply(plan.shard, tokens, q, k, v)  # type: ignore[no-untyped-call]
     # Its block mask is kept with the plan of the pack's layout, which outlives this one.
-    out = flex.attend(q, k, v, plan.whole.handle)
+    out: Tensor = flex.attend(q, k, v, plan.whole.handle)
     (out,) = ToTokens.apply(plan.shard, tokens[:1], heads, out)  # type: ignore[no-untyped-call]
     return out
 
