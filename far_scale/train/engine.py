@@ -137,6 +137,7 @@ def deepspeed_config(train: TrainSection, packs_per_step: int, on_gpu: bool, sha
         "gradient_accumulation_steps": 1 if sharding.reduce_once else packs_per_step,
         "zero_optimization": {"stage": stage, "overlap_comm": on_gpu},
         "zero_allow_untested_optimizer": True,  # torch's own AdamW; DeepSpeed's would be compiled at start
+        "gradient_clipping": 0.0,  # else versions differ: newer ones clip at 1.0 by default
         "bf16": {"enabled": bf16},
         "steps_per_print": 2**62,
     }
