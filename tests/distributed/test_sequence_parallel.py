@@ -76,7 +76,9 @@ def keys(out: Path, name: str, ranks: int) -> set[str]:
 
 
 def test_outputs_and_gradients_are_those_of_one_rank(checks: dict[str, Any]) -> None:
-    errors = {name: value for name, value in checks.items() if isinstance(value, list) and name not in ("flops", "elements")}
+    errors = {
+        name: value for name, value in checks.items() if isinstance(value, list) and name not in ("flops", "elements")
+    }
     assert len(errors) == 10
     assert {name: value for name, value in errors.items() if max(value) > 1e-12} == {}
 
