@@ -42,9 +42,9 @@ def forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
         part = kernel.forward(upper_q, upper_k, upper_v, spans, spans, causal=True)
         _merge(out, lse, rows, *part)
     if prefix is not None:
-        first, keys = _first_row(prefix, len(q)), slice(prefix.keys.starts[-1])
+        first, seen = _first_row(prefix, len(q)), slice(prefix.keys.starts[-1])
         (seen_q,) = _rows(prefix.rows, q[first:])
-        part = kernel.forward(seen_q, all_k[keys], all_v[keys], prefix.queries, prefix.keys, causal=False)
+        part = kernel.forward(seen_q, all_k[seen], all_v[seen], prefix.queries, prefix.keys, causal=False)
         _merge(out[first:], lse[first:], prefix.rows, *part)
     return out, lse
 
@@ -76,16 +76,16 @@ def backward(
         _add(dv, keys, upper_dv)
     if prefix is None:
         return dq, dk, dv
-    first, keys = _first_row(prefix, len(q)), slice(prefix.keys.starts[-1])
+    first, seen = _first_row(prefix, len(q)), slice(prefix.keys.starts[-1])
     seen_dout, seen_q, seen_out, seen_lse = _rows(prefix.rows, *(x[first:] for x in (dout, q, out, lse)))
     prefix_dq, prefix_dk, prefix_dv = kernel.backward(
-        seen_dout, seen_q, all_k[keys], all_v[keys], seen_out, seen_lse, prefix.queries, prefix.keys, causal=False
+        seen_dout, seen_q, all_k[seen], all_v[seen], seen_out, seen_lse, prefix.queries, prefix.keys, causal=False
     )
     _add(dq[first:], prefix.rows, prefix_dq)
     if plan.first_key:
         return dq, torch.cat([prefix_dk, dk]), torch.cat([prefix_dv, dv])
-    _add(dk[keys], None, prefix_dk)
-    _add(dv[keys], None, prefix_dv)
+    _add(dk[seen], None, prefix_dk)
+    _add(dv[seen], None, prefix_dv)
     return dq, dk, dv
 
 

@@ -54,8 +54,8 @@ def _attend_by_flex(q: Tensor, k: Tensor, v: Tensor, handle: Tensor) -> Tensor:
     q, k, v = ToHeads.apply(plan.shard, tokens, q, k, v)  # type: ignore[no-untyped-call]
     # Its block mask is kept with the plan of the pack's layout, which outlives this one.
     out = flex.attend(q, k, v, plan.whole.handle)
-    (out,) = ToTokens.apply(plan.shard, tokens[:1], heads, out)  # type: ignore[no-untyped-call]
-    return out
+    own: Tensor = ToTokens.apply(plan.shard, tokens[:1], heads, out)[0]  # type: ignore[no-untyped-call]
+    return own
 
 
 @torch.library.custom_op("far_scale::sharded_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
