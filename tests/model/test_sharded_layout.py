@@ -37,9 +37,10 @@ def test_the_ranks_hold_every_frame_once(clip_frames: tuple[int, ...], size: int
         assert torch.equal(own_rows, whole.window_rows(CPU)[shard.window_part])
         assert torch.equal(shard.own.clip_of_frame(CPU), whole.clip_of_frame(CPU)[shard.rows])
         plan = shard.plan(CPU)
-        assert plan.window_tokens == tuple(other.own.window.tokens for other in shards)
-        assert plan.context_tokens == tuple(other.own.context.tokens for other in shards)
-        assert plan.pairs + plan.context.pairs == whole.attended_pairs
+        assert plan.key_tokens[1] == tuple(other.own.window.tokens for other in shards)
+        assert plan.key_tokens[0] == tuple(other.own.context.tokens for other in shards)
+        assert plan.pairs == whole.attended_pairs
+        assert shard.window_plan(CPU).pairs == whole.window_pairs
 
 
 def test_layers_are_compiled_where_no_rank_has_a_single_frame() -> None:
