@@ -76,7 +76,9 @@ def keys(out: Path, name: str, ranks: int) -> set[str]:
 
 
 def test_outputs_and_gradients_are_those_of_one_rank(checks: dict[str, Any]) -> None:
-    errors = {name: value for name, value in checks.items() if isinstance(value, list) and name != "flops"}
+    errors = {
+        name: value for name, value in checks.items() if isinstance(value, list) and name not in ("flops", "elements")
+    }
     assert len(errors) == 10
     assert {name: value for name, value in errors.items() if max(value) > 1e-12} == {}
 
@@ -89,6 +91,12 @@ def test_a_rank_keeps_its_share_for_the_backward(checks: dict[str, Any]) -> None
 
 def test_only_full_checkpointing_repeats_an_exchange(checks: dict[str, Any]) -> None:
     assert checks["exchanges"] == {"none": 3 * 4, "attention-kept": 3 * 4, "full": 3 * 6}
+
+
+def test_keys_and_values_of_the_context_are_sent_once(checks: dict[str, Any]) -> None:
+    """As `exchanges` has it: each of q, k, v, the output, its log-sum-exp and the gradients, for each token once."""
+    found, expected = checks["elements"]
+    assert found == expected
 
 
 def test_ranks_that_have_read_different_clips_stop(checks: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from far_scale.config.recipe import load_recipe
 from far_scale.data.loader.pack_loader import Pack
 from far_scale.distributed.process_group import Processes, stop_processes
-from far_scale.distributed.sequence_parallel import SequenceGroup, start_sequence_group
+from far_scale.distributed.sequence_parallel import SequenceGroup, exchanges, start_sequence_group
 from far_scale.evaluation.validation_videos import open_validation_videos
 from far_scale.model import FAR, FARConfig
 from far_scale.model.attention import exchange, flex
@@ -158,14 +158,14 @@ def predicted_fraction(config: FARConfig, clip_frames: tuple[int, ...], checkpoi
     return shared / alone
 
 
-def count_exchanges(config: FARConfig, checkpointing: str, shard: SequenceRank) -> int:
-    """All-to-alls of a pack's forward and backward."""
+def exchanged_elements(config: FARConfig, checkpointing: str, shard: SequenceRank) -> list[int]:
+    """The all-to-alls of a pack's forward and backward: elements of the larger of what is sent and what arrives."""
     model, inputs = random_model(config, torch.float32), random_inputs(config, (7, 2, 5), torch.float32)
     model.configure_execution(checkpointing=checkpointing)
     sharded = ShardedLayout(config.layout((7, 2, 5), (SIDE, SIDE)), shard)
     with mock.patch.object(exchange.dist, "all_to_all_single", wraps=dist.all_to_all_single) as calls:
         model(**own_inputs(inputs, sharded), layout=sharded).sum().backward()
-        return calls.call_count
+    return [max(x.numel() for x in call.args[:2]) for call in calls.call_args_list]
 
 
 def count_flops(config: FARConfig, shard: SequenceRank) -> list[int]:
@@ -210,7 +210,11 @@ def check_model(cases: str, processes: Processes, out: Path) -> None:
     dist.all_reduce(saved, dist.ReduceOp.MAX)
     values["saved"] = dict(zip(modes, saved.tolist(), strict=True))
     values["predicted"] = {mode: predicted_fraction(config, (11, 8, 5), mode, shard.size) for mode in modes}
-    values["exchanges"] = {mode: count_exchanges(config, mode, shard) for mode in modes}
+    sent = {mode: exchanged_elements(config, mode, shard) for mode in modes}
+    values["exchanges"] = {mode: len(elements) for mode, elements in sent.items()}
+    layout = config.layout((7, 2, 5), (SIDE, SIDE))
+    expected = exchanges(layout, config.layers, config.heads, shard.size, 1, recomputed=False, rank=shard.rank)
+    values["elements"] = [sorted(sent["none"]), sorted(elements for _, elements in expected)]
     values["flops"] = count_flops(config, shard)
     values["refuses"] = refuses_other_packs(group, processes.rank)
     if processes.is_main_process:

@@ -11,7 +11,7 @@ import torch
 from far_scale.config.recipe import load_recipe
 from far_scale.config.schema import TrainSection
 from far_scale.model import FAR, FARConfig, layers
-from far_scale.model.layers import Block, Tokens
+from far_scale.model.layers import Block
 from far_scale.model.layout import FrameLayout
 from far_scale.train.curriculum import stages
 from far_scale.train.planner.memory import Counts, RankMemory, activation_bytes, layer_bytes
@@ -92,24 +92,28 @@ def test_saved_tensors_are_counted(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_what_the_compiler_saves_is_counted(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("context", "last"), [(False, False), (True, False), (True, True)])
+def test_what_the_compiler_saves_is_counted(
+    context: bool, last: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A block behind the compiler's partitioner, which decides what is saved, without generating code."""
     compiled = torch.compile(layers._layer, backend="aot_eager_decomp_partition")
     monkeypatch.setattr(layers, "_compiled_layer", lambda: compiled)
-    config, dtype = FARConfig(1, 3), DTYPE[precision]
-    layout = config.layout((5, 4), (6, 6))
+    config, dtype = FARConfig(1, 3, window=6, context_patch=3 if context else 0), DTYPE[precision]
+    layout = config.layout((30, 4) if context else (5, 4), (6, 6))
     counts, width = Counts.of(layout), config.width
     with torch.device("meta"):
-        block = Block(config.heads).to(dtype)
-        x, condition = torch.zeros(9, 36, width, dtype=dtype), torch.zeros(9, width, dtype=dtype)
-        rotation = torch.zeros(counts.window, 32, 2)
+        block = Block(config.heads, context, last).to(dtype)
+        x = torch.zeros(counts.window_frames, 36, width, dtype=dtype, requires_grad=True)
+        condition = torch.zeros(counts.frames, width, dtype=dtype, requires_grad=True)
+        rotation = torch.zeros(counts.tokens, 32, 2)
+        coarse = [torch.zeros(counts.context_frames, 4, width, dtype=dtype, requires_grad=True)] if context else []
     block.compiled = True
-    tokens = Tokens(x.requires_grad_(), condition.requires_grad_(), rotation, torch.tensor(0))
     with SavedBytes(condition, rotation, *block.parameters()) as saved:
-        block("dense", *tokens)
+        block("dense", x, condition, rotation, torch.tensor(0), *coarse)
     torch._dynamo.reset()
     train = section(f"train.precision={precision}", "train.compile=true")
-    assert layer_bytes(config, train, counts, flex=False) == pytest.approx(saved.total, rel=0.01)
+    assert layer_bytes(config, train, counts, flex=False, last=last) == pytest.approx(saved.total, rel=0.01)
 
 
 # With those of one layer of 1 to 4 heads the numbers for each token were found; the last three have nothing of these.
