@@ -79,13 +79,20 @@ class State:
         }
 
     def zero_1(self) -> Passes:
+        flat, on_cpu = self.ours.flat, self.ours.flat.device.type == "cpu"
+
+        def cast() -> None:
+            self.gradient = flat.float() if on_cpu else flat
+
         def clip() -> None:
-            self.gradient = torch.mul(self.ours.flat, (CLIP_NORM / (self.norm + 1e-6)).clamp(max=1).reshape(1))
+            factor = (CLIP_NORM / (self.norm + 1e-6)).clamp(max=1).reshape(1)
+            self.gradient = self.gradient.mul_(factor) if on_cpu else torch.mul(self.gradient, factor)
 
         return {
             "gradients": (4, self.ours.add),
-            "norm": (2, lambda: self.measure(self.ours.flat)),
-            "clip": (6, clip),
+            "cast on a CPU": (6 if on_cpu else 0, cast),
+            "norm": (4 if on_cpu else 2, lambda: self.measure(self.gradient)),
+            "clip": (8 if on_cpu else 6, clip),
             **self.common(),
             "clear": (0, self.ours.clear),
         }

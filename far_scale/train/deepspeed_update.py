@@ -155,12 +155,16 @@ def _step_bf16_stage_1(engine: Any, gradients: PackGradients, clip_norm: float, 
     (master,) = master_weights(engine)
     start = dist.get_rank() * len(master)
     part = gradients.flat[start : start + len(master)]
+    if part.device.type == "cpu":
+        part = part.float()  # there the norm and the product would each make a float32 copy, more slowly than this
     norm = _zero_norm([part], [master]) / divisor
     factor = _clip_factor(norm, clip_norm) / divisor
-    if gradients.sums is None:
-        master.grad = torch.mul(part, factor)  # float32, since the factor's shape is [1]
-    else:
+    if gradients.sums is not None:
         master.grad = torch.mul(part, factor, out=gradients.sums[start : start + len(master)])
+    elif part.dtype == torch.float32:
+        master.grad = part.mul_(factor)
+    else:
+        master.grad = torch.mul(part, factor)  # float32, since the factor's shape is [1]
     engine.optimizer._global_grad_norm = norm
     adam_optimizer(engine).step()
     master.grad = None
