@@ -38,7 +38,7 @@ case "$SIZE" in
     long)
         OUT+=_long
         EPISODES=192 FRAMES=300 HELD_OUT=8 HELD_OUT_FRAMES=300 PROTOCOL=vizdoom-144to156
-        if [ $START = base ]; then OVERRIDES+=("data.frames={16: 0.3, 300: 0.7}" data.tokens_per_pack=3072); fi
+        if [ $START = base ]; then OVERRIDES+=("data.frames={16: 0.3, 300: 0.7}" data.tokens_per_pack=3072 sample.given=144 sample.frames=156); fi
         ;;
     "")
         OVERRIDES=(validation.every=100 validation.clips=16) # the loss on held-out clips
