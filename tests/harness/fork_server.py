@@ -20,7 +20,6 @@ import importlib
 import importlib.machinery
 import io
 import json
-import multiprocessing
 import os
 import runpy
 import selectors
@@ -167,7 +166,7 @@ def run(request: dict[str, Any]) -> None:
         sys.modules["torch"].set_num_threads(int(threads))
     own = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     first, *rest = request["arguments"]
-    while first[0] == "-" and first not in ("-m", "-c"):  # options of the interpreter, from execnet or multiprocessing
+    while first[0] == "-" and first not in ("-m", "-c"):  # options of the interpreter, from execnet
         first, *rest = rest[1:] if first == "-X" else rest
     if first == "-m":
         sys.path[:] = [os.getcwd(), *own, *request["paths"]]
@@ -220,7 +219,6 @@ def main() -> None:
     _ = sys.modules["deepspeed.ops"].__compatible_ops__  # found out at the first access, by a compiler
     gc.freeze()  # the children do not touch, and so do not copy, what is loaded
     listener = socket.socket(fileno=int(sys.argv[1]))
-    multiprocessing.set_executable(os.path.join(os.path.dirname(listener.getsockname()), "python"))
     server = Server(listener)
     if (request := server.serve()) is not None:
         del server

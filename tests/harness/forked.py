@@ -1,6 +1,6 @@
 """Stands for a Python of its own: forked.py ARGUMENTS runs `python ARGUMENTS` in a process of the fork server.
 
-For launchers that start processes by themselves, such as torchrun and multiprocessing. The socket is in $FORK_SERVER.
+For launchers that start processes by themselves, such as torchrun. The socket is in $FORK_SERVER.
 The other process gets the open files of this one. Signals are passed on; when this process is killed, so is the other.
 It ends as the other ends, by the same signal or status.
 """

@@ -80,8 +80,7 @@ class Process:
 def start_fork_server() -> None:
     """Start the process to fork from, for this process and all that it starts: $FORK_SERVER is its socket.
 
-    Whoever connects before it has loaded the libraries waits until then. Beside the socket is `forked_python`; forked
-    processes have multiprocessing start that.
+    Whoever connects before it has loaded the libraries waits until then. Beside the socket is `forked_python`.
     """
     folder = tempfile.mkdtemp(prefix="fork", dir="/tmp")  # short: the path of a socket is
     python = Path(folder, "python")
