@@ -28,7 +28,7 @@ SEED = 60_000
 def main() -> None:
     parser = argparse.ArgumentParser(description="Milliseconds of a frame of far-scale play, model and decoder apart.")
     parser.add_argument("model_dir", type=Path, nargs="+", help="model directories")
-    parser.add_argument("--steps", type=count, nargs="+", default=[4], help="Euler steps per frame (default: 4)")
+    parser.add_argument("--steps", type=count, nargs="+", default=[8], help="Euler steps per frame (default: 8)")
     parser.add_argument("--guidance", type=float, default=1.0, help="default: %(default)s")
     parser.add_argument("--frames", type=count, default=300, help="of a walk (default: %(default)s)")
     parser.add_argument("--threads", type=count, nargs="+", default=[1, 2], help="torch threads (default: 1 2)")

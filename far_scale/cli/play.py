@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="another needs --token (default: %(default)s)")
     parser.add_argument("--port", type=at_least(0), default=8760, help="0: any free one (default: %(default)s)")
     parser.add_argument("--token", help="a secret that the page's address must have")
-    parser.add_argument("--steps", type=at_least(1), default=4, help="Euler steps per frame (default: %(default)s)")
+    parser.add_argument("--steps", type=at_least(1), default=8, help="Euler steps per frame (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=1.0, help="1: none; above 1: guided (default: 1)")
     parser.add_argument(
         "--seed", type=at_least(0), default=DEFAULT_SEED, help="of the maze and of the noise (default: %(default)s)"
