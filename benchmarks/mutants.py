@@ -77,8 +77,8 @@ MUTANTS = (
     Mutant(
         "loss of clean frames counted",
         "far_scale/train/flow_matching.py",
-        "weight = noisy.has_loss.float()",
-        "weight = torch.ones_like(frame_error)",
+        "weight, member = noisy.has_loss.float(),",
+        "weight, member = torch.ones_like(noisy.has_loss, dtype=torch.float32),",
         "tests/train/test_flow_matching.py",
     ),
     Mutant(
@@ -126,15 +126,15 @@ MUTANTS = (
     Mutant(
         "ranks need not divide the lanes",
         "far_scale/config/recipe.py",
-        "    if lanes % ranks:",
-        "    if False:",
+        "    if not ranks % size and not lanes % (ranks // size):",
+        "    if True:",
         "tests/config/test_recipe.py",
     ),
     Mutant(
         "half of the memory counted as free",
         "far_scale/train/sharding.py",
-        "_USABLE_FRACTION = 0.9",
-        "_USABLE_FRACTION = 0.45",
+        "\nUSABLE_FRACTION = 0.9",
+        "\nUSABLE_FRACTION = 0.45",
         "tests/train/test_sharding_choice.py",
     ),
     Mutant(
