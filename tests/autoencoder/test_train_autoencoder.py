@@ -409,8 +409,8 @@ def small_recipe(folder: Path, **changes: str) -> Path:
     """The shipped compact recipe, small enough to be trained in a test; `changes` are replacements of whole lines."""
     lines = {
         "name": "name: small", "width": "  width: 16", "frames": "  frames: 40", "steps": "  steps: 40",
-        "learning_rate": "  learning_rate: 1e-3",
-        "latent_noise": "  latent_noise: 0.0", "train_seeds": "  train_seeds: [20000, 20002]",
+        "learning_rate": "  learning_rate: 5e-4",
+        "latent_noise": "  latent_noise: 0.0", "train_seeds": "  train_seeds: [20000, 20008]",
         "heldout_seeds": "  heldout_seeds: [30000, 30001]",
         "warmup_steps": "  warmup_steps: 5", "precision": "  precision: fp32", **changes,
     }  # fmt: skip
@@ -440,19 +440,19 @@ def test_the_compact_one_improves_on_its_linear_start(tmp_path: Path) -> None:
     assert metadata["command"] == f"python tools/train_autoencoder.py {path} --out {tmp_path / 'weights'}"
 
     frames = read_frames(sorted(episodes.glob("episode-02*.npz")))
-    assert len(frames) == 80
+    assert len(frames) == 320
     start = CompactAutoencoder(CompactConfig(width=16))
     start.start_from_patches(to_pixels(frames))
     linear = autoencoders.Autoencoder("start", "", 1.0, start, torch.device("cpu"))
-    assert psnr(trained, frames) > psnr(linear, frames) + 0.1
-    assert psnr(trained, heldout) > psnr(linear, heldout) - 0.15  # 80 frames of two mazes do not generalise
+    assert psnr(trained, frames) > psnr(linear, frames) + 0.03
+    assert psnr(trained, heldout) > psnr(linear, heldout) + 0.03
 
     again = run_tool(path, "--out", tmp_path / "again", *folders)  # nothing is left to do but to write it
     assert again.returncode == 0 and "from step 40 to 40" in again.stdout
     assert (tmp_path / "again" / "small.safetensors").read_bytes() == written.read_bytes()
     other = run_tool(path, "train.learning_rate=2e-3", "--out", tmp_path / "other", *folders)
     assert other.returncode == 2 and other.stderr.splitlines()[-1].startswith("error: ")
-    assert "changed since this checkpoint: train.learning_rate 0.001 -> 0.002; put it back" in other.stderr
+    assert "changed since this checkpoint: train.learning_rate 0.0005 -> 0.002; put it back" in other.stderr
 
 
 # Frames and checkpoints
