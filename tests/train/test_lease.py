@@ -233,23 +233,38 @@ def test_of_many_that_take_over_one_gets_it(tmp_path: Path) -> None:
         run = tmp_path / str(attempt)
         held_by(run, machine=lease._machine(), pid_start="1")
         start = time.time() + 0.3
+        answers, answer = os.pipe()
+        wait_for_the_last, last_answered = os.pipe()
         children = []
         for _ in range(12):
             pid = os.fork()
             if pid == 0:
-                status = 1
                 try:
+                    os.close(last_answered)
                     time.sleep(max(0.0, start - time.time()))
-                    Lease(run, ALONE)._acquire()
-                    status = 0
-                    time.sleep(1.5)  # alive while the others look
-                except lease.UserError:
-                    status = 2
+                    os.write(answer, _held_or_refused(run))
+                    # A holder that ended would rightly be taken over by a job that looks later.
+                    os.read(wait_for_the_last, 1)
                 finally:
-                    os._exit(status)
+                    os._exit(0)
             children.append(pid)
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-        assert sorted(statuses) == [0] + [2] * 11
+        received = b"".join(os.read(answers, 1) for _ in children)
+        os.close(last_answered)
+        for pid in children:
+            os.waitpid(pid, 0)
+        for end in (answers, answer, wait_for_the_last):
+            os.close(end)
+        assert sorted(received) == sorted(b"H" + b"R" * 11)
+
+
+def _held_or_refused(run: Path) -> bytes:
+    try:
+        Lease(run, ALONE)._acquire()
+        return b"H"
+    except lease.UserError:
+        return b"R"
+    except BaseException:
+        return b"?"
 
 
 HOLDER = """
