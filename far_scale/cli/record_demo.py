@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from far_scale.data.demo.episodes import record_episodes
+from far_scale.data.demo.explorer import Habits
 from far_scale.utils.command_line import command_line
 from far_scale.utils.errors import UserError
 from far_scale.utils.rng import MAX_SEED
@@ -26,17 +27,25 @@ def main() -> None:
         default=0.0,
         help="probability, at each decision, of up to 10 frames without a goal, which also walk into walls",
     )
+    parser.add_argument(
+        "--look-around",
+        type=float,
+        default=0.0,
+        help="probability, at each decision, of 48 to 96 frames that turn on the spot and show the same views again",
+    )
     parser.add_argument("--workers", type=int, default=cores, help="processes; the result is the same")
     arguments = parser.parse_args()
     for name, least in (("episodes", 1), ("frames", 1), ("seed", 0), ("workers", 1)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name} {getattr(arguments, name)}: it must be at least {least}")
-    if not 0 <= arguments.wander <= 1:
-        raise UserError(f"--wander {arguments.wander:g}: is a probability, from 0 to 1")
+    habits = Habits(arguments.wander, arguments.look_around)
+    for name, probability in habits._asdict().items():
+        if not 0 <= probability <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {probability:g}: is a probability, from 0 to 1")
     if arguments.seed + arguments.episodes - 1 > MAX_SEED:
         raise UserError(
             f"--seed {arguments.seed}: the seeds of {arguments.episodes} episodes go past 2^64 - 1; lower it"
         )
     seeds = range(arguments.seed, arguments.seed + arguments.episodes)
-    paths = record_episodes(arguments.out, seeds, arguments.frames, arguments.workers, arguments.wander)
+    paths = record_episodes(arguments.out, seeds, arguments.frames, arguments.workers, habits)
     print(f"{arguments.out}: {len(paths)} episodes of {arguments.frames} frames")

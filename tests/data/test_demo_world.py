@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from far_scale.data.demo.episodes import record_episode, record_episodes
-from far_scale.data.demo.explorer import FORWARD, LEFT, NOOP, RIGHT, TURN, Explorer
+from far_scale.data.demo.explorer import FORWARD, LEFT, NOOP, RIGHT, TURN, Explorer, Habits
 from far_scale.data.demo.maze import CELL, Maze, cell_centre, map_text, wad_bytes
 from far_scale.data.demo.world import TURNS_OF_A_CIRCLE, DemoWorld
 from far_scale.data.video.videos import Video, read_video
@@ -117,11 +117,20 @@ def test_a_wandering_player_walks_into_walls_and_finds_the_way_again(episode: Vi
         steps = np.flatnonzero(video.actions[1:] == FORWARD) + 1
         return [np.array_equal(video.frames[frame], video.frames[frame - 1]) for frame in steps]
 
-    wandering = record_episode(SEED, FRAMES, wander=0.3)
+    wandering = record_episode(SEED, FRAMES, habits=Habits(wander=0.3))
     assert wandering.actions is not None and set(wandering.actions.tolist()) == {NOOP, LEFT, RIGHT, FORWARD}
     assert sum(blocked(wandering)) > 3 and not any(blocked(episode))
     moves = blocked(wandering)
     assert not all(moves[-20:]) and sum(moves) < len(moves) / 2  # it is never stuck
+
+
+def test_a_player_who_looks_around_sees_the_same_views_again() -> None:
+    video = record_episode(SEED, 90, Habits(look_around=1.0))
+    assert video.actions is not None and set(video.actions[1:].tolist()) == {LEFT, RIGHT}
+    headings = np.cumsum(np.select([video.actions == LEFT, video.actions == RIGHT], [1, -1])) % TURNS_OF_A_CIRCLE
+    views = {heading: video.frames[headings == heading] for heading in headings.tolist()}
+    assert all((frames == frames[0]).all() for frames in views.values())
+    assert len(views) > TURNS_OF_A_CIRCLE / 2 and max(len(frames) for frames in views.values()) > 3
 
 
 def test_the_wad_holds_the_map() -> None:
@@ -150,11 +159,11 @@ def test_records_many_keeps_complete_ones_and_replaces_broken_ones(tmp_path: Pat
     assert [path.stat().st_mtime_ns == stamp for path, stamp in zip(paths, stamps, strict=True)] == [True, True, False]
     assert len(read_video(paths[2]).frames) == 12
 
-    record_episodes(out, [10500], frames=12, workers=1, wander=0.5)  # other frames, so it is recorded again
+    record_episodes(out, [10500], frames=12, workers=1, habits=Habits(wander=0.5))  # so it is recorded again
     with np.load(paths[0], allow_pickle=False) as archive:
         assert archive["wander"] == 0.5
     stamp = paths[0].stat().st_mtime_ns
-    record_episodes(out, [10500], frames=12, workers=1, wander=0.5)
+    record_episodes(out, [10500], frames=12, workers=1, habits=Habits(wander=0.5))
     assert paths[0].stat().st_mtime_ns == stamp
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from far_scale.data.demo import episodes
+from far_scale.data.demo.explorer import GOALS_ONLY
 from far_scale.evaluation.rollouts.loss_curve import draw_loss_curve
 from far_scale.utils.event_log import lines_up_to, read_events
 from far_scale.utils.io import JsonlWriter, check_writable, read_json_lines, text_lines, write_json
@@ -85,6 +86,6 @@ def test_where_nothing_can_be_written_is_refused_without_a_trace(tmp_path: Path)
 def test_an_episode_of_another_seed_is_recorded_again(recorded: Path, tmp_path: Path) -> None:
     first, second = sorted(recorded.glob("*.npz"))[:2]
     seeds = [int(path.stem.removeprefix("episode-")) for path in (first, second)]
-    assert episodes._is_complete(first, seeds[0], 24, wander=0.0)
+    assert episodes._is_complete(first, seeds[0], 24, GOALS_ONLY)
     (tmp_path / second.name).write_bytes(first.read_bytes())
-    assert not episodes._is_complete(tmp_path / second.name, seeds[1], 24, wander=0.0)
+    assert not episodes._is_complete(tmp_path / second.name, seeds[1], 24, GOALS_ONLY)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from far_scale.data.demo.explorer import Explorer
+from far_scale.data.demo.explorer import GOALS_ONLY, Explorer, Habits
 from far_scale.data.demo.world import SIZE, DemoWorld, import_vizdoom
 from far_scale.data.video.videos import Video, read_video
 from far_scale.utils.errors import UserError
@@ -22,8 +22,8 @@ from far_scale.utils.rng import generator
 FPS = 8.0  # in the files; the game's time between two frames varies
 
 
-def record_episode(seed: int, frames: int, wander: float = 0.0) -> Video:
-    """Record an episode of `frames` frames in the maze of `seed`, walked by an `Explorer` that may `wander`.
+def record_episode(seed: int, frames: int, habits: Habits = GOALS_ONLY) -> Video:
+    """Record an episode of `frames` frames in the maze of `seed`, walked by an `Explorer` of these habits.
 
     The same seed gives the same frames and actions; a longer episode begins with the shorter one.
 
@@ -38,7 +38,7 @@ def record_episode(seed: int, frames: int, wander: float = 0.0) -> Video:
         raise UserError(f"episode {seed}: {frames} frames do not fit into memory; ask for fewer") from None
     actions = np.zeros(frames, np.int64)
     with DemoWorld.of_seed(seed) as world:
-        explorer = Explorer(world.maze, generator(seed, "explorer"), wander)
+        explorer = Explorer(world.maze, generator(seed, "explorer"), habits)
         for frame in range(frames):
             if frame > 0:
                 x, y, angle, *_ = world.variables.tolist()
@@ -49,12 +49,12 @@ def record_episode(seed: int, frames: int, wander: float = 0.0) -> Video:
 
 
 def record_episodes(
-    folder: str | Path, seeds: Sequence[int], frames: int, workers: int, wander: float = 0.0
+    folder: str | Path, seeds: Sequence[int], frames: int, workers: int, habits: Habits = GOALS_ONLY
 ) -> list[Path]:
     """Record an episode of each seed into `folder`/episode-<seed:06d>.npz with `workers` processes.
 
-    Each file holds `frames` uint8 [F, 64, 64, 3], `actions` int64 [F], `fps`, `seed` and, unless it is 0, `wander`.
-    Complete files of the same seed, length and `wander` are not recorded again. Returns the paths in the order of the
+    Each file holds `frames` uint8 [F, 64, 64, 3], `actions` int64 [F], `fps`, `seed` and the habits that are not 0.
+    Complete files of the same seed, length and habits are not recorded again. Returns the paths in the order of the
     seeds.
 
     Raises:
@@ -62,14 +62,14 @@ def record_episodes(
     """
     folder = Path(folder)
     paths = [folder / f"{episode_name(seed)}.npz" for seed in seeds]
-    missing = [seed for seed, path in zip(seeds, paths, strict=True) if not _is_complete(path, seed, frames, wander)]
+    missing = [seed for seed, path in zip(seeds, paths, strict=True) if not _is_complete(path, seed, frames, habits)]
     if not missing:
         return paths
     import_vizdoom()
     folder.mkdir(parents=True, exist_ok=True)
     # spawn, not fork: the caller may have torch's threads running, which a fork would lose with their locks held
     context = multiprocessing.get_context("spawn")
-    record = partial(_record_file, folder, frames, wander)
+    record = partial(_record_file, folder, frames, habits)
     with context.Pool(min(workers, len(missing)), initializer=_ignore_interrupt) as pool:
         for _ in tqdm(pool.imap_unordered(record, missing), total=len(missing), desc="record", unit="episode"):
             pass
@@ -85,22 +85,22 @@ def _ignore_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends the pool
 
 
-def _record_file(folder: Path, frames: int, wander: float, seed: int) -> None:
-    video = record_episode(seed, frames, wander)
+def _record_file(folder: Path, frames: int, habits: Habits, seed: int) -> None:
+    video = record_episode(seed, frames, habits)
     assert video.actions is not None  # the demo always has them
     with atomic_write(folder / f"{video.key}.npz") as temporary:
         arrays: dict[str, Any] = {"frames": video.frames, "actions": video.actions, "fps": video.fps, "seed": seed}
-        np.savez_compressed(temporary, **arrays | ({"wander": wander} if wander else {}))
+        np.savez_compressed(temporary, **arrays, **{name: value for name, value in habits._asdict().items() if value})
 
 
-def _is_complete(path: Path, seed: int, frames: int, wander: float) -> bool:
+def _is_complete(path: Path, seed: int, frames: int, habits: Habits) -> bool:
     if not path.exists():
         return False
     try:
         video = read_video(path)
         with np.load(path, allow_pickle=False) as arrays:
-            recorded_wander = float(arrays["wander"]) if "wander" in arrays else 0.0
-            same = int(arrays["seed"]) == seed and recorded_wander == wander
+            recorded = Habits(**{name: float(arrays[name]) for name in Habits._fields if name in arrays})
+            same = int(arrays["seed"]) == seed and recorded == habits
     except (UserError, KeyError, ValueError, TypeError):
         return False  # half-written or foreign: recorded again
     return same and len(video.frames) == frames and video.actions is not None

@@ -1,11 +1,13 @@
 """The policy that walks the demo's mazes: shortest paths from goal to goal, half of them to cells seen before.
 
-It never walks into a wall, as people do who hold a key. `wander` mixes such actions in.
+It never walks into a wall, as people do who hold a key, and seldom sees a place twice within a minute. `Habits` mixes
+such actions in.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +21,24 @@ _MAX_REST_FRAMES = 4
 _LOOK = 0.25  # probability of turning around at a goal
 _WANDERING = (0.5, 0.25, 0.25)  # of wandering: straight on, turns to one side, a mixture of actions
 _MAX_WANDER_FRAMES = 10
+_LOOK_AROUND_FRAMES = (48, 96)  # at least, at most; a circle has 32
+_SWEEP_FRAMES = (8, 40)  # at least, at most: turns to one side
+
+
+class Habits(NamedTuple):
+    """What an explorer does beside walking to its goals: probabilities at each decision.
+
+    Attributes:
+        wander: up to 10 frames without a goal, which also walk into walls.
+        look_around: 48 to 96 frames on the spot, in sweeps of 8 to 40 turns to either side, which show the same views
+            again.
+    """
+
+    wander: float = 0.0
+    look_around: float = 0.0
+
+
+GOALS_ONLY = Habits()
 
 
 class Explorer:
@@ -27,11 +47,11 @@ class Explorer:
     Args:
         maze: that the player is in.
         random: its draws.
-        wander: probability, at each decision, of up to 10 frames without a goal, which also walk into walls.
+        habits: of the player.
     """
 
-    def __init__(self, maze: Maze, random: np.random.Generator, wander: float = 0.0) -> None:
-        self._maze, self._random, self._wander_ratio = maze, random, wander
+    def __init__(self, maze: Maze, random: np.random.Generator, habits: Habits = GOALS_ONLY) -> None:
+        self._maze, self._random, self._habits = maze, random, habits
         self._seen: list[Cell] = []
         self._path: list[Cell] = []
         self._queued: list[int] = []  # actions already decided
@@ -49,9 +69,11 @@ class Explorer:
         return min(max(int(coordinate // CELL), 0), self._maze.side - 1)
 
     def _decide(self, cell: Cell, x: float, y: float, angle: float) -> list[int]:
-        if self._wander_ratio and self._random.random() < self._wander_ratio:
+        if self._habits.wander and self._random.random() < self._habits.wander:
             self._path = []
             return self._wander()
+        if self._habits.look_around and self._random.random() < self._habits.look_around:
+            return self._look_around()
         if self._random.random() < _REST:
             return [NOOP] * int(self._random.integers(1, _MAX_REST_FRAMES + 1))
         if self._path and math.dist((x, y), cell_centre(self._path[0])) < _REACHED:
@@ -81,6 +103,14 @@ class Explorer:
             return [int(self._random.choice((LEFT, RIGHT)))] * frames
         mixture = self._random.choice((NOOP, LEFT, RIGHT, FORWARD), size=frames, p=(0.1, 0.2, 0.2, 0.5))
         return [int(action) for action in mixture]
+
+    def _look_around(self) -> list[int]:
+        fewest, most = _LOOK_AROUND_FRAMES
+        frames, actions = int(self._random.integers(fewest, most + 1)), list[int]()
+        while len(actions) < frames:
+            turn, turns = int(self._random.choice((LEFT, RIGHT))), int(self._random.integers(*_SWEEP_FRAMES))
+            actions += [turn] * turns
+        return actions[:frames]
 
     def _choose_goal(self, cell: Cell) -> Cell:
         """Choose another cell: with probability 1/2 each, one seen before or any."""
