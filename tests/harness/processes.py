@@ -126,9 +126,10 @@ def forked_python() -> Path:
 
 
 def _answer(connection: socket.socket) -> dict[str, Any]:
+    """The next line; a byte at a time, since the one after it may have come already."""
     data = b""
     while not data.endswith(b"\n"):
-        part = connection.recv(4096)
+        part = connection.recv(1)
         assert part, "the fork server ended"
         data += part
     answer: dict[str, Any] = json.loads(data)
