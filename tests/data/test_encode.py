@@ -104,7 +104,7 @@ def children_of(process: int) -> list[int]:
 def runs(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except OSError:  # it has ended, perhaps between opening and reading
         return False
 
 

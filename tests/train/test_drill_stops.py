@@ -89,7 +89,8 @@ def test_one_wandb_run_holds_every_step_once(recorded_shards: Path, tmp_path: Pa
         helpers = children(launch.pids[0])
         assert helpers, "wandb has a process of its own"
         for pid in [*helpers, *launch.pids]:  # as SLURM does
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # a helper that runs a moment only, or ends with its parent
+                os.kill(pid, number)
         assert launch.wait() == [75, 75]
     kill_after_checkpoint(start_training(2, arguments, out), run, saved_step(run) + 5)
     assert start_training(2, arguments, out).wait() == [0, 0]

@@ -49,8 +49,14 @@ def agents(kind: str) -> Iterator[list[str]]:
 def worker_of(agent: Process) -> int | None:
     """The youngest training process that an agent has started."""
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-    alive = [pid for pid in children if b"far_scale.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return int(alive[-1]) if alive else None
+    return next((int(pid) for pid in reversed(children) if b"far_scale.train" in command_of(pid)), None)
+
+
+def command_of(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has just ended
+        return b""
 
 
 @pytest.mark.parametrize(
