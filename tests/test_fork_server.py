@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from harness.drill import wait_until
-from harness.processes import Process, run, server_path, start
+from harness.processes import Process, is_running, run, server_path, start
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,14 +22,6 @@ def forked(*arguments: object, output: Path | None = None) -> Process:
     process = start(*arguments, output=output)
     assert isinstance(process, Process)
     return process
-
-
-def is_running(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:  # it has ended, perhaps between opening and reading
-        return False
 
 
 def test_it_survives_clients_that_go_at_any_moment() -> None:

@@ -101,13 +101,6 @@ def children_of(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def runs(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:  # it has ended, perhaps between opening and reading
-        return False
-
-
 @pytest.mark.slow
 def test_killed_and_resumed(episodes: Path, encoded: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
@@ -122,7 +115,7 @@ def test_killed_and_resumed(episodes: Path, encoded: Path, tmp_path: Path) -> No
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     until = time.monotonic() + 10
-    while any(runs(worker) for worker in workers):
+    while any(processes.is_running(worker) for worker in workers):
         assert time.monotonic() < until, "a worker outlives its parent"
         time.sleep(0.01)
     done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.index.json")}

@@ -125,6 +125,14 @@ def forked_python() -> Path:
     return Path(server_path()).with_name("python")
 
 
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, other than a zombie that nobody has reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # it has ended, perhaps between opening and reading
+        return False
+
+
 def _answer(connection: socket.socket) -> dict[str, Any]:
     """The next line; a byte at a time, since the one after it may have come already."""
     data = b""

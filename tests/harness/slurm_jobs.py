@@ -41,14 +41,6 @@ def steps_logged(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def runs(process: int) -> bool:
-    """Whether there is such a process, other than a zombie that nobody has reaped."""
-    try:
-        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 class Cluster:
     """A running cluster; its jobs start in `folder`, where their output lands, too."""
 

@@ -17,8 +17,9 @@ import pytest
 
 from far_scale.utils.event_log import read_events
 from harness.launch import ROOT
+from harness.processes import is_running
 from harness.slurm_jobs import SCRIPT as CLUSTER_SCRIPT
-from harness.slurm_jobs import Cluster, runs, started_cluster, steps_logged, tiny
+from harness.slurm_jobs import Cluster, started_cluster, steps_logged, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +72,7 @@ def test_a_cluster_goes_with_its_owner(cluster: Cluster) -> None:
         assert len(daemons) == 6, "munged, slurmctld, three slurmd, and what watches the owner"
         owner.kill()
         owner.wait()
-        cluster.until(None, "the daemons are gone", lambda: not any(runs(daemon) for daemon in daemons))
+        cluster.until(None, "the daemons are gone", lambda: not any(is_running(daemon) for daemon in daemons))
 
 
 def test_stopped_then_requeued_it_resumes_with_its_own_code(

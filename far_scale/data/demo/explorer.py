@@ -1,7 +1,6 @@
 """The policy that walks the demo's mazes: shortest paths from goal to goal, half of them to cells seen before.
 
-It never walks into a wall, as people do who hold a key, and seldom sees a place twice within a minute. `Habits` mixes
-such actions in.
+It never walks into a wall, as people do who hold a key, and seldom looks around. `Habits` mixes such actions in.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _LOOK = 0.25  # probability of turning around at a goal
 _WANDERING = (0.5, 0.25, 0.25)  # of wandering: straight on, turns to one side, a mixture of actions
 _MAX_WANDER_FRAMES = 10
 _LOOK_AROUND_FRAMES = (48, 96)  # at least, at most; a circle has 32
-_SWEEP_FRAMES = (8, 40)  # at least, at most: turns to one side
+_SWEEP_FRAMES = (8, 39)  # at least, at most: turns to one side
 
 
 class Habits(NamedTuple):
@@ -30,7 +29,7 @@ class Habits(NamedTuple):
 
     Attributes:
         wander: up to 10 frames without a goal, which also walk into walls.
-        look_around: 48 to 96 frames on the spot, in sweeps of 8 to 40 turns to either side, which show the same views
+        look_around: 48 to 96 frames on the spot, in sweeps of 8 to 39 turns to either side, which show the same views
             again.
     """
 
@@ -105,11 +104,11 @@ class Explorer:
         return [int(action) for action in mixture]
 
     def _look_around(self) -> list[int]:
-        fewest, most = _LOOK_AROUND_FRAMES
-        frames, actions = int(self._random.integers(fewest, most + 1)), list[int]()
+        frames = int(self._random.integers(*_LOOK_AROUND_FRAMES, endpoint=True))
+        actions: list[int] = []
         while len(actions) < frames:
-            turn, turns = int(self._random.choice((LEFT, RIGHT))), int(self._random.integers(*_SWEEP_FRAMES))
-            actions += [turn] * turns
+            turn = int(self._random.choice((LEFT, RIGHT)))
+            actions += [turn] * int(self._random.integers(*_SWEEP_FRAMES, endpoint=True))
         return actions[:frames]
 
     def _choose_goal(self, cell: Cell) -> Cell:
