@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Makes the virtual environment .venv with far_scale and all it needs; does nothing when it is there already.
 # quickstart.sh and run_tests.sh call this; it may also be called alone: bash tools/setup_env.sh
+# A .venv that something else has made is left as it is, and refused.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 CPU_TORCH="torch==2.13.0" # one known-good version where no GPU driver narrows the choice
 VENV=.venv
-STAMP=$VENV/.setup-checksum
+STAMP=$VENV/.setup-checksum # empty until all is installed; also the lock of those who install
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() {
@@ -52,8 +53,26 @@ timed() { # timed WHAT COMMAND...: runs it, says what it is and how long it took
     say "$what: $((SECONDS - start)) s"
 }
 
-if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(checksum)" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
+is_complete() { [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(checksum)" ] && "$VENV/bin/python" -c '' 2>/dev/null; }
+
+if is_complete; then
     exit 0
+fi
+if [ -L "$VENV" ]; then
+    fail "$VENV is a link to $(readlink "$VENV"), whose files would be replaced; remove the link and start again"
+elif [ -e "$VENV" ] && [ ! -f "$STAMP" ] && [ -n "$(ls -A "$VENV")" ]; then
+    fail "$VENV was not made by tools/setup_env.sh, which would replace it; rename or remove it and start again"
+fi
+mkdir -p "$VENV"
+exec 9>>"$STAMP"
+locked=0
+flock --nonblock 9 || locked=$? # 1: another process has it; more: this file system has no locks
+if [ $locked = 1 ]; then
+    say "waiting until another process has set up $VENV"
+    flock 9
+    if is_complete; then
+        exit 0
+    fi
 fi
 
 PYTHON=$(find_python)
@@ -71,12 +90,14 @@ if ! command -v c++ >/dev/null || ! has_headers "$PYTHON"; then
     apt_install g++ python3-dev || say "no C++ compiler or no Python headers here: compiled kernels will not be available"
 fi
 
-VENV_OPTIONS=(--clear)
+VENV_OPTIONS=()
 if has_gpu && has_cuda_torch "$PYTHON"; then
     say "using the torch that $PYTHON has for this machine's GPU"
     VENV_OPTIONS+=(--system-site-packages)
 fi
-timed "virtual environment in $VENV from $("$PYTHON" --version)" "$PYTHON" -m venv "${VENV_OPTIONS[@]}" "$VENV"
+find "$VENV" -mindepth 1 -maxdepth 1 ! -path "$STAMP" -exec rm -rf {} +
+: >"$STAMP"
+timed "virtual environment in $VENV from $("$PYTHON" --version)" "$PYTHON" -m venv ${VENV_OPTIONS[@]+"${VENV_OPTIONS[@]}"} "$VENV"
 
 # Without bytecode, which takes a minute for all files; Python writes it for what is loaded.
 PIP=("$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-compile)

@@ -77,6 +77,14 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
+def program(path: Path, text: str) -> Path:
+    """A bash script that can be run by its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
 def start_fork_server() -> None:
     """Start the process to fork from, for this process and all that it starts: $FORK_SERVER is its socket.
 

@@ -17,7 +17,7 @@ import torch
 from far_scale.utils.event_log import read_events
 from far_scale.utils.hosts import first_host
 from harness.launch import ROOT
-from harness.processes import forked_python
+from harness.processes import forked_python, program
 from harness.slurm_jobs import Cluster, started_cluster, steps_logged, tiny
 
 ONE_RANK = "--nodes=1 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --time=10"
@@ -33,14 +33,6 @@ main() {
 }
 main "$@"
 """
-
-
-def program(path: Path, text: str) -> Path:
-    """A bash script that can be run by its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/bash\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 def checkout_with(folder: Path, site: str) -> Path:
