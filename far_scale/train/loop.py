@@ -259,18 +259,22 @@ def train_step(
     return torch.stack(losses).mean()
 
 
-def pack_weights(packs: list[Pack], stage: Stage, processes: Processes, ranks_per_pack: int = 1) -> torch.Tensor:
-    """`[packs]` weight of each pack's loss in the global batch: its number of clips over the mean number of a pack.
+def pack_weights(packs: list[Pack], stage: Stage, processes: Processes, ranks_per_pack: int = 1) -> list[torch.Tensor]:
+    """Weight of each pack's loss in the global batch: its number of clips over the mean number of a pack.
 
     Packs have different numbers of clips only with a token budget; otherwise no communication is needed.
 
     Args:
         ranks_per_pack: ranks that share each pack.
+
+    Returns:
+        Scalar tensors.
     """
     if stage.data.tokens_per_pack is None:
-        return torch.ones(len(packs), device=processes.device)
-    clips = torch.tensor([float(len(pack.clip_frames)) for pack in packs]).to(processes.device, non_blocking=True)
-    total = clips.sum()
+        return [torch.ones((), device=processes.device)] * len(packs)
+    clips = [len(pack.clip_frames) for pack in packs]
+    total = torch.full((), float(sum(clips)), device=processes.device)  # filled there: a copy could wait for the GPU
     with phase("clips"):
         dist.all_reduce(total)
-    return clips * (stage.data.lanes * ranks_per_pack / total)
+    of_a_clip = stage.data.lanes * ranks_per_pack / total
+    return [count * of_a_clip for count in clips]
