@@ -28,6 +28,13 @@ def sync_folder(folder: str | Path) -> None:
         os.close(descriptor)
 
 
+def full_disk(error: OSError) -> str | None:
+    """The reason for an error of writing, if it is a full disk or a full quota; else None."""
+    if error.errno == errno.ENOSPC:
+        return "no space left on this disk"
+    return "your quota on this disk is used up" if error.errno == errno.EDQUOT else None
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to; then sync it and rename it to `path`, or on an error remove it.
@@ -49,8 +56,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"{path}: no space left on this disk; free some, or write elsewhere") from error
+        if (reason := full_disk(error)) is not None:
+            raise UserError(f"{path}: {reason}; free some space, or write elsewhere") from error
         raise
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -80,7 +87,7 @@ class JsonlWriter:
                         os.truncate(self._path, end)
                         return
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if full_disk(error) is None:
                     raise
                 return
             self._pending.clear()

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import tarfile
 import threading
 from dataclasses import replace
@@ -168,13 +169,14 @@ def test_writer_refuses_samples_that_do_not_fit(tmp_path: Path) -> None:
     refused(lambda: ShardWriter(tmp_path / "empty", FACTS, 1).close(), "no sample")
 
 
-def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "reason"), [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "quota")])
+def test_full_disk(number: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     writer = ShardWriter(tmp_path, FACTS, samples_per_shard=1)
     monkeypatch.setattr("far_scale.utils.io.os.fsync", full)
-    refused(lambda: writer.write(make_sample(0, 5)), "shard-000000.tar", "no space left")
+    refused(lambda: writer.write(make_sample(0, 5)), "shard-000000.tar", reason, "free some space")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -148,15 +149,21 @@ def test_a_node_local_file_is_good_for_the_same_ranks_and_pieces_only(tmp_path: 
     assert local.read_state(folder, 10, 0, 1) == {"step": 10, "lanes": {}}
 
 
-def test_a_full_disk_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(errno.ENOSPC, "no space left on this disk"), (errno.EDQUOT, "your quota on this disk is used up")],
+)
+def test_a_full_disk_is_reported_in_one_line(
+    number: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     save(run, 10)
 
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("far_scale.train.checkpoint.write.finalize", full)
-    with pytest.raises(UserError, match="step-00000020: no space left on this disk; free some"):
+    with pytest.raises(UserError, match=f"step-00000020: {reason}; free some space, or lower checkpoint.keep"):
         save(run, 20)
     assert steps_there(run) == ["latest", "step-00000010"]
 

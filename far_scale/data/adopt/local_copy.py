@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from far_scale.data.remote.compression import DecompressionError, compression_of
 from far_scale.data.remote.fetch import fetch_and_hash, fetch_bytes
 from far_scale.data.shards.records import read_small
 from far_scale.utils.errors import UserError
-from far_scale.utils.io import file_digest, sha256
+from far_scale.utils.io import file_digest, full_disk, sha256
 from far_scale.utils.urls import is_file_url, redact_url
 
 
@@ -78,10 +77,9 @@ def _fetch(shard: SourceShard, compression: str | None, path: Path) -> tuple[int
             unpacked = _read_unpacked(shard, compression)
             return file.write(unpacked), hashlib.sha256(unpacked).hexdigest()
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{path.parent}: no space left on this disk for a copy of {redact_url(shard.location)}"
-            ) from None
+        if (reason := full_disk(error)) is not None:
+            copy = f"a copy of {redact_url(shard.location)}"
+            raise UserError(f"{path.parent}: {reason}, and {copy} does not fit; free some space") from None
         raise
 
 

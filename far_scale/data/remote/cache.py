@@ -11,7 +11,6 @@ Linux an open file stays readable after it is unlinked, and its bytes are freed 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -22,6 +21,7 @@ from pathlib import Path
 from far_scale.data.remote.compression import compression_of
 from far_scale.data.remote.fetch import fetch_bytes, fetch_compressed, fetch_file, pause
 from far_scale.utils.errors import UserError
+from far_scale.utils.io import full_disk
 
 CACHE_BYTES = 200 * 10**9  # default limit
 _NAME = re.compile(r"[0-9a-f]{64}(\.part)?")
@@ -135,9 +135,9 @@ class NodeCache:
                         part.unlink(missing_ok=True)
                         raise
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if (reason := full_disk(error)) is not None:
                 fix = f"lower data.cache_gb, or give another {self._key}"
-                raise CacheError(f"{self.folder}: no space left on this disk; {fix}") from None
+                raise CacheError(f"{self.folder}: {reason}; {fix}") from None
             raise CacheError(f"{self.folder}: {error.strerror}; {self._key} must be writable") from None
 
     def _fetch(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from far_scale.train.checkpoint.folders import EPHEMERAL, checksums, clear_parts
 from far_scale.train.checkpoint.pieces import FlatPiece, to_user_error, write
 from far_scale.train.run_dir import latest_stamp, step_folder
 from far_scale.utils.errors import UserError, print_warning
+from far_scale.utils.io import full_disk
 
 
 def save(
@@ -57,12 +57,13 @@ def save(
         try:
             written = write(temporary, pieces, group)
         except CheckpointException as error:
-            # PyTorch's writer reports a full disk as an unexpected file position, so check the disk itself.
+            # PyTorch's writer reports a full disk as an unexpected file position, so check the disk itself. A quota
+            # cannot be checked.
             needed = sum(piece.data.numel() * piece.data.element_size() for piece in pieces.values())
             is_full = shutil.disk_usage(temporary).free < needed
-            raise (
-                _no_space(folder) if any(all_gather_objects(is_full, group)) else to_user_error(error, folder)
-            ) from error
+            if any(all_gather_objects(is_full, group)):
+                raise _no_space(folder) from error
+            raise UserError(f"{to_user_error(error, folder)}; is your quota on this disk used up?") from error
         with _OnAllRanks(folder, group) as sums:
             unhashed = [path for path in temporary.glob(f"__{rank}_*") if path.name not in written]
             for path in unhashed:
@@ -97,8 +98,8 @@ class _OnAllRanks:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
         if isinstance(error, OSError):
-            is_full = error.errno == errno.ENOSPC
-            self._error = str(_no_space(self._folder) if is_full else f"{self._folder}: {error}")
+            reason = full_disk(error)
+            self._error = f"{self._folder}: {error}" if reason is None else str(_no_space(self._folder, reason))
         elif isinstance(error, UserError):
             self._error = str(error)
         return self._error is not None
@@ -112,5 +113,5 @@ class _OnAllRanks:
         return [value for _, value in results]
 
 
-def _no_space(folder: Path) -> UserError:
-    return UserError(f"{folder}: no space left on this disk; free some, or lower checkpoint.keep")
+def _no_space(folder: Path, reason: str = "no space left on this disk") -> UserError:
+    return UserError(f"{folder}: {reason}; free some space, or lower checkpoint.keep")
