@@ -74,9 +74,8 @@ class Lease:
             self._thread.join()
             if _read(self._run / NAME).get("token") == self._holder["token"]:
                 (self._run / NAME).unlink(missing_ok=True)
-            with contextlib.suppress(
-                OSError
-            ):  # a run that was refused before it wrote anything leaves no empty folders
+            # A run that was refused before it wrote anything leaves no empty folders.
+            with contextlib.suppress(OSError):
                 for folder in self._new_folders:
                     folder.rmdir()
 
