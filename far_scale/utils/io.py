@@ -18,6 +18,8 @@ from typing import Any
 
 from far_scale.utils.errors import UserError
 
+NO_SPACE = "no space left on this disk"
+
 
 def sync_folder(folder: str | Path) -> None:
     """Sync a folder, which makes renames inside it durable."""
@@ -31,7 +33,7 @@ def sync_folder(folder: str | Path) -> None:
 def full_disk(error: OSError) -> str | None:
     """The reason for an error of writing, if it is a full disk or a full quota; else None."""
     if error.errno == errno.ENOSPC:
-        return "no space left on this disk"
+        return NO_SPACE
     return "your quota on this disk is used up" if error.errno == errno.EDQUOT else None
 
 

@@ -12,16 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from harness.drill import wait_until
 from harness.launch import ROOT
 from harness.processes import program
 
-# `python -m venv FOLDER` puts this program into the folder; with the file `broken`, pip installs nothing.
+# `python -m venv FOLDER` puts this program into the folder, once there is no file `hold`; with the file `broken`, pip
+# installs nothing.
 PYTHON = """
 here=HERE
 case "$*" in
     "-m venv"*)
         echo venv >> $here/calls
-        sleep 0.3
+        while [ -e $here/hold ]; do sleep 0.02; done
         mkdir -p "${@: -1}/bin"
         cp $here/bin/python3 "${@: -1}/bin/python"
         ;;
@@ -106,8 +108,15 @@ def test_goes_on_after_a_failure(checkout: Path) -> None:
 
 
 def test_two_at_once_make_one(checkout: Path) -> None:
-    processes = [start(checkout) for _ in range(2)]
-    outputs = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    hold = checkout.parent / "hold"
+    hold.touch()
+    first = start(checkout)
+    assert wait_until(lambda: environments_made(checkout) == 1)
+    second = start(checkout)
+    assert second.stdout is not None
+    assert second.stdout.readline() == "setup: waiting until another process has set up .venv\n"
+    hold.unlink()
+    for process in (first, second):
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
     assert environments_made(checkout) == 1
-    assert sum("waiting until another process" in output for output, _ in outputs) <= 1

@@ -15,7 +15,7 @@ from far_scale.train.checkpoint.folders import EPHEMERAL, checksums, clear_parts
 from far_scale.train.checkpoint.pieces import FlatPiece, to_user_error, write
 from far_scale.train.run_dir import latest_stamp, step_folder
 from far_scale.utils.errors import UserError, print_warning
-from far_scale.utils.io import full_disk
+from far_scale.utils.io import NO_SPACE, full_disk
 
 
 def save(
@@ -113,5 +113,5 @@ class _OnAllRanks:
         return [value for _, value in results]
 
 
-def _no_space(folder: Path, reason: str = "no space left on this disk") -> UserError:
+def _no_space(folder: Path, reason: str = NO_SPACE) -> UserError:
     return UserError(f"{folder}: {reason}; free some space, or lower checkpoint.keep")
